@@ -1,0 +1,80 @@
+"""Bars: the one record of market data that leaves this package, and what makes it valid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+AssetClass = Literal["stock", "crypto"]
+MINUTE_NS = 60_000_000_000
+COLUMNS = ("open_time", "open", "high", "low", "close", "volume")
+
+
+@dataclass(frozen=True, eq=False)
+class Bars:
+    """Minute bars of one symbol, oldest first.
+
+    ``open_time`` is the start of the minute, int64 nanoseconds UTC, on whole minutes and strictly
+    ascending. Minutes without a bar are absent, never invented. Prices are float64 in quote
+    currency, finite and above zero, with low <= open, close <= high; volume is float64 in shares or
+    coins, finite and not negative. All arrays have shape (num_bars,).
+
+    Raises:
+        ValueError: an array breaks one of these rules; names the symbol, the rule and the first place.
+    """
+
+    symbol: str
+    asset_class: AssetClass
+    open_time: NDArray[np.int64]
+    open: NDArray[np.float64]
+    high: NDArray[np.float64]
+    low: NDArray[np.float64]
+    close: NDArray[np.float64]
+    volume: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        shape = self.open_time.shape
+        if len(shape) != 1 or self.open_time.dtype != np.int64:
+            raise ValueError(
+                f"{self.symbol}: open_time must be a vector of int64, was {self.open_time.dtype}"
+            )
+        for name in COLUMNS[1:]:
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != np.float64:
+                raise ValueError(
+                    f"{self.symbol}: {name} must be float64 of shape {shape}, was {array.dtype} of {array.shape}"
+                )
+        self._require("open_time on whole minutes", self.open_time % MINUTE_NS == 0)
+        self._require("open_time strictly ascending", np.diff(self.open_time) > 0)
+        for name in ("open", "high", "low", "close"):
+            price = getattr(self, name)
+            self._require(f"{name} finite and above zero", np.isfinite(price) & (price > 0))
+        self._require("volume finite and not negative", np.isfinite(self.volume) & (self.volume >= 0))
+        self._require("low <= open and close", self.low <= np.minimum(self.open, self.close))
+        self._require("high >= open and close", self.high >= np.maximum(self.open, self.close))
+
+    @classmethod
+    def known_valid(cls, symbol: str, asset_class: AssetClass, *columns: NDArray[Any]) -> Bars:
+        """Return bars of COLUMNS that were valid when they were written; not one value is looked at."""
+        bars = object.__new__(cls)
+        for name, value in zip(
+            ("symbol", "asset_class", *COLUMNS), (symbol, asset_class, *columns), strict=True
+        ):
+            object.__setattr__(bars, name, value)
+        return bars
+
+    def __len__(self) -> int:
+        return len(self.open_time)
+
+    def _require(self, rule: str, holds: NDArray[np.bool_]) -> None:
+        if not holds.all():
+            place = int(np.argmin(holds))
+            raise ValueError(f"{self.symbol}: {rule} is broken at bar {place} of {len(self)}")
+
+    def between(self, start_ns: int, end_ns: int) -> Bars:
+        """Return the bars that open in [start_ns, end_ns), as views."""
+        first, last = np.searchsorted(self.open_time, (start_ns, end_ns))
+        return Bars(self.symbol, self.asset_class, *(getattr(self, name)[first:last] for name in COLUMNS))

@@ -1,0 +1,206 @@
+"""One of Polygon's day files as rows: decoded to its end, so that its gzip checksum holds, before any is used."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from data_sources.errors import BadAnswer
+
+PIECE_BYTES = 1 << 18  # of gzip, decoded at a time; about 1.2 MB of text, which fits a core's cache
+STRAY_FRACTION = 0.5  # with more of its rows outside of its day a file is wrong; fewer are for the lake
+
+# What a day file holds; always float64 volume (whole numbers until early 2026, decimals since) and text
+# tickers (NA, NULL, TRUE and 1E5 are or could be names).
+COLUMN_TYPES: dict[str, type[pl.DataType]] = {
+    "ticker": pl.String,
+    "volume": pl.Float64,
+    "open": pl.Float64,
+    "close": pl.Float64,
+    "high": pl.Float64,
+    "low": pl.Float64,
+    "window_start": pl.Int64,
+    "transactions": pl.Int64,
+}
+
+
+def read_day(content: bytes, key: str, symbols: Sequence[str], start_ns: int, end_ns: int) -> pa.Table:
+    """Decode a whole day file and return the rows of ``symbols``, as they are in the file.
+
+    Args:
+        content: gzip CSV with one header line; columns are found by name, in any order.
+        key: its name, for messages.
+        symbols: tickers to take.
+        start_ns: start of the file's day.
+        end_ns: end of the file's day, exclusive.
+
+    Returns:
+        symbol, open_time (int64 ns UTC), open, high, low, close, volume (float64); null where empty.
+
+    Raises:
+        BadAnswer: not gzip, cut, wrong checksum, wrong columns, text where numbers belong, or the stamps
+            are of another day (a real file of 2019 was a day late).
+    """
+    frame = _parsed(content, key, symbols).filter(pl.col("symbol").is_in(list(symbols)))
+    return _table(frame, key, start_ns, end_ns)
+
+
+def read_day_and_largest(
+    content: bytes,
+    key: str,
+    symbols: Sequence[str],
+    num_largest: int,
+    ending: str,
+    start_ns: int,
+    end_ns: int,
+) -> tuple[pa.Table, dict[str, int]]:
+    """Decode a whole day file as ``read_day`` does, with the rows of the day's largest tickers too.
+
+    Args:
+        content: see ``read_day``; so are the others.
+        key: see ``read_day``.
+        symbols: taken in any case.
+        num_largest: how many more to take.
+        ending: of the tickers to choose from.
+        start_ns: see ``read_day``.
+        end_ns: see ``read_day``.
+
+    Returns:
+        The rows, and what each of the largest traded: the day's volume times its median close, in dollars. The
+        median, since one bad print would make any ticker the largest.
+
+    Raises:
+        BadAnswer: see ``read_day``.
+    """
+    frame = _parsed(content, key, None)
+    sound = (pl.col("volume") > 0) & pl.col("volume").is_finite() & (pl.col("close") > 0)
+    traded = (
+        frame.filter(pl.col("symbol").str.ends_with(ending) & sound)
+        .group_by("symbol")
+        .agg((pl.col("volume").sum() * pl.col("close").median()).alias("dollars"))
+        .filter(pl.col("dollars").is_finite())
+        .sort(["dollars", "symbol"], descending=[True, False])
+        .head(num_largest)
+    )
+    dollars = {symbol: round(amount) for symbol, amount in traded.iter_rows()}
+    frame = frame.filter(pl.col("symbol").is_in([*symbols, *dollars]))
+    return _table(frame, key, start_ns, end_ns), dollars
+
+
+def _parsed(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataFrame:
+    """Return the rows of ``symbols`` and perhaps of others; None: of all."""
+    if not content.startswith(b"\x1f\x8b"):
+        begin = f"begins with {content[:20]!a}" if content else "is empty"
+        raise BadAnswer(f"{key}: expected gzip, the file {begin}")
+    try:
+        header, lines = _lines_of(content, symbols)
+    except (zlib.error, EOFError) as error:
+        raise BadAnswer(f"{key}: damaged ({error})") from error
+    names = header.decode("utf-8-sig", "replace").rstrip("\r").split(",")
+    lacking = [name for name in COLUMN_TYPES if name not in names and name != "transactions"]
+    if lacking:
+        raise BadAnswer(f"{key}: expected a column {lacking[0]}, the header is {','.join(names)[:100]!a}")
+    schema = {name: COLUMN_TYPES.get(name, pl.String) for name in names}
+    try:
+        return (
+            pl.scan_csv(io.BytesIO(header + b"\n" + lines), schema=schema)
+            .rename({"ticker": "symbol", "window_start": "open_time"})
+            .select("symbol", "open_time", "open", "high", "low", "close", "volume")
+            .collect()
+        )
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise BadAnswer(f"{key}: damaged ({ascii(reason)[1:-1]})") from error
+
+
+def _table(frame: pl.DataFrame, key: str, start_ns: int, end_ns: int) -> pa.Table:
+    times = frame["open_time"]
+    strays = times.filter(((times < start_ns) | (times >= end_ns)).fill_null(True))
+    if len(strays) > STRAY_FRACTION * len(frame):
+        raise BadAnswer(
+            f"{key}: {len(strays):,} of {len(frame):,} rows are not of that day, such as"
+            f" {strays.to_numpy()[0].astype('datetime64[ns]').astype('datetime64[s]')}"
+        )
+    table: pa.Table = frame.to_arrow()
+    return table.set_column(0, "symbol", table.column("symbol").cast(pa.string()))
+
+
+def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, bytes]:
+    """Decompress all of ``content`` piece by piece; return the header and the lines that may be of ``symbols``.
+
+    Parsing a line costs ten times what a look at its first 8 bytes does, and few of the lines are ours. A
+    look tells "AAPL," from "AAPLX,", but not "X:BTC-USD," from "X:BTC-USDT,", so more lines may come than asked
+    for. All lines come where the look cannot tell: the ticker is not the first column, or there are quotes.
+
+    Raises:
+        zlib.error: damaged, the checksum included.
+        EOFError: cut.
+    """
+    starts = [f"{symbol},".encode()[:8] for symbol in symbols or ()]
+    header: bytes | None = None
+    kept: list[bytes] = []
+    rest = b""
+    for piece in itertools.chain(_ahead(_decompressed(content)), (b"\n",)):  # the last line may lack its end
+        first, end = piece.find(b"\n") + 1, piece.rfind(b"\n") + 1
+        if not end:
+            rest += piece
+            continue
+        line, rest = rest + piece[:first], piece[end:]
+        if header is None:
+            header, line = line[:-1], b""
+        is_plain = header.startswith(b"ticker,") and symbols is not None
+        for block in (line, memoryview(piece)[first:end]):  # a view: most of the text is never copied
+            if len(block) > 1:  # not an empty line alone
+                looks = is_plain and b'"' not in line and piece.find(b'"', first, end) < 0
+                kept.append(_lines_starting_with(starts, block) if looks else bytes(block))
+    return header or b"", b"".join(kept)
+
+
+def _decompressed(content: bytes) -> Iterator[bytes]:
+    """Yield the text of a gzip file of one or more members, checking lengths and checksums."""
+    member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    for start in range(0, len(content), PIECE_BYTES):
+        piece = content[start : start + PIECE_BYTES]
+        while piece:
+            if member.eof:
+                member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            yield member.decompress(piece)
+            piece = member.unused_data
+    if not member.eof:
+        raise EOFError("the file ends too early")
+
+
+def _ahead(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Make the next piece in a thread while the caller looks through this one: zlib lets other threads run."""
+    with ThreadPoolExecutor(1, "polygon-gzip") as pool:
+        coming = pool.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(next, pieces, None)
+            yield piece
+
+
+def _lines_starting_with(starts: Sequence[bytes], block: bytes | memoryview) -> bytes:
+    """Return the lines of ``block`` (whole lines) that begin with one of ``starts`` (at most 8 bytes each)."""
+    characters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(characters == ord("\n")) + 1
+    begins = np.concatenate(([0], ends[:-1]))
+    hits = np.ones(len(begins), np.bool_)  # the very last lines, with no 8 bytes to look at, count as hits
+    looked_at = int(np.searchsorted(begins, len(block) - 8, side="right"))
+    if looked_at:
+        windows = np.lib.stride_tricks.as_strided(characters, (len(block) - 7, 8), (1, 1), writeable=False)
+        heads = np.ascontiguousarray(windows[begins[:looked_at]]).view(np.uint64)[:, 0]
+        hits[:looked_at] = False
+        for length in {len(start) for start in starts}:
+            mask = np.frombuffer((b"\xff" * length).ljust(8, b"\0"), np.uint64)[0]
+            wanted = b"".join(start.ljust(8, b"\0") for start in starts if len(start) == length)
+            hits[:looked_at] |= np.isin(heads & mask, np.frombuffer(wanted, np.uint64))
+    edges = np.flatnonzero(np.diff(hits, prepend=False, append=False))  # where runs of hits begin and end
+    runs = zip(begins[edges[::2]].tolist(), ends[edges[1::2] - 1].tolist(), strict=True)
+    return b"".join(block[first:last] for first, last in runs)

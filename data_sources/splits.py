@@ -1,0 +1,220 @@
+"""Stock splits: a ledger of what happened, applied when bars are loaded, so that raw prices stay raw.
+
+A split of ratio r (new shares per old, 10.0 for 10:1) executed on a date means that prices before that date
+are divided by r and volumes multiplied by it; the first session of the date is already at the new price.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sources.bars import Bars
+from data_sources.errors import LakeError
+from data_sources.files import write_atomically
+from data_sources.sessions import DAY_NS, in_regular_session, new_york_midnight_ns, new_york_time
+
+FILE_NAME = "splits.json"
+COMMON_RATIOS = (2, 3, 4, 5, 8, 10, 15, 20, 25, 50)
+RATIO_TOLERANCE = 0.02
+SAME_SPLIT = datetime.timedelta(days=5)
+_CLEAN_DENOMINATOR = 20
+_CLEAN_TOLERANCE = 1e-4  # vendors round 1/30 to 0.033333
+
+
+@dataclass(frozen=True, order=True)
+class Split:
+    """New shares per old share from the start of a date in New York."""
+
+    execution_date: datetime.date
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio > 0):
+            raise ValueError(f"a split's ratio must be finite and above zero, was {self.ratio}")
+
+    @property
+    def executed_ns(self) -> int:
+        """When bars are first at the new price, as int64 ns UTC."""
+        return new_york_midnight_ns(self.execution_date)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the ratio is p:q with small p or q; spin-offs are listed with factors such as 1.973."""
+        larger = max(self.ratio, 1 / self.ratio)
+        nearest = Fraction(larger).limit_denominator(_CLEAN_DENOMINATOR)
+        return abs(larger / float(nearest) - 1) < _CLEAN_TOLERANCE
+
+
+@dataclass(frozen=True)
+class SuspectedSplit:
+    """A jump between two sessions that looks like a split that nobody reported."""
+
+    symbol: str
+    open_time: int  # of the first bar at the new price, ns UTC
+    ratio: float  # the common ratio that it is near: 4.0 for 4:1, 0.25 for 1:4
+
+
+class SplitLedger:
+    """The splits of every stock, kept in ``root/splits.json``.
+
+    Raises:
+        LakeError: the file cannot be read or written. One that is not a ledger is set aside as
+            splits.json.corrupt and starts empty; the next refresh fills it again.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._path = Path(root) / FILE_NAME
+        self._splits = self._load()
+
+    def splits(self, symbol: str) -> list[Split]:
+        """Return the known splits of ``symbol``, oldest first."""
+        return sorted(
+            Split(datetime.date.fromisoformat(day), ratio)
+            for day, ratio in self._splits.get(symbol, {}).items()
+        )
+
+    def news(self, symbol: str, found: Iterable[Split]) -> list[Split]:
+        """Return which of ``found`` the ledger lacks.
+
+        Two vendors may date one split a few days apart; that is no second split.
+        """
+        known = self.splits(symbol)
+        return [
+            split
+            for split in found
+            if not any(
+                abs(split.execution_date - each.execution_date) <= SAME_SPLIT
+                and abs(split.ratio / each.ratio - 1) < RATIO_TOLERANCE
+                for each in known
+            )
+        ]
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """Return symbol -> execution date -> ratio, as in the file."""
+        return {symbol: dict(days) for symbol, days in self._splits.items()}
+
+    def update(self, symbol: str, splits: Iterable[Split]) -> None:
+        """Add what a vendor lists; for a date that is known already the newer ratio stays. Writes at once.
+
+        An empty list takes nothing away: vendors answer "none" when they fail, too.
+        """
+        known = self._splits.get(symbol, {})
+        merged = known | {split.execution_date.isoformat(): float(split.ratio) for split in splits}
+        if merged == known:
+            return
+        updated = self._splits | {symbol: dict(sorted(merged.items()))}
+        text = json.dumps({"splits": dict(sorted(updated.items()))}, indent=1)
+        try:
+            write_atomically(self._path, lambda file: _write(file, text))
+        except OSError as error:
+            raise LakeError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self._splits = updated
+
+    def adjust(
+        self, bars: Bars, *, fetched_ns: NDArray[np.int64] | None = None, until_ns: int | None = None
+    ) -> Bars:
+        """Return the bars as if every split had always been.
+
+        A ratio that is not clean (a spin-off) is applied only if the prices jumped by about that much.
+
+        Args:
+            bars: of one stock, at raw prices or at prices adjusted by the vendor.
+            fetched_ns: per bar, when a vendor that adjusts by itself (Yahoo) gave it: only splits executed
+                later are applied to it. None: the prices are raw.
+            until_ns: splits executed after this are not applied; None for all.
+        """
+        factor = np.ones(len(bars))
+        for split in self.splits(bars.symbol):
+            executed_ns = split.executed_ns
+            if until_ns is not None and executed_ns > until_ns:
+                continue
+            before = bars.open_time < executed_ns
+            if fetched_ns is not None:
+                before &= fetched_ns < executed_ns
+            if before.any() and (split.is_clean or _jumped(bars, executed_ns, split.ratio)):
+                factor[before] *= split.ratio
+        if (factor == 1).all():
+            return bars
+        return dataclasses.replace(
+            bars,
+            open=bars.open / factor,
+            high=bars.high / factor,
+            low=bars.low / factor,
+            close=bars.close / factor,
+            volume=bars.volume * factor,
+        )
+
+    def _load(self) -> dict[str, dict[str, float]]:
+        try:
+            text = self._path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise LakeError(f"cannot read {self._path}: {error}") from error
+        try:
+            ledger = {
+                str(symbol): {
+                    split.execution_date.isoformat(): split.ratio
+                    for split in (Split(datetime.date.fromisoformat(d), float(r)) for d, r in days.items())
+                }
+                for symbol, days in json.loads(text)["splits"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            try:
+                self._path.replace(self._path.with_name(FILE_NAME + ".corrupt"))
+            except OSError as error:
+                raise LakeError(f"{self._path} is damaged and cannot be set aside: {error}") from error
+            return {}
+        return ledger
+
+
+def suspected(bars: Bars) -> list[SuspectedSplit]:
+    """Find jumps from one regular session's close to the next one's open that look like a forgotten split.
+
+    The ratio lies within 2 % of k or 1/k for a common k, and the volume of the two sessions moved the other
+    way. Only a flag: a real move of that size exists, so nothing is changed.
+    """
+    regular = in_regular_session(bars.open_time)
+    day = new_york_time(bars.open_time[regular]) // DAY_NS
+    if not len(day):
+        return []
+    starts = np.append(0, np.flatnonzero(np.diff(day)) + 1)
+    ends = np.append(starts[1:], len(day))
+    opens, closes = bars.open[regular][starts], bars.close[regular][ends - 1]
+    volumes = np.add.reduceat(bars.volume[regular], starts)
+    times = bars.open_time[regular][starts]
+    ratios = closes[:-1] / opens[1:]
+    found = []
+    for i in np.flatnonzero(np.abs(np.log(ratios)) > np.log(1.9)).tolist():
+        ratio = next((each for each in _signed_ratios() if abs(ratios[i] / each - 1) < RATIO_TOLERANCE), None)
+        if ratio is not None and (volumes[i + 1] > volumes[i]) == (ratio > 1):
+            found.append(SuspectedSplit(bars.symbol, int(times[i + 1]), ratio))
+    return found
+
+
+def _signed_ratios() -> list[float]:
+    return [float(k) for k in COMMON_RATIOS] + [1 / k for k in COMMON_RATIOS]
+
+
+def _jumped(bars: Bars, executed_ns: int, ratio: float) -> bool:
+    """Whether the last price before and the first after are nearer to the ratio than to no change."""
+    place = int(np.searchsorted(bars.open_time, executed_ns))
+    if place == 0 or place == len(bars):
+        return False
+    moved = math.log(bars.close[place - 1] / bars.open[place])
+    return abs(moved - math.log(ratio)) < abs(moved)
+
+
+def _write(file: BinaryIO, text: str) -> None:
+    file.write(text.encode())

@@ -1,0 +1,103 @@
+"""``top:500`` in place of names: the largest symbols by dollar volume, as known at each date, dead ones too.
+
+A symbol counts for a calendar month when it was among the N largest of the 30 days before that month: nothing
+later decides, so what is gone by now is there as long as it was large. The lake keeps of each day the bars of the
+day's 3 N largest, and what each of them traded, so that the rule can choose without downloading a day twice.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from data_sources.lake import Lake
+
+KEPT_FOLD = 3
+LOOK_BACK_DAYS = 30
+DAY_NS = 86_400_000_000_000
+_RULE = re.compile(r"top:([1-9]\d{0,4})")
+
+Interval = tuple[int, int]  # [start_ns, end_ns)
+
+
+def top_of(names: Iterable[str]) -> int:
+    """Return the N of the rule among ``names``, the largest of several; 0 where there are only names.
+
+    Raises:
+        ValueError: one begins like a rule and is none.
+    """
+    largest = 0
+    for name in names:
+        if name.startswith("top:"):
+            match = _RULE.fullmatch(name)
+            if not match:
+                raise ValueError(f"{name} must be top: and how many of the largest, such as top:500")
+            largest = max(largest, int(match[1]))
+    return largest
+
+
+def named(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names that are no rule, each once."""
+    return tuple(dict.fromkeys(name for name in names if not name.startswith("top:")))
+
+
+def kept_rule(num_kept: int) -> tuple[str, ...]:
+    """Return what a part lists among its symbols when it has the day's ``num_kept`` largest."""
+    return (f"top:{num_kept}",) if num_kept else ()
+
+
+def look_back(start_ns: int) -> int:
+    """Return from when on days are needed for a rule that holds from ``start_ns`` on."""
+    start = dt.datetime.fromtimestamp(start_ns // 10**9, dt.UTC)
+    first = start.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return int(first.timestamp()) * 10**9 - LOOK_BACK_DAYS * DAY_NS
+
+
+def members(
+    lake: Lake, source: str, dataset: str, num_largest: int, start_ns: int, end_ns: int
+) -> dict[str, list[Interval]]:
+    """Return the months of [start_ns, end_ns) in which each symbol counts, merged where they touch.
+
+    A month before which nothing is known has no members.
+
+    Raises:
+        LakeError: the folder cannot be read.
+    """
+    days = {
+        dt.date.fromisoformat(unit): part.dollar_volume
+        for unit, part in lake.parts(source, dataset).items()
+        if part.dollar_volume
+    }
+    found: dict[str, list[Interval]] = {}
+    for first, behind in _months(start_ns, end_ns):
+        interval = (_ns(first), _ns(behind))
+        for symbol in _largest(days, first, num_largest):
+            intervals = found.setdefault(symbol, [])
+            if intervals and intervals[-1][1] == interval[0]:
+                intervals[-1] = (intervals[-1][0], interval[1])
+            else:
+                intervals.append(interval)
+    return found
+
+
+def _largest(days: Mapping[dt.date, Mapping[str, float]], month: dt.date, count: int) -> Sequence[str]:
+    """Rank by what was traded in the days before ``month``; equal ones by name."""
+    traded: Counter[str] = Counter()
+    for age in range(1, LOOK_BACK_DAYS + 1):
+        traded.update(days.get(month - dt.timedelta(days=age), {}))
+    return sorted(traded, key=lambda symbol: (-traded[symbol], symbol))[:count]
+
+
+def _months(start_ns: int, end_ns: int) -> Iterable[tuple[dt.date, dt.date]]:
+    month = dt.datetime.fromtimestamp(start_ns // 10**9, dt.UTC).date().replace(day=1)
+    while _ns(month) < end_ns:
+        behind = (month + dt.timedelta(days=31)).replace(day=1)
+        yield month, behind
+        month = behind
+
+
+def _ns(day: dt.date) -> int:
+    """Midnight UTC: no US stock trades then on the first of a month, extended hours begin at 8 or 9."""
+    return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp()) * 10**9

@@ -1,0 +1,61 @@
+"""Tables of bars for the tests of the lake: a random walk on whole minutes, and ways to break it."""
+
+from __future__ import annotations
+
+import datetime
+
+import numpy as np
+import pyarrow as pa
+
+from data_sources.bars import MINUTE_NS
+
+DAY_NS = 1440 * MINUTE_NS
+
+
+def ns(text: str) -> int:
+    """Give the instant "2026-11-20 14:30" (UTC) as int64 ns."""
+    moment = datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC)
+    return int(moment.timestamp()) * 1_000_000_000
+
+
+def walk(symbol: str, start_ns: int, num_bars: int, *, seed: int = 0, price: float = 100.0) -> pa.Table:
+    """Draw ``num_bars`` valid bars from ``start_ns`` on, one a minute, with steps of 0.1 %."""
+    random = np.random.default_rng(seed)
+    close = price * np.exp(np.cumsum(random.normal(0, 1e-3, num_bars)))
+    opened = np.append(price, close)[:-1]
+    return table(
+        symbol,
+        start_ns + np.arange(num_bars) * MINUTE_NS,
+        opened,
+        np.maximum(opened, close) * 1.0005,
+        np.minimum(opened, close) * 0.9995,
+        close,
+        random.uniform(1, 100, num_bars),
+    )
+
+
+def table(symbol, open_time, opened, high, low, close, volume) -> pa.Table:
+    """Put columns together; ``symbol`` is one name for all or one per row."""
+    names = [symbol] * len(open_time) if isinstance(symbol, str) else symbol
+    columns = [np.asarray(open_time, np.int64)]
+    columns += [np.asarray(each, np.float64) for each in (opened, high, low, close, volume)]
+    return pa.table(
+        [pa.array(names, pa.string()), *columns],
+        names=["symbol", "open_time", "open", "high", "low", "close", "volume"],
+    )
+
+
+def with_values(given: pa.Table, rows, **columns) -> pa.Table:
+    """Return the table with other values in ``rows`` of the named columns."""
+    for name, value in columns.items():
+        values = given[name].to_numpy().copy()
+        values[rows] = value
+        given = given.set_column(given.column_names.index(name), name, pa.array(values))
+    return given
+
+
+def flat(prices, start_ns: int, symbol: str = "AAA", volume: float = 10.0) -> pa.Table:
+    """Make bars whose open, high, low and close are one price each."""
+    prices = np.asarray(prices, np.float64)
+    time = start_ns + np.arange(len(prices)) * MINUTE_NS
+    return table(symbol, time, prices, prices, prices, prices, np.full(len(prices), volume))

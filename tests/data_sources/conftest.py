@@ -1,0 +1,38 @@
+"""A moto S3 server for the tests of Polygon's flat files: one per module, empty for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_sources.lake import Lake
+from data_sources.polygon import Polygon
+from tests.data_sources.polygon_desk import KEY_ID, SECRET
+from tests.data_sources.s3_server import S3Server
+
+
+@pytest.fixture(scope="module")
+def running_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(running_server: S3Server) -> S3Server:
+    running_server.empty()
+    return running_server
+
+
+@pytest.fixture
+def source(server: S3Server) -> Polygon:
+    return Polygon(
+        KEY_ID, SECRET, server.endpoint, connect_timeout_seconds=2, read_timeout_seconds=5, attempts=3
+    )
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    return Lake(tmp_path / "lake")

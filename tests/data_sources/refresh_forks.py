@@ -1,0 +1,66 @@
+"""Refreshes of one lake on demand, each in a process of its own that may be killed; started by test_kill.py.
+
+Reads one JSON object per line (root, s3, binance, stocks, pairs, start_ns, now_ns, perhaps largest_file in bytes),
+forks, and the child refreshes Polygon and Binance. Answers the child's id at once and its exit status when it has
+ended. Forking saves every child the second that the vendors' libraries take to import.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from data_sources import binance_spot, polygon
+from data_sources.lake import Lake
+from data_sources.progress import Silence
+from data_sources.refresh import DataRequest, refresh
+from data_sources.web import Patience
+
+PATIENCE = Patience(read_seconds=20, total_seconds=30, backoff_seconds=0.01, attempts=2)
+
+
+def run(asked: dict) -> int:
+    if asked.get("largest_file"):  # the operating system lets no file grow beyond it, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest_file"],) * 2)
+    request = DataRequest(
+        ("polygon", "binance"), asked["stocks"], asked["pairs"], (), asked["start_ns"], asked["now_ns"]
+    )
+    files = polygon.Polygon("key", "secret", asked["s3"], attempts=2)
+    coins = binance_spot.Binance(asked["binance"], asked["binance"], patience=PATIENCE)
+    span = (request.start_ns, request.end_ns, asked["now_ns"])
+    adapters = {
+        "polygon": lambda lake, request, now, progress, _: files.refresh(
+            lake, request.stocks, (), *span, progress
+        ),
+        "binance": lambda lake, request, now, progress, _: coins.refresh(
+            lake, request.binance_pairs, *span, progress
+        ),
+    }
+    reports = refresh(Lake(Path(asked["root"])), request, asked["now_ns"], Silence(), adapters=adapters)
+    return 0 if all(report.status == "ok" for report in reports.values()) else 1
+
+
+def say(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 2
+            try:
+                code = run(json.loads(line))
+            finally:
+                os._exit(code)
+        say(child)
+        _, status = os.waitpid(child, 0)
+        say(os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()

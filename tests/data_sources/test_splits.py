@@ -1,0 +1,183 @@
+import datetime
+import json
+
+import numpy as np
+import pytest
+from bar_tables import DAY_NS, ns, walk
+
+from data_sources.bars import COLUMNS, MINUTE_NS, Bars
+from data_sources.errors import LakeError
+from data_sources.sessions import (
+    expected_minutes,
+    in_regular_session,
+    new_york_midnight_ns,
+    new_york_time,
+)
+from data_sources.splits import Split, SplitLedger, suspected
+
+DATE = datetime.date(2026, 11, 18)
+OPEN = ns("2026-11-17 14:30")  # 09:30 in New York
+
+
+def two_sessions(ratio, *, symbol="AAA", volume_ratio=None):
+    """390 bars of the 17th at 100 x ratio, 390 of the 18th at 100, volume moving the other way."""
+    columns = {name: [] for name in COLUMNS}
+    for day, (price, volume) in enumerate(((ratio, 1.0), (1.0, volume_ratio or ratio))):
+        bars = walk(symbol, OPEN + day * DAY_NS, 390, seed=7)
+        price = price * 100 / bars["close"][-1].as_py() if day == 0 else price  # ends where the next begins
+        for name in COLUMNS:
+            scale = {"open_time": 1, "volume": volume}.get(name, price)
+            columns[name].append(bars[name].to_numpy() * scale)
+    return Bars(symbol, "stock", *(np.concatenate(columns[name]) for name in COLUMNS))
+
+
+def test_prices_before_the_execution_date_are_divided_and_volumes_multiplied(tmp_path):
+    ledger = SplitLedger(tmp_path)
+    ledger.update("AAA", [Split(DATE, 10.0)])
+    raw = two_sessions(10.0)
+    adjusted = ledger.adjust(raw)
+    for name in ("open", "high", "low", "close"):
+        np.testing.assert_allclose(getattr(adjusted, name)[:390], getattr(raw, name)[:390] / 10, rtol=1e-15)
+        np.testing.assert_array_equal(getattr(adjusted, name)[390:], getattr(raw, name)[390:])
+    np.testing.assert_allclose(adjusted.volume[:390], raw.volume[:390] * 10)
+    assert abs(np.log(adjusted.close[390] / adjusted.close[389])) < 0.1
+
+
+def test_splits_multiply_and_reverse_splits_raise_old_prices(tmp_path):
+    ledger = SplitLedger(tmp_path)
+    ledger.update("AAA", [Split(DATE, 4.0), Split(datetime.date(2026, 11, 19), 0.1)])
+    raw = two_sessions(4.0)
+    adjusted = ledger.adjust(raw)
+    np.testing.assert_allclose(adjusted.close, np.repeat([1 / 0.4, 10], 390) * raw.close)
+
+
+def test_the_first_bar_after_midnight_in_new_york_is_already_new(tmp_path):
+    ledger = SplitLedger(tmp_path)
+    ledger.update("AAA", [Split(DATE, 2.0)])
+    time = np.array([ns("2026-11-18 04:59"), ns("2026-11-18 05:00")])
+    flat = np.full(2, 10.0)
+    assert ledger.adjust(Bars("AAA", "stock", time, flat, flat, flat, flat, flat)).close.tolist() == [
+        5.0,
+        10.0,
+    ]
+
+
+def test_prices_that_a_vendor_adjusts_are_changed_only_by_splits_after_their_fetch(tmp_path):
+    ledger = SplitLedger(tmp_path)
+    ledger.update("AAA", [Split(DATE, 10.0)])
+    raw = two_sessions(10.0)
+    fetched = np.where(np.arange(780) < 100, new_york_midnight_ns(DATE) - 1, new_york_midnight_ns(DATE))
+    adjusted = ledger.adjust(raw, fetched_ns=fetched)
+    np.testing.assert_allclose(raw.close / adjusted.close, np.where(np.arange(780) < 100, 10.0, 1.0))
+
+
+def test_a_split_that_is_still_to_come_changes_nothing(tmp_path):
+    ledger = SplitLedger(tmp_path)
+    ledger.update("AAA", [Split(DATE, 10.0)])
+    raw = two_sessions(1.0)
+    assert ledger.adjust(raw, until_ns=new_york_midnight_ns(DATE) - 1) is raw
+    assert ledger.adjust(raw, until_ns=new_york_midnight_ns(DATE)) is not raw
+
+
+@pytest.mark.parametrize(
+    ("ratio", "clean"),
+    [
+        (10.0, True),
+        (1.5, True),
+        (0.125, True),
+        (0.033333, True),
+        (50.0, True),
+        (1.973, False),
+        (1.0231, False),
+    ],
+)
+def test_an_odd_ratio_counts_only_if_the_prices_jumped_by_it(tmp_path, ratio, clean):
+    assert Split(DATE, ratio).is_clean == clean
+    ledger = SplitLedger(tmp_path)
+    ledger.update("AAA", [Split(DATE, ratio)])
+    quiet = two_sessions(1.0)
+    assert (ledger.adjust(quiet) is quiet) == (not clean)
+    if ratio == 1.973:
+        jumped = two_sessions(ratio)
+        assert ledger.adjust(jumped).close[0] == pytest.approx(jumped.close[0] / ratio)
+
+
+def test_the_ledger_outlives_the_process_and_an_empty_answer_takes_nothing_away(tmp_path):
+    SplitLedger(tmp_path).update("NVDA", [Split(datetime.date(2024, 6, 10), 10.0)])
+    SplitLedger(tmp_path).update("NVDA", [])
+    SplitLedger(tmp_path).update("NVDA", [Split(datetime.date(2021, 7, 20), 4.0)])
+    assert SplitLedger(tmp_path).splits("NVDA") == [
+        Split(datetime.date(2021, 7, 20), 4.0),
+        Split(datetime.date(2024, 6, 10), 10.0),
+    ]
+    assert SplitLedger(tmp_path).splits("AAPL") == []
+    assert json.loads((tmp_path / "splits.json").read_text())["splits"]["NVDA"]["2024-06-10"] == 10.0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"splits": 3}', '{"splits": {"A": {"yesterday": 2}}}',
+                                  '{"splits": {"A": {"2024-06-10": -2}}}'])  # fmt: skip
+def test_a_damaged_ledger_is_set_aside_and_starts_empty(tmp_path, text):
+    (tmp_path / "splits.json").write_text(text)
+    ledger = SplitLedger(tmp_path)
+    assert ledger.splits("A") == []
+    assert (tmp_path / "splits.json.corrupt").read_text() == text
+    ledger.update("A", [Split(DATE, 2.0)])
+    assert SplitLedger(tmp_path).splits("A") == [Split(DATE, 2.0)]
+
+
+def test_a_ledger_that_cannot_be_written_is_a_lake_error_and_unchanged(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LakeError):
+        SplitLedger(tmp_path / "file")
+    ledger = SplitLedger(tmp_path / "folder")
+    (tmp_path / "folder").write_text("in the way")
+    with pytest.raises(LakeError, match="cannot write"):
+        ledger.update("A", [Split(DATE, 2.0)])
+    assert ledger.splits("A") == []
+
+
+@pytest.mark.parametrize("ratio", [0.0, -2.0, float("nan"), float("inf")])
+def test_a_ratio_that_cannot_be_is_refused(ratio):
+    with pytest.raises(ValueError, match="finite and above zero"):
+        Split(DATE, ratio)
+
+
+@pytest.mark.parametrize("ratio", [2.0, 3.0, 10.0, 50.0, 0.5, 0.1])
+def test_a_forgotten_split_is_flagged_with_its_ratio_and_first_new_bar(ratio):
+    found = suspected(two_sessions(ratio))
+    assert [(each.symbol, each.open_time) for each in found] == [("AAA", OPEN + DAY_NS)]
+    assert found[0].ratio == pytest.approx(ratio)
+
+
+def test_moves_that_are_no_split_are_not_flagged():
+    assert suspected(two_sessions(1.0)) == []
+    assert suspected(two_sessions(1.7)) == []  # no common ratio
+    assert suspected(two_sessions(10.0, volume_ratio=0.2)) == []  # volume fell, too
+    nothing = np.empty(0)
+    assert suspected(Bars("A", "stock", np.empty(0, np.int64), *[nothing] * 5)) == []
+
+
+@pytest.mark.parametrize(
+    ("day", "first", "last"),
+    [
+        ("2026-03-06", "14:30", "20:59"),  # Friday before the clocks go forward
+        ("2026-03-09", "13:30", "19:59"),
+        ("2026-10-30", "13:30", "19:59"),  # Friday before they go back
+        ("2026-11-02", "14:30", "20:59"),
+    ],
+)
+def test_the_regular_session_follows_new_yorks_clock_over_daylight_saving(day, first, last):
+    minutes = ns(f"{day} 00:00") + np.arange(1440) * MINUTE_NS
+    kept = minutes[in_regular_session(minutes)]
+    assert (kept[0], kept[-1], len(kept)) == (ns(f"{day} {first}"), ns(f"{day} {last}"), 390)
+    assert np.unique(new_york_time(kept) // DAY_NS).tolist() == [ns(f"{day} 00:00") // DAY_NS]
+
+
+def test_the_calendar_knows_half_days_and_closures_and_says_when_it_does_not_know():
+    minutes = expected_minutes(ns("2024-11-23 00:00"), ns("2026-11-23 00:00"))
+    assert len(minutes) == 193_710
+    assert in_regular_session(minutes).all()
+    half = expected_minutes(ns("2025-07-03 00:00"), ns("2025-07-06 00:00"))
+    assert (len(half), half[-1]) == (210, ns("2025-07-03 16:59"))
+    assert len(expected_minutes(ns("2025-01-09 00:00"), ns("2025-01-10 00:00"))) == 0
+    assert expected_minutes(ns("2026-11-20 00:00"), ns("2190-01-01 00:00")) is None
