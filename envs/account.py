@@ -1,0 +1,237 @@
+"""The ledger of N accounts as tensors: fills, fees, slippage, borrow cost, equity and ruin.
+
+Pure functions, no randomness, no market. ``account_reference.py`` is the same ledger in plain Python floats,
+and a test holds the two together. An account starts with equity 1: every cost is proportional, so the
+size does not matter. All tensors are (N,); money is float64 unless the environment is asked for less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What is left after a loss beyond everything: the log of equity stays finite (-13.8).
+EQUITY_FLOOR = 1e-6
+
+
+@dataclass
+class AccountState:
+    """N accounts between two fills."""
+
+    cash: Tensor  # after the newest fill, before `owed` is paid
+    units: Tensor  # shares or coins held, negative when short
+    owed: Tensor  # borrow cost from the newest fill to the next one, paid there
+    log_equity: Tensor  # log of equity at the next fill's price, before it; 0 at the start of an episode
+    log_peak: Tensor  # highest log equity at any fill so far
+    log_at_trade: Tensor  # log equity right before the newest trade
+    target: Tensor  # target position that is held, as a fraction of equity
+    held: Tensor  # int64, its index; the number of positions when none was ever taken
+    alive: Tensor  # bool, not ruined
+
+    @staticmethod
+    def fresh(num_envs: int, first_held: int, dtype: torch.dtype, device: torch.device) -> AccountState:
+        """Return accounts with equity 1, all in cash."""
+        zero = torch.zeros(num_envs, dtype=dtype, device=device)
+        return AccountState(
+            cash=torch.ones_like(zero),
+            units=zero.clone(),
+            owed=zero.clone(),
+            log_equity=zero.clone(),
+            log_peak=zero.clone(),
+            log_at_trade=zero.clone(),
+            target=zero.clone(),
+            held=torch.full_like(zero, first_held, dtype=torch.int64),
+            alive=torch.ones_like(zero, dtype=torch.bool),
+        )
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the seven amounts as one tensor, (7, N), the index held, and whether alive."""
+        *amounts, held, alive = self.tensors()
+        return torch.stack(amounts), held, alive
+
+    @staticmethod
+    def unpacked(amounts: Tensor, held: Tensor, alive: Tensor) -> AccountState:
+        """Undo ``packed``."""
+        return AccountState(*[*amounts.unbind(), held, alive])
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What one fill did, beside the new state."""
+
+    log_return: Tensor  # log equity before the next fill less log equity before this one
+    ruined: Tensor  # bool, by this step
+    traded: Tensor  # value bought or sold at the market's price, in start equities, liquidation included
+    costs: Tensor  # fee and slippage paid for it, in start equities
+
+
+def advance(
+    state: AccountState,
+    action: Tensor,
+    target: Tensor,
+    *,
+    price: Tensor,
+    next_price: Tensor,
+    cost_rate: Tensor,
+    borrow: Tensor,
+    ruin_equity: float,
+    first_held: int,
+    impact: Tensor | None = None,
+    impact_limit: float | Tensor = 0.0,
+) -> tuple[AccountState, Fill]:
+    """Fill one decision per account and hold it until the next fill.
+
+    A new target is reached exactly: after the trade the position is worth ``target`` times the equity
+    that is left after ``cost_rate`` of the traded value is gone. The same target again trades nothing.
+    What is borrowed, shares or money, costs ``borrow`` until the next fill. Equity at or below
+    ``ruin_equity`` there closes the position, at the same costs, and freezes the account in cash.
+
+    Args:
+        state: before the fill; not modified.
+        action: int64, index of the wanted target; ``first_held`` for the ruined.
+        target: its fraction of equity; 0 for the ruined.
+        price: open at which this decision fills.
+        next_price: open at which the next one does.
+        cost_rate: fee plus slippage, as a fraction of traded value.
+        borrow: cost of borrowing until the next fill, as a fraction of what is borrowed.
+        ruin_equity: in start equities.
+        first_held: value of ``held`` for an account in cash.
+        impact: what a large order pays beside ``cost_rate``, per start equity of order value; the order is
+            what lies between the position held and the one wanted, before costs.
+        impact_limit: the most of it, as a fraction of traded value.
+    """
+    unchanged = action == state.held
+    cash = state.cash - state.owed
+    value = state.units * price
+    # The trade after whose cost the position is `target` of what is left: with a = value - target * equity,
+    # bought = a / (rate * target * sign(a) - 1). Written in place: 40 kernels of this size are all launch.
+    excess = torch.addcmul(value, target, cash + value, value=-1)
+    rate = _rate(cost_rate, excess, impact, impact_limit)
+    bought = excess.div_((rate * target).mul_(excess.sign()).sub_(1)).masked_fill_(unchanged, 0)
+    traded = bought.abs()
+    costs = traded * rate
+    units = torch.addcdiv(state.units, bought, price)
+    cash = cash.sub_(bought).sub_(costs)
+    # Short: the shares are borrowed. Cash below zero: the money is. Never both while equity is above zero.
+    owed = torch.minimum(cash, value.add_(bought)).clamp_(max=0).mul_(borrow).neg_()
+
+    next_value = units * next_price
+    equity = (cash - owed).add_(next_value)
+    alive = (equity > ruin_equity).logical_and_(state.alive)
+    dead = ~alive
+    liquidated = next_value.abs_().masked_fill_(alive, 0)
+    rate = _rate(cost_rate, liquidated, impact, impact_limit)
+    traded.add_(liquidated)
+    costs.addcmul_(liquidated, rate)
+    # The living are above ruin, so the floor is far below them.
+    equity.addcmul_(liquidated, rate, value=-1).clamp_(min=EQUITY_FLOOR)
+    log_equity = equity.log()
+    new_state = AccountState(
+        cash=torch.where(alive, cash, equity),
+        units=units.masked_fill_(dead, 0),
+        owed=owed.masked_fill_(dead, 0),
+        log_equity=log_equity,
+        log_peak=torch.maximum(state.log_peak, state.log_equity),
+        log_at_trade=torch.where(unchanged, state.log_at_trade, state.log_equity),
+        target=target.masked_fill(dead, 0),
+        held=action.masked_fill(dead, first_held),
+        alive=alive,
+    )
+    return new_state, Fill(log_equity - state.log_equity, dead.logical_and_(state.alive), traded, costs)
+
+
+def observe(
+    account: AccountState,
+    close: Tensor,
+    played: Tensor,
+    cost_rate: Tensor,
+    constants: tuple[Tensor, ...],
+) -> Tensor:
+    """Return what each account knows of itself, (N, A) float32; TradingEnv says what the columns are.
+
+    Args:
+        account: between two fills.
+        close: the newest one, which marks the position.
+        played: decisions in this episode.
+        cost_rate: fee and slippage.
+        constants: offset and scale of the last 6 columns, (6, 1) each, and the rows of the targets, (K + 1, A).
+    """
+    offset, scale, rows = constants
+    value = account.units * close
+    equity = (account.cash + value).clamp_(min=EQUITY_FLOOR)
+    log_equity = equity.log()
+    columns = torch.stack(
+        (
+            value.div_(equity).sub_(account.target),
+            log_equity - account.log_at_trade,
+            log_equity - account.log_peak,
+            log_equity,
+            played,
+            cost_rate,
+        )
+    )
+    observations = rows.index_select(0, account.held)
+    observations[:, -len(columns) :] = torch.addcmul(offset, columns, scale).clamp_(-8, 8).t()
+    return observations
+
+
+def _rate(cost_rate: Tensor, order: Tensor, impact: Tensor | None, impact_limit: float | Tensor) -> Tensor:
+    if impact is None:
+        return cost_rate
+    return (order.abs() * impact).clamp_(max=impact_limit).add_(cost_rate)
+
+
+def advance_all(
+    state: list[Tensor],
+    actions: Tensor,
+    targets: Tensor,
+    price: Tensor,
+    cost_rate: Tensor,
+    borrow: Tensor,
+    impact: Tensor | None,
+    **rules: Any,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fill T decisions per account, one after the other, with no tensor of the host in between.
+
+    Args:
+        state: what ``AccountState.tensors`` returns.
+        actions: (T, N) int64; those of the ruined do not count.
+        targets: (K + 1,) fraction of equity of each action.
+        price: (T + 1, N).
+        cost_rate: (T, N).
+        borrow: (T, N).
+        impact: (T, N) or None.
+        **rules: the other arguments of ``advance``.
+
+    Returns:
+        The state after it; log return (T, N) float32; ruined by the decision (T, N) bool; costs, borrow cost
+        and value traded, added up (3, N); decisions while alive (N,); targets held (T, N) uint8.
+    """
+    now, rows = AccountState(*state), []
+    flows, played = price.new_zeros(3, price.shape[1]), torch.zeros_like(price[0])
+    in_cash = torch.full_like(now.held, rules["first_held"])
+    for t, wanted in enumerate(actions.unbind(0)):
+        alive, action = now.alive, torch.where(now.alive, wanted, in_cash)
+        now, fill = advance(
+            now,
+            action,
+            targets[action],
+            price=price[t],
+            next_price=price[t + 1],
+            cost_rate=cost_rate[t],
+            borrow=borrow[t],
+            impact=None if impact is None else impact[t],
+            **rules,
+        )
+        flows = flows + torch.stack((fill.costs, now.owed, fill.traded))
+        played = played + alive
+        rows.append((fill.log_return.float(), fill.ruined, action.to(torch.uint8)))
+    log_return, ruined, held = map(torch.stack, zip(*rows, strict=True))
+    return now.tensors(), log_return, ruined, flows, played, held

@@ -1,0 +1,71 @@
+"""What every choice would have led to: growth and account, had another position been held.
+
+For valuing decisions after the segment is known (``training/hindsight.py``), never for making them.
+Shapes: N = environments, H = horizon, A = account features, K = target positions, J = what can be held: the
+targets and, where 0 is not among them, cash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from envs.account import AccountState, advance
+
+
+def growth_of_every_choice(fills: Mapping[str, Tensor], positions: Sequence[float]) -> Tensor:
+    """Return log growth of equity for every held and every chosen target, (N, H, J, K) float32.
+
+    The same ledger as ``TradingEnv.step``, from exactly the held target and without ruin.
+
+    Args:
+        fills: of ``TradingEnv.fills_ahead``, (N, H) each.
+        positions: the K targets, as fractions of equity.
+    """
+    price = fills["price"]
+    held = torch.tensor(_what_can_be_held(positions), dtype=price.dtype, device=price.device)
+    shape = (*price.shape, len(held), len(positions))
+    exposure = held[:, None].expand(shape)
+    # The index that an account in cash holds, as TradingEnv has it.
+    first_held = positions.index(0.0) if 0.0 in positions else len(positions)
+    state = AccountState.fresh(1, first_held, price.dtype, price.device)
+    state.cash = 1.0 - exposure
+    state.units = exposure / price[..., None, None]
+    state.target = exposure
+    state.held = torch.arange(len(held), device=price.device)[:, None].expand(shape)
+    _, fill = advance(
+        state,
+        torch.arange(len(positions), device=price.device).expand(shape),
+        held[: len(positions)].expand(shape),
+        ruin_equity=0.0,
+        first_held=first_held,
+        **{name: value[..., None, None] for name, value in fills.items()},
+    )
+    return fill.log_return.float()
+
+
+def accounts_in_every_position(accounts: Tensor, positions: Sequence[float]) -> Tensor:
+    """Return what each account would know of itself if it held another target: (..., A) -> (..., J, A).
+
+    What is held is the account as it is; another target is held as if it had been reached just now and for
+    nothing: no drift, no gain since.
+    """
+    num_targets, num_held = len(positions), len(_what_can_be_held(positions))
+    one_hot = torch.eye(num_held, num_targets, dtype=accounts.dtype, device=accounts.device)
+    same = (accounts[..., None, :num_targets] == one_hot).all(-1, keepdim=True)
+    drift_and_gain = accounts[..., None, num_targets : num_targets + 2]
+    rest = accounts[..., None, num_targets + 2 :].expand(*same.shape[:-1], -1)
+    one_hot = one_hot.expand(*same.shape[:-1], -1)
+    return torch.cat((one_hot, torch.where(same, drift_and_gain, 0.0), rest), dim=-1)
+
+
+def what_is_held(accounts: Tensor, positions: Sequence[float]) -> Tensor:
+    """Return the index of what each account holds: (..., A) -> (...) int64, below J."""
+    one_hot = accounts[..., : len(positions)]
+    return one_hot.argmax(-1).masked_fill(~one_hot.any(-1), len(positions))
+
+
+def _what_can_be_held(positions: Sequence[float]) -> list[float]:
+    return [*positions] if 0.0 in positions else [*positions, 0.0]

@@ -1,0 +1,259 @@
+"""Market: the bars and features of all symbols on the device, and the places where a segment may start.
+
+Shapes: S = symbols, B = bars of all symbols, one symbol after the other, F = features, M = stretches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import envs.own_features  # noqa: F401  # registers them
+from data_sources.bars import Bars
+from envs.features import FEATURES, VOLATILITY_FLOOR, FeatureFunction, FeatureStatistics, compute
+from envs.sessions import minutes_left
+
+HOUR_NS = 3_600_000_000_000
+YEAR_NS = 365.25 * 24 * HOUR_NS
+# Longer silences are holes: a coin's is an outage; a stock's longest regular one is a four-day weekend.
+HOLE_NS = {"crypto": HOUR_NS, "stock": 100 * HOUR_NS}
+
+
+@dataclass(frozen=True, eq=False)
+class Market:
+    """Everything that does not react to the accounts.
+
+    Holes (over 60 minutes for crypto, over 100 hours for stocks) split each symbol into stretches, and
+    the holdout cuts them off: a segment's bars t0 - C to t0 + H + 1 lie within one stretch.
+    """
+
+    symbols: tuple[str, ...]
+    is_crypto: Tensor  # (S,) bool
+    volatility: Tensor  # (S,) float32, typical log return of one bar in the training range: scales rewards
+    offsets: Tensor  # (S + 1,) int64, first bar of each symbol
+    open_time: Tensor  # (B,) int64, ns UTC
+    # (B, 5) float32: open, close, years until the next bar opens, (high - low) / open, volume in money
+    quotes: Tensor
+    minutes_left: Tensor  # (B,) int16, to the scheduled close when the bar opens; see envs/sessions.py
+    features: Tensor  # (B, F) float16
+    statistics: FeatureStatistics
+    context_bars: int
+    horizon: int
+    playable: Tensor  # (P,) int64, symbols that have a valid start
+    playable_cdf: Tensor  # (P,) float64, cumulative share of episodes
+    starts_before: Tensor  # (P,) int64, valid starts of the playable symbols before this one
+    starts: Tensor  # (P,) int64, valid starts of each playable symbol
+    stretch_first: Tensor  # (M,) int64, first bar of each stretch
+    stretch_last: Tensor  # (M,) int64, its last bar before the next hole or the holdout
+    stretch_starts_before: Tensor  # (M,) int64, valid starts in all stretches before this one
+
+    @staticmethod
+    def from_bars(
+        bars: Sequence[Bars],
+        *,
+        device: torch.device | str,
+        holdout_start_ns: int,
+        context_bars: int,
+        horizon: int,
+        statistics: FeatureStatistics | None = None,
+        features: Mapping[str, FeatureFunction] | None = None,
+    ) -> Market:
+        """Put bars on the device and compute their features.
+
+        Args:
+            bars: one entry per symbol.
+            device: where everything lives.
+            holdout_start_ns: no segment touches a bar that opens at or after it.
+            context_bars: C.
+            horizon: H.
+            statistics: of an earlier market of the same training; measured on the bars before
+                the holdout when not given.
+            features: name -> function; the registered ones when not given.
+
+        Raises:
+            ValueError: a symbol comes twice, no segment fits, or the statistics are of other features.
+        """
+        device = torch.device(device)
+        functions = dict(FEATURES if features is None else features)
+        names = tuple(one.symbol for one in bars)
+        if len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(
+                f"each symbol must come once, {', '.join(twice)} came twice: merge its sources first"
+            )
+        if statistics is not None and statistics.names != tuple(functions):
+            raise ValueError(
+                f"statistics must be of these features: {', '.join(functions)}; they are of "
+                f"{', '.join(statistics.names)}: start a new training, or use the features of the old one"
+            )
+        sizes = [len(one) for one in bars]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+        training_bars = [int(np.searchsorted(one.open_time, holdout_start_ns)) for one in bars]
+        if statistics is None:
+            raws = (compute(one, device, functions) for one in bars)
+            statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
+        table = torch.empty(int(offsets[-1]), len(functions), dtype=torch.float16, device=device)
+        # Computed again rather than kept: all symbols' float32 features would be twice the table.
+        for first, one in zip(offsets, bars, strict=False):
+            table[first : first + len(one)] = statistics.normalise(compute(one, device, functions))
+
+        symbol, first, last = _stretches(bars, offsets, holdout_start_ns)
+        # t0 - C >= first and t0 + H + 1 <= last
+        count = np.maximum(0, last - first - context_bars - horizon)
+        if not count.sum():
+            raise ValueError(
+                f"no symbol has {context_bars + horizon + 2} bars in a row before the holdout: "
+                "fetch more bars, or lower context_bars, horizon or holdout_days"
+            )
+        per_symbol = np.bincount(symbol, weights=count).astype(np.int64)
+        playable = np.flatnonzero(per_symbol)
+        num_starts = per_symbol[playable]
+        weight = np.sqrt(num_starts)
+        steps = [np.diff(one.open_time, append=one.open_time[-1:]) for one in bars]
+
+        def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(one, name) for one in bars])
+
+        opens = joined("open")
+        quotes = (
+            opens,
+            joined("close"),
+            np.concatenate(steps) / YEAR_NS,
+            (joined("high") - joined("low")) / opens,
+            joined("volume") * opens,
+        )
+        return Market(
+            symbols=names,
+            is_crypto=torch.tensor([one.asset_class == "crypto" for one in bars], device=device),
+            volatility=put(np.array(list(map(_volatility, bars, training_bars))), torch.float32),
+            offsets=put(offsets, torch.int64),
+            open_time=put(joined("open_time"), torch.int64),
+            quotes=put(np.stack(quotes, axis=1), torch.float32),
+            minutes_left=put(np.concatenate([minutes_left(one) for one in bars]), torch.int16),
+            features=table,
+            statistics=statistics,
+            context_bars=context_bars,
+            horizon=horizon,
+            playable=put(playable, torch.int64),
+            playable_cdf=put(np.cumsum(weight) / weight.sum(), torch.float64),
+            starts_before=put(np.cumsum(num_starts) - num_starts, torch.int64),
+            starts=put(num_starts, torch.int64),
+            stretch_first=put(first, torch.int64),
+            stretch_last=put(last, torch.int64),
+            stretch_starts_before=put(np.cumsum(count) - count, torch.int64),
+        )
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.features.shape[1]
+
+    @property
+    def num_bars(self) -> int:
+        """B."""
+        return self.features.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.features.device
+
+    def windows(self, first: Tensor, length: int) -> Tensor:
+        """Return the features of ``length`` bars from each bar on, (n, length, F) float32."""
+        return _windows(self.features, first, length).float()
+
+    def quote_windows(self, first: Tensor, length: int) -> Tensor:
+        """Return the quotes of ``length`` bars from each bar on, (n, length, 5) float32."""
+        return _windows(self.quotes, first, length)
+
+    def draw_starts(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw symbols with weight sqrt(valid starts) and a valid start each, without a host sync.
+
+        Returns:
+            symbol: (count,) int64.
+            start: (count,) int64, the bar t0 of the first decision.
+        """
+        uniform = torch.rand(2, count, generator=generator, device=self.device, dtype=torch.float64)
+        place = torch.searchsorted(self.playable_cdf, uniform[0], right=True).clamp_(
+            max=len(self.playable) - 1
+        )
+        starts = self.starts[place]
+        within = (uniform[1] * starts).long().clamp_(max=starts - 1)
+        number = self.starts_before[place] + within
+        stretch = torch.searchsorted(self.stretch_starts_before, number, right=True) - 1
+        start = self.stretch_first[stretch] + self.context_bars + number - self.stretch_starts_before[stretch]
+        return self.playable[place], start
+
+    def last_bar(self, bar: Tensor) -> Tensor:
+        """Return the last bar of each bar's stretch, (n,) int64; it is less than the bar in the holdout."""
+        return self.stretch_last[torch.searchsorted(self.stretch_first, bar, right=True) - 1]
+
+    def find(self, symbols: Sequence[str], open_times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Look up bars by symbol and open time; waits for the device.
+
+        Args:
+            symbols: n names.
+            open_times: (n,) int64.
+
+        Returns:
+            symbol: (n,) int64; 0 where not found.
+            bar: (n,) int64, index of the bar; 0 where not found.
+            found: (n,) bool, the bar exists, with its context before and another bar after it in its stretch.
+        """
+        number_of = {name: number for number, name in enumerate(self.symbols)}
+        numbers = torch.tensor([number_of.get(name, -1) for name in symbols], dtype=torch.int64).reshape(-1)
+        bar = torch.zeros(len(numbers), dtype=torch.int64, device=self.device)
+        found = torch.zeros(len(numbers), dtype=torch.bool, device=self.device)
+        numbers, open_times = numbers.to(self.device), open_times.to(self.device)
+        bounds = self.offsets.tolist()
+        for number in sorted(set(numbers.tolist()) - {-1}):
+            times = self.open_time[bounds[number] : bounds[number + 1]]
+            place = torch.searchsorted(times, open_times).clamp_(max=len(times) - 1)
+            here = (numbers == number) & (times[place] == open_times)
+            bar = torch.where(here, place + bounds[number], bar)
+            found |= here
+        stretch = torch.searchsorted(self.stretch_first, bar, right=True) - 1
+        found &= (self.stretch_last[stretch] > bar) & (self.stretch_first[stretch] <= bar - self.context_bars)
+        bar = torch.where(found, bar, 0)
+        return torch.where(found, numbers, 0), bar, found
+
+
+def _volatility(bars: Bars, num_bars: int) -> float:
+    # The mean absolute log return, times what makes it a normal's standard deviation: gaps and broken prints
+    # count for what they are, not for their square.
+    if num_bars < 2:
+        return VOLATILITY_FLOOR
+    mean = float(np.abs(np.diff(np.log(bars.close[:num_bars]))).mean())
+    return max(math.sqrt(math.pi / 2) * mean, VOLATILITY_FLOOR)
+
+
+def _windows(table: Tensor, first: Tensor, length: int) -> Tensor:
+    # Overlapping views of the table: each window is copied as one row, whatever the length of the history.
+    width = table.shape[1]
+    views = table.as_strided((len(table) - length + 1, length * width), (width, 1))
+    return views.index_select(0, first).view(len(first), length, width)
+
+
+def _stretches(
+    bars: Sequence[Bars], offsets: np.ndarray, holdout_start_ns: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # Returns symbol, first and last bar of every stretch, (M,) each, in the order of the bars.
+    parts = [np.empty((3, 0), dtype=np.int64)]
+    for number, one in enumerate(bars):
+        times = one.open_time[: np.searchsorted(one.open_time, holdout_start_ns)]
+        if not len(times):
+            continue
+        first = np.concatenate([[0], np.flatnonzero(np.diff(times) > HOLE_NS[one.asset_class]) + 1])
+        last = np.concatenate([first[1:], [len(times)]]) - 1
+        parts.append(np.stack([np.full_like(first, number), offsets[number] + first, offsets[number] + last]))
+    symbol, first, last = np.concatenate(parts, axis=1)
+    return symbol, first, last

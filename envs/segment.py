@@ -1,0 +1,84 @@
+"""Segment: what a segment's bars offer and charge, whatever the accounts do.
+
+Shapes: N = environments, H = horizon.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from envs.env_config import EnvConfig
+from envs.market import Market
+
+# A bar without volume takes orders at the most that an order can cost.
+LEAST_VOLUME = 1e-6  # in quote currency
+
+
+class Segment:
+    """Prices and rates of every environment's segment; filled anew in the same memory, so views stay valid.
+
+    Lists have one ``(N,)`` view per decision: decision h fills at ``prices[h]`` and is held until
+    ``prices[h + 1]``; ``closes[h]`` is the newest close that it knows, ``closes[H]`` that of the bootstrap value.
+    Of traded value it pays ``cost_rates[h]``, beside ``impacts[h]`` per start equity of order value; of what is
+    borrowed, ``borrows[h]``. ``allowed[h]`` tells where a position may be held. The last two are None where
+    their setting is off. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are whole.
+    """
+
+    def __init__(self, config: EnvConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        shape = (
+            5,
+            config.horizon + 2,
+            config.num_envs,
+        )  # quotes of the newest closed bar and the ones after it
+        self._quotes = torch.zeros(shape, dtype=dtype, device=device)
+        opens, closes, borrow, cost_rate, impact = self._quotes.unbind()
+        self.price, self.cost_rate, self.borrow = opens[1:], cost_rate[1:-1], borrow[1:-1]
+        self.impact = impact[1:-1] if config.volume_slippage else None
+        self.prices, self.closes = self.price.unbind(), closes[:-1].unbind()
+        self.cost_rates, self.borrows = self.cost_rate.unbind(), self.borrow.unbind()
+        self.impacts = None if self.impact is None else self.impact.unbind()
+        self._allowed = torch.ones(shape[1] - 2, shape[2], dtype=torch.bool, device=device)
+        self.allowed = self._allowed.unbind() if config.flat_before_close else None
+        # Index of the target that counted, decision by decision: of the ruined, cash.
+        self.held = torch.zeros(shape[1] - 2, shape[2], dtype=torch.uint8, device=device)
+        self.helds = self.held.unbind()
+        # What a compiled step takes: the quotes from a close to the next fill in one view, the other two, held.
+        none = [None] * config.horizon
+        quotes = [self._quotes[:, h : h + 3] for h in range(config.horizon)]
+        self.views = list(zip(quotes, self.allowed or none, self.impacts or none, self.helds, strict=True))
+        self.impact_limit = torch.zeros((), dtype=dtype, device=device)
+        self._ahead = torch.arange(1, config.horizon + 1, device=device)
+
+    def fill(self, market: Market, cursor: Tensor, cost_rate: Tensor, cost_scale: float) -> None:
+        """Take over the bars that follow ``cursor``.
+
+        Args:
+            market: where they are.
+            cursor: (N,) int64, the newest closed bar of each environment.
+            cost_rate: (N,) fee and slippage, already scaled.
+            cost_scale: share of every cost that is charged.
+        """
+        config = self.config
+        self._quotes.copy_(market.quote_windows(cursor, config.horizon + 2).permute(2, 1, 0))
+        self.borrow.mul_(config.borrow_rate * cost_scale)
+        # The rate was the bar's range until here.
+        self.cost_rate.mul_(config.range_slippage * cost_scale).add_(cost_rate)
+        self.cost_rate.clamp_(max=config.max_rate - config.volume_slippage)
+        if self.impact is not None:
+            most = config.volume_slippage * cost_scale
+            self.impact_limit.fill_(most)
+            self.impact.clamp_(min=LEAST_VOLUME).reciprocal_().mul_(most * config.account_value)
+        if self.allowed is not None:
+            left = market.minutes_left[cursor + self._ahead[:, None]]
+            torch.gt(left, config.flat_before_close, out=self._allowed)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self._quotes.nbytes + self._allowed.nbytes + self.held.nbytes
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return price (H + 1, N), cost rate, borrow cost and impact (H, N)."""
+        return self.price, self.cost_rate, self.borrow, self.impact

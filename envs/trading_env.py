@@ -1,0 +1,423 @@
+"""TradingEnv: N accounts that trade one shared market, stepped at once on the device.
+
+Shapes: N = environments, C = context bars, H = horizon, F = bar features, A = account features,
+K = target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from envs import compiled, env_state
+from envs.account import AccountState, advance, observe
+from envs.env_config import EnvConfig
+from envs.market import Market
+from envs.segment import Segment
+from envs.statistics import Statistics
+
+
+class TradingEnv:
+    """N accounts, each on its own symbol and time of one shared market that does not react to them.
+
+    An epoch is one segment: ``bars = env.begin_segment()``, then H times ``env.account_observations()`` and
+    ``env.step(actions)``. None of these waits for the device, all shapes are fixed and memory is used again, so
+    the H steps can be one CUDA graph. ``env.replay(actions)`` is a whole segment in one call. Sizes and rates are
+    fields of :class:`EnvConfig`; ``seed`` decides all places, so the same seed gives the same numbers on a device.
+    ``compiled`` steps by torch.compile, quicker on a CPU after half a minute of compiling.
+
+    What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. The newest
+    step's log return, value traded and costs, in start equities, are ``done``, (3, N); ``account`` has the rest.
+
+    ## Action
+
+    ``(N,)`` int64: the index of the wanted target in ``positions``. A target is a fraction of equity, negative
+    to be short, beyond 1 to borrow money. The same target as before trades nothing: units are held, and the
+    exposure drifts with the price, until the target changes.
+
+    ## Observation
+
+    The market, ``(N, C + H + 1, F)`` float32 from ``begin_segment()``: token C + h is the bar of decision h, the
+    newest one that has closed; see ``docs/features.md``. The policy may use tokens 0 to C + h at decision h.
+
+    The account, ``(N, A)`` float32 from ``account_observations()``, marked at that bar's close:
+
+    | Num   | Observation                                                           | Min | Max |
+    |-------|-----------------------------------------------------------------------|-----|-----|
+    | 0..K-1| 1 at the target that is held, else 0; all 0 before the first trade    |     |     |
+    |       | where 0 is not among the targets                                      | 0   | 1   |
+    | K     | 10 x (exposure less its target)                                       | -8  | 8   |
+    | K + 1 | 50 x log return of equity since the last trade, its cost included     | -8  | 8   |
+    | K + 2 | 10 x log of equity over its peak at earlier fills                     | -8  | 8   |
+    | K + 3 | 10 x log of equity over the episode's start                           | -8  | 8   |
+    | K + 4 | share of the episode that is left                                     | 0   | 1   |
+    | K + 5 | 1,000 x cost rate of a trade (fee + slippage) on this symbol          | 0   | 8   |
+
+    ## Reward
+
+    ``log(E(t+2) / E(t+1))``: equity at the open of bar t + 2 before the next trade, over equity at the open of bar
+    t + 1 before this one. So rewards of an episode add up to the log of its final over its first equity.
+
+    ## Costs
+
+    Of the value traded at the open, a trade costs the sum of
+
+    - the fee of its asset class, ``stock_fee_bps`` or ``crypto_fee_bps``, and ``slippage_bps``;
+    - ``range_slippage`` times the range, (high - low) / open, of the bar that it fills in;
+    - ``volume_slippage`` times the order over the bar's traded value, at most 1. The order is the wanted less the
+      held position at the open, before costs, of an account that began with ``account_value``.
+
+    Fee, slippage and range together are limited to ``max_rate`` less ``volume_slippage``. After the trade the
+    position is worth exactly ``target`` times the equity that is left. Borrowed shares (short) and borrowed money
+    (targets over 1) cost ``borrow_rate`` a year for the time between opens, so a weekend costs more than a minute.
+    All of them are multiplied by ``cost_scale``, 1 unless a curriculum sets it between segments.
+
+    ## Timing
+
+    Decision t sees bars up to t, which have closed, fills at the open of bar t + 1, and holds until the open of
+    bar t + 2, where the next decision fills. Nothing that decision t sees depends on a later bar, but for
+    one thing: that the account is not ruined at the open of t + 1 is known by its being alive.
+
+    Bars are what came: after a missing minute, a halt or a night, the next bar there is fills, and a position is
+    carried until then, at its borrowing cost. With ``flat_before_close`` m, orders of stocks that fill within m
+    minutes of the scheduled close (half days known), or outside the regular session, fill as the order to
+    be in cash, whatever the action; the calendar decides, never which bars came.
+
+    ## Start
+
+    Equity 1, in cash. The first episodes are of all ages, so that later ones do not end together. The symbol is
+    drawn with weight sqrt(valid starts), the start uniformly within it: a bar t0 with bars t0 - C to t0 + H + 1
+    in one stretch, free of holes and before the holdout.
+
+    ## End
+
+    1. Termination: equity at or below ``ruin_fraction`` at the open of t + 2. The position is closed there, at the
+       usual cost. Until the segment ends the account stays in cash, rewards are 0 and ``alive`` is False.
+       Equity is never below 1e-6, so rewards are finite.
+    2. Truncation, at the last step of a segment only: ``episode_bars`` are played, or the next segment
+       does not fit into the stretch. The value at token C + H is the one to bootstrap from.
+
+    Whoever ended starts anew with the next segment; everyone else goes on, one bar after the last.
+    """
+
+    def __init__(
+        self,
+        market: Market,
+        config: EnvConfig,
+        device: torch.device | str,
+        seed: int,
+        dtype: torch.dtype = torch.float64,
+        compiled: bool = False,
+    ) -> None:
+        self.config = config
+        self.compiled = compiled
+        self._observed: Tensor | None = None  # of the next decision, where the step has computed it
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        n, positions = config.num_envs, config.positions
+        self._targets = torch.tensor([*positions, 0.0], dtype=dtype, device=self.device)
+        # The index of cash; without 0 among the targets one more index stands for "nothing yet".
+        self._first_held = positions.index(0.0) if 0.0 in positions else len(positions)
+        self._cash_index = torch.tensor(self._first_held, device=self.device)
+        # Row k of the account's observations, the share of target k filled in.
+        one_hot = torch.eye(len(positions) + 1, self.num_account_features, device=self.device)
+        one_hot[:, len(positions) :] = 0
+        # Observations of the account beside the held target are offset + scale x these quantities.
+        observed = torch.tensor(
+            [(0, 10), (0, 50), (0, 10), (0, 10), (1, -1 / config.episode_bars), (0, 1e3)], dtype=dtype
+        )
+        offset, scale = observed.to(self.device).T[..., None].unbind()
+        self._constants = (offset, scale, one_hot)
+
+        self._kept = AccountState.fresh(n, self._first_held, dtype, self.device)
+        self._account = self._kept
+        self._packed: tuple[Tensor, Tensor, Tensor] | None = None  # the accounts, after a compiled step
+        self._fresh = AccountState.fresh(1, self._first_held, dtype, self.device)
+        number = torch.arange(n, device=self.device)
+        self._symbol = torch.zeros_like(number)
+        self._cursor = torch.zeros_like(number)  # newest closed bar when the segment began
+        # Decisions of the living in this episode. The first episodes are of all ages, so that later ones do
+        # not all end at once.
+        self._played = (number % (config.episode_bars // config.horizon) * config.horizon).to(dtype)
+        self._begun = False
+        self._over = torch.ones(n, dtype=torch.bool, device=self.device)  # draws anew at the next segment
+        self._cost_rate = torch.zeros(n, dtype=dtype, device=self.device)  # fee and slippage
+        self.cost_scale = 1.0  # share of all costs that is charged; set between segments by a curriculum
+        self.segment = Segment(config, dtype, self.device)
+        self.done = torch.zeros(3, 1, dtype=dtype, device=self.device)
+        self._step = config.horizon  # of this segment
+
+        self.statistics = Statistics(positions, self._first_held, n, dtype, self.device)
+        counted = (self._played, self.statistics.flows, self._cost_rate)
+        self._shared = (self._cash_index, self._targets, *counted, *self._constants)
+        self._attach(market)
+
+    @property
+    def num_account_features(self) -> int:
+        """A."""
+        return len(self.config.positions) + 6
+
+    @property
+    def account(self) -> AccountState:
+        """The accounts as they are now."""
+        return AccountState.unpacked(*self._packed) if self._packed else self._account
+
+    @property
+    def alive(self) -> Tensor:
+        """(N,) bool: not ruined earlier in this segment."""
+        return self._packed[2] if self._packed else self._account.alive
+
+    @property
+    def cursor(self) -> Tensor:
+        """(N,) int64: each account's newest closed bar in the market."""
+        return self._cursor if self._step == self.config.horizon else self._cursor + self._step
+
+    @property
+    def volatility(self) -> Tensor:
+        """(N,) float32: typical log return of a bar of the symbol that each account trades."""
+        return self.market.volatility.index_select(0, self._symbol)
+
+    def _attach(self, market: Market) -> None:
+        ours = (self.config.context_bars, self.config.horizon)
+        if (market.context_bars, market.horizon) != ours:
+            raise ValueError(
+                f"the market must be made for context_bars and horizon {ours}, "
+                f"was made for {(market.context_bars, market.horizon)}"
+            )
+        self.market = market
+        stock, crypto = self.config.stock_fee_bps, self.config.crypto_fee_bps
+        bps = torch.where(market.is_crypto, crypto, stock).to(self.dtype) + self.config.slippage_bps
+        self._cost_rate_of = bps / 1e4
+
+    def begin_segment(self) -> Tensor:
+        """Return the bars of the next segment, (N, C + H + 1, F) float32.
+
+        Token C + h is the newest closed bar at decision h; token C + H serves the bootstrap value.
+        An environment whose episode ended draws a new one; the others go on with the same account.
+
+        Raises:
+            RuntimeError: the segment before was left in the middle.
+        """
+        self._begin()
+        return self.market.windows(
+            self._cursor - self.config.context_bars, self.config.context_bars + self.config.horizon + 1
+        )
+
+    def restart(self, seed: int | None = None) -> None:
+        """Leave every episode: the next segment draws all of them anew, from ``seed`` where it is given."""
+        self._over.fill_(True)
+        self._begun, self._step = True, self.config.horizon
+        if seed is not None:
+            self.generator.manual_seed(seed)
+
+    def _begin(self) -> None:
+        if 0 < self._step < self.config.horizon:
+            raise RuntimeError(
+                f"a segment must be played to its end, step {self._step} of {self.config.horizon} was the last"
+            )
+        symbol, start = self._places()
+        over = self._over
+        for kept, fresh in zip(self._kept.tensors(), self._fresh.tensors(), strict=True):
+            kept.copy_(torch.where(over, fresh, kept))
+        if self._begun:
+            self._played.masked_fill_(over, 0)
+        self._begun = True
+        self._symbol.copy_(torch.where(over, symbol, self._symbol))
+        self._cursor.copy_(torch.where(over, start, self._cursor))
+        over.zero_()
+        torch.mul(self._cost_rate_of.index_select(0, self._symbol), self.cost_scale, out=self._cost_rate)
+        self.segment.fill(self.market, self._cursor, self._cost_rate, self.cost_scale)
+        self.statistics.begin(self.account, self._played)
+        self._observed, self._step = None, 0
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        # Symbol and first bar of each account whose episode is over, (N,) int64; the others' do not count.
+        return self.market.draw_starts(self.config.num_envs, self.generator)
+
+    def account_observations(self) -> Tensor:
+        """Return what each account knows of itself at the current decision, (N, A) float32."""
+        if self._observed is not None:
+            return self._observed
+        close = self.segment.closes[self._step]
+        return observe(self.account, close, self._played, self._cost_rate, self._constants)
+
+    def fills_ahead(self) -> dict[str, Tensor]:
+        """Return what the segment's H fills will meet, (N, H) each, in the words of ``account.advance``.
+
+        To be called between ``begin_segment`` and the first step. The market does not react, so this is known
+        once the segment's bars are; it is for valuing decisions afterwards, never for making them.
+        """
+        price, cost_rate, borrow, impact = self.segment.tensors()
+        fills = {
+            "price": price[:-1],
+            "next_price": price[1:],
+            "cost_rate": cost_rate,
+            "borrow": borrow,
+        }
+        if impact is not None:
+            fills |= {"impact": impact, "impact_limit": self.segment.impact_limit.expand_as(impact)}
+        # Copies: the segment's memory is used again for the next one.
+        return {name: values.t().contiguous() for name, values in fills.items()}
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill one decision per environment and go to the next bar.
+
+        Args:
+            actions: (N,) int64, index of the wanted target position.
+
+        Returns:
+            rewards: (N,) float32.
+            terminated: (N,) bool, ruined by this decision.
+            truncated: (N,) bool, the episode ends here for want of bars; only at the last step of a segment.
+
+        Raises:
+            RuntimeError: the segment is over.
+        """
+        config, segment, h = self.config, self.segment, self._step
+        if h >= config.horizon:
+            raise RuntimeError(f"all {config.horizon} steps of the segment are taken: call begin_segment()")
+        self._step += 1
+        if self.compiled:
+            *packed, self.done, ruined, rewards, truncated, self._observed = compiled.step(
+                self._packed or self._account.packed(), actions, segment.views[h], self._shared, self._rules()
+            )
+            self._packed = (packed[0], packed[1], packed[2])
+        else:
+            account = self._account
+            self._played.add_(account.alive)
+            actions = torch.where(account.alive, actions, self._cash_index)
+            if segment.allowed is not None:
+                actions = torch.where(segment.allowed[h], actions, self._cash_index)
+            self._account, fill = advance(
+                account,
+                actions,
+                self._targets.index_select(0, actions),
+                price=segment.prices[h],
+                next_price=segment.prices[h + 1],
+                cost_rate=segment.cost_rates[h],
+                borrow=segment.borrows[h],
+                impact=None if segment.impacts is None else segment.impacts[h],
+                **self._rules(),
+            )
+            segment.helds[h].copy_(actions)
+            self.done = torch.stack((fill.log_return, fill.traded, fill.costs))
+            self.statistics.flows.add_(torch.stack((fill.costs, self._account.owed, fill.traded)))
+            ruined, rewards, truncated = fill.ruined, fill.log_return.float(), torch.zeros_like(fill.ruined)
+        if self._step == config.horizon:
+            truncated = self._end_segment()
+        return rewards, ruined, truncated
+
+    def _rules(self) -> dict[str, Any]:
+        return {
+            "ruin_equity": self.config.ruin_fraction,
+            "first_held": self._first_held,
+            "impact_limit": self.segment.impact_limit,
+        }
+
+    def replay(self, actions: Tensor, by_compiler: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Play the next segment with given actions in one call; the same as stepping through it.
+
+        Args:
+            actions: (H, N) int64.
+            by_compiler: with torch.compile, which takes half a minute the first time and needs a C++ compiler
+                on CPUs; else step by step.
+
+        Returns:
+            rewards: (H, N) float32.
+            terminated: (H, N) bool.
+            truncated: (N,) bool, at the last step.
+
+        Raises:
+            ValueError: the actions have another shape.
+        """
+        shape = (self.config.horizon, self.config.num_envs)
+        if actions.shape != shape:
+            raise ValueError(
+                f"actions must have shape {shape} (horizon, num_envs), was {tuple(actions.shape)}"
+            )
+        self._begin()
+        segment = self.segment
+        if segment.allowed is not None:
+            actions = torch.where(torch.stack(segment.allowed), actions, self._cash_index)
+        self._account, log_return, ruined, flows, played, held = compiled.play(
+            self._account, actions, self._targets, segment.tensors(), self._rules(), by_compiler
+        )
+        self.statistics.flows.add_(flows)
+        self._played.add_(played)
+        segment.held.copy_(held)
+        self._step = self.config.horizon
+        return log_return, ruined, self._end_segment()
+
+    def _end_segment(self) -> Tensor:
+        # Decides which episodes end here, adds up their statistics, and returns which ones were truncated.
+        # The state moves back to where it was at the segment's begin, so a CUDA graph of all steps finds it there.
+        torch._foreach_copy_(self._kept.tensors(), self.account.tensors())
+        self._account = account = self._kept
+        self._packed = None
+        config = self.config
+        self._cursor.add_(config.horizon)
+        truncated = account.alive & self._cut()
+        self._over.copy_(truncated | ~account.alive)
+        self.statistics.end(account, self._played, self._over, self.segment.held)
+        return truncated
+
+    def _cut(self) -> Tensor:
+        # Which episodes end with this segment, for age or for want of bars.
+        return (self._played + self.config.horizon > self.config.episode_bars) | self._does_not_fit()
+
+    def _does_not_fit(self) -> Tensor:
+        return self._cursor + self.config.horizon + 1 > self.market.last_bar(self._cursor)
+
+    def episode_statistics(self) -> dict[str, Tensor]:
+        """Return sums over whole segments since the last call, float64 scalars on the device, and start anew.
+
+        Sums, so that ranks may be added before anything is divided: ``decisions`` by living accounts and
+        their ``rewards``; of the ``episodes`` that ended, the ``episode_log_returns`` and ``ruins``; ``costs``
+        (fees and slippage), ``borrow_costs`` and value ``traded``, in start equities; and the decisions
+        spent ``in_position_<target>``.
+        """
+        return self.statistics.take()
+
+    def bytes_per_environment(self) -> tuple[float, float]:
+        """Return what an environment keeps, and what the bars of the segment that it plays take beside it."""
+        counted = self.statistics
+        kept = [*vars(self).values(), *self._kept.tensors(), *vars(counted).values()]
+        sizes = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in kept
+            if torch.is_tensor(tensor) and self.config.num_envs in tensor.shape
+        }
+        return sum(sizes.values()) / self.config.num_envs, self.segment.nbytes / self.config.num_envs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next segment depends on, as plain types and CPU tensors.
+
+        Places are told by symbol and time, so the state fits a market that was refreshed since.
+
+        Raises:
+            RuntimeError: a segment is in the middle.
+        """
+        if 0 < self._step < self.config.horizon:
+            raise RuntimeError(
+                f"the state can be kept between segments only, this is after step {self._step}"
+            )
+        return env_state.capture(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        An environment whose symbol or bar is gone, or that has no bars left for a segment, starts a new
+        episode. So does one beyond the state's number of environments, if that was smaller. A generator's
+        state goes on only on the same kind of device.
+        """
+        env_state.restore(self, state)
+
+    def use(self, market: Market) -> None:
+        """Go over to a refreshed market with the same accounts; what is gone from it starts anew."""
+        state = self.state_dict()
+        self._attach(market)
+        env_state.place(self, state)

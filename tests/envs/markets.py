@@ -1,0 +1,63 @@
+"""Small markets for the tests of the environment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from data_sources.bars import MINUTE_NS, AssetClass, Bars
+from envs.market import Market
+from envs.trading_env import EnvConfig, TradingEnv
+
+MONDAY = 26_297_280 * MINUTE_NS  # 2020-01-01 00:00 UTC
+NEVER = 2**62  # a holdout that does not begin
+CONTEXT, HORIZON = 8, 16
+
+
+def walk(
+    symbol: str = "AAA",
+    num_bars: int = 600,
+    asset_class: AssetClass = "crypto",
+    seed: int = 0,
+    sigma: float = 1e-3,
+    gaps: dict[int, int] | None = None,
+) -> Bars:
+    """A random walk; ``gaps`` maps a bar to the extra minutes in front of it."""
+    random = np.random.default_rng(seed)
+    close = 100 * np.exp(np.cumsum(random.normal(0, sigma, num_bars)))
+    opens = np.concatenate([[100.0], close[:-1]]) * np.exp(random.normal(0, sigma / 4, num_bars))
+    high = np.maximum(opens, close) * np.exp(np.abs(random.normal(0, sigma / 2, num_bars)))
+    low = np.minimum(opens, close) * np.exp(-np.abs(random.normal(0, sigma / 2, num_bars)))
+    steps = np.ones(num_bars, dtype=np.int64)
+    for bar, minutes in (gaps or {}).items():
+        steps[bar] += minutes
+    open_time = MONDAY + np.cumsum(steps) * MINUTE_NS
+    return Bars(symbol, asset_class, open_time, opens, high, low, close, random.lognormal(3, 1, num_bars))
+
+
+def constant(symbol: str = "AAA", num_bars: int = 600, asset_class: AssetClass = "crypto") -> Bars:
+    """Bars whose price never moves."""
+    bars = walk(symbol, num_bars, asset_class)
+    price = np.full(num_bars, 50.0)
+    return replace(bars, open=price, high=price, low=price, close=price)
+
+
+def market_of(*bars: Bars, holdout_start_ns: int = NEVER, **given: object) -> Market:
+    given = {"context_bars": CONTEXT, "horizon": HORIZON, **given}
+    return Market.from_bars(bars, device="cpu", holdout_start_ns=holdout_start_ns, **given)
+
+
+def env_of(market: Market, seed: int = 0, dtype: torch.dtype = torch.float64, **given: object) -> TradingEnv:
+    given = {
+        "num_envs": 16,
+        "context_bars": CONTEXT,
+        "horizon": HORIZON,
+        "episode_bars": 4 * HORIZON,
+        **given,
+    }
+    return TradingEnv(market, EnvConfig(**given), "cpu", seed, dtype)
+
+
+FREE = {"stock_fee_bps": 0.0, "crypto_fee_bps": 0.0, "slippage_bps": 0.0, "borrow_rate": 0.0}

@@ -1,0 +1,247 @@
+"""The tensor ledger against the plain one, against a public backtester, and against the laws of money."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from envs.account import AccountState, advance
+from envs.account_reference import ReferenceAccount
+
+POSITIONS = (-1.0, -0.4, 0.0, 0.5, 1.0, 3.0)
+FLAT = POSITIONS.index(0.0)
+
+
+def play(prices, actions, cost_rate, borrow, ruin_equity, dtype=torch.float64, impact=None, impact_limit=0.0):
+    """Returns the log returns (T, N), the last state, and the costs, borrow costs and traded values (T, N)."""
+    prices, actions = torch.as_tensor(prices, dtype=dtype), torch.as_tensor(actions)
+    state = AccountState.fresh(actions.shape[1], FLAT, dtype, torch.device("cpu"))
+    targets = torch.tensor(POSITIONS, dtype=dtype)
+    rows = []
+    for t, wanted in enumerate(actions):
+        action = torch.where(state.alive, wanted, FLAT)
+        state, fill = advance(
+            state,
+            action,
+            targets[action],
+            price=prices[t],
+            next_price=prices[t + 1],
+            cost_rate=torch.as_tensor(cost_rate[t], dtype=dtype),
+            borrow=torch.as_tensor(borrow[t], dtype=dtype),
+            ruin_equity=ruin_equity,
+            first_held=FLAT,
+            impact=None if impact is None else torch.as_tensor(impact[t], dtype=dtype),
+            impact_limit=impact_limit,
+        )
+        rows.append(
+            torch.stack((fill.log_return, fill.costs, state.owed, fill.traded, fill.ruined.to(dtype)))
+        )
+    return torch.stack(rows), state
+
+
+@st.composite
+def paths(draw):
+    """Prices with quiet stretches and violent jumps, any orders, any costs, a borrow cost that may be dear."""
+    length = draw(st.integers(1, 40))
+    moves = st.one_of(st.just(0.0), st.floats(-0.01, 0.01), st.floats(-1.5, 1.5))
+    prices = np.exp(np.cumsum([math.log(draw(st.floats(1e-6, 1e5)))] + [draw(moves) for _ in range(length)]))
+    actions = [draw(st.integers(0, len(POSITIONS) - 1)) for _ in range(length)]
+    cost_rate = [draw(st.sampled_from([0.0, 1e-4, 0.02, 0.1])) for _ in range(length)]
+    borrow = [draw(st.sampled_from([0.0, 1e-7, 1e-3, 0.05])) for _ in range(length)]
+    impact = [draw(st.sampled_from([0.0, 1e-3, 0.1, 1e7])) for _ in range(length)]
+    limit = draw(st.sampled_from([0.0, 0.01, 0.05]))
+    return prices, actions, cost_rate, borrow, draw(st.sampled_from([1e-6, 0.2, 0.9])), impact, limit
+
+
+@settings(max_examples=300, deadline=None)
+@given(paths())
+def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
+    prices, actions, cost_rate, borrow, ruin_equity, impact, limit = path
+    rows, state = play(
+        prices[:, None],
+        np.array(actions)[:, None],
+        cost_rate,
+        borrow,
+        ruin_equity,
+        impact=impact,
+        impact_limit=limit,
+    )
+    account = ReferenceAccount(ruin_equity, held=0.0, impact_limit=limit)
+    for t, action in enumerate(actions):
+        was_ruined = account.ruined
+        expected = account.fill(
+            POSITIONS[action], prices[t], prices[t + 1], cost_rate[t], borrow[t], impact[t]
+        )
+        close_to_ruin = abs(account.equity(prices[t + 1]) - ruin_equity) < 1e-9 * max(1, account.traded)
+        if close_to_ruin and not account.ruined:
+            return  # on the edge itself either side may be right
+        assert rows[t, 0, 0] == pytest.approx(expected, abs=1e-9 / max(account.equity(prices[t + 1]), 1e-6))
+        assert bool(rows[t, 4, 0]) == (account.ruined and not was_ruined)
+    scale = 1 + account.traded
+    assert float(rows[:, 1].sum()) == pytest.approx(account.costs, abs=1e-9 * scale)
+    assert float(rows[:, 3].sum()) == pytest.approx(account.traded, abs=1e-9 * scale)
+    assert float(state.units * prices[-1]) == pytest.approx(account.units * prices[-1], abs=1e-9 * scale)
+
+
+def random_play(num_accounts=64, length=200, cost_rate=6e-4, borrow=1e-7, dtype=torch.float64, seed=0):
+    random = np.random.default_rng(seed)
+    prices = 100 * np.exp(np.cumsum(random.normal(0, 2e-3, (length + 1, num_accounts)), axis=0))
+    actions = random.integers(0, 5, (length, num_accounts))  # without the threefold target
+    rows, state = play(prices, actions, [cost_rate] * length, [borrow] * length, 0.01, dtype)
+    return prices, actions, rows, state
+
+
+def test_float32_stays_within_a_ten_thousandth_over_an_episode():
+    _, _, exact, _ = random_play()
+    _, _, rough, _ = random_play(dtype=torch.float32)
+    assert (exact[:, 0].sum(0) - rough[:, 0].double().sum(0)).abs().max() < 1e-4
+
+
+def test_with_no_costs_and_a_constant_price_nothing_changes_equity():
+    actions = np.random.default_rng(0).integers(0, len(POSITIONS), (100, 32))
+    rows, state = play(np.full((101, 32), 73.0), actions, [0.0] * 100, [0.0] * 100, 0.2)
+    assert state.log_equity.abs().max() < 1e-13
+    assert rows[:, 0].abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("action", [a for a in range(len(POSITIONS)) if a != FLAT])
+def test_a_round_trip_at_a_constant_price_loses_exactly_its_costs(action):
+    rate = 0.0006
+    rows, state = play(np.full((3, 1), 10.0), np.array([[action], [FLAT]]), [rate] * 2, [0.0] * 2, 0.2)
+    # In: the cost comes off first, out: it comes off what is held.
+    target = POSITIONS[action]
+    after_entry = 1 / (1 + rate * abs(target))
+    expected = after_entry * (1 - rate * abs(target))
+    assert float(state.log_equity.exp()) == pytest.approx(expected, rel=1e-13)
+    assert float(rows[:, 1].sum()) == pytest.approx(1 - expected, rel=1e-9)
+
+
+def test_long_and_short_of_the_same_bar_sum_to_minus_the_costs():
+    random = np.random.default_rng(1)
+    moves = np.exp(random.normal(0, 0.01, 50))
+    rate, borrow = 5e-4, 2e-6
+    for move in moves:
+        prices = np.array([[80.0, 80.0], [80 * move, 80 * move]])
+        actions = np.array([[POSITIONS.index(1.0), POSITIONS.index(-1.0)]])
+        rows, state = play(prices, actions, [rate], [borrow], 0.01)
+        gain = state.log_equity.exp() - 1
+        # Both positions are worth 1 / (1 + rate) after their costs.
+        assert float(gain.sum()) == pytest.approx(-float(rows[:, 1:3].sum()), abs=1e-14)
+
+
+def test_a_position_is_held_until_the_target_changes():
+    _, actions, rows, _ = random_play()
+    same = np.concatenate([np.zeros((1, 64), bool), actions[1:] == actions[:-1]])
+    same[0] = actions[0] == FLAT
+    traded = rows[:, 3].numpy()
+    assert (traded[same] == 0).all()
+    assert (traded[~same] > 0).all()
+
+
+def test_after_a_trade_the_position_is_the_target_of_what_is_left():
+    random = np.random.default_rng(2)
+    prices = np.full((3, 36), 20.0)
+    prices[1:] *= np.exp(random.normal(0, 0.05, 36))
+    first, second = np.divmod(np.arange(36), 6)
+    _, state = play(prices, np.stack([first, second]), [0.01] * 2, [0.0] * 2, 1e-6)
+    position = state.units * torch.from_numpy(prices[1])
+    changed = torch.from_numpy(first != second)
+    exposure = position / (state.cash + position)
+    torch.testing.assert_close(
+        exposure[changed], torch.tensor(POSITIONS, dtype=torch.float64)[second][changed]
+    )
+
+
+def test_a_large_order_pays_by_its_size_up_to_a_limit():
+    prices, actions = np.full((2, 3), 20.0), np.array([[POSITIONS.index(p) for p in (0.5, 1.0, 3.0)]])
+    rows, _ = play(prices, actions, [0.001], [0.0], 0.1, impact=[0.01], impact_limit=0.02)
+    paid = rows[0, 1] / rows[0, 3]
+    torch.testing.assert_close(paid, torch.tensor([0.006, 0.011, 0.021], dtype=torch.float64))
+
+
+def test_borrowing_costs_by_the_time_held_and_by_what_is_borrowed():
+    actions = np.array([[POSITIONS.index(p) for p in (-1.0, -0.4, 0.0, 1.0, 3.0)]])
+    prices = np.full((2, 5), 10.0)
+    minute, weekend = 0.05 / 525_960, 0.05 * 3_990 / 525_960
+    for span in (minute, weekend):
+        rows, _ = play(prices, actions, [0.0], [span], 0.1)
+        expected = torch.tensor([1.0, 0.4, 0.0, 0.0, 2.0], dtype=torch.float64) * span
+        torch.testing.assert_close(rows[0, 2], expected)
+
+
+def test_ruin_closes_the_position_and_freezes_the_account():
+    prices = np.array([[10.0], [5.0], [50.0], [1.0]])
+    actions = np.full((3, 1), POSITIONS.index(3.0))
+    rows, state = play(prices, actions, [0.001] * 3, [0.0] * 3, 0.2)
+    assert rows[:, 4, 0].tolist() == [1.0, 0.0, 0.0]
+    assert rows[1:, 0].abs().max() == 0
+    assert rows[1:, 3].abs().max() == 0
+    assert state.units == 0
+    assert state.cash.item() == 1e-6
+    assert not state.alive
+    assert state.held == FLAT
+    assert math.isfinite(rows[0, 0])
+
+
+def test_shuffling_accounts_shuffles_the_results():
+    prices, actions, rows, _ = random_play()
+    order = np.random.default_rng(3).permutation(64)
+    shuffled, _ = play(prices[:, order], actions[:, order], [6e-4] * 200, [1e-7] * 200, 0.01)
+    assert torch.equal(shuffled, rows[:, :, order])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_backtesting_py_agrees_on_final_equity(seed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks for a notebook when imported
+        from backtesting import Backtest, Strategy
+    rate, length, cash = 7e-4, 120, 1e12
+    random = np.random.default_rng(seed)
+    prices = 100 * np.exp(np.cumsum(random.normal(0, 3e-3, length + 1)))
+    actions = random.integers(0, 5, length)
+    orders, states = [], AccountState.fresh(1, FLAT, torch.float64, torch.device("cpu"))
+    for t in range(length):
+        before = float(states.units)
+        states, _ = advance(
+            states,
+            torch.tensor([actions[t]]),
+            torch.tensor([POSITIONS[actions[t]]], dtype=torch.float64),
+            price=torch.tensor([prices[t]]),
+            next_price=torch.tensor([prices[t + 1]]),
+            cost_rate=torch.tensor([rate]),
+            borrow=torch.zeros(1, dtype=torch.float64),
+            ruin_equity=0.01,
+            first_held=FLAT,
+        )
+        orders.append(round((float(states.units) - before) * cash))
+
+    class Recorded(Strategy):
+        def init(self):
+            pass
+
+        def next(self):
+            fill = len(self.data) - 2  # an order fills at the next bar's open, two bars are there at first
+            if fill < length and orders[fill] > 0:
+                self.buy(size=orders[fill])
+            elif fill < length and orders[fill] < 0:
+                self.sell(size=-orders[fill])
+
+    # Two bars in front, since it starts at the second; bar 2 + t opens at prices[t].
+    opens = np.concatenate([[prices[0]] * 2, prices])
+    close = np.concatenate([opens[1:], opens[-1:]])
+    frame = pd.DataFrame(
+        {"Open": opens, "High": np.maximum(opens, close), "Low": np.minimum(opens, close), "Close": close},
+        index=pd.date_range("2024-01-01", periods=len(opens), freq="min"),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = Backtest(frame, Recorded, cash=cash, commission=rate, margin=0.05).run()
+    assert result["Equity Final [$]"] / cash == pytest.approx(float(states.log_equity.exp()), rel=1e-6)
+    assert result["# Trades"] > 20
