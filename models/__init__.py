@@ -1,0 +1,1 @@
+"""Networks. They know only tensors: no market, no account, no process group."""

@@ -1,0 +1,95 @@
+"""Policy: the trunk over the market, and a small head that joins its output with the account.
+
+The head is all that a rollout evaluates step by step; it takes and gives float32 and is never autocast to
+bf16, since PPO's ratio is a difference of log-probabilities. On GPUs its matrix products are TF32, as all float32
+ones there are (training/distributed.py): 10 bits of mantissa, alike in rollout and update.
+
+Shapes: B = segments, S = bars of a segment, T = decisions (the last T bars of the segment),
+D = d_model, A = account features, K = target positions, W = width of the head.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.transformer import TransformerConfig, Trunk
+
+
+class Head(nn.Module):
+    """Account-aware actor and critic on top of the trunk's output.
+
+    ``project`` is the market's share and runs once, in parallel, for all bars of a segment; ``decide`` is
+    the account's share, two small layers per step.
+    """
+
+    def __init__(self, d_model: int, num_account_features: int, num_positions: int) -> None:
+        super().__init__()
+        width = min(256, d_model)
+        self.market = nn.Linear(d_model, width)
+        self.account = nn.Linear(num_account_features, width, bias=False)
+        self.mix = nn.Linear(width, width)
+        self.logits = nn.Linear(width, num_positions)
+        self.value = nn.Linear(width, 1)
+        # An untrained policy is undecided and expects nothing.
+        for layer in (self.logits, self.value):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Trunk output (..., D) -> the market's share of the head (..., W)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.market(hidden.float())
+
+    def decide(self, projected: Tensor, account: Tensor) -> tuple[Tensor, Tensor]:
+        """Join the market's share (..., W) with account observations (..., A).
+
+        Returns:
+            logits (..., K) over target positions and value (...,), both float32. Value is in units of
+            scaled reward.
+        """
+        with torch.autocast(projected.device.type, enabled=False):
+            x = F.silu(projected + self.account(account))
+            x = x + F.silu(self.mix(x))
+            return self.logits(x), self.value(x).squeeze(-1)
+
+
+class Policy(nn.Module):
+    """Actor and critic of one trading account: logits over target positions, and value."""
+
+    def __init__(
+        self, config: TransformerConfig, num_account_features: int, num_positions: int, bf16: bool = False
+    ) -> None:
+        super().__init__()
+        self.trunk = Trunk(config)
+        self.head = Head(config.d_model, num_account_features, num_positions)
+        self.bf16 = bf16
+
+    def precision(self, device: torch.device) -> AbstractContextManager[None]:
+        """Return the context in which the trunk computes: bf16 autocast, weights and head stay float32."""
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    def encode(self, bars: Tensor, num_decisions: int) -> Tensor:
+        """Run the trunk and the head's market share: (B, S, F) -> (B, T, W), T = ``num_decisions``."""
+        with self.precision(bars.device):
+            hidden = self.trunk(bars)
+        return self.head.project(hidden[:, bars.shape[1] - num_decisions :])
+
+    def forward(self, bars: Tensor, accounts: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate all decisions of whole segments at once, as the update does.
+
+        Args:
+            bars: (B, S, F) normalised features.
+            accounts: (B, T, A) account observations at the last T bars.
+
+        Returns:
+            logits (B, T, K) and values (B, T), float32.
+        """
+        return self.head.decide(self.encode(bars, accounts.shape[1]), accounts)
+
+    def num_parameters(self) -> int:
+        """Count the weights."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,157 @@
+"""Causal transformer over market bars: the trunk, which holds 99.9 % of the weights.
+
+It reads only the market, never the account. Since a position does not change the next bar, one parallel
+forward over a segment gives everything that a whole rollout needs (training/rollout.py).
+
+Notable choices: pre-norm RMSNorm without learned gain in attention (QK norm, Henry et al. 2020,
+arXiv:2010.04245), rotary positions (Su et al. 2021, arXiv:2104.09864), GELU feed-forward of four widths,
+no biases, no dropout (dropout would make the policy of the update differ from that of the rollout).
+
+Shapes: B = segments, S = bars of a segment, F = features of a bar, D = d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the trunk."""
+
+    num_features: int  # F, of one bar
+    d_model: int  # width of the residual stream
+    num_layers: int
+    num_heads: int
+    max_length: int  # longest segment, bars
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
+            raise ValueError(
+                f"d_model={self.d_model} must be num_heads={self.num_heads} times an even number, "
+                "since rotary positions turn pairs"
+            )
+
+
+def rotary_angles(length: int, head_width: int) -> Tensor:
+    """Return angles (length, head_width / 2) of rotary positions, base 10,000."""
+    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    return torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (i, i + half) of ``x`` (B, heads, S, head_width) by each position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the input's precision, float32 master gain.
+
+    Under bf16 autocast the residual stream is bf16; the gain follows it, which keeps the kernel fused.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with QK norm and rotary positions."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_width = config.d_model // config.num_heads
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_width)
+        q = rotate(F.rms_norm(q, (self.head_width,)), cos, sin).type_as(v)
+        k = rotate(F.rms_norm(k, (self.head_width,)), cos, sin).type_as(v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward of four widths; each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.d_model)
+        self.up = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.down = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
+
+
+class Trunk(nn.Module):
+    """Bars in, one vector per bar out; the vector of bar t has seen bars up to t and nothing later."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.num_features, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model)
+        angles = rotary_angles(config.max_length, config.d_model // config.num_heads)
+        # Not persistent: derived from the configuration, so that a checkpoint holds weights only.
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights; both writers into the residual stream shrink with depth (GPT-2's rule)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
+        shrink = 1.0 / math.sqrt(2 * self.config.num_layers)
+        for module in self.modules():
+            if isinstance(module, Block):
+                for writer in (module.attention.out, module.down):
+                    nn.init.normal_(writer.weight, std=shrink / math.sqrt(writer.in_features))
+        nn.init.zeros_(self.embed.bias)
+
+    def forward_flops(self, length: int) -> int:
+        """Count the floating-point operations of one forward over one segment of ``length`` bars.
+
+        Two per weight of a matrix and bar, and two products of queries, keys and values, of which causality
+        needs half (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); a backward takes twice as many.
+        """
+        width, layers = self.config.d_model, self.config.num_layers
+        weights = self.config.num_features * width + layers * 12 * width**2
+        return 2 * length * weights + layers * 2 * length**2 * width
+
+    def forward(self, bars: Tensor) -> Tensor:
+        """Normalised features (B, S, F) -> hidden (B, S, D) float32; S at most ``max_length``.
+
+        Raises:
+            ValueError: a segment longer than ``max_length``, or another number of features.
+        """
+        length = bars.shape[1]
+        if length > self.config.max_length or bars.shape[2] != self.config.num_features:
+            raise ValueError(
+                f"bars must be (B, S <= {self.config.max_length}, {self.config.num_features}), "
+                f"was {tuple(bars.shape)}"
+            )
+        cos, sin = self.cos[:length], self.sin[:length]
+        x = self.embed(bars)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.norm(x.float())
