@@ -1,0 +1,446 @@
+"""Train a transformer trading policy with PPO, on every GPU, on fresh minute bars, for ever.
+
+Start it with START_CONTINUOUS.sh (or .bat). Settings are the constants below: edit them here, or override
+one for a single start, such as ``bash START_CONTINUOUS.sh --envs-per-gpu 256``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+# The allocator reads this when torch is first imported, hence the imports below it.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+
+import torch
+import typer
+from dotenv import load_dotenv
+
+from data_sources.errors import DataError
+from data_sources.lake import Lake
+from envs.market import Market
+from training import checkpoint, data_report, distributed, episode_plot, selftest_report, validation
+from training.assembly import market_on_device, save, session_config, uses_bf16
+from training.background import BackgroundWriter
+from training.cli import Leave, command_from, complain
+from training.clock import Clock, Summary
+from training.console import Console
+from training.control import (
+    EXIT_ABORTED,
+    EXIT_DOES_NOT_FIT,
+    EXIT_LOCKED,
+    EXIT_NO_DATA,
+    EXIT_OK,
+    EXIT_SETTING,
+    STOP_AT_EPOCH_END,
+    STOP_NOW,
+    Control,
+)
+from training.distributed import Ranks
+from training.fresh_bars import agreed_stop, data_request, fresh_bars
+from training.prefetch import Prefetch, refresh_ahead
+from training.selftest import TRIALS, Sizes, selftest
+from training.session import Session
+from training.timing import Stopwatch
+
+MOST_ROLLBACKS = 3  # in one run
+STOCKS = tuple(
+    "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
+)
+BINANCE_PAIRS = tuple(
+    "BTCUSDT ETHUSDT BNBUSDT SOLUSDT XRPUSDT ADAUSDT DOGEUSDT TRXUSDT LINKUSDT AVAXUSDT DOTUSDT LTCUSDT "
+    "BCHUSDT UNIUSDT AAVEUSDT ATOMUSDT NEARUSDT FILUSDT ETCUSDT ARBUSDT OPUSDT SHIBUSDT POLUSDT SUIUSDT "
+    "ALGOUSDT XLMUSDT".split()
+)
+POLYGON_CRYPTO = tuple(
+    "X:BTC-USD X:ETH-USD X:SOL-USD X:XRP-USD X:ADA-USD X:DOGE-USD X:AVAX-USD X:LINK-USD X:LTC-USD "
+    "X:DOT-USD".split()
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting. The comment of each is its --help; None means "not set"."""
+
+    # --- data ---------------------------------------------------------------------------------------------
+    sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # where bars come from; or: simulated
+    stocks: tuple[str, ...] = STOCKS  # stocks, from Polygon and Yahoo; or top:500
+    binance_pairs: tuple[str, ...] = BINANCE_PAIRS  # Binance spot pairs
+    polygon_crypto: tuple[str, ...] = POLYGON_CRYPTO  # Polygon's global crypto pairs; or top:50
+    history_days: int = 730  # days of bars up to the end, when start_date is not set
+    start_date: str | None = None  # first day of bars, YYYY-MM-DD
+    end_date: str | None = None  # last day of bars, YYYY-MM-DD; not set: up to now, anew for every run
+    min_bars: int = 2_000  # symbols with fewer bars are dropped
+    holdout_days: int = 14  # the newest days of bars, never trained on
+    extended_hours: bool = False  # keep stock bars before 09:30 and after 16:00 New York
+    simulated_symbols: int = 32  # symbols of the simulated market
+    simulated_bars: int = 60_000  # minutes of each of them
+    # --- accounts -----------------------------------------------------------------------------------------
+    envs_per_gpu: int = 512  # accounts stepped at once on each GPU
+    context_bars: int = 64  # bars of history in front of each segment
+    horizon: int = 128  # bars on which an account acts per epoch
+    episode_bars: int = 1_280  # bars of an episode, a multiple of horizon
+    positions: tuple[float, ...] = (-1.0, 0.0, 1.0)  # target positions, as fractions of equity
+    stock_fee_bps: float = 0.5  # fee on traded value, stocks
+    crypto_fee_bps: float = 5.0  # fee on traded value, crypto
+    slippage_bps: float = 1.0  # fills are worse than the open by this much
+    range_slippage: float = 0.0  # and by this share of the filling bar's high - low
+    volume_slippage: float = 0.0  # and by this when the order is as large as the bar's volume, else less
+    account_value: float = 10_000.0  # money in an account at its start, against the volume
+    flat_before_close: int = 0  # minutes before the scheduled close in which stocks hold nothing; 0: off
+    borrow_rate: float = 0.05  # yearly cost of what is borrowed, shares or money
+    ruin_fraction: float = 0.2  # an episode ends in ruin below this share of its first equity
+    cost_ramp: float = 0.5  # share of the first run over which costs grow from nothing to all of the above
+    # --- model --------------------------------------------------------------------------------------------
+    d_model: int = 2_048  # width of the transformer
+    num_layers: int = 12  # transformer blocks
+    num_heads: int = 32  # attention heads
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 on GPUs, else fp32
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the transformer; auto: on GPUs
+    # --- optimisation -------------------------------------------------------------------------------------
+    batch_size: int = 65_536  # transitions per optimizer step over all GPUs
+    micro_batch_segments: int | None = None  # segments per forward and backward; not set: what fits in memory
+    update_passes: int = 3  # passes over each rollout
+    learning_rate: float = 1e-4  # at its highest
+    warmup_steps: int = 30  # optimizer steps up to the full learning rate, once
+    final_learning_rate_fraction: float = 0.1  # of learning_rate, at the end of each run
+    weight_decay: float = 0.01  # of weight matrices
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    gamma: float = 0.99  # discount per bar
+    gae_lambda: float = 0.95  # weight of longer returns in the advantages
+    advantages: Literal["hindsight", "gae"] = "hindsight"  # value every position, or the drawn one only
+    clip_coef: float = 0.2  # the ratio of new to old probability counts within 1 -/+ this
+    entropy_coef: float = 0.01  # weight of the entropy bonus
+    value_coef: float = 0.5  # weight of the value loss
+    # --- runs ---------------------------------------------------------------------------------------------
+    epochs: int = 200  # epochs per run; an epoch is one segment per account and its update
+    runs: int | None = None  # stop after this many runs, earlier starts counted; not set: for ever
+    checkpoint_every: int = 25  # epochs between checkpoints
+    keep_checkpoints: int = 16  # newest checkpoints kept, beside the last one of every run
+    seed: int = 0  # of weights, accounts and shuffles
+    checkpoint_dir: str = "checkpoints"  # where checkpoints go, and where a start looks for the newest
+    data_dir: str = "data_cache"  # the lake of downloaded bars
+    log_dir: str = "logs"  # metrics.jsonl
+    report_dir: str = "reports"  # what selftest writes
+
+    def __post_init__(self) -> None:
+        validation.check(self)
+
+
+# Sizes, written down in one place. "full" is what the class says: the promised sizes.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "full": {},
+    # One GPU of 8-24 GB; on two CPU cores an epoch takes seconds.
+    "small": {
+        "envs_per_gpu": 64,
+        "d_model": 256,
+        "num_layers": 4,
+        "num_heads": 8,
+        "batch_size": 8_192,
+        "learning_rate": 3e-4,
+    },
+    # Offline, a minute or two on a laptop: a simulated market with something to find.
+    "demo": {
+        "sources": ("simulated",),
+        "envs_per_gpu": 128,
+        "d_model": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "batch_size": 4_096,
+        "learning_rate": 1e-3,
+        "warmup_steps": 20,
+        "gamma": 0.95,
+        "gae_lambda": 0.9,
+        "entropy_coef": 0.003,
+        "crypto_fee_bps": 1.0,
+        "epochs": 50,
+        "checkpoint_dir": "checkpoints/demo",
+        "log_dir": "logs/demo",
+    },
+}
+
+
+def train(settings: Settings, control: Control) -> None:
+    """Train until asked to stop, or until ``settings.runs`` runs are done (all ranks run this)."""
+    with ExitStack() as on_leaving:
+        ranks = on_leaving.enter_context(distributed.start())
+        on_leaving.enter_context(checkpoint.exclusive(Path(settings.checkpoint_dir), ranks.is_first))
+        control.listen()
+        console = Console(Path(settings.log_dir) if ranks.is_first else None, control.beat)
+        prefetch = on_leaving.enter_context(Prefetch(refresh_ahead(settings, ranks), console.warning))
+        clock, saved = restored(settings, ranks, console)
+        writer = on_leaving.enter_context(
+            BackgroundWriter(
+                Path(settings.checkpoint_dir), settings.keep_checkpoints, console, ranks.is_first
+            )
+        )
+        summary = Summary(clock.transitions)
+        session: Session | None = None
+        stopping = clock.is_past(settings.runs)
+        while not stopping:
+            # once a run: new bars, same training (all ranks; rank 0 downloads)
+            lake = Lake(Path(settings.data_dir), console)
+            data = fresh_bars(lake, settings, clock, ranks, control, console, prefetch)
+            if data is None:
+                break  # asked to stop while bars were loading
+            market = market_on_device(settings, data, session, saved, ranks)
+            if session is None:
+                session = new_session(settings, market, saved, ranks, console)
+                saved = None  # gigabytes
+            else:
+                session.use(market)
+            fingerprint, data = data.fingerprint, None  # the bars are on the device
+            session.learner.rate_scale = clock.rate_scale
+            console.line(f"Run {clock.run}: epochs {clock.epoch + 1} to {settings.epochs}")
+
+            while clock.epoch < settings.epochs and not stopping:
+                watch = Stopwatch(ranks.device)
+                cost_scale = clock.cost_scale(settings.cost_ramp, settings.epochs)
+                rollout = session.collect(cost_scale, control.beat)  # one trunk forward, horizon steps
+                watch.mark()
+                stop_now = partial(agreed_stop, STOP_NOW, ranks, control)  # asked between optimizer steps
+                if stop_now():
+                    session.rewind()  # nothing was learnt from this segment: the next start plays it again
+                    stopping = True
+                    save(settings, clock, session, fingerprint, {}, writer)
+                    break
+                statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now, control.beat)
+                watch.mark()
+                clock.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
+
+                # a signal to one rank stops all of them
+                stopping = agreed_stop(STOP_AT_EPOCH_END, ranks, control)
+                # the one place where the host waits for the GPU (all ranks)
+                metrics = session.metrics(clock, statistics, watch)
+                console.epoch(metrics, settings.epochs)
+                summary.count(metrics["rollout/reward_bps"])
+                if session.is_lost(metrics) and not stopping:
+                    clock, saved = rolled_back(settings, clock, writer, ranks, console)
+                    session = None  # made anew from the checkpoint
+                    break
+                # once in a while, at the end, and when the last one failed: save (all ranks hand in their state)
+                due = clock.epoch % settings.checkpoint_every == 0 or clock.epoch == settings.epochs
+                if due or stopping or ranks.any(writer.owes):
+                    save(settings, clock, session, fingerprint, metrics, writer)
+                control.progressed()
+                is_last = stopping or clock.run == settings.runs
+                prefetch.after_epoch(0 if is_last else settings.epochs - clock.epoch)
+
+            if clock.epoch == settings.epochs:
+                console.line(f"Run {clock.run} is complete")
+                clock.next_run()
+                stopping = stopping or clock.is_past(settings.runs)
+        console.lines(summary.lines(clock, writer.finish()))
+
+
+def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock, checkpoint.Restored | None]:
+    """Find where the training stands; rank 0 chooses the checkpoint, since ranks could see different ones.
+
+    Every rank reads it from the disk; where one cannot, the folder is not shared, and rank 0 sends its own.
+
+    Raises:
+        Leave: the checkpoint is of another model; nothing is overwritten.
+    """
+    saved = None
+    if ranks.is_first:
+        saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
+        for warning in warnings:
+            console.warning(warning)
+    name = ranks.from_first(saved.path.name if saved else "")
+    if not name:
+        return Clock(), None
+    if not ranks.is_first:
+        saved = checkpoint.named(Path(settings.checkpoint_dir), name)
+    if len(set(ranks.gather(saved.weights["transitions"] if saved else None))) > 1:
+        saved = ranks.from_first(saved)
+    assert saved is not None
+    before = saved.weights["config"]
+    for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
+        if before[name] != getattr(settings, name):
+            raise Leave(
+                EXIT_SETTING,
+                f"{name}={getattr(settings, name)}, but {saved.path} was trained with {name}={before[name]}: "
+                "set it back, or start anew with another --checkpoint-dir",
+            )
+    clock = Clock(saved.weights["run"], saved.weights["epoch"], saved.weights["transitions"])
+    if saved.resume:
+        clock = Clock(**saved.resume["clock"])
+    if clock.epoch >= settings.epochs:
+        clock.next_run()
+    console.line(f"Going on from {saved.path}, {clock.transitions:,} transitions so far")
+    if clock.is_past(settings.runs):
+        console.line(f"All of --runs {settings.runs} are done: raise it, or use another --checkpoint-dir")
+    return clock, saved
+
+
+def rolled_back(
+    settings: Settings, clock: Clock, writer: BackgroundWriter, ranks: Ranks, console: Console
+) -> tuple[Clock, checkpoint.Restored | None]:
+    """Return to the newest checkpoint, to go on at half the learning rate until the run ends (all ranks).
+
+    Raises:
+        Leave: that was done MOST_ROLLBACKS times in this run already.
+    """
+    rollbacks = clock.rollbacks + 1
+    lost = f"run {clock.run} epoch {clock.epoch}: most gradients are not finite"
+    if rollbacks > MOST_ROLLBACKS:
+        raise Leave(EXIT_SETTING, f"{lost}, after {MOST_ROLLBACKS} rollbacks: lower learning_rate")
+    console.warning(f"{lost}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate")
+    writer.finish()
+    clock, saved = restored(settings, ranks, console)
+    clock.rollbacks = rollbacks
+    return clock, saved
+
+
+def new_session(
+    settings: Settings, market: Market, saved: checkpoint.Restored | None, ranks: Ranks, console: Console
+) -> Session:
+    """Make this rank's environment and learner from the settings, and take back what a checkpoint saved."""
+    config = session_config(settings, ranks)
+    if config.compile:
+        console.line("Compiling the transformer, which takes a minute or two once")
+    session = Session(market, config, ranks, saved)
+    if config.compile and session.not_compiled:
+        console.warning(f"trains without compiling, somewhat slower: {session.not_compiled}")
+    step = config.learner.minibatch_segments * settings.horizon * ranks.world_size
+    precision = "bf16" if config.bf16 else "fp32"
+    console.line(
+        f"Policy: {session.policy.num_parameters():,} parameters, trunk in {precision}, on {ranks.world_size} x "
+        f"{ranks.device.type}; {settings.envs_per_gpu * ranks.world_size:,} accounts; {step:,} transitions per "
+        f"optimizer step, {config.learner.micro_batch_segments} segments per micro-batch; "
+        f"{session.flops_per_transition() / 1e9:.3g} GFLOP per transition"
+    )
+    if ranks.device.type == "cpu" and session.policy.num_parameters() > 50_000_000:
+        console.warning("no GPU was found: a model of this size takes hours per epoch; try --preset small")
+    if step < settings.batch_size:
+        console.warning(
+            f"batch_size={settings.batch_size:,} is more than the {step:,} transitions of an epoch, which make "
+            "one step; raise envs_per_gpu for a larger one"
+        )
+    return session
+
+
+# --- commands ---------------------------------------------------------------------------------------------
+
+
+def train_command(settings: Settings) -> None:
+    """Train for ever; the default command. Ctrl+C finishes the epoch, saves, and ends."""
+    code, message = EXIT_OK, ""
+    control = Control()
+    try:
+        validation.check_batch(settings, int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        control.leave(EXIT_SETTING)
+        complain(EXIT_SETTING, f"Wrong setting: {error}")
+    try:
+        train(settings, control)
+    except Leave as reason:
+        code, message = reason.code, str(reason)
+    except checkpoint.FolderInUse as reason:
+        code, message = EXIT_LOCKED, str(reason)
+    except checkpoint.CheckpointError as reason:
+        code, message = EXIT_SETTING, str(reason)
+    except torch.OutOfMemoryError as error:
+        advice = "lower micro_batch_segments, then envs_per_gpu, then d_model"
+        code, message = EXIT_DOES_NOT_FIT, f"The GPU's memory is full: {advice}. {str(error).splitlines()[0]}"
+    except KeyboardInterrupt:
+        code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is whole"
+    control.leave(code)
+    complain(code, message)
+
+
+def preflight_command(settings: Settings) -> None:
+    """Check what can be checked before any process trains; silent when all is well."""
+    try:
+        validation.check_batch(settings, int(os.environ.get("WORLD_SIZE_PLANNED", "1")))
+        # Of many machines that share the folder the first one writes; the others never hold it.
+        with checkpoint.exclusive(
+            Path(settings.checkpoint_dir), os.environ.get("NODE_RANK") in (None, "", "0")
+        ):
+            pass
+    except ValueError as error:
+        complain(EXIT_SETTING, f"Wrong setting: {error}")
+    except checkpoint.FolderInUse as reason:
+        complain(EXIT_LOCKED, str(reason))
+    except checkpoint.CheckpointError as reason:
+        complain(EXIT_SETTING, str(reason))
+
+
+def data_command(
+    settings: Settings,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read and check the whole lake first")] = False,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
+) -> None:
+    """Refresh the data once and show what there is."""
+    now_ns = time.time_ns()
+    console = Console(None if background else Path(settings.log_dir), to_stderr=as_json)
+    lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
+    try:
+        if background:
+            console.emit(data_report.in_background(lake, request, now_ns))
+        elif not data_report.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
+            complain(EXIT_NO_DATA, "There are no bars.")
+    except DataError as error:
+        complain(EXIT_NO_DATA, str(error))
+
+
+def selftest_command(
+    settings: Settings,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each kind")] = 1,
+) -> None:
+    """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
+    with distributed.start() as ranks:
+        console = Console(Path(settings.log_dir))
+        seed_list = range(settings.seed, settings.seed + seeds)
+        results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks), console.line)
+        for path in selftest_report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
+            console.line(f"Wrote {path}")
+    failures = [
+        f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
+    ]
+    complain(1 if failures else EXIT_OK, "\n".join(failures))
+
+
+def episode_command(
+    path: Path, symbol: str = "", start: str = "", output: Path = Path("episode.png")
+) -> None:
+    """Draw one episode of a checkpoint; --start 2026-11-20T14:30 is UTC, by default the newest bars."""
+    try:
+        typer.echo(episode_plot.command(path, symbol, start, output, Settings))
+    except (ValueError, checkpoint.CheckpointError) as error:
+        complain(EXIT_SETTING, str(error))
+
+
+def main() -> None:
+    """Run the named command, or ``train``."""
+    try:
+        load_dotenv()
+    except (OSError, UnicodeDecodeError):
+        typer.echo(
+            "Wrong setting: .env must be a readable text file in UTF-8: save it again as one", err=True
+        )
+        sys.exit(EXIT_SETTING)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+    for command in (train_command, data_command, selftest_command, preflight_command):
+        name = command.__name__.removesuffix("_command")
+        summary, hidden = inspect.getdoc(command), name == "preflight"
+        app.command(name, help=summary, hidden=hidden)(command_from(Settings, PRESETS, command))
+    app.command("episode")(episode_command)
+    arguments = sys.argv[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
+        arguments = ["train", *arguments]
+    app(args=arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Made-up rollouts and small learners, shared by the tests of the learner and by its two-rank script."""
+
+import torch
+
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from training.distributed import Ranks
+from training.hindsight import Hindsight
+from training.learner import Learner, LearnerConfig
+from training.ppo import PPOConfig
+from training.rollout import Rollout
+
+CONTEXT, HORIZON, FEATURES, ACCOUNT, POSITIONS = 4, 8, 5, 6, 3
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def small_policy(bf16: bool = False, num_layers: int = 2) -> Policy:
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        FEATURES, d_model=32, num_layers=num_layers, num_heads=4, max_length=CONTEXT + HORIZON + 1
+    )
+    policy = Policy(config, ACCOUNT, POSITIONS, bf16)
+    for layer in (policy.head.logits, policy.head.value):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return policy
+
+
+def small_learner(
+    policy: Policy, ranks: Ranks = ALONE, *, minibatch: int = 4, micro: int = 2, passes: int = 2
+) -> Learner:
+    ppo = PPOConfig(
+        gamma=0.97,
+        gae_lambda=0.9,
+        clip_coef=0.2,
+        entropy_coef=0.01,
+        value_coef=0.5,
+        advantages="hindsight",
+    )
+    config = LearnerConfig(
+        ppo=ppo,
+        update_passes=passes,
+        minibatch_segments=minibatch,
+        micro_batch_segments=micro,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        final_learning_rate_fraction=0.1,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+    )
+    return Learner(policy, config, ranks, seed=0)
+
+
+@torch.no_grad()
+def made_up_rollout(policy: Policy, num_segments: int, seed: int = 0, hindsight: bool = True) -> Rollout:
+    """Random bars and rewards, but log-probabilities and values that are the policy's own."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_segments, HORIZON)
+    bars = torch.randn(num_segments, CONTEXT + HORIZON, FEATURES, generator=generator)
+    accounts = torch.randn(*shape, ACCOUNT, generator=generator)
+    logits, values = policy(bars, accounts)
+    log_policy = torch.log_softmax(logits, -1)
+    actions = torch.randint(POSITIONS, shape, generator=generator)
+    terminated = torch.rand(shape, generator=generator) < 0.05
+    valid = torch.cat(
+        (torch.ones(num_segments, 1, dtype=torch.bool), terminated.cumsum(1)[:, :-1] == 0), dim=1
+    )
+    return Rollout(
+        bars=bars,
+        accounts=accounts,
+        actions=actions,
+        log_policy=log_policy,
+        rewards=torch.randn(shape, generator=generator) * valid,
+        values=values,
+        terminated=terminated & valid,
+        valid=valid,
+        next_value=torch.randn(num_segments, generator=generator),
+        hindsight=made_up_hindsight(generator, num_segments) if hindsight else None,
+    )
+
+
+def made_up_hindsight(generator: torch.Generator, num_segments: int, held: int = POSITIONS) -> Hindsight:
+    choices = (num_segments, HORIZON, held, POSITIONS)
+    return Hindsight(
+        growth=torch.randn(choices, generator=generator),
+        ends=torch.rand(choices, generator=generator) < 0.1,
+        log_policy=torch.log_softmax(torch.randn(choices, generator=generator), -1),
+        values=torch.randn(num_segments, HORIZON + 1, held, generator=generator),
+        held=torch.randint(held, (num_segments, HORIZON), generator=generator),
+    )
+
+
+def part_of(rollout: Rollout, rows: slice) -> Rollout:
+    parts = {name: value[rows] for name, value in vars(rollout).items() if name != "hindsight"}
+    if rollout.hindsight:
+        parts["hindsight"] = Hindsight(
+            *(value[rows] for value in vars(rollout.hindsight).values() if isinstance(value, torch.Tensor))
+        )
+    return Rollout(**parts)

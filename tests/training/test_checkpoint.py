@@ -1,0 +1,231 @@
+"""Checkpoints: whole or absent, damage always noticed, nothing executed, old ones pruned by rule."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_sources.errors import LakeError
+from training import checkpoint
+from training.checkpoint import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(run: int, epoch: int) -> dict[str, Any]:
+    return {
+        "run": run,
+        "epoch": epoch,
+        "model": {"w": torch.full((1000,), float(epoch))},
+        "symbols": ["AAPL"],
+    }
+
+
+def save(folder: Path, run: int, epoch: int, keep: int = 16) -> Path:
+    resume = {"clock": {"epoch": epoch}, "moments": torch.full((1000,), float(epoch))}
+    return checkpoint.save(folder, weights(run, epoch), resume, keep)
+
+
+def test_what_was_saved_is_found_again(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    path = save(tmp_path, 1, 10)
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert (found.path, warnings) == (path, [])
+    assert found.weights["symbols"] == ["AAPL"]
+    assert torch.equal(found.weights["model"]["w"], torch.full((1000,), 10.0))
+    assert found.resume is not None
+    assert found.resume["clock"] == {"epoch": 10}
+
+
+def test_an_empty_or_missing_folder_holds_nothing(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "none") == (None, [])
+
+
+def damage_truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def damage_emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    place = content.find(torch.tensor(4.0).numpy().tobytes() * 4) + 1
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [damage_truncated, damage_emptied, damage_one_bit])
+@pytest.mark.parametrize("which", ["weights", "resume"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, damage: Any, which: str
+) -> None:
+    older = save(tmp_path, 1, 3)
+    newest = save(tmp_path, 1, 4)
+    target = newest if which == "weights" else tmp_path / "resume" / newest.name
+    damage(target)
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.path == older
+    assert len(warnings) == 1
+    assert str(target) in warnings[0]
+    assert "the one before it is used" in warnings[0]
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, 1)
+    good, chance = path.read_bytes(), random.Random(0)
+    for _ in range(40):
+        content = bytearray(good)
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(bytes(content))
+        try:
+            loaded = checkpoint.load(path)
+        except CheckpointError:
+            continue
+        # A flip in the zip's own padding or dates touches nothing that is loaded.
+        assert torch.equal(loaded["model"]["w"], weights(1, 1)["model"]["w"])
+        assert (loaded["run"], loaded["epoch"]) == (1, 1)
+
+
+def test_weights_without_resume_state_are_the_last_resort(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, 4)
+    (tmp_path / "resume" / path.name).unlink()
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.resume is None
+    assert "no resume state left" in warnings[0]
+
+
+def test_a_strangers_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {canary}",)
+
+    path = tmp_path / "run1_epoch1.pt"
+    torch.save({"format": 1, "model": Evil()}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
+        checkpoint.load(path)
+    assert not canary.exists()
+
+
+def test_old_checkpoints_go_but_the_last_of_every_run_stays(tmp_path: Path) -> None:
+    for run, epoch in [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2)]:
+        save(tmp_path, run, epoch, keep=3)
+    names = [path.name for path in checkpoint.existing(tmp_path)]
+    assert names == [
+        "run3_epoch2.pt",
+        "run3_epoch1.pt",
+        "run2_epoch3.pt",
+        "run1_epoch3.pt",
+    ]
+    resume = sorted(path.name for path in (tmp_path / "resume").glob("*.pt"))
+    assert resume == ["run3_epoch1.pt", "run3_epoch2.pt"]
+
+
+def test_a_folder_by_the_name_of_a_checkpoint_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
+    strange = [tmp_path / "run1_epoch0.pt", tmp_path / "resume" / "run0_epoch1.pt"]
+    for folder in strange:
+        folder.mkdir(parents=True)
+    for epoch in (1, 2, 3):
+        path = save(tmp_path, 1, epoch, keep=1)
+    assert checkpoint.existing(tmp_path) == [path]
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found is not None and (found.path, warnings) == (path, [])
+    assert all(folder.is_dir() for folder in strange)
+
+
+def test_a_file_that_somebody_else_removes_meanwhile_is_gone_and_that_is_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [save(tmp_path, 1, epoch) for epoch in (1, 2, 3)]
+    before = checkpoint.existing(tmp_path)
+    paths[0].unlink()
+    monkeypatch.setattr(checkpoint, "existing", lambda folder: before)  # listed just before it went
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.exists() for path in paths] == [False, False, True]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"was not saved: .*Training goes on\."):
+        save(tmp_path / "file", 1, 1)
+
+
+def test_a_second_daemon_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from training import checkpoint\n"
+        f"with checkpoint.exclusive(Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(checkpoint.FolderInUse, match=str(holder.pid)), checkpoint.exclusive(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        with checkpoint.exclusive(tmp_path):  # the lock died with its process
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_folder_that_cannot_be_made_is_not_taken_for_one_in_use(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(CheckpointError, match="checkpoint_dir: cannot write"),
+        checkpoint.exclusive(tmp_path / "file"),
+    ):
+        pass
+
+
+def test_what_goes_wrong_while_the_folder_is_held_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(LakeError, match="of the lake"), checkpoint.exclusive(tmp_path):
+        raise LakeError("of the lake")
+
+
+def test_kill_at_any_moment_of_a_save_leaves_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from training import checkpoint\n"
+        "big = torch.randn(300_000)\n"
+        "for epoch in range(1, 10_000):\n"
+        "    weights, resume = {'run': 1, 'epoch': epoch, 'model': big}, {'e': epoch}\n"
+        f"    checkpoint.save(Path({str(tmp_path)!r}), weights, resume, 3)\n"
+        "    print(epoch, flush=True)"
+    )
+    acknowledged, chance = 0, random.Random(1)
+    for _ in range(4):
+        writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        acknowledged = int(writer.stdout.readline())
+        time.sleep(chance.random() * 0.3)
+        writer.kill()
+        rest = writer.communicate()[0].split()
+        acknowledged = int(rest[-1]) if rest else acknowledged
+        found, warnings = checkpoint.newest(tmp_path)
+        assert found is not None
+        assert warnings == []
+        assert found.resume is not None
+        assert found.weights["epoch"] >= acknowledged
+        assert found.resume["e"] == found.weights["epoch"]
+        for path in checkpoint.existing(tmp_path):
+            path.unlink()
+
+
+def test_the_manifest_of_a_checkpoint_is_plain(tmp_path: Path) -> None:
+    loaded = torch.load(save(tmp_path, 1, 2), weights_only=True)
+    del loaded["model"]
+    assert json.loads(json.dumps(loaded)) == {"format": 1, "run": 1, "epoch": 2, "symbols": ["AAPL"]}

@@ -1,0 +1,183 @@
+"""Hindsight: every choice is valued as if it had been made, and nothing that was made is valued otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from envs.account_reference import ReferenceAccount
+from envs.choices import accounts_in_every_position, growth_of_every_choice
+from envs.market import YEAR_NS
+from tests.envs.markets import HORIZON, env_of, market_of, walk
+from tests.training.rollouts import made_up_hindsight
+from tests.training.test_rollout import calm_and_wild, policy_for, rollout_of
+from training.hindsight import Hindsight, choice_values, hindsight_advantages
+
+
+def valued(hindsight: Hindsight, n: int, t: int, held: int, valid: torch.Tensor) -> float:
+    """The definition of v, written out as a recursion."""
+    if t == hindsight.growth.shape[1] or not valid[n, t]:
+        return float(hindsight.values[n, t, held])
+    expected = sum(
+        math.exp(float(hindsight.log_policy[n, t, held, k])) * chosen(hindsight, n, t, held, k, valid)
+        for k in range(hindsight.growth.shape[-1])
+    )
+    return 0.2 * float(hindsight.values[n, t, held]) + 0.8 * expected
+
+
+def chosen(hindsight: Hindsight, n: int, t: int, held: int, k: int, valid: torch.Tensor) -> float:
+    if hindsight.only_cash is not None and hindsight.only_cash[n, t]:
+        k = hindsight.cash
+    future = 0.0 if hindsight.ends[n, t, held, k] else valued(hindsight, n, t + 1, k, valid)
+    return float(hindsight.growth[n, t, held, k]) + 0.9 * future
+
+
+@pytest.mark.parametrize("num_held", [3, 4])
+@pytest.mark.parametrize("bell", [False, True])
+def test_choices_are_worth_their_definition(num_held: int, bell: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hindsight = made_up_hindsight(generator, 2, num_held)
+    short = Hindsight(
+        hindsight.growth[:, :4].double(),
+        hindsight.ends[:, :4],
+        hindsight.log_policy[:, :4].double(),
+        hindsight.values[:, :5].double(),
+        hindsight.held[:, :4],
+    )
+    short.ends[1, 2, :, 1] = True
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    valid[1, 3] = False
+    if bell:
+        short.only_cash, short.cash = torch.zeros(2, 4, dtype=torch.bool), 1
+        short.only_cash[0, 1:3] = True
+    q, expected = choice_values(short, valid, 0.9, 0.8)
+    for n, t, held, k in itertools.product(range(2), range(4), range(num_held), range(3)):
+        assert float(q[n, t, held, k]) == pytest.approx(chosen(short, n, t, held, k, valid), rel=1e-12)
+    advantages, returns = hindsight_advantages(short, valid, 0.9, 0.8)
+    for n, t in itertools.product(range(2), range(4)):
+        held = int(short.held[n, t])
+        assert torch.equal(returns[n, t], expected[n, t, held])
+        assert torch.equal(advantages[n, t], q[n, t, held] - returns[n, t])
+
+
+def test_under_the_policy_advantages_add_up_to_nothing() -> None:
+    hindsight = made_up_hindsight(torch.Generator().manual_seed(1), 4)
+    valid = torch.ones(4, hindsight.growth.shape[1], dtype=torch.bool)
+    advantages, _ = hindsight_advantages(hindsight, valid, 0.9, 0.8)
+    own = hindsight.held[..., None, None].expand(-1, -1, 1, 3)
+    policy = hindsight.log_policy.gather(2, own).squeeze(2).exp()
+    nothing = torch.zeros(advantages.shape[:2])
+    torch.testing.assert_close((policy * advantages).sum(-1), nothing, atol=1e-5, rtol=0)
+
+
+def test_who_would_have_been_ruined_by_a_choice_has_no_future_behind_it() -> None:
+    # Bars of 40 % ruin most accounts that are not flat; being flat never does.
+    env = env_of(market_of(walk(sigma=0.4)), num_envs=64)
+    rollout = rollout_of(env, policy_for(env), chunk=64, hindsight=True)
+    assert rollout.hindsight is not None
+    held = rollout.hindsight.held[..., None, None].expand(-1, -1, 1, 3)
+    own = rollout.hindsight.ends.gather(2, held).squeeze(2)
+    chosen_ends = own.gather(2, rollout.actions[..., None]).squeeze(-1)
+    # Up to the drift of the exposure, who was ruined is who is said to be.
+    said, was = chosen_ends[rollout.valid], rollout.terminated[rollout.valid]
+    assert was.sum() > 10 and (said == was).float().mean() > 0.97
+    assert not own[..., 1][rollout.valid & (rollout.hindsight.held == 1)].any()
+    assert own[..., [0, 2]][rollout.valid].any()
+
+
+def test_before_the_bell_every_choice_is_cash() -> None:
+    # Tuesday 2026-01-06, 19:20 to 21:20 UTC; in winter New York closes at 21:00.
+    bars = walk(asset_class="stock", num_bars=120)
+    late = replace(bars, open_time=bars.open_time - bars.open_time[0] + 1_767_727_200 * 10**9)
+    env = env_of(market_of(late), flat_before_close=20)
+    rollout = rollout_of(env, policy_for(env), hindsight=True)
+    assert rollout.hindsight is not None and rollout.hindsight.only_cash is not None
+    only_cash = rollout.hindsight.only_cash
+    assert only_cash.any() and not only_cash.all()
+    advantages, _ = hindsight_advantages(rollout.hindsight, rollout.valid, 0.9, 0.8)
+    assert advantages[only_cash].abs().max() < 1e-6
+    assert advantages[~only_cash].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("positions", [(-1.0, 0.0, 1.0), (0.0, 0.5, 2.0), (-1.0, 1.0)])
+def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, ...]) -> None:
+    # A weekend after every tenth bar, so that every segment holds one: it costs more than a minute does.
+    bars = walk(asset_class="stock", gaps=dict.fromkeys(range(10, 600, 10), 3_900))
+    costs = {"stock_fee_bps": 7.0, "range_slippage": 0.1, "borrow_rate": 5.0}
+    env = env_of(market_of(bars), positions=positions, **costs)
+    env.begin_segment()
+    places = torch.searchsorted(env.market.open_time, env.state_dict()["open_time"])
+    growth = growth_of_every_choice(env.fills_ahead(), positions)
+    held_targets = positions if 0.0 in positions else (*positions, 0.0)
+    assert growth.shape == (env.config.num_envs, HORIZON, len(held_targets), len(positions))
+    rate = (env.config.stock_fee_bps + env.config.slippage_bps) / 1e4
+    for n, t in itertools.product((0, 3), range(HORIZON)):
+        fill = env.market.quotes[places[n] + 1 + t].double()
+        following = float(env.market.quotes[places[n] + 2 + t, 0])
+        opens = env.market.open_time[places[n] + 1 + t :][:2].tolist()
+        borrow = 5.0 * (opens[1] - opens[0]) / YEAR_NS
+        for (j, held), (k, target) in itertools.product(enumerate(held_targets), enumerate(positions)):
+            account = ReferenceAccount(
+                ruin_equity=0.0,
+                held=held if held in positions else None,
+                cash=1 - held,
+                units=held / float(fill[0]),
+            )
+            earned = account.fill(target, float(fill[0]), following, rate + 0.1 * float(fill[3]), borrow)
+            assert float(growth[n, t, j, k]) == pytest.approx(earned, abs=2e-7)
+
+
+def test_what_was_chosen_grew_as_it_was_rewarded() -> None:
+    env = env_of(calm_and_wild())
+    policy = policy_for(env)
+    rollout = rollout_of(env, policy, hindsight=True)
+    assert rollout.hindsight is not None
+    held = rollout.hindsight.held
+    rows = rollout.hindsight.growth.gather(2, held[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
+    grown = rows.gather(2, rollout.actions[..., None]).squeeze(-1)
+    # Equal but for the drift of the exposure since the last trade.
+    assert (grown - rollout.rewards).abs().max() < 0.05 * rollout.rewards.abs().max()
+    # The first decision of a fresh account, and whatever follows a decision to be flat, has no drift.
+    flat = held == 1
+    assert flat[:, 0].all() and flat.float().mean() > 0.1
+    torch.testing.assert_close(grown[flat], rollout.rewards[flat], rtol=1e-4, atol=1e-5)
+
+
+def test_the_account_that_is_held_is_seen_as_it_is_and_the_others_as_just_reached() -> None:
+    env = env_of(market_of(walk()))
+    rollout = rollout_of(env, policy_for(env))
+    accounts = rollout.accounts
+    seen = accounts_in_every_position(accounts, env.config.positions)
+    held = accounts[..., :3].argmax(-1)
+    own = held[..., None, None].expand(-1, -1, 1, accounts.shape[-1])
+    torch.testing.assert_close(seen.gather(2, own).squeeze(2), accounts, rtol=0, atol=0)
+    assert torch.equal(seen[..., :3], torch.eye(3).expand_as(seen[..., :3]))
+    other = torch.arange(3) != held[..., None]
+    assert (seen[..., 3:5][other] == 0).all()
+    assert (accounts[..., 3:5] != 0).any()
+    assert torch.equal(seen[..., 5:], accounts[..., None, 5:].expand_as(seen[..., 5:]))
+
+
+def test_the_policy_and_the_critic_are_asked_what_they_would_say_in_every_position() -> None:
+    env = env_of(market_of(walk()))
+    policy = policy_for(env)
+    rollout = rollout_of(env, policy, hindsight=True)
+    assert rollout.hindsight is not None
+    own = rollout.hindsight.held[..., None]
+    log_policy = rollout.hindsight.log_policy.gather(2, own[..., None].expand(-1, -1, 1, 3)).squeeze(2)
+    torch.testing.assert_close(log_policy, rollout.log_policy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        rollout.hindsight.values[:, :-1].gather(2, own).squeeze(2), rollout.values, rtol=1e-4, atol=1e-5
+    )
+    with torch.no_grad():
+        for j in range(3):
+            accounts = accounts_in_every_position(rollout.accounts, env.config.positions)[:, :, j]
+            logits, values = policy(rollout.bars, accounts)
+            torch.testing.assert_close(
+                rollout.hindsight.log_policy[:, :, j], torch.log_softmax(logits, -1), rtol=1e-4, atol=1e-5
+            )
+            torch.testing.assert_close(rollout.hindsight.values[:, :-1, j], values, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,159 @@
+"""The update: the same whatever the micro-batch and the number of ranks, and unharmed by a NaN."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.rollouts import made_up_rollout, small_learner, small_policy
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_the_micro_batch_size_does_not_change_the_update(micro: int) -> None:
+    results = []
+    for size in (micro, 8):
+        policy = small_policy()
+        learner = small_learner(policy, minibatch=8, micro=size)
+        for group in learner.optimizer.param_groups:
+            group["eps"] = (
+                1e-4  # Adam's usual 1e-8 blows the rounding of a gradient near 0 up to a whole step
+            )
+        learner.update(made_up_rollout(policy, 16), run_fraction=0.0)
+        results.append(policy.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hindsight", [True, False])
+def test_an_update_changes_every_weight(hindsight: bool) -> None:
+    policy = small_policy()
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    small_learner(policy).update(made_up_rollout(policy, 16, hindsight=hindsight), run_fraction=0.0)
+    unchanged = [name for name, value in policy.state_dict().items() if torch.equal(value, before[name])]
+    assert unchanged == []
+
+
+def test_choices_are_weighed_against_each_other_by_their_advantage() -> None:
+    # Where one choice earned more than the others from every position, the update makes it likelier.
+    policy = small_policy()
+    rollout = made_up_rollout(policy, 16)
+    assert rollout.hindsight is not None
+    rollout.hindsight.growth[:] = torch.tensor([0.0, 0.0, 1.0])
+    rollout.hindsight.values[:] = 0.0
+    learner = small_learner(policy, passes=4)
+    learner.update(rollout, run_fraction=0.0)
+    with torch.no_grad():
+        change = torch.log_softmax(policy(rollout.bars, rollout.accounts)[0], -1) - rollout.log_policy
+    assert (change[..., 2] > 0).float().mean() > 0.95
+    assert (change[..., :2].sum(-1) < 0).float().mean() > 0.95
+
+
+def test_rollout_and_update_agree_at_the_first_minibatch() -> None:
+    policy = small_policy()
+    statistics = small_learner(policy).update(made_up_rollout(policy, 16), run_fraction=0.0)
+    assert float(statistics["ppo/first_kl"]) < 1e-9
+    assert float(statistics["ppo/approx_kl"]) > 1e-6
+
+
+def test_in_bf16_rollout_and_update_agree_too() -> None:
+    policy = small_policy(bf16=True)
+    statistics = small_learner(policy).update(made_up_rollout(policy, 8), run_fraction=0.0)
+    assert float(statistics["ppo/first_kl"]) < 1e-4
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_rest_goes_on() -> None:
+    policy = small_policy()
+    rollout = made_up_rollout(policy, 8)
+    rollout.bars[3] = float("nan")  # spoils the one minibatch that it is in, in each of two passes
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    learner = small_learner(policy)
+    statistics = learner.update(rollout, run_fraction=0.0)
+    assert float(statistics["ppo/skipped_steps"]) == 2
+    assert math.isfinite(float(statistics["ppo/grad_norm"]))
+    assert all(torch.isfinite(value).all() for value in policy.state_dict().values())
+    assert any(not torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    steps = {float(state["step"]) for state in learner.optimizer.state.values()}
+    assert steps == {2.0}  # the optimizer's own count ignores skipped steps
+
+
+def test_the_learning_rate_warms_up_and_follows_each_run_down() -> None:
+    learner = small_learner(small_policy())
+    assert learner.learning_rate(0.0) == pytest.approx(1e-3)
+    assert learner.learning_rate(0.5) == pytest.approx(1e-3 * (0.1 + 0.9 * 0.5))
+    assert learner.learning_rate(1.0) == pytest.approx(1e-4)
+
+
+def test_state_goes_on_where_it_was_and_settings_win_over_the_file() -> None:
+    unbroken, broken = small_policy(), small_policy()
+    first = small_learner(unbroken)
+    second = small_learner(broken)
+    for learner, policy in ((first, unbroken), (second, broken)):
+        learner.update(made_up_rollout(policy, 8), run_fraction=0.0)
+    resumed = small_learner(small_policy())
+    resumed.policy.load_state_dict(second.policy.state_dict())
+    resumed.load_state_dict(second.state_dict())
+    resumed.generator.set_state(second.generator.get_state())
+    resumed.optimizer.param_groups[0]["weight_decay"] = 0.5
+    resumed.load_state_dict(second.state_dict())
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
+    resumed.optimizer.param_groups[0]["weight_decay"] = 0.01
+    rollout = made_up_rollout(unbroken, 8, seed=5)
+    for learner in (first, resumed):
+        learner.update(rollout, run_fraction=0.5)
+    for name, value in first.policy.state_dict().items():
+        assert torch.equal(value, resumed.policy.state_dict()[name]), name
+
+
+def test_every_micro_batch_of_the_update_is_a_sign_of_life() -> None:
+    policy = small_policy()
+    beats: list[None] = []
+    learner = small_learner(policy, minibatch=8, micro=2, passes=3)
+    learner.update(made_up_rollout(policy, 16), 0.0, beat=lambda: beats.append(None))
+    assert len(beats) == 3 * 16 / 2
+
+
+def test_a_stop_ends_the_update_between_optimizer_steps() -> None:
+    policy = small_policy()
+    answers = iter([False, True])
+    learner = small_learner(policy, minibatch=2)
+    statistics = learner.update(made_up_rollout(policy, 16), 0.0, stop_now=lambda: next(answers))
+    assert learner.optimizer_steps == 2
+    assert float(statistics["loss/entropy"]) > 0  # of the steps that were taken
+
+
+def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    out = tmp_path / "out.pt"
+    script = str(ROOT / "tests/training/two_rank_update.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, script, str(out), *arguments], check=True, cwd=ROOT, timeout=200)
+    result: dict[str, Any] = torch.load(out, weights_only=True)
+    return result
+
+
+@pytest.mark.slow
+def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path) -> None:
+    result = two_ranks(tmp_path)
+    assert all(first == second for first, second in result["same"])
+    policy = small_policy()
+    learner = small_learner(policy, minibatch=8, micro=3, passes=3)
+    statistics = learner.update(made_up_rollout(policy, 8), run_fraction=0.25)
+    for name, value in policy.state_dict().items():
+        torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=2e-6)
+    for name, figure in statistics.items():
+        assert result["figures"][name] == pytest.approx(float(figure), rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path) -> None:
+    result = two_ranks(tmp_path, "poison")
+    assert all(first == second for first, second in result["same"])
+    assert result["figures"]["ppo/skipped_steps"] == 3
+    untouched = small_policy().state_dict()
+    assert all(torch.equal(value, untouched[name]) for name, value in result["weights"].items())

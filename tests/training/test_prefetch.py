@@ -1,0 +1,161 @@
+"""The refresh in the background: its result is taken, its faults delay nothing, and it outlives nobody."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from training import prefetch
+from training.prefetch import TOP_UP_SECONDS, Prefetch
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTER = "import sys, time, json, os\nfrom training.prefetch import be_background\nbe_background()\n"
+TELL = 'print("noise")\nprint(json.dumps({"now_ns": 42, "warnings": ["Yahoo failed: no"]}))\n'
+HANG = "print('hangs', flush=True)\ntime.sleep(1000)\n"
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def command(code: str) -> list[str]:
+    return [sys.executable, "-c", ENTER + code]
+
+
+@pytest.fixture
+def warned() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def start(warned: list[str]) -> Iterator[Callable[[str], Prefetch]]:
+    made: list[Prefetch] = []
+
+    def begin(code: str) -> Prefetch:
+        made.append(Prefetch(command(code), warned.append))
+        return made[-1]
+
+    yield begin
+    for each in made:
+        each.__exit__()
+
+
+def child_of(running: Prefetch) -> psutil.Process:
+    assert running._child is not None
+    return psutil.Process(running._child.pid)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_it_brought_is_taken_once_with_its_warnings(
+    start: Callable[[str], Prefetch], warned: list[str]
+) -> None:
+    ahead = start(TELL)
+    ahead.after_epoch(5)
+    child_of(ahead).wait(60)
+    assert ahead.take() == 42
+    assert warned == ["Yahoo failed: no"]
+    assert ahead.take() == 0
+
+
+def test_the_process_has_the_lowest_priority_and_a_session_of_its_own(
+    start: Callable[[str], Prefetch],
+) -> None:
+    ahead = start("print(os.getpriority(os.PRIO_PROCESS, 0))\n" + HANG)
+    ahead.after_epoch(5)
+    child = child_of(ahead)
+    while child.nice() != 19:
+        time.sleep(0.01)
+    assert os.getsid(child.pid) == child.pid != os.getsid(0)  # a terminal's Ctrl+C reaches our session only
+
+
+def test_a_source_that_hangs_costs_the_next_run_seconds_and_is_said(
+    start: Callable[[str], Prefetch], warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "PICK_UP_SECONDS", 0.2)
+    ahead = start(HANG)
+    ahead.after_epoch(5)
+    child = child_of(ahead)
+    before = time.time_ns()
+    assert before <= ahead.take() <= time.time_ns()
+    assert is_gone(child)
+    assert warned == ["the refresh in the background is not done; this run takes the bars that have arrived"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("raise KeyError('x')", "KeyError: 'x'"), ("", "it said nothing"), ("print('{}')", "{}")],
+)
+def test_a_failure_is_one_warning_and_the_caller_refreshes_itself(
+    start: Callable[[str], Prefetch], warned: list[str], code: str, told: str
+) -> None:
+    ahead = start(code)
+    ahead.after_epoch(5)
+    child_of(ahead).wait(60)
+    assert ahead.take() == 0
+    assert warned == [f"the refresh in the background failed: {told}"]
+
+
+def test_a_program_that_cannot_be_started_is_a_warning(warned: list[str]) -> None:
+    with Prefetch(["/nowhere/python"], warned.append) as ahead:
+        ahead.after_epoch(5)
+        assert ahead.take() == 0
+    assert len(warned) == 1
+    assert "No such file" in warned[0]
+
+
+def test_leaving_ends_it(start: Callable[[str], Prefetch]) -> None:
+    with start(HANG) as ahead:
+        ahead.after_epoch(5)
+        child = child_of(ahead)
+    assert is_gone(child)
+
+
+def test_it_dies_with_a_training_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom training.prefetch import Prefetch\n"
+        "ahead = Prefetch(sys.argv[1:], print)\nahead.after_epoch(5)\n"
+        "print(ahead._child.pid, flush=True)\ntime.sleep(1000)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, *command(HANG)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    child.wait(60)  # raises when it lives on
+
+
+def test_it_starts_with_the_run_and_once_more_shortly_before_the_end(
+    monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    now = 0.0
+    starts: list[float] = []
+    ahead = Prefetch(["unused"], warned.append, clock=lambda: now)
+    monkeypatch.setattr(ahead, "_start", lambda at: (starts.append(at), ahead._starts.append(at)))
+    for epoch in range(1, 201):
+        now = epoch * 30.0  # a run of 100 minutes
+        ahead.after_epoch(200 - epoch)
+    assert starts == [30.0, 6000.0 - TOP_UP_SECONDS]
+    assert ahead.take() == 0
+    ahead.after_epoch(0)  # the next run's bars are needed at once: nothing to fetch ahead
+    assert len(starts) == 2
+
+
+def test_other_ranks_and_the_simulated_market_fetch_nothing_ahead(warned: list[str]) -> None:
+    with Prefetch(None, warned.append) as ahead:
+        ahead.after_epoch(5)
+        assert ahead.take() == 0
+    assert warned == []

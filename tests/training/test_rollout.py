@@ -1,0 +1,166 @@
+"""Rollouts: the trunk runs once, the policy that acts is the one that learns, and nothing looks ahead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from envs.market import Market
+from envs.trading_env import EnvConfig, TradingEnv
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from tests.envs.markets import CONTEXT, HORIZON, NEVER, env_of, market_of, walk
+from tests.training.rollouts import small_learner
+from training.rollout import Rollout, collect
+
+
+def policy_for(env: TradingEnv, bf16: bool = False) -> Policy:
+    torch.manual_seed(0)
+    length = env.config.context_bars + env.config.horizon + 1
+    config = TransformerConfig(
+        env.market.num_features, d_model=32, num_layers=2, num_heads=4, max_length=length
+    )
+    policy = Policy(config, env.num_account_features, len(env.config.positions), bf16)
+    for layer in (policy.head.logits, policy.head.value):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    return policy
+
+
+def rollout_of(
+    env: TradingEnv, policy: Policy, chunk: int = 16, greedy: bool = False, hindsight: bool = False
+) -> Rollout:
+    generator = torch.Generator(env.device).manual_seed(7)
+    return collect(env, policy, generator, chunk, greedy, hindsight)
+
+
+def calm_and_wild() -> Market:
+    """Two symbols of which one moves ten times as much as the other."""
+    return market_of(walk("AAA"), walk("BBB", seed=1, sigma=1e-2))
+
+
+def symbols_of(env: TradingEnv) -> torch.Tensor:
+    """Number of the symbol that each environment trades."""
+    return torch.tensor([env.market.symbols.index(name) for name in env.state_dict()["symbols"]])
+
+
+def places_of(env: TradingEnv) -> torch.Tensor:
+    """Index of each environment's newest closed bar, in a market of one symbol."""
+    return torch.searchsorted(env.market.open_time, env.state_dict()["open_time"])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_update_sees_the_policy_that_acted(bf16: bool) -> None:
+    # The first minibatch after a rollout has ratio 1: the same trunk over the same bars, one bar shorter.
+    env = env_of(market_of(walk()))
+    policy = policy_for(env, bf16)
+    rollout = rollout_of(env, policy)
+    with torch.no_grad():
+        logits, values = policy(rollout.bars, rollout.accounts)
+    bound = 2e-2 if bf16 else 1e-5
+    assert (torch.log_softmax(logits, -1) - rollout.log_policy).abs().max() < bound
+    assert (values - rollout.values).abs().max() < bound * 5
+
+
+def test_chunks_of_the_trunk_forward_change_nothing() -> None:
+    market = market_of(walk())
+    rollouts = []
+    for chunk in (1, 16):
+        env = env_of(market)
+        rollouts.append(rollout_of(env, policy_for(env), chunk))
+    assert torch.equal(rollouts[0].actions, rollouts[1].actions)
+    torch.testing.assert_close(rollouts[0].values, rollouts[1].values, rtol=1e-4, atol=1e-5)
+
+
+def test_rewards_are_the_environments_in_units_of_the_markets_volatility() -> None:
+    market = calm_and_wild()
+    env, twin = env_of(market), env_of(market)
+    rollout = rollout_of(env, policy_for(env))
+    twin.begin_segment()
+    rewards = torch.stack([twin.step(rollout.actions[:, t])[0] for t in range(HORIZON)], dim=1)
+    volatility = market.volatility[symbols_of(env)]
+    assert volatility.max() > 5 * volatility.min()
+    torch.testing.assert_close(rollout.rewards * volatility[:, None], rewards)
+    assert rewards.abs().max() > 0
+
+
+def test_every_chunk_of_the_rollout_is_a_sign_of_life() -> None:
+    env = env_of(market_of(walk()), num_envs=16)
+    beats: list[None] = []
+    generator = torch.Generator().manual_seed(0)
+    collect(env, policy_for(env), generator, 4, beat=lambda: beats.append(None))
+    assert len(beats) == 4
+
+
+def test_greedy_takes_the_most_likely_position_and_drawing_does_not_always() -> None:
+    market = market_of(walk())
+    env = env_of(market)
+    policy = policy_for(env)
+    greedy = rollout_of(env, policy, greedy=True)
+    with torch.no_grad():
+        most_likely = policy(greedy.bars, greedy.accounts)[0].argmax(-1)
+    assert (greedy.actions == most_likely).float().mean() > 0.99  # ties may fall either way
+    env = env_of(market)
+    drawn = rollout_of(env, policy)
+    with torch.no_grad():
+        most_likely = policy(drawn.bars, drawn.accounts)[0].argmax(-1)
+    assert 0.1 < (drawn.actions == most_likely).float().mean() < 0.95
+
+
+def test_actions_are_drawn_from_the_policys_distribution() -> None:
+    env = env_of(market_of(walk(num_bars=3_000)), num_envs=512)
+    policy = policy_for(env)
+    rollout = rollout_of(env, policy, chunk=512)
+    with torch.no_grad():
+        chances = torch.softmax(policy(rollout.bars, rollout.accounts)[0], -1)
+    expected = chances.mean((0, 1))
+    counted = torch.bincount(rollout.actions.flatten(), minlength=3) / rollout.actions.numel()
+    # 8,192 draws: four standard errors are 0.022 at most.
+    torch.testing.assert_close(counted, expected, rtol=0, atol=0.022)
+
+
+def test_the_bootstrap_value_is_of_the_bar_after_the_segment() -> None:
+    env = env_of(market_of(walk()))
+    policy = policy_for(env)
+    rollout = rollout_of(env, policy)
+    # The environment still stands at the bar after the last decision, and so does the account.
+    window = torch.arange(-CONTEXT - HORIZON, 1)
+    bars = env.market.features[places_of(env)[:, None] + window].float()
+    with torch.no_grad():
+        _, values = policy(bars, env.account_observations()[:, None])
+    torch.testing.assert_close(rollout.next_value, values[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_after_a_ruin_nothing_counts() -> None:
+    # 40 % moves a bar ruin most accounts that are not flat.
+    env = env_of(market_of(walk(sigma=0.4)), num_envs=64)
+    rollout = rollout_of(env, policy_for(env), chunk=64)
+    ruined = rollout.terminated.any(dim=1)
+    assert ruined.float().mean() > 0.3
+    for n in torch.nonzero(ruined).flatten().tolist():
+        end = int(torch.nonzero(rollout.terminated[n])[0])
+        assert rollout.valid[n, : end + 1].all()
+        assert not rollout.valid[n, end + 1 :].any()
+        assert (rollout.rewards[n, end + 1 :] == 0).all()
+
+
+@pytest.mark.gpu
+def test_rollout_and_update_never_wait_for_the_gpu() -> None:
+    from training.distributed import Ranks
+
+    device = torch.device("cuda", 0)
+    bars = [walk(num_bars=2_000)]
+    market = Market.from_bars(
+        bars, device=device, holdout_start_ns=NEVER, context_bars=CONTEXT, horizon=HORIZON
+    )
+    config = EnvConfig(num_envs=64, context_bars=CONTEXT, horizon=HORIZON, episode_bars=2 * HORIZON)
+    env = TradingEnv(market, config, device, seed=0)
+    policy = policy_for(env, bf16=True).to(device)
+    learner = small_learner(policy, Ranks(0, 1, device), minibatch=32, micro=16)
+    generator = torch.Generator(device).manual_seed(0)
+    learner.update(collect(env, policy, generator, 16), 0.0)  # allocations and lazy set-up happen here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            learner.update(collect(env, policy, generator, 16), 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,1 @@
+"""What turns rollouts into better policies, and keeps doing so."""

@@ -1,0 +1,121 @@
+"""Turn the settings dataclass into command-line options: one per field, its comment as the help."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from training.control import EXIT_SETTING
+
+# A setting and its comment on one line of the class body: name, annotation and default, comment.
+SETTING = re.compile(r"^    (\w+): [^#\n]+  # (.+)$", re.MULTILINE)
+
+
+def helps_of(settings_class: type) -> dict[str, str]:
+    """Return the comment of every setting, by name."""
+    return dict(SETTING.findall(inspect.getsource(settings_class)))
+
+
+def command_from(
+    settings_class: type, presets: Mapping[str, Mapping[str, Any]], run: Callable[..., None]
+) -> Callable[..., None]:
+    """Return a function for typer whose options are the fields of ``settings_class``.
+
+    What ``run`` takes beyond the settings are options (or arguments) of its own, as typer reads them.
+
+    ``envs_per_gpu: int = 512  # accounts stepped at once on each GPU`` becomes ``--envs-per-gpu INTEGER``.
+    Tuples are given with commas. What is not given comes from ``--preset``, then from the class. A
+    ValueError of the class is told as one line, exit code 2.
+    """
+    helps, types = helps_of(settings_class), get_type_hints(settings_class)
+    hints = get_type_hints(run, include_extras=True)
+    own = list(inspect.signature(run).parameters.values())[1:]
+
+    def command(**given: Any) -> None:
+        extra = {each.name: given.pop(each.name) for each in own}
+        preset = "demo" if given.pop("demo") else given.pop("preset")
+        given.pop("preset", None)
+        try:
+            if preset not in presets:
+                raise ValueError(f"preset={preset!r} is unknown; use one of: {', '.join(presets)}")
+            chosen = {name: _parsed(name, types[name], v) for name, v in given.items() if v is not None}
+            settings = settings_class(**{**presets[preset], **chosen})
+        except ValueError as error:
+            complain(EXIT_SETTING, f"Wrong setting: {error}")
+        else:
+            run(settings, **extra)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    preset_option = typer.Option(help=f"a set of sizes: {', '.join(presets)}", show_default="full")
+    demo_option = typer.Option("--demo", help="the same as --preset demo: simulated market, small model")
+    parameters = [
+        inspect.Parameter("preset", keyword, default="full", annotation=Annotated[str, preset_option]),
+        inspect.Parameter("demo", keyword, default=False, annotation=Annotated[bool, demo_option]),
+        *(each.replace(kind=keyword, annotation=hints[each.name]) for each in own),
+    ]
+    for field in fields(settings_class):
+        hint, default = types[field.name], field.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        option = typer.Option(help=helps[field.name], show_default=shown)
+        annotation = Annotated[bool | None, option] if hint is bool else Annotated[str | None, option]
+        parameters.append(inspect.Parameter(field.name, keyword, default=None, annotation=annotation))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+def flags_of(settings: Any) -> list[str]:
+    """Return the command-line options that give another process the same settings."""
+    flags = []
+    for field in fields(settings):
+        value, option = getattr(settings, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"--{option}={text}")
+    return flags
+
+
+def _parsed(name: str, hint: Any, value: Any) -> Any:
+    """Read one option's text as the field's type."""
+    if not isinstance(value, str):
+        return value
+    arguments = get_args(hint)
+    if NoneType in arguments:
+        if value.lower() == "none":
+            return None
+        hint = next(argument for argument in arguments if argument is not NoneType)
+        arguments = get_args(hint)
+    if get_origin(hint) is tuple:
+        parts = [part.strip() for part in value.split(",")]
+        return tuple(_parsed(name, arguments[0], part) for part in parts if part)
+    if get_origin(hint) is Literal:
+        return value  # the settings know the choices, and say them
+    try:
+        return hint(value)
+    except ValueError:
+        kind = {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
+        raise ValueError(f"{name}={value!r} must be {kind}") from None
+
+
+class Leave(Exception):
+    """The program cannot go on: the exit code, and one line that says what to do."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def complain(code: int, message: str) -> None:
+    """End the program with a code; a message is told once, not per rank."""
+    if message and os.environ.get("RANK", "0") == "0":
+        typer.echo(message, err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,85 @@
+"""Where the training stands: run, epoch, and what the whole of it has seen."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Clock:
+    """Counters that survive restarts. ``epoch`` counts finished epochs of ``run``."""
+
+    run: int = 1
+    epoch: int = 0
+    transitions: int = 0  # over all ranks, since the very first start
+    cutoff_ns: int = 0  # this run's bars end here; 0: not chosen yet
+    rollbacks: int = 0  # in this run: returns to a checkpoint since gradients were not finite
+
+    def tick(self, transitions: int) -> None:
+        """Count one finished epoch."""
+        self.epoch += 1
+        self.transitions += transitions
+
+    def cost_scale(self, cost_ramp: float, epochs: int) -> float:
+        """Return the share of trading costs to charge in the epoch that comes: rising over the first run.
+
+        With full costs from the start every exploratory trade loses first, and the policy learns to stay
+        flat before it has seen what there is to earn (measured: docs/LOG.md).
+        """
+        if self.run > 1 or cost_ramp == 0:
+            return 1.0
+        return min(1.0, self.epoch / (cost_ramp * epochs))
+
+    def is_past(self, runs: int | None) -> bool:
+        """Tell whether all of so many runs are done; without a number they never are."""
+        return runs is not None and self.run > runs
+
+    def next_run(self) -> None:
+        """Turn to the next run, which chooses new bars."""
+        self.run += 1
+        self.epoch = 0
+        self.cutoff_ns = 0
+        self.rollbacks = 0
+
+    @property
+    def rate_scale(self) -> float:
+        """What the learning rate is multiplied with: half of it after each rollback, all of it in a new run."""
+        return 0.5**self.rollbacks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain counters."""
+        return asdict(self)
+
+
+@dataclass
+class Summary:
+    """What this start of the program did, told at its end."""
+
+    first_transitions: int
+    began: float = field(default_factory=time.monotonic)
+    epochs: int = 0
+    rewards: list[float] = field(default_factory=list)  # bp per bar, one an epoch
+
+    def count(self, reward_bps: float) -> None:
+        """Count one finished epoch."""
+        self.epochs += 1
+        self.rewards.append(reward_bps)
+
+    def lines(self, clock: Clock, newest_checkpoint: str) -> list[str]:
+        """Tell it in a few lines."""
+        hours, rest = divmod(int(time.monotonic() - self.began), 3600)
+        lines = [
+            f"Summary: {self.epochs} epochs in {hours}:{rest // 60:02d}:{rest % 60:02d}, "
+            f"{clock.transitions - self.first_transitions:,} transitions, now at run {clock.run}"
+        ]
+        if self.rewards:
+            tenth = max(1, len(self.rewards) // 10)
+            first, last = self.rewards[:tenth], self.rewards[-tenth:]
+            lines.append(
+                f"Reward: {sum(first) / tenth:+.3f} bp/bar over the first {tenth} epochs, "
+                f"{sum(last) / tenth:+.3f} over the last {tenth}, best {max(self.rewards):+.3f}"
+            )
+        lines.append(f"Newest checkpoint: {newest_checkpoint}")
+        return lines

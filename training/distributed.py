@@ -1,0 +1,102 @@
+"""This process among its ranks: device, reductions, agreement. The same code runs without torchrun.
+
+One rank never creates a process group. Decisions that rest on a clock, a signal or a file are agreed
+through ``any``: ranks see those at different moments, and a branch with a collective in it that only some
+ranks take is a hang.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_distributed
+from torch import Tensor
+
+# Rank 0 may download for hours on a first start while the others wait for its word.
+PATIENCE = timedelta(hours=24)
+# Training steps take seconds; a rank that is silent for so long is dead.
+STEP_TIMEOUT = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is: ``rank`` of ``world_size``, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    patient: Any = None  # a gloo group on the CPU: flags and objects, which never wait for the GPU
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which downloads, prints and saves."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set on any rank (all ranks take part)."""
+        return self.max(int(flag)) > 0
+
+    def max(self, number: int) -> int:
+        """Return the largest of the ranks' numbers (all ranks take part)."""
+        if self.world_size == 1:
+            return number
+        shared = torch.tensor(number)
+        torch_distributed.all_reduce(shared, op=torch_distributed.ReduceOp.MAX, group=self.patient)
+        return int(shared)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a device tensor over ranks, in place (all ranks take part)."""
+        if self.world_size > 1:
+            torch_distributed.all_reduce(tensor)
+        return tensor
+
+    def from_first(self, value: Any) -> Any:
+        """Return rank 0's value on every rank; plain picklable types (all ranks take part)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch_distributed.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order, on every rank (all ranks take part)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch_distributed.all_gather_object(values, value, group=self.patient)
+        return values
+
+
+@contextmanager
+def start() -> Iterator[Ranks]:
+    """Join the ranks that torchrun (or the supervisor) started; a single process joins nobody.
+
+    NCCL with one GPU per local rank where there are GPUs, gloo on CPUs.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    else:
+        device = torch.device("cpu")
+    if world_size == 1:
+        yield Ranks(0, 1, device)
+        return
+    torch_distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=STEP_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    patient = torch_distributed.new_group(backend="gloo", timeout=PATIENCE)
+    yield Ranks(torch_distributed.get_rank(), world_size, device, patient)
+    # Not in a finally: after an error the other ranks may never arrive, and the launcher ends the group.
+    torch_distributed.barrier(group=patient)
+    torch_distributed.destroy_process_group()

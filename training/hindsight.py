@@ -1,0 +1,77 @@
+"""Hindsight advantages: every position is valued along the realised path, not only the one that was held.
+
+The market does not react, so once a segment's bars are known, so is what every choice would have earned at
+every decision. One backward recursion over the policy's own probabilities then values each (held, chosen)
+pair: no noise of drawn actions, and no need to pay a fee to find out what a position is worth (Sinclair et
+al. 2023, "Hindsight learning for MDPs with exogenous inputs", arXiv:2207.06272).
+
+Shapes: N = segments, T = horizon, J = what can be held, K = what can be chosen (the first K of J).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Hindsight:
+    """What the recursion needs of a rollout."""
+
+    growth: Tensor  # (N, T, J, K) scaled log growth of equity from holding j and choosing k, net of costs
+    ends: Tensor  # (N, T, J, K) bool, ruined by it: the future is worth nothing
+    log_policy: Tensor  # (N, T, J, K) log-probability of choosing k while holding j
+    values: Tensor  # (N, T + 1, J) of the critic, while holding j
+    held: Tensor  # (N, T) int64, what was held
+    only_cash: Tensor | None = None  # (N, T) bool, whatever was chosen became cash
+    cash: int = 0  # its index among the choices, where only_cash is given
+
+
+def choice_values(
+    hindsight: Hindsight, valid: Tensor, gamma: float, trace_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Value every choice from every held position.
+
+    q(t, j, k) = growth(t, j, k) + gamma * v(t + 1, k), where v mixes the critic with what the policy makes of
+    the realised bars: v(t, j) = (1 - lambda) * critic(t, j) + lambda * sum_k policy(k | t, j) * q(t, j, k).
+    The lambda-return of GAE, with the expectation over actions taken exactly. Behind a ruin there is no account
+    to ask any more: what would have survived it is worth what the critic says.
+
+    Args:
+        hindsight: of N segments.
+        valid: (N, T) bool; False after a ruin.
+        gamma: discount per bar.
+        trace_lambda: weight of the realised future against the critic.
+
+    Returns:
+        q: (N, T, J, K).
+        expected: (N, T, J), the policy's expectation of q, and the critic's target.
+    """
+    num_choices = hindsight.growth.shape[-1]
+    policy = hindsight.log_policy.exp()
+    discount = gamma * (~hindsight.ends).to(policy.dtype)
+    q = torch.empty_like(hindsight.growth)
+    expected = torch.empty_like(hindsight.growth[..., 0])
+    following = hindsight.values[:, -1, :num_choices]
+    for t in reversed(range(q.shape[1])):
+        q[:, t] = hindsight.growth[:, t] + discount[:, t] * following[:, None, :]
+        if hindsight.only_cash is not None:
+            cash = q[:, t, :, hindsight.cash, None]
+            q[:, t] = torch.where(hindsight.only_cash[:, t, None, None], cash, q[:, t])
+        realised = (policy[:, t] * q[:, t]).sum(-1)
+        expected[:, t] = torch.where(valid[:, t, None], realised, hindsight.values[:, t])
+        following = torch.lerp(hindsight.values[:, t], expected[:, t], trace_lambda)[:, :num_choices]
+    return q, expected
+
+
+def hindsight_advantages(
+    hindsight: Hindsight, valid: Tensor, gamma: float, trace_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Return advantages (N, T, K) of every choice from what was held, and the critic's targets (N, T)."""
+    q, expected = choice_values(hindsight, valid, gamma, trace_lambda)
+    held = hindsight.held[..., None]
+    returns = expected.gather(-1, held)
+    q = q.gather(-2, held[..., None].expand(*held.shape, q.shape[-1])).squeeze(-2)
+    return q - returns, returns.squeeze(-1)

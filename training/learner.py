@@ -1,0 +1,277 @@
+"""Learner: turns a rollout into an update of the policy, in micro-batches, the same on every rank.
+
+Shapes: N = segments of this rank's rollout, T = horizon, M = segments of one minibatch on this rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.policy import Policy
+from training.distributed import Ranks
+from training.hindsight import hindsight_advantages
+from training.ppo import Losses, PPOConfig, Targets, advantages_and_returns, ppo_losses
+from training.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How the optimizer walks. Sizes are in segments (horizon decisions each) of one rank."""
+
+    ppo: PPOConfig
+    update_passes: int  # passes over each rollout
+    minibatch_segments: int  # M: segments per optimizer step on this rank
+    micro_batch_segments: int  # segments per forward and backward
+    learning_rate: float
+    warmup_steps: int  # optimizer steps until the full learning rate
+    final_learning_rate_fraction: float  # of learning_rate, at the end of each run
+    weight_decay: float
+    max_grad_norm: float
+
+
+class Learner:
+    """Policy, optimizer and the arithmetic between them.
+
+    Weights and optimizer state are float32 masters; the trunk may compute in bf16. A step whose gradient
+    is not finite is skipped on all ranks alike, since they all see the same all-reduced gradient.
+    """
+
+    def __init__(self, policy: Policy, config: LearnerConfig, ranks: Ranks, seed: int) -> None:
+        self.policy = policy
+        self.config = config
+        self.ranks = ranks
+        self.model: nn.Module = policy
+        if ranks.world_size > 1:
+            device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+            # The only buffers are rotary angles, the same everywhere: nothing to synchronise. torch 2.13
+            # renamed the argument; 2.11 knows the old name only.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            no_sync: dict[str, Any] = {name: False}
+            self.model = DistributedDataParallel(
+                policy, device_ids=device_ids, gradient_as_bucket_view=True, **no_sync
+            )
+        # Matrices decay, gains and biases do not (the usual rule of transformer training).
+        matrices = [p for p in policy.parameters() if p.dim() >= 2]
+        vectors = [p for p in policy.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.optimizer_steps = 0
+        self.rate_scale = 1.0  # lowered when training had to go back to a checkpoint
+        # One stream per rank: ranks shuffle and sample differently.
+        self.generator = torch.Generator(ranks.device).manual_seed(seed * 1_000_003 + ranks.rank)
+
+    def learning_rate(self, run_fraction: float) -> float:
+        """Return the rate now: linear warm-up once, then a cosine down over each run, and up again.
+
+        A function of counters only (warm restarts: Loshchilov and Hutter 2017, arXiv:1608.03983), so that
+        it survives restarts.
+        """
+        config = self.config
+        warmup = min(1.0, (self.optimizer_steps + 1) / max(1, config.warmup_steps))
+        floor = config.final_learning_rate_fraction
+        cosine = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, run_fraction)))
+        return config.learning_rate * warmup * cosine * self.rate_scale
+
+    def update(
+        self,
+        rollout: Rollout,
+        run_fraction: float,
+        stop_now: Callable[[], bool] = lambda: False,
+        beat: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tensor | float]:
+        """Improve the policy on one rollout (all ranks take part).
+
+        Args:
+            rollout: this rank's N segments.
+            run_fraction: how far the run is, 0 to 1, for the learning rate.
+            stop_now: asked after every optimizer step; True ends the update early, on all ranks together.
+            beat: called for every micro-batch, as a sign of life.
+
+        Returns:
+            Diagnostics averaged over ranks and steps, as device scalars (nothing waits for the device).
+        """
+        targets, explained_variance = self._targets(rollout)
+        statistics = _Statistics(rollout.actions.device)
+        rate = self.learning_rate(run_fraction)
+        for number, rows in enumerate(self._minibatches(rollout.num_segments)):
+            if number and stop_now():
+                break
+            rate = self.learning_rate(run_fraction)
+            self._step(rollout, targets, rows, rate, statistics, beat)
+            if number == 0:
+                statistics.freeze_first()
+        return {
+            **statistics.averaged(self.ranks),
+            "ppo/explained_variance": explained_variance,
+            "learning_rate": rate,
+        }
+
+    def _minibatches(self, num_segments: int) -> Iterator[Tensor]:
+        """Shuffle the segments anew for every pass and deal them out, (M,) at a time."""
+        for _ in range(self.config.update_passes):
+            order = torch.randperm(num_segments, generator=self.generator, device=self.ranks.device)
+            yield from order.split(self.config.minibatch_segments)
+
+    def _step(
+        self,
+        rollout: Rollout,
+        targets: Targets,
+        rows: Tensor,
+        rate: float,
+        statistics: _Statistics,
+        beat: Callable[[], None],
+    ) -> None:
+        """Take one optimizer step on the segments ``rows`` (M,), accumulated over micro-batches."""
+        num_decisions = rows.numel() * rollout.horizon
+        micro_batches = rows.split(self.config.micro_batch_segments)
+        for number, micro in enumerate(micro_batches):
+            beat()
+            # Gradients are all-reduced once per optimizer step, overlapping with the last backward.
+            last = number == len(micro_batches) - 1
+            alone = self.model is self.policy
+            with nullcontext() if last or alone else self.model.no_sync():  # type: ignore[operator]
+                logits, values = self.model(rollout.bars[micro], rollout.accounts[micro])
+                losses = ppo_losses(logits, values, targets[micro], num_decisions, self.config.ppo)
+                losses.total.backward()
+            statistics.add(losses)
+        statistics.add_step(*self._apply_gradients(rate))
+
+    def _apply_gradients(self, rate: float) -> tuple[Tensor, Tensor]:
+        """Clip, step unless something is not finite, clear; return (gradient norm, 1.0 if skipped)."""
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        skipped = (~torch.isfinite(norm)).float()
+        torch._foreach_mul_(gradients, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # The fused kernel leaves weights and moments alone where found_inf is 1: a skip without a host sync.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_steps += 1
+        return norm, skipped
+
+    def _targets(self, rollout: Rollout) -> tuple[Targets, Tensor]:
+        """Value the rollout; return the targets of its update and how much the critic foresaw."""
+        config = self.config.ppo
+        if rollout.hindsight is None:
+            advantages, returns = advantages_and_returns(
+                rollout.rewards,
+                rollout.values,
+                rollout.next_value,
+                rollout.terminated,
+                config.gamma,
+                config.gae_lambda,
+            )
+            advantages = self._normalised(advantages, rollout.valid)[..., None].expand_as(rollout.log_policy)
+            weights = F.one_hot(rollout.actions, advantages.shape[-1]).to(advantages.dtype)
+        else:
+            advantages, returns = hindsight_advantages(
+                rollout.hindsight, rollout.valid, config.gamma, config.gae_lambda
+            )
+            advantages = self._scaled(advantages, rollout.valid)
+            weights = rollout.log_policy.exp()
+        targets = Targets(rollout.log_policy, weights, advantages, returns, rollout.valid)
+        return targets, self._explained_variance(rollout, returns)
+
+    def _scaled(self, advantages: Tensor, valid: Tensor) -> Tensor:
+        """Give advantages (N, T, K) a mean square of 1 over all choices, likely or not, of all ranks.
+
+        Their mean under the policy is 0 already. Weighted by the policy instead, they would grow without
+        end as it makes up its mind.
+        """
+        weight = valid.to(torch.float64)
+        sums = torch.stack((weight.sum(), (weight * advantages.double().square().mean(-1)).sum()))
+        count, squares = self.ranks.sum(sums).unbind()
+        return (advantages / ((squares / count).sqrt() + 1e-8)).to(advantages.dtype)
+
+    def _normalised(self, advantages: Tensor, valid: Tensor) -> Tensor:
+        """Give advantages mean 0 and deviation 1 over the valid decisions of all ranks."""
+        weight = valid.to(torch.float64)
+        wide = advantages.double()
+        sums = torch.stack((weight.sum(), (weight * wide).sum(), (weight * wide.square()).sum()))
+        count, total, squares = self.ranks.sum(sums).unbind()
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp(min=0.0).sqrt()
+        return ((wide - mean) / (deviation + 1e-8)).to(advantages.dtype)
+
+    def _explained_variance(self, rollout: Rollout, returns: Tensor) -> Tensor:
+        """One minus the share of the returns' variance that the critic misses, over all ranks."""
+        weight = rollout.valid.to(torch.float64)
+        target, error = returns.double(), (returns - rollout.values).double()
+        sums = torch.stack(
+            [weight.sum()] + [(weight * x**power).sum() for x in (target, error) for power in (1, 2)]
+        )
+        count, target_sum, target_squares, error_sum, error_squares = self.ranks.sum(sums).unbind()
+        target_variance = target_squares / count - (target_sum / count).square()
+        error_variance = error_squares / count - (error_sum / count).square()
+        return 1.0 - error_variance / target_variance.clamp(min=1e-12)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a restart needs beside the weights; the generator is this rank's own."""
+        return {"optimizer": self.optimizer.state_dict(), "optimizer_steps": self.optimizer_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back ``state_dict``. Rates and decay come from the settings, not from the file."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(configured)
+        self.optimizer_steps = int(state["optimizer_steps"])
+
+
+class _Statistics:
+    """Diagnostics of one update, added up on the device."""
+
+    NAMES = ("loss/policy", "loss/value", "loss/entropy", "ppo/approx_kl", "ppo/clip_fraction")
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.NAMES), device=device, dtype=torch.float64)
+        self.norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.first_kl = torch.zeros((), device=device, dtype=torch.float64)
+        self.steps = 0
+
+    def add(self, losses: Losses) -> None:
+        """Add one micro-batch."""
+        parts = (losses.policy, losses.value, losses.entropy, losses.approx_kl, losses.clip_fraction)
+        self.sums += torch.stack(parts).detach()
+
+    def add_step(self, norm: Tensor, skipped: Tensor) -> None:
+        """Add one optimizer step; the norm of a skipped one does not count."""
+        self.norm += torch.where(skipped > 0, 0.0, norm)
+        self.skipped += skipped
+        self.steps += 1
+
+    def freeze_first(self) -> None:
+        """Remember the KL of the first minibatch: rollout and update should agree there."""
+        self.first_kl = self.sums[self.NAMES.index("ppo/approx_kl")].clone()
+
+    def averaged(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Average over ranks and steps (all ranks take part)."""
+        steps = max(1, self.steps)
+        means = ranks.sum(torch.cat((self.sums / steps, self.first_kl[None]))) / ranks.world_size
+        return {
+            **dict(zip((*self.NAMES, "ppo/first_kl"), means.unbind(), strict=True)),
+            # Gradients are all-reduced, so these are the same on every rank.
+            "ppo/grad_norm": self.norm / (steps - self.skipped).clamp(min=1.0),
+            "ppo/skipped_steps": self.skipped,
+        }

@@ -1,0 +1,191 @@
+"""Session: one rank's environment and learner, carried through runs and restarts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from envs.market import Market
+from envs.trading_env import EnvConfig, TradingEnv
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from training.checkpoint import Restored
+from training.clock import Clock
+from training.compilation import compile_trunk
+from training.distributed import Ranks
+from training.learner import Learner, LearnerConfig
+from training.rollout import Rollout, collect
+from training.timing import Stopwatch, matmul_rate
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """Everything that shapes a session, in the words of its parts."""
+
+    env: EnvConfig
+    learner: LearnerConfig
+    d_model: int
+    num_layers: int
+    num_heads: int
+    bf16: bool
+    seed: int
+    compile: bool = False
+
+
+class Session:
+    """Plays, learns, tells figures, and hands out what a checkpoint needs (all ranks do the same)."""
+
+    def __init__(self, market: Market, config: SessionConfig, ranks: Ranks, saved: Restored | None) -> None:
+        self.config = config
+        self.ranks = ranks
+        # One stream per rank: the accounts of different ranks live different lives.
+        self.env = TradingEnv(market, config.env, ranks.device, seed=config.seed * 1_000_003 + ranks.rank)
+        torch.manual_seed(config.seed)  # every rank draws the same first weights
+        trunk = TransformerConfig(
+            num_features=market.num_features,
+            d_model=config.d_model,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            max_length=config.env.context_bars + config.env.horizon + 1,
+        )
+        account_features, positions = self.env.num_account_features, len(config.env.positions)
+        self.policy = Policy(trunk, account_features, positions, config.bf16).to(ranks.device)
+        self.not_compiled = "not asked for"
+        if config.compile:
+            bars = config.env.context_bars + config.env.horizon
+            micro_batch = min(config.learner.micro_batch_segments, config.env.num_envs)
+            self.not_compiled = compile_trunk(self.policy, micro_batch, bars, ranks)
+        self._matmul_rate = matmul_rate(ranks.device, torch.bfloat16 if config.bf16 else torch.float32)
+        if saved:
+            self.policy.load_state_dict(saved.weights["model"])
+        self.learner = Learner(self.policy, config.learner, ranks, config.seed)
+        if saved and saved.resume:
+            self.learner.load_state_dict(saved.resume["learner"])
+            states = saved.resume["ranks"]
+            if ranks.rank < len(states):  # a rank that was not there before starts with fresh accounts
+                self.env.load_state_dict(states[ranks.rank]["env"])
+                self._restore_generator(states[ranks.rank]["generator"])
+        self._before = self._own_state()
+
+    def use(self, market: Market) -> None:
+        """Go on with fresh bars; accounts whose place is still there keep it."""
+        self.env.use(market)
+
+    def collect(self, cost_scale: float, beat: Callable[[], None] = lambda: None) -> Rollout:
+        """Play one segment in every environment, at this share of all trading costs."""
+        self._before = self._own_state()
+        self.env.cost_scale = cost_scale
+        config = self.config.learner
+        return collect(
+            self.env,
+            self.policy,
+            self.learner.generator,
+            config.micro_batch_segments,
+            hindsight=config.ppo.advantages == "hindsight",
+            # Discounted sums of unit noise have this deviation: the critic's targets are about one.
+            reward_scale=math.sqrt(1.0 - config.ppo.gamma**2),
+            beat=beat,
+        )
+
+    def rewind(self) -> None:
+        """Put accounts and random streams back to where they were before the newest segment."""
+        self.env.load_state_dict(self._before["env"])
+        self._restore_generator(self._before["generator"])
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"env": self.env.state_dict(), "generator": self.learner.generator.get_state()}
+
+    def _restore_generator(self, state: Tensor) -> None:
+        # A state goes on only on the same kind of device.
+        if len(state) == len(self.learner.generator.get_state()):
+            self.learner.generator.set_state(state.cpu())
+
+    def flops_per_transition(self) -> float:
+        """Count the trunk's operations: a forward in the rollout, a forward and a backward in every pass."""
+        trunk, env = self.policy.trunk, self.config.env
+        rollout = trunk.forward_flops(env.context_bars + env.horizon + 1)
+        update = 3 * trunk.forward_flops(env.context_bars + env.horizon)
+        return (rollout + self.config.learner.update_passes * update) / env.horizon
+
+    def update(
+        self,
+        rollout: Rollout,
+        run_fraction: float,
+        stop_now: Callable[[], bool],
+        beat: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tensor | float]:
+        """Learn from it; see Learner.update."""
+        return self.learner.update(rollout, run_fraction, stop_now, beat)
+
+    def is_lost(self, metrics: Mapping[str, Any]) -> bool:
+        """Tell whether most optimizer steps of the epoch were skipped, for gradients that are not finite."""
+        config = self.config.learner
+        steps = config.update_passes * math.ceil(self.config.env.num_envs / config.minibatch_segments)
+        return bool(metrics["ppo/skipped_steps"] > steps / 2)
+
+    def metrics(self, clock: Clock, statistics: Mapping[str, Any], watch: Stopwatch) -> dict[str, Any]:
+        """Bring one epoch's figures to the host; the names are explained in docs/metrics.md."""
+        episodes = self.env.episode_statistics()
+        sums = self.ranks.sum(torch.stack([value.double() for value in episodes.values()]))
+        total = dict(zip(episodes, sums.tolist(), strict=True))
+        rollout_seconds, update_seconds = watch.seconds()
+        seconds = rollout_seconds + update_seconds
+        env = self.config.env
+        transitions = env.num_envs * env.horizon * self.ranks.world_size
+        decisions, episodes_ended = max(1.0, total["decisions"]), total["episodes"]
+        mean_return = total["episode_log_returns"] / max(1.0, episodes_ended)
+        figures = {
+            "run": clock.run,
+            "epoch": clock.epoch,
+            "transitions": clock.transitions,
+            "rollout/reward_bps": 1e4 * total["rewards"] / decisions,
+            "rollout/episodes": int(episodes_ended),
+            "rollout/episode_return_percent": 100 * math.expm1(mean_return),
+            "rollout/ruined_episodes": int(total["ruins"]),
+            "rollout/turnover": total["traded"] / decisions,
+            "rollout/cost_scale": self.env.cost_scale,
+            "rollout/costs_bps": 1e4 * (total["costs"] + total["borrow_costs"]) / decisions,
+            **{
+                f"rollout/{name}": total[name] / decisions for name in total if name.startswith("in_position")
+            },
+            **{name: float(value) for name, value in statistics.items()},
+            "perf/rollout_seconds": rollout_seconds,
+            "perf/update_seconds": update_seconds,
+            "perf/transitions_per_second": transitions / seconds,
+            "perf/episodes_per_second": episodes_ended / seconds,
+            # Of what a matrix product reaches on as many of these devices.
+            "perf/mfu": transitions
+            * self.flops_per_transition()
+            / (seconds * self._matmul_rate * self.ranks.world_size),
+        }
+        if self.ranks.device.type == "cuda":
+            figures["gpu/utilization_percent"] = torch.cuda.utilization(self.ranks.device)
+            figures["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.ranks.device) / 1e9
+        return figures
+
+    def checkpoint(self, clock: Clock) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Gather what people use and what the next start needs (all ranks take part)."""
+        weights = {
+            "run": clock.run,
+            "epoch": clock.epoch,
+            "transitions": clock.transitions,
+            "model": self.policy.state_dict(),
+            "model_config": {
+                "trunk": asdict(self.policy.trunk.config),
+                "num_account_features": self.env.num_account_features,
+                "num_positions": len(self.config.env.positions),
+            },
+            "symbols": list(self.env.market.symbols),
+            "features": self.env.market.statistics.state_dict(),
+        }
+        resume = {
+            "clock": clock.state_dict(),
+            "learner": self.learner.state_dict(),
+            "ranks": self.ranks.gather(self._own_state()),
+        }
+        return weights, resume

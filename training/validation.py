@@ -1,0 +1,150 @@
+"""What makes settings right, told in one line: the value, the rule, and a value that would do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from datetime import UTC, date, datetime
+from typing import Any
+
+from data_sources import universe
+from envs.env_config import EnvConfig, require
+
+SOURCES = ("polygon", "binance", "yahoo", "simulated")
+COMPILE = ("auto", "on", "off")
+ADVANTAGES = ("hindsight", "gae")
+PRECISIONS = ("auto", "bf16", "fp32")
+# A year needs a number to be compared with: earlier bars exist nowhere among the sources.
+FIRST_DATE = date(2003, 1, 1)
+
+# What the environment takes is for EnvConfig to judge.
+AT_LEAST_ONE = (
+    "history_days min_bars simulated_symbols simulated_bars envs_per_gpu d_model num_layers num_heads batch_size "
+    "update_passes epochs checkpoint_every keep_checkpoints"
+).split()
+ZERO_OR_MORE = "holdout_days warmup_steps weight_decay entropy_coef value_coef".split()
+
+
+def check(settings: Any) -> None:
+    """Check every setting by itself and against the others.
+
+    Raises:
+        ValueError: names the setting, its value, the rule, and a value that would do.
+    """
+    for name, holds, rule in _rules(settings):
+        require(holds, name, getattr(settings, name), rule)
+
+
+def check_batch(settings: Any, world_size: int) -> None:
+    """Check what depends on how many processes train together.
+
+    Raises:
+        ValueError: the batch cannot be shared out in whole segments.
+    """
+    batch, envs = settings.batch_size, settings.envs_per_gpu
+    share = settings.horizon * world_size  # one segment from each process
+    if batch % share:
+        raise ValueError(
+            f"batch_size={batch} must be a multiple of horizon x processes = {settings.horizon} x {world_size} "
+            f"= {share}, so that segments stay whole; use {max(1, round(batch / share)) * share}"
+        )
+    segments = batch // share
+    if segments < envs and envs % segments:
+        fitting = next(count for count in range(segments, 0, -1) if envs % count == 0)
+        raise ValueError(
+            f"batch_size={batch} must divide the transitions of an epoch, envs_per_gpu x horizon x processes = "
+            f"{envs} x {settings.horizon} x {world_size} = {envs * share}; use {fitting * share}"
+        )
+
+
+def minibatch_segments(settings: Any, world_size: int) -> int:
+    """Return the segments of one process per optimizer step; at most those that it plays."""
+    return min(settings.batch_size // (settings.horizon * world_size), settings.envs_per_gpu)
+
+
+def date_ns(text: str) -> int:
+    """Return the start of a day, UTC, in nanoseconds.
+
+    Raises:
+        ValueError: the text is no date.
+    """
+    return int(_day(text).timestamp()) * 10**9
+
+
+def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
+    # (setting, whether it is right, the rule and the fix)
+    for field in fields(s):
+        value = getattr(s, field.name)
+        parts = value if isinstance(value, tuple) else (value,)
+        finite = all(math.isfinite(part) for part in parts if isinstance(part, float))
+        yield field.name, finite, "must be finite"
+    for name in AT_LEAST_ONE:
+        yield name, getattr(s, name) >= 1, "must be 1 or more"
+    for name in ZERO_OR_MORE:
+        yield name, getattr(s, name) >= 0, "must be 0 or more"
+    EnvConfig.from_settings(s, s.envs_per_gpu)  # raises by itself
+    yield "positions", 0.0 in s.positions, "must have 0 among them"
+    yield "seed", 0 <= s.seed < 2**31, "must be 0 or more and below 2147483648"
+    for name in ("learning_rate", "max_grad_norm", "clip_coef"):
+        yield name, getattr(s, name) > 0, "must be above 0"
+    yield "gamma", 0 <= s.gamma < 1, "must be 0 or more and below 1, such as 0.99"
+    for name in ("gae_lambda", "final_learning_rate_fraction", "cost_ramp"):
+        yield name, 0 <= getattr(s, name) <= 1, "must be from 0 to 1"
+    for name in ("runs", "micro_batch_segments"):
+        value = getattr(s, name)
+        yield name, value is None or value >= 1, "must be 1 or more, or not set"
+
+    sources = ", ".join(SOURCES)
+    unknown = [source for source in s.sources if source not in SOURCES]
+    yield "sources", bool(s.sources), f"must name at least one of: {sources}"
+    yield "sources", not unknown, f"has {', '.join(unknown)}, which is unknown; use some of: {sources}"
+    mixed = "simulated" in s.sources and len(s.sources) > 1
+    yield "sources", not mixed, "must not mix simulated bars with real ones"
+
+    for name in ("stocks", "polygon_crypto", "binance_pairs"):
+        rule = "must be symbols"
+        if name != "binance_pairs":
+            rule += ", or a rule such as top:500: the largest by dollar volume, as known at each date"
+        yield name, _are_symbols(getattr(s, name), name != "binance_pairs"), rule
+
+    today = datetime.now(UTC)
+    first = _day(FIRST_DATE.isoformat())
+    days: dict[str, datetime] = {}
+    for name in ("start_date", "end_date"):
+        if getattr(s, name) is not None:
+            yield name, _is_date(getattr(s, name)), "must be a day such as 2026-01-31"
+            days[name] = _day(getattr(s, name))
+            yield name, days[name] >= first, f"must not be before {FIRST_DATE}"
+    end = min(today, days.get("end_date", today))
+    if "start_date" in days:
+        yield "start_date", days["start_date"] <= today, f"must not be after today, {today.date()}"
+        yield "start_date", days["start_date"] <= end, f"must not be after end_date={s.end_date}"
+    else:
+        most = max(1, (end - first).days)
+        yield "history_days", s.history_days <= most, f"must be at most {most}, the days since {FIRST_DATE}"
+
+    pair = 2 * s.num_heads  # rotary positions turn pairs of a head's channels
+    rule = f"must be a multiple of 2 x num_heads = {pair}, such as {max(1, round(s.d_model / pair)) * pair}"
+    yield "d_model", s.d_model % pair == 0, rule
+    yield "precision", s.precision in PRECISIONS, f"must be one of: {', '.join(PRECISIONS)}"
+    yield "compile", s.compile in COMPILE, f"must be one of: {', '.join(COMPILE)}"
+    yield "advantages", s.advantages in ADVANTAGES, f"must be one of: {', '.join(ADVANTAGES)}"
+
+
+def _are_symbols(names: tuple[str, ...], may_be_rule: bool) -> bool:
+    try:
+        return not universe.top_of(names) or may_be_rule
+    except ValueError:
+        return False
+
+
+def _day(text: str) -> datetime:
+    return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return _day(text) is not None
+    except ValueError:
+        return False
