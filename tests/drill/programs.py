@@ -1,0 +1,64 @@
+"""Starts of the real program that meet a fault at a chosen moment."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.program import ALONE, PATIENCE, ROOT, Start, tiny_flags
+
+
+def kill_while_writing(folder: Path, epoch: int, **settings: Any) -> Path:
+    """Train until the resume state of ``epoch`` is half written, then kill -9; returns the folder."""
+    start = Start(folder / "out", [*ALONE, *tiny_flags(folder, **settings)])
+    resume, end = folder / "checkpoints" / "resume", time.monotonic() + PATIENCE
+    try:
+        while not any(resume.glob(f".run1_epoch{epoch}.pt.*.tmp")):
+            assert start.process.poll() is None and time.monotonic() < end, start.output
+        start.process.kill()
+        start.ends()
+    finally:
+        start.kill()
+    assert any(resume.glob(f".run1_epoch{epoch}.pt.*.tmp")), "it was written before the kill came"
+    return folder
+
+
+SUPERVISED_WITH_FAULTS = (
+    "-c",
+    "import sys; from pathlib import Path; from training.supervisor import main\n"
+    "sys.exit(main(sys.argv[2:], script=Path(sys.argv[1])))",
+    ROOT / "tests" / "drill" / "with_faults.py",
+)
+VICTIMS = ("rank 0", "rank 1", "launcher", "supervisor")
+
+
+def find(start: Start, victim: str) -> psutil.Process | None:
+    """Find a process of a supervised training on two ranks under torchrun; None while it is not there."""
+    own = psutil.Process(start.process.pid)
+    if victim == "supervisor":
+        return own
+    for process in own.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "train" not in words:
+                continue
+            is_launcher = "training.torchrun" in words
+            if (victim == "launcher" and is_launcher) or (
+                not is_launcher and victim == f"rank {process.environ().get('RANK')}"
+            ):
+                return process
+    return None
+
+
+def living(folder: Path) -> list[psutil.Process]:
+    """Find every process that trains into ``folder``, wherever it went."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(str(folder) in word for word in process.cmdline()) and "train" in process.cmdline():
+                found.append(process)
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]

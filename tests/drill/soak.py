@@ -1,0 +1,177 @@
+"""Train on two ranks while processes are killed at random, then compare with a training that nobody disturbed.
+
+    python -m tests.drill.soak --minutes 30
+    python -m tests.drill.soak --kills 50 --shortest 1 --longest 15
+
+Ends with 0 if the weights are the same to the last bit, no acknowledged epoch was lost, no process is left
+behind, and memory and open files stayed flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from tests.drill.programs import SUPERVISED_WITH_FAULTS, VICTIMS, find, living
+from tests.program import SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
+from training import checkpoint as files
+
+SETTINGS = {"batch_size": 64, "epochs": 50, "checkpoint_every": 2}
+PAUSE = "0.5"  # seconds per epoch, so that the undisturbed training takes a fraction of the time
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stdout.flush()
+
+
+class Soak:
+    """One disturbed training: its faults, and what was observed."""
+
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.folder = folder
+        self.chance = chance
+        self.kills: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.memory: list[tuple[float, int, int]] = []  # seconds, bytes and open files of rank 0
+        self.began = time.monotonic()
+        self.starts = 0
+        self.start = self._start()
+
+    def _start(self, runs: int | None = None) -> Start:
+        self.starts += 1
+        settings = SETTINGS | ({"runs": runs} if runs else {})
+        env = environment(NPROC="2", **({} if runs else {"PAUSE": PAUSE}))
+        words = [*SUPERVISED_WITH_FAULTS, "train", *tiny_flags(self.folder, **settings)]
+        return Start(self.folder / f"out{self.starts}", words, env)
+
+    def newest(self) -> tuple[int, int]:
+        """Return run and epoch of the newest checkpoint on disk."""
+        found = files.existing(self.folder / "checkpoints")
+        return tuple(map(int, re.findall(r"\d+", found[0].name))) if found else (0, 0)  # type: ignore[return-value]
+
+    def acknowledged(self) -> tuple[int, int]:
+        """Return run and epoch of the newest checkpoint that the program said was saved."""
+        said = [(0, 0)]
+        for path in self.folder.glob("out*"):
+            said += [
+                (int(r), int(e))
+                for r, e in re.findall(r"^Saved .*run(\d+)_epoch(\d+)", path.read_text(), re.M)
+            ]
+        return max(said)
+
+    def measure(self) -> None:
+        rank = find(self.start, "rank 0")
+        try:
+            if rank and time.time() - rank.create_time() > 10:
+                self.memory.append((time.monotonic() - self.began, rank.memory_info().rss, rank.num_fds()))
+        except psutil.Error:
+            return  # it ended meanwhile
+
+    def kill(self) -> None:
+        """Kill one process with SIGKILL; a killed supervisor is started again, as systemd would."""
+        victim = self.chance.choice(VICTIMS)
+        process = find(self.start, victim)
+        if process is None:
+            return  # between two groups
+        process.kill()
+        self.kills[victim] += 1
+        if victim == "supervisor":
+            self.start.ends()
+            end = time.monotonic() + 30
+            while left := living(self.folder):
+                if time.monotonic() > end:
+                    self.faults.append(f"left behind by a killed supervisor: {left}")
+                    break
+                time.sleep(0.1)
+            self.start = self._start()
+        elif self.start.process.poll() is not None:
+            self.faults.append(f"it ended by itself: {self.start.output[-500:]}")
+            self.start = self._start()
+        if self.newest() < self.acknowledged():
+            self.faults.append(f"{self.acknowledged()} was saved, {self.newest()} is there")
+        say(f"killed {victim}; newest checkpoint {self.newest()}")
+
+    def finish(self) -> int:
+        """Stop it, let it end its run undisturbed, and return the number of runs.
+
+        With Ctrl+C: SIGTERM cuts an update short by design, and then the weights are others.
+        """
+        self.start.process.send_signal(signal.SIGINT)
+        if code := self.start.ends():
+            self.faults.append(f"Ctrl+C ended it with {code}: {self.start.output[-500:]}")
+        runs = max(1, self.newest()[0])
+        self._start(runs=runs).ends_well()
+        if left := living(self.folder):
+            self.faults.append(f"left behind: {left}")
+        return runs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--kills", type=int, default=10**9)
+    parser.add_argument("--shortest", type=float, default=20.0, help="seconds between kills")
+    parser.add_argument("--longest", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="soak_") as name:
+        disturbed, undisturbed = Path(name) / "disturbed", Path(name) / "undisturbed"
+        soak = Soak(disturbed, chance)
+        try:
+            end = soak.began + 60 * options.minutes
+            while time.monotonic() < end and soak.kills.total() < options.kills:
+                until = min(end, time.monotonic() + chance.uniform(options.shortest, options.longest))
+                while time.monotonic() < until:
+                    time.sleep(min(2.0, max(0.0, until - time.monotonic())))
+                    soak.measure()
+                if time.monotonic() < end:
+                    soak.kill()
+            minutes = (time.monotonic() - soak.began) / 60
+            runs = soak.finish()
+        finally:
+            soak.start.kill()
+        say(f"the same {runs} runs of {SETTINGS['epochs']} epochs, undisturbed")
+        words = [*SUPERVISED, "train", *tiny_flags(undisturbed, **SETTINGS, runs=runs)]
+        start = Start(undisturbed / "out", words, environment(NPROC="2"))
+        while start.process.poll() is None:
+            time.sleep(0.5)
+        start.ends_well()
+        last = f"run{runs}_epoch{SETTINGS['epochs']}.pt"
+        same = is_same(checkpoint(disturbed, last)["model"], checkpoint(undisturbed, last)["model"])
+    if not same:
+        soak.faults.append(f"weights of {last} differ")
+    tenth = max(1, len(soak.memory) // 10)
+    figures = [
+        sum(entry[column] for entry in part) / len(part)
+        for column in (1, 2)
+        for part in (soak.memory[:tenth], soak.memory[-tenth:])
+        if part
+    ]
+    say(
+        f"{minutes:.1f} minutes, {soak.kills.total()} kills: {dict(soak.kills)}; {last}: same weights: {same}"
+    )
+    if figures:
+        say(
+            f"rank 0, first and last tenth: {figures[0] / 1e6:.1f} and {figures[1] / 1e6:.1f} MB, "
+            f"{figures[2]:.1f} and {figures[3]:.1f} open files"
+        )
+        if figures[1] > 1.1 * figures[0] or figures[3] > figures[2] + 2:
+            soak.faults.append("memory or open files grow")
+    for fault in soak.faults:
+        say(f"FAULT: {fault}")
+    return 1 if soak.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The long part of the fault drill, on the real program with two ranks: ``make drill``.
+
+The short part is among the other tests; docs/reliability.md says which test shows which promise.
+"""
+
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.drill.programs import SUPERVISED_WITH_FAULTS, VICTIMS, find, living
+from tests.program import SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
+from training.launch import Launch
+
+TWO_RANKS = {"runs": 1, "batch_size": 64}
+LAST = "run1_epoch8.pt"
+long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    Start(folder / "out", [*SUPERVISED, *tiny_flags(folder, **TWO_RANKS)], environment(NPROC="2")).ends_well()
+    return folder
+
+
+def start_slowly(folder: Path, name: str = "out", **additions: str) -> Start:
+    """Start two ranks whose epochs last long enough to be met by a fault."""
+    env = environment(NPROC="2", PAUSE="0.3", **additions)
+    return Start(folder / name, [*SUPERVISED_WITH_FAULTS, "train", *tiny_flags(folder, **TWO_RANKS)], env)
+
+
+def assert_ends_like(unbroken: Path, folder: Path) -> None:
+    """Let it finish, and compare to the last bit."""
+    Start(
+        folder / "rest", [*SUPERVISED, *tiny_flags(folder, **TWO_RANKS)], environment(NPROC="2")
+    ).ends_well()
+    assert is_same(checkpoint(folder, LAST)["model"], checkpoint(unbroken, LAST)["model"])
+    assert not living(folder)
+
+
+@long
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_kill_9_of_any_process_changes_nothing_in_the_end(
+    unbroken: Path, tmp_path: Path, victim: str
+) -> None:
+    start = start_slowly(tmp_path)
+    try:
+        process = find(start.wait_for("run1_epoch2.pt"), victim)
+        assert process is not None
+        process.kill()
+        code = start.ends()
+        assert code == (-signal.SIGKILL if victim == "supervisor" else 0), start.output
+        end = time.monotonic() + 30
+        while living(tmp_path):
+            assert time.monotonic() < end, "a process is left behind"
+    finally:
+        start.kill()
+    assert_ends_like(unbroken, tmp_path)
+
+
+@long
+def test_a_stopped_rank_is_noticed_and_swept(unbroken: Path, tmp_path: Path) -> None:
+    start = start_slowly(tmp_path, HANG_SECONDS="10")
+    try:
+        rank = find(start.wait_for("run1_epoch2.pt"), "rank 1")
+        assert rank is not None
+        rank.suspend()
+        start.ends_well()
+    finally:
+        start.kill()
+    assert "no sign of life for 10 s" in start.output
+    assert_ends_like(unbroken, tmp_path)
+
+
+@long
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stop_at_a_random_moment_exits_0(unbroken: Path, tmp_path: Path, sent: int, seed: int) -> None:
+    start = start_slowly(tmp_path)
+    try:
+        time.sleep(random.Random(seed).uniform(0.5, 12.0))
+        if start.process.poll() is None:
+            start.process.send_signal(sent)
+        start.ends_well()
+    finally:
+        start.kill()
+    assert_ends_like(unbroken, tmp_path) if sent == signal.SIGINT else None
+    assert not living(tmp_path)
+
+
+@long
+def test_a_clock_that_jumps_back_an_hour_changes_nothing(unbroken: Path, tmp_path: Path) -> None:
+    start_slowly(tmp_path, CLOCK_BACK="1").ends_well()
+    assert_ends_like(unbroken, tmp_path)
+
+
+@long
+def test_a_machine_that_dies_is_waited_for_and_a_stop_on_one_stops_both(tmp_path: Path) -> None:
+    """Two supervisors with one rank each meet at a loopback address, as two machines would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    def machine(number: int, name: str) -> Start:
+        settings = TWO_RANKS | {"epochs": 400, "checkpoint_every": 10}
+        env = environment(NNODES="2", NODE_RANK=str(number), RDZV_ENDPOINT=endpoint, PAUSE="0.1")
+        start = Start(
+            tmp_path / name, [*SUPERVISED_WITH_FAULTS, "train", *tiny_flags(tmp_path, **settings)], env
+        )
+        psutil.Process(start.process.pid).cpu_affinity([sorted(os.sched_getaffinity(0))[number - 1]])
+        return start
+
+    second, first = machine(1, "second"), machine(0, "first")
+    try:
+        first.wait_for("run1_epoch10.pt")  # rank 0 is on the first machine although the second came first
+        second.kill()
+        first.wait_for("Training died")
+        second = machine(1, "second again")
+        first.wait_for("Going on from")
+        second.process.send_signal(signal.SIGINT)
+        second.ends_well()
+        first.ends_well()
+    finally:
+        first.kill()
+        second.kill()
+    assert "Summary: " in first.output
+
+
+# --- short --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nan_on_rank_1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Start]]:
+    """All losses of two epochs are not a number on rank 1; rank 0 computes on as if nothing was."""
+    folder = tmp_path_factory.mktemp("nan")
+    driver = [str(SUPERVISED_WITH_FAULTS[-1]), "train", *tiny_flags(folder, **TWO_RANKS)]
+    ((command, additions),) = Launch(num_ranks=2).commands(driver)
+    start = Start(folder / "out", command[1:], environment(**additions, NAN_LOSSES="1:50:71"))
+    start.ends_well()
+    yield folder, start
+
+
+def test_losses_that_stay_not_finite_roll_back_with_half_the_learning_rate(
+    nan_on_rank_1: tuple[Path, Start],
+) -> None:
+    folder, start = nan_on_rank_1
+    back = [line for line in start.lines if "back to the newest checkpoint" in line]
+    assert ["0.5 of" in back[0], "0.25 of" in back[1], len(back)] == [True, True, 2]
+    assert start.output.count("Going on from") == 2 and start.output.count("run1_epoch4.pt, 512") == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint(folder, LAST)["model"].values())
+    assert "Run 1 is complete" in start.output

@@ -1,0 +1,67 @@
+"""The whole program with a fault planted from inside, named by the environment; started in its place.
+
+    with_faults.py train --flag value ...
+
+NAN_LOSSES=RANK:FIRST:LAST   the losses of these micro-batches are not a number on that rank (counted from 1)
+CLOCK_BACK=SECONDS           the clock jumps back an hour, so many seconds after the start
+PAUSE=SECONDS                before each rollout: for trainings that should last without computing
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def plant_nan(rank: int, first: int, last: int) -> None:
+    from training import learner
+
+    if rank != int(os.environ.get("RANK", "0")):
+        return
+    healthy, calls = learner.ppo_losses, [0]
+
+    def losses(*arguments):
+        calls[0] += 1
+        result = healthy(*arguments)
+        if first <= calls[0] <= last:
+            result = dataclasses.replace(result, total=result.total * float("nan"))
+        return result
+
+    learner.ppo_losses = losses
+
+
+def plant_clock(seconds: float) -> None:
+    began, right_time, right_ns = time.monotonic(), time.time, time.time_ns
+
+    def jump() -> int:
+        return 3600 if time.monotonic() - began > seconds else 0
+
+    time.time = lambda: right_time() - jump()
+    time.time_ns = lambda: right_ns() - jump() * 10**9
+
+
+def plant_pause(seconds: float) -> None:
+    from training.session import Session
+
+    collect = Session.collect
+
+    def paused(self, *arguments):
+        time.sleep(seconds)
+        return collect(self, *arguments)
+
+    Session.collect = paused
+
+
+if __name__ == "__main__":
+    import continuous_training as program
+
+    if "NAN_LOSSES" in os.environ:
+        plant_nan(*map(int, os.environ["NAN_LOSSES"].split(":")))
+    if "CLOCK_BACK" in os.environ:
+        plant_clock(float(os.environ["CLOCK_BACK"]))
+    if "PAUSE" in os.environ:
+        plant_pause(float(os.environ["PAUSE"]))
+    program.main()

@@ -1,0 +1,274 @@
+"""What README and docs say is so: files, flags, commands, settings, keys, metrics, features, and their code."""
+
+import ast
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+import continuous_training
+from continuous_training import Settings
+from data_sources.simulated import simulated_bars
+from envs import features
+from envs.features import FEATURES
+from models.policy import Policy
+from tests.program import ALONE, NAMES_IN_ENV, ROOT, Start, checkpoint, is_same, metrics, tiny_flags
+from training import control
+from training.cli import helps_of
+
+MARKDOWN = sorted(
+    path for folder in ("", "docs", "benchmarks", "checkpoints") for path in (ROOT / folder).glob("*.md")
+)
+START_SCRIPTS = [ROOT / "START_CONTINUOUS.sh", ROOT / "START_CONTINUOUS.bat"]
+# docs/LOG.md and CHANGELOG.md tell what was, with the flags of their day.
+CURRENT = [path for path in MARKDOWN if path.name not in ("LOG.md", "CHANGELOG.md", "RESULTS.md")]
+WITH_COMMANDS = [*CURRENT, *START_SCRIPTS, ROOT / ".env.example"]
+OWN_FOLDERS = ("benchmarks", "data_sources", "docs", "envs", "models", "tests", "training", ".ci")
+START = re.compile(r"(?:START_CONTINUOUS\.(?:sh|bat)|python continuous_training\.py)(?= |`|$)")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
+# The processes of one start tell each other these; nobody sets them by hand.
+BETWEEN_PROCESSES = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "WORLD_SIZE_PLANNED"}
+OF_OTHERS = {
+    "CUDA_VISIBLE_DEVICES",
+    "PYTHONHOME",
+    "PYTORCH_CUDA_ALLOC_CONF",
+}  # documented by CUDA, Python, torch
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def table_rows(text: str, header: str) -> list[list[str]]:
+    """Return the cells of the Markdown table that begins with ``header``."""
+    lines = text.split(header)[1].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("document", MARKDOWN, ids=name_of)
+def test_every_link_leads_to_a_file(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text_of(document)):
+        if not target.startswith(("https://", "http://")):
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", CURRENT, ids=name_of)
+def test_every_file_that_is_named_exists(document: Path) -> None:
+    for words in quoted(text_of(document)) + re.findall(
+        r"^```\w*\n(.*?)^```", text_of(document), re.M | re.S
+    ):
+        for word in re.findall(r"(?<![\w/.])[\w.]+(?:/[\w.]*)*", words):
+            first, *rest = word.split("/")
+            is_ours = bool(rest) and first in OWN_FOLDERS
+            if is_ours or (not rest and re.search(r"\w\.(?:py|sh|bat|toml)$", word)):
+                assert (ROOT / word).exists(), word
+
+
+# --- commands and flags -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def commands() -> dict[str, set[str]]:
+    """The options of every command of the program, by its name, hidden ones included."""
+    apps: list[typer.Typer] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["continuous_training.py", "--help"])
+        patch.setattr(continuous_training, "load_dotenv", lambda: None)
+        patch.setattr(typer.Typer, "__call__", lambda app, args: apps.append(app))
+        continuous_training.main()
+    group = typer.main.get_command(apps[0])
+    return {
+        name: {
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+
+
+def quoted_commands(document: Path) -> list[list[str]]:
+    """Return the arguments of every start of the program that a document shows."""
+    found = []
+    for line in text_of(document).splitlines():
+        for start in START.finditer(line):
+            rest = re.split(r"`|  +|#|\bmust\b", line[start.end() :])[0]
+            words = shlex.split(rest.replace("[", " ").replace("]", " ").replace("...", " "))
+            is_prose = words and not re.fullmatch(r"-.*|[a-z]+", words[0])
+            if (
+                rest.startswith(" ")
+                and not is_prose
+                and ("bash" in line or "python" in line or "rem  " in line)
+            ):
+                found.append(words)
+    return found
+
+
+def test_commands_are_found_in_the_documents() -> None:
+    readme = quoted_commands(ROOT / "README.md")
+    assert ["--demo"] in readme and ["data"] in readme and ["train"] in readme
+    assert ["--envs-per-gpu", "256"] in quoted_commands(ROOT / "START_CONTINUOUS.bat")
+
+
+@pytest.mark.parametrize("document", WITH_COMMANDS, ids=name_of)
+def test_every_command_that_is_shown_can_be_given(document: Path, commands: dict[str, set[str]]) -> None:
+    for words in quoted_commands(document):
+        name = words.pop(0) if words and not words[0].startswith("-") else "train"
+        assert name in commands, f"{document.name} shows the command {name}"
+        given = {word.split("=")[0] for word in words if word.startswith("--")} - {"--flag"}
+        assert given <= commands[name] | {"--help"}, f"{document.name}: {name}"
+    for names in re.findall(r"any other command: ([a-z, ]+)$", text_of(document), re.M):
+        assert set(names.split(", ")) <= set(commands), document.name
+
+
+@pytest.mark.parametrize("document", WITH_COMMANDS, ids=name_of)
+def test_every_flag_that_is_named_exists(document: Path, commands: dict[str, set[str]]) -> None:
+    known = set().union(*commands.values()) | {"--flag", "--help"}
+    lines = text_of(document).splitlines()
+    ours = [line for line in lines if "tests/run.sh" not in line and "tests.drill" not in line]
+    assert set(FLAG.findall("\n".join(ours))) <= known
+
+
+def test_the_readme_shows_every_command(commands: dict[str, set[str]]) -> None:
+    shown = " ".join(row[0] for row in table_rows(text_of(ROOT / "README.md"), "| command | what |"))
+    assert {name for name in commands if f"continuous_training.py {name}" not in shown} == {
+        "preflight"
+    }  # inner
+
+
+def test_the_readme_names_every_exit_code() -> None:
+    codes = text_of(ROOT / "README.md").split("Exit codes: ")[1].split("\n\n")[0]
+    values = {value for name, value in vars(control).items() if name.startswith("EXIT_")}
+    assert values == set(map(int, re.findall(r"\b\d+\b", codes)))
+
+
+# --- settings and keys --------------------------------------------------------------------------------------
+
+
+def test_the_readme_lists_every_setting_with_its_default_and_help() -> None:
+    rows = table_rows(text_of(ROOT / "README.md"), "| setting | default | what |")
+    helps = helps_of(Settings)
+    assert [row[0].strip("`") for row in rows] == [field.name for field in fields(Settings)]
+    for (name, default, what), field in zip(rows, fields(Settings), strict=True):
+        value = field.default
+        shown = (
+            ",".join(f"{each:g}" if isinstance(each, float) else each for each in value)
+            if (isinstance(value, tuple))
+            else "not set"
+            if value is None
+            else str(value)
+        )
+        assert default in (shown, f"{len(value)} symbols" if isinstance(value, tuple) else shown), name
+        assert what == helps[field.name], name
+
+
+def environment_names(source: Path) -> set[str]:
+    """Names that a file reads from the environment: given to it by name, or in a loop over names."""
+    names = set()
+    for node in ast.walk(ast.parse(text_of(source))):
+        if isinstance(node, ast.Call):
+            near = [node.func, *node.args]
+        elif isinstance(node, ast.Subscript):
+            near = [node.value, node.slice]
+        elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+            near = [*node.iter.elts, *node.body]
+        else:
+            continue
+        if any("environ" in ast.unparse(each) for each in near):
+            names |= {each.value for each in near if isinstance(each, ast.Constant)}
+    return {name for name in names if isinstance(name, str) and ENVIRONMENT_NAME.fullmatch(name)}
+
+
+def names_read_in(*folders: str) -> set[str]:
+    sources = [source for folder in folders for source in ROOT.glob(folder)]
+    return set().union(*map(environment_names, sources))
+
+
+def test_the_env_file_has_every_name_that_sources_read_and_no_other() -> None:
+    assert names_read_in("data_sources/*.py") == set(NAMES_IN_ENV)
+    readme = text_of(ROOT / "README.md")
+    assert [name for name in NAMES_IN_ENV if f"`{name}`" not in readme] == []
+
+
+def test_the_readme_names_what_else_is_read_from_the_environment() -> None:
+    read = names_read_in("*.py", "envs/*.py", "models/*.py", "training/*.py")
+    assert {"NPROC", "HANG_SECONDS", "RANK"} <= read
+    readme = text_of(ROOT / "README.md")
+    assert {name for name in read - BETWEEN_PROCESSES - OF_OTHERS if f"`{name}`" not in readme} == set()
+
+
+# --- metrics, features, code --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    Start(folder / "out", [*ALONE, *tiny_flags(folder, runs=1, epochs=1)]).ends_well()
+    return folder
+
+
+def test_every_metric_has_its_sentence_and_no_other_has_one(trained: Path) -> None:
+    rows = table_rows(text_of(ROOT / "docs" / "metrics.md"), "| key | what it is |")
+    explained = {name for row in rows for name in quoted(row[0])}
+    assert all(row[1] for row in rows)
+    (entry,) = metrics(trained)
+    recorded = {re.sub(r"(in_position_)\S+", r"\1X", name) for name in entry}
+    on_gpus = set(re.findall(r'"(gpu/\w+)"\]', text_of(ROOT / "training" / "session.py")))
+    assert on_gpus and not on_gpus & recorded
+    assert explained == recorded | on_gpus
+
+
+def test_every_feature_has_its_row() -> None:
+    explained = []
+    for row in table_rows(text_of(ROOT / "docs" / "features.md"), "| feature | is | looks at |"):
+        first, *others = quoted(row[0])
+        stem = first.rstrip("0123456789").removesuffix("_")
+        explained += [first, *(stem + name if name.startswith("_") else name for name in others)]
+    assert sorted(explained) == sorted(FEATURES)
+
+
+def code_of(document: str) -> str:
+    (code,) = re.findall(r"^```python\n(.*?)^```", text_of(ROOT / "docs" / document), re.M | re.S)
+    return code
+
+
+def test_the_code_that_uses_the_weights_works(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained / "checkpoints"
+    shutil.copy(folder / "run1_epoch1.pt", folder / "run1_epoch25.pt")  # the one that is shown
+    monkeypatch.chdir(trained)
+    names: dict[str, object] = {}
+    exec(code_of("checkpoints.md"), names)  # the documents are ours
+    policy = names["policy"]
+    assert isinstance(policy, Policy)
+    assert is_same(dict(policy.state_dict()), checkpoint(trained, "run1_epoch25.pt")["model"])
+
+
+def test_the_code_that_adds_a_feature_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "FEATURES", dict(FEATURES))
+    names: dict[str, object] = {"torch": torch}
+    exec(code_of("features.md"), names)  # the documents are ours
+    assert set(features.FEATURES) - set(FEATURES) == {"body"}
+    (bars,) = simulated_bars(1, 500, seed=0, end_ns=30 * 86_400 * 10**9)
+    values = features.FEATURES["body"](features.History(bars, torch.device("cpu")))
+    assert values.shape == (500,) and values.isfinite().all()

@@ -1,0 +1,223 @@
+"""A wrong setting is one line with the value, the rule and the fix; a right one is what people typed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from continuous_training import PRESETS, Settings
+from training import validation
+from training.cli import helps_of
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "continuous_training.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_defaults_are_what_was_promised() -> None:
+    promised = {
+        "envs_per_gpu": 512,
+        "batch_size": 65_536,
+        "d_model": 2048,
+        "num_layers": 12,
+        "num_heads": 32,
+        "epochs": 200,
+        "runs": None,
+        "checkpoint_every": 25,
+        "min_bars": 2000,
+        "history_days": 730,
+        "start_date": None,
+        "end_date": None,
+        "precision": "auto",
+        "sources": ("polygon", "binance", "yahoo"),
+    }
+    settings = asdict(Settings())
+    assert {name: settings[name] for name in promised} == promised
+    assert len(set(Settings().stocks)) == 22
+    assert len(set(Settings().binance_pairs)) >= 20
+    assert all(pair.endswith("USDT") for pair in Settings().binance_pairs)
+    assert all(re.fullmatch(r"X:[A-Z]+-USD", pair) for pair in Settings().polygon_crypto)
+    validation.check_batch(Settings(), 1)
+    validation.check_batch(Settings(), 4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_every_preset_fits_every_usual_number_of_processes(preset: str, world_size: int) -> None:
+    validation.check_batch(Settings(**PRESETS[preset]), world_size)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"d_model": 100, "num_heads": 8},
+            "d_model=100 must be a multiple of 2 x num_heads = 16, such as 96",
+        ),
+        ({"start_date": "2026-13-01"}, "start_date=2026-13-01 must be a day such as 2026-01-31"),
+        ({"start_date": "2025-02-01", "end_date": "2025-01-01"}, "must not be after end_date=2025-01-01"),
+        ({"start_date": "2999-01-01"}, "must not be after today"),
+        ({"end_date": "1990-01-01"}, "end_date=1990-01-01 must not be before 2003-01-01"),
+        (
+            {"sources": ("polygon", "nasdaq")},
+            "sources=polygon,nasdaq has nasdaq, which is unknown; use some of",
+        ),
+        ({"sources": ()}, "must name at least one of: polygon, binance, yahoo, simulated"),
+        ({"sources": ("simulated", "yahoo")}, "must not mix simulated bars with real ones"),
+        ({"episode_bars": 1000}, "episode_bars=1000 must be a multiple of horizon=128, such as 1024"),
+        ({"positions": (1.0, 1.0)}, "positions=1.0,1.0 must be two or more different fractions of equity"),
+        ({"envs_per_gpu": 0}, "envs_per_gpu=0 must be 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"gamma": 1.5}, "gamma=1.5 must be 0 or more and below 1"),
+        ({"runs": 0}, "runs=0 must be 1 or more, or not set"),
+        ({"precision": "fp8"}, "precision=fp8 must be one of: auto, bf16, fp32"),
+        ({"ruin_fraction": 1.0}, "ruin_fraction=1.0 must be 1e-06 or more and below 1"),
+        ({"ruin_fraction": 1e-7}, "ruin_fraction=1e-07 must be 1e-06 or more and below 1"),
+        ({"positions": (-1.0, 1.0)}, "positions=-1.0,1.0 must have 0 among them"),
+        ({"positions": (0.0, float("inf"))}, "positions=0.0,inf must be finite"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf must be finite"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan must be finite"),
+        ({"crypto_fee_bps": 4_999.0}, "fees and slippage=0.5 must be under 0.5 of the traded value"),
+        ({"volume_slippage": 0.6}, "lower crypto_fee_bps, slippage_bps or volume_slippage"),
+        ({"borrow_rate": -0.1}, "borrow_rate=-0.1 must be 0 or more"),
+        ({"seed": -1}, "seed=-1 must be 0 or more and below 2147483648"),
+        ({"seed": 2**31}, "seed=2147483648 must be 0 or more and below 2147483648"),
+        ({"history_days": 10**9}, ", the days since 2003-01-01"),
+        ({"history_days": 366, "end_date": "2004-01-01"}, "history_days=366 must be at most 365, the days"),
+        ({"start_date": "2026-10-01", "end_date": "2026-9-1"}, "must not be after end_date=2026-9-1"),
+        ({"holdout_days": -1}, "holdout_days=-1 must be 0 or more"),
+        ({"horizon": 0}, "horizon=0 must be 1 or more"),
+        ({"stocks": ("top:many",)}, "stocks=top:many must be symbols, or a rule such as top:500"),
+        ({"binance_pairs": ("top:5",)}, "binance_pairs=top:5 must be symbols"),
+    ],
+)
+def test_a_wrong_setting_names_the_value_the_rule_and_the_fix(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Settings(**given)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_days_are_compared_as_days_and_not_as_words() -> None:
+    assert Settings(start_date="2019-9-1", end_date="2019-10-01").start_date == "2019-9-1"
+    assert Settings(start_date="2003-1-1").start_date == "2003-1-1"
+    assert Settings(history_days=365, end_date="2004-1-1").history_days == 365
+
+
+def test_every_float_must_be_finite() -> None:
+    for field in fields(Settings):
+        if isinstance(field.default, float):
+            with pytest.raises(ValueError, match=f"^{field.name}=nan must be finite$"):
+                Settings(**{field.name: float("nan")})
+
+
+def test_a_batch_that_cannot_be_shared_out_names_one_that_can() -> None:
+    with pytest.raises(
+        ValueError, match=r"batch_size=7 must be a multiple of .* 128 x 1 = 128, .*; use 128$"
+    ):
+        validation.check_batch(Settings(batch_size=7), 1)
+    with pytest.raises(
+        ValueError, match=r"batch_size=65536 must be a multiple of .* 128 x 3 = 384.*; use 65664$"
+    ):
+        validation.check_batch(Settings(), 3)
+    with pytest.raises(ValueError, match=r"must divide the transitions of an epoch.*= 65536; use 32768$"):
+        validation.check_batch(Settings(batch_size=49_152), 1)
+
+
+def test_wrong_settings_on_the_command_line_exit_2_with_one_line() -> None:
+    for arguments in (
+        ["--batch-size", "7"],
+        ["--d-model", "100"],
+        ["--start-date", "yesterday"],
+        ["--sources", "nasdaq"],
+        ["--preset", "huge"],
+        ["--epochs", "many"],
+    ):
+        result = run(*arguments, "--demo") if arguments[0] != "--preset" else run(*arguments)
+        assert result.returncode == 2, arguments
+        assert result.stdout == ""
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("Wrong setting: ")
+        assert arguments[1] in lines[0]
+
+
+def test_an_env_file_that_is_no_utf_8_is_told_in_one_line_without_its_content(tmp_path: Path) -> None:
+    # The program looks for .env beside itself.
+    script = shutil.copy(ROOT / "continuous_training.py", tmp_path)
+    (tmp_path / ".env").write_text("POLYGON_SECRET_KEY=hush", encoding="utf-16")
+    command = [sys.executable, script, "preflight", "--checkpoint-dir", str(tmp_path / "checkpoints")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines() == [
+        "Wrong setting: .env must be a readable text file in UTF-8: save it again as one"
+    ]
+
+
+def test_an_unknown_flag_is_told_with_the_right_one() -> None:
+    result = run("train", "--envs_per_gpu", "5")
+    assert result.returncode == 2
+    assert "--envs-per-gpu" in result.stderr
+
+
+def test_only_rank_0_tells_and_preflight_counts_the_planned_ranks(tmp_path: Path) -> None:
+    folder = ["--checkpoint-dir", str(tmp_path)]
+    quiet = run("train", "--batch-size", "7", *folder, RANK="1")
+    assert (quiet.returncode, quiet.stderr) == (2, "")
+    fine = run("preflight", "--preset", "small", *folder, WORLD_SIZE_PLANNED="2")
+    assert (fine.returncode, fine.stdout, fine.stderr) == (0, "", "")
+    wrong = run("preflight", "--preset", "small", *folder, WORLD_SIZE_PLANNED="3")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("Wrong setting: batch_size=8192 must be a multiple of horizon x processes")
+
+
+def test_every_setting_has_a_comment_which_is_its_help() -> None:
+    helps = helps_of(Settings)
+    assert set(helps) == {field.name for field in fields(Settings)}
+    shown = " ".join(run("train", "--help", COLUMNS="300").stdout.split())
+    for name, text in helps.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert text[:40] in shown, name
+
+
+def test_presets_name_settings_only() -> None:
+    names = {field.name for field in fields(Settings)}
+    assert all(set(preset) <= names for preset in PRESETS.values())
+
+
+def test_a_folder_that_is_a_file_is_told_in_one_line_with_the_right_code(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for flag, code in (("--checkpoint-dir", 2), ("--data-dir", 3)):
+        done = run(
+            "train",
+            "--sources",
+            "yahoo",
+            "--checkpoint-dir",
+            str(tmp_path / "c"),
+            "--runs",
+            "1",
+            "--stocks",
+            "AAPL",
+            "--log-dir",
+            str(tmp_path / "logs"),
+            flag,
+            str(tmp_path / "file"),
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr and str(tmp_path / "file") in done.stderr
