@@ -1,0 +1,285 @@
+"""Environment steps per second: all costs, account observations and episode resets included.
+
+    python benchmarks/env_throughput.py                    # a table, about two minutes
+    python benchmarks/env_throughput.py --peers            # and public environments beside it
+
+``--peers`` makes a virtual environment in data_cache/ with gym-trading-env, gym-anytrading and ElegantRL from PyPI
+(``--peers-venv`` takes one that is there) and plays them in a process of their own, see env_peers.py.
+
+Contenders take turns, round after round, so that a busy machine hurts all of them alike. Told are medians over
+rounds: steps per second of the clock, where rounds in which the process had 97 % of a core count if there are any,
+and steps per second of CPU time, which ratios are made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_sources.bars import MINUTE_NS, Bars
+from envs import features
+from envs.env_config import EnvConfig
+from envs.market import Market
+from envs.trading_env import TradingEnv
+
+ROOT = Path(__file__).resolve().parent.parent
+HORIZON = 128
+PEERS = ("torch", "numpy", "pandas", "gymnasium>=1.0", "gym-trading-env==0.3.5", "gym-anytrading==2.0.0")
+# Without gym[box2d], which does not build everywhere and which its stock environment does without.
+ALONE = ("elegantrl==0.3.6", "gym==0.26.2", "gym-notices", "cloudpickle")
+EVERY_COST = {"range_slippage": 0.05, "volume_slippage": 0.01, "account_value": 1_000.0}
+# (this, beside that, at least so many times as fast)
+GOALS = (
+    ("stepped", "gym-trading-env", 150.0),
+    ("stepped", "gym-anytrading", 25.0),
+    ("stepped", "ElegantRL", 5.0),
+    ("compiled", "ElegantRL", 5.0),
+    ("replayed", "ElegantRL", 20.0),
+)
+Round = Callable[[float], tuple[int, float, float]]  # seconds -> steps, seconds and CPU seconds it took
+
+
+def random_walk(symbol: str, num_bars: int, seed: int) -> Bars:
+    random = np.random.default_rng(seed)
+    close = 100 * np.exp(np.cumsum(random.normal(0, 1e-3, num_bars)))
+    opens = np.concatenate([[100.0], close[:-1]])
+    high, low = np.maximum(opens, close) * 1.0003, np.minimum(opens, close) * 0.9997
+    times = (np.arange(num_bars, dtype=np.int64) + 26_000_000) * MINUTE_NS
+    return Bars(symbol, "crypto", times, opens, high, low, close, random.lognormal(3, 1, num_bars))
+
+
+def market_of(num_bars: int, num_symbols: int, device: str, horizon: int = HORIZON) -> Market:
+    bars = [random_walk(f"S{n:03}", num_bars, n) for n in range(num_symbols)]
+    return Market.from_bars(bars, device=device, holdout_start_ns=2**62, context_bars=64, horizon=horizon)
+
+
+def ours(market: Market, num_envs: int, device: str, way: str = "stepped", **costs: float) -> Round:
+    """Return rounds of whole segments with given random actions."""
+    config = EnvConfig(num_envs=num_envs, **costs)
+    env = TradingEnv(market, config, device, seed=0, compiled=way == "compiled")
+    actions = torch.randint(0, 3, (HORIZON, num_envs), device=device)
+
+    def segment() -> None:
+        if way == "replayed":
+            env.replay(actions)
+            return
+        env.begin_segment()
+        for action in actions:
+            env.account_observations()
+            env.step(action)
+
+    def play(seconds: float) -> tuple[int, float, float]:
+        segments, cpu, start = 0, time.process_time(), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            segment()
+            segments += 1
+            if device == "cuda":
+                torch.cuda.synchronize()
+        return segments * actions.numel(), time.perf_counter() - start, time.process_time() - cpu
+
+    for _ in range(2):  # compiles, where it does
+        segment()
+    return play
+
+
+def in_gymnasium(num_envs: int) -> Round:
+    from envs.gymnasium_env import TradingVectorEnv
+
+    market = market_of(60_000, 32, "cpu", horizon=1)
+    env = TradingVectorEnv(market, EnvConfig(num_envs=num_envs, horizon=1, **EVERY_COST))
+    env.reset()
+    actions = np.random.default_rng(0).integers(0, 3, (16, num_envs))
+
+    def play(seconds: float) -> tuple[int, float, float]:
+        steps, cpu, start = 0, time.process_time(), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            for action in actions:
+                env.step(action)
+            steps += actions.size
+        return steps, time.perf_counter() - start, time.process_time() - cpu
+
+    return play
+
+
+def contenders(device: str) -> dict[str, Round]:
+    short, long = market_of(100_000, 1, device), market_of(2_000_000, 1, device)
+    many = market_of(60_000, 32, device)
+    return {
+        "ours stepped, 512 envs": ours(many, 512, device, **EVERY_COST),
+        "ours stepped, 512 envs, plain costs": ours(many, 512, device),
+        "ours compiled, 512 envs": ours(many, 512, device, "compiled", **EVERY_COST),
+        "ours replayed, 512 envs": ours(many, 512, device, "replayed", **EVERY_COST),
+        "ours stepped, 4,096 envs": ours(many, 4_096, device, **EVERY_COST),
+        "ours compiled, 4,096 envs": ours(many, 4_096, device, "compiled", **EVERY_COST),
+        "ours, one symbol of 100 k bars": ours(short, 512, device),
+        "ours, one symbol of 2 M bars": ours(long, 512, device),
+        "ours as a Gymnasium VectorEnv, 512": in_gymnasium(512),
+    }
+
+
+class Peers:
+    """The process that plays the public environments."""
+
+    def __init__(self, folder: Path) -> None:
+        # One thread, and no wandering: ours keeps to one as well.
+        command = [str(folder / "bin" / "python"), str(ROOT / "benchmarks" / "env_peers.py")]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "MPLBACKEND": "agg"},
+        )
+        first = self._answer()
+        self.failed: dict[str, str] = first["failed"]
+        self.rounds = {name: partial(self._play, name) for name in first["contenders"]}
+
+    def _answer(self) -> dict:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(
+                f"the peers' process ended with {self._process.wait()}: run env_peers.py by hand"
+            )
+        return json.loads(line)
+
+    def _play(self, name: str, seconds: float) -> tuple[int, float, float]:
+        assert self._process.stdin is not None
+        print(f"{name}\t{seconds}", file=self._process.stdin, flush=True)
+        answer = self._answer()
+        return answer["steps"], answer["seconds"], answer["cpu_seconds"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def peers_venv(folder: Path) -> Path:
+    """Make the peers' virtual environment where it is not there yet."""
+    if not (folder / "bin" / "python").exists():
+        venv.create(folder, with_pip=True)
+        install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
+        subprocess.run([*install, *PEERS], check=True)
+        subprocess.run([*install, "--no-deps", *ALONE], check=True)
+    return folder
+
+
+def feature_seconds(device: str) -> float:
+    bars = random_walk("S000", 1_000_000, 0)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        features.compute(bars, torch.device(device))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@dataclass
+class Result:
+    """What the rounds of one contender gave: steps per second, by the clock and by the CPU."""
+
+    by_clock: list[float] = field(default_factory=list)
+    by_cpu: list[float] = field(default_factory=list)
+    cores: list[float] = field(default_factory=list)
+
+    def add(self, steps: int, seconds: float, cpu_seconds: float) -> None:
+        """Take in one round."""
+        self.by_clock.append(steps / seconds)
+        self.by_cpu.append(steps / cpu_seconds)
+        self.cores.append(cpu_seconds / seconds)
+
+    @property
+    def clean(self) -> int:
+        """Rounds in which nobody else had the core."""
+        return sum(core > 0.97 for core in self.cores)
+
+    @property
+    def rate(self) -> float:
+        """Median steps per second of clean rounds, of all where none was."""
+        clean = [rate for rate, core in zip(self.by_clock, self.cores, strict=True) if core > 0.97]
+        return statistics.median(clean or self.by_clock)
+
+    @property
+    def cpu_rate(self) -> float:
+        """Median steps per second of CPU time."""
+        return statistics.median(self.by_cpu)
+
+
+def best(results: dict[str, Result], start: str) -> str:
+    """Return the quickest contender at 512 environments, or of a peer at any number."""
+    names = [
+        name for name in results if name.startswith(start) and "plain" not in name and "4,096" not in name
+    ]
+    return max(names, key=lambda name: results[name].cpu_rate, default="")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per contender and round")
+    parser.add_argument("--peers", action="store_true", help="public environments beside ours")
+    parser.add_argument("--peers-venv", type=Path, default=ROOT / "data_cache" / "peers_venv")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+
+    playing = contenders(given.device)
+    peers = Peers(peers_venv(given.peers_venv)) if given.peers else None
+    if peers:
+        playing |= peers.rounds
+    results = {name: Result() for name in playing}
+    for _ in range(given.rounds):
+        for name, play in playing.items():
+            results[name].add(*play(given.seconds))
+
+    where = torch.cuda.get_device_name() if given.device == "cuda" else "CPU, one thread"
+    print(f"{where}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}; {given.rounds} rounds\n")
+    print(
+        "| environment | steps/s | steps per CPU s | lowest, highest | clean rounds |\n|---|---|---|---|---|"
+    )
+    for name, one in results.items():
+        spread = f"{min(one.by_cpu):,.0f}, {max(one.by_cpu):,.0f}"
+        print(f"| {name} | {one.rate:,.0f} | {one.cpu_rate:,.0f} | {spread} | {one.clean} |")
+    print("\n| ratio, by CPU seconds | is | goal |\n|---|---|---|")
+    for way, peer, goal in GOALS:
+        this, that = best(results, f"ours {way}"), best(results, peer)
+        if that:
+            times = results[this].cpu_rate / results[that].cpu_rate
+            print(f"| {this} : {that} | {times:.1f} | {goal:g} |")
+    history = [results[f"ours, one symbol of {size} bars"] for size in ("100 k", "2 M")]
+    pairs = [a / b for a, b in zip(*(one.by_cpu for one in history), strict=True)]
+    print(f"| a step in 2 M bars : in 100 k bars, time | {statistics.median(pairs):.2f} | at most 1.1 |")
+    kept, segment = TradingEnv(market_of(2_000, 1, "cpu"), EnvConfig(512), "cpu", 0).bytes_per_environment()
+    print(
+        f"\nMemory per environment beside the market: {kept:.0f} bytes kept; {segment:,.0f} for the quotes of the "
+        f"segment that is played.\n{len(features.FEATURES)} features of a million bars: "
+        f"{feature_seconds(given.device):.2f} s."
+    )
+    if peers:
+        for name, reason in peers.failed.items():
+            print(f"Not played: {name}: {reason}")
+        peers.close()
+
+
+if __name__ == "__main__":
+    main()
