@@ -9,13 +9,12 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 # The allocator reads this when torch is first imported, hence the imports below it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
@@ -24,20 +23,19 @@ import torch
 import typer
 from dotenv import load_dotenv
 
-from data_sources.errors import DataError
 from data_sources.lake import Lake
 from envs.market import Market
-from training import checkpoint, data_report, distributed, episode_plot, selftest_report, validation
-from training.assembly import market_on_device, save, session_config, uses_bf16
+from training import checkpoint, distributed, validation
+from training.assembly import market_on_device, save, session_config
 from training.background import BackgroundWriter
-from training.cli import Leave, command_from, complain
+from training.cli import Leave, checkpoint_command_from, command_from, complain
 from training.clock import Clock, Summary
+from training.commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
 from training.console import Console
 from training.control import (
     EXIT_ABORTED,
     EXIT_DOES_NOT_FIT,
     EXIT_LOCKED,
-    EXIT_NO_DATA,
     EXIT_OK,
     EXIT_SETTING,
     STOP_AT_EPOCH_END,
@@ -45,9 +43,8 @@ from training.control import (
     Control,
 )
 from training.distributed import Ranks
-from training.fresh_bars import agreed_stop, data_request, fresh_bars
+from training.fresh_bars import agreed_stop, fresh_bars
 from training.prefetch import Prefetch, refresh_ahead
-from training.selftest import TRIALS, Sizes, selftest
 from training.session import Session
 from training.timing import Stopwatch
 
@@ -328,7 +325,7 @@ def new_session(
     return session
 
 
-# --- commands ---------------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------
 
 
 def train_command(settings: Settings) -> None:
@@ -357,70 +354,6 @@ def train_command(settings: Settings) -> None:
     complain(code, message)
 
 
-def preflight_command(settings: Settings) -> None:
-    """Check what can be checked before any process trains; silent when all is well."""
-    try:
-        validation.check_batch(settings, int(os.environ.get("WORLD_SIZE_PLANNED", "1")))
-        # Of many machines that share the folder the first one writes; the others never hold it.
-        with checkpoint.exclusive(
-            Path(settings.checkpoint_dir), os.environ.get("NODE_RANK") in (None, "", "0")
-        ):
-            pass
-    except ValueError as error:
-        complain(EXIT_SETTING, f"Wrong setting: {error}")
-    except checkpoint.FolderInUse as reason:
-        complain(EXIT_LOCKED, str(reason))
-    except checkpoint.CheckpointError as reason:
-        complain(EXIT_SETTING, str(reason))
-
-
-def data_command(
-    settings: Settings,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="read and check the whole lake first")] = False,
-    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
-) -> None:
-    """Refresh the data once and show what there is."""
-    now_ns = time.time_ns()
-    console = Console(None if background else Path(settings.log_dir), to_stderr=as_json)
-    lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
-    try:
-        if background:
-            console.emit(data_report.in_background(lake, request, now_ns))
-        elif not data_report.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
-            complain(EXIT_NO_DATA, "There are no bars.")
-    except DataError as error:
-        complain(EXIT_NO_DATA, str(error))
-
-
-def selftest_command(
-    settings: Settings,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each kind")] = 1,
-) -> None:
-    """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
-    with distributed.start() as ranks:
-        console = Console(Path(settings.log_dir))
-        seed_list = range(settings.seed, settings.seed + seeds)
-        results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks), console.line)
-        for path in selftest_report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
-            console.line(f"Wrote {path}")
-    failures = [
-        f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
-    ]
-    complain(1 if failures else EXIT_OK, "\n".join(failures))
-
-
-def episode_command(
-    path: Path, symbol: str = "", start: str = "", output: Path = Path("episode.png")
-) -> None:
-    """Draw one episode of a checkpoint; --start 2026-11-20T14:30 is UTC, by default the newest bars."""
-    try:
-        typer.echo(episode_plot.command(path, symbol, start, output, Settings))
-    except (ValueError, checkpoint.CheckpointError) as error:
-        complain(EXIT_SETTING, str(error))
-
-
 def main() -> None:
     """Run the named command, or ``train``."""
     try:
@@ -431,11 +364,12 @@ def main() -> None:
         )
         sys.exit(EXIT_SETTING)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-    for command in (train_command, data_command, selftest_command, preflight_command):
-        name = command.__name__.removesuffix("_command")
-        summary, hidden = inspect.getdoc(command), name == "preflight"
-        app.command(name, help=summary, hidden=hidden)(command_from(Settings, PRESETS, command))
-    app.command("episode")(episode_command)
+    for run in (train_command, *COMMANDS, *CHECKPOINT_COMMANDS):
+        of_checkpoint = run in CHECKPOINT_COMMANDS
+        command = (
+            checkpoint_command_from(Settings, run) if of_checkpoint else command_from(Settings, PRESETS, run)
+        )
+        app.command(name_of(run), help=inspect.getdoc(run), hidden=run in HIDDEN)(command)
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
         arguments = ["train", *arguments]

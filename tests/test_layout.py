@@ -27,7 +27,7 @@ WITHOUT = {
 # The one place of a library.
 ONLY_IN = {
     "rich": {"training/console.py"},
-    "typer": {"training/cli.py", "continuous_training.py"},
+    "typer": {"training/cli.py", "training/commands.py", "continuous_training.py"},
     "boto3": {"data_sources/polygon.py", "data_sources/polygon_files.py"},
     "yfinance": {"data_sources/yahoo.py"},
 }

@@ -173,6 +173,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return loaded
 
 
+def require_format(path: Path, weights: dict[str, Any]) -> None:
+    """Refuse what ``load`` has read from ``path`` unless this program wrote it, in the format of today.
+
+    Raises:
+        CheckpointError: it is of another format, or no checkpoint's weights at all.
+    """
+    if weights.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {weights.get('format')}, this program reads {FORMAT}")
+
+
 def named(folder: Path, name: str) -> Restored | None:
     """Read one checkpoint with its resume state; None where either is missing or damaged."""
     try:
@@ -191,10 +201,7 @@ def newest(folder: Path) -> tuple[Restored | None, list[str]]:
     for path in existing(folder):
         try:
             weights = load(path)
-            if weights.get("format") != FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {weights.get('format')}, this program reads {FORMAT}"
-                )
+            require_format(path, weights)
         except CheckpointError as error:
             warnings.append(f"{error}; the one before it is used")
             continue
@@ -241,7 +248,7 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             return "the disk is full"
         cause = cause.__cause__ or cause.__context__
-    text = str(error).strip().splitlines()
+    text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return text[0][:200] if text else type(error).__name__
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -14,6 +15,7 @@ import typer
 
 from training.control import EXIT_SETTING
 
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 # A setting and its comment on one line of the class body: name, annotation and default, comment.
 SETTING = re.compile(r"^    (\w+): [^#\n]+  # (.+)$", re.MULTILINE)
 
@@ -34,7 +36,7 @@ def command_from(
     Tuples are given with commas. What is not given comes from ``--preset``, then from the class. A
     ValueError of the class is told as one line, exit code 2.
     """
-    helps, types = helps_of(settings_class), get_type_hints(settings_class)
+    types = get_type_hints(settings_class)
     hints = get_type_hints(run, include_extras=True)
     own = list(inspect.signature(run).parameters.values())[1:]
 
@@ -52,20 +54,59 @@ def command_from(
         else:
             run(settings, **extra)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
     preset_option = typer.Option(help=f"a set of sizes: {', '.join(presets)}", show_default="full")
     demo_option = typer.Option("--demo", help="the same as --preset demo: simulated market, small model")
-    parameters = [
-        inspect.Parameter("preset", keyword, default="full", annotation=Annotated[str, preset_option]),
-        inspect.Parameter("demo", keyword, default=False, annotation=Annotated[bool, demo_option]),
-        *(each.replace(kind=keyword, annotation=hints[each.name]) for each in own),
-    ]
+    return _with_options(
+        command,
+        [
+            inspect.Parameter("preset", KEYWORD, default="full", annotation=Annotated[str, preset_option]),
+            inspect.Parameter("demo", KEYWORD, default=False, annotation=Annotated[bool, demo_option]),
+            *(each.replace(kind=KEYWORD, annotation=hints[each.name]) for each in own),
+            *_setting_options(settings_class),
+        ],
+    )
+
+
+def checkpoint_command_from(settings_class: type, run: Callable[..., None]) -> Callable[..., None]:
+    """Return a function for typer that takes a checkpoint, and as options the settings to use it with.
+
+    ``run`` is called with the TrainedPolicy, on the GPU where there is one, and with its own options. What is
+    not given is as it was in the training. A checkpoint that cannot be used, or a ValueError of the settings or
+    of ``run``, is told as one line, exit code 2.
+    """
+    types = get_type_hints(settings_class)
+    hints = get_type_hints(run, include_extras=True)
+    own = list(inspect.signature(run).parameters.values())[1:]
+
+    def command(checkpoint: Path, **given: Any) -> None:
+        from training.checkpoint import CheckpointError
+        from training.trained_policy import TrainedPolicy, device_for_use
+
+        extra = {each.name: given.pop(each.name) for each in own}
+        try:
+            changes = {name: _parsed(name, types[name], v) for name, v in given.items() if v is not None}
+            run(TrainedPolicy.read(checkpoint, settings_class, device_for_use(), **changes), **extra)
+        except (ValueError, CheckpointError) as error:
+            complain(EXIT_SETTING, str(error))
+
+    path = inspect.Parameter("checkpoint", KEYWORD, annotation=Annotated[Path, typer.Argument()])
+    rest = (each.replace(kind=KEYWORD, annotation=hints[each.name]) for each in own)
+    return _with_options(command, [path, *rest, *_setting_options(settings_class, "as in the training")])
+
+
+def _setting_options(settings_class: type, shown_default: str = "") -> list[inspect.Parameter]:
+    helps, types = helps_of(settings_class), get_type_hints(settings_class)
+    options = []
     for field in fields(settings_class):
         hint, default = types[field.name], field.default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        option = typer.Option(help=helps[field.name], show_default=shown)
+        option = typer.Option(help=helps[field.name], show_default=shown_default or shown)
         annotation = Annotated[bool | None, option] if hint is bool else Annotated[str | None, option]
-        parameters.append(inspect.Parameter(field.name, keyword, default=None, annotation=annotation))
+        options.append(inspect.Parameter(field.name, KEYWORD, default=None, annotation=annotation))
+    return options
+
+
+def _with_options(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {}
     return command

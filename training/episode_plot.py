@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +16,11 @@ from data_sources.lake import Lake
 from data_sources.loading import load
 from envs.env_config import EnvConfig
 from envs.exam import ExamEnv
-from envs.features import FeatureStatistics
 from envs.market import Market
 from models.policy import Policy
-from models.transformer import TransformerConfig
-from training import checkpoint
 from training.fresh_bars import data_request
+from training.trained_policy import NEVER_NS, TrainedPolicy
 
-NEVER = 2**62  # nanoseconds: the year 2116
 TRADED = 0.2  # a change of the position below this is drift, not a trade
 # Okabe and Ito's colours: told apart by everyone, on paper too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
@@ -143,57 +138,38 @@ def draw(episode: Episode, title: str, path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def command(
-    path: Path,
-    symbol: str,
-    start: str,
-    output: Path,
-    settings_from: Callable[..., Any],
-) -> str:
-    """Draw one episode of a checkpoint from the bars in the lake; nothing is downloaded.
+def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> str:
+    """Draw one episode from the bars in the lake; nothing is downloaded.
 
     Args:
-        path: the checkpoint.
+        trained: the policy; the lake is that of its settings, read up to the bars that it was trained with.
         symbol: the first one in the checkpoint when empty.
         start: UTC, ISO 8601; the newest whole episode when empty.
         output: the PNG.
-        settings_from: the settings class.
 
     Returns:
         A line about the episode.
 
     Raises:
         ValueError: the symbol or start does not fit, or the picture cannot be drawn.
-        CheckpointError: the checkpoint cannot be read.
     """
-    weights = checkpoint.load(path)
-    settings = settings_from(**weights["config"])
+    request = data_request(trained.settings, trained.weights["data_cutoff_ns"])
     try:
-        loaded = load(Lake(Path(settings.data_dir)), data_request(settings, weights["data_cutoff_ns"])).bars
+        loaded = load(Lake(Path(trained.settings.data_dir)), request).bars
     except LakeError as error:
         raise ValueError(str(error)) from error
     bars = {one.symbol: one for one in loaded}
-    symbol = symbol or weights["symbols"][0]
+    symbol = symbol or trained.weights["symbols"][0]
     if symbol not in bars:
         raise ValueError(f"--symbol {symbol} has no bars here; there are: {', '.join(bars) or 'none'}")
-    config = EnvConfig.from_settings(settings, 1)
-    market = Market.from_bars(
-        [bars[symbol]],
-        device="cpu",
-        holdout_start_ns=NEVER,
-        context_bars=config.context_bars,
-        horizon=config.horizon,
-        statistics=FeatureStatistics.from_state_dict(weights["features"]),
-    )
-    model = weights["model_config"]
-    policy = Policy(
-        TransformerConfig(**model["trunk"]), model["num_account_features"], model["num_positions"]
-    )
-    policy.load_state_dict(weights["model"])
+    config, market = trained.env_config(1), trained.market([bars[symbol]])
     newest = max(0, len(bars[symbol]) - config.episode_bars - 2)
-    episode = play(policy, market, config, symbol, _time_ns(start) or int(bars[symbol].open_time[newest]))
+    episode = play(
+        trained.policy, market, config, symbol, _time_ns(start) or int(bars[symbol].open_time[newest])
+    )
     line = (
-        f"{symbol}, {len(episode.equity):,} decisions from {str(episode.time[0])[:16]} UTC by {path.name}: "
+        f"{symbol}, {len(episode.equity):,} decisions from {str(episode.time[0])[:16]} UTC, "
+        f"{trained.path.name}: "
         f"equity {episode.equity[-1] - 1:+.2%}, costs {episode.costs[-1] + episode.borrow_costs[-1]:.2%}"
     )
     draw(episode, line, output)
@@ -208,4 +184,4 @@ def _time_ns(text: str) -> int:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(f"--start {text} must be a time in UTC such as 2026-11-20T14:30") from None
-    return min(NEVER, int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 10**9)
+    return min(NEVER_NS, int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 10**9)

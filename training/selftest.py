@@ -36,9 +36,9 @@ from training.learner import LearnerConfig
 from training.ppo import PPOConfig
 from training.rollout import collect
 from training.session import Session, SessionConfig
+from training.trained_policy import NEVER_NS
 
 POSITIONS = (-1.0, 0.0, 1.0)
-NEVER_NS = 2**62  # no holdout: the exam is drawn anew
 COST_RAMP = 0.5
 Judge = Callable[["Result"], str]
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.program import ALONE, PATIENCE, ROOT, Start, tiny_flags
+from tests.program import ROOT, Start, environment, tiny_flags
+
+WITH_FAULTS = ROOT / "tests" / "drill" / "with_faults.py"
 
 
 def kill_while_writing(folder: Path, epoch: int, **settings: Any) -> Path:
-    """Train until the resume state of ``epoch`` is half written, then kill -9; returns the folder."""
-    start = Start(folder / "out", [*ALONE, *tiny_flags(folder, **settings)])
-    resume, end = folder / "checkpoints" / "resume", time.monotonic() + PATIENCE
-    try:
-        while not any(resume.glob(f".run1_epoch{epoch}.pt.*.tmp")):
-            assert start.process.poll() is None and time.monotonic() < end, start.output
-        start.process.kill()
-        start.ends()
-    finally:
-        start.kill()
-    assert any(resume.glob(f".run1_epoch{epoch}.pt.*.tmp")), "it was written before the kill came"
+    """Train until the resume state of ``epoch`` is half written and kill -9 comes; returns the folder."""
+    name = f"run1_epoch{epoch}.pt"
+    with_kill = environment(KILL_IN_WRITE=name)
+    start = Start(folder / "out", [WITH_FAULTS, "train", *tiny_flags(folder, **settings)], with_kill)
+    start.ends()
+    assert start.process.returncode == -signal.SIGKILL, start.output
+    assert any((folder / "checkpoints" / "resume").glob(f".{name}.*.tmp"))
     return folder
 
 
@@ -31,7 +29,7 @@ SUPERVISED_WITH_FAULTS = (
     "-c",
     "import sys; from pathlib import Path; from training.supervisor import main\n"
     "sys.exit(main(sys.argv[2:], script=Path(sys.argv[1])))",
-    ROOT / "tests" / "drill" / "with_faults.py",
+    WITH_FAULTS,
 )
 VICTIMS = ("rank 0", "rank 1", "launcher", "supervisor")
 

@@ -5,10 +5,12 @@
 NAN_LOSSES=RANK:FIRST:LAST   the losses of these micro-batches are not a number on that rank (counted from 1)
 CLOCK_BACK=SECONDS           the clock jumps back an hour, so many seconds after the start
 PAUSE=SECONDS                before each rollout: for trainings that should last without computing
+KILL_IN_WRITE=NAME           kill -9 when half of resume/NAME is on the disk
 """
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -55,6 +57,23 @@ def plant_pause(seconds: float) -> None:
     Session.collect = paused
 
 
+def plant_kill(name: str) -> None:
+    from training import checkpoint
+
+    healthy = checkpoint.write_atomically
+
+    def write(path, fill):
+        def half(file):
+            fill(file)
+            file.truncate(file.tell() // 2)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        healthy(path, half if path.match(f"resume/{name}") else fill)
+
+    checkpoint.write_atomically = write
+
+
 if __name__ == "__main__":
     import continuous_training as program
 
@@ -64,4 +83,6 @@ if __name__ == "__main__":
         plant_clock(float(os.environ["CLOCK_BACK"]))
     if "PAUSE" in os.environ:
         plant_pause(float(os.environ["PAUSE"]))
+    if "KILL_IN_WRITE" in os.environ:
+        plant_kill(os.environ["KILL_IN_WRITE"])
     program.main()

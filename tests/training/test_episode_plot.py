@@ -16,8 +16,8 @@ from models.policy import Policy
 from models.transformer import TransformerConfig
 from tests.envs.markets import CONTEXT, HORIZON, market_of, walk
 from tests.program import environment, tiny_flags
-from training.checkpoint import CheckpointError
 from training.episode_plot import command, draw, play
+from training.trained_policy import TrainedPolicy
 
 ROOT = Path(__file__).parent.parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -72,6 +72,7 @@ def test_the_command_draws_any_symbol_of_a_checkpoint(tmp_path: Path) -> None:
         ("2999-01-01", "no place has the 10 bars of a segment after its start: take earlier starts"),
     ):
         with pytest.raises(ValueError, match=f"^{told}"):
-            command(path, "", start, output, Settings)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        command(tmp_path / "gone.pt", "", "", output, Settings)
+            command(TrainedPolicy.read(path, Settings), "", start, output)
+    gone = run("episode", str(tmp_path / "gone.pt"))
+    told = f"{tmp_path / 'gone.pt'} cannot be read: No such file or directory\n"
+    assert (gone.returncode, gone.stdout, gone.stderr) == (2, "", told)

@@ -1,0 +1,97 @@
+"""What the program can be asked beside training: each command is a few lines that call its room."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_sources.errors import DataError
+from data_sources.lake import Lake
+from training import checkpoint, data_report, distributed, episode_plot, selftest_report, validation
+from training.assembly import uses_bf16
+from training.cli import complain
+from training.console import Console
+from training.control import EXIT_LOCKED, EXIT_NO_DATA, EXIT_OK, EXIT_SETTING
+from training.fresh_bars import data_request
+from training.selftest import TRIALS, Sizes, selftest
+from training.trained_policy import TrainedPolicy
+
+
+def preflight_command(settings: Any) -> None:
+    """Check what can be checked before any process trains; silent when all is well."""
+    try:
+        validation.check_batch(settings, int(os.environ.get("WORLD_SIZE_PLANNED", "1")))
+        # Of many machines that share the folder the first one writes; the others never hold it.
+        with checkpoint.exclusive(
+            Path(settings.checkpoint_dir), os.environ.get("NODE_RANK") in (None, "", "0")
+        ):
+            pass
+    except ValueError as error:
+        complain(EXIT_SETTING, f"Wrong setting: {error}")
+    except checkpoint.FolderInUse as reason:
+        complain(EXIT_LOCKED, str(reason))
+    except checkpoint.CheckpointError as reason:
+        complain(EXIT_SETTING, str(reason))
+
+
+def data_command(
+    settings: Any,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read and check the whole lake first")] = False,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
+) -> None:
+    """Refresh the data once and show what there is."""
+    now_ns = time.time_ns()
+    console = Console(None if background else Path(settings.log_dir), to_stderr=as_json)
+    lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
+    try:
+        if background:
+            console.emit(data_report.in_background(lake, request, now_ns))
+        elif not data_report.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
+            complain(EXIT_NO_DATA, "There are no bars.")
+    except DataError as error:
+        complain(EXIT_NO_DATA, str(error))
+
+
+def selftest_command(
+    settings: Any,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each kind")] = 1,
+) -> None:
+    """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
+    with distributed.start() as ranks:
+        console = Console(Path(settings.log_dir))
+        seed_list = range(settings.seed, settings.seed + seeds)
+        results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks), console.line)
+        for path in selftest_report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
+            console.line(f"Wrote {path}")
+    failures = [
+        f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
+    ]
+    complain(1 if failures else EXIT_OK, "\n".join(failures))
+
+
+def episode_command(
+    trained: TrainedPolicy,
+    symbol: Annotated[str, typer.Option("--symbol", help="not given: the first of the checkpoint")] = "",
+    start: Annotated[str, typer.Option("--start", help="UTC; not given: the newest whole episode")] = "",
+    output: Annotated[Path, typer.Option("--output", help="the PNG")] = Path("episode.png"),
+) -> None:
+    """Draw one episode of a checkpoint from the bars in the lake; nothing is downloaded."""
+    typer.echo(episode_plot.command(trained, symbol, start, output))
+
+
+# By name; a hidden one is for other processes of the program.
+COMMANDS: tuple[Callable[..., None], ...] = (data_command, selftest_command, preflight_command)
+CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command,)
+HIDDEN = (preflight_command,)
+
+
+def name_of(command: Callable[..., None]) -> str:
+    """Return what is typed to run a command."""
+    return command.__name__.removesuffix("_command")

@@ -1,0 +1,104 @@
+"""A policy taken from a checkpoint, with all that it needs to be used: settings, feature statistics, a market."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_sources.bars import Bars
+from envs.env_config import EnvConfig
+from envs.features import FEATURES, FeatureStatistics
+from envs.market import Market
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from training import checkpoint
+
+NEVER_NS = 2**62  # the year 2116: no holdout
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """What a checkpoint holds, ready for use. ``weights`` is the file as ``training.checkpoint`` wrote it."""
+
+    path: Path
+    weights: Mapping[str, Any]
+    settings: Any
+    policy: Policy
+    statistics: FeatureStatistics
+
+    @classmethod
+    def read(
+        cls,
+        path: Path,
+        settings_class: Callable[..., Any],
+        device: torch.device | str = "cpu",
+        **changes: Any,
+    ) -> TrainedPolicy:
+        """Read a checkpoint; on a CPU in float32, on a GPU in the precision of its settings.
+
+        Args:
+            path: a file that the training wrote.
+            settings_class: the settings dataclass; settings that it no longer has are left out.
+            device: where the policy is to be.
+            **changes: settings that are to be others than those of the training.
+
+        Raises:
+            CheckpointError: it is missing or damaged, of another format, or of other features than this
+                program computes.
+            ValueError: a changed setting is wrong, or one that the weights depend on.
+        """
+        device = torch.device(device)
+        weights = checkpoint.load(path, device)
+        checkpoint.require_format(path, weights)
+        config = weights["config"]
+        for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars"):
+            if changes.get(name, config[name]) != config[name]:
+                raise ValueError(f"{name}={changes[name]}, but {path} was trained with {name}={config[name]}")
+        known = {field.name for field in fields(settings_class)}  # type: ignore[arg-type]
+        settings = settings_class(**{k: v for k, v in config.items() if k in known} | changes)
+        statistics = FeatureStatistics.from_state_dict(weights["features"])
+        if statistics.names != tuple(FEATURES):
+            other = sorted(set(statistics.names) ^ set(FEATURES)) or ["their order"]
+            raise checkpoint.CheckpointError(
+                f"{path} was trained on other features than this program computes: {', '.join(other)}"
+            )
+        model = weights["model_config"]
+        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+        policy = Policy(
+            TransformerConfig(**model["trunk"]), model["num_account_features"], model["num_positions"], bf16
+        )
+        policy.load_state_dict(weights["model"])
+        return cls(path, weights, settings, policy.to(device).eval(), statistics)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.policy.parameters()).device
+
+    def env_config(self, num_envs: int) -> EnvConfig:
+        """Say what the accounts are like, as they were in training unless the settings were changed."""
+        return EnvConfig.from_settings(self.settings, num_envs)
+
+    def market(self, bars: Sequence[Bars]) -> Market:
+        """Put bars on the policy's device, scaled as in training; none of them is held out.
+
+        Raises:
+            ValueError: no symbol has enough bars for a segment.
+        """
+        return Market.from_bars(
+            bars,
+            device=self.device,
+            holdout_start_ns=NEVER_NS,
+            context_bars=self.settings.context_bars,
+            horizon=self.settings.horizon,
+            statistics=self.statistics,
+        )
+
+
+def device_for_use() -> torch.device:
+    """Return where a policy is used: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
