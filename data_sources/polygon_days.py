@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from isal import isal_zlib  # reads what zlib reads in a third of its time
 
 from data_sources.errors import BadAnswer
 
@@ -101,7 +101,7 @@ def _parsed(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataF
         raise BadAnswer(f"{key}: expected gzip, the file {begin}")
     try:
         header, lines = _lines_of(content, symbols)
-    except (zlib.error, EOFError) as error:
+    except (isal_zlib.IsalError, EOFError) as error:  # type: ignore[misc]  # the stub says: an instance
         raise BadAnswer(f"{key}: damaged ({error})") from error
     names = header.decode("utf-8-sig", "replace").rstrip("\r").split(",")
     lacking = [name for name in COLUMN_TYPES if name not in names and name != "transactions"]
@@ -140,7 +140,7 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
     for. All lines come where the look cannot tell: the ticker is not the first column, or there are quotes.
 
     Raises:
-        zlib.error: damaged, the checksum included.
+        isal_zlib.IsalError: damaged, the checksum included.
         EOFError: cut.
     """
     starts = [f"{symbol},".encode()[:8] for symbol in symbols or ()]
@@ -165,12 +165,12 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
 
 def _decompressed(content: bytes) -> Iterator[bytes]:
     """Yield the text of a gzip file of one or more members, checking lengths and checksums."""
-    member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    member = isal_zlib.decompressobj(isal_zlib.MAX_WBITS | 16)
     for start in range(0, len(content), PIECE_BYTES):
         piece = content[start : start + PIECE_BYTES]
         while piece:
             if member.eof:
-                member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                member = isal_zlib.decompressobj(isal_zlib.MAX_WBITS | 16)
             yield member.decompress(piece)
             piece = member.unused_data
     if not member.eof:
@@ -178,7 +178,7 @@ def _decompressed(content: bytes) -> Iterator[bytes]:
 
 
 def _ahead(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Make the next piece in a thread while the caller looks through this one: zlib lets other threads run."""
+    """Make the next piece in a thread while the caller looks through this one: it lets other threads run."""
     with ThreadPoolExecutor(1, "polygon-gzip") as pool:
         coming = pool.submit(next, pieces, None)
         while (piece := coming.result()) is not None:
