@@ -53,8 +53,8 @@ def data_command(
     try:
         if background:
             console.emit(data_report.in_background(lake, request, now_ns))
-        elif not data_report.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
-            complain(EXIT_NO_DATA, "There are no bars.")
+        elif code := data_report.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
+            complain(code, "There are no bars." if code == EXIT_NO_DATA else "")
     except DataError as error:
         complain(EXIT_NO_DATA, str(error))
 

@@ -17,6 +17,7 @@ from data_sources.progress import Silence
 from data_sources.refresh import DataRequest, LoadedData, SourceReport, load, refresh
 from data_sources.sessions import expected_minutes
 from training.console import Console
+from training.control import EXIT_NO_DATA
 
 # How many minutes of trade a source may lag before its bars are stale. Polygon's file of a day is out at 11:00
 # New York on the next one, over a weekend later; the others are asked up to the last minute.
@@ -45,19 +46,20 @@ def show(
     refreshes: bool,
     verifies: bool,
     as_json: bool,
-) -> bool:
+) -> int:
     """Verify, refresh and read the lake as asked, and tell what it holds.
 
     Returns:
-        Whether there is a symbol to train on.
+        The exit code: EXIT_NO_DATA without a symbol to train on, 1 where damage was found and nobody healed it.
     """
     damaged = [*lake.verify(), *ready_copy.verify(lake)] if verifies else []  # first: a refresh heals
     reports = refresh(lake, request, now_ns, console) if refreshes else {}
     loaded = load(lake, request)
     told = report(loaded, reports, damaged, request)
+    code = EXIT_NO_DATA if not loaded.bars else int(bool(damaged) and not refreshes)
     if as_json:
         console.emit(json.dumps(told, indent=1))
-        return bool(loaded.bars)
+        return code
     title = f"{len(loaded.bars)} symbols, {sum(map(len, loaded.bars)):,} bars, data {loaded.fingerprint}"
     if told["series"]:
         console.table(title, (*COLUMNS, "verdict"), map(_cells, told["series"]))
@@ -66,7 +68,7 @@ def show(
         console.warning(
             f"damaged and set aside: {name}" + ("" if refreshes else "; a refresh fetches it again")
         )
-    return bool(loaded.bars)
+    return code
 
 
 def in_background(lake: Lake, request: DataRequest, now_ns: int) -> str:

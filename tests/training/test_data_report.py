@@ -87,6 +87,11 @@ def test_json_is_the_truth_no_refresh_asks_nobody_and_verify_finds_what_a_refres
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+    answer = data(server, tmp_path, "--verify", "--no-refresh")
+    assert answer.returncode == 1
+    damage = f"damaged and set aside: binance/BTCUSDT/{part.unit}; a refresh fetches it again"
+    assert damage in answer.stdout.replace("\n", " ")
+    path.write_bytes(content)
     answer = data(server, tmp_path, "--verify")
     assert answer.returncode == 0
     assert f"damaged and set aside: binance/BTCUSDT/{part.unit}" in answer.stdout
