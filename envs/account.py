@@ -124,7 +124,7 @@ def advance(
 
     next_value = units * next_price
     equity = (cash - owed).add_(next_value)
-    alive = (equity > ruin_equity).logical_and_(state.alive)
+    alive = torch.where(state.alive, equity, 0.0) > ruin_equity
     dead = ~alive
     liquidated = next_value.abs_().masked_fill_(alive, 0)
     rate = _rate(cost_rate, liquidated, impact, impact_limit)
@@ -161,9 +161,9 @@ def observe(
         close: the newest one, which marks the position.
         played: decisions in this episode.
         cost_rate: fee and slippage.
-        constants: offset and scale of the last 6 columns, (6, 1) each, and the rows of the targets, (K + 1, A).
+        constants: offset and scale of the last 6 columns, (6, 1) each, and the indices of the targets, (K, 1).
     """
-    offset, scale, rows = constants
+    offset, scale, indices = constants
     value = account.units * close
     equity = (account.cash + value).clamp_(min=EQUITY_FLOOR)
     log_equity = equity.log()
@@ -177,9 +177,9 @@ def observe(
             cost_rate,
         )
     )
-    observations = rows.index_select(0, account.held)
-    observations[:, -len(columns) :] = torch.addcmul(offset, columns, scale).clamp_(-8, 8).t()
-    return observations
+    columns = torch.addcmul(offset, columns, scale).clamp_(-8, 8)
+    # Put together with the accounts side by side in memory, as everything else of theirs is.
+    return torch.cat(((account.held == indices).float(), columns.float())).t()
 
 
 def _rate(cost_rate: Tensor, order: Tensor, impact: Tensor | None, impact_limit: float | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ UNROLLED = 8
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"size_asserts": False})
 
 
 def _packed_step(

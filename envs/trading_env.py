@@ -123,15 +123,12 @@ class TradingEnv:
         # The index of cash; without 0 among the targets one more index stands for "nothing yet".
         self._first_held = positions.index(0.0) if 0.0 in positions else len(positions)
         self._cash_index = torch.tensor(self._first_held, device=self.device)
-        # Row k of the account's observations, the share of target k filled in.
-        one_hot = torch.eye(len(positions) + 1, self.num_account_features, device=self.device)
-        one_hot[:, len(positions) :] = 0
         # Observations of the account beside the held target are offset + scale x these quantities.
         observed = torch.tensor(
             [(0, 10), (0, 50), (0, 10), (0, 10), (1, -1 / config.episode_bars), (0, 1e3)], dtype=dtype
         )
         offset, scale = observed.to(self.device).T[..., None].unbind()
-        self._constants = (offset, scale, one_hot)
+        self._constants = (offset, scale, torch.arange(len(positions), device=self.device)[:, None])
 
         self._kept = AccountState.fresh(n, self._first_held, dtype, self.device)
         self._account = self._kept
