@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from continuous_training import Settings, data_request
+from continuous_training import Settings
 from data_sources.lake import Lake
 from data_sources.refresh import load
 from data_sources.sessions import new_york_midnight_ns
@@ -42,6 +42,7 @@ from tests.vendors import (
     midnight_ns,
     program_with_keys,
 )
+from training.fresh_bars import data_request
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")
 
