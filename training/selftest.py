@@ -47,10 +47,13 @@ Judge = Callable[["Result"], str]
 class Sizes:
     """How much is trained and examined."""
 
-    num_symbols: int = 16
+    # 5.8 M bars: hardly one is trained on twice. With a sixth of them a weak edge was learnt to 83 % of the
+    # reference instead of 89 %, since the policy also learnt the noise of those paths (docs/LOG.md).
+    num_symbols: int = 96
     num_bars: int = 60_000
+    exam_symbols: int = 16
     num_envs: int = 256
-    context_bars: int = 64
+    context_bars: int = 128  # the best filter of a weak edge looks back as far
     horizon: int = 128
     d_model: int = 64
     num_layers: int = 2
@@ -127,7 +130,7 @@ def foresees_nothing(result: Result) -> str:
 
 
 TRIALS = (
-    Trial("persistent_sign", "a drift that keeps its sign", persistent_sign(0.2, 0.98), 0.2, 90, earns(0.95)),
+    Trial("persistent_sign", "a drift that keeps its sign", persistent_sign(0.2, 0.98), 0.2, 80, earns(0.95)),
     Trial("mean_reversion", "a price that comes back", mean_reversion(3.0, 0.95), 0.1, 60, earns(0.95)),
     Trial("pure_noise", "nothing to find, at a cost", pure_noise(), 0.2, 30, stays_flat),
     Trial("foresight", "only the future pays", pure_noise(), 0.0, 20, foresees_nothing, with_noise=True),
@@ -136,9 +139,10 @@ TRIALS = (
         "a drift that hardly shows",
         persistent_sign(0.1, 0.99),
         0.1,
-        300,
+        100,
         earns(0.90),
         gamma=0.99,
+        gae_lambda=0.98,
     ),
 )
 
@@ -164,7 +168,7 @@ def run_trial(trial: Trial, sizes: Sizes, seed: int, ranks: Ranks, bf16: bool = 
 
 def examine(trial: Trial, session: Session, sizes: Sizes, seed: int) -> Result:
     """Let the policy, the reference and the others trade the same fresh paths from the same places."""
-    paths = draw(trial.market, sizes.num_symbols, sizes.num_bars, seed=2_000 + seed)
+    paths = draw(trial.market, sizes.exam_symbols, sizes.num_bars, seed=2_000 + seed)
     market = _market(paths, sizes, session.ranks, session.env.market)
     signal = trial.market.foresee(paths.returns)
     rule = best_rule(trial.market, trial.cost)

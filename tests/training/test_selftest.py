@@ -22,6 +22,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 SMALL = Sizes(
     num_symbols=4,
     num_bars=6_000,
+    exam_symbols=4,
     num_envs=64,
     context_bars=32,
     horizon=64,
