@@ -168,7 +168,7 @@ def be_background() -> None:
     Before anything large is imported, so that no second passes in which it could be left alone.
     """
     if sys.platform != "win32":
-        os.nice(19)
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
