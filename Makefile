@@ -8,8 +8,8 @@ test:  # lint, format, types and all tests but the long ones
 	bash tests/run.sh
 
 drill:  # every fault on the real program with two ranks, and 50 random kills: about 40 minutes on two cores
-	DRILL=1 $(PYTHON) -m pytest tests/drill
-	$(PYTHON) -m tests.drill.soak --minutes 600 --kills 50 --shortest 1 --longest 30
+	PATIENCE=900 DRILL=1 $(PYTHON) -m pytest --timeout 3600 --durations 0 tests/drill
+	PATIENCE=900 $(PYTHON) -m tests.drill.soak --minutes 600 --kills 50 --shortest 1 --longest 30
 
 soak:  # two ranks, a random kill every 20 to 60 seconds, for half an hour
-	$(PYTHON) -m tests.drill.soak --minutes 30
+	PATIENCE=900 $(PYTHON) -m tests.drill.soak --minutes 30

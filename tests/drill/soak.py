@@ -34,6 +34,35 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+class Use:
+    """Memory and open files of one process over time, from its tenth second on: first it imports and loads."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[int, int]] = []  # bytes, open files
+
+    def measure(self, process: psutil.Process | None) -> None:
+        try:
+            if process and time.time() - process.create_time() > 10:
+                self.samples.append((process.memory_info().rss, process.num_fds()))
+        except psutil.Error:
+            return  # it ended meanwhile
+
+    def told(self, whose: str) -> tuple[str, bool]:
+        """Say it in a line, and whether it grew from the first tenth to the last."""
+        if not self.samples:
+            return f"{whose}: never lived for ten seconds", False
+        tenth = max(1, len(self.samples) // 10)
+        (memory, files), (memory_end, files_end) = (
+            [sum(column) / tenth for column in zip(*part, strict=True)]
+            for part in (self.samples[:tenth], self.samples[-tenth:])
+        )
+        line = (
+            f"{whose}, first and last tenth of {len(self.samples)} looks: {memory / 1e6:.1f} and "
+            f"{memory_end / 1e6:.1f} MB, {files:.1f} and {files_end:.1f} open files"
+        )
+        return line, memory_end > 1.1 * memory or files_end > files + 2
+
+
 class Soak:
     """One disturbed training: its faults, and what was observed."""
 
@@ -42,7 +71,7 @@ class Soak:
         self.chance = chance
         self.kills: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.memory: list[tuple[float, int, int]] = []  # seconds, bytes and open files of rank 0
+        self.use = {"rank 0": Use(), "supervisor": Use()}
         self.began = time.monotonic()
         self.starts = 0
         self.start = self._start()
@@ -70,12 +99,8 @@ class Soak:
         return max(said)
 
     def measure(self) -> None:
-        rank = find(self.start, "rank 0")
-        try:
-            if rank and time.time() - rank.create_time() > 10:
-                self.memory.append((time.monotonic() - self.began, rank.memory_info().rss, rank.num_fds()))
-        except psutil.Error:
-            return  # it ended meanwhile
+        for whose, use in self.use.items():
+            use.measure(find(self.start, whose))
 
     def kill(self) -> None:
         """Kill one process with SIGKILL; a killed supervisor is started again, as systemd would."""
@@ -144,30 +169,23 @@ def main() -> int:
         say(f"the same {runs} runs of {SETTINGS['epochs']} epochs, undisturbed")
         words = [*SUPERVISED, "train", *tiny_flags(undisturbed, **SETTINGS, runs=runs)]
         start = Start(undisturbed / "out", words, environment(NPROC="2"))
+        lone = Use()  # nobody kills it: what leaks would add up in it
         while start.process.poll() is None:
             time.sleep(0.5)
+            lone.measure(find(start, "rank 0"))
         start.ends_well()
         last = f"run{runs}_epoch{SETTINGS['epochs']}.pt"
         same = is_same(checkpoint(disturbed, last)["model"], checkpoint(undisturbed, last)["model"])
     if not same:
         soak.faults.append(f"weights of {last} differ")
-    tenth = max(1, len(soak.memory) // 10)
-    figures = [
-        sum(entry[column] for entry in part) / len(part)
-        for column in (1, 2)
-        for part in (soak.memory[:tenth], soak.memory[-tenth:])
-        if part
-    ]
     say(
         f"{minutes:.1f} minutes, {soak.kills.total()} kills: {dict(soak.kills)}; {last}: same weights: {same}"
     )
-    if figures:
-        say(
-            f"rank 0, first and last tenth: {figures[0] / 1e6:.1f} and {figures[1] / 1e6:.1f} MB, "
-            f"{figures[2]:.1f} and {figures[3]:.1f} open files"
-        )
-        if figures[1] > 1.1 * figures[0] or figures[3] > figures[2] + 2:
-            soak.faults.append("memory or open files grow")
+    for whose, use in {**soak.use, "rank 0 of the undisturbed": lone}.items():
+        line, grew = use.told(whose)
+        say(line)
+        if grew:
+            soak.faults.append(f"{whose}: memory or open files grow")
     for fault in soak.faults:
         say(f"FAULT: {fault}")
     return 1 if soak.faults else 0
