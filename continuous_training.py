@@ -203,13 +203,12 @@ def train(settings: Settings, control: Control) -> None:
                 cost_scale = clock.cost_scale(settings.cost_ramp, settings.epochs)
                 rollout = session.collect(cost_scale, control.beat)  # one trunk forward, horizon steps
                 watch.mark()
-                stop_now = partial(agreed_stop, STOP_NOW, ranks, control)  # asked between optimizer steps
-                if stop_now():
-                    session.rewind()  # nothing was learnt from this segment: the next start plays it again
+                stop_now = partial(agreed_stop, STOP_NOW, ranks, control)  # asked before every optimizer step
+                statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now, control.beat)
+                if statistics is None:  # stopped between two steps: the next start takes the others
                     stopping = True
                     save(settings, clock, session, fingerprint, {}, writer)
                     break
-                statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now, control.beat)
                 watch.mark()
                 clock.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
 

@@ -21,6 +21,7 @@ import torch
 from continuous_training import Settings
 from models.policy import Policy
 from models.transformer import TransformerConfig
+from tests.drill.programs import WITH_FAULTS
 from tests.program import (
     ALONE,
     ROOT,
@@ -300,6 +301,23 @@ def test_kill_9_and_a_restart_change_nothing_in_the_end(unbroken: tuple[Path, st
     assert is_same(ours["model"], theirs["model"])
     for name in ("loss/value", "ppo/grad_norm", "rollout/reward_bps", "learning_rate"):
         assert ours["metrics"][name] == theirs["metrics"][name]
+
+
+def test_sigterm_in_the_middle_of_an_update_changes_nothing_in_the_end(
+    unbroken: tuple[Path, str], tmp_path: Path
+) -> None:
+    at_step_4_of_epoch_3 = str(2 * STEPS_PER_EPOCH * 2 + 2 * 4 - 1)  # micro-batches: 3 + 1 segments per step
+    words = [WITH_FAULTS, "train", *tiny_flags(tmp_path, runs=1)]
+    start = Start(tmp_path / "out", words, environment(TERM_AT=at_step_4_of_epoch_3)).ends_well()
+    assert start.lines[-1].endswith("run1_epoch2_step4.pt") and epochs_of(tmp_path)[-1] == (1, 2)
+    again = run_again(tmp_path, runs=1)
+    assert "Going on from" in again.output and "Run 1: epochs 3 to 8" in again.output
+    assert epochs_of(tmp_path) == [(1, epoch) for epoch in range(1, EPOCHS + 1)]
+    last = f"run1_epoch{EPOCHS}.pt"
+    assert is_same(checkpoint(tmp_path, last)["model"], checkpoint(unbroken[0], last)["model"])
+    for ours, theirs in zip(metrics(tmp_path), metrics(unbroken[0]), strict=False):
+        for name in ("rollout/reward_bps", "loss/value", "ppo/grad_norm", "transitions"):
+            assert ours[name] == theirs[name], name
 
 
 def test_the_next_run_goes_on_with_weights_and_optimizer(unbroken: tuple[Path, str], killed: Path) -> None:

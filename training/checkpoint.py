@@ -29,7 +29,7 @@ from data_sources.files import TEMPORARY_SUFFIX, write_atomically
 from data_sources.locking import FolderLock
 
 FORMAT = 1
-NAME = re.compile(r"run(\d+)_epoch(\d+)\.pt")
+NAME = re.compile(r"run(\d+)_epoch(\d+)(?:_step(\d+))?\.pt")
 RESUME = "resume"
 # The newest two: should the newest file turn out damaged, the one before still goes on exactly.
 NUM_RESUME_STATES = 2
@@ -53,16 +53,15 @@ class Restored:
     resume: dict[str, Any] | None
 
 
-def name_of(run: int, epoch: int) -> str:
-    """Return the file name of a checkpoint."""
-    return f"run{run}_epoch{epoch}.pt"
+def name_of(run: int, epoch: int, step: int = 0) -> str:
+    """Return the file name of a checkpoint after so many epochs, and optimizer steps of one more."""
+    return f"run{run}_epoch{epoch}_step{step}.pt" if step else f"run{run}_epoch{epoch}.pt"
 
 
 def existing(folder: Path) -> list[Path]:
     """List the checkpoints in a folder, newest first."""
     files = [path for path in folder.glob("*.pt") if path.is_file()]
-    found = [(int(m[1]), int(m[2]), path) for path in files if (m := NAME.fullmatch(path.name))]
-    return [path for _, _, path in sorted(found, reverse=True)]
+    return sorted((path for path in files if NAME.fullmatch(path.name)), key=_numbers, reverse=True)
 
 
 def save(
@@ -78,7 +77,8 @@ def save(
 
     Args:
         folder: the checkpoint folder; made where missing.
-        weights: what people use; must hold "run", "epoch" and "model".
+        weights: what people use; must hold "run", "epoch" and "model". A "step" above 0 says that the save
+            came before the end of an epoch; it gets a name of its own, so that it never replaces another.
         resume: what the next start needs beside the weights.
         keep: how many checkpoints stay; the last one of every older run stays besides.
         warn: is told what had to go early, and what could not be removed.
@@ -87,7 +87,7 @@ def save(
         CheckpointError: the disk is full or refuses, or a weight is not finite; nothing torn is left, and
             whatever a restart needs is untouched.
     """
-    name = name_of(weights["run"], weights["epoch"])
+    name = name_of(weights["run"], weights["epoch"], weights.get("step", 0))
     path = folder / name
     if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(weights["model"])):
         raise CheckpointError(f"{path} was not saved: its weights are not finite. Training goes on.")
@@ -235,10 +235,11 @@ def _num_bytes(nest: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(nest))
 
 
-def _numbers(path: Path) -> tuple[int, int]:
+def _numbers(path: Path) -> tuple[int, int, int]:
+    """Return run, epoch, and step of a name that fits NAME."""
     found = NAME.fullmatch(path.name)
     assert found is not None
-    return int(found[1]), int(found[2])
+    return int(found[1]), int(found[2]), int(found[3] or 0)
 
 
 def _reason(error: BaseException) -> str:

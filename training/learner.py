@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +77,7 @@ class Learner:
         self.rate_scale = 1.0  # lowered when training had to go back to a checkpoint
         # One stream per rank: ranks shuffle and sample differently.
         self.generator = torch.Generator(ranks.device).manual_seed(seed * 1_000_003 + ranks.rank)
+        self.stopped: dict[str, Any] | None = None  # where, when an update was stopped on its way
 
     def learning_rate(self, run_fraction: float) -> float:
         """Return the rate now: linear warm-up once, then a cosine down over each run, and up again.
@@ -96,24 +97,40 @@ class Learner:
         run_fraction: float,
         stop_now: Callable[[], bool] = lambda: False,
         beat: Callable[[], None] = lambda: None,
-    ) -> dict[str, Tensor | float]:
+        go_on: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor | float] | None:
         """Improve the policy on one rollout (all ranks take part).
 
         Args:
             rollout: this rank's N segments.
             run_fraction: how far the run is, 0 to 1, for the learning rate.
-            stop_now: asked after every optimizer step; True ends the update early, on all ranks together.
+            stop_now: asked before every optimizer step; True stops the update there, on all ranks together.
             beat: called for every micro-batch, as a sign of life.
+            go_on: what ``stopped`` was when this update was stopped; it takes the steps that are left.
 
         Returns:
-            Diagnostics averaged over ranks and steps, as device scalars (nothing waits for the device).
+            Diagnostics averaged over ranks and steps, as device scalars (nothing waits for the device); None
+            when it was stopped: ``stopped`` says where, and the same rollout is needed to go on.
         """
         targets, explained_variance = self._targets(rollout)
         statistics = _Statistics(rollout.actions.device)
+        self.stopped, steps = None, 0
+        if go_on:
+            steps = go_on["steps"]
+            statistics.load_state_dict(go_on["statistics"])
+            self.generator.set_state(go_on["generator"].cpu())
+        before_shuffles = self.generator.get_state()
         rate = self.learning_rate(run_fraction)
         for number, rows in enumerate(self._minibatches(rollout.num_segments)):
-            if number and stop_now():
-                break
+            if number < steps:
+                continue
+            if stop_now():
+                self.stopped = {
+                    "steps": number,
+                    "generator": before_shuffles,
+                    "statistics": statistics.state_dict(),
+                }
+                return None
             rate = self.learning_rate(run_fraction)
             self._step(rollout, targets, rows, rate, statistics, beat)
             if number == 0:
@@ -249,6 +266,15 @@ class _Statistics:
         self.skipped = torch.zeros((), device=device)
         self.first_kl = torch.zeros((), device=device, dtype=torch.float64)
         self.steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, on the host."""
+        return {name: v.cpu() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back ``state_dict``."""
+        device = self.sums.device
+        vars(self).update((name, v.to(device) if isinstance(v, Tensor) else v) for name, v in state.items())
 
     def add(self, losses: Losses) -> None:
         """Add one micro-batch."""

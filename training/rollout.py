@@ -8,8 +8,9 @@ features, W = width of the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,30 @@ class Rollout:
     def horizon(self) -> int:
         """T."""
         return self.actions.shape[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as plain types and CPU tensors."""
+        return _on_host(self)
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any], device: torch.device) -> Rollout:
+        """Make it from ``state_dict``, on a device."""
+        values = dict(state)
+        if state["hindsight"] is not None:
+            values["hindsight"] = Hindsight(**_on_device(state["hindsight"], device))
+        return Rollout(**_on_device(values, device))
+
+
+def _on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, Rollout | Hindsight):
+        return {field.name: _on_host(getattr(value, field.name)) for field in fields(value)}
+    return value
 
 
 @torch.no_grad()

@@ -60,6 +60,8 @@ class Session:
             bars = config.env.context_bars + config.env.horizon
             micro_batch = min(config.learner.micro_batch_segments, config.env.num_envs)
             self.not_compiled = compile_trunk(self.policy, micro_batch, bars, ranks)
+        # The rollout whose update was stopped by the wish to end, and where; the next epoch begins there.
+        self._under_way: tuple[Rollout, dict[str, Any]] | None = None
         self._matmul_rate = matmul_rate(ranks.device, torch.bfloat16 if config.bf16 else torch.float32)
         if saved:
             self.policy.load_state_dict(saved.weights["model"])
@@ -70,16 +72,20 @@ class Session:
             if ranks.rank < len(states):  # a rank that was not there before starts with fresh accounts
                 self.env.load_state_dict(states[ranks.rank]["env"])
                 self._restore_generator(states[ranks.rank]["generator"])
-        self._before = self._own_state()
+            self._restore_update(states)
 
     def use(self, market: Market) -> None:
         """Go on with fresh bars; accounts whose place is still there keep it."""
         self.env.use(market)
 
     def collect(self, cost_scale: float, beat: Callable[[], None] = lambda: None) -> Rollout:
-        """Play one segment in every environment, at this share of all trading costs."""
-        self._before = self._own_state()
+        """Play one segment in every environment, at this share of all trading costs.
+
+        The segment of a stopped update was played before, and is returned as it was.
+        """
         self.env.cost_scale = cost_scale
+        if self._under_way:
+            return self._under_way[0]
         config = self.config.learner
         return collect(
             self.env,
@@ -92,13 +98,29 @@ class Session:
             beat=beat,
         )
 
-    def rewind(self) -> None:
-        """Put accounts and random streams back to where they were before the newest segment."""
-        self.env.load_state_dict(self._before["env"])
-        self._restore_generator(self._before["generator"])
-
     def _own_state(self) -> dict[str, Any]:
-        return {"env": self.env.state_dict(), "generator": self.learner.generator.get_state()}
+        state = {"env": self.env.state_dict(), "generator": self.learner.generator.get_state()}
+        if self._under_way:
+            rollout, stopped = self._under_way
+            state["update"] = stopped | {"rollout": rollout.state_dict(), "plan": self._plan()}
+        return state
+
+    def _plan(self) -> list[Any]:
+        """Return what must not change while an update is under way."""
+        env, learner = self.config.env, self.config.learner
+        sizes = [env.num_envs, env.horizon, learner.minibatch_segments, learner.update_passes]
+        return [self.ranks.world_size, self.ranks.device.type, learner.ppo.advantages, *sizes]
+
+    def _restore_update(self, states: list[dict[str, Any]]) -> None:
+        """Take up a stopped update, on all ranks or on none (all ranks take part).
+
+        Where ranks or sizes have changed since, the epoch is played anew.
+        """
+        update = states[self.ranks.rank].get("update") if self.ranks.rank < len(states) else None
+        if self.ranks.any(update is None or list(update["plan"]) != self._plan()):
+            return
+        assert update is not None
+        self._under_way = Rollout.from_state_dict(update["rollout"], self.ranks.device), update
 
     def _restore_generator(self, state: Tensor) -> None:
         # A state goes on only on the same kind of device.
@@ -118,9 +140,12 @@ class Session:
         run_fraction: float,
         stop_now: Callable[[], bool],
         beat: Callable[[], None] = lambda: None,
-    ) -> dict[str, Tensor | float]:
-        """Learn from it; see Learner.update."""
-        return self.learner.update(rollout, run_fraction, stop_now, beat)
+    ) -> dict[str, Tensor | float] | None:
+        """Learn from it; see Learner.update. None when stopped: a checkpoint now holds what is left to do."""
+        go_on = self._under_way[1] if self._under_way else None
+        statistics = self.learner.update(rollout, run_fraction, stop_now, beat, go_on)
+        self._under_way = (rollout, self.learner.stopped) if self.learner.stopped else None
+        return statistics
 
     def is_lost(self, metrics: Mapping[str, Any]) -> bool:
         """Tell whether most optimizer steps of the epoch were skipped, for gradients that are not finite."""
@@ -173,6 +198,7 @@ class Session:
         weights = {
             "run": clock.run,
             "epoch": clock.epoch,
+            "step": self._under_way[1]["steps"] if self._under_way else 0,
             "transitions": clock.transitions,
             "model": self.policy.state_dict(),
             "model_config": {

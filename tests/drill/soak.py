@@ -1,4 +1,4 @@
-"""Train on two ranks while processes are killed at random, then compare with a training that nobody disturbed.
+"""Train on two ranks while processes are killed and stopped at random, then compare with one left alone.
 
     python -m tests.drill.soak --minutes 30
     python -m tests.drill.soak --kills 50 --shortest 1 --longest 15
@@ -26,12 +26,17 @@ from tests.program import SUPERVISED, Start, checkpoint, environment, is_same, t
 from training import checkpoint as files
 
 SETTINGS = {"batch_size": 64, "epochs": 50, "checkpoint_every": 2}
+STOPS = {"Ctrl+C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 PAUSE = "0.5"  # seconds per epoch, so that the undisturbed training takes a fraction of the time
 
 
 def say(text: str) -> None:
     sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stdout.flush()
+
+
+def numbers(name: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", name)))
 
 
 class Use:
@@ -83,28 +88,33 @@ class Soak:
         words = [*SUPERVISED_WITH_FAULTS, "train", *tiny_flags(self.folder, **settings)]
         return Start(self.folder / f"out{self.starts}", words, env)
 
-    def newest(self) -> tuple[int, int]:
-        """Return run and epoch of the newest checkpoint on disk."""
+    def newest(self) -> tuple[int, ...]:
+        """Return run, epoch (and step) of the newest checkpoint on disk."""
         found = files.existing(self.folder / "checkpoints")
-        return tuple(map(int, re.findall(r"\d+", found[0].name))) if found else (0, 0)  # type: ignore[return-value]
+        return numbers(found[0].name) if found else (0, 0)
 
-    def acknowledged(self) -> tuple[int, int]:
-        """Return run and epoch of the newest checkpoint that the program said was saved."""
+    def acknowledged(self) -> tuple[int, ...]:
+        """Return run, epoch (and step) of the newest checkpoint that the program said was saved."""
         said = [(0, 0)]
         for path in self.folder.glob("out*"):
-            said += [
-                (int(r), int(e))
-                for r, e in re.findall(r"^Saved .*run(\d+)_epoch(\d+)", path.read_text(), re.M)
-            ]
+            said += map(numbers, re.findall(r"^Saved .*/(run\S+)$", path.read_text(), re.M))
         return max(said)
 
     def measure(self) -> None:
         for whose, use in self.use.items():
             use.measure(find(self.start, whose))
 
-    def kill(self) -> None:
-        """Kill one process with SIGKILL; a killed supervisor is started again, as systemd would."""
-        victim = self.chance.choice(VICTIMS)
+    def disturb(self) -> None:
+        """Kill one process, or stop all; what has ended is started again, as systemd would."""
+        victim = self.chance.choice((*VICTIMS, *STOPS))
+        if victim in STOPS:
+            self.stop(victim)
+            self.start = self._start()
+        else:
+            self.kill(victim)
+
+    def kill(self, victim: str) -> None:
+        """Kill one process with SIGKILL, and start the supervisor again where it was that."""
         process = find(self.start, victim)
         if process is None:
             return  # between two groups
@@ -126,14 +136,21 @@ class Soak:
             self.faults.append(f"{self.acknowledged()} was saved, {self.newest()} is there")
         say(f"killed {victim}; newest checkpoint {self.newest()}")
 
-    def finish(self) -> int:
-        """Stop it, let it end its run undisturbed, and return the number of runs.
-
-        With Ctrl+C: SIGTERM cuts an update short by design, and then the weights are others.
-        """
-        self.start.process.send_signal(signal.SIGINT)
+    def stop(self, name: str) -> None:
+        """Ask it to stop, at whatever moment, and wait for its end."""
+        self.start.process.send_signal(STOPS[name])
         if code := self.start.ends():
-            self.faults.append(f"Ctrl+C ended it with {code}: {self.start.output[-500:]}")
+            self.faults.append(f"{name} ended it with {code}: {self.start.output[-500:]}")
+        self.kills[name] += 1
+        if left := living(self.folder):
+            self.faults.append(f"left behind by {name}: {left}")
+        if self.newest() < self.acknowledged():
+            self.faults.append(f"{self.acknowledged()} was saved, {self.newest()} is there")
+        say(f"{name}; newest checkpoint {self.newest()}")
+
+    def finish(self) -> int:
+        """Stop it, let it end its run undisturbed, and return the number of runs."""
+        self.stop("SIGTERM")
         runs = max(1, self.newest()[0])
         self._start(runs=runs).ends_well()
         if left := living(self.folder):
@@ -161,7 +178,7 @@ def main() -> int:
                     time.sleep(min(2.0, max(0.0, until - time.monotonic())))
                     soak.measure()
                 if time.monotonic() < end:
-                    soak.kill()
+                    soak.disturb()
             minutes = (time.monotonic() - soak.began) / 60
             runs = soak.finish()
         finally:
@@ -179,7 +196,8 @@ def main() -> int:
     if not same:
         soak.faults.append(f"weights of {last} differ")
     say(
-        f"{minutes:.1f} minutes, {soak.kills.total()} kills: {dict(soak.kills)}; {last}: same weights: {same}"
+        f"{minutes:.1f} minutes, {soak.kills.total()} faults: {dict(soak.kills)}; {last}, "
+        f"{runs * SETTINGS['epochs']} epochs: same weights: {same}"
     )
     for whose, use in {**soak.use, "rank 0 of the undisturbed": lone}.items():
         line, grew = use.told(whose)

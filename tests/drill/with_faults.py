@@ -5,6 +5,7 @@
 NAN_LOSSES=RANK:FIRST:LAST   the losses of these micro-batches are not a number on that rank (counted from 1)
 CLOCK_BACK=SECONDS           the clock jumps back an hour, so many seconds after the start
 PAUSE=SECONDS                before each rollout: for trainings that should last without computing
+TERM_AT=N                    SIGTERM when the losses of the N-th micro-batch are computed, to this process
 KILL_IN_WRITE=NAME           kill -9 when half of resume/NAME is on the disk
 """
 
@@ -31,6 +32,20 @@ def plant_nan(rank: int, first: int, last: int) -> None:
         if first <= calls[0] <= last:
             result = dataclasses.replace(result, total=result.total * float("nan"))
         return result
+
+    learner.ppo_losses = losses
+
+
+def plant_term(number: int) -> None:
+    from training import learner
+
+    healthy, calls = learner.ppo_losses, [0]
+
+    def losses(*arguments):
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return healthy(*arguments)
 
     learner.ppo_losses = losses
 
@@ -79,6 +94,8 @@ if __name__ == "__main__":
 
     if "NAN_LOSSES" in os.environ:
         plant_nan(*map(int, os.environ["NAN_LOSSES"].split(":")))
+    if "TERM_AT" in os.environ:
+        plant_term(int(os.environ["TERM_AT"]))
     if "CLOCK_BACK" in os.environ:
         plant_clock(float(os.environ["CLOCK_BACK"]))
     if "PAUSE" in os.environ:

@@ -119,13 +119,25 @@ def test_every_micro_batch_of_the_update_is_a_sign_of_life() -> None:
     assert len(beats) == 3 * 16 / 2
 
 
-def test_a_stop_ends_the_update_between_optimizer_steps() -> None:
-    policy = small_policy()
-    answers = iter([False, True])
-    learner = small_learner(policy, minibatch=2)
-    statistics = learner.update(made_up_rollout(policy, 16), 0.0, stop_now=lambda: next(answers))
-    assert learner.optimizer_steps == 2
-    assert float(statistics["loss/entropy"]) > 0  # of the steps that were taken
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_a_stopped_update_goes_on_at_the_very_step(steps: int) -> None:
+    """Of 8 steps in 2 passes, so that the second shuffle comes before or after the stop."""
+    unbroken, first, second = (small_learner(small_policy(), minibatch=2) for _ in range(3))
+    rollout = made_up_rollout(unbroken.policy, 8)
+    expected = unbroken.update(rollout, run_fraction=0.5)
+    asked = iter(range(9))
+    assert first.update(rollout, 0.5, stop_now=lambda: next(asked) == steps) is None
+    assert first.optimizer_steps == steps and first.stopped is not None
+    second.policy.load_state_dict(first.policy.state_dict())
+    second.load_state_dict(first.state_dict())
+    figures = second.update(rollout, 0.5, go_on=first.stopped)
+    assert second.stopped is None and expected is not None and figures is not None
+    assert {name: float(value) for name, value in figures.items()} == {
+        name: float(value) for name, value in expected.items()
+    }
+    assert torch.equal(second.generator.get_state(), unbroken.generator.get_state())
+    for name, value in unbroken.policy.state_dict().items():
+        assert torch.equal(value, second.policy.state_dict()[name]), name
 
 
 def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:

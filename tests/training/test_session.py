@@ -1,9 +1,12 @@
-"""A session can take a segment back, and takes up states of other devices as far as they fit."""
+"""A session goes on in the middle of an update, and takes up states of other devices as far as they fit."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from continuous_training import Settings, train
@@ -11,31 +14,67 @@ from data_sources.simulated import simulated_bars
 from envs.market import Market
 from envs.trading_env import EnvConfig
 from tests.training.rollouts import ALONE, small_learner, small_policy
+from training.checkpoint import Restored, newest, save
+from training.clock import Clock
 from training.control import Control
 from training.session import Session, SessionConfig
+from training.timing import Stopwatch
 
 NEVER = 2**62
 
 
-def small_session() -> Session:
-    env = EnvConfig(num_envs=8, context_bars=8, horizon=8, episode_bars=16)
+def small_session(saved: Restored | None = None, **changes: int) -> Session:
+    env = EnvConfig(**({"num_envs": 8, "context_bars": 8, "horizon": 8, "episode_bars": 16} | changes))
     bars = simulated_bars(2, 600, 0, 1_767_225_600 * 10**9)
     market = Market.from_bars(bars, device="cpu", holdout_start_ns=NEVER, context_bars=8, horizon=8)
     learner = small_learner(small_policy()).config
-    return Session(market, SessionConfig(env, learner, 16, 1, 2, False, 0), ALONE, None)
+    return Session(market, SessionConfig(env, learner, 16, 1, 2, False, 0), ALONE, saved)
 
 
-def test_a_segment_that_is_taken_back_is_played_the_same_again() -> None:
-    session = small_session()
-    session.collect(1.0)  # so that accounts are under way
-    first = session.collect(0.5)
-    totals = session.env.statistics.totals.clone()
-    session.rewind()
-    again = session.collect(0.5)
-    assert torch.equal(first.actions, again.actions)
-    assert torch.equal(first.rewards, again.rewards)
-    assert torch.equal(first.accounts, again.accounts)
-    assert torch.equal(session.env.statistics.totals, totals)
+def an_epoch(session: Session, stop_at: int = -1) -> dict[str, Any] | None:
+    """Play and learn; return the figures, unless it is stopped before that optimizer step."""
+    asked = itertools.count()
+    watch = Stopwatch(ALONE.device)
+    rollout = session.collect(0.5)
+    watch.mark()
+    statistics = session.update(rollout, 0.1, lambda: next(asked) == stop_at)
+    watch.mark()
+    if statistics is None:
+        return None
+    figures = session.metrics(Clock(), statistics, watch)
+    return {name: value for name, value in figures.items() if not name.startswith("perf/")}
+
+
+def saved_and_loaded(session: Session, folder: Path) -> Restored:
+    path = save(folder, *session.checkpoint(Clock()), keep=16)
+    found, warnings = newest(folder)
+    assert found is not None and (found.path, warnings) == (path, [])
+    return found
+
+
+@pytest.mark.parametrize("stop_at", [0, 3])
+def test_a_stopped_update_is_saved_and_finished_by_the_next_start(tmp_path: Path, stop_at: int) -> None:
+    unbroken, stopped = small_session(), small_session()
+    for session in (unbroken, stopped):
+        an_epoch(session)  # so that accounts are under way
+    assert an_epoch(stopped, stop_at) is None
+    saved = saved_and_loaded(stopped, tmp_path)
+    assert saved.path.name == ("run1_epoch0_step3.pt" if stop_at else "run1_epoch0.pt")
+    resumed = small_session(saved)
+    assert an_epoch(resumed) == an_epoch(unbroken)
+    assert an_epoch(resumed) == an_epoch(unbroken)  # and the segment after it is a new one
+    for name, weights in unbroken.policy.state_dict().items():
+        assert torch.equal(weights, resumed.policy.state_dict()[name]), name
+
+
+def test_a_stopped_update_that_does_not_fit_any_more_is_played_anew(tmp_path: Path) -> None:
+    stopped = small_session()
+    assert an_epoch(stopped, 3) is None
+    resumed = small_session(saved_and_loaded(stopped, tmp_path), num_envs=4)
+    assert resumed.collect(0.5).num_segments == 4
+    steps = resumed.learner.optimizer_steps
+    assert an_epoch(resumed) is not None
+    assert resumed.learner.optimizer_steps == steps + 2
 
 
 class CountingControl(Control):
