@@ -218,6 +218,8 @@ class S3Server:
             for name, value in headers.items():
                 request.send_header(name, value)
             request.send_header("Content-Length", str(len(body)))
+            if request.close_connection:  # said, or a client may send its next request into the closing
+                request.send_header("Connection", "close")
             request.end_headers()
             if fault and fault.kind == "drip":
                 for byte in body:
