@@ -102,6 +102,7 @@ class Settings:
     num_heads: int = 32  # attention heads
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 on GPUs, else fp32
     compile: Literal["auto", "on", "off"] = "auto"  # compile the transformer; auto: on GPUs
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each GPU holds the whole model; fsdp: a share, for larger ones
     # --- optimisation -------------------------------------------------------------------------------------
     batch_size: int = 65_536  # transitions per optimizer step over all GPUs
     micro_batch_segments: int | None = None  # segments per forward and backward; not set: what fits in memory

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Trunk(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # blocks in the backward instead of keeping what they computed: less memory
         self.embed = nn.Linear(config.num_features, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model)
@@ -153,5 +155,8 @@ class Trunk(nn.Module):
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.embed(bars)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
         return self.norm(x.float())

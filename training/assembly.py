@@ -82,6 +82,7 @@ def session_config(settings: Any, ranks: Ranks) -> SessionConfig:
         final_learning_rate_fraction=settings.final_learning_rate_fraction,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        sharded=settings.parallel == "fsdp",
     )
     return SessionConfig(
         env=env,

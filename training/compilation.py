@@ -9,7 +9,9 @@ from models.policy import Policy
 from training.distributed import Ranks
 
 
-def compile_trunk(policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks) -> str:
+def compile_trunk(
+    policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks, by_block: bool = False
+) -> str:
     """Compile the trunk for rollouts and updates, on all ranks or on none; takes a minute for large ones.
 
     Compilers fail on machines that train well without: no C++ compiler, another driver, a full temporary
@@ -20,13 +22,16 @@ def compile_trunk(policy: Policy, num_segments: int, segment_bars: int, ranks: R
         num_segments: of one micro-batch.
         segment_bars: context bars and horizon.
         ranks: all take part.
+        by_block: compile block by block, for ranks that hold shares: a block's weights come when it is called.
 
     Returns:
         Why it was not compiled, in one line; empty where it was.
     """
     reason = ""
     device = ranks.device
-    policy.trunk.compile(dynamic=False)
+    modules = list(policy.trunk.blocks) if by_block else [policy.trunk]
+    for module in modules:  # the forward alone: hooks of FSDP stay outside, names of weights as they are
+        module.forward = torch.compile(module.forward, dynamic=False)
     try:
         bars = torch.zeros(num_segments, segment_bars + 1, policy.trunk.config.num_features, device=device)
         with torch.no_grad():
@@ -36,7 +41,8 @@ def compile_trunk(policy: Policy, num_segments: int, segment_bars: int, ranks: R
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     policy.zero_grad()
     if ranks.any(bool(reason)):
-        policy.trunk._compiled_call_impl = None  # what Module.compile() sets; there is no other way back
+        for module in modules:
+            del module.forward  # the class has its own
         torch._dynamo.reset()
         return reason or "it failed on another rank"
     return ""

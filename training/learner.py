@@ -5,21 +5,19 @@ Shapes: N = segments of this rank's rollout, T = horizon, M = segments of one mi
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from models.policy import Policy
 from training.distributed import Ranks
 from training.hindsight import hindsight_advantages
+from training.parallel import parallel
 from training.ppo import Losses, PPOConfig, Targets, advantages_and_returns, ppo_losses
 from training.rollout import Rollout
 
@@ -37,6 +35,7 @@ class LearnerConfig:
     final_learning_rate_fraction: float  # of learning_rate, at the end of each run
     weight_decay: float
     max_grad_norm: float
+    sharded: bool = False  # ranks hold shares of the weights instead of copies
 
 
 class Learner:
@@ -50,20 +49,10 @@ class Learner:
         self.policy = policy
         self.config = config
         self.ranks = ranks
-        self.model: nn.Module = policy
-        if ranks.world_size > 1:
-            device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-            # The only buffers are rotary angles, the same everywhere: nothing to synchronise. torch 2.13
-            # renamed the argument; 2.11 knows the old name only.
-            known = inspect.signature(DistributedDataParallel).parameters
-            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            no_sync: dict[str, Any] = {name: False}
-            self.model = DistributedDataParallel(
-                policy, device_ids=device_ids, gradient_as_bucket_view=True, **no_sync
-            )
+        self.parallel = parallel(policy, ranks, config.sharded)
         # Matrices decay, gains and biases do not (the usual rule of transformer training).
-        matrices = [p for p in policy.parameters() if p.dim() >= 2]
-        vectors = [p for p in policy.parameters() if p.dim() < 2]
+        matrices = [p for p in self.parallel.parameters if p.dim() >= 2]
+        vectors = [p for p in self.parallel.parameters if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -161,11 +150,8 @@ class Learner:
         micro_batches = rows.split(self.config.micro_batch_segments)
         for number, micro in enumerate(micro_batches):
             beat()
-            # Gradients are all-reduced once per optimizer step, overlapping with the last backward.
-            last = number == len(micro_batches) - 1
-            alone = self.model is self.policy
-            with nullcontext() if last or alone else self.model.no_sync():  # type: ignore[operator]
-                logits, values = self.model(rollout.bars[micro], rollout.accounts[micro])
+            with self.parallel.micro_batch(is_last=number == len(micro_batches) - 1):
+                logits, values = self.parallel.model(rollout.bars[micro], rollout.accounts[micro])
                 losses = ppo_losses(logits, values, targets[micro], num_decisions, self.config.ppo)
                 losses.total.backward()
             statistics.add(losses)
@@ -173,8 +159,8 @@ class Learner:
 
     def _apply_gradients(self, rate: float) -> tuple[Tensor, Tensor]:
         """Clip, step unless something is not finite, clear; return (gradient norm, 1.0 if skipped)."""
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        gradients = self.parallel.gradients()
+        norm = self.parallel.norm(gradients)
         skipped = (~torch.isfinite(norm)).float()
         torch._foreach_mul_(gradients, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
@@ -243,16 +229,33 @@ class Learner:
         return 1.0 - error_variance / target_variance.clamp(min=1e-12)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a restart needs beside the weights; the generator is this rank's own."""
-        return {"optimizer": self.optimizer.state_dict(), "optimizer_steps": self.optimizer_steps}
+        """Return what a restart needs beside the weights, the same however ranks share the model (all ranks).
+
+        The generator is this rank's own and not in it.
+        """
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = self._moments(optimizer["state"], self.parallel.whole)
+        return {"optimizer": optimizer, "optimizer_steps": self.optimizer_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back ``state_dict``. Rates and decay come from the settings, not from the file."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        moments = self._moments(optimizer["state"], self.parallel.share)
+        self.optimizer.load_state_dict({**optimizer, "state": moments})
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
         self.optimizer_steps = int(state["optimizer_steps"])
+
+    def _moments(
+        self, state: Mapping[int, Mapping[str, Tensor]], turned: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Turn every tensor of the optimizer's state that is shaped like its parameter."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {
+            number: {name: turned(parameters[number], v) if v.dim() else v for name, v in values.items()}
+            for number, values in state.items()
+        }
 
 
 class _Statistics:

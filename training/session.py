@@ -59,7 +59,7 @@ class Session:
         if config.compile:
             bars = config.env.context_bars + config.env.horizon
             micro_batch = min(config.learner.micro_batch_segments, config.env.num_envs)
-            self.not_compiled = compile_trunk(self.policy, micro_batch, bars, ranks)
+            self.not_compiled = compile_trunk(self.policy, micro_batch, bars, ranks, config.learner.sharded)
         # The rollout whose update was stopped by the wish to end, and where; the next epoch begins there.
         self._under_way: tuple[Rollout, dict[str, Any]] | None = None
         self._matmul_rate = matmul_rate(ranks.device, torch.bfloat16 if config.bf16 else torch.float32)
@@ -200,7 +200,7 @@ class Session:
             "epoch": clock.epoch,
             "step": self._under_way[1]["steps"] if self._under_way else 0,
             "transitions": clock.transitions,
-            "model": self.policy.state_dict(),
+            "model": self.learner.parallel.weights(),
             "model_config": {
                 "trunk": asdict(self.policy.trunk.config),
                 "num_account_features": self.env.num_account_features,

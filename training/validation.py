@@ -13,6 +13,7 @@ from envs.env_config import EnvConfig, require
 
 SOURCES = ("polygon", "binance", "yahoo", "simulated")
 COMPILE = ("auto", "on", "off")
+PARALLEL = ("ddp", "fsdp")
 ADVANTAGES = ("hindsight", "gae")
 PRECISIONS = ("auto", "bf16", "fp32")
 # A year needs a number to be compared with: earlier bars exist nowhere among the sources.
@@ -129,6 +130,7 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
     yield "d_model", s.d_model % pair == 0, rule
     yield "precision", s.precision in PRECISIONS, f"must be one of: {', '.join(PRECISIONS)}"
     yield "compile", s.compile in COMPILE, f"must be one of: {', '.join(COMPILE)}"
+    yield "parallel", s.parallel in PARALLEL, f"must be one of: {', '.join(PARALLEL)}"
     yield "advantages", s.advantages in ADVANTAGES, f"must be one of: {', '.join(ADVANTAGES)}"
 
 

@@ -26,7 +26,13 @@ def small_policy(bf16: bool = False, num_layers: int = 2) -> Policy:
 
 
 def small_learner(
-    policy: Policy, ranks: Ranks = ALONE, *, minibatch: int = 4, micro: int = 2, passes: int = 2
+    policy: Policy,
+    ranks: Ranks = ALONE,
+    *,
+    minibatch: int = 4,
+    micro: int = 2,
+    passes: int = 2,
+    sharded: bool = False,
 ) -> Learner:
     ppo = PPOConfig(
         gamma=0.97,
@@ -46,6 +52,7 @@ def small_learner(
         final_learning_rate_fraction=0.1,
         weight_decay=0.01,
         max_grad_norm=1.0,
+        sharded=sharded,
     )
     return Learner(policy, config, ranks, seed=0)
 

@@ -144,14 +144,15 @@ def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     out = tmp_path / "out.pt"
     script = str(ROOT / "tests/training/two_rank_update.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, script, str(out), *arguments], check=True, cwd=ROOT, timeout=200)
+    subprocess.run([*launcher, script, str(out), *arguments], check=True, cwd=ROOT, timeout=600)
     result: dict[str, Any] = torch.load(out, weights_only=True)
     return result
 
 
 @pytest.mark.slow
-def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path) -> None:
-    result = two_ranks(tmp_path)
+@pytest.mark.parametrize("how", ["", "sharded", "sharded compiled"])
+def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path, how: str) -> None:
+    result = two_ranks(tmp_path, *how.split())
     assert all(first == second for first, second in result["same"])
     policy = small_policy()
     learner = small_learner(policy, minibatch=8, micro=3, passes=3)
@@ -160,11 +161,19 @@ def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path
         torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=2e-6)
     for name, figure in statistics.items():
         assert result["figures"][name] == pytest.approx(float(figure), rel=1e-3, abs=1e-6), name
+    # One checkpoint for both ways: whoever takes over, in either way, learns the same.
+    for name, value in result["after"][0].items():
+        torch.testing.assert_close(result["after"][1][name], value, rtol=1e-4, atol=2e-6)
+        assert not torch.equal(value, result["weights"][name])
+    num_weights = policy.num_parameters()
+    assert (result["held"] < 0.6 * num_weights) == ("sharded" in how)
+    assert (result["moments"] < 2 * 0.6 * num_weights) == ("sharded" in how)
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path) -> None:
-    result = two_ranks(tmp_path, "poison")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, sharded: bool) -> None:
+    result = two_ranks(tmp_path, "poison", *["sharded"] * sharded)
     assert all(first == second for first, second in result["same"])
     assert result["figures"]["ppo/skipped_steps"] == 3
     untouched = small_policy().state_dict()
