@@ -26,7 +26,7 @@ from dotenv import load_dotenv
 from data_sources.lake import Lake
 from envs.market import Market
 from training import checkpoint, distributed, validation
-from training.assembly import market_on_device, save, session_config
+from training.assembly import market_on_device, memory_plan, save, session_config
 from training.background import BackgroundWriter
 from training.cli import Leave, checkpoint_command_from, command_from, complain
 from training.clock import Clock, Summary
@@ -44,6 +44,7 @@ from training.control import (
 )
 from training.distributed import Ranks
 from training.fresh_bars import agreed_stop, fresh_bars
+from training.memory import DoesNotFit
 from training.prefetch import Prefetch, refresh_ahead
 from training.session import Session
 from training.timing import Stopwatch
@@ -300,11 +301,25 @@ def rolled_back(
 def new_session(
     settings: Settings, market: Market, saved: checkpoint.Restored | None, ranks: Ranks, console: Console
 ) -> Session:
-    """Make this rank's environment and learner from the settings, and take back what a checkpoint saved."""
-    config = session_config(settings, ranks)
+    """Make this rank's environment and learner from the settings, and take back what a checkpoint saved.
+
+    Raises:
+        Leave: they do not fit into the GPU's memory.
+    """
+    memory, others = memory_plan(settings, market.num_bytes, ranks)
+    if others:
+        console.warning(others)
+    config = session_config(settings, memory, ranks)
     if config.compile:
         console.line("Compiling the transformer, which takes a minute or two once")
-    session = Session(market, config, ranks, saved)
+    try:
+        session = Session(market, config, ranks, saved)
+    except DoesNotFit as error:
+        raise Leave(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
+    if session.memory != memory:
+        console.warning(f"the GPU's memory was full with {memory}; trains with {session.memory}")
+    elif memory.memory_bytes:
+        console.line(f"GPU memory: {memory}")
     if config.compile and session.not_compiled:
         console.warning(f"trains without compiling, somewhat slower: {session.not_compiled}")
     step = config.learner.minibatch_segments * settings.horizon * ranks.world_size
@@ -312,7 +327,7 @@ def new_session(
     console.line(
         f"Policy: {session.policy.num_parameters():,} parameters, trunk in {precision}, on {ranks.world_size} x "
         f"{ranks.device.type}; {settings.envs_per_gpu * ranks.world_size:,} accounts; {step:,} transitions per "
-        f"optimizer step, {config.learner.micro_batch_segments} segments per micro-batch; "
+        f"optimizer step, {session.config.learner.micro_batch_segments} segments per micro-batch; "
         f"{session.flops_per_transition() / 1e9:.3g} GFLOP per transition"
     )
     if ranks.device.type == "cpu" and session.policy.num_parameters() > 50_000_000:

@@ -62,6 +62,11 @@ class EnvConfig:
         require(rate < self.max_rate, "fees and slippage", f"{rate:g}", rule)
 
     @property
+    def num_account_features(self) -> int:
+        """Figures of an account in an observation; see TradingEnv."""
+        return len(self.positions) + 6
+
+    @property
     def max_rate(self) -> float:
         """Most that a trade may cost, as a fraction of traded value.
 

@@ -153,6 +153,11 @@ class Market:
         )
 
     @property
+    def num_bytes(self) -> int:
+        """Count what all of it takes of the device's memory."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
+    @property
     def num_features(self) -> int:
         """F."""
         return self.features.shape[1]

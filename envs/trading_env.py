@@ -156,7 +156,7 @@ class TradingEnv:
     @property
     def num_account_features(self) -> int:
         """A."""
-        return len(self.config.positions) + 6
+        return self.config.num_account_features
 
     @property
     def account(self) -> AccountState:

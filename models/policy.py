@@ -70,7 +70,10 @@ class Policy(nn.Module):
 
     def precision(self, device: torch.device) -> AbstractContextManager[None]:
         """Return the context in which the trunk computes: bf16 autocast, weights and head stay float32."""
-        return torch.autocast(device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+        if not self.bf16:
+            return nullcontext()
+        # Nothing to cache: every weight is used once per forward, and its bf16 copy would stay until the end.
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def encode(self, bars: Tensor, num_decisions: int) -> Tensor:
         """Run the trunk and the head's market share: (B, S, F) -> (B, T, W), T = ``num_decisions``."""

@@ -12,13 +12,16 @@ from data_sources.refresh import LoadedData
 from envs.env_config import EnvConfig
 from envs.features import FEATURES, FeatureStatistics
 from envs.market import Market
+from models.policy import Policy
+from models.transformer import TransformerConfig
 from training import checkpoint, validation
 from training.background import BackgroundWriter
 from training.cli import Leave
 from training.clock import Clock
-from training.control import EXIT_NO_DATA, EXIT_SETTING
+from training.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING
 from training.distributed import Ranks
 from training.learner import LearnerConfig
+from training.memory import Demand, DoesNotFit, MemoryPlan, gpu_memory, plan
 from training.ppo import PPOConfig
 from training.session import Session, SessionConfig
 
@@ -54,7 +57,7 @@ def market_on_device(
         raise Leave(EXIT_NO_DATA, str(error)) from error
 
 
-def session_config(settings: Any, ranks: Ranks) -> SessionConfig:
+def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionConfig:
     """Say what this rank's session is made of."""
     device = ranks.device
     env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
@@ -69,14 +72,7 @@ def session_config(settings: Any, ranks: Ranks) -> SessionConfig:
         ),
         update_passes=settings.update_passes,
         minibatch_segments=validation.minibatch_segments(settings, ranks.world_size),
-        micro_batch_segments=settings.micro_batch_segments
-        or micro_batch_that_fits(
-            memory_of(device),
-            settings.d_model,
-            settings.num_layers,
-            settings.context_bars + settings.horizon,
-            uses_bf16(settings, ranks),
-        ),
+        micro_batch_segments=memory.micro_batch_segments,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         final_learning_rate_fraction=settings.final_learning_rate_fraction,
@@ -93,6 +89,7 @@ def session_config(settings: Any, ranks: Ranks) -> SessionConfig:
         bf16=uses_bf16(settings, ranks),
         seed=settings.seed,
         compile=settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"),
+        memory=memory,
     )
 
 
@@ -101,33 +98,45 @@ def uses_bf16(settings: Any, ranks: Ranks) -> bool:
     return settings.precision == "bf16" or (settings.precision == "auto" and ranks.device.type == "cuda")
 
 
-def memory_of(device: torch.device) -> int | None:
-    """Return the bytes that a GPU has in all, whoever uses them now; None for a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+def memory_plan(settings: Any, market_bytes: int, ranks: Ranks) -> tuple[MemoryPlan, str]:
+    """Plan this rank's memory; return the plan, and a warning where others use the GPU, or "".
 
-
-def micro_batch_that_fits(
-    memory_bytes: int | None, d_model: int, num_layers: int, segment_bars: int, bf16: bool
-) -> int:
-    """Size a micro-batch, in segments, for a GPU's memory; the same after every restart.
-
-    Weights, gradients and the optimizer's two moments take 16 bytes per parameter, of which the blocks hold
-    12 x d_model^2 a layer. Activations take about 34 bytes per unit of width, layer and bar in bf16
-    (Korthikanti et al. 2022, arXiv:2205.05198, section 4, without attention scores, which are not kept);
-    float32 twice that. Half of what is left stays free for bars and the allocator's rounding.
-
-    Args:
-        memory_bytes: of the GPU in all; None on a CPU.
-        d_model: width of the transformer.
-        num_layers: its blocks.
-        segment_bars: bars of a segment.
-        bf16: whether the transformer computes in bf16.
+    Raises:
+        Leave: the training does not fit.
     """
-    if memory_bytes is None:
-        return 16  # larger ones fall out of a CPU's cache
-    left = memory_bytes - 16 * 12 * d_model**2 * num_layers
-    per_segment = (34 if bf16 else 68) * d_model * num_layers * segment_bars
-    return max(1, min(128, left // 2 // per_segment))
+    memory_bytes, warning = gpu_memory(ranks.device) if ranks.device.type == "cuda" else (None, "")
+    demand = demand_of(settings, market_bytes, ranks.world_size, uses_bf16(settings, ranks))
+    try:
+        return plan(demand, memory_bytes, settings.micro_batch_segments), warning
+    except DoesNotFit as error:
+        raise Leave(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
+
+
+def demand_of(settings: Any, market_bytes: int, world_size: int, bf16: bool) -> Demand:
+    """Say what a training with these settings asks of one GPU's memory."""
+    return Demand(
+        num_parameters=num_parameters(settings),
+        d_model=settings.d_model,
+        num_layers=settings.num_layers,
+        context_bars=settings.context_bars,
+        horizon=settings.horizon,
+        envs_per_gpu=settings.envs_per_gpu,
+        minibatch_segments=validation.minibatch_segments(settings, world_size),
+        num_positions=len(settings.positions),
+        bf16=bf16,
+        market_bytes=market_bytes,
+        shares=world_size if settings.parallel == "fsdp" else 1,
+    )
+
+
+def num_parameters(settings: Any) -> int:
+    """Count the policy's weights without making them."""
+    length = settings.context_bars + settings.horizon + 1
+    sizes = settings.d_model, settings.num_layers, settings.num_heads
+    with torch.device("meta"):
+        trunk = TransformerConfig(len(FEATURES), *sizes, length)
+        env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
+        return Policy(trunk, env.num_account_features, len(env.positions)).num_parameters()
 
 
 def save(

@@ -1,12 +1,50 @@
-"""torch.compile of the trunk, tried out before it is relied on."""
+"""A rehearsal before training: what it needs of the compiler and of the GPU's memory, tried out."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from models.policy import Policy
 from training.distributed import Ranks
+
+
+def rehearse(policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks) -> None:
+    """Take one forward as in a rollout, and one forward and backward as in an update, on zeros (all ranks).
+
+    What the optimizer will hold is held meanwhile. No gradient stays.
+
+    Args:
+        policy: not yet shared among ranks.
+        num_segments: of one micro-batch.
+        segment_bars: context bars and horizon.
+        ranks: all take part.
+
+    Raises:
+        torch.OutOfMemoryError: on every rank, where one has too little memory.
+        Exception: whatever a compiled trunk fails with.
+    """
+    config, device = policy.trunk.config, ranks.device
+    out_of_memory = ""
+    failure: Exception | None = None
+    try:
+        moments = [torch.empty_like(p) for p in policy.parameters() for _ in range(2)]
+        bars = torch.zeros(num_segments, segment_bars + 1, config.num_features, device=device)
+        with torch.no_grad():
+            policy.encode(bars, 1)
+        policy.encode(bars[:, 1:], 1).sum().backward()
+        del moments
+    except torch.OutOfMemoryError as error:
+        out_of_memory = str(error).splitlines()[0]
+    except (TorchDynamoException, RuntimeError, OSError) as error:
+        failure = error
+    policy.zero_grad()
+    if ranks.any(bool(out_of_memory)):
+        torch.cuda.empty_cache()
+        raise torch.OutOfMemoryError(out_of_memory or "another rank ran out of memory")
+    if failure:
+        raise failure
 
 
 def compile_trunk(
@@ -15,7 +53,7 @@ def compile_trunk(
     """Compile the trunk for rollouts and updates, on all ranks or on none; takes a minute for large ones.
 
     Compilers fail on machines that train well without: no C++ compiler, another driver, a full temporary
-    folder. So one forward and backward of the size that is used is tried here, on zeros.
+    folder. So it is rehearsed.
 
     Args:
         policy: changed in place; its weights and their names stay as they are.
@@ -26,23 +64,28 @@ def compile_trunk(
 
     Returns:
         Why it was not compiled, in one line; empty where it was.
+
+    Raises:
+        torch.OutOfMemoryError: on every rank, where one has too little memory.
     """
-    reason = ""
-    device = ranks.device
-    modules = list(policy.trunk.blocks) if by_block else [policy.trunk]
+    modules: list[nn.Module] = list(policy.trunk.blocks) if by_block else [policy.trunk]
     for module in modules:  # the forward alone: hooks of FSDP stay outside, names of weights as they are
         module.forward = torch.compile(module.forward, dynamic=False)
+    reason = ""
     try:
-        bars = torch.zeros(num_segments, segment_bars + 1, policy.trunk.config.num_features, device=device)
-        with torch.no_grad():
-            policy.encode(bars, 1)
-        policy.encode(bars[:, 1:], 1).sum().backward()
+        rehearse(policy, num_segments, segment_bars, ranks)
+    except torch.OutOfMemoryError:
+        _uncompile(modules)
+        raise
     except (TorchDynamoException, RuntimeError, OSError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    policy.zero_grad()
     if ranks.any(bool(reason)):
-        for module in modules:
-            del module.forward  # the class has its own
-        torch._dynamo.reset()
+        _uncompile(modules)
         return reason or "it failed on another rank"
     return ""
+
+
+def _uncompile(modules: list[nn.Module]) -> None:
+    for module in modules:
+        del module.forward  # the class has its own
+    torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """How ranks share a model: each holds all of it (DDP), or each holds a share (FSDP2).
 
-Either way every rank plays and learns from its own accounts, gradients are averaged over ranks once per
+Either way every rank plays and learns from its own accounts, gradients are averaged over ranks before every
 optimizer step, and the optimizer walks over plain tensors of this rank: weights that it holds alone, or its share.
 """
 
@@ -73,7 +73,7 @@ class Copies:
         """The all-reduce overlaps with the last backward."""
         if is_last or self.model is self.policy:
             return nullcontext()
-        return self.model.no_sync()  # type: ignore[operator, no-any-return]
+        return self.model.no_sync()  # type: ignore[operator]
 
     def gradients(self) -> list[Tensor]:
         """They are where the optimizer looks for them."""
@@ -120,8 +120,7 @@ class Shares:
         self._head = [p for p in held if not isinstance(p, DTensor)]
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
-        """Gradients stay whole on every rank until the last backward, which scatters them."""
-        self.policy.trunk.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        """Every backward scatters its gradients: to keep them whole up to the last one would take their memory."""
         return nullcontext()
 
     def gradients(self) -> list[Tensor]:
@@ -148,7 +147,9 @@ class Shares:
             return tensor
         held = self._shared[id(parameter)][1]
         shape, stride = held.shape, held.stride()
-        share = DTensor.from_local(tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        share = DTensor.from_local(
+            tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        )
         return share.full_tensor().cpu()
 
     def share(self, parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from models.policy import Policy
 from models.transformer import TransformerConfig
 from training.checkpoint import Restored
 from training.clock import Clock
-from training.compilation import compile_trunk
+from training.compilation import compile_trunk, rehearse
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
+from training.memory import DoesNotFit, MemoryPlan
 from training.rollout import Rollout, collect
 from training.timing import Stopwatch, matmul_rate
 
@@ -35,6 +36,7 @@ class SessionConfig:
     bf16: bool
     seed: int
     compile: bool = False
+    memory: MemoryPlan | None = None  # to be rehearsed; the micro-batch is the learner's where there is none
 
 
 class Session:
@@ -56,10 +58,12 @@ class Session:
         account_features, positions = self.env.num_account_features, len(config.env.positions)
         self.policy = Policy(trunk, account_features, positions, config.bf16).to(ranks.device)
         self.not_compiled = "not asked for"
-        if config.compile:
-            bars = config.env.context_bars + config.env.horizon
-            micro_batch = min(config.learner.micro_batch_segments, config.env.num_envs)
-            self.not_compiled = compile_trunk(self.policy, micro_batch, bars, ranks, config.learner.sharded)
+        self.memory = config.memory
+        if config.memory:
+            self.memory = self._rehearsed(config.memory)
+            micro_batch = self.memory.micro_batch_segments
+            config = replace(config, learner=replace(config.learner, micro_batch_segments=micro_batch))
+            self.config = config
         # The rollout whose update was stopped by the wish to end, and where; the next epoch begins there.
         self._under_way: tuple[Rollout, dict[str, Any]] | None = None
         self._matmul_rate = matmul_rate(ranks.device, torch.bfloat16 if config.bf16 else torch.float32)
@@ -73,6 +77,31 @@ class Session:
                 self.env.load_state_dict(states[ranks.rank]["env"])
                 self._restore_generator(states[ranks.rank]["generator"])
             self._restore_update(states)
+
+    def _rehearsed(self, plan: MemoryPlan) -> MemoryPlan:
+        """Return the plan as it works out on this GPU: as it is, or with half the micro-batch (all ranks).
+
+        Raises:
+            DoesNotFit: neither does.
+        """
+        try:
+            self._rehearse(plan)
+        except torch.OutOfMemoryError:
+            plan = plan.smaller()
+            try:
+                self._rehearse(plan)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFit(plan.advice()) from error
+        return plan
+
+    def _rehearse(self, plan: MemoryPlan) -> None:
+        config = self.config
+        sizes = plan.micro_batch_segments, config.env.context_bars + config.env.horizon
+        self.policy.trunk.recompute = plan.recompute
+        if config.compile:
+            self.not_compiled = compile_trunk(self.policy, *sizes, self.ranks, config.learner.sharded)
+        elif self.ranks.device.type == "cuda":
+            rehearse(self.policy, *sizes, self.ranks)
 
     def use(self, market: Market) -> None:
         """Go on with fresh bars; accounts whose place is still there keep it."""

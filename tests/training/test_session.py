@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import training.session
 from continuous_training import Settings, train
 from data_sources.simulated import simulated_bars
 from envs.market import Market
 from envs.trading_env import EnvConfig
+from models.policy import Policy
 from tests.training.rollouts import ALONE, small_learner, small_policy
 from training.checkpoint import Restored, newest, save
 from training.clock import Clock
 from training.control import Control
+from training.memory import Demand, DoesNotFit, MemoryPlan
 from training.session import Session, SessionConfig
 from training.timing import Stopwatch
 
 NEVER = 2**62
 
 
-def small_session(saved: Restored | None = None, **changes: int) -> Session:
+def small_session(saved: Restored | None = None, memory: MemoryPlan | None = None, **changes: int) -> Session:
     env = EnvConfig(**({"num_envs": 8, "context_bars": 8, "horizon": 8, "episode_bars": 16} | changes))
     bars = simulated_bars(2, 600, 0, 1_767_225_600 * 10**9)
     market = Market.from_bars(bars, device="cpu", holdout_start_ns=NEVER, context_bars=8, horizon=8)
     learner = small_learner(small_policy()).config
-    return Session(market, SessionConfig(env, learner, 16, 1, 2, False, 0), ALONE, saved)
+    config = SessionConfig(env, learner, 16, 1, 2, False, 0, compile=memory is not None, memory=memory)
+    return Session(market, config, ALONE, saved)
 
 
 def an_epoch(session: Session, stop_at: int = -1) -> dict[str, Any] | None:
@@ -126,3 +132,27 @@ def test_a_random_state_of_another_kind_of_device_is_left_out() -> None:
     before = session.learner.generator.get_state()
     session._restore_generator(torch.zeros(16, dtype=torch.uint8))  # a CUDA generator's
     assert torch.equal(session.learner.generator.get_state(), before)
+
+
+def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeypatch) -> None:
+    tried: list[int] = []
+
+    def out_of_memory_above(most: int) -> Callable[..., str]:
+        def compile_trunk(policy: Policy, num_segments: int, *others: object) -> str:
+            tried.append(num_segments)
+            if num_segments > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return ""
+
+        return compile_trunk
+
+    demand = Demand(1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0)
+    plan = MemoryPlan(demand, 2**30, 8)
+    monkeypatch.setattr(training.session, "compile_trunk", out_of_memory_above(4))
+    session = small_session(memory=plan)
+    assert tried == [8, 4]
+    assert session.memory == replace(plan, micro_batch_segments=4)
+    assert session.learner.config.micro_batch_segments == 4
+    monkeypatch.setattr(training.session, "compile_trunk", out_of_memory_above(2))
+    with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
+        small_session(memory=plan)

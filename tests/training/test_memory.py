@@ -1,0 +1,157 @@
+"""The memory plan: counted against what a backward keeps, the same after a restart, honest where nothing fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from continuous_training import PRESETS, Settings
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from tests.training.rollouts import ALONE, CONTEXT, HORIZON, made_up_rollout, small_policy
+from training import compilation, memory
+from training.assembly import demand_of
+from training.memory import ACTIVATION_BYTES, INPUT_BYTES, DoesNotFit, MemoryPlan, gpu_memory, plan
+
+GIB = 2**30
+FULL = demand_of(Settings(), market_bytes=2 * GIB, world_size=1, bf16=True)
+SMALL = demand_of(Settings(**PRESETS["small"]), market_bytes=2 * GIB, world_size=1, bf16=True)
+
+
+def kept_for_the_backward(num_layers: int, bf16: bool, recompute: bool) -> int:
+    """Count the bytes that a forward leaves for its backward, weights excluded."""
+    batch, length, width = 3, 24, 64
+    policy = Policy(TransformerConfig(5, width, num_layers, 4, length), 9, 3, bf16)
+    policy.trunk.recompute = recompute
+    weights = {p.untyped_storage().data_ptr() for p in (*policy.parameters(), *policy.buffers())}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(torch.randn(batch, length, 5), torch.randn(batch, length // 2, 9))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_block_keeps_what_the_plan_counts(precision: str, recompute: bool) -> None:
+    bf16 = precision == "bf16"
+    block = kept_for_the_backward(4, bf16, recompute) - kept_for_the_backward(3, bf16, recompute)
+    if bf16 and not recompute:
+        block -= 12 * 64**2 * memory.BF16_COPY_BYTES  # of the weights, which the plan counts as state
+    counted = (INPUT_BYTES if recompute else ACTIVATION_BYTES)[precision]
+    assert block / (3 * 24 * 64) == pytest.approx(counted, rel=0.03)
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    gradients = []
+    for recompute in (False, True):
+        policy = small_policy()
+        policy.trunk.recompute = recompute
+        rollout = made_up_rollout(policy, 4)
+        logits, values = policy(rollout.bars, rollout.accounts)
+        (logits.square().sum() + values.square().sum()).backward()
+        gradients.append([p.grad for p in policy.parameters()])
+    for kept, computed in zip(*gradients, strict=True):
+        assert torch.equal(kept, computed)
+
+
+@pytest.mark.parametrize(
+    ("gib", "bf16", "segments", "recompute"),
+    [(80, True, 128, False), (80, False, 128, False), (40, True, 64, False), (24, True, 16, False)],
+)
+def test_the_full_model_gets_what_its_weights_leave(
+    gib: int, bf16: bool, segments: int, recompute: bool
+) -> None:
+    chosen = plan(replace(FULL, bf16=bf16), gib * GIB)
+    assert (chosen.micro_batch_segments, chosen.recompute) == (segments, recompute)
+    assert chosen.needed_bytes <= memory.USABLE * gib * GIB
+    assert FULL.minibatch_segments % segments == 0
+
+
+def test_the_same_memory_gives_the_same_plan_and_less_of_everything_fits_less() -> None:
+    assert plan(FULL, 40 * GIB) == plan(FULL, 40 * GIB)
+    most = plan(FULL, 40 * GIB).micro_batch_segments
+    for larger in (replace(FULL, num_layers=20, num_parameters=10**9), replace(FULL, context_bars=512)):
+        assert plan(larger, 40 * GIB).micro_batch_segments < most
+    assert plan(SMALL, 8 * GIB).micro_batch_segments == 64
+
+
+def test_blocks_are_recomputed_before_training_is_refused() -> None:
+    long = replace(FULL, context_bars=6_000, market_bytes=GIB)
+    assert plan(long, 24 * GIB).recompute
+    assert not plan(long, 80 * GIB).recompute
+
+
+def test_shares_make_room_for_what_one_gpu_cannot_hold() -> None:
+    large = replace(FULL, num_parameters=2_500_000_000, d_model=4_096)
+    with pytest.raises(DoesNotFit, match="parallel to fsdp"):
+        plan(large, 40 * GIB)
+    assert plan(replace(large, shares=8), 40 * GIB).micro_batch_segments >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({}, "set d_model to "),
+        ({"market_bytes": 30 * GIB}, "set history_days to "),
+        ({"envs_per_gpu": 200_000}, "set envs_per_gpu to "),
+        ({"horizon": 90_000, "envs_per_gpu": 1}, "set horizon to "),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_one_setting_to_change(changes: dict, advice: str) -> None:
+    with pytest.raises(DoesNotFit, match=advice) as refusal:
+        plan(replace(FULL, **changes), 8 * GIB)
+    assert "the GPU has 8.0 GiB" in str(refusal.value) and "\n" not in str(refusal.value)
+    if not changes:
+        width = int(str(refusal.value).split("d_model to ")[1].split()[0])
+        fitting = demand_of(Settings(d_model=width // 64 * 64), 2 * GIB, 1, bf16=True)
+        assert plan(fitting, 8 * GIB).micro_batch_segments >= 1
+
+
+def test_what_people_set_stays_while_it_fits_and_is_lowered_where_it_does_not() -> None:
+    assert plan(FULL, 80 * GIB, 48).micro_batch_segments == 48
+    assert plan(FULL, 24 * GIB, 512).micro_batch_segments == 16
+    assert plan(FULL, None, 512).micro_batch_segments == 512
+    assert plan(FULL, None).micro_batch_segments == 16
+    assert plan(replace(FULL, envs_per_gpu=509, minibatch_segments=509), None).micro_batch_segments == 16
+
+
+def test_memory_that_others_hold_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (39 * GIB, 40 * GIB))
+    assert gpu_memory(torch.device("cuda")) == (40 * GIB, "")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 40 * GIB))
+    usable, warning = gpu_memory(torch.device("cuda"))
+    assert memory.USABLE * usable == pytest.approx(20 * GIB)
+    assert "other programs hold 20.0 GiB" in warning
+
+
+def test_a_half_micro_batch_is_tried_once_and_then_it_does_not_fit() -> None:
+    whole = MemoryPlan(FULL, 80 * GIB, 128)
+    assert whole.smaller().micro_batch_segments == 64
+    with pytest.raises(DoesNotFit):
+        MemoryPlan(FULL, 80 * GIB, 1).smaller()
+
+
+def test_a_rehearsal_leaves_no_gradient_and_tells_of_too_little_memory(monkeypatch) -> None:
+    policy = small_policy()
+    compilation.rehearse(policy, 2, CONTEXT + HORIZON, ALONE)
+    assert all(p.grad is None for p in policy.parameters())
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(policy, "encode", full)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        compilation.rehearse(policy, 2, CONTEXT + HORIZON, ALONE)
+    other = SimpleNamespace(device=ALONE.device, any=lambda flag: True)  # a rank beside us ran out
+    with pytest.raises(torch.OutOfMemoryError, match="another rank"):
+        compilation.rehearse(small_policy(), 2, CONTEXT + HORIZON, other)

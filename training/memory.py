@@ -1,0 +1,183 @@
+"""What training takes of a GPU's memory: added up before it starts, so that it fits or says what does not.
+
+A plan is the same after every restart on the same kind of GPU, as long as nobody else uses its memory: the
+micro-batch decides how gradients round.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+STATE_BYTES = 16  # per parameter: float32 weight, gradient and the optimizer's two moments
+BF16_COPY_BYTES = 2  # per parameter, while a forward and backward use it
+# Kept for the backward, per unit of width, layer and bar, by blocks that are not compiled (fewer when they are);
+# tests/training/test_memory.py counts them.
+ACTIVATION_BYTES = {"bf16": 60, "fp32": 86}
+INPUT_BYTES = {"bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
+USABLE = 0.9  # of a GPU's memory: CUDA itself and the allocator's rounding take the rest
+MOST_SEGMENTS = 128  # a GPU is busy long before that
+
+
+class DoesNotFit(Exception):
+    """No micro-batch is small enough; says what takes the memory and which setting to change."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training asks for, on one rank."""
+
+    num_parameters: int
+    d_model: int
+    num_layers: int
+    context_bars: int
+    horizon: int
+    envs_per_gpu: int
+    minibatch_segments: int
+    num_positions: int
+    bf16: bool
+    market_bytes: int
+    shares: int = 1  # ranks among which the trunk's weights are divided
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and moments; with shares also two whole blocks, on their way."""
+        block = 12 * self.d_model**2
+        trunk = self.num_layers * block if self.shares > 1 else 0
+        held = (self.num_parameters - trunk) + trunk // self.shares + (2 * block if self.shares > 1 else 0)
+        copied = 2 * block if self.shares > 1 else self.num_parameters
+        return held * STATE_BYTES + copied * BF16_COPY_BYTES * self.bf16
+
+    @property
+    def rollout_bytes(self) -> int:
+        """Everything that a rollout remembers of its decisions, and its valuation in float64."""
+        width = min(256, self.d_model)
+        per_decision = 8 * width + 32 * self.num_positions**2 + 512
+        return self.envs_per_gpu * (self.horizon + 1) * per_decision
+
+    def segment_bytes(self, recompute: bool) -> int:
+        """Activations of one segment of a micro-batch."""
+        precision = "bf16" if self.bf16 else "fp32"
+        unit = self.d_model * (self.context_bars + self.horizon)
+        if recompute:
+            return unit * (self.num_layers * INPUT_BYTES[precision] + ACTIVATION_BYTES[precision])
+        return unit * self.num_layers * ACTIVATION_BYTES[precision]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a training fits."""
+
+    demand: Demand
+    memory_bytes: int | None  # to be shared out; None on a CPU, where nothing is planned
+    micro_batch_segments: int
+    recompute: bool = False  # blocks are computed again in the backward instead of kept
+
+    @property
+    def needed_bytes(self) -> int:
+        """All of it: while a run begins, its bars and those of the last one are there."""
+        activations = self.micro_batch_segments * self.demand.segment_bytes(self.recompute)
+        demand = self.demand
+        return demand.state_bytes + 2 * demand.market_bytes + demand.rollout_bytes + activations
+
+    def smaller(self) -> MemoryPlan:
+        """Return the plan with half the micro-batch, after it did not fit.
+
+        Raises:
+            DoesNotFit: it is one segment already.
+        """
+        if self.micro_batch_segments == 1:
+            raise DoesNotFit(self.advice())
+        fewer = _largest_divisor(_common(self.demand), self.micro_batch_segments // 2)
+        return replace(self, micro_batch_segments=fewer)
+
+    def __str__(self) -> str:
+        demand = self.demand
+        text = (
+            f"{_gib(self.needed_bytes)}: weights and optimizer {_gib(demand.state_bytes)}, bars "
+            f"{_gib(2 * demand.market_bytes)}, rollout {_gib(demand.rollout_bytes)}, activations "
+            f"{_gib(self.micro_batch_segments * demand.segment_bytes(self.recompute))} for "
+            f"{self.micro_batch_segments} segments"
+        )
+        return text + (", computed twice to save memory" if self.recompute else "")
+
+    def advice(self) -> str:
+        """Name the one setting that takes most, and a value that would do."""
+        demand, have = self.demand, int(USABLE * (self.memory_bytes or 0))
+        parts = {
+            "state": demand.state_bytes,
+            "bars": 2 * demand.market_bytes,
+            "rollout": demand.rollout_bytes,
+            "segment": demand.segment_bytes(self.recompute),
+        }
+        largest = max(parts, key=lambda name: parts[name])
+        total = sum(parts.values())
+        left = have - (total - parts[largest])
+        # Where the others alone are too much, a start in the right direction.
+        share = left / parts[largest] if left > 0 else 0.5 * have / total
+        if largest == "bars":
+            fix = f"set history_days to {share:.0%} of what it is, or name fewer symbols"
+        elif largest == "rollout":
+            fix = f"set envs_per_gpu to {max(1, int(demand.envs_per_gpu * share))}"
+        elif largest == "segment":
+            fix = f"set horizon to {max(1, int(demand.horizon * share))}"
+        else:
+            fix = f"set d_model to {int(demand.d_model * math.sqrt(share))} or less, a multiple of 2 x num_heads"
+            if demand.shares == 1:
+                fix += ", or with several GPUs parallel to fsdp"
+        return f"it needs {self}; the GPU has {_gib(self.memory_bytes or 0)}: {fix}"
+
+
+def plan(demand: Demand, memory_bytes: int | None, micro_batch_segments: int | None = None) -> MemoryPlan:
+    """Choose the largest micro-batch that fits, and recompute blocks where not even one segment would.
+
+    Args:
+        demand: of the training.
+        memory_bytes: of the GPU; None on a CPU, where larger micro-batches only fall out of the cache.
+        micro_batch_segments: what people set; kept as long as it fits.
+
+    Raises:
+        DoesNotFit: not even one segment does.
+    """
+    most = micro_batch_segments or (MOST_SEGMENTS if memory_bytes else 16)
+    if memory_bytes is None:
+        return MemoryPlan(demand, None, micro_batch_segments or _largest_divisor(_common(demand), most))
+    fixed = demand.state_bytes + 2 * demand.market_bytes + demand.rollout_bytes
+    left = USABLE * memory_bytes - fixed
+    for recompute in (False, True):
+        fitting = int(left // demand.segment_bytes(recompute))
+        if fitting >= min(most, 4) or (recompute and fitting >= 1):
+            if micro_batch_segments and fitting >= micro_batch_segments:
+                return MemoryPlan(demand, memory_bytes, micro_batch_segments, recompute)
+            fewest = _largest_divisor(_common(demand), min(most, fitting))
+            return MemoryPlan(demand, memory_bytes, fewest, recompute)
+    raise DoesNotFit(MemoryPlan(demand, memory_bytes, 1, recompute=True).advice())
+
+
+def gpu_memory(device: torch.device) -> tuple[int, str]:
+    """Return the bytes of a GPU to plan with, and a warning where others hold some of them."""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    if free >= USABLE * total:
+        return total, ""
+    warning = (
+        f"other programs hold {_gib(total - free)} of the GPU's {_gib(total)}: training gets by with less"
+    )
+    return int(free / USABLE), warning
+
+
+def _common(demand: Demand) -> int:
+    """Return what micro-batches should divide: a compiled trunk knows one size."""
+    return math.gcd(demand.minibatch_segments, demand.envs_per_gpu)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Return it, or ``most`` where all divisors are much smaller: then the last micro-batch is an odd one."""
+    largest = max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)
+    return largest if 2 * largest > min(number, most) else most
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
