@@ -65,6 +65,11 @@ class ExamEnv(TradingEnv):
         self._round = 0
         self._played.zero_()
 
+    @property
+    def schedule(self) -> Tensor:
+        """(segments, N) int64: the newest closed bar at each segment's first decision, -1 where none is walked."""
+        return self._schedule[:-1]
+
     def _places(self) -> tuple[Tensor, Tensor]:
         if self._round >= self.num_segments:
             raise RuntimeError(f"all {self.num_segments} segments of the exam are played")
