@@ -16,35 +16,40 @@ BASELINES = (BUY_AND_HOLD, ALWAYS_FLAT, MOMENTUM)
 MOMENTUM_BARS = 1_440
 
 
-def actions_of_bars(name: str, market: Market, positions: Sequence[float]) -> Tensor:
-    """Return what a baseline does after each bar has closed, (B,) int64 indices of ``positions``.
+def actions_after(
+    name: str, market: Market, positions: Sequence[float], bars: Tensor, first_bars: Tensor
+) -> Tensor:
+    """Return what a baseline does after given bars have closed, as indices of ``positions``.
 
     - buy and hold: the largest position that is not above 1, from the first decision on;
     - always flat: cash;
     - momentum: the position next to the sign of the return over the past ``MOMENTUM_BARS`` closed bars; cash
       while a symbol has fewer.
 
+    Args:
+        name: one of ``BASELINES``.
+        market: where the bars are.
+        positions: the targets.
+        bars: (H, S) int64, the newest closed bar at each decision.
+        first_bars: (S,) int64, the first bar of each symbol.
+
     Raises:
-        ValueError: 0 is not among the positions, or no such baseline.
+        ValueError: 0 is not among the positions.
     """
     if 0.0 not in positions:
         raise ValueError(f"positions={','.join(map(str, positions))} must have 0 among them")
     if name == MOMENTUM:
-        return _momentum(market, positions)
-    if name not in BASELINES:
-        raise ValueError(f"{name} is no baseline; there are: {', '.join(BASELINES)}")
+        return _momentum(market, positions, bars, first_bars)
     wanted = max(p for p in positions if p <= 1) if name == BUY_AND_HOLD else 0.0
-    return torch.full((market.num_bars,), positions.index(wanted), device=market.device)
+    return torch.full_like(bars, positions.index(wanted))
 
 
-def _momentum(market: Market, positions: Sequence[float]) -> Tensor:
+def _momentum(market: Market, positions: Sequence[float], bars: Tensor, first_bars: Tensor) -> Tensor:
     close = market.quotes[:, 1]
-    past = torch.zeros_like(close)
-    for first, last in zip(market.offsets[:-1].tolist(), market.offsets[1:].tolist(), strict=True):
-        own = close[first:last]
-        past[first + MOMENTUM_BARS : last] = own[MOMENTUM_BARS:] - own[:-MOMENTUM_BARS]
+    past = bars - MOMENTUM_BARS
+    moved = torch.where(past < first_bars, 0.0, close[bars] - close[past.clamp(min=0)])
     # Of two positions that are as near, the smaller one.
     nearest = [
         positions.index(min(positions, key=lambda p: (abs(p - sign), abs(p)))) for sign in (-1.0, 0.0, 1.0)
     ]
-    return torch.tensor(nearest, device=market.device)[past.sign().long() + 1]
+    return torch.tensor(nearest, device=bars.device)[moved.sign().long() + 1]

@@ -20,7 +20,7 @@ from envs.env_config import EnvConfig
 from envs.exam import ExamEnv
 from envs.market import Market
 from models.policy import Policy
-from training.evaluation.baselines import BASELINES, actions_of_bars
+from training.evaluation.baselines import BASELINES, actions_after
 
 POLICY, CHAMPION = "policy", "champion"
 # Segments of so many accounts are encoded ahead: enough to fill a micro-batch, little enough to keep.
@@ -87,7 +87,8 @@ def examine(
     env.cost_scale = cost_scale
     horizon, num_symbols = config.horizon, len(symbols)
     schedule = env.schedule[:, :num_symbols]  # (R, S)
-    fixed = torch.stack([actions_of_bars(name, market, config.positions) for name in BASELINES])
+    numbers = [market.symbols.index(symbol) for symbol in symbols]
+    first_bars = market.offsets[torch.tensor(numbers, device=env.device)]
     ahead = torch.arange(horizon, device=env.device)
     at_once = max(1, ENCODED_SEGMENTS // num_symbols)
 
@@ -100,9 +101,10 @@ def examine(
                 _encoded(policy, market, rows, horizon, chunk_segments, beat) for policy in policies.values()
             ]
         env.begin_segment()
-        # (H, baselines x S); whoever is out stands at some bar and stays in cash.
-        rules = fixed[:, env.cursor[:num_symbols] + ahead[:, None]].transpose(0, 1).flatten(1)
-        played.append(_played(env, [p[number % at_once] for p in projected], list(policies.values()), rules))
+        bars = env.cursor[:num_symbols] + ahead[:, None]  # (H, S); whoever is out stands at some bar, in cash
+        rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
+        shares = [share[number % at_once] for share in projected]
+        played.append(_played(env, shares, list(policies.values()), torch.cat(rules, dim=1)))
     columns = [np.concatenate(column) for column in zip(*played, strict=True)]  # (R x H, N) each
     return _walks(names, symbols, market, schedule, ahead, columns)
 
