@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from envs.env_config import EnvConfig
-from envs.market import Market
+from envs.market import Market, NoSegment
 from envs.trading_env import TradingEnv
 
 
@@ -36,7 +36,8 @@ class ExamEnv(TradingEnv):
     ``num_envs`` of the configuration is replaced by the number of places.
 
     Raises:
-        ValueError: a symbol is not in the market, or no place has a segment to walk.
+        ValueError: a symbol is not in the market.
+        NoSegment: no place has a segment to walk.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ExamEnv(TradingEnv):
         walks = [_walk(market, symbol, start_ns) for symbol, start_ns in places]
         self.num_segments = max(map(len, walks), default=0)
         if not self.num_segments:
-            raise ValueError(
+            raise NoSegment(
                 f"no place has the {market.horizon + 2} bars of a segment after its start: "
                 "take earlier starts, or a market with a shorter horizon"
             )

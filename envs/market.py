@@ -25,6 +25,10 @@ YEAR_NS = 365.25 * 24 * HOUR_NS
 HOLE_NS = {"crypto": HOUR_NS, "stock": 100 * HOUR_NS}
 
 
+class NoSegment(ValueError):
+    """Nowhere are enough bars in a row for a segment."""
+
+
 @dataclass(frozen=True, eq=False)
 class Market:
     """Everything that does not react to the accounts.
@@ -77,7 +81,8 @@ class Market:
             features: name -> function; the registered ones when not given.
 
         Raises:
-            ValueError: a symbol comes twice, no segment fits, or the statistics are of other features.
+            NoSegment: no segment fits.
+            ValueError: a symbol comes twice, or the statistics are of other features.
         """
         device = torch.device(device)
         functions = dict(FEATURES if features is None else features)
@@ -144,7 +149,7 @@ class Market:
         but the places where segments may start is shared, not copied. Takes the host's time.
 
         Raises:
-            ValueError: no segment fits.
+            NoSegment: none fits.
         """
         arrays = (self.open_time, self.offsets, self.is_crypto)
         open_time, offsets, is_crypto = (array.cpu().numpy() for array in arrays)
@@ -258,7 +263,7 @@ def _starts(
     # t0 - C >= first and t0 + H + 1 <= last
     count = np.maximum(0, last - first - context_bars - horizon)
     if not count.sum():
-        raise ValueError(
+        raise NoSegment(
             f"no symbol has {context_bars + horizon + 2} bars in a row before the holdout: "
             "fetch more bars, or lower context_bars, horizon or holdout_days"
         )

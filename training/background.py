@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training import checkpoint
 from training.console import Console
+from training.evaluation import champion
 
 
 class Snapshot:
@@ -95,4 +96,5 @@ class BackgroundWriter:
             self.newest, self.owes = f"not saved: {error}", True
             return
         self._console.line(f"Saved {path}")
+        champion.settle(self._folder, weights.get("exam", {}), self._console.warning)
         self.newest, self.owes = str(path), False

@@ -31,6 +31,7 @@ from data_sources.locking import FolderLock
 FORMAT = 1
 NAME = re.compile(r"run(\d+)_epoch(\d+)(?:_step(\d+))?\.pt")
 RESUME = "resume"
+BEST = "best.pt"  # the champion; no part of the series, so that it is neither pruned nor gone on from
 # The newest two: should the newest file turn out damaged, the one before still goes on exactly.
 NUM_RESUME_STATES = 2
 SPARE_BYTES = 1 << 20  # what a file takes beside its tensors
@@ -118,8 +119,9 @@ def sweep_unfinished(folder: Path) -> None:
         OSError: a file cannot be removed.
     """
     for place in (folder, folder / RESUME):
-        for leftover in place.glob(f".run*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
+        for name in ("run", BEST):
+            for leftover in place.glob(f".{name}*{TEMPORARY_SUFFIX}"):
+                leftover.unlink()
 
 
 def _surplus(folder: Path, keep: int, num_resume_states: int) -> list[Path]:

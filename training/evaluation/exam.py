@@ -78,7 +78,8 @@ def examine(
         Walks of the policies, then of the baselines.
 
     Raises:
-        ValueError: no symbol has bars for a segment there, or one is unknown to the market.
+        NoSegment: no symbol has bars for a segment there.
+        ValueError: a symbol is unknown to the market.
     """
     policies = {POLICY: policies} if isinstance(policies, Policy) else dict(policies)
     market = market.until(end_ns)

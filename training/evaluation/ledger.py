@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -41,16 +42,17 @@ def append(path: Path, line: Line) -> None:
     text = json.dumps(line, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    with path.open("a+b") as file:
-        size = _whole_size(path)
+    size = _whole_size(path)
+    # A last line that only lacks its end is an exam all the same.
+    text = b"\n" + text if _lacks_end(path, size) else text
+    with path.open("ab", buffering=0) as file:
         file.truncate(size)
         try:
-            # A last line that only lacks its end is an exam all the same.
-            file.write(b"\n" + text if _lacks_end(path, size) else text)
-            file.flush()
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
         except OSError:
-            os.truncate(path, size)
+            file.truncate(size)
             raise
     if is_new:
         sync_folder(path.parent)
@@ -67,7 +69,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 def _whole_size(path: Path) -> int:
     # Bytes up to the end of the last line that is whole.
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else b""
     end = content.rfind(b"\n") + 1
     return len(content) if _parsed(content[end:]) is not None else end
 

@@ -60,20 +60,21 @@ def verdict(policy: Measures, others: Mapping[str, Measures], num_trials: int) -
         reasons.append(f"{policy.num_days} days are too few to tell, {LEAST_DAYS} are needed")
     elif policy.mean_daily_interval[0] <= 0:
         low, high = policy.mean_daily_interval
-        reasons.append(f"its mean day could as well be {low:+.2%} as {high:+.2%}")
+        reasons.append(f"its mean day is between {low:+.2%} and {high:+.2%}, not surely above 0")
     better = [
         name
         for name, measures in others.items()
         if name != CHAMPION and measures.total_return >= policy.total_return
     ]
     if better:
-        reasons.append(f"{' and '.join(better)} earned as much or more")
-    if policy.sharpe is not None and policy.sharpe <= bar:
-        trials = "1 trial" if num_trials == 1 else f"the best of {num_trials} trials"
-        reasons.append(f"{trials} without an edge would show a Sharpe of {bar:.1f} by luck")
+        reasons.append(f"not above {', '.join(better)}")
+    if policy.sharpe is not None and num_trials > 1 and policy.sharpe <= bar:
+        reasons.append(f"the best of {num_trials} trials shows a Sharpe of {bar:.1f} by luck alone")
     if reasons:
         return Verdict(False, "; ".join(reasons), bar)
-    return Verdict(True, f"above 0, above every baseline, and above a Sharpe of {bar:.1f} by luck", bar)
+    return Verdict(
+        True, f"surely above 0, above every baseline, and above a Sharpe of {bar:.1f}, which is luck", bar
+    )
 
 
 def beats(challenger: Sequence[Walk], other: Sequence[Walk]) -> tuple[bool, str]:
