@@ -116,7 +116,7 @@ class Examiner:
             name, until_ns = read.name, read.trained_until_ns
             best = self._best = _Best(file, fingerprint, start_ns, name, until_ns, walks[CHAMPION])
         if best:
-            walks[CHAMPION] = best.walks
+            walks = {POLICY: walks[POLICY], CHAMPION: best.walks} | walks
         return self._judged(walks, clock, fingerprint, best.name if best else "", obstacle, began)
 
     def _judged(
@@ -159,7 +159,7 @@ class Examiner:
             "pooled": {who: asdict(measures) for who, measures in pooled.items()},
         }
         symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
-        decision = f"{name} from now on" if promoted else f"{champion_name or 'none'} as before"
+        decision = f"{name} from now on" if promoted else f"still {champion_name or 'none'}"
         if ledger.key_of(key) in on_record:
             decision, reason = "decided before", "this exam is on record already"
         lines = [
