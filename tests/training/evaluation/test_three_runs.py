@@ -1,0 +1,134 @@
+"""The program itself holds exams: three runs, their ledger, kills in between, and weights that never notice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.program import ALONE, ROOT, Start, checkpoint, environment, is_same, metrics, tiny_flags
+from training.evaluation import ledger
+from training.launch import Launch
+
+# Bars enough for five days of exam; segments of an hour, so that it takes a second.
+FLAGS = {
+    "context_bars": 8,
+    "horizon": 64,
+    "episode_bars": 128,
+    "envs_per_gpu": 4,
+    "batch_size": 128,
+    "simulated_symbols": 2,
+    "simulated_bars": 14_400,
+    "epochs": 2,
+    "checkpoint_every": 2,
+}
+WITHOUT_EXAMS = (
+    "from training.evaluation import examiner as e; e.Examiner.examine = lambda *_: e.Exam()\n"
+    "import continuous_training; continuous_training.main()"
+)
+NEWEST = np.datetime64("2026-01-31T23:59", "ns").astype(np.int64)
+DAY_NS = 86_400 * 10**9
+
+
+def begin(folder: Path, words: tuple[str, ...] = ALONE, **changes: Any) -> str:
+    return Start(folder / "out", [*words, *tiny_flags(folder, **(FLAGS | changes))]).ends_well().output
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return ledger.read(folder / "checkpoints" / ledger.NAME)
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Three starts of one run each; fewer days are held out in the second one."""
+    folder = tmp_path_factory.mktemp("three_runs")
+    days = (5, 2, 5)
+    return folder, [begin(folder, runs=run, holdout_days=days[run - 1]) for run in (1, 2, 3)]
+
+
+def test_every_checkpoint_has_its_line_its_figures_and_its_sentence(
+    three_runs: tuple[Path, list[str]],
+) -> None:
+    folder, outputs = three_runs
+    lines = lines_of(folder)
+    assert [(line["run"], line["epoch"], line["trials"]) for line in lines] == [
+        (1, 2, 1),
+        (2, 2, 2),
+        (3, 2, 3),
+    ]
+    for line, output in zip(lines, outputs, strict=True):
+        saved = checkpoint(folder, line["checkpoint"])
+        assert json.loads(json.dumps(saved["exam"]["line"])) == line
+        (entry,) = [each for each in metrics(folder) if (each["run"], each["epoch"]) == (line["run"], 2)]
+        told = {name: value for name, value in entry.items() if name.startswith("exam/")}
+        assert len(told) > 15
+        for name, value in told.items():
+            kept = saved["metrics"][name]
+            assert kept == value or (value is None and kept != kept)
+        assert told["exam/return_percent"] == pytest.approx(100 * line["pooled"]["policy"]["total_return"])
+        assert told["exam/trials"] == line["trials"]
+        assert f"Exam: {line['days']} days, 2 symbols: " in output
+        assert f"{line['verdict']}: {line['verdict_reason']}" in output
+        assert output.isascii()
+    assert not any("exam/days" in each for each in metrics(folder) if each["epoch"] == 1)
+
+
+def test_no_exam_begins_before_any_ancestor_was_trained(three_runs: tuple[Path, list[str]]) -> None:
+    folder, _ = three_runs
+    # The second run trained up to two days before the end: its heirs are never examined on what lies before.
+    for line, days in zip(lines_of(folder), (5, 2, 2), strict=True):
+        until = NEWEST - days * DAY_NS
+        assert checkpoint(folder, line["checkpoint"])["trained_until_ns"] == until
+        first = np.datetime64(line["first"], "ns").astype(np.int64)
+        assert 0 < first - until <= 2 * 60 * 10**9
+
+
+def test_a_start_after_a_kill_completes_the_ledger(
+    three_runs: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(three_runs[0], tmp_path / "copy"))
+    path = folder / "checkpoints" / ledger.NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert "All of --runs 3 are done" in begin(folder, runs=3, holdout_days=5)
+    assert path.read_bytes() == whole
+
+
+def test_weights_are_the_same_with_and_without_exams(
+    three_runs: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    for run, days in ((1, 5), (2, 2)):
+        output = begin(tmp_path, ("-c", WITHOUT_EXAMS), runs=run, holdout_days=days)
+        assert "Exam" not in output
+    for name, parts in (
+        ("run1_epoch2.pt", ["model"]),
+        ("run2_epoch2.pt", ["model"]),
+        ("resume/run2_epoch2.pt", ["learner", "ranks", "clock"]),
+    ):
+        own, other = checkpoint(tmp_path, name), checkpoint(three_runs[0], name)
+        for part in parts:
+            if part == "clock":  # the moment at which bars were asked for
+                own[part].pop("cutoff_ns"), other[part].pop("cutoff_ns")
+            assert is_same(own[part], other[part]), f"{name} {part}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun as on POSIX")
+def test_other_ranks_wait_for_the_exam(tmp_path: Path) -> None:
+    flags = tiny_flags(tmp_path, **(FLAGS | {"batch_size": 256}), runs=1, holdout_days=1)
+    words = [str(ROOT / "continuous_training.py"), "train", *flags]
+    ((command, additions),) = Launch(num_ranks=2).commands(words)
+    Start(tmp_path / "out", command[1:], environment(**additions)).ends_well()
+    (line,) = lines_of(tmp_path)
+    assert (line["run"], line["epoch"], line["decision"]) == (1, 2, "refused")
+
+
+def test_without_held_out_days_there_is_no_exam_and_one_line(tmp_path: Path) -> None:
+    output = begin(tmp_path, runs=1, holdout_days=0, epochs=4)
+    assert output.count("No exam: ") == 1
+    assert not (tmp_path / "checkpoints" / ledger.NAME).exists()
+    assert checkpoint(tmp_path, "run1_epoch4.pt")["exam"] == {}
