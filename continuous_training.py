@@ -201,6 +201,7 @@ def train(settings: Settings, control: Control) -> None:
             fingerprint, data = data.fingerprint, None  # the bars are on the device
             session.learner.rate_scale = clock.rate_scale
             console.line(f"Run {clock.run}: epochs {clock.epoch + 1} to {settings.epochs}")
+            exam = None  # of the weights as they are
 
             while clock.epoch < settings.epochs and not stopping:
                 watch = Stopwatch(ranks.device)
@@ -211,7 +212,7 @@ def train(settings: Settings, control: Control) -> None:
                 statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now, control.beat)
                 if statistics is None:  # stopped between two steps: the next start takes the others
                     stopping = True
-                    save(settings, clock, session, fingerprint, {}, writer)
+                    save(settings, clock, session, fingerprint, {}, writer, exam)
                     break
                 watch.mark()
                 clock.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
@@ -224,12 +225,10 @@ def train(settings: Settings, control: Control) -> None:
                 # once in a while, at the end, and when the last one failed: a checkpoint, with its exam
                 due = clock.epoch % settings.checkpoint_every == 0 or clock.epoch == settings.epochs
                 saving = not is_lost and (due or stopping or ranks.any(writer.owes))
-                exam = (
-                    examiner.examine(session, clock, fingerprint, writer)
-                    if saving and not stop_now()
-                    else None
-                )
-                metrics |= exam.figures if exam else {}
+                exam = None
+                if saving and not stop_now():
+                    exam = examiner.examine(session, clock, fingerprint, writer)
+                    metrics |= exam.figures
                 console.epoch(metrics, settings.epochs)
                 console.lines(exam.lines if exam else [])
                 summary.count(metrics["rollout/reward_bps"])
@@ -238,6 +237,7 @@ def train(settings: Settings, control: Control) -> None:
                     session = None  # made anew from the checkpoint
                     break
                 if saving:  # all ranks hand in their state
+                    stopping = stopping or stop_now()  # one that came during the exam, which was broken off
                     save(settings, clock, session, fingerprint, metrics, writer, exam)
                 control.progressed()
                 is_last = stopping or clock.run == settings.runs

@@ -152,6 +152,6 @@ def save(
         "data_cutoff_ns": clock.cutoff_ns,
         "trained_until_ns": clock.trained_until_ns,
         "metrics": dict(metrics),
-        "exam": exam.record if exam else {},
+        "exam": exam.record if exam and not weights["step"] else {},  # it is of whole epochs
     }
     writer.save(weights, resume)

@@ -144,7 +144,8 @@ def _make_room(folder: Path, num_bytes: int, warn: Callable[[str], None]) -> Non
     missing = num_bytes - shutil.disk_usage(folder).free
     if missing <= 0:
         return
-    surplus = _surplus(folder, 1, 1)
+    # The champion is a second name of a checkpoint: to remove the first one would free nothing.
+    surplus = [path for path in _surplus(folder, 1, 1) if path.stat().st_nlink == 1]
     if sum(path.stat().st_size for path in surplus) < missing:
         raise OSError(errno.ENOSPC, "the disk is full")
     for path in surplus:

@@ -36,7 +36,12 @@ class Champion:
     policy: Policy
 
 
-def settle(folder: Path, exam: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+def settle(
+    folder: Path,
+    exam: Mapping[str, Any],
+    warn: Callable[[str], None],
+    owed: list[dict[str, Any]] | None = None,
+) -> None:
     """Carry out what a checkpoint's exam decided, once: replace ``best.pt`` or leave it, and put it on record.
 
     Whatever the disk refuses is a warning.
@@ -45,26 +50,33 @@ def settle(folder: Path, exam: Mapping[str, Any], warn: Callable[[str], None]) -
         folder: the checkpoint folder; holds the checkpoint.
         exam: what its "exam" says; nothing to do when empty, or when it is on record.
         warn: is told what could not be done.
+        owed: lines that the disk refused before, which go first; those that it refuses now stay in it.
     """
-    if not exam:
-        return
-    line, path = dict(exam["line"]), folder / ledger.NAME
+    owed, path = [] if owed is None else owed, folder / ledger.NAME
     try:
-        if ledger.key_of(line) in map(ledger.key_of, ledger.read(path)):
-            return
+        if exam and ledger.key_of(exam["line"]) not in map(ledger.key_of, [*owed, *ledger.read(path)]):
+            owed.append(_carried_out(folder, exam["line"], warn))
     except OSError as error:
         warn(f"{path} cannot be read: {error.strerror}; nothing is promoted without it")
         return
+    try:
+        while owed:
+            ledger.append(path, owed[0])
+            del owed[0]
+    except OSError as error:
+        warn(f"{path} was not written: {error.strerror}; it is tried again with the next checkpoint")
+
+
+def _carried_out(folder: Path, line: Mapping[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+    # Returns the line as it is to be put on record.
+    line = dict(line)
     if line["decision"] == PROMOTED:
         try:
             _put_in_place(folder / line["checkpoint"], folder / checkpoint.BEST)
         except OSError as error:
             line |= {"decision": REFUSED, "reason": f"{checkpoint.BEST} was not written: {error.strerror}"}
             warn(f"{line['checkpoint']} was to become the champion, but {line['reason']}")
-    try:
-        ledger.append(path, line)
-    except OSError as error:
-        warn(f"{path} was not written: {error.strerror}")
+    return line
 
 
 def read(path: Path, session: Session) -> Champion:

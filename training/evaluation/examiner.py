@@ -18,7 +18,7 @@ from training import checkpoint
 from training.background import BackgroundWriter
 from training.clock import Clock
 from training.console import Console
-from training.control import Control
+from training.control import STOP_NOW, Control
 from training.distributed import Ranks
 from training.evaluation import champion, ledger
 from training.evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
@@ -53,8 +53,15 @@ class _Best:
     walks: list[Walk]
 
 
+class _BrokenOff(Exception):
+    """The program is asked to stop now: what was learnt is saved without an exam."""
+
+
 class Examiner:
-    """Holds exams on rank 0 while the others wait; changes nothing that training depends on."""
+    """Holds exams on rank 0 while the others wait; changes nothing that training depends on.
+
+    What keeps one from being held is a line, never an end of the training.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks, control: Control, console: Console) -> None:
         """``folder`` is that of the checkpoints."""
@@ -79,26 +86,40 @@ class Examiner:
                 self._ranks.any(False)
             return Exam()
         writer.finish()
-        exam = self._held(session, clock, fingerprint)
+        exam = Exam()
+        try:
+            exam = self._held(session, clock, fingerprint)
+        except _BrokenOff:
+            self._console.line("No exam: asked to stop meanwhile")
+        except OSError as error:
+            self._console.warning(
+                f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}"
+            )
         self._ranks.any(False)
         return exam
+
+    def _beat(self) -> None:
+        self._control.beat()
+        if self._control.stop_level >= STOP_NOW:
+            raise _BrokenOff
 
     def _held(self, session: Session, clock: Clock, fingerprint: str) -> Exam:
         began = time.monotonic()
         path = self._folder / checkpoint.BEST
-        file, obstacle, read = _identity(path), "", None
+        file, obstacle, read, start_ns = _identity(path), "", None, clock.trained_until_ns
         best = self._best if self._best and self._best.file == file else None
-        if file and not best:
-            try:
-                read = champion.read(path, session)
-            except checkpoint.CheckpointError as error:
-                obstacle = f"{error}; move it away to let another one take its place"
-        champion_until = best.trained_until_ns if best else read.trained_until_ns if read else 0
-        start_ns = max(clock.trained_until_ns, champion_until)
-        if best and (best.fingerprint, best.start_ns) != (fingerprint, start_ns):
-            best, read = None, champion.read(path, session)
-        policies = {POLICY: session.policy} | ({CHAMPION: read.policy} if read else {})
+        if best:
+            start_ns = max(start_ns, best.trained_until_ns)
+            if (best.fingerprint, best.start_ns) != (fingerprint, start_ns):
+                best = None
         try:
+            if file and not best:
+                try:
+                    read = champion.read(path, session)
+                    start_ns = max(start_ns, read.trained_until_ns)
+                except checkpoint.CheckpointError as error:
+                    obstacle = f"{error}; move it away to let another one take its place"
+            policies = {POLICY: session.policy} | ({CHAMPION: read.policy} if read else {})
             walks = examine(
                 policies,
                 session.env.market,
@@ -107,7 +128,7 @@ class Examiner:
                 start_ns,
                 NEVER_NS,
                 chunk_segments=min(session.config.learner.micro_batch_segments, session.config.env.num_envs),
-                beat=self._control.beat,
+                beat=self._beat,
             )
         except (NoSegment, torch.OutOfMemoryError) as error:
             self._tell_once(_why_none(error, start_ns, session))
@@ -159,15 +180,16 @@ class Examiner:
             "pooled": {who: asdict(measures) for who, measures in pooled.items()},
         }
         symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
+        seconds = time.monotonic() - began
         decision = f"{name} from now on" if promoted else f"still {champion_name or 'none'}"
         if ledger.key_of(key) in on_record:
             decision, reason = "decided before", "this exam is on record already"
         lines = [
-            f"Exam: {in_words(pooled, len(symbols))}, {judgement}",
+            f"Exam: {in_words(pooled, len(symbols))}, {judgement} ({seconds:.1f} s)",
             f"Champion: {decision}, {reason}",
         ]
         figures = _figures(pooled, judgement, num_trials, promoted)
-        figures |= {"exam/symbols": len(symbols), "exam/seconds": time.monotonic() - began}
+        figures |= {"exam/symbols": len(symbols), "exam/seconds": seconds}
         return Exam(figures, {"line": line, "symbols": symbols}, lines)
 
     def _tell_once(self, text: str) -> None:

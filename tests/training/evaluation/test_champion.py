@@ -6,6 +6,7 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from training import assembly, checkpoint
 from training.background import BackgroundWriter
 from training.clock import Clock
 from training.console import Console
-from training.control import Control
+from training.control import STOP_NOW, Control
 from training.distributed import Ranks
 from training.evaluation import champion, ledger
 from training.evaluation.examiner import Exam, Examiner
@@ -250,6 +251,83 @@ def test_a_full_disk_is_a_warning_and_a_refusal(training: Training, monkeypatch:
     assert len(training.ledger) == 1
 
 
+def test_what_a_full_disk_kept_off_the_record_follows_in_order(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    records = []
+    for what in ("long", "short"):
+        training.holds(what)
+        records.append(training.examined().record)
+    path, owed, warnings = training.folder / ledger.NAME, [], []
+    whole = path.read_bytes()
+    path.unlink()
+    (training.folder / checkpoint.BEST).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "append", full)
+        for record in (records[0], records[0]):
+            champion.settle(training.folder, record, warnings.append, owed)
+    assert len(warnings) == 2 and "tried again with the next checkpoint" in warnings[0]
+    assert not path.exists() and training.best == (1, 1)
+    champion.settle(training.folder, records[1], pytest.fail, owed)
+    assert path.read_bytes() == whole
+    assert owed == []
+
+
+def test_a_disk_is_not_thought_to_gain_room_from_a_second_name(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for what in ("long", "short"):
+        training.holds(what)
+        training.examined()
+    before = sorted(path for path in training.folder.rglob("*.pt"))
+    old_state = training.folder / checkpoint.RESUME / "run1_epoch1.pt"
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="the disk is full"):
+        checkpoint._make_room(training.folder, old_state.stat().st_size + 1, pytest.fail)
+    assert sorted(path for path in training.folder.rglob("*.pt")) == before
+
+
+def test_a_wish_to_stop_now_breaks_an_exam_off(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.holds("long")
+    monkeypatch.setattr(Control, "stop_level", STOP_NOW)
+    assert training.examined() == Exam()
+    assert "No exam: asked to stop meanwhile" in training.output
+    assert training.ledger == [] and training.best is None
+    assert checkpoint.load(training.folder / "run1_epoch1.pt")["exam"] == {}
+
+
+def test_a_ledger_that_cannot_be_read_is_a_warning(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    training.holds("long")
+    monkeypatch.setattr(ledger, "read", refused)
+    assert training.examined() == Exam()
+    told = training.output
+    assert "Warning: No exam: " in told and "ledger.jsonl cannot be read: Input/output error" in told
+    assert "Saved " in told and training.best is None
+
+
+def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_none(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.holds("long")
+    exam = training.examined()
+    weights, resume = training.session.checkpoint(training.clock)
+    for step, record in ((0, exam.record), (1, {})):
+        monkeypatch.setattr(
+            training.session, "checkpoint", lambda _, at=step: (weights | {"step": at}, resume)
+        )
+        with BackgroundWriter(training.folder, 2, training.console, True) as writer:
+            assembly.save(SETTINGS, training.clock, training.session, "d", {}, writer, exam)
+        assert checkpoint.load(training.folder / checkpoint.name_of(1, 1, step))["exam"] == record
+
+
 def test_what_cannot_be_compared_is_left_alone(training: Training) -> None:
     training.holds("long")
     training.examined()
@@ -267,6 +345,16 @@ def test_what_cannot_be_compared_is_left_alone(training: Training) -> None:
         assert best.read_bytes() == before
         assert told in training.ledger[-1]["reason"]
         assert "move it away to let another one take its place" in training.ledger[-1]["reason"]
+    # Damaged on the disk after it was read, so that only other bars make it be read again.
+    torch.save(weights, best)
+    training.examined()
+    status = best.stat()
+    with best.open("r+b") as file:
+        file.seek(status.st_size // 2)
+        file.write(bytes(64))
+    os.utime(best, ns=(status.st_atime_ns, status.st_mtime_ns))
+    training.examined(data="other bars")
+    assert "is damaged" in training.ledger[-1]["reason"]
     best.write_bytes(b"torn")
     training.examined()
     assert "cannot be read" in training.ledger[-1]["reason"]
