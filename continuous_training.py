@@ -26,7 +26,7 @@ from dotenv import load_dotenv
 from data_sources.lake import Lake
 from envs.market import Market
 from training import checkpoint, distributed, validation
-from training.assembly import market_on_device, memory_plan, save, session_config
+from training.assembly import holdout_start_ns, market_on_device, memory_plan, save, session_config
 from training.background import BackgroundWriter
 from training.cli import Leave, checkpoint_command_from, command_from, complain
 from training.clock import Clock, Summary
@@ -43,6 +43,8 @@ from training.control import (
     Control,
 )
 from training.distributed import Ranks
+from training.evaluation import champion
+from training.evaluation.examiner import Examiner
 from training.fresh_bars import agreed_stop, fresh_bars
 from training.memory import DoesNotFit
 from training.prefetch import Prefetch, refresh_ahead
@@ -181,6 +183,7 @@ def train(settings: Settings, control: Control) -> None:
                 Path(settings.checkpoint_dir), settings.keep_checkpoints, console, ranks.is_first
             )
         )
+        examiner = Examiner(Path(settings.checkpoint_dir), ranks, control, console)
         summary = Summary(clock.transitions)
         session: Session | None = None
         stopping = clock.is_past(settings.runs)
@@ -191,6 +194,7 @@ def train(settings: Settings, control: Control) -> None:
             if data is None:
                 break  # asked to stop while bars were loading
             market = market_on_device(settings, data, session, saved, ranks)
+            clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data))
             if session is None:
                 session = new_session(settings, market, saved, ranks, console)
                 saved = None  # gigabytes
@@ -199,6 +203,7 @@ def train(settings: Settings, control: Control) -> None:
             fingerprint, data = data.fingerprint, None  # the bars are on the device
             session.learner.rate_scale = clock.rate_scale
             console.line(f"Run {clock.run}: epochs {clock.epoch + 1} to {settings.epochs}")
+            exam = None  # of the weights as they are
 
             while clock.epoch < settings.epochs and not stopping:
                 watch = Stopwatch(ranks.device)
@@ -209,7 +214,7 @@ def train(settings: Settings, control: Control) -> None:
                 statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now, control.beat)
                 if statistics is None:  # stopped between two steps: the next start takes the others
                     stopping = True
-                    save(settings, clock, session, fingerprint, {}, writer)
+                    save(settings, clock, session, fingerprint, {}, writer, exam)
                     break
                 watch.mark()
                 clock.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
@@ -218,16 +223,24 @@ def train(settings: Settings, control: Control) -> None:
                 stopping = agreed_stop(STOP_AT_EPOCH_END, ranks, control)
                 # the one place where the host waits for the GPU (all ranks)
                 metrics = session.metrics(clock, statistics, watch)
+                is_lost = session.is_lost(metrics) and not stopping
+                # once in a while, at the end, and when the last one failed: a checkpoint, with its exam
+                due = clock.epoch % settings.checkpoint_every == 0 or clock.epoch == settings.epochs
+                saving = not is_lost and (due or stopping or ranks.any(writer.owes))
+                exam = None
+                if saving and not stop_now():
+                    exam = examiner.examine(session, clock, fingerprint, writer)
+                    metrics |= exam.figures
                 console.epoch(metrics, settings.epochs)
+                console.lines(exam.lines if exam else [])
                 summary.count(metrics["rollout/reward_bps"])
-                if session.is_lost(metrics) and not stopping:
+                if is_lost:
                     clock, saved = rolled_back(settings, clock, writer, ranks, console)
                     session = None  # made anew from the checkpoint
                     break
-                # once in a while, at the end, and when the last one failed: save (all ranks hand in their state)
-                due = clock.epoch % settings.checkpoint_every == 0 or clock.epoch == settings.epochs
-                if due or stopping or ranks.any(writer.owes):
-                    save(settings, clock, session, fingerprint, metrics, writer)
+                if saving:  # all ranks hand in their state
+                    stopping = stopping or stop_now()  # one that came during the exam, which was broken off
+                    save(settings, clock, session, fingerprint, metrics, writer, exam)
                 control.progressed()
                 is_last = stopping or clock.run == settings.runs
                 prefetch.after_epoch(0 if is_last else settings.epochs - clock.epoch)
@@ -271,6 +284,11 @@ def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock,
     clock = Clock(saved.weights["run"], saved.weights["epoch"], saved.weights["transitions"])
     if saved.resume:
         clock = Clock(**saved.resume["clock"])
+    # Written before exams were: its own bars, and those of all before it, end where its data does.
+    trained_until_ns = saved.weights.get("trained_until_ns", saved.weights["data_cutoff_ns"])
+    clock.trained_until_ns = max(clock.trained_until_ns, trained_until_ns)
+    if ranks.is_first:  # the last start may have ended between its checkpoint and the ledger
+        champion.settle(Path(settings.checkpoint_dir), saved.weights.get("exam", {}), console.warning)
     if clock.epoch >= settings.epochs:
         clock.next_run()
     console.line(f"Going on from {saved.path}, {clock.transitions:,} transitions so far")

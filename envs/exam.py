@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from envs.env_config import EnvConfig
-from envs.market import Market
+from envs.market import Market, NoSegment
 from envs.trading_env import TradingEnv
 
 
@@ -36,7 +36,8 @@ class ExamEnv(TradingEnv):
     ``num_envs`` of the configuration is replaced by the number of places.
 
     Raises:
-        ValueError: a symbol is not in the market, or no place has a segment to walk.
+        ValueError: a symbol is not in the market.
+        NoSegment: no place has a segment to walk.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ExamEnv(TradingEnv):
         walks = [_walk(market, symbol, start_ns) for symbol, start_ns in places]
         self.num_segments = max(map(len, walks), default=0)
         if not self.num_segments:
-            raise ValueError(
+            raise NoSegment(
                 f"no place has the {market.horizon + 2} bars of a segment after its start: "
                 "take earlier starts, or a market with a shorter horizon"
             )
@@ -64,6 +65,11 @@ class ExamEnv(TradingEnv):
         self._symbols = torch.tensor(numbers, device=self.device)
         self._round = 0
         self._played.zero_()
+
+    @property
+    def schedule(self) -> Tensor:
+        """(segments, N) int64: the newest closed bar at each segment's first decision, -1 where none is walked."""
+        return self._schedule[:-1]
 
     def _places(self) -> tuple[Tensor, Tensor]:
         if self._round >= self.num_segments:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,10 @@ HOUR_NS = 3_600_000_000_000
 YEAR_NS = 365.25 * 24 * HOUR_NS
 # Longer silences are holes: a coin's is an outage; a stock's longest regular one is a four-day weekend.
 HOLE_NS = {"crypto": HOUR_NS, "stock": 100 * HOUR_NS}
+
+
+class NoSegment(ValueError):
+    """Nowhere are enough bars in a row for a segment."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +81,8 @@ class Market:
             features: name -> function; the registered ones when not given.
 
         Raises:
-            ValueError: a symbol comes twice, no segment fits, or the statistics are of other features.
+            NoSegment: no segment fits.
+            ValueError: a symbol comes twice, or the statistics are of other features.
         """
         device = torch.device(device)
         functions = dict(FEATURES if features is None else features)
@@ -103,19 +109,8 @@ class Market:
         for first, one in zip(offsets, bars, strict=False):
             table[first : first + len(one)] = statistics.normalise(compute(one, device, functions))
 
-        symbol, first, last = _stretches(bars, offsets, holdout_start_ns)
-        # t0 - C >= first and t0 + H + 1 <= last
-        count = np.maximum(0, last - first - context_bars - horizon)
-        if not count.sum():
-            raise ValueError(
-                f"no symbol has {context_bars + horizon + 2} bars in a row before the holdout: "
-                "fetch more bars, or lower context_bars, horizon or holdout_days"
-            )
-        per_symbol = np.bincount(symbol, weights=count).astype(np.int64)
-        playable = np.flatnonzero(per_symbol)
-        num_starts = per_symbol[playable]
-        weight = np.sqrt(num_starts)
         steps = [np.diff(one.open_time, append=one.open_time[-1:]) for one in bars]
+        is_crypto = np.array([one.asset_class == "crypto" for one in bars])
 
         def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
@@ -123,7 +118,8 @@ class Market:
         def joined(name: str) -> np.ndarray:
             return np.concatenate([getattr(one, name) for one in bars])
 
-        opens = joined("open")
+        opens, open_time = joined("open"), joined("open_time")
+        starts = _starts(open_time, offsets, is_crypto, holdout_start_ns, context_bars, horizon)
         quotes = (
             opens,
             joined("close"),
@@ -133,24 +129,35 @@ class Market:
         )
         return Market(
             symbols=names,
-            is_crypto=torch.tensor([one.asset_class == "crypto" for one in bars], device=device),
+            is_crypto=put(is_crypto, torch.bool),
             volatility=put(np.array(list(map(_volatility, bars, training_bars))), torch.float32),
             offsets=put(offsets, torch.int64),
-            open_time=put(joined("open_time"), torch.int64),
+            open_time=put(open_time, torch.int64),
             quotes=put(np.stack(quotes, axis=1), torch.float32),
             minutes_left=put(np.concatenate([minutes_left(one) for one in bars]), torch.int16),
             features=table,
             statistics=statistics,
             context_bars=context_bars,
             horizon=horizon,
-            playable=put(playable, torch.int64),
-            playable_cdf=put(np.cumsum(weight) / weight.sum(), torch.float64),
-            starts_before=put(np.cumsum(num_starts) - num_starts, torch.int64),
-            starts=put(num_starts, torch.int64),
-            stretch_first=put(first, torch.int64),
-            stretch_last=put(last, torch.int64),
-            stretch_starts_before=put(np.cumsum(count) - count, torch.int64),
+            **{name: torch.from_numpy(array).to(device) for name, array in starts.items()},
         )
+
+    def until(self, end_ns: int) -> Market:
+        """Return the same bars with another holdout: no segment touches one that opens at or after ``end_ns``.
+
+        For exams: the training's market ends before the bars that are held out, this one after them. Everything
+        but the places where segments may start is shared, not copied. Takes the host's time.
+
+        Raises:
+            NoSegment: none fits.
+        """
+        arrays = (self.open_time, self.offsets, self.is_crypto)
+        open_time, offsets, is_crypto = (array.cpu().numpy() for array in arrays)
+        starts = _starts(open_time, offsets, is_crypto, end_ns, self.context_bars, self.horizon)
+        moved: dict[str, Any] = {
+            name: torch.from_numpy(array).to(self.device) for name, array in starts.items()
+        }
+        return replace(self, **moved)
 
     @property
     def num_bytes(self) -> int:
@@ -248,17 +255,51 @@ def _windows(table: Tensor, first: Tensor, length: int) -> Tensor:
     return views.index_select(0, first).view(len(first), length, width)
 
 
+def _starts(
+    open_time: np.ndarray,
+    offsets: np.ndarray,
+    is_crypto: np.ndarray,
+    end_ns: int,
+    context_bars: int,
+    horizon: int,
+) -> dict[str, np.ndarray]:
+    # The fields of Market that say where a segment may start.
+    symbol, first, last = _stretches(open_time, offsets, is_crypto, end_ns)
+    # t0 - C >= first and t0 + H + 1 <= last
+    count = np.maximum(0, last - first - context_bars - horizon)
+    if not count.sum():
+        raise NoSegment(
+            f"no symbol has {context_bars + horizon + 2} bars in a row before the holdout: "
+            "fetch more bars, or lower context_bars, horizon or holdout_days"
+        )
+    per_symbol = np.bincount(symbol, weights=count).astype(np.int64)
+    playable = np.flatnonzero(per_symbol)
+    num_starts = per_symbol[playable]
+    weight = np.sqrt(num_starts)
+    return {
+        "playable": playable,
+        "playable_cdf": np.cumsum(weight) / weight.sum(),
+        "starts_before": np.cumsum(num_starts) - num_starts,
+        "starts": num_starts,
+        "stretch_first": first,
+        "stretch_last": last,
+        "stretch_starts_before": np.cumsum(count) - count,
+    }
+
+
 def _stretches(
-    bars: Sequence[Bars], offsets: np.ndarray, holdout_start_ns: int
+    open_time: np.ndarray, offsets: np.ndarray, is_crypto: np.ndarray, end_ns: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # Returns symbol, first and last bar of every stretch, (M,) each, in the order of the bars.
     parts = [np.empty((3, 0), dtype=np.int64)]
-    for number, one in enumerate(bars):
-        times = one.open_time[: np.searchsorted(one.open_time, holdout_start_ns)]
+    for number, offset in enumerate(offsets[:-1]):
+        times = open_time[offset : offsets[number + 1]]
+        times = times[: np.searchsorted(times, end_ns)]
         if not len(times):
             continue
-        first = np.concatenate([[0], np.flatnonzero(np.diff(times) > HOLE_NS[one.asset_class]) + 1])
+        hole_ns = HOLE_NS["crypto" if is_crypto[number] else "stock"]
+        first = np.concatenate([[0], np.flatnonzero(np.diff(times) > hole_ns) + 1])
         last = np.concatenate([first[1:], [len(times)]]) - 1
-        parts.append(np.stack([np.full_like(first, number), offsets[number] + first, offsets[number] + last]))
+        parts.append(np.stack([np.full_like(first, number), offset + first, offset + last]))
     symbol, first, last = np.concatenate(parts, axis=1)
     return symbol, first, last

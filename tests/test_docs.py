@@ -224,7 +224,7 @@ def test_the_readme_names_what_else_is_read_from_the_environment() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    Start(folder / "out", [*ALONE, *tiny_flags(folder, runs=1, epochs=1)]).ends_well()
+    Start(folder / "out", [*ALONE, *tiny_flags(folder, runs=1, epochs=1, holdout_days=1)]).ends_well()
     return folder
 
 

@@ -220,6 +220,27 @@ def test_both_ranks_end_with_identical_weights(two_ranks: tuple[Path, str]) -> N
     assert digests == first["weights"]
 
 
+def test_ranks_that_hold_shares_learn_what_copies_learn_and_either_goes_on_from_either(
+    two_ranks: tuple[Path, str], tmp_path: Path
+) -> None:
+    def with_shares(runs: int) -> None:
+        words = ["continuous_training.py", "train", *tiny_flags(tmp_path, **(plan | {"runs": runs}))]
+        ((command, additions),) = Launch(num_ranks=2).commands(words)
+        Start(tmp_path / "out", command[1:], environment(**additions)).ends_well()
+
+    plan = TWO_RANKS | {"parallel": "fsdp"}
+    last = f"run1_epoch{EPOCHS}.pt"
+    with_shares(runs=1)
+    for name, weights in checkpoint(two_ranks[0], last)["model"].items():
+        torch.testing.assert_close(checkpoint(tmp_path, last)["model"][name], weights, rtol=1e-2, atol=1e-4)
+    run_again(tmp_path, **(TWO_RANKS | {"runs": 2}))  # one rank, which holds all
+    with_shares(runs=3)
+    assert f"Going on from {tmp_path / 'checkpoints' / LAST}" in (tmp_path / "out").read_text()
+    resume = checkpoint(tmp_path, f"resume/run3_epoch{EPOCHS}.pt")
+    # Alone, half as many transitions make half as many steps of the same batch.
+    assert resume["learner"]["optimizer_steps"] == EPOCHS * STEPS_PER_EPOCH * 5 // 2
+
+
 def test_every_rank_plays_its_own_accounts_and_all_of_them_count(two_ranks: tuple[Path, str]) -> None:
     folder, output = two_ranks
     first, second = ranks_of(folder)

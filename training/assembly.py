@@ -20,6 +20,7 @@ from training.cli import Leave
 from training.clock import Clock
 from training.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING
 from training.distributed import Ranks
+from training.evaluation.examiner import Exam
 from training.learner import LearnerConfig
 from training.memory import Demand, DoesNotFit, MemoryPlan, gpu_memory, plan
 from training.ppo import PPOConfig
@@ -43,18 +44,23 @@ def market_on_device(
             f"the training in {settings.checkpoint_dir} began with other features: "
             f"{', '.join(statistics.names)}; use those, or start anew with another --checkpoint-dir",
         )
-    newest_ns = max(int(bars.open_time[-1]) for bars in data.bars)
     try:
         return Market.from_bars(
             data.bars,
             device=ranks.device,
-            holdout_start_ns=newest_ns - settings.holdout_days * 86_400 * 10**9,
+            holdout_start_ns=holdout_start_ns(settings, data),
             context_bars=settings.context_bars,
             horizon=settings.horizon,
             statistics=statistics,
         )
     except ValueError as error:
         raise Leave(EXIT_NO_DATA, str(error)) from error
+
+
+def holdout_start_ns(settings: Any, data: LoadedData) -> int:
+    """Return where the newest ``holdout_days`` of bars begin: nothing that opens at or after it is trained on."""
+    newest_ns = max(int(bars.open_time[-1]) for bars in data.bars)
+    return newest_ns - settings.holdout_days * 86_400 * 10**9
 
 
 def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionConfig:
@@ -146,6 +152,7 @@ def save(
     fingerprint: str,
     metrics: Mapping[str, Any],
     writer: BackgroundWriter,
+    exam: Exam | None = None,
 ) -> None:
     """Have a checkpoint written in the background (all ranks hand in their state, rank 0 writes)."""
     weights, resume = session.checkpoint(clock)
@@ -153,6 +160,8 @@ def save(
         "config": asdict(settings),
         "data_fingerprint": fingerprint,
         "data_cutoff_ns": clock.cutoff_ns,
+        "trained_until_ns": clock.trained_until_ns,
         "metrics": dict(metrics),
+        "exam": exam.record if exam and not weights["step"] else {},  # it is of whole epochs
     }
     writer.save(weights, resume)

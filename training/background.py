@@ -15,6 +15,7 @@ from torch import Tensor
 
 from training import checkpoint
 from training.console import Console
+from training.evaluation import champion
 
 
 class Snapshot:
@@ -61,6 +62,7 @@ class BackgroundWriter:
         self._writing: Future[None] | None = None
         self.newest = "none"
         self.owes = False
+        self._owed_lines: list[dict[str, Any]] = []
         if wanted:
             try:
                 checkpoint.sweep_unfinished(folder)
@@ -95,4 +97,5 @@ class BackgroundWriter:
             self.newest, self.owes = f"not saved: {error}", True
             return
         self._console.line(f"Saved {path}")
+        champion.settle(self._folder, weights.get("exam", {}), self._console.warning, self._owed_lines)
         self.newest, self.owes = str(path), False

@@ -31,6 +31,7 @@ from data_sources.locking import FolderLock
 FORMAT = 1
 NAME = re.compile(r"run(\d+)_epoch(\d+)(?:_step(\d+))?\.pt")
 RESUME = "resume"
+BEST = "best.pt"  # the champion; no part of the series, so that it is neither pruned nor gone on from
 # The newest two: should the newest file turn out damaged, the one before still goes on exactly.
 NUM_RESUME_STATES = 2
 SPARE_BYTES = 1 << 20  # what a file takes beside its tensors
@@ -118,8 +119,9 @@ def sweep_unfinished(folder: Path) -> None:
         OSError: a file cannot be removed.
     """
     for place in (folder, folder / RESUME):
-        for leftover in place.glob(f".run*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
+        for name in ("run", BEST):
+            for leftover in place.glob(f".{name}*{TEMPORARY_SUFFIX}"):
+                leftover.unlink()
 
 
 def _surplus(folder: Path, keep: int, num_resume_states: int) -> list[Path]:
@@ -142,7 +144,8 @@ def _make_room(folder: Path, num_bytes: int, warn: Callable[[str], None]) -> Non
     missing = num_bytes - shutil.disk_usage(folder).free
     if missing <= 0:
         return
-    surplus = _surplus(folder, 1, 1)
+    # The champion is a second name of a checkpoint: to remove the first one would free nothing.
+    surplus = [path for path in _surplus(folder, 1, 1) if path.stat().st_nlink == 1]
     if sum(path.stat().st_size for path in surplus) < missing:
         raise OSError(errno.ENOSPC, "the disk is full")
     for path in surplus:

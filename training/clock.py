@@ -15,6 +15,7 @@ class Clock:
     epoch: int = 0
     transitions: int = 0  # over all ranks, since the very first start
     cutoff_ns: int = 0  # this run's bars end here; 0: not chosen yet
+    trained_until_ns: int = 0  # no bar that opens at or after it was ever trained on, in this run or before
     rollbacks: int = 0  # in this run: returns to a checkpoint since gradients were not finite
 
     def tick(self, transitions: int) -> None:

@@ -17,8 +17,10 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import FrameType
 
 from training.platform_specific import die_with_parent, hold_folder
@@ -143,6 +145,26 @@ class Control:
         if self.folder is not None and time.monotonic() - self._last_beat >= 1.0:
             self._touch(_HEARTBEAT)
             self._last_beat = time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Show signs of life from a thread, for a rank that waits for another one's long work.
+
+        Whether the other one works is for its own signs of life to tell.
+        """
+        done = Event()
+
+        def beat_until_done() -> None:
+            while not done.wait(1.0):
+                self.beat()
+
+        thread = Thread(target=beat_until_done, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def progressed(self) -> None:
         """Tell that an epoch is finished; a crash afterwards counts as the first one again."""

@@ -20,6 +20,7 @@ from training.compilation import compile_trunk, rehearse
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
 from training.memory import DoesNotFit, MemoryPlan
+from training.parallel import Shares
 from training.rollout import Rollout, collect
 from training.timing import Stopwatch, matmul_rate
 
@@ -48,15 +49,7 @@ class Session:
         # One stream per rank: the accounts of different ranks live different lives.
         self.env = TradingEnv(market, config.env, ranks.device, seed=config.seed * 1_000_003 + ranks.rank)
         torch.manual_seed(config.seed)  # every rank draws the same first weights
-        trunk = TransformerConfig(
-            num_features=market.num_features,
-            d_model=config.d_model,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            max_length=config.env.context_bars + config.env.horizon + 1,
-        )
-        account_features, positions = self.env.num_account_features, len(config.env.positions)
-        self.policy = Policy(trunk, account_features, positions, config.bf16).to(ranks.device)
+        self.policy = self._new_policy().to(ranks.device)
         self.not_compiled = "not asked for"
         self.memory = config.memory
         if config.memory:
@@ -77,6 +70,17 @@ class Session:
                 self.env.load_state_dict(states[ranks.rank]["env"])
                 self._restore_generator(states[ranks.rank]["generator"])
             self._restore_update(states)
+
+    def _new_policy(self) -> Policy:
+        config, env = self.config, self.env
+        trunk = TransformerConfig(
+            num_features=env.market.num_features,
+            d_model=config.d_model,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            max_length=env.config.context_bars + env.config.horizon + 1,
+        )
+        return Policy(trunk, env.num_account_features, len(env.config.positions), config.bf16)
 
     def _rehearsed(self, plan: MemoryPlan) -> MemoryPlan:
         """Return the plan as it works out on this GPU: as it is, or with half the micro-batch (all ranks).
@@ -102,6 +106,18 @@ class Session:
             self.not_compiled = compile_trunk(self.policy, *sizes, self.ranks, config.learner.sharded)
         elif self.ranks.device.type == "cuda":
             rehearse(self.policy, *sizes, self.ranks)
+
+    def policy_to_ask(self) -> Policy:
+        """Return a policy that rank 0 can ask while the others wait (all ranks take part)."""
+        learner = self.learner
+        if not isinstance(learner.parallel, Shares):
+            return self.policy
+        weights = learner.parallel.weights()  # gathered by all
+        if not self.ranks.is_first:
+            return self.policy
+        policy = self._new_policy().to(self.ranks.device)
+        policy.load_state_dict(weights)
+        return policy
 
     def use(self, market: Market) -> None:
         """Go on with fresh bars; accounts whose place is still there keep it."""
