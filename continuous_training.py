@@ -34,6 +34,7 @@ from training.commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
 from training.console import Console
 from training.control import (
     EXIT_ABORTED,
+    EXIT_CRASH,
     EXIT_DOES_NOT_FIT,
     EXIT_LOCKED,
     EXIT_OK,
@@ -379,8 +380,9 @@ def train_command(settings: Settings) -> None:
     except checkpoint.CheckpointError as reason:
         code, message = EXIT_SETTING, str(reason)
     except torch.OutOfMemoryError as error:
-        advice = "lower micro_batch_segments, then envs_per_gpu, then d_model"
-        code, message = EXIT_DOES_NOT_FIT, f"The GPU's memory is full: {advice}. {str(error).splitlines()[0]}"
+        # It did fit: somebody else took the memory since, and the next start plans with what is left.
+        code = EXIT_CRASH if control.has_progressed else EXIT_DOES_NOT_FIT
+        message = f"The GPU's memory is full: lower envs_per_gpu, then d_model. {str(error).splitlines()[0]}"
     except KeyboardInterrupt:
         code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is whole"
     control.leave(code)

@@ -37,6 +37,7 @@ from tests.program import (
     tiny_flags,
 )
 from training import distributed
+from training.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from training.launch import Launch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
@@ -197,6 +198,19 @@ def test_matrices_multiply_in_tf32_on_gpus(monkeypatch: pytest.MonkeyPatch) -> N
             assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("micro_batch", "code"), [(1, EXIT_DOES_NOT_FIT), (14, EXIT_CRASH)])
+def test_a_full_gpu_ends_the_training_unless_it_did_fit_before(
+    tmp_path: Path, micro_batch: int, code: int
+) -> None:
+    # Four segments in micro-batches of three, twice for each of three passes: the second epoch has the 14th.
+    env = environment(OUT_OF_MEMORY=str(micro_batch))
+    start = Start(tmp_path / "out", [WITH_FAULTS, "train", *tiny_flags(tmp_path, runs=1)], env)
+    start.ends()
+    assert start.process.returncode == code
+    assert "memory is full: lower envs_per_gpu, then d_model. CUDA out of memory" in start.output
+    assert "Traceback" not in start.output
 
 
 def test_the_allocator_setting_is_there_before_torch(two_ranks: tuple[Path, str]) -> None:

@@ -109,6 +109,7 @@ class Control:
         self._signalled = RUN
         self._first_signal = 0.0
         self._last_beat = -1.0
+        self.has_progressed = False  # an epoch was finished since the start
         if self.folder is not None:
             die_with_parent(self.folder)
             # It came ignored from the supervisor. torchrun ends the other ranks of a broken group with
@@ -168,6 +169,7 @@ class Control:
 
     def progressed(self) -> None:
         """Tell that an epoch is finished; a crash afterwards counts as the first one again."""
+        self.has_progressed = True
         self._touch(_PROGRESS)
 
     def leave(self, code: int) -> None:

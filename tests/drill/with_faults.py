@@ -6,6 +6,7 @@ NAN_LOSSES=RANK:FIRST:LAST   the losses of these micro-batches are not a number 
 CLOCK_BACK=SECONDS           the clock jumps back an hour, so many seconds after the start
 PAUSE=SECONDS                before each rollout: for trainings that should last without computing
 TERM_AT=N                    SIGTERM when the losses of the N-th micro-batch are computed, to this process
+OUT_OF_MEMORY=N              the GPU's memory is full at the N-th micro-batch
 KILL_IN_WRITE=NAME           kill -9 when half of resume/NAME is on the disk
 """
 
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,7 +38,7 @@ def plant_nan(rank: int, first: int, last: int) -> None:
     learner.ppo_losses = losses
 
 
-def plant_term(number: int) -> None:
+def plant_at_micro_batch(number: int, fault: Callable[[], None]) -> None:
     from training import learner
 
     healthy, calls = learner.ppo_losses, [0]
@@ -44,10 +46,20 @@ def plant_term(number: int) -> None:
     def losses(*arguments):
         calls[0] += 1
         if calls[0] == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            fault()
         return healthy(*arguments)
 
     learner.ppo_losses = losses
+
+
+def send_term() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fill_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
 
 def plant_clock(seconds: float) -> None:
@@ -95,7 +107,9 @@ if __name__ == "__main__":
     if "NAN_LOSSES" in os.environ:
         plant_nan(*map(int, os.environ["NAN_LOSSES"].split(":")))
     if "TERM_AT" in os.environ:
-        plant_term(int(os.environ["TERM_AT"]))
+        plant_at_micro_batch(int(os.environ["TERM_AT"]), send_term)
+    if "OUT_OF_MEMORY" in os.environ:
+        plant_at_micro_batch(int(os.environ["OUT_OF_MEMORY"]), fill_memory)
     if "CLOCK_BACK" in os.environ:
         plant_clock(float(os.environ["CLOCK_BACK"]))
     if "PAUSE" in os.environ:
