@@ -12,7 +12,7 @@ import typer
 
 from data_sources.errors import DataError
 from data_sources.lake import Lake
-from training import checkpoint, data_report, distributed, episode_plot, selftest_report, validation
+from training import checkpoint, data_report, distributed, episode_plot, selftest_report, signals, validation
 from training.assembly import uses_bf16
 from training.cli import complain
 from training.console import Console
@@ -86,9 +86,36 @@ def episode_command(
     typer.echo(episode_plot.command(trained, symbol, start, output))
 
 
+def signals_command(
+    trained: TrainedPolicy,
+    symbols: Annotated[
+        str, typer.Option("--symbols", help="with commas; not given: all of the training")
+    ] = "",
+    holding: Annotated[
+        list[str] | None,
+        typer.Option("--holding", help="SYMBOL=POSITION that you hold; not given: nothing. May be repeated"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again after every minute, until Ctrl+C")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
+) -> None:
+    """Show the position that a checkpoint wants of each symbol now; no orders are sent."""
+    wishes = signals.Wishes.parsed(
+        symbols, holding or (), not no_refresh, as_json, trained.settings.positions
+    )
+    console = Console(Path(trained.settings.log_dir), to_stderr=as_json)
+    try:
+        if watch:
+            signals.watch(trained, wishes, console)
+        elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
+            complain(EXIT_NO_DATA, "There is no signal.")
+    except DataError as error:
+        complain(EXIT_NO_DATA, str(error))
+
+
 # By name; a hidden one is for other processes of the program.
 COMMANDS: tuple[Callable[..., None], ...] = (data_command, selftest_command, preflight_command)
-CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command,)
+CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command, signals_command)
 HIDDEN = (preflight_command,)
 
 
