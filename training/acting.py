@@ -5,19 +5,25 @@ Shapes: N = symbols, J = positions that can be held, K = target positions (J = K
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data_sources.bars import MINUTE_NS, AssetClass, Bars
+from data_sources.simulated import DAY_NS, simulated_bars
 from envs.env_config import EnvConfig
-from envs.features import FeatureStatistics
+from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compute
 from envs.live import present
 from envs.market import Market
+from models.exported import ExportError, read_card
 from models.policy import Policy
 
+PROBE_TOLERANCE = 1e-2  # of raw features, whose spread is about 1
 NEVER_NS = 2**62  # the year 2116: nothing is held out
 SEGMENTS_AT_ONCE = 32  # bounds the memory of a forward
 
@@ -64,6 +70,37 @@ class Actor:
     policy: Policy
     statistics: FeatureStatistics
     config: EnvConfig
+
+    @classmethod
+    def with_card(cls, policy: Policy, folder: Path) -> Actor:
+        """Return the policy of an exported folder with what its card says.
+
+        Raises:
+            ExportError: the card cannot be read, or this program computes other features than the training did.
+        """
+        card = read_card(folder)
+        told = card["features"]
+        if told["schema_sha256"] != feature_schema():
+            other = sorted(set(told["names"]) ^ set(FEATURES)) or ["their order or their limits"]
+            raise ExportError(
+                f"{folder} was trained on other features than this program computes: {', '.join(other)}"
+            )
+        # The same names could hide another computation: the figures of made-up bars tell.
+        ours = torch.tensor(feature_probe())
+        differs = (ours - torch.tensor(told["probe"])).abs() > PROBE_TOLERANCE
+        if differs.any():
+            changed = [
+                name for name, is_other in zip(told["names"], differs.tolist(), strict=True) if is_other
+            ]
+            raise ExportError(
+                f"{folder} was trained with another version of these features: {', '.join(changed)}; use the "
+                f"program that exported it ({card['program']['version']})"
+            )
+        statistics = FeatureStatistics(
+            tuple(told["names"]), torch.tensor(told["mean"]), torch.tensor(told["std"])
+        )
+        accounts = card["accounts"] | {"positions": tuple(card["accounts"]["positions"])}
+        return cls(policy, statistics, EnvConfig(num_envs=1, **accounts))
 
     def decide(self, bars: Sequence[Bars]) -> tuple[list[Decision], dict[str, str]]:
         """Decide for every symbol at its newest bar.
@@ -136,3 +173,15 @@ class Actor:
             logits, _ = self.policy.head.decide(here[:, None], account)
             parts.append(torch.log_softmax(logits, -1))
         return torch.cat(parts)
+
+
+def feature_schema() -> str:
+    """Return a digest of the features' names, order and limits, as SHA-256 in hex."""
+    return hashlib.sha256(json.dumps([list(FEATURES), CLIP, WARM_UP_BARS]).encode()).hexdigest()
+
+
+def feature_probe() -> list[float]:
+    """Return every raw feature of the last of some made-up bars: the same wherever they are computed alike."""
+    (bars,) = simulated_bars(1, 3_000, seed=0, end_ns=20_000 * DAY_NS)
+    values: list[float] = compute(bars, torch.device("cpu"))[-1].tolist()
+    return values

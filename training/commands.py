@@ -12,7 +12,16 @@ import typer
 
 from data_sources.errors import DataError
 from data_sources.lake import Lake
-from training import checkpoint, data_report, distributed, episode_plot, selftest_report, signals, validation
+from training import (
+    checkpoint,
+    data_report,
+    distributed,
+    episode_plot,
+    export,
+    selftest_report,
+    signals,
+    validation,
+)
 from training.assembly import uses_bf16
 from training.cli import complain
 from training.console import Console
@@ -113,9 +122,18 @@ def signals_command(
         complain(EXIT_NO_DATA, str(error))
 
 
+def export_command(
+    trained: TrainedPolicy,
+    output: Annotated[Path | None, typer.Option("--output", help="not given: exports/NAME")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="graphs of torch.export and ONNX, too")] = False,
+) -> None:
+    """Write a checkpoint's policy as safetensors with a card of all that is known of it, and an example."""
+    typer.echo(f"Wrote {export.command(trained, output, onnx, typer.echo)}")
+
+
 # By name; a hidden one is for other processes of the program.
 COMMANDS: tuple[Callable[..., None], ...] = (data_command, selftest_command, preflight_command)
-CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command, signals_command)
+CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command, signals_command, export_command)
 HIDDEN = (preflight_command,)
 
 

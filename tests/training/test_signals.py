@@ -1,4 +1,4 @@
-"""The command ``signals``: bars of a loopback Binance in, one target position per symbol out, and how old it is."""
+"""The command ``signals``: bars of a loopback Binance in, a target position per symbol out, and how old it is."""
 
 from __future__ import annotations
 
@@ -8,60 +8,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from continuous_training import Settings
 from data_sources.bars import MINUTE_NS
 from data_sources.lake import Lake
 from data_sources.loading import load
-from models.policy import Policy
-from models.transformer import TransformerConfig
 from tests.data_sources.binance_server import BinanceServer
 from tests.data_sources.loopback import Fault, ns
-from tests.envs.markets import market_of, walk
+from tests.envs.markets import walk
 from tests.program import ROOT, Start, environment
-from training import checkpoint, signals
+from tests.training.checkpoints import NOW, PAIRS, untrained
+from training import signals
 from training.console import Console
 from training.signals import Wishes, freshness, request_of, seconds_to_next_minute, signals_of
 from training.trained_policy import TrainedPolicy
-
-NOW = ns("2026-11-20T12:00:31")
-PAIRS = ("BTCUSDT", "ETHUSDT")
-
-
-def untrained(folder: Path, **changes: Any) -> Path:
-    """Save a checkpoint of random weights, as the training writes it."""
-    settings = Settings(
-        sources=("binance",), binance_pairs=PAIRS, history_days=3, holdout_days=1, d_model=32, num_layers=1,
-        num_heads=4, context_bars=8, horizon=16, episode_bars=64, data_dir=str(folder / "data"),
-        log_dir=str(folder / "logs"),
-    )  # fmt: skip
-    settings = replace(settings, **changes)
-    market = market_of(walk("AAA", 3000))
-    torch.manual_seed(1)
-    trunk = TransformerConfig(market.num_features, 32, 1, 4, 25)
-    policy = Policy(trunk, 9, 3)
-    torch.nn.init.normal_(policy.head.logits.weight, std=0.5)
-    weights = {
-        "run": 1,
-        "epoch": 2,
-        "transitions": 2048,
-        "model": policy.state_dict(),
-        "model_config": {"trunk": asdict(trunk), "num_account_features": 9, "num_positions": 3},
-        "config": asdict(settings),
-        "symbols": list(PAIRS),
-        "features": market.statistics.state_dict(),
-        "data_fingerprint": "0123456789abcdef",
-        "data_cutoff_ns": NOW,
-        "metrics": {"exam/return_percent": 1.5, "ppo/kl": 0.01},
-    }
-    return checkpoint.save(folder / "checkpoints", weights, {}, keep=1)
 
 
 @pytest.fixture(scope="module")
