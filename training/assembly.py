@@ -23,6 +23,8 @@ from training.learner import LearnerConfig
 from training.ppo import PPOConfig
 from training.session import Session, SessionConfig
 
+STATE_BYTES = 16  # per parameter: weight, gradient and the optimizer's two moments
+
 
 def market_on_device(
     settings: Any,
@@ -35,12 +37,8 @@ def market_on_device(
     statistics = session.env.market.statistics if session else None
     if saved and statistics is None:
         statistics = FeatureStatistics.from_state_dict(saved.weights["features"])
-    if statistics and statistics.names != tuple(FEATURES):
-        raise Leave(
-            EXIT_SETTING,
-            f"the training in {settings.checkpoint_dir} began with other features: "
-            f"{', '.join(statistics.names)}; use those, or start anew with another --checkpoint-dir",
-        )
+    if statistics and (reason := other_features(settings, statistics)):
+        raise Leave(EXIT_SETTING, reason)
     try:
         return Market.from_bars(
             data.bars,
@@ -116,7 +114,7 @@ def micro_batch_that_fits(
 ) -> int:
     """Size a micro-batch, in segments, for a GPU's memory; the same after every restart.
 
-    Weights, gradients and the optimizer's two moments take 16 bytes per parameter, of which the blocks hold
+    Weights, gradients and the optimizer's two moments take STATE_BYTES per parameter, of which the blocks hold
     12 x d_model^2 a layer. Activations take about 34 bytes per unit of width, layer and bar in bf16
     (Korthikanti et al. 2022, arXiv:2205.05198, section 4, without attention scores, which are not kept);
     float32 twice that. Half of what is left stays free for bars and the allocator's rounding.
@@ -130,9 +128,36 @@ def micro_batch_that_fits(
     """
     if memory_bytes is None:
         return 16  # larger ones fall out of a CPU's cache
-    left = memory_bytes - 16 * 12 * d_model**2 * num_layers
-    per_segment = (34 if bf16 else 68) * d_model * num_layers * segment_bars
+    left = memory_bytes - STATE_BYTES * 12 * d_model**2 * num_layers
+    per_segment = activation_bytes(d_model, num_layers, segment_bars, bf16)
     return max(1, min(128, left // 2 // per_segment))
+
+
+def activation_bytes(d_model: int, num_layers: int, segment_bars: int, bf16: bool) -> int:
+    """Return what the activations of one segment take; see ``micro_batch_that_fits``."""
+    return (34 if bf16 else 68) * d_model * num_layers * segment_bars
+
+
+def unlike(settings: Any, saved: checkpoint.Restored) -> str:
+    """Say why a checkpoint cannot go on with these settings, "" where it can."""
+    before = saved.weights["config"]
+    for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
+        if before[name] != getattr(settings, name):
+            return (
+                f"{name}={getattr(settings, name)}, but {saved.path} was trained with {name}={before[name]}: "
+                "set it back, or start anew with another --checkpoint-dir"
+            )
+    return ""
+
+
+def other_features(settings: Any, statistics: FeatureStatistics) -> str:
+    """Say why a training cannot go on with the features of this program, "" where it can."""
+    if statistics.names == tuple(FEATURES):
+        return ""
+    return (
+        f"the training in {settings.checkpoint_dir} began with other features: "
+        f"{', '.join(statistics.names)}; use those, or start anew with another --checkpoint-dir"
+    )
 
 
 def save(

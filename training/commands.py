@@ -13,19 +13,18 @@ import typer
 from data_sources.errors import DataError
 from data_sources.lake import Lake
 from training import (
-    checkpoint,
+    check,
     data_report,
     distributed,
     episode_plot,
     export,
     selftest_report,
     signals,
-    validation,
 )
 from training.assembly import uses_bf16
 from training.cli import complain
 from training.console import Console
-from training.control import EXIT_LOCKED, EXIT_NO_DATA, EXIT_OK, EXIT_SETTING
+from training.control import EXIT_NO_DATA, EXIT_OK
 from training.fresh_bars import data_request
 from training.selftest import TRIALS, Sizes, selftest
 from training.trained_policy import TrainedPolicy
@@ -33,19 +32,22 @@ from training.trained_policy import TrainedPolicy
 
 def preflight_command(settings: Any) -> None:
     """Check what can be checked before any process trains; silent when all is well."""
-    try:
-        validation.check_batch(settings, int(os.environ.get("WORLD_SIZE_PLANNED", "1")))
-        # Of many machines that share the folder the first one writes; the others never hold it.
-        with checkpoint.exclusive(
-            Path(settings.checkpoint_dir), os.environ.get("NODE_RANK") in (None, "", "0")
-        ):
-            pass
-    except ValueError as error:
-        complain(EXIT_SETTING, f"Wrong setting: {error}")
-    except checkpoint.FolderInUse as reason:
-        complain(EXIT_LOCKED, str(reason))
-    except checkpoint.CheckpointError as reason:
-        complain(EXIT_SETTING, str(reason))
+    world_size = int(os.environ.get("WORLD_SIZE_PLANNED", "1"))
+    # Of many machines that share the folder the first one writes; the others never hold it.
+    is_first = os.environ.get("NODE_RANK") in (None, "", "0")
+    for line in check.folder.before_a_start(settings, world_size, is_first):
+        if line.code:
+            complain(line.code, line.text)
+
+
+def check_command(
+    settings: Any,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="ask no source")] = False,
+) -> None:
+    """Check everything that can be known before a start: settings, keys, sources, GPUs, memory, disk."""
+    console = Console(Path(settings.log_dir), to_stderr=as_json)
+    complain(check.tell(check.lines(settings, os.environ, offline), console, as_json), "")
 
 
 def data_command(
@@ -132,7 +134,12 @@ def export_command(
 
 
 # By name; a hidden one is for other processes of the program.
-COMMANDS: tuple[Callable[..., None], ...] = (data_command, selftest_command, preflight_command)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    data_command,
+    check_command,
+    selftest_command,
+    preflight_command,
+)
 CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command, signals_command, export_command)
 HIDDEN = (preflight_command,)
 
