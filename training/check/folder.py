@@ -43,7 +43,7 @@ def newest_checkpoint(settings: Any) -> Iterator[Line]:
         yield Line("checkpoint", "warning", warning)
     if saved is None:
         yield Line(
-            "checkpoint", "OK", f"none to go on from in {settings.checkpoint_dir}: the training begins anew"
+            "checkpoint", "OK", f"none in {settings.checkpoint_dir} to go on from: training begins anew"
         )
         return
     reason = unlike(settings, saved)
