@@ -26,7 +26,9 @@ class Answer:
     asked: str  # for people, such as "Polygon us_stocks_sip"
     error: Exception | None = None
     found: str = ""
-    seconds_ahead: float | None = None  # this machine's clock less the server's, where it told its own
+    seconds_ahead: float | None = (
+        None  # this machine's clock less the server's, at least, where it told its own
+    )
     gives_bars: bool = True
 
 
@@ -46,20 +48,22 @@ def probe(request: DataRequest, now_ns: int) -> list[Answer]:
 
 def _ask(asked: str, question: Callable[[], tuple[str, str]], gives_bars: bool = True) -> Answer:
     """Put one question; it returns what came and the HTTP header Date ("" without one)."""
+    asked_at = time.time()
     try:
         found, date = question()
     except (DataError, OSError, ImportError) as error:
         return Answer(asked, error, gives_bars=gives_bars)
-    return Answer(asked, None, found, _seconds_ahead(date), gives_bars)
+    return Answer(asked, None, found, _seconds_ahead(date, asked_at, time.time()), gives_bars)
 
 
-def _seconds_ahead(date: str) -> float | None:
+def _seconds_ahead(date: str, asked_at: float, answered_at: float) -> float | None:
+    """Return how far this machine's clock is off at least: an answer may have been under way for long."""
     try:
-        server = parsedate_to_datetime(date)
+        server = parsedate_to_datetime(date).timestamp()
     except ValueError:
         return None
-    # The header has whole seconds, cut off: half of one is expected.
-    return time.time() - server.timestamp() - 0.5
+    # The header has whole seconds, cut off.
+    return max(0.0, asked_at - server - 1) - max(0.0, server - answered_at)
 
 
 def _polygon(request: DataRequest, now_ns: int) -> Iterator[Answer]:

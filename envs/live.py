@@ -54,9 +54,8 @@ def present(market: Market, config: EnvConfig) -> Present:
     context, horizon = config.context_bars, config.horizon
     bounds = market.offsets.tolist()
     firsts, lasts = market.stretch_first.tolist(), market.stretch_last.tolist()
-    begin_of = dict(
-        zip(lasts, firsts, strict=True)
-    )  # the newest stretch of each symbol ends with its last bar
+    # The newest stretch of each symbol ends with its last bar.
+    begin_of = dict(zip(lasts, firsts, strict=True))
     numbers, starts, newest, waiting = [], [], [], {}
     for index, symbol in enumerate(market.symbols):
         first, last = bounds[index], bounds[index + 1] - 1

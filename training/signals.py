@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_sources.bars import MINUTE_NS, AssetClass
 from data_sources.lake import Lake
@@ -29,9 +29,8 @@ from training.fresh_bars import data_request
 from training.trained_policy import TrainedPolicy
 
 LOOK_BACK_DAYS = 45  # of bars that features are computed from; the deepest looks back 10 days of trade
-FRESH_MINUTES = (
-    5  # of trade that the newest bar may lie back: a quiet minute has no bar, a vendor takes seconds
-)
+# Of trade that the newest bar may lie back: a quiet minute has no bar, a vendor takes seconds.
+FRESH_MINUTES = 5
 PUBLISHED_SECONDS = 6.0  # after its end a minute is asked for; data_sources takes none before 5
 
 
@@ -74,9 +73,8 @@ class Signal:
     decision: Decision
     holding: float
     minutes_behind: int  # of trade, since the newest bar
-    state: (
-        str  # ok; closed: the exchange is, the order would fill when it opens; stale: newer bars should exist
-    )
+    # ok; closed: the exchange is, the order would fill when it opens; stale: newer bars should exist
+    state: Literal["ok", "closed", "stale"]
     in_training: bool
 
 
@@ -141,7 +139,9 @@ def signals_of(
     return signals, missing | waiting
 
 
-def freshness(open_time: int, asset_class: AssetClass, now_ns: int) -> tuple[int, str]:
+def freshness(
+    open_time: int, asset_class: AssetClass, now_ns: int
+) -> tuple[int, Literal["ok", "closed", "stale"]]:
     """Return the minutes of trade since the newest bar, and what that means: see ``Signal``."""
     behind = minutes_behind(open_time, asset_class, now_ns) or 0
     if behind > FRESH_MINUTES:
@@ -281,7 +281,7 @@ def table(
     for signal in signals:
         decision = signal.decision
         target, probability = decision.when_holding(signal.holding)
-        notes = [signal.state]
+        notes: list[str] = [signal.state]
         notes += ["must be in cash"] if decision.only_cash else []
         notes += [] if signal.in_training else ["not in the training"]
         rows.append(

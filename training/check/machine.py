@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,8 @@ from training.platform_specific import memory_bytes
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements_simple.txt"
 LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
-WEIGHT_BYTES, RESUME_BYTES = (
-    4,
-    8,
-)  # per parameter: a checkpoint's weights, the optimizer's two moments beside it
+# Per parameter: a checkpoint's weights, and the optimizer's two moments beside it.
+WEIGHT_BYTES, RESUME_BYTES = 4, 8
 LAKE_BYTES_PER_BAR = 30  # as written, where the lake holds nothing to measure
 MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440}
 BAR_BYTES = 2 * len(FEATURES) + 5 * 4 + 8 + 2  # of one bar in envs.market.Market
@@ -139,22 +137,34 @@ def memory(machine: Machine, settings: Any, request: DataRequest, launch: Launch
     text, room = f"{text}; the {place} has {size(have)}", NEARLY * have
     if need <= room:
         return Line("memory", "OK", text)
-    if bars > state and state + bars + per_segment > room:
-        fix = f"use --history-days {max(1, int(settings.history_days * (room - state) / 2 / bars))}"
-    elif state + bars + per_segment > room:
-        fix = f"use --d-model {_width_that_fits(settings, room - bars)}"
-    else:
+    if state + bars + per_segment <= room:
         fix = f"use --micro-batch-segments {int((room - state - bars) // per_segment)}"
+    elif bars > state:
+        fix = _fewer_bars(settings, (room - state) / 2 / bars)
+    else:
+        fix = _narrower(settings, room - bars, bars_of_segment, bf16)
     if need <= have:
         return Line("memory", "warning", f"{text}, which is close: {fix}")
     return Line("memory", "error", f"{text}: {fix}", EXIT_DOES_NOT_FIT)
 
 
-def _width_that_fits(settings: Any, num_bytes: float) -> int:
-    """Return the widest model whose weights and optimizer state take half of so much; at least one step."""
+def _fewer_bars(settings: Any, share: float) -> str:
+    """Say how to have this share of the bars."""
+    if "simulated" in settings.sources:
+        return f"use --simulated-symbols {max(1, int(settings.simulated_symbols * share))}"
+    if settings.start_date:
+        return f"choose a later --start-date, so that {max(share, 0):.0%} of the days are left"
+    return f"use --history-days {max(1, int(settings.history_days * share))}"
+
+
+def _narrower(settings: Any, room: float, bars_of_segment: int, bf16: bool) -> str:
+    """Say which model leaves half of the room to its activations, and how many segments fill that half."""
     step = 2 * settings.num_heads
     bytes_of_unit = STATE_BYTES * 12 * settings.num_layers  # times the width, squared
-    return max(step, int((max(0.0, num_bytes) / 2 / bytes_of_unit) ** 0.5) // step * step)
+    width = max(step, int((max(0.0, room) / 2 / bytes_of_unit) ** 0.5) // step * step)
+    left = room - num_parameters(replace(settings, d_model=width)) * STATE_BYTES
+    per_segment = activation_bytes(width, settings.num_layers, bars_of_segment, bf16)
+    return f"use --d-model {width} --micro-batch-segments {max(1, int(left // per_segment))}"
 
 
 def num_bars(request: DataRequest) -> int:

@@ -78,7 +78,7 @@ def clock(answers: Sequence[Answer]) -> Line:
     told = {answer.asked: answer.seconds_ahead for answer in answers if answer.seconds_ahead is not None}
     if not told:
         return Line("clock", "warning", "not compared: no source told its time")
-    # The nearest one: an answer that was long under way looks like a clock that is ahead.
+    # The nearest one: a proxy may hand out an answer of long ago.
     asked, seconds = min(told.items(), key=lambda item: abs(item[1]))
     host = asked.split()[0]
     if abs(seconds) <= MOST_SECONDS_APART:
