@@ -179,7 +179,7 @@ class FlatFiles:
         files = self.list_year(data_type, today.year) or self.list_year(data_type, today.year - 1)
         if not files:
             raise SourceUnavailable(
-                f"{self.endpoint} lists no day file of {data_type.dataset} since last year"
+                f"no day file of {data_type.dataset} is listed since last year; is POLYGON_S3_ENDPOINT right?"
             )
         newest = max(files, key=lambda file: file.day)
         task = f"read {newest.key}"

@@ -72,12 +72,13 @@ class Actor:
     config: EnvConfig
 
     @classmethod
-    def with_card(cls, policy: Policy, folder: Path) -> Actor:
+    def with_card(cls, policy: Policy, path: str | Path) -> Actor:
         """Return the policy of an exported folder with what its card says.
 
         Raises:
             ExportError: the card cannot be read, or this program computes other features than the training did.
         """
+        folder = Path(path)
         card = read_card(folder)
         told = card["features"]
         if told["schema_sha256"] != feature_schema():

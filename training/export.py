@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import secrets
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -181,7 +182,7 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
     weights, settings, statistics = trained.weights, trained.settings, trained.statistics
     accounts = asdict(trained.env_config(1))
     del accounts["num_envs"]
-    exam = {name: value for name, value in weights["metrics"].items() if name.startswith("exam/")}
+    figures = {name: value for name, value in weights["metrics"].items() if name.startswith("exam/")}
     cutoff = datetime.fromtimestamp(weights["data_cutoff_ns"] // 10**9, UTC)
     return {
         "format": FORMAT,
@@ -206,9 +207,18 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
         },
         "symbols": list(weights["symbols"]),
         "data": {"fingerprint": weights["data_fingerprint"], "cutoff": cutoff.isoformat()},
-        "exam": exam or None,
+        "exam": _plain(weights.get("exam") or figures) or None,
         "settings": {name: value for name, value in weights["config"].items() if name not in FOLDERS},
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a nest of plain values as JSON can say it: a figure that is not finite is none."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def program_version() -> str:

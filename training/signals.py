@@ -182,7 +182,7 @@ def tell(
         told = report(trained, signals, missing, now_ns, data.fingerprint)
         console.emit(json.dumps(told, indent=indent))
     elif signals:
-        console.table(*table(trained, signals, now_ns))
+        console.table(*table(trained, signals, now_ns, console.width))
     for reason in dict.fromkeys(missing.values()):
         symbols = ", ".join(symbol for symbol, why in missing.items() if why == reason)
         console.warning(f"no signal of {symbols}: {reason}")
@@ -271,32 +271,39 @@ def _entry(signal: Signal, now_ns: int) -> dict[str, Any]:
 
 
 def table(
-    trained: TrainedPolicy, signals: Sequence[Signal], now_ns: int
-) -> tuple[str, tuple[str, ...], list[list[str]]]:
-    """Return title, columns and rows for people."""
-    positions = trained.env_config(1).positions
+    trained: TrainedPolicy, signals: Sequence[Signal], now_ns: int, width: int
+) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, columns and rows for people; where they are too wide, without what can be missed first."""
     title = f"{trained.path.name} at {_utc(now_ns)} UTC; no orders are sent"
-    columns = ("symbol", "holding", "target", "probability", "bar closed, UTC", "age", "state")
-    rows = []
-    for signal in signals:
-        decision = signal.decision
-        target, probability = decision.when_holding(signal.holding)
-        notes: list[str] = [signal.state]
-        notes += ["must be in cash"] if decision.only_cash else []
-        notes += [] if signal.in_training else ["not in the training"]
-        rows.append(
-            [
-                decision.symbol,
-                _signed(signal.holding),
-                _signed(target),
-                f"{probability:.1%}",
-                _utc(decision.close_time),
-                _span((now_ns - decision.close_time) / 1e9),
-                ", ".join(notes),
-                *(_signed(decision.when_holding(each)[0]) for each in positions),
-            ]
-        )
-    return title, (*columns, *(f"from {_signed(each)}" for each in positions)), rows
+    from_each = [f"from {_signed(position)}" for position in trained.env_config(1).positions]
+    rows = [_row(each, now_ns) | dict(zip(from_each, _targets(each), strict=True)) for each in signals]
+    columns = list(rows[0])
+    for spare in (from_each, ["holding"], ["closed, UTC"]):
+        widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+        if sum(widths) + 2 * (len(widths) - 1) > width:
+            columns = [column for column in columns if column not in spare]
+    return title, columns, [[row[column] for column in columns] for row in rows]
+
+
+def _row(signal: Signal, now_ns: int) -> dict[str, str]:
+    decision = signal.decision
+    target, probability = decision.when_holding(signal.holding)
+    notes: list[str] = [signal.state]
+    notes += ["must be in cash"] if decision.only_cash else []
+    notes += [] if signal.in_training else ["not in the training"]
+    return {
+        "symbol": decision.symbol,
+        "holding": _signed(signal.holding),
+        "target": _signed(target),
+        "probability": f"{probability:.1%}",
+        "closed, UTC": _utc(decision.close_time)[5:16],
+        "age": _span((now_ns - decision.close_time) / 1e9),
+        "state": ", ".join(notes),
+    }
+
+
+def _targets(signal: Signal) -> list[str]:
+    return [_signed(signal.decision.when_holding(each)[0]) for each in signal.decision.positions]
 
 
 def _signed(position: float) -> str:
