@@ -29,13 +29,14 @@ def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> 
     times = frame["open_time"]
     form = None if times.dtype.kind in "iM" else "ISO8601"  # text
     try:
-        open_time = pd.DatetimeIndex(pd.to_datetime(times, utc=True, format=form)).as_unit("ns").asi8
+        open_time = pd.DatetimeIndex(pd.to_datetime(times, utc=True, format=form)).as_unit("ns").asi8.copy()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{symbol}: open_time must be times such as 2026-11-20 14:30") from error
     columns = []
     for name in COLUMNS[1:]:
         try:
-            columns.append(frame[name].to_numpy(np.float64))
+            # A copy: pandas may lend what must not be written, and torch warns of that.
+            columns.append(np.array(frame[name], np.float64))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{symbol}: {name} must be numbers") from error
     return Bars(symbol, asset_class, open_time, *columns)

@@ -24,7 +24,7 @@ from data_sources.web import Patience
 from tests.data_sources.loopback import Answer as HttpAnswer
 from tests.data_sources.loopback import Fault, LoopbackServer, Notes
 from tests.data_sources.s3_server import Fault as S3Fault
-from tests.program import NAMES_IN_ENV, ROOT, environment
+from tests.program import NAMES_IN_ENV, PATIENCE, ROOT, environment
 from tests.training.checkpoints import NOW, untrained
 from tests.vendors import KEY_ID, SECRET, Vendors, closed_port
 from training import check, checkpoint
@@ -399,7 +399,7 @@ def test_the_command_for_people_and_for_machines(tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "continuous_training.py", "check", "--demo", *folders, *words]
         return subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
         )
 
     fine = run("--json")

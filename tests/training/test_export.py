@@ -21,7 +21,7 @@ from envs import features
 from models import load_policy
 from models.exported import ExportError
 from tests.envs.markets import walk
-from tests.program import ROOT, environment, is_same
+from tests.program import PATIENCE, ROOT, environment, is_same
 from tests.training.checkpoints import untrained
 from training import export
 from training.acting import Actor
@@ -71,12 +71,14 @@ def test_the_example_acts_on_a_frame_of_bars(trained: TrainedPolicy, exported: P
     bars = walk("BTCUSDT", 300)
     frame_of(bars).to_csv(tmp_path / "bars.csv", index=False)
     command = [sys.executable, str(exported / "example.py"), str(tmp_path / "bars.csv"), "BTCUSDT", "crypto"]
-    shown = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
     assert shown.returncode == 0, shown.stderr
     ((decision,), _) = trained.actor.decide([bars])
     target, probability = decision.when_holding(0.0)
     told = f"BTCUSDT: {target:+g} of equity from the next open on, probability {probability:.3f}\n"
-    assert shown.stdout == told
+    assert (shown.stdout, shown.stderr) == (told, "")
     assert len((exported / "example.py").read_text().splitlines()) <= 27
 
 
@@ -87,6 +89,7 @@ def test_a_frame_is_taken_as_bars_or_refused_in_a_line() -> None:
     text = frame.assign(open_time=frame["open_time"].dt.strftime("%Y-%m-%d %H:%M:%S"))
     for each in (frame, numbers, text):
         taken = bars_of_frame(each, "AAA", "crypto")
+        assert all(getattr(taken, name).flags.writeable for name in COLUMNS)
         assert all(np.array_equal(getattr(taken, name), getattr(bars, name)) for name in COLUMNS)
     for wrong, told in (
         (frame.drop(columns="volume"), "AAA: the frame must have open_time, .*; it lacks volume"),

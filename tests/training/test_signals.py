@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from continuous_training import Settings
 from data_sources.bars import MINUTE_NS
@@ -22,11 +23,11 @@ from data_sources.loading import load
 from tests.data_sources.binance_server import BinanceServer
 from tests.data_sources.loopback import Fault, ns
 from tests.envs.markets import walk
-from tests.program import ROOT, Start, environment
+from tests.program import PATIENCE, ROOT, Start, environment
 from tests.training.checkpoints import NOW, PAIRS, untrained
-from training import signals
+from training import commands, signals
 from training.console import Console
-from training.signals import Wishes, freshness, request_of, seconds_to_next_minute, signals_of
+from training.signals import Signal, Wishes, freshness, request_of, seconds_to_next_minute, signals_of
 from training.trained_policy import TrainedPolicy
 
 
@@ -120,6 +121,24 @@ def test_unknown_symbols_are_left_out_unless_they_are_named(
         tell(trained, capsys, NOW, refreshes=False, holdings={"XRPUSDT": 1.0})
 
 
+def test_a_narrow_terminal_shows_what_matters_most(trained: TrainedPolicy) -> None:
+    bars = [walk("BTCUSDT", 300), walk("SHIBUSDT", 300, seed=1)]
+    decisions, _ = trained.actor.decide(bars)
+    found = [Signal(each, 0.0, 0, "ok", True) for each in decisions]
+    now_ns = decisions[0].close_time + 90 * 10**9
+    shown = {width: signals.table(trained, found, now_ns, width)[1] for width in (200, 80, 60, 50, 20)}
+    always = ["symbol", "target", "probability", "age", "state"]
+    assert shown[200][-3:] == ["from -1", "from 0", "from +1"] and set(always) < set(shown[200])
+    assert shown[80][1] == "holding" and shown[80][-1] == "state"
+    assert shown[60] == ["symbol", "target", "probability", "closed, UTC", "age", "state"]
+    assert shown[50] == shown[20] == always
+    for width in (60, 50):
+        _, columns, rows = signals.table(trained, found, now_ns, width)
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        assert sum(widths) + 2 * (len(widths) - 1) <= width
+        assert [row[columns.index("age")] for row in rows] == ["90 s", "90 s"]
+
+
 def test_a_bar_that_is_not_closed_is_never_decided_upon(trained: TrainedPolicy) -> None:
     request = request_of(trained.settings, NOW, ())
     data = replace(load(Lake(Path(trained.settings.data_dir)), request), dropped={})
@@ -185,29 +204,29 @@ def test_a_holding_is_a_symbol_and_a_position(holding: str, told: str) -> None:
     assert (good.symbols, good.holdings) == (("A", "B"), {"A": 1.0, "B": -1.0})
 
 
+def test_no_bars_are_no_signal(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left:
+        commands.signals_command(trained, no_refresh=True)
+    out, err = capsys.readouterr()
+    assert (left.value.exit_code, out.count("no bars"), err) == (3, 1, "There is no signal.\n")
+
+
 def test_the_command_as_people_and_machines_call_it(server: BinanceServer, tmp_path: Path) -> None:
     server.now_ns = time.time_ns()
+    server.faults.clear()
     path = untrained(tmp_path)
     env = environment(BINANCE_API_URL=server.url, BINANCE_ARCHIVE_URL=server.url)
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "continuous_training.py", "signals", str(path), *words]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-
-    empty = run("--no-refresh")
-    assert (empty.returncode, empty.stdout.count("no bars"), empty.stderr) == (3, 1, "There is no signal.\n")
-    once = run("--json")
-    assert once.returncode == 0, once.stderr
-    assert [each["symbol"] for each in json.loads(once.stdout)["signals"]] == list(PAIRS)
-    watching = Start(
-        tmp_path / "watch.log", ["continuous_training.py", "signals", path, "--watch", "--no-refresh"], env
-    )
+    words = ["continuous_training.py", "signals", str(path)]
+    watching = Start(tmp_path / "watch.log", [*words, "--watch"], env)
     try:
-        watching.wait_for("ETHUSDT")
+        watching.wait_for("ETHUSDT ")
         watching.process.send_signal(signal.SIGINT)
         assert watching.ends() == 0
     finally:
         watching.kill()
-    assert "no orders are sent" in watching.lines[0]
-    assert all(line.isascii() for line in watching.lines)
-    assert "Traceback" not in watching.output
+    assert "no orders are sent" in watching.output
+    assert watching.output.isascii() and "Traceback" not in watching.output
+    command = [sys.executable, *words, "--json", "--no-refresh"]
+    once = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert once.returncode == 0, once.stderr
+    assert [each["symbol"] for each in json.loads(once.stdout)["signals"]] == list(PAIRS)
