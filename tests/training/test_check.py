@@ -142,6 +142,7 @@ def test_a_key_or_address_that_is_wrong_is_told_with_its_fix(
     monkeypatch.setenv(variable, closed_port() if value == "closed" else value)
     found = faults(of_source(variable.split("_")[0].lower()))
     assert ("warning", True) in [(level, told in text) for _, level, text, _ in found], found
+    assert any(told in text and variable in text for _, _, text, _ in found)
     # Nothing else would give bars here.
     assert ("error" in {level for _, level, _, _ in found}) == (variable in ALONE), found
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_sources.errors import LakeError, MissingCredentials
+from data_sources.errors import LakeError, MissingCredentials, SourceUnavailable
 from data_sources.lake import Lake
 from data_sources.loading import DataRequest
 from data_sources.probing import Answer
@@ -14,6 +15,15 @@ from training.check.line import Line
 from training.control import EXIT_NO_DATA
 
 MOST_SECONDS_APART = 5.0  # a minute counts as closed after so long
+# By how the name of a question begins; the first one counts.
+ADDRESSES = {
+    "Polygon splits": "POLYGON_API_URL",
+    "Polygon": "POLYGON_S3_ENDPOINT",
+    "Binance archive": "BINANCE_ARCHIVE_URL",
+    "Binance": "BINANCE_API_URL",
+    "Yahoo": "YAHOO_BASE_URL",
+}
+ADDRESS = re.compile("|".join(ADDRESSES.values()))
 WITHOUT_KEY = {
     "POLYGON_S3_ACCESS_KEY": "Polygon is skipped",
     "POLYGON_S3_SECRET_KEY": "Polygon is skipped",
@@ -44,6 +54,8 @@ def answered(answers: Sequence[Answer], settings: Any) -> Iterator[Line]:
             yield Line("sources", "warning", f"{answer.asked} is skipped: {answer.error}")
         else:
             reason = " ".join(str(answer.error).split())
+            if isinstance(answer.error, SourceUnavailable) and not ADDRESS.search(reason):
+                reason += f"; look at the network, a firewall, {_address_of(answer.asked)} in .env"
             yield Line("sources", "warning", f"{answer.asked}: {reason}; a start goes on without it")
     if any(answer.error is None for answer in answers if answer.gives_bars):
         return
@@ -57,6 +69,11 @@ def answered(answers: Sequence[Answer], settings: Any) -> Iterator[Line]:
             "network, or try it offline with --demo"
         )
         yield Line("sources", "error", text, EXIT_NO_DATA)
+
+
+def _address_of(asked: str) -> str:
+    """Return the variable that says where a question goes."""
+    return next(variable for start, variable in ADDRESSES.items() if asked.startswith(start))
 
 
 def rows_held(settings: Any) -> int:
