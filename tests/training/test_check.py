@@ -168,6 +168,7 @@ def test_a_refusal_and_a_silence_are_told_apart(vendors: Vendors, server: str, f
     assert told in text
     is_refusal = any(words in text for words in ("may not", "refuses", "not serve"))
     assert is_refusal == (fault.status in (403, 451))
+    assert ("look at the network" in text) == (fault.status in (200, 503))
 
 
 def test_one_source_that_fails_is_no_error(vendors: Vendors) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_sources.errors import LakeError, MissingCredentials, SourceUnavailable
+from data_sources.errors import LakeError, MissingCredentials, RateLimited, SourceUnavailable
 from data_sources.lake import Lake
 from data_sources.loading import DataRequest
 from data_sources.probing import Answer
@@ -54,7 +54,10 @@ def answered(answers: Sequence[Answer], settings: Any) -> Iterator[Line]:
             yield Line("sources", "warning", f"{answer.asked} is skipped: {answer.error}")
         else:
             reason = " ".join(str(answer.error).split())
-            if isinstance(answer.error, SourceUnavailable) and not ADDRESS.search(reason):
+            is_silent = isinstance(answer.error, SourceUnavailable) and not isinstance(
+                answer.error, RateLimited
+            )
+            if is_silent and not ADDRESS.search(reason):
                 reason += f"; look at the network, a firewall, {_address_of(answer.asked)} in .env"
             yield Line("sources", "warning", f"{answer.asked}: {reason}; a start goes on without it")
     if any(answer.error is None for answer in answers if answer.gives_bars):
