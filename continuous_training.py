@@ -26,7 +26,7 @@ from dotenv import load_dotenv
 from data_sources.lake import Lake
 from envs.market import Market
 from training import checkpoint, distributed, validation
-from training.assembly import holdout_start_ns, market_on_device, memory_plan, save, session_config
+from training.assembly import holdout_start_ns, market_on_device, memory_plan, save, session_config, unlike
 from training.background import BackgroundWriter
 from training.cli import Leave, checkpoint_command_from, command_from, complain
 from training.clock import Clock, Summary
@@ -274,14 +274,8 @@ def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock,
     if len(set(ranks.gather(saved.weights["transitions"] if saved else None))) > 1:
         saved = ranks.from_first(saved)
     assert saved is not None
-    before = saved.weights["config"]
-    for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
-        if before[name] != getattr(settings, name):
-            raise Leave(
-                EXIT_SETTING,
-                f"{name}={getattr(settings, name)}, but {saved.path} was trained with {name}={before[name]}: "
-                "set it back, or start anew with another --checkpoint-dir",
-            )
+    if reason := unlike(settings, saved):
+        raise Leave(EXIT_SETTING, reason)
     clock = Clock(saved.weights["run"], saved.weights["epoch"], saved.weights["transitions"])
     if saved.resume:
         clock = Clock(**saved.resume["clock"])

@@ -122,6 +122,16 @@ class Archive:
 
         return self.leg.ask(once)
 
+    def probe(self, pair: str, now_ns: int) -> None:
+        """Ask for a checksum of last week, which may be absent.
+
+        Raises:
+            DataError: as ``fetch``.
+        """
+        (unit,) = days(now_ns - 7 * DAY_NS, now_ns - 7 * DAY_NS + 1)
+        key = f"data/spot/daily/klines/{pair}/1m/{pair}-1m-{unit.name}.zip.CHECKSUM"
+        self.leg.ask(lambda: self._get(key))
+
     def _get(self, key: str) -> bytes | None:
         patience = self.leg.patience
         try:

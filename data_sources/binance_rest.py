@@ -29,6 +29,7 @@ with warnings.catch_warnings():  # python-binance 1.0.37 imports names that webs
 PAGE_BARS = 1000
 WEIGHT_LIMIT = 6000  # per minute
 SLOW_DOWN_FRACTION = 0.8  # of the limit; others behind the same address need weight too
+PROBED_NS = 60 * MINUTE_NS
 MAX_PAGE_BYTES = 8 << 20  # a full page is about 170 kB
 SCHEMA = pa.schema(
     [("symbol", pa.string()), ("open_time", pa.int64())]
@@ -59,6 +60,16 @@ class Rest:
             DataError: after retries; sorted as in data_sources.errors.
         """
         return self.leg.ask(lambda: self._page(pair, start_ns, end_ns, limit))
+
+    def probe(self, pair: str, now_ns: int) -> str:
+        """Ask for one of the last bars; return the server's time as the HTTP header Date.
+
+        Raises:
+            DataError: as ``page``.
+        """
+        self.page(pair, now_ns - PROBED_NS, now_ns, limit=1)
+        response = self._client().response
+        return "" if response is None else response.headers.get("Date", "")
 
     def _client(self) -> Client:
         client = getattr(self._local, "client", None)

@@ -39,11 +39,22 @@ class Binance:
         self._hosts = Hosts(Rest(api_url, patience, weight_limit), Archive(archive_url, patience))
 
     @classmethod
-    def from_environment(cls) -> Binance:
+    def from_environment(cls, patience: Patience | None = None) -> Binance:
         """Read BINANCE_API_URL and BINANCE_ARCHIVE_URL; neither needs a key."""
         return cls(
-            os.environ.get("BINANCE_API_URL") or API_URL, os.environ.get("BINANCE_ARCHIVE_URL") or ARCHIVE_URL
+            os.environ.get("BINANCE_API_URL") or API_URL,
+            os.environ.get("BINANCE_ARCHIVE_URL") or ARCHIVE_URL,
+            patience=patience,
         )
+
+    def probe_api(self, pair: str, now_ns: int) -> tuple[str, str]:
+        """Ask REST once; return what came, in words, and the HTTP header Date. Raises DataError."""
+        return f"answers for {pair}", self._hosts.rest.probe(pair, now_ns)
+
+    def probe_archive(self, pair: str, now_ns: int) -> tuple[str, str]:
+        """Ask the archive once; as ``probe_api``, without a time."""
+        self._hosts.archive.probe(pair, now_ns)
+        return "answers", ""
 
     def refresh(
         self, lake: Lake, pairs: Sequence[str], start_ns: int, end_ns: int, now_ns: int, progress: Progress

@@ -120,6 +120,21 @@ class Polygon:
             )
         return cls(keys[0], keys[1], endpoint)
 
+    def probe(self, data_type: DataType, today: dt.date) -> tuple[str, str]:
+        """Ask once whether these keys may read a data type; see FlatFiles.probe."""
+        return self._files().probe(data_type, today)
+
+    def _files(self) -> FlatFiles:
+        return FlatFiles(
+            self.endpoint,
+            self.access_key,
+            self.secret_key,
+            connect_timeout_seconds=self.connect_timeout_seconds,
+            read_timeout_seconds=self.read_timeout_seconds,
+            attempts=self.attempts,
+            connections=2 * PARALLEL_GETS,
+        )
+
     def refresh(
         self,
         lake: Lake,
@@ -158,15 +173,7 @@ class Polygon:
         if not wanted or end_ns <= start_ns:
             progress.finish(SOURCE, "nothing was asked for")
             return
-        files = FlatFiles(
-            self.endpoint,
-            self.access_key,
-            self.secret_key,
-            connect_timeout_seconds=self.connect_timeout_seconds,
-            read_timeout_seconds=self.read_timeout_seconds,
-            attempts=self.attempts,
-            connections=2 * PARALLEL_GETS,
-        )
+        files = self._files()
         with lake.writing():
             plans = self._plans(files, lake, wanted, start_ns, end_ns, progress)
             progress.start(SOURCE, "day files", sum(len(plan.missing) for plan in plans))

@@ -166,6 +166,30 @@ class FlatFiles:
                 return files
             request["ContinuationToken"] = page["NextContinuationToken"]
 
+    def probe(self, data_type: DataType, today: dt.date) -> tuple[str, str]:
+        """Ask for one byte of the newest day file: what is outside of the plan is listed all the same.
+
+        Returns:
+            What came, in words, and the server's time as the HTTP header Date.
+
+        Raises:
+            Refused: these keys may not list or read it.
+            SourceUnavailable: no answer, or no day file at all.
+        """
+        files = self.list_year(data_type, today.year) or self.list_year(data_type, today.year - 1)
+        if not files:
+            raise SourceUnavailable(
+                f"no day file of {data_type.dataset} is listed since last year; is POLYGON_S3_ENDPOINT right?"
+            )
+        newest = max(files, key=lambda file: file.day)
+        task = f"read {newest.key}"
+        answer = self._ask(
+            lambda: self._client.get_object(Bucket=BUCKET, Key=newest.key, Range="bytes=0-0"), task, None
+        )
+        answer["Body"].close()
+        date: str = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        return f"accepts the keys; newest day file {newest.day}", date
+
     def get(self, file: DayFile, received: Callable[[int], None], stopping: threading.Event) -> Body:
         """Download one object in memory (27 MB at most times), complete by its Content-Length.
 

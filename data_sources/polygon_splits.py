@@ -56,6 +56,16 @@ class PolygonSplits:
             raise DataError("POLYGON_API_KEY holds spaces or characters that no key has, copy it again")
         return cls(key, url)
 
+    def probe(self) -> tuple[str, str]:
+        """Ask once for one split; return what came, in words, and no time of the server.
+
+        Raises:
+            DataError: what the answer means.
+        """
+        with prepare(requests.Session(), self.patience, MAX_BYTES) as session:
+            self._page(session, f"{self.url}{PATH}?limit=1")
+        return "accepts the key", ""
+
     def update(
         self, ledger: SplitLedger, stocks: Sequence[str] | None, start_ns: int, now_ns: int
     ) -> tuple[int, int]:

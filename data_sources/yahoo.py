@@ -41,6 +41,7 @@ PATIENCE = Patience(connect_seconds=5, total_seconds=12, backoff_seconds=1, atte
 PAUSE_SECONDS = 0.4  # between stocks, at Yahoo's own hosts only; it limits by address, for up to a day
 SECONDS_PER_STOCK = 15.0  # with MINIMUM_SECONDS the time after which a refresh gives up; 3 are usual at first
 MINIMUM_SECONDS = 120.0
+PROBED_NS = 5 * 1440 * MINUTE_NS  # a session lies within, whatever the weekend
 CACHE_FOLDER = ".yfinance"  # time zones and cookies, in sqlite
 Answer = TypeVar("Answer")
 
@@ -55,9 +56,27 @@ class Yahoo:
         self._patience = patience
 
     @classmethod
-    def from_environment(cls) -> Yahoo:
+    def from_environment(cls, patience: Patience = PATIENCE) -> Yahoo:
         """Read YAHOO_BASE_URL: where to send all requests instead of Yahoo's hosts. There is no key."""
-        return cls(os.environ.get("YAHOO_BASE_URL") or None)
+        return cls(os.environ.get("YAHOO_BASE_URL") or None, patience=patience)
+
+    def probe(self, stock: str, now_ns: int) -> tuple[str, str]:
+        """Ask for a stock's minutes of the last days, cookie and crumb included.
+
+        Returns:
+            What came, in words, and no time of the server.
+
+        Raises:
+            DataError: as ``refresh``.
+        """
+        deadline = time.monotonic() + 2 * self._patience.total_seconds
+        with tempfile.TemporaryDirectory(prefix="yfinance-") as folder:
+            client = _Client(Watch(self._base_url, self._patience, deadline), Path(folder))
+            try:
+                count = client.minutes(stock, now_ns - PROBED_NS, now_ns)[0].num_rows
+            finally:
+                client.close()
+        return f"answers for {stock} with {count:,} minutes of the last days", ""
 
     def refresh(
         self,

@@ -7,6 +7,7 @@ size does not matter. All tensors are (N,); money is float64 unless the environm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -145,6 +146,18 @@ def advance(
         alive=alive,
     )
     return new_state, Fill(log_equity - state.log_equity, dead.logical_and_(state.alive), traded, costs)
+
+
+def observation_constants(
+    positions: Sequence[float], episode_bars: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ``constants`` of ``observe`` for accounts of these targets and length of an episode."""
+    # Observations of the account beside the held target are offset + scale x its quantities.
+    observed = torch.tensor(
+        [(0, 10), (0, 50), (0, 10), (0, 10), (1, -1 / episode_bars), (0, 1e3)], dtype=dtype
+    )
+    offset, scale = observed.to(device).T[..., None].unbind()
+    return offset, scale, torch.arange(len(positions), device=device)[:, None]
 
 
 def observe(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from envs import compiled, env_state
-from envs.account import AccountState, advance, observe
+from envs.account import AccountState, advance, observation_constants, observe
 from envs.env_config import EnvConfig
 from envs.market import Market
 from envs.segment import Segment
@@ -123,12 +123,7 @@ class TradingEnv:
         # The index of cash; without 0 among the targets one more index stands for "nothing yet".
         self._first_held = positions.index(0.0) if 0.0 in positions else len(positions)
         self._cash_index = torch.tensor(self._first_held, device=self.device)
-        # Observations of the account beside the held target are offset + scale x these quantities.
-        observed = torch.tensor(
-            [(0, 10), (0, 50), (0, 10), (0, 10), (1, -1 / config.episode_bars), (0, 1e3)], dtype=dtype
-        )
-        offset, scale = observed.to(self.device).T[..., None].unbind()
-        self._constants = (offset, scale, torch.arange(len(positions), device=self.device)[:, None])
+        self._constants = observation_constants(positions, config.episode_bars, dtype, self.device)
 
         self._kept = AccountState.fresh(n, self._first_held, dtype, self.device)
         self._account = self._kept

@@ -5,22 +5,25 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import typer
 
 import continuous_training
 from continuous_training import Settings
+from data_sources.bars import COLUMNS
 from data_sources.simulated import simulated_bars
 from envs import features
 from envs.features import FEATURES
 from models.policy import Policy
 from tests.program import ALONE, NAMES_IN_ENV, ROOT, Start, checkpoint, is_same, metrics, tiny_flags
-from training import control
+from training import control, export
 from training.cli import helps_of
+from training.trained_policy import TrainedPolicy
 
 MARKDOWN = sorted(
     path for folder in ("", "docs", "benchmarks", "checkpoints") for path in (ROOT / folder).glob("*.md")
@@ -262,6 +265,28 @@ def test_the_code_that_uses_the_weights_works(trained: Path, monkeypatch: pytest
     policy = names["policy"]
     assert isinstance(policy, Policy)
     assert is_same(dict(policy.state_dict()), checkpoint(trained, "run1_epoch25.pt")["model"])
+
+
+def test_the_code_of_a_bot_works(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = code_of("use.md")
+    assert len(code.splitlines()) <= 20
+    policy = TrainedPolicy.read(trained / "checkpoints" / "run1_epoch1.pt", Settings)
+    export.command(policy, trained / "exports" / "run1_epoch25", False, print)
+    (bars,) = simulated_bars(1, 500, seed=0, end_ns=30 * 86_400 * 10**9)
+    columns = {name: getattr(bars, name) for name in COLUMNS}
+    pd.DataFrame(columns | {"open_time": pd.to_datetime(bars.open_time)}).to_csv(
+        trained / "bars.csv", index=False
+    )
+    ((decision,), _) = policy.actor.decide([replace(bars, symbol="BTCUSDT")])
+    monkeypatch.chdir(trained)
+    for held in policy.settings.positions:
+        names: dict[str, object] = {}
+        exec(code.replace("held = 0.0", f"held = {held}"), names)  # the documents are ours
+        target, probability = decision.when_holding(held)
+        change = f"BTCUSDT: go from {held:+g} to {target:+g} of equity at the next open ({probability:.0%})\n"
+        assert capsys.readouterr().out == (change if target != held else "")
 
 
 def test_the_code_that_adds_a_feature_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,12 +38,8 @@ def market_on_device(
     statistics = session.env.market.statistics if session else None
     if saved and statistics is None:
         statistics = FeatureStatistics.from_state_dict(saved.weights["features"])
-    if statistics and statistics.names != tuple(FEATURES):
-        raise Leave(
-            EXIT_SETTING,
-            f"the training in {settings.checkpoint_dir} began with other features: "
-            f"{', '.join(statistics.names)}; use those, or start anew with another --checkpoint-dir",
-        )
+    if statistics and (reason := other_features(settings, statistics)):
+        raise Leave(EXIT_SETTING, reason)
     try:
         return Market.from_bars(
             data.bars,
@@ -120,6 +116,9 @@ def memory_plan(settings: Any, market_bytes: int, ranks: Ranks) -> tuple[MemoryP
 
 def demand_of(settings: Any, market_bytes: int, world_size: int, bf16: bool) -> Demand:
     """Say what a training with these settings asks of one GPU's memory."""
+    of_bars = "start_date" if settings.start_date else "history_days"
+    if "simulated" in settings.sources:
+        of_bars = "simulated_symbols"
     return Demand(
         num_parameters=num_parameters(settings),
         d_model=settings.d_model,
@@ -131,7 +130,9 @@ def demand_of(settings: Any, market_bytes: int, world_size: int, bf16: bool) -> 
         num_positions=len(settings.positions),
         bf16=bf16,
         market_bytes=market_bytes,
+        num_heads=settings.num_heads,
         shares=world_size if settings.parallel == "fsdp" else 1,
+        bars_setting=(of_bars, getattr(settings, of_bars) if of_bars != "start_date" else 0),
     )
 
 
@@ -143,6 +144,28 @@ def num_parameters(settings: Any) -> int:
         trunk = TransformerConfig(len(FEATURES), *sizes, length)
         env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
         return Policy(trunk, env.num_account_features, len(env.positions)).num_parameters()
+
+
+def unlike(settings: Any, saved: checkpoint.Restored) -> str:
+    """Say why a checkpoint cannot go on with these settings, "" where it can."""
+    before = saved.weights["config"]
+    for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
+        if before[name] != getattr(settings, name):
+            return (
+                f"{name}={getattr(settings, name)}, but {saved.path} was trained with {name}={before[name]}: "
+                "set it back, or start anew with another --checkpoint-dir"
+            )
+    return ""
+
+
+def other_features(settings: Any, statistics: FeatureStatistics) -> str:
+    """Say why a training cannot go on with the features of this program, "" where it can."""
+    if statistics.names == tuple(FEATURES):
+        return ""
+    return (
+        f"the training in {settings.checkpoint_dir} began with other features: "
+        f"{', '.join(statistics.names)}; use those, or start anew with another --checkpoint-dir"
+    )
 
 
 def save(

@@ -12,11 +12,19 @@ import typer
 
 from data_sources.errors import DataError
 from data_sources.lake import Lake
-from training import checkpoint, data_report, distributed, episode_plot, selftest_report, validation
+from training import (
+    check,
+    data_report,
+    distributed,
+    episode_plot,
+    export,
+    selftest_report,
+    signals,
+)
 from training.assembly import uses_bf16
 from training.cli import complain
 from training.console import Console
-from training.control import EXIT_LOCKED, EXIT_NO_DATA, EXIT_OK, EXIT_SETTING
+from training.control import EXIT_NO_DATA, EXIT_OK
 from training.fresh_bars import data_request
 from training.selftest import TRIALS, Sizes, selftest
 from training.trained_policy import TrainedPolicy
@@ -24,19 +32,22 @@ from training.trained_policy import TrainedPolicy
 
 def preflight_command(settings: Any) -> None:
     """Check what can be checked before any process trains; silent when all is well."""
-    try:
-        validation.check_batch(settings, int(os.environ.get("WORLD_SIZE_PLANNED", "1")))
-        # Of many machines that share the folder the first one writes; the others never hold it.
-        with checkpoint.exclusive(
-            Path(settings.checkpoint_dir), os.environ.get("NODE_RANK") in (None, "", "0")
-        ):
-            pass
-    except ValueError as error:
-        complain(EXIT_SETTING, f"Wrong setting: {error}")
-    except checkpoint.FolderInUse as reason:
-        complain(EXIT_LOCKED, str(reason))
-    except checkpoint.CheckpointError as reason:
-        complain(EXIT_SETTING, str(reason))
+    world_size = int(os.environ.get("WORLD_SIZE_PLANNED", "1"))
+    # Of many machines that share the folder the first one writes; the others never hold it.
+    is_first = os.environ.get("NODE_RANK") in (None, "", "0")
+    for line in check.folder.before_a_start(settings, world_size, is_first):
+        if line.code:
+            complain(line.code, line.text)
+
+
+def check_command(
+    settings: Any,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="ask no source")] = False,
+) -> None:
+    """Check everything that can be known before a start: settings, keys, sources, GPUs, memory, disk."""
+    console = Console(Path(settings.log_dir), to_stderr=as_json)
+    complain(check.tell(check.lines(settings, os.environ, offline), console, as_json), "")
 
 
 def data_command(
@@ -86,9 +97,50 @@ def episode_command(
     typer.echo(episode_plot.command(trained, symbol, start, output))
 
 
+def signals_command(
+    trained: TrainedPolicy,
+    symbols: Annotated[
+        str, typer.Option("--symbols", help="with commas; not given: all of the training")
+    ] = "",
+    holding: Annotated[
+        list[str] | None,
+        typer.Option("--holding", help="SYMBOL=POSITION that you hold; not given: nothing. May be repeated"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again after every minute, until Ctrl+C")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
+) -> None:
+    """Show the position that a checkpoint wants of each symbol now; no orders are sent."""
+    wishes = signals.Wishes.parsed(
+        symbols, holding or (), not no_refresh, as_json, trained.settings.positions
+    )
+    console = Console(Path(trained.settings.log_dir), to_stderr=as_json)
+    try:
+        if watch:
+            signals.watch(trained, wishes, console)
+        elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
+            complain(EXIT_NO_DATA, "There is no signal.")
+    except DataError as error:
+        complain(EXIT_NO_DATA, str(error))
+
+
+def export_command(
+    trained: TrainedPolicy,
+    output: Annotated[Path | None, typer.Option("--output", help="not given: exports/NAME")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="graphs of torch.export and ONNX, too")] = False,
+) -> None:
+    """Write a checkpoint's policy as safetensors with a card of all that is known of it, and an example."""
+    typer.echo(f"Wrote {export.command(trained, output, onnx, typer.echo)}")
+
+
 # By name; a hidden one is for other processes of the program.
-COMMANDS: tuple[Callable[..., None], ...] = (data_command, selftest_command, preflight_command)
-CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command,)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    data_command,
+    check_command,
+    selftest_command,
+    preflight_command,
+)
+CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command, signals_command, export_command)
 HIDDEN = (preflight_command,)
 
 

@@ -97,6 +97,11 @@ class Console:
         """Write text for machines to standard output, exactly as it is."""
         print(text, flush=True)
 
+    @property
+    def width(self) -> int:
+        """How many characters a line of a table can have."""
+        return self._rich.width
+
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """Print a table; numbers to the right."""
         table = Table(

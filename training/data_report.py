@@ -144,7 +144,7 @@ def _entries(row: SymbolRow, request: DataRequest) -> Iterator[dict[str, Any]]:
     if len(extents) != 1:
         extents.append(("merged" if extents else "none", row, row.rejected))
     for source, extent, rejected in extents:
-        behind = _minutes_behind(extent.last_ns, row.asset_class, request.end_ns)
+        behind = minutes_behind(extent.last_ns, row.asset_class, request.end_ns)
         names = [each.source for each in row.by_source] if source == "merged" else [source]
         yield {
             "symbol": row.symbol,
@@ -184,7 +184,7 @@ def _verdict(
     return "ok"
 
 
-def _minutes_behind(last_ns: int | None, asset_class: str, end_ns: int) -> int | None:
+def minutes_behind(last_ns: int | None, asset_class: str, end_ns: int) -> int | None:
     """Count the minutes of trade between the newest bar and the end that was asked for."""
     if last_ns is None:
         return None

@@ -39,7 +39,15 @@ class Demand:
     num_positions: int
     bf16: bool
     market_bytes: int
+    num_heads: int = 1
     shares: int = 1  # ranks among which the trunk's weights are divided
+    # The setting that decides how many bars there are, and its value.
+    bars_setting: tuple[str, int] = ("history_days", 1)
+
+    def as_wide_as(self, d_model: int) -> Demand:
+        """Return the demand of a model of another width."""
+        less = 12 * self.num_layers * (self.d_model**2 - d_model**2)
+        return replace(self, d_model=d_model, num_parameters=self.num_parameters - less)
 
     @property
     def state_bytes(self) -> int:
@@ -103,31 +111,43 @@ class MemoryPlan:
         )
         return text + (", computed twice to save memory" if self.recompute else "")
 
-    def advice(self) -> str:
-        """Name the one setting that takes most, and a value that would do."""
-        demand, have = self.demand, int(USABLE * (self.memory_bytes or 0))
+    def advice(self, place: str = "GPU") -> str:
+        """Say what takes how much, and which one setting to change, with a value that would do."""
+        demand, have = self.demand, self.memory_bytes or 0
+        activations = self.micro_batch_segments * demand.segment_bytes(self.recompute)
         parts = {
-            "state": demand.state_bytes,
             "bars": 2 * demand.market_bytes,
             "rollout": demand.rollout_bytes,
-            "segment": demand.segment_bytes(self.recompute),
+            "activations": activations,
+            "state": demand.state_bytes,
         }
         largest = max(parts, key=lambda name: parts[name])
-        total = sum(parts.values())
-        left = have - (total - parts[largest])
-        # Where the others alone are too much, a start in the right direction.
-        share = left / parts[largest] if left > 0 else 0.5 * have / total
-        if largest == "bars":
-            fix = f"set history_days to {share:.0%} of what it is, or name fewer symbols"
+        left = USABLE * have - (sum(parts.values()) - parts[largest])
+        # Where the others alone are too much, a step in the right direction.
+        share = left / parts[largest] if left > 0 else 0.5 * have / sum(parts.values())
+        name, value = demand.bars_setting
+        if largest == "bars" and name == "start_date":
+            fix = f"choose a later start_date, so that {share:.0%} of the days are left"
+        elif largest == "bars":
+            fix = f"set {name} to {max(1, int(value * share))}"
         elif largest == "rollout":
             fix = f"set envs_per_gpu to {max(1, int(demand.envs_per_gpu * share))}"
-        elif largest == "segment":
+        elif largest == "activations" and self.micro_batch_segments > 1:
+            fix = f"set micro_batch_segments to {max(1, int(self.micro_batch_segments * share))}"
+        elif largest == "activations":
             fix = f"set horizon to {max(1, int(demand.horizon * share))}"
         else:
-            fix = f"set d_model to {int(demand.d_model * math.sqrt(share))} or less, a multiple of 2 x num_heads"
-            if demand.shares == 1:
+            fix = f"set d_model to {self._widest()}"
+            if demand.shares == 1 and place == "GPU":
                 fix += ", or with several GPUs parallel to fsdp"
-        return f"it needs {self}; the GPU has {_gib(self.memory_bytes or 0)}: {fix}"
+        return f"it needs {self}; the {place} has {_gib(have)}: {fix}"
+
+    def _widest(self) -> int:
+        """Return the widest model that fits, of as many layers and heads."""
+        step, room = 2 * self.demand.num_heads, USABLE * (self.memory_bytes or 0)
+        narrower = range(self.demand.d_model - step, step, -step)
+        plans = (replace(self, demand=self.demand.as_wide_as(width)) for width in narrower)
+        return next((each.demand.d_model for each in plans if each.needed_bytes <= room), step)
 
 
 def plan(demand: Demand, memory_bytes: int | None, micro_batch_segments: int | None = None) -> MemoryPlan:

@@ -25,6 +25,7 @@ LINUX = sys.platform == "linux"
 
 RUN_ID = "TRAIN_RUN_ID"  # environment variable that marks every process of a run
 SWEEP_SECONDS = 60.0  # a process inside the GPU driver may take that long to die of SIGKILL
+CGROUP = Path("/sys/fs/cgroup")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,6 +64,32 @@ def die_with_parent(supervisors_folder: Path | None = None) -> None:
         os._exit(1)
     else:
         os._exit(1)
+
+
+def memory_bytes() -> int | None:
+    """Return the memory that this machine, or the container around this process, has; None where nobody says."""
+    if sys.platform == "win32":
+        return _windows_memory_bytes()
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, second and first version
+        try:
+            limit = (CGROUP / name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            found = min(found, int(limit))
+    return found
+
+
+def _windows_memory_bytes() -> int | None:
+    # MEMORYSTATUSEX: its own length, load in percent, total and available physical memory, four more.
+    status = (ctypes.c_uint64 * 8)()
+    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined, unused-ignore]
+    return int(status[1]) if kernel.GlobalMemoryStatusEx(ctypes.byref(status)) else None
 
 
 def usable_cores() -> int:

@@ -16,8 +16,7 @@ from envs.market import Market
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from training import checkpoint
-
-NEVER_NS = 2**62  # the year 2116: no holdout
+from training.acting import NEVER_NS, Actor
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,11 @@ class TrainedPolicy:
     def env_config(self, num_envs: int) -> EnvConfig:
         """Say what the accounts are like, as they were in training unless the settings were changed."""
         return EnvConfig.from_settings(self.settings, num_envs)
+
+    @property
+    def actor(self) -> Actor:
+        """The policy at work on the newest bars."""
+        return Actor(self.policy, self.statistics, self.env_config(1))
 
     def market(self, bars: Sequence[Bars]) -> Market:
         """Put bars on the policy's device, scaled as in training; none of them is held out.

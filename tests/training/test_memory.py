@@ -111,8 +111,8 @@ def test_what_cannot_fit_is_refused_with_the_one_setting_to_change(changes: dict
         plan(replace(FULL, **changes), 8 * GIB)
     assert "the GPU has 8.0 GiB" in str(refusal.value) and "\n" not in str(refusal.value)
     if not changes:
-        width = int(str(refusal.value).split("d_model to ")[1].split()[0])
-        fitting = demand_of(Settings(d_model=width // 64 * 64), 2 * GIB, 1, bf16=True)
+        width = int(str(refusal.value).split("d_model to ")[1].split(",")[0])
+        fitting = demand_of(Settings(d_model=width), 2 * GIB, 1, bf16=True)
         assert plan(fitting, 8 * GIB).micro_batch_segments >= 1
 
 

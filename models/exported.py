@@ -1,0 +1,69 @@
+"""Exported policies: a folder with ``model.safetensors`` and ``card.json``. Nothing in it is ever run as code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from models.policy import Policy
+from models.transformer import TransformerConfig
+
+CARD, WEIGHTS = "card.json", "model.safetensors"
+FORMAT = 1
+
+
+class ExportError(ValueError):
+    """An exported folder cannot be used; the text says which file and why."""
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Read what an exported folder says of itself.
+
+    Raises:
+        ExportError: there is no card, it is damaged, or of another format.
+    """
+    path = folder / CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ExportError(f"{path} is damaged: it is no JSON; export again") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        found = card.get("format") if isinstance(card, dict) else type(card).__name__
+        raise ExportError(f"{path} has format {found}, this program reads {FORMAT}: export again")
+    return card
+
+
+def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
+    """Load the policy of an exported folder, ready for use; on a GPU in the precision of its training.
+
+    Raises:
+        ExportError: a file is missing or damaged, or the weights are of another network.
+    """
+    folder, device = Path(path), torch.device(device)
+    card = read_card(folder)
+    weights = folder / WEIGHTS
+    try:
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"{weights} cannot be read: {error.strerror}") from error
+    if digest != card["weights_sha256"]:
+        raise ExportError(f"{weights} is damaged: its SHA-256 is not the card's; export again")
+    sizes = card["model"]
+    bf16 = sizes["precision"] == "bf16" or (sizes["precision"] == "auto" and device.type == "cuda")
+    policy = Policy(
+        TransformerConfig(**sizes["trunk"]), sizes["num_account_features"], sizes["num_positions"], bf16
+    )
+    try:
+        policy.load_state_dict(load_file(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{weights} is of another network than its card says; export again") from error
+    return policy.to(device).eval()

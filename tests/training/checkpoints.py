@@ -1,0 +1,48 @@
+"""A checkpoint of random weights, as the training writes it, in a second."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continuous_training import Settings
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from tests.data_sources.loopback import ns
+from tests.envs.markets import market_of, walk
+from training import checkpoint
+
+NOW = ns("2026-11-20T12:00:31")
+PAIRS = ("BTCUSDT", "ETHUSDT")
+
+
+def untrained(folder: Path, **changes: Any) -> Path:
+    """Save a checkpoint of random weights, as the training writes it."""
+    settings = Settings(
+        sources=("binance",), binance_pairs=PAIRS, history_days=3, holdout_days=1, d_model=32, num_layers=1,
+        num_heads=4, context_bars=8, horizon=16, episode_bars=64, data_dir=str(folder / "data"),
+        log_dir=str(folder / "logs"),
+    )  # fmt: skip
+    settings = replace(settings, **changes)
+    market = market_of(walk("AAA", 3000))
+    torch.manual_seed(1)
+    trunk = TransformerConfig(market.num_features, 32, 1, 4, 25)
+    policy = Policy(trunk, 9, 3)
+    torch.nn.init.normal_(policy.head.logits.weight, std=0.5)
+    weights = {
+        "run": 1,
+        "epoch": 2,
+        "transitions": 2048,
+        "model": policy.state_dict(),
+        "model_config": {"trunk": asdict(trunk), "num_account_features": 9, "num_positions": 3},
+        "config": asdict(settings),
+        "symbols": list(PAIRS),
+        "features": market.statistics.state_dict(),
+        "data_fingerprint": "0123456789abcdef",
+        "data_cutoff_ns": NOW,
+        "metrics": {"exam/return_percent": 1.5, "ppo/kl": 0.01},
+    }
+    return checkpoint.save(folder / "checkpoints", weights, {}, keep=1)
