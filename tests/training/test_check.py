@@ -103,7 +103,7 @@ def of_source(source: str) -> Settings:
 
 def test_where_all_is_well_every_line_says_so(vendors: Vendors) -> None:
     found = lines()
-    assert {line.level for line in found} == {"OK"}
+    assert [line for line in found if line.level != "OK"] == []
     assert [line.topic for line in found] == [
         "settings", "folder", "checkpoint", "keys", "keys", "keys", "sources", "sources", "sources", "sources",
         "sources", "sources", "clock", "GPU", "memory", "disk", "disk", "versions",
