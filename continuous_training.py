@@ -26,7 +26,15 @@ from dotenv import load_dotenv
 from data_sources.lake import Lake
 from envs.market import Market
 from training import checkpoint, distributed, validation
-from training.assembly import holdout_start_ns, market_on_device, memory_plan, save, session_config, unlike
+from training.assembly import (
+    holdout_start_ns,
+    market_on_device,
+    memory_plan,
+    save,
+    session_config,
+    training_console,
+    unlike,
+)
 from training.background import BackgroundWriter
 from training.cli import Leave, checkpoint_command_from, command_from, complain
 from training.clock import Clock, Summary
@@ -50,7 +58,7 @@ from training.fresh_bars import agreed_stop, fresh_bars
 from training.memory import DoesNotFit
 from training.prefetch import Prefetch, refresh_ahead
 from training.session import Session
-from training.timing import Stopwatch
+from training.timing import Phases, Stopwatch
 
 MOST_ROLLBACKS = 3  # in one run
 STOCKS = tuple(
@@ -130,8 +138,12 @@ class Settings:
     seed: int = 0  # of weights, accounts and shuffles
     checkpoint_dir: str = "checkpoints"  # where checkpoints go, and where a start looks for the newest
     data_dir: str = "data_cache"  # the lake of downloaded bars
-    log_dir: str = "logs"  # metrics.jsonl
+    log_dir: str = "logs"  # metrics.jsonl, and the same for TensorBoard
     report_dir: str = "reports"  # what selftest writes
+    # --- what is shown ------------------------------------------------------------------------------------
+    dashboard: bool = True  # a live dashboard where the output is a terminal
+    log_level: Literal["debug", "info", "warning"] = "info"  # lines of this level and above are shown
+    prometheus_port: int | None = None  # the newest metrics on this port of 127.0.0.1, for Prometheus
 
     def __post_init__(self) -> None:
         validation.check(self)
@@ -176,7 +188,8 @@ def train(settings: Settings, control: Control) -> None:
         ranks = on_leaving.enter_context(distributed.start())
         on_leaving.enter_context(checkpoint.exclusive(Path(settings.checkpoint_dir), ranks.is_first))
         control.listen()
-        console = Console(Path(settings.log_dir) if ranks.is_first else None, control.beat)
+        console = on_leaving.enter_context(training_console(settings, ranks, control))
+        phases = Phases(console.phase)
         prefetch = on_leaving.enter_context(Prefetch(refresh_ahead(settings, ranks), console.warning))
         clock, saved = restored(settings, ranks, console)
         writer = on_leaving.enter_context(
@@ -191,10 +204,11 @@ def train(settings: Settings, control: Control) -> None:
         while not stopping:
             # once a run: new bars, same training (all ranks; rank 0 downloads)
             lake = Lake(Path(settings.data_dir), console)
-            data = fresh_bars(lake, settings, clock, ranks, control, console, prefetch)
-            if data is None:
-                break  # asked to stop while bars were loading
-            market = market_on_device(settings, data, session, saved, ranks)
+            with phases.during("data"):
+                data = fresh_bars(lake, settings, clock, ranks, control, console, prefetch)
+                if data is None:
+                    break  # asked to stop while bars were loading
+                market = market_on_device(settings, data, session, saved, ranks)
             clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data))
             if session is None:
                 session = new_session(settings, market, saved, ranks, console)
@@ -204,14 +218,17 @@ def train(settings: Settings, control: Control) -> None:
             fingerprint, data = data.fingerprint, None  # the bars are on the device
             session.learner.rate_scale = clock.rate_scale
             console.line(f"Run {clock.run}: epochs {clock.epoch + 1} to {settings.epochs}")
+            console.begin(settings, clock, f"{ranks.world_size} x {ranks.device.type}", control)
             exam = None  # of the weights as they are
 
             while clock.epoch < settings.epochs and not stopping:
                 watch = Stopwatch(ranks.device)
                 cost_scale = clock.cost_scale(settings.cost_ramp, settings.epochs)
+                phases.now("rollout")
                 rollout = session.collect(cost_scale, control.beat)  # one trunk forward, horizon steps
                 watch.mark()
                 stop_now = partial(agreed_stop, STOP_NOW, ranks, control)  # asked before every optimizer step
+                phases.now("update")
                 statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now, control.beat)
                 if statistics is None:  # stopped between two steps: the next start takes the others
                     stopping = True
@@ -230,8 +247,10 @@ def train(settings: Settings, control: Control) -> None:
                 saving = not is_lost and (due or stopping or ranks.any(writer.owes))
                 exam = None
                 if saving and not stop_now():
-                    exam = examiner.examine(session, clock, fingerprint, writer)
+                    with phases.during("evaluation"):
+                        exam = examiner.examine(session, clock, fingerprint, writer)
                     metrics |= exam.figures
+                metrics |= phases.figures()
                 console.epoch(metrics, settings.epochs)
                 console.lines(exam.lines if exam else [])
                 summary.count(metrics["rollout/reward_bps"])
@@ -241,7 +260,8 @@ def train(settings: Settings, control: Control) -> None:
                     break
                 if saving:  # all ranks hand in their state
                     stopping = stopping or stop_now()  # one that came during the exam, which was broken off
-                    save(settings, clock, session, fingerprint, metrics, writer, exam)
+                    with phases.during("checkpoint"):
+                        save(settings, clock, session, fingerprint, metrics, writer, exam)
                 control.progressed()
                 is_last = stopping or clock.run == settings.runs
                 prefetch.after_epoch(0 if is_last else settings.epochs - clock.epoch)

@@ -26,7 +26,10 @@ WITHOUT = {
 }
 # The one place of a library.
 ONLY_IN = {
-    "rich": {"training/console.py"},
+    "rich": {"training/console.py", "training/dashboard.py"},
+    "tensorboard": {"training/tensorboard.py"},
+    "pynvml": {"training/machine.py"},
+    "psutil": {"training/machine.py"},
     "typer": {"training/cli.py", "training/commands.py", "continuous_training.py"},
     "boto3": {"data_sources/polygon.py", "data_sources/polygon_files.py"},
     "yfinance": {"data_sources/yahoo.py"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from training import checkpoint, validation
 from training.background import BackgroundWriter
 from training.cli import Leave
 from training.clock import Clock
-from training.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING
+from training.console import Console
+from training.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, Control
 from training.distributed import Ranks
 from training.evaluation.examiner import Exam
 from training.learner import LearnerConfig
@@ -57,6 +59,14 @@ def holdout_start_ns(settings: Any, data: LoadedData) -> int:
     """Return where the newest ``holdout_days`` of bars begin: nothing that opens at or after it is trained on."""
     newest_ns = max(int(bars.open_time[-1]) for bars in data.bars)
     return newest_ns - settings.holdout_days * 86_400 * 10**9
+
+
+def training_console(settings: Any, ranks: Ranks, control: Control) -> Console:
+    """Make the console of a training: rank 0 tells and records, the others are quiet."""
+    folder = Path(settings.log_dir) if ranks.is_first else None
+    return Console(
+        folder, control.beat, log_level=settings.log_level, prometheus_port=settings.prometheus_port
+    )
 
 
 def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionConfig:

@@ -1,12 +1,11 @@
-"""The only place that prints. Rank 0 writes to the terminal and to ``metrics.jsonl``; other ranks are quiet.
+"""The only place that prints. Rank 0 writes to the terminal and records metrics; other ranks are quiet.
 
-On a terminal: colours, and progress bars while data load. Redirected or under nohup: plain ASCII lines. A
-terminal that goes away never ends the training.
+On a terminal: colours, progress bars while data load, then the dashboard. Redirected or under nohup: plain ASCII
+lines. A terminal that goes away never ends the training.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -23,9 +22,27 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from data_sources.bars import MINUTE_NS
 from data_sources.refresh import LoadedData
+from training import cockpit, health
+from training.clock import Clock
+from training.cockpit import Cockpit, Plan
+from training.control import STOP_AT_EPOCH_END, STOP_NOW, Control
+from training.dashboard import Painter
+from training.machine import Disk, Gauges, disk
+from training.screen import Screen
+from training.telemetry import Telemetry, recorded
+from training.validation import LOG_LEVELS
 
 Row = Mapping[str, Any]
+
+GAUGES_SECONDS = 1.0
+DISK_SECONDS = 10.0
+HEALTH_EPOCHS = 50  # that say what is usual
+STOPPING = {
+    STOP_AT_EPOCH_END: "Stopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.",
+    STOP_NOW: "Saving at the next safe point, then exit.",
+}
 # A redirected refresh tells where it is every so often, not at every file.
 PLAIN_PROGRESS_SECONDS = 15.0
 
@@ -50,14 +67,22 @@ class _Task:
             left = f", {seconds:.0f} s left"
         return f"{self.done:,}{total} {self.what}, {self.num_bytes / 1e6:.1f} MB{left}"
 
+    def shown(self, source: str) -> cockpit.Task:
+        """Return it as the dashboard shows it."""
+        return cockpit.Task(source, self.line(), self.done / self.total if self.total else None)
+
 
 class Console:
-    """Lines, tables, progress and metrics. Implements data_sources.progress.Progress.
+    """Lines, tables, progress, metrics and the dashboard. Implements data_sources.progress.Progress.
+
+    A context manager: on leaving, the terminal is given back and what is recorded is closed.
 
     Args:
-        log_dir: where ``metrics.jsonl`` grows; None for ranks that neither print nor record.
+        log_dir: where metrics are recorded; None for ranks that neither print nor record.
         on_activity: called with every sign of life, for a watchdog.
         to_stderr: leave standard output to ``emit``.
+        log_level: one of LOG_LEVELS; less urgent lines are not shown.
+        prometheus_port: where the newest metrics can be asked for; None: nowhere.
     """
 
     def __init__(
@@ -65,28 +90,53 @@ class Console:
         log_dir: Path | None,
         on_activity: Callable[[], None] | None = None,
         to_stderr: bool = False,
+        log_level: str = "info",
+        prometheus_port: int | None = None,
     ) -> None:
         self.quiet = log_dir is None
-        self.metrics_path = log_dir / "metrics.jsonl" if log_dir else None
+        self._log_dir = log_dir
         self._on_activity = on_activity or (lambda: None)
+        self._level = LOG_LEVELS.index(log_level)
         # Redirected, tables may be wide, and a line stays one line however long it is.
-        stream = sys.stderr if to_stderr else sys.stdout
-        width = None if stream.isatty() else 200
+        self._stream = sys.stderr if to_stderr else sys.stdout
+        width = None if self._stream.isatty() else 200
         self._rich = RichConsole(highlight=False, width=width, stderr=to_stderr)
         self._bars: Progress | None = None
         self._tasks: dict[str, _Task] = {}
         self._lock = threading.Lock()
         self._data_shown = False
+        self._cockpit = Cockpit()
+        self._screen: Screen | None = None
+        self._watch = health.Watch()
+        self._telemetry = Telemetry(log_dir, prometheus_port, self.warning) if log_dir else None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave_screen()
+        if self._telemetry:
+            self._telemetry.close()
 
     # ------------------------------------------------------------------------------------------ lines
 
-    def line(self, text: str, style: str = "") -> None:
-        """Print one line."""
-        self._print(escape(text), style=style)
+    def line(self, text: str, style: str = "", level: str = "info") -> None:
+        """Print one line, unless its level is below that of the console."""
+        self._on_activity()
+        if LOG_LEVELS.index(level) < self._level or self.quiet:
+            return
+        on_screen = self._on_screen()
+        self._cockpit.line(text, is_warning=level == "warning")
+        if on_screen:
+            return
+        if self._rich.is_terminal:
+            self._print(escape(text), style)
+        else:
+            self._print(escape(text.encode("ascii", "backslashreplace").decode()))
 
     def warning(self, text: str) -> None:
         """Print one line that asks for attention."""
-        self._print(escape(f"Warning: {text}"), style="yellow")
+        self.line(f"Warning: {text}", "yellow", "warning")
 
     def lines(self, texts: Iterable[str]) -> None:
         """Print several lines."""
@@ -104,6 +154,9 @@ class Console:
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """Print a table; numbers to the right."""
+        if self._on_screen():
+            self.line(title)
+            return
         table = Table(
             title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, header_style="bold"
         )
@@ -132,6 +185,7 @@ class Console:
             for row in data.rows
             if not row.dropped
         ]
+        self._cockpit.sources(*_newest(data))
         title = f"{len(rows)} symbols, {sum(map(len, data.bars)):,} bars, data {data.fingerprint}"
         if rows and not self._data_shown:
             self.table(title, columns, rows)
@@ -157,9 +211,57 @@ class Console:
             one_line = isinstance(thing, str) and not self._rich.is_terminal
             self._rich.print(thing, style=style, soft_wrap=one_line)
         except OSError:
-            # The terminal or the pipe is gone. Training goes on; metrics.jsonl still tells.
-            self.quiet = True
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - for the rest of its life
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        """The terminal or the pipe is gone. Training goes on; metrics.jsonl still tells."""
+        self.quiet = True
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - for the rest of its life
+
+    # -------------------------------------------------------------------------------------- dashboard
+
+    def begin(self, settings: Any, clock: Clock, device: str, control: Control) -> None:
+        """Begin a run; on a terminal the dashboard opens with the first one, unless it is not wanted."""
+        if self._log_dir is None:
+            return
+        history: list[Row] = []
+        if not self._cockpit.recent():  # a start that goes on shows what was before
+            history = list(recorded(self._log_dir, cockpit.KEPT_EPOCHS, clock.transitions))
+        self._cockpit.begin(clock.run, clock.epoch, clock.transitions, history)
+        is_able = self._stream.isatty() and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
+        if not settings.dashboard or self.quiet or self._screen or not is_able:
+            return
+        self._cockpit.plan = Plan(settings.epochs, settings.runs, settings.checkpoint_every, device)
+        self._cockpit.stopping = lambda: STOPPING.get(control.stop_level, "")
+        draw = _Drawing(self._cockpit, Painter(self._rich), Path(settings.checkpoint_dir))
+        self._screen = Screen(self._stream, draw, self._cockpit.changed, control.screen)
+        try:
+            self._screen.open()
+        except OSError:
+            self._fall_silent()
+
+    def phase(self, name: str) -> None:
+        """Show on the dashboard what the training does now."""
+        self._cockpit.phase(name)
+
+    def _on_screen(self) -> bool:
+        """Tell whether the dashboard is up; one that has died gives the terminal back first."""
+        if self._screen is not None and not self._screen.is_on:
+            self._leave_screen()
+        return self._screen is not None
+
+    def _leave_screen(self) -> None:
+        """Give the terminal back, with all that was told meanwhile."""
+        screen, self._screen = self._screen, None
+        if screen is None:
+            return
+        try:
+            screen.close()
+        except OSError:
+            self._fall_silent()
+        for line in self._cockpit.view().lines:
+            if line.at > screen.opened:
+                self._print(escape(line.text), "yellow" if line.is_warning else "")
 
     # --------------------------------------------------------------------------------------- progress
 
@@ -168,7 +270,9 @@ class Console:
         with self._lock:
             old = self._tasks.pop(source, None)
             task = self._tasks[source] = _Task(what, total)
-            if self._rich.is_terminal and not self.quiet:
+            if self._screen is not None:
+                self._cockpit.task(source, task.shown(source))
+            elif self._rich.is_terminal and not self.quiet:
                 if self._bars is None:
                     self._bars = Progress(
                         TextColumn("{task.description:<10}"),
@@ -194,7 +298,9 @@ class Console:
                 return
             task.done += units
             task.num_bytes += num_bytes
-            if self._bars is not None and task.bar is not None:
+            if self._screen is not None:
+                self._cockpit.task(source, task.shown(source))
+            elif self._bars is not None and task.bar is not None:
                 self._bars.update(task.bar, completed=task.done, megabytes=task.num_bytes / 1e6)
             elif time.monotonic() - task.told > PLAIN_PROGRESS_SECONDS:
                 task.told = time.monotonic()
@@ -206,6 +312,7 @@ class Console:
         """Take the source's bar away and say how it went."""
         with self._lock:
             task = self._tasks.pop(source, None)
+            self._cockpit.task(source, None)
             if self._bars is not None and task is not None and task.bar is not None:
                 self._bars.remove_task(task.bar)
             if self._bars is not None and not self._tasks:
@@ -220,49 +327,89 @@ class Console:
     # ---------------------------------------------------------------------------------------- metrics
 
     def epoch(self, metrics: Row, epochs: int) -> None:
-        """Print the line of one epoch and append its metrics to ``metrics.jsonl``."""
+        """Record one epoch's metrics and tell them: a line, or the dashboard; what is newly wrong is a warning."""
+        if self.quiet and self._telemetry is None:
+            self._on_activity()
+            return
         self.record(metrics)
-        parts = [
-            f"run {metrics['run']} epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}",
-            f"reward {metrics['rollout/reward_bps']:+.3f} bp/bar",
-            f"return {metrics['rollout/episode_return_percent']:+.2f}%",
-            f"loss {metrics['loss/policy']:+.4f}/{metrics['loss/value']:.4f}",
-            f"kl {metrics['ppo/approx_kl']:.4f}",
-            f"clip {metrics['ppo/clip_fraction']:.2f}",
-            f"entropy {metrics['loss/entropy']:.3f}",
-            f"ev {metrics['ppo/explained_variance']:+.2f}",
-            f"{metrics['perf/transitions_per_second']:,.0f} transitions/s",
-            f"{metrics['perf/episodes_per_second']:.1f} episodes/s",
-            f"mfu {metrics['perf/mfu']:.0%}",
-        ]
-        if "gpu/utilization_percent" in metrics:
-            parts.append(f"gpu {metrics['gpu/utilization_percent']:.0f}% {metrics['gpu/memory_gb']:.1f} GB")
-        self.line("  ".join(parts))
-        if metrics["ppo/skipped_steps"] > 0:
-            skipped = f"{metrics['ppo/skipped_steps']:.0f} optimizer steps were skipped"
-            self.warning(f"{skipped}: their gradient was not finite")
+        found = health.findings([*self._cockpit.recent()[-HEALTH_EPOCHS:], metrics])
+        self._cockpit.epoch(metrics, found)
+        new = self._watch.new(found)
+        if self._on_screen():
+            self._on_activity()
+            for finding in new:  # the figures are on the dashboard, and what is wrong for as long as it is
+                self._cockpit.line(str(finding))
+            return
+        self.line(_line_of(metrics, epochs))
+        self.line("  ".join(f"{k}={_short(v)}" for k, v in metrics.items() if "/" in k), level="debug")
+        for finding in new:
+            self.warning(str(finding))
 
     def record(self, metrics: Row) -> None:
-        """Append one JSON object to ``metrics.jsonl``; a full disk is a warning, not an end."""
-        if self.metrics_path is None:
-            return
-        # JSON has no word for what is not finite, and most readers refuse Python's.
-        told = {name: value if _is_finite(value) else None for name, value in metrics.items()}
-        stamped = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **told}
-        try:
-            self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(stamped, allow_nan=False) + "\n")
-        except OSError as error:
-            self.warning(f"{self.metrics_path} was not written: {error.strerror}")
+        """Keep one epoch's figures where programs read them."""
+        if self._telemetry:
+            self._telemetry.record(metrics)
+
+
+def _line_of(metrics: Row, epochs: int) -> str:
+    parts = [
+        f"run {metrics['run']} epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}",
+        f"reward {metrics['rollout/reward_bps']:+.3f} bp/bar",
+        f"return {metrics['rollout/episode_return_percent']:+.2f}%",
+        f"loss {metrics['loss/policy']:+.4f}/{metrics['loss/value']:.4f}",
+        f"kl {metrics['ppo/approx_kl']:.4f}",
+        f"clip {metrics['ppo/clip_fraction']:.2f}",
+        f"entropy {metrics['loss/entropy']:.3f}",
+        f"ev {metrics['ppo/explained_variance']:+.2f}",
+        f"{metrics['perf/transitions_per_second']:,.0f} transitions/s",
+        f"{metrics['perf/episodes_per_second']:.1f} episodes/s",
+        f"mfu {metrics['perf/mfu']:.0%}",
+    ]
+    if "gpu/utilization_percent" in metrics:
+        parts.append(f"gpu {metrics['gpu/utilization_percent']:.0f}% {metrics['gpu/memory_gb']:.1f} GB")
+    return "  ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+class _Drawing:
+    """Looks at the machine now and then, and paints the cockpit; called by the screen's thread alone."""
+
+    def __init__(self, cockpit: Cockpit, painter: Painter, checkpoint_dir: Path) -> None:
+        self._cockpit = cockpit
+        self._painter = painter
+        self._checkpoint_dir = checkpoint_dir
+        self._gauges: Gauges | None = None
+        self._disk = Disk()
+        self._read = self._read_disk = -math.inf
+
+    def __call__(self, width: int, height: int) -> list[str]:
+        now = time.monotonic()
+        if now - self._read >= GAUGES_SECONDS:
+            if now - self._read_disk >= DISK_SECONDS:
+                self._disk, self._read_disk = disk(self._checkpoint_dir), now
+            self._gauges = self._gauges or Gauges()
+            self._cockpit.gauges(self._gauges.read(), self._disk)
+            self._read = now
+        return self._painter(self._cockpit.view(), width, height)
+
+
+def _newest(data: LoadedData) -> tuple[dict[str, int], dict[str, int]]:
+    """Return, by source, the end of its newest bar and how many symbols it has bars of."""
+    newest: dict[str, int] = {}
+    symbols: dict[str, int] = {}
+    for row in data.rows:
+        for each in () if row.dropped else row.by_source:
+            if each.last_ns is not None:
+                newest[each.source] = max(newest.get(each.source, 0), each.last_ns + MINUTE_NS)
+                symbols[each.source] = symbols.get(each.source, 0) + 1
+    return newest, symbols
 
 
 def _utc(time_ns: int | None, form: str) -> str:
     return "" if time_ns is None else datetime.fromtimestamp(time_ns // 10**9, UTC).strftime(form)
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _is_number(text: str) -> bool:

@@ -1,8 +1,9 @@
-"""The folder through which the supervisor and its workers talk: four small files, no sockets, no signals.
+"""The folder through which the supervisor and its workers talk: five small files, no sockets, no signals.
 
 * ``stop``: one byte, supervisor to workers: 0 run, 1 stop at the end of the epoch, 2 at the next safe point
 * ``heartbeat``: its time of change says that the workers live (LOCAL_RANK 0 of each machine, once a second)
 * ``progress``: its time of change says that an epoch is finished (LOCAL_RANK 0)
+* ``screen``: one byte, 1 while a worker's dashboard has the terminal; the supervisor gives back what the dead left
 * ``exit_code``: what the workers mean to end with, as text; torchrun does not pass it on reliably
 
 All exist, with content, before a worker starts, and are written over in place: that works on a full disk,
@@ -24,6 +25,7 @@ from threading import Event, Thread
 from types import FrameType
 
 from training.platform_specific import die_with_parent, hold_folder
+from training.screen import LEAVE
 
 CONTROL_DIR = "CONTROL_DIR"
 
@@ -47,7 +49,8 @@ KEY_BOUNCE_SECONDS = (
     1.0  # a second Ctrl+C within it is the same one: a bouncing key, or a launcher that repeats it
 )
 
-_STOP, _HEARTBEAT, _PROGRESS, _EXIT_CODE = "stop", "heartbeat", "progress", "exit_code"
+_STOP, _HEARTBEAT, _PROGRESS, _SCREEN = "stop", "heartbeat", "progress", "screen"
+_EXIT_CODE = "exit_code"
 _NO_CODE = b"none"
 
 
@@ -62,7 +65,7 @@ class SupervisorControl:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="continuous_training_"))
         self._held = hold_folder(self.folder)
-        for name in (_STOP, _HEARTBEAT, _PROGRESS):
+        for name in (_STOP, _HEARTBEAT, _PROGRESS, _SCREEN):
             (self.folder / name).write_bytes(b"0")
         (self.folder / _EXIT_CODE).write_bytes(_NO_CODE)
 
@@ -87,6 +90,12 @@ class SupervisorControl:
         text = (self.folder / _EXIT_CODE).read_bytes().strip()
         return int(text) if text.isdigit() else None
 
+    def screen_is_left(self) -> bool:
+        """Tell, once, whether a worker that is dead now had the terminal."""
+        taken = (self.folder / _SCREEN).read_bytes() == b"1"
+        _overwrite(self.folder / _SCREEN, b"0")
+        return taken
+
     def heartbeat(self) -> int:
         """Return a number that changes with every sign of life. No time of day: clocks may jump."""
         return (self.folder / _HEARTBEAT).stat().st_mtime_ns
@@ -110,6 +119,7 @@ class Control:
         self._first_signal = 0.0
         self._last_beat = -1.0
         self.has_progressed = False  # an epoch was finished since the start
+        self._screen_taken = False
         if self.folder is not None:
             die_with_parent(self.folder)
             # It came ignored from the supervisor. torchrun ends the other ranks of a broken group with
@@ -172,6 +182,12 @@ class Control:
         self.has_progressed = True
         self._touch(_PROGRESS)
 
+    def screen(self, taken: bool) -> None:
+        """Tell that the dashboard takes the terminal, or has given it back."""
+        self._screen_taken = taken
+        if self.folder is not None:
+            _overwrite(self.folder / _SCREEN, b"1" if taken else b"0")
+
     def leave(self, code: int) -> None:
         """Say which exit code is meant, just before leaving with it."""
         if self.folder is not None:
@@ -192,6 +208,8 @@ class Control:
         # Only a flag: no I/O and no collective belongs into a handler.
         now = time.monotonic()
         if number == signal.SIGINT and self._signalled and now - self._first_signal > KEY_BOUNCE_SECONDS:
+            if self._screen_taken:
+                os.write(1, LEAVE.encode())
             os._exit(EXIT_ABORTED)
         self._first_signal = self._first_signal or now
         self._signalled = max(self._signalled, STOP_AT_EPOCH_END if number == signal.SIGINT else STOP_NOW)

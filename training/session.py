@@ -19,8 +19,10 @@ from training.clock import Clock
 from training.compilation import compile_trunk, rehearse
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
+from training.machine import gpu_figures
 from training.memory import DoesNotFit, MemoryPlan
 from training.parallel import Shares
+from training.plasticity import fixed_batch, plasticity
 from training.rollout import Rollout, collect
 from training.timing import Stopwatch, matmul_rate
 
@@ -233,9 +235,10 @@ class Session:
             * self.flops_per_transition()
             / (seconds * self._matmul_rate * self.ranks.world_size),
         }
+        if self.ranks.is_first and not isinstance(self.learner.parallel, Shares):  # a share tells nothing alone
+            figures |= plasticity(self.policy, fixed_batch(self.env.market))
         if self.ranks.device.type == "cuda":
-            figures["gpu/utilization_percent"] = torch.cuda.utilization(self.ranks.device)
-            figures["gpu/memory_gb"] = torch.cuda.max_memory_allocated(self.ranks.device) / 1e9
+            figures |= gpu_figures(self.ranks.device)
         return figures
 
     def checkpoint(self, clock: Clock) -> tuple[dict[str, Any], dict[str, Any]]:

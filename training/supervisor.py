@@ -40,6 +40,7 @@ from training.control import (
 )
 from training.launch import Launch, program_environment
 from training.platform_specific import WINDOWS, Processes
+from training.screen import LEAVE
 
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
 EXIT_GAVE_UP = 1
@@ -134,9 +135,16 @@ class Supervisor:
             code = self._train() if refusal is None else refusal
         finally:
             stuck = self._processes.sweep()
+            self._restore_terminal()
             if stuck:
                 say(f"These processes of the training do not die, look at the GPU driver: {stuck}")
         return code
+
+    def _restore_terminal(self) -> None:
+        """Give the terminal back where a dashboard died with it."""
+        if self._control.screen_is_left() and sys.stdout.isatty():
+            with contextlib.suppress(OSError, ValueError):
+                print(LEAVE, end="", flush=True)
 
     def _refused(self) -> int | None:
         """Let one process read the settings, so that a mistake is told once and not by every rank."""
@@ -167,6 +175,7 @@ class Supervisor:
                 return self._watch()
             except GroupDiedError as death:
                 stuck = self._processes.sweep()
+                self._restore_terminal()
                 crashes = 1 if self._control.progress() != progress else crashes + 1
                 if self._stop.level and self._control.heartbeat() == heartbeat:
                     say("Stopped before the training went on.")
@@ -200,6 +209,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
             if self._stop.aborted:
                 self._processes.sweep()
+                self._restore_terminal()
                 say("Aborted. The newest checkpoint on disk is whole.")
                 return EXIT_ABORTED
             self._pass_on_stop()

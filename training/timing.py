@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +31,44 @@ class Stopwatch:
         if self._cuda:
             self._marks[-1].synchronize()  # type: ignore[union-attr]
         return [_between(a, b) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+class Phases:
+    """How long training waits for what is neither rollout nor update, by the host's clock.
+
+    Args:
+        tell: told which phase begins, for whoever watches.
+    """
+
+    NAMES = ("data", "evaluation", "checkpoint")
+
+    def __init__(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        self._tell = tell
+        self._seconds = dict.fromkeys(self.NAMES, 0.0)
+        self._told = time.perf_counter()
+
+    def now(self, name: str) -> None:
+        """Say that a phase begins whose time is measured elsewhere, on the device."""
+        self._tell(name)
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Measure one of ``NAMES``."""
+        self._tell(name)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - began
+
+    def figures(self) -> dict[str, float]:
+        """Return the seconds of each since the last call, and of everything (``perf/epoch_seconds``)."""
+        now = time.perf_counter()
+        figures = {f"perf/{name}_seconds": seconds for name, seconds in self._seconds.items()}
+        figures["perf/epoch_seconds"] = now - self._told
+        self._seconds = dict.fromkeys(self.NAMES, 0.0)
+        self._told = now
+        return figures
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -16,6 +16,7 @@ COMPILE = ("auto", "on", "off")
 PARALLEL = ("ddp", "fsdp")
 ADVANTAGES = ("hindsight", "gae")
 PRECISIONS = ("auto", "bf16", "fp32")
+LOG_LEVELS = ("debug", "info", "warning")
 # A year needs a number to be compared with: earlier bars exist nowhere among the sources.
 FIRST_DATE = date(2003, 1, 1)
 
@@ -95,6 +96,10 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
     for name in ("runs", "micro_batch_segments"):
         value = getattr(s, name)
         yield name, value is None or value >= 1, "must be 1 or more, or not set"
+
+    port = s.prometheus_port
+    yield "prometheus_port", port is None or 1 <= port <= 65_535, "must be 1 to 65535, or not set"
+    yield "log_level", s.log_level in LOG_LEVELS, f"must be one of: {', '.join(LOG_LEVELS)}"
 
     sources = ", ".join(SOURCES)
     unknown = [source for source in s.sources if source not in SOURCES]
