@@ -100,8 +100,12 @@ class Start:
 
     @property
     def output(self) -> str:
-        text = self._log.read_bytes().decode().replace("\r", "")
-        return CONTROL_SEQUENCE.sub("", text)
+        return CONTROL_SEQUENCE.sub("", self.raw.replace("\r", ""))
+
+    @property
+    def raw(self) -> str:
+        """What a terminal would get; the newest character may not have arrived as a whole."""
+        return self._log.read_bytes().decode(errors="replace")
 
     @property
     def lines(self) -> list[str]:
