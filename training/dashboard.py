@@ -15,6 +15,8 @@ from rich.console import Console as RichConsole
 from rich.text import Text
 
 from training.cockpit import View
+from training.figures import age, clock, size, sparkline
+from training.health import HOTTEST_CELSIUS
 from training.machine import Gpu
 
 TWO_COLUMNS = 76
@@ -255,7 +257,7 @@ class _Page:
         if gpu.power is not None:
             told.append((f"{gpu.power:.0f} W", ""))
         if gpu.temperature is not None:
-            told.append((f"{gpu.temperature:.0f} C", WARNING if gpu.temperature > HOTTEST else ""))
+            told.append((f"{gpu.temperature:.0f} C", WARNING if gpu.temperature > HOTTEST_CELSIUS else ""))
         rest = Text("  ").join(Text(text, style) for text, style in told)
         room = width - LABEL - VALUE - 4 - rest.cell_len
         if room >= 4 and gpu.utilization is not None:
@@ -311,7 +313,7 @@ class _Page:
             if lines and lines[-1].cell_len + len(self.glyphs.dot) + part.cell_len <= self.width:
                 lines[-1].append(self.glyphs.dot, DIM).append_text(part)
             else:
-                lines.append(part.copy())
+                lines.append(Text().append_text(part))
         return lines
 
 
@@ -348,58 +350,6 @@ SPEED = (
     Figure("perf/episodes_per_second", "episodes/s", "{:,.1f}".format),
     Figure("perf/mfu", "MFU", "{:.0%}".format),
 )
-HOTTEST = 85.0
-
-
-def sparkline(values: Sequence[float | None], width: int, levels: str) -> str:
-    """Draw values as one line of at most ``width`` characters; means where there are more; gaps stay empty."""
-    if width < 1 or not values:
-        return ""
-    groups = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
-    if len(values) <= width:
-        groups = [[value] for value in values]
-    means: list[float | None] = []
-    for group in groups:
-        known = [value for value in group if value is not None]
-        means.append(sum(known) / len(known) if known else None)
-    known = [mean for mean in means if mean is not None]
-    if not known:
-        return ""
-    low, span = min(known), max(known) - min(known)
-    top = len(levels) - 1
-    return "".join(
-        " " if mean is None else levels[round((mean - low) / span * top) if span else 0] for mean in means
-    )
-
-
-def clock(seconds: float | None) -> str:
-    """Tell seconds as 0:07, 12:30, 5:01:02 or 3 d 04:05."""
-    if seconds is None:
-        return "?"
-    whole = max(0, round(seconds))
-    days, rest = divmod(whole, 86_400)
-    hours, rest = divmod(rest, 3_600)
-    minutes, rest = divmod(rest, 60)
-    if days:
-        return f"{days} d {hours:02d}:{minutes:02d}"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def age(seconds: float) -> str:
-    """Tell how old something is, in one unit."""
-    for unit, length, most in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
-        if seconds < most:
-            return f"{max(0.0, seconds) / length:.0f} {unit}"
-    return f"{seconds / 86_400:,.0f} days"
-
-
-def size(num_bytes: float) -> str:
-    """Tell bytes in a unit that leaves up to three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1_000
-    return f"{num_bytes:,.3g} TB"
 
 
 def _stacked(sections: list[Section], width: int, height: int, glyphs: Glyphs) -> list[Text]:

@@ -31,7 +31,8 @@ from tests.training.nvml import Nvml
 from tests.training.test_health import HEALTHY
 from training import health
 from training.cockpit import Cockpit, Plan, Task, View
-from training.dashboard import ASCII, UNICODE, Painter, age, clock, render, size, sparkline
+from training.dashboard import ASCII, UNICODE, Painter, render
+from training.figures import age, clock, size, sparkline
 from training.machine import Disk, Gauges
 from training.screen import ENTER, LEAVE
 
