@@ -90,9 +90,13 @@ class SupervisorControl:
         text = (self.folder / _EXIT_CODE).read_bytes().strip()
         return int(text) if text.isdigit() else None
 
+    def screen_is_taken(self) -> bool:
+        """Tell whether a worker's dashboard has the terminal."""
+        return (self.folder / _SCREEN).read_bytes() == b"1"
+
     def screen_is_left(self) -> bool:
         """Tell, once, whether a worker that is dead now had the terminal."""
-        taken = (self.folder / _SCREEN).read_bytes() == b"1"
+        taken = self.screen_is_taken()
         _overwrite(self.folder / _SCREEN, b"0")
         return taken
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from data_sources.locking import try_lock
 
@@ -177,8 +178,12 @@ class Processes:
         if sys.platform == "win32":
             self._job = _Job()
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], errors: BinaryIO | None = None
+    ) -> None:
         """Start one process with exactly this environment plus the run's mark.
+
+        ``errors``: its standard error; None: ours.
 
         Raises:
             OSError: the system cannot start it.
@@ -189,6 +194,7 @@ class Processes:
                 command,
                 env=marked,
                 stdin=subprocess.DEVNULL,
+                stderr=errors,
                 creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,  # the console's Ctrl+C does not reach it
             )
             self._job.add(child)
@@ -197,6 +203,7 @@ class Processes:
                 command,
                 env=marked,
                 stdin=subprocess.DEVNULL,
+                stderr=errors,
                 start_new_session=True,
                 preexec_fn=_child_setup(os.getpid()),  # the supervisor has one thread, so this is safe
             )

@@ -38,6 +38,7 @@ from training.control import (
     STOP_NOW,
     SupervisorControl,
 )
+from training.held_errors import HeldErrors, are_wanted
 from training.launch import Launch, program_environment
 from training.platform_specific import WINDOWS, Processes
 from training.screen import LEAVE
@@ -111,12 +112,17 @@ class Supervisor:
         stop: StopWish,
         control: SupervisorControl,
         worker: Sequence[str],
+        errors: HeldErrors | None = None,
     ) -> None:
-        """``worker`` is the command line after python: the script, its command, and the user's flags."""
+        """``worker`` is the command line after python: the script, its command, and the user's flags.
+
+        ``errors``: what the workers write to standard error, held while their dashboard has the terminal.
+        """
         self._launch = launch
         self._limits = limits
         self._stop = stop
         self._control = control
+        self._errors = errors
         self._script, _, *self._flags = worker
         self._worker = worker
         self._processes = Processes(run_id=control.folder.name)
@@ -141,10 +147,12 @@ class Supervisor:
         return code
 
     def _restore_terminal(self) -> None:
-        """Give the terminal back where a dashboard died with it."""
+        """Give the terminal back where a dashboard died with it, and show what it would have hidden."""
         if self._control.screen_is_left() and sys.stdout.isatty():
             with contextlib.suppress(OSError, ValueError):
                 print(LEAVE, end="", flush=True)
+        if self._errors is not None:
+            self._errors.show()
 
     def _refused(self) -> int | None:
         """Let one process read the settings, so that a mistake is told once and not by every rank."""
@@ -170,7 +178,8 @@ class Supervisor:
             progress, heartbeat = self._control.progress(), self._control.heartbeat()
             self._control.forget_exit_code()
             for command, additions in self._launch.commands(self._worker):
-                self._processes.start(command, self._environment | additions)
+                errors = self._errors.file if self._errors else None
+                self._processes.start(command, self._environment | additions, errors)
             try:
                 return self._watch()
             except GroupDiedError as death:
@@ -213,6 +222,8 @@ class Supervisor:
                 say("Aborted. The newest checkpoint on disk is whole.")
                 return EXIT_ABORTED
             self._pass_on_stop()
+            if self._errors is not None and not self._control.screen_is_taken():
+                self._errors.show()
             codes = self._processes.exit_codes()
             if any(codes) or None not in codes:
                 return self._verdict(codes)
@@ -265,8 +276,10 @@ def main(arguments: Sequence[str], *, script: Path = SCRIPT, limits: Limits | No
         say(str(error))
         return EXIT_SETTING
     try:
-        with SupervisorControl() as control:
-            return Supervisor(launch, limits, stop, control, [str(script), "train", *flags]).run()
+        with SupervisorControl() as control, contextlib.ExitStack() as on_leaving:
+            errors = on_leaving.enter_context(HeldErrors(control.folder)) if are_wanted() else None
+            worker = [str(script), "train", *flags]
+            return Supervisor(launch, limits, stop, control, worker, errors).run()
     except OSError as error:
         say(f"The training cannot be started or watched: {error}")
         return EXIT_GAVE_UP

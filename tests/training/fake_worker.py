@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from training.control import STOP_NOW, Control
+from training.screen import ENTER
 
 FOLDER = Path(os.environ["FAKE_FOLDER"])
 EPOCHS = FOLDER / "epochs"
@@ -43,6 +44,12 @@ def mishap(control: Control, now: str) -> None:
     ):  # says what it means to end with, and ends otherwise, as under torchrun
         control.leave(int(MISHAP_DETAIL.split()[1]))
         sys.exit(1)
+    if MISHAP_DETAIL == "screen":  # dies under its dashboard, with a last word
+        control.screen(True)
+        sys.stdout.write(ENTER)
+        sys.stdout.flush()
+        os.write(2, b"Traceback: why\n")
+        os._exit(9)
     if MISHAP_DETAIL == "sleep":
         time.sleep(600)
     sys.exit(int(MISHAP_DETAIL))

@@ -1,5 +1,6 @@
 """The supervisor with real processes, signals and a terminal; the worker is tests/training/fake_worker.py."""
 
+import contextlib
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from training.launch import Launch, count_gpus
+from training.screen import ENTER, LEAVE
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
 
@@ -149,6 +151,26 @@ def test_ctrl_c_in_a_terminal_reaches_the_supervisor_only(daemon):
     _, status = os.waitpid(run.process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert run.log().count("start rank=0") == 1 and "epoch end rank=0" in run.log()
+
+
+def written_to(terminal: int) -> str:
+    """Read a terminal until nobody has it any more."""
+    written = b""
+    with contextlib.suppress(OSError):  # how Linux tells the end of a terminal
+        while part := os.read(terminal, 65_536):
+            written += part
+    return written.decode(errors="replace")
+
+
+def test_the_last_word_of_a_worker_outlives_its_dashboard(daemon):
+    run = daemon(MISHAP="step:screen", limits={"crashes": 2}).start_in_terminal()
+    written = written_to(run.terminal)
+    os.waitpid(run.process.pid, 0)
+    assert written.count(ENTER) == written.count(LEAVE) == written.count("Traceback: why") == 2
+    first, second, rest = written.split(LEAVE)
+    assert "Traceback" not in first and ENTER in first
+    assert second.index("Traceback: why") < second.index("Training died") < second.index(ENTER)
+    assert "Traceback: why" in rest and run.has_left_nothing()
 
 
 def test_a_closed_terminal_saves_at_the_next_safe_point(daemon):
