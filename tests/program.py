@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,15 @@ def checkpoint(folder: Path, name: str) -> dict[str, Any]:
 
 def names_of(folder: Path) -> set[str]:
     return {path.name for path in (folder / "checkpoints").glob("*.pt")}
+
+
+def written_to(terminal: int) -> str:
+    """Read a terminal until nobody has it any more."""
+    written = b""
+    with suppress(OSError):  # how Linux tells the end of a terminal
+        while part := os.read(terminal, 65_536):
+            written += part
+    return written.decode(errors="replace")
 
 
 def is_same(one: Any, other: Any) -> bool:

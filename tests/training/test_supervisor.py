@@ -1,6 +1,5 @@
 """The supervisor with real processes, signals and a terminal; the worker is tests/training/fake_worker.py."""
 
-import contextlib
 import json
 import os
 import pty
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.program import written_to
 from training.launch import Launch, count_gpus
 from training.screen import ENTER, LEAVE
 
@@ -151,15 +151,6 @@ def test_ctrl_c_in_a_terminal_reaches_the_supervisor_only(daemon):
     _, status = os.waitpid(run.process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert run.log().count("start rank=0") == 1 and "epoch end rank=0" in run.log()
-
-
-def written_to(terminal: int) -> str:
-    """Read a terminal until nobody has it any more."""
-    written = b""
-    with contextlib.suppress(OSError):  # how Linux tells the end of a terminal
-        while part := os.read(terminal, 65_536):
-            written += part
-    return written.decode(errors="replace")
 
 
 def test_the_last_word_of_a_worker_outlives_its_dashboard(daemon):
