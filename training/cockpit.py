@@ -31,6 +31,7 @@ class Plan:
     epochs: int  # per run
     runs: int | None
     checkpoint_every: int
+    keep_checkpoints: int
     device: str  # such as "4 x cuda"
 
 
@@ -139,7 +140,7 @@ class Cockpit:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan = Plan(1, None, 1, "")
+        self.plan = Plan(1, None, 1, 1, "")
         self.stopping: Callable[[], str] = lambda: ""
         self.changed = threading.Event()
         self._lock = threading.Lock()

@@ -231,7 +231,9 @@ class Console:
         is_able = self._stream.isatty() and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
         if not settings.dashboard or self.quiet or self._screen or not is_able:
             return
-        self._cockpit.plan = Plan(settings.epochs, settings.runs, settings.checkpoint_every, device)
+        self._cockpit.plan = Plan(
+            settings.epochs, settings.runs, settings.checkpoint_every, settings.keep_checkpoints, device
+        )
         self._cockpit.stopping = lambda: STOPPING.get(control.stop_level, "")
         draw = _Drawing(self._cockpit, Painter(self._rich), Path(settings.checkpoint_dir))
         self._screen = Screen(self._stream, draw, self._cockpit.changed, control.screen)

@@ -24,6 +24,20 @@ GAP = 3
 LABEL, VALUE = 18, 11  # columns
 FEWEST_LOG_LINES = 3
 MOST_ATTENTION_LINES = 6
+MOST_EXAM_ROWS = 8
+# What of an exam comes before the rest of its figures.
+EXAM_FIRST = tuple(
+    f"exam/{name}"
+    for name in (
+        "return_percent",
+        "buy_and_hold_percent",
+        "momentum_percent",
+        "champion_percent",
+        "sharpe",
+        "max_drawdown_percent",
+        "edge",
+    )
+)
 ACCENT, DIM, WARNING, STRONG = "cyan", "dim", "yellow", "bold"
 PHASES = {
     "data": "loading bars",
@@ -209,15 +223,18 @@ class _Page:
         """Held-out figures; they come with checkpoints only, so the newest that there are."""
         examined = [row for row in self.view.history if any(name.startswith("exam/") for name in row)]
         names = [name for name in examined[-1] if name.startswith("exam/")] if examined else []
+        first = [name for name in EXAM_FIRST if name in names]
         rows = []
-        for name in names:
+        for name in [*first, *(name for name in names if name not in first)]:
             values = [value for value in self.view.values(name) if value is not None]
             if values:
-                label = name.removeprefix("exam/").replace("_", " ").replace("/", " ")
+                label = (
+                    name.removeprefix("exam/").replace("_percent", " %").replace("_", " ").replace("/", " ")
+                )
                 rows.append(
                     self.row(label, f"{values[-1]:+.4g}", self.curve(values, width - LABEL - VALUE - 2))
                 )
-        return Section("Exam, on held-out days", 4, rows)
+        return Section("Exam, on held-out days", 4, rows[:MOST_EXAM_ROWS])
 
     def _time(self, width: int) -> Section:
         spent = self.view.time_use()
@@ -274,9 +291,12 @@ class _Page:
             rows.append(self.row(source, old, Text(symbols, DIM)))
         disk = self.view.disk
         if disk.free is not None:
-            style = WARNING if disk.is_short else ""
-            saved = f"{disk.num_checkpoints} saved, {size(disk.checkpoints)}"
-            rows.append(self.row("disk free", size(disk.free), Text(saved, DIM), style))
+            needed = disk.needed(self.view.plan.keep_checkpoints)
+            is_tight = disk.free + disk.checkpoints < needed
+            style = WARNING if disk.is_short or is_tight else ""
+            saved = f"{disk.num_checkpoints}, up to {size(max(needed, disk.checkpoints))}"
+            rows.append(self.row("disk free", size(disk.free), None, style))
+            rows.append(self.row("checkpoints", size(disk.checkpoints), Text(saved, DIM)))
         return Section("Newest bars, disk", 2, rows)
 
     def _tasks(self, width: int) -> Section:

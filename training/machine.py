@@ -16,6 +16,8 @@ import psutil
 import pynvml
 import torch
 
+from training.checkpoint import NUM_RESUME_STATES, RESUME
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -50,6 +52,11 @@ class Disk:
     checkpoints: float = 0.0
     num_checkpoints: int = 0
     newest: float = 0.0
+    newest_state: float = 0.0  # the share of it that is the resume state
+
+    def needed(self, keep: int) -> float:
+        """Return the bytes of ``keep`` such checkpoints, with the resume states that stay beside them."""
+        return keep * (self.newest - self.newest_state) + NUM_RESUME_STATES * self.newest_state
 
     @property
     def is_short(self) -> bool:
@@ -118,17 +125,20 @@ class Gauges:
 def disk(checkpoint_dir: Path) -> Disk:
     """Look at the folder of checkpoints and at the room left beside it."""
     sizes: dict[str, float] = {}
+    states: dict[str, float] = {}
     newest, newest_time = "", -1.0
     try:
         free = float(shutil.disk_usage(checkpoint_dir).free)
-        for path in checkpoint_dir.rglob("*.pt"):
+        for path in checkpoint_dir.rglob("run*.pt"):
             status = path.stat()
             sizes[path.name] = sizes.get(path.name, 0.0) + status.st_size
-            if path.parent == checkpoint_dir and status.st_mtime > newest_time:
+            if path.parent.name == RESUME:
+                states[path.name] = status.st_size
+            elif status.st_mtime > newest_time:
                 newest, newest_time = path.name, status.st_mtime
     except OSError:  # the folder is not there yet, or a file was removed between two looks
         return Disk()
-    return Disk(free, sum(sizes.values()), len(sizes), sizes.get(newest, 0.0))
+    return Disk(free, sum(sizes.values()), len(sizes), sizes.get(newest, 0.0), states.get(newest, 0.0))
 
 
 def gpu_figures(device: torch.device) -> dict[str, float]:

@@ -67,7 +67,7 @@ def full_view(epochs: int = 37, **changes: Any) -> View:
     """A training with everything that can be shown."""
     seconds = iter(range(10_000))
     cockpit = Cockpit(clock=lambda: float(next(seconds)))
-    cockpit.plan = Plan(epochs=200, runs=None, checkpoint_every=25, device="2 x cuda")
+    cockpit.plan = Plan(epochs=200, runs=None, checkpoint_every=25, keep_checkpoints=16, device="2 x cuda")
     cockpit.begin(3, 0, 0)
     cockpit.sources(
         {"polygon": NOW_NS - 3_600 * 10**9, "binance": NOW_NS - 90 * 10**9}, {"polygon": 32, "binance": 26}
@@ -82,7 +82,7 @@ def full_view(epochs: int = 37, **changes: Any) -> View:
     )
     cockpit.line("\x1b[31mno colours\x07 of others")
     cockpit.task("binance", Task("binance", "12 of 26 month files, 4.5 MB", 12 / 26))
-    cockpit.gauges(Gauges(Nvml()).read(), Disk(5e9, 21e9, 4, 5e9))
+    cockpit.gauges(Gauges(Nvml()).read(), Disk(5e9, 21e9, 4, 5e9, 3e9))
     cockpit.phase("update")
     return replace(cockpit.view(NOW_NS), **changes)
 
@@ -139,8 +139,10 @@ def test_the_figures_are_those_of_the_metrics(width: int, height: int) -> None:
     assert value_of(lines, "other") == "0.50 s"
     assert value_of(lines, "polygon") == "60 min"
     assert value_of(lines, "disk free") == "5 GB"
+    assert value_of(lines, "checkpoints") == "21 GB"
     page = "\n".join(lines)
     assert "run 3" in page and "epoch 38/200" in page and f"{65_536 * 38:,} transitions" in page
+    assert "4, up to 38 GB" in page  # 16 of 2 GB, two with 3 GB more
     assert "32 symbols" in page and "learning" in page and "12 of 26" in page
 
 
@@ -192,6 +194,14 @@ def test_the_first_epoch_of_a_start_sets_no_pace() -> None:
     slow_first = [row(1, **{"perf/epoch_seconds": 300.0, "perf/data_seconds": 200.0}), row(2), row(3)]
     assert replace(full_view(), history=tuple(slow_first)).pace == 10.0
     assert replace(full_view(), history=tuple(slow_first[:1])).pace == 9.0  # at least rollout and update
+
+
+def test_of_a_long_exam_the_figures_that_decide_are_shown() -> None:
+    figures = {f"exam/figure_{number}": 1.0 for number in range(20)}
+    examined = row(3, **figures, **{"exam/sharpe": 0.5, "exam/return_percent": -1.5})
+    lines = text_of(replace(full_view(), history=(examined, row(4))), 100, 60)
+    assert value_of(lines, "return %") == "-1.5" and value_of(lines, "sharpe") == "+0.5"
+    assert sum(" figure " in line for line in lines) == 6
 
 
 def test_a_stop_is_seen_at_once() -> None:

@@ -41,10 +41,16 @@ def test_the_disk_is_told_with_what_lies_on_it(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert disk(folder) == Disk()
     (folder / "resume").mkdir(parents=True)
-    for name, length in (("run1_epoch1.pt", 10), ("run1_epoch2.pt", 20), ("resume/run1_epoch2.pt", 300)):
+    for name, length in (
+        ("run1_epoch1.pt", 10),
+        ("run1_epoch2.pt", 20),
+        ("resume/run1_epoch2.pt", 300),
+        ("best.pt", 7),
+    ):
         (folder / name).write_bytes(b"x" * length)
     found = disk(folder)
     assert (found.checkpoints, found.num_checkpoints, found.newest) == (330, 2, 320)
+    assert found.needed(keep=16) == 16 * 20 + 2 * 300
     assert found.free is not None and found.free > 0 and not found.is_short
 
 
