@@ -294,7 +294,11 @@ class _Page:
             needed = disk.needed(self.view.plan.keep_checkpoints)
             is_tight = disk.free + disk.checkpoints < needed
             style = WARNING if disk.is_short or is_tight else ""
-            saved = f"{disk.num_checkpoints}, up to {size(max(needed, disk.checkpoints))}"
+            saved = (
+                f"{disk.num_checkpoints}, up to {size(max(needed, disk.checkpoints))}"
+                if needed
+                else "none yet"
+            )
             rows.append(self.row("disk free", size(disk.free), None, style))
             rows.append(self.row("checkpoints", size(disk.checkpoints), Text(saved, DIM)))
         return Section("Newest bars, disk", 2, rows)
