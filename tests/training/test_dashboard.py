@@ -40,7 +40,7 @@ from training.console import Console
 from training.control import Control
 from training.dashboard import ASCII, UNICODE, Painter, render
 from training.figures import age, clock, size, sparkline
-from training.machine import Disk, Gauges
+from training.machine import Disk, Gauges, Machine
 from training.screen import ENTER, LEAVE
 
 SIZES = list(itertools.product((200, 100, 60, 33, 12, 1), (60, 40, 24, 13, 5, 1)))
@@ -82,7 +82,8 @@ def full_view(epochs: int = 37, **changes: Any) -> View:
     )
     cockpit.line("\x1b[31mno colours\x07 of others")
     cockpit.task("binance", Task("binance", "12 of 26 month files, 4.5 MB", 12 / 26))
-    cockpit.gauges(Gauges(Nvml()).read(), Disk(5e9, 21e9, 4, 5e9, 3e9))
+    machine = Machine(Gauges(Nvml()).read().gpus, cpu=0.5, num_cores=16, memory_used=9e9, memory_total=1e11)
+    cockpit.gauges(machine, Disk(5e9, 21e9, 4, 5e9, 3e9))
     cockpit.phase("update")
     return replace(cockpit.view(NOW_NS), **changes)
 
