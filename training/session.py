@@ -235,7 +235,9 @@ class Session:
             * self.flops_per_transition()
             / (seconds * self._matmul_rate * self.ranks.world_size),
         }
-        if self.ranks.is_first and not isinstance(self.learner.parallel, Shares):  # a share tells nothing alone
+        if self.ranks.is_first and not isinstance(
+            self.learner.parallel, Shares
+        ):  # a share tells nothing alone
             figures |= plasticity(self.policy, fixed_batch(self.env.market))
         if self.ranks.device.type == "cuda":
             figures |= gpu_figures(self.ranks.device)
