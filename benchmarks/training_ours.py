@@ -1,0 +1,143 @@
+"""Our training with the sizes of training_settings.py: ``python benchmarks/training_ours.py NAME THREADS``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import training_settings as s
+from benchmarks.env_throughput import market_of
+from envs.env_config import EnvConfig
+from models.transformer import TransformerConfig
+from tests.training.reencoding import WindowLearner, collect_by_windows
+from training.compilation import compile_trunk
+from training.distributed import Ranks
+from training.learner import Learner, LearnerConfig
+from training.ppo import PPOConfig
+from training.session import Session, SessionConfig
+
+RANKS = Ranks(0, 1, torch.device("cpu"))
+
+
+class WindowMLP(nn.Module):
+    """Two layers over the flattened window of each bar, in the place of the trunk."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        # A linear layer over every window of a row of bars is a convolution.
+        self.window = nn.Conv1d(config.num_features, config.d_model, s.CONTEXT)
+        self.second = nn.Linear(config.d_model, config.d_model)
+
+    def forward_flops(self, length: int) -> int:
+        """Count the operations over one segment of ``length`` bars."""
+        weights = self.window.weight.numel() + self.second.weight.numel()
+        return 2 * (length - s.CONTEXT) * weights
+
+    def forward(self, bars: Tensor) -> Tensor:
+        """(B, S, F) -> (B, S, D); zeros for context bars, of which nothing is asked."""
+        # The first decision sees bars 1 to CONTEXT.
+        hidden = torch.tanh(self.window(bars[:, 1:].transpose(1, 2)).transpose(1, 2))
+        return F.pad(torch.tanh(self.second(hidden)), (0, 0, s.CONTEXT, 0))
+
+
+def make_session(advantages: str = "gae", compiled: bool = False, micro_batch: int = 16) -> Session:
+    market = market_of(60_000, 32, "cpu", s.HORIZON)
+    env = EnvConfig(
+        num_envs=s.NUM_ENVS,
+        context_bars=s.CONTEXT,
+        horizon=s.HORIZON,
+        episode_bars=10 * s.HORIZON,
+        positions=s.POSITIONS,
+        crypto_fee_bps=1e4 * s.FEE,
+        slippage_bps=0.0,
+    )
+    ppo = PPOConfig(s.GAMMA, s.LAMBDA, s.CLIP, s.ENTROPY, s.VALUE, advantages)
+    learner = LearnerConfig(
+        ppo=ppo,
+        update_passes=s.PASSES,
+        minibatch_segments=s.MINIBATCH // s.HORIZON,
+        micro_batch_segments=micro_batch,
+        learning_rate=s.LEARNING_RATE,
+        warmup_steps=1,
+        final_learning_rate_fraction=1.0,
+        weight_decay=0.0,
+        max_grad_norm=s.MAX_GRAD_NORM,
+    )
+    config = SessionConfig(env, learner, s.WIDTH, s.LAYERS, s.HEADS, bf16=False, seed=0, compile=compiled)
+    session = Session(market, config, RANKS, saved=None)
+    if compiled and session.not_compiled:
+        raise SystemExit(f"not compiled: {session.not_compiled}")
+    return session
+
+
+def facts_of(session: Session) -> dict[str, float]:
+    return {
+        "parameters": session.policy.num_parameters(),
+        "flops_per_transition": session.flops_per_transition(),
+    }
+
+
+def production(session: Session) -> tuple[s.Iteration, dict[str, float]]:
+    def iterate() -> tuple[float, float]:
+        start = time.perf_counter()
+        rollout = session.collect(1.0)
+        middle = time.perf_counter()
+        session.update(rollout, 0.0, lambda: False)
+        return middle - start, time.perf_counter() - middle
+
+    return iterate, facts_of(session)
+
+
+def transformer(**given: object) -> tuple[s.Iteration, dict[str, float]]:
+    return production(make_session(**given))
+
+
+def mlp(compiled: bool = False) -> tuple[s.Iteration, dict[str, float]]:
+    session = make_session()
+    session.policy.trunk = WindowMLP(session.policy.trunk.config)
+    session.learner = Learner(session.policy, session.config.learner, RANKS, seed=0)
+    if compiled:
+        reason = compile_trunk(session.policy, s.MINIBATCH // s.HORIZON, s.CONTEXT + s.HORIZON, RANKS)
+        if reason:
+            raise SystemExit(f"not compiled: {reason}")
+    return production(session)
+
+
+def encoded_anew() -> tuple[s.Iteration, dict[str, float]]:
+    session = make_session()
+    learner = WindowLearner(session.policy, session.config.learner, RANKS, seed=0)
+
+    def iterate() -> tuple[float, float]:
+        start = time.perf_counter()
+        scale = math.sqrt(1.0 - s.GAMMA**2)
+        rollout = collect_by_windows(session.env, session.policy, learner.generator, reward_scale=scale)
+        middle = time.perf_counter()
+        learner.update_by_windows(rollout, s.MINIBATCH)
+        return middle - start, time.perf_counter() - middle
+
+    per_decision = (1 + 3 * s.PASSES) * session.policy.trunk.forward_flops(s.CONTEXT)
+    return iterate, facts_of(session) | {"flops_per_transition": per_decision}
+
+
+if __name__ == "__main__":
+    s.serve(
+        {
+            "transformer": transformer,
+            "compiled": partial(transformer, compiled=True),
+            "hindsight": partial(transformer, advantages="hindsight", compiled=True),
+            "mlp": mlp,
+            "compiled-mlp": partial(mlp, compiled=True),
+            "encoded-anew": encoded_anew,
+        },
+        warm_up=1,
+    )

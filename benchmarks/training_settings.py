@@ -1,0 +1,51 @@
+"""What both sides of training_peers.py train with, and how a contender is played. Knows torch only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+NUM_ENVS, HORIZON = 64, 128  # 8,192 transitions per rollout
+CONTEXT = 64  # bars that a decision looks back on; ours sees 64 to 191
+FEATURES = 24  # of a bar
+POSITIONS = (-1.0, 0.0, 1.0)
+FEE = 6e-4
+WIDTH, LAYERS, HEADS = 64, 2, 4  # of the transformer; the MLP has as many units in each of its layers
+PASSES, MINIBATCH = 4, 2_048  # over each rollout; transitions per optimizer step
+GAMMA, LAMBDA, CLIP, ENTROPY, VALUE = 0.99, 0.95, 0.2, 0.01, 0.5
+LEARNING_RATE, MAX_GRAD_NORM = 3e-4, 0.5
+
+Iteration = Callable[[], tuple[float, float]]  # a rollout and its update: seconds of each
+
+
+def serve(contenders: Mapping[str, Callable[[], tuple[Iteration, dict[str, float]]]], warm_up: int) -> None:
+    """Play one contender: arguments are its name and threads; a line on stdin is the least seconds of a round.
+
+    The first line out tells what is known of the contender; then one line per round: transitions, seconds, CPU
+    seconds, and seconds of rollouts.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what others print goes elsewhere
+    name, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    iterate, facts = contenders[name]()
+    for _ in range(warm_up):
+        iterate()
+    answers.write(json.dumps({"torch": torch.__version__, **facts}) + "\n")
+    for line in sys.stdin:
+        iterations, in_rollouts, cpu, start = 0, 0.0, time.process_time(), time.perf_counter()
+        while not iterations or time.perf_counter() - start < float(line):
+            in_rollouts += iterate()[0]
+            iterations += 1
+        told = {
+            "transitions": iterations * NUM_ENVS * HORIZON,
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu,
+            "rollout_seconds": in_rollouts,
+        }
+        answers.write(json.dumps(told) + "\n")
