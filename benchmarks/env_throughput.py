@@ -28,11 +28,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.peers import VENV, Process, peers_venv
 from data_sources.bars import MINUTE_NS, Bars
 from envs import features
 from envs.env_config import EnvConfig
 from envs.market import Market
-from benchmarks.peers import VENV, Process, peers_venv
 from envs.trading_env import TradingEnv
 
 HORIZON = 128

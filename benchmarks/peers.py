@@ -26,7 +26,7 @@ ALONE = ("elegantrl==0.3.6", "gym==0.26.2", "gym-notices", "cloudpickle")
 
 
 def peers_venv(folder: Path) -> Path:
-    """Make the peers' virtual environment where it is not there yet, or is of other versions; return its Python."""
+    """Make the peers' virtual environment unless it is there as wanted; return its Python."""
     python, installed = folder / "bin" / "python", folder / "peers.txt"
     wanted = "\n".join((*PACKAGES, *ALONE))
     if not installed.exists() or installed.read_text(encoding="utf-8") != wanted:

@@ -50,12 +50,14 @@ class WindowMLP(nn.Module):
         return F.pad(torch.tanh(self.second(hidden)), (0, 0, s.CONTEXT, 0))
 
 
-def make_session(advantages: str = "gae", compiled: bool = False, micro_batch: int = 16) -> Session:
-    market = market_of(60_000, 32, "cpu", s.HORIZON)
+def make_session(
+    advantages: str = "gae", compiled: bool = False, horizon: int = s.HORIZON, micro_batch: int = 16
+) -> Session:
+    market = market_of(60_000, 32, "cpu", horizon)
     env = EnvConfig(
         num_envs=s.NUM_ENVS,
         context_bars=s.CONTEXT,
-        horizon=s.HORIZON,
+        horizon=horizon,
         episode_bars=10 * s.HORIZON,
         positions=s.POSITIONS,
         crypto_fee_bps=1e4 * s.FEE,
@@ -65,7 +67,7 @@ def make_session(advantages: str = "gae", compiled: bool = False, micro_batch: i
     learner = LearnerConfig(
         ppo=ppo,
         update_passes=s.PASSES,
-        minibatch_segments=s.MINIBATCH // s.HORIZON,
+        minibatch_segments=s.MINIBATCH // horizon,
         micro_batch_segments=micro_batch,
         learning_rate=s.LEARNING_RATE,
         warmup_steps=1,
@@ -80,14 +82,7 @@ def make_session(advantages: str = "gae", compiled: bool = False, micro_batch: i
     return session
 
 
-def facts_of(session: Session) -> dict[str, float]:
-    return {
-        "parameters": session.policy.num_parameters(),
-        "flops_per_transition": session.flops_per_transition(),
-    }
-
-
-def production(session: Session) -> tuple[s.Iteration, dict[str, float]]:
+def production(session: Session) -> s.Contender:
     def iterate() -> tuple[float, float]:
         start = time.perf_counter()
         rollout = session.collect(1.0)
@@ -95,14 +90,16 @@ def production(session: Session) -> tuple[s.Iteration, dict[str, float]]:
         session.update(rollout, 0.0, lambda: False)
         return middle - start, time.perf_counter() - middle
 
-    return iterate, facts_of(session)
+    return s.Contender(
+        iterate, s.NUM_ENVS * s.HORIZON, session.policy.num_parameters(), session.flops_per_transition()
+    )
 
 
-def transformer(**given: object) -> tuple[s.Iteration, dict[str, float]]:
+def transformer(**given: object) -> s.Contender:
     return production(make_session(**given))
 
 
-def mlp(compiled: bool = False) -> tuple[s.Iteration, dict[str, float]]:
+def mlp(compiled: bool = False) -> s.Contender:
     session = make_session()
     session.policy.trunk = WindowMLP(session.policy.trunk.config)
     session.learner = Learner(session.policy, session.config.learner, RANKS, seed=0)
@@ -113,8 +110,8 @@ def mlp(compiled: bool = False) -> tuple[s.Iteration, dict[str, float]]:
     return production(session)
 
 
-def encoded_anew() -> tuple[s.Iteration, dict[str, float]]:
-    session = make_session()
+def encoded_anew() -> s.Contender:
+    session = make_session(horizon=s.SHORT_HORIZON)
     learner = WindowLearner(session.policy, session.config.learner, RANKS, seed=0)
 
     def iterate() -> tuple[float, float]:
@@ -126,7 +123,7 @@ def encoded_anew() -> tuple[s.Iteration, dict[str, float]]:
         return middle - start, time.perf_counter() - middle
 
     per_decision = (1 + 3 * s.PASSES) * session.policy.trunk.forward_flops(s.CONTEXT)
-    return iterate, facts_of(session) | {"flops_per_transition": per_decision}
+    return s.Contender(iterate, s.NUM_ENVS * s.SHORT_HORIZON, session.policy.num_parameters(), per_decision)
 
 
 if __name__ == "__main__":
@@ -138,6 +135,5 @@ if __name__ == "__main__":
             "mlp": mlp,
             "compiled-mlp": partial(mlp, compiled=True),
             "encoded-anew": encoded_anew,
-        },
-        warm_up=1,
+        }
     )

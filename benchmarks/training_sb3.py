@@ -15,7 +15,6 @@ import gym_trading_env.environments as peer
 import gymnasium
 import numpy as np
 import pandas as pd
-import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -95,7 +94,7 @@ class Times(BaseCallback):
         return True
 
 
-def contender(extractor: type[BaseFeaturesExtractor] | None) -> tuple[s.Iteration, dict[str, float]]:
+def contender(extractor: type[BaseFeaturesExtractor] | None, horizon: int = s.HORIZON) -> s.Contender:
     warnings.resetwarnings()  # importing gym_trading_env makes every warning of the process an error
     warnings.simplefilter("ignore")
     num_features = s.FEATURES if extractor else 7
@@ -108,7 +107,7 @@ def contender(extractor: type[BaseFeaturesExtractor] | None) -> tuple[s.Iteratio
         "MlpPolicy",
         DummyVecEnv([partial(make_env, num_features)] * s.NUM_ENVS),
         learning_rate=s.LEARNING_RATE,
-        n_steps=s.HORIZON,
+        n_steps=horizon,
         batch_size=s.MINIBATCH,
         n_epochs=s.PASSES,
         gamma=s.GAMMA,
@@ -124,18 +123,18 @@ def contender(extractor: type[BaseFeaturesExtractor] | None) -> tuple[s.Iteratio
 
     def iterate() -> tuple[float, float]:
         times = Times()
-        model.learn(s.NUM_ENVS * s.HORIZON, callback=times, reset_num_timesteps=False)
+        model.learn(s.NUM_ENVS * horizon, callback=times, reset_num_timesteps=False)
         return times.ended - times.began, time.perf_counter() - times.ended
 
-    return iterate, {"parameters": sum(p.numel() for p in model.policy.parameters())}
+    parameters = sum(p.numel() for p in model.policy.parameters())
+    return s.Contender(iterate, s.NUM_ENVS * horizon, parameters)
 
 
 if __name__ == "__main__":
     s.serve(
         {
-            "transformer": partial(contender, TransformerExtractor),
+            "transformer": partial(contender, TransformerExtractor, s.SHORT_HORIZON),
             "mlp": partial(contender, MLPExtractor),
             DEFAULT: partial(contender, None),
-        },
-        warm_up=1,
+        }
     )

@@ -26,7 +26,11 @@ def window_of(bars: Tensor, t: int, context: int, whole: bool) -> Tensor:
 
 @torch.no_grad()
 def collect_by_windows(
-    env: TradingEnv, policy: Policy, generator: torch.Generator, whole: bool = False, reward_scale: float = 1.0
+    env: TradingEnv,
+    policy: Policy,
+    generator: torch.Generator,
+    whole: bool = False,
+    reward_scale: float = 1.0,
 ) -> Rollout:
     """Play one segment in every environment, as ``training.rollout.collect`` without hindsight does.
 
