@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,23 +30,22 @@ RANKS = Ranks(0, 1, torch.device("cpu"))
 class WindowMLP(nn.Module):
     """Two layers over the flattened window of each bar, in the place of the trunk."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, num_features: int) -> None:
         super().__init__()
         self.config = config
+        self.num_features = num_features  # that are looked at
         # A linear layer over every window of a row of bars is a convolution.
-        self.window = nn.Conv1d(config.num_features, config.d_model, s.CONTEXT)
+        self.window = nn.Conv1d(num_features, config.d_model, s.CONTEXT)
         self.second = nn.Linear(config.d_model, config.d_model)
 
-    def forward_flops(self, length: int) -> int:
-        """Count the operations over one segment of ``length`` bars."""
-        weights = self.window.weight.numel() + self.second.weight.numel()
-        return 2 * (length - s.CONTEXT) * weights
+    def forward_flops(self, length: int, num_last: int) -> int:
+        """Count the operations over one segment."""
+        return 2 * num_last * (self.window.weight.numel() + self.second.weight.numel())
 
-    def forward(self, bars: Tensor) -> Tensor:
-        """(B, S, F) -> (B, S, D); zeros for context bars, of which nothing is asked."""
-        # The first decision sees bars 1 to CONTEXT.
-        hidden = torch.tanh(self.window(bars[:, 1:].transpose(1, 2)).transpose(1, 2))
-        return F.pad(torch.tanh(self.second(hidden)), (0, 0, s.CONTEXT, 0))
+    def forward(self, bars: Tensor, num_last: int) -> Tensor:
+        """(B, S, F) -> (B, num_last, D)."""
+        seen = bars[:, bars.shape[1] + 1 - num_last - s.CONTEXT :, : self.num_features]
+        return torch.tanh(self.second(torch.tanh(self.window(seen.transpose(1, 2)).transpose(1, 2))))
 
 
 def make_session(
@@ -75,10 +73,12 @@ def make_session(
         weight_decay=0.0,
         max_grad_norm=s.MAX_GRAD_NORM,
     )
-    config = SessionConfig(env, learner, s.WIDTH, s.LAYERS, s.HEADS, bf16=False, seed=0, compile=compiled)
+    config = SessionConfig(env, learner, s.WIDTH, s.LAYERS, s.HEADS, bf16=False, seed=0)
     session = Session(market, config, RANKS, saved=None)
-    if compiled and session.not_compiled:
-        raise SystemExit(f"not compiled: {session.not_compiled}")
+    # As a session does that was given a plan of its memory.
+    reason = compile_trunk(session.policy, micro_batch, s.CONTEXT, horizon, RANKS) if compiled else ""
+    if reason:
+        raise SystemExit(f"not compiled: {reason}")
     return session
 
 
@@ -99,14 +99,10 @@ def transformer(**given: object) -> s.Contender:
     return production(make_session(**given))
 
 
-def mlp(compiled: bool = False) -> s.Contender:
+def mlp(num_features: int) -> s.Contender:
     session = make_session()
-    session.policy.trunk = WindowMLP(session.policy.trunk.config)
+    session.policy.trunk = WindowMLP(session.policy.trunk.config, num_features)
     session.learner = Learner(session.policy, session.config.learner, RANKS, seed=0)
-    if compiled:
-        reason = compile_trunk(session.policy, s.MINIBATCH // s.HORIZON, s.CONTEXT + s.HORIZON, RANKS)
-        if reason:
-            raise SystemExit(f"not compiled: {reason}")
     return production(session)
 
 
@@ -122,7 +118,7 @@ def encoded_anew() -> s.Contender:
         learner.update_by_windows(rollout, s.MINIBATCH)
         return middle - start, time.perf_counter() - middle
 
-    per_decision = (1 + 3 * s.PASSES) * session.policy.trunk.forward_flops(s.CONTEXT)
+    per_decision = (1 + 3 * s.PASSES) * session.policy.trunk.forward_flops(s.CONTEXT, 1)
     return s.Contender(iterate, s.NUM_ENVS * s.SHORT_HORIZON, session.policy.num_parameters(), per_decision)
 
 
@@ -131,9 +127,9 @@ if __name__ == "__main__":
         {
             "transformer": transformer,
             "compiled": partial(transformer, compiled=True),
-            "hindsight": partial(transformer, advantages="hindsight", compiled=True),
-            "mlp": mlp,
-            "compiled-mlp": partial(mlp, compiled=True),
+            "hindsight": partial(transformer, advantages="hindsight"),
+            "mlp": partial(mlp, s.FEATURES),
+            "mlp-few": partial(mlp, s.FEW_FEATURES),
             "encoded-anew": encoded_anew,
         }
     )

@@ -28,7 +28,6 @@ from models.transformer import TransformerConfig, Trunk
 
 NUM_BARS = 10_000  # every environment copies its table: 64 of 100,000 bars would be slower, and 6 GB
 OWN_FEATURES = 2  # that the environment adds: last position, real position
-DEFAULT = "default"  # its MlpPolicy as it comes, of 7 features
 
 
 def make_env(num_features: int) -> gymnasium.Env:
@@ -94,10 +93,11 @@ class Times(BaseCallback):
         return True
 
 
-def contender(extractor: type[BaseFeaturesExtractor] | None, horizon: int = s.HORIZON) -> s.Contender:
+def contender(
+    extractor: type[BaseFeaturesExtractor] | None, num_features: int, horizon: int = s.HORIZON
+) -> s.Contender:
     warnings.resetwarnings()  # importing gym_trading_env makes every warning of the process an error
     warnings.simplefilter("ignore")
-    num_features = s.FEATURES if extractor else 7
     if extractor:
         towers = {"pi": [s.WIDTH], "vf": [s.WIDTH]}
         policy = {"features_extractor_class": extractor, "net_arch": towers}
@@ -133,8 +133,9 @@ def contender(extractor: type[BaseFeaturesExtractor] | None, horizon: int = s.HO
 if __name__ == "__main__":
     s.serve(
         {
-            "transformer": partial(contender, TransformerExtractor, s.SHORT_HORIZON),
-            "mlp": partial(contender, MLPExtractor),
-            DEFAULT: partial(contender, None),
+            "transformer": partial(contender, TransformerExtractor, s.FEATURES, s.SHORT_HORIZON),
+            "mlp": partial(contender, MLPExtractor, s.FEATURES),
+            "mlp-few": partial(contender, MLPExtractor, s.FEW_FEATURES),
+            "default": partial(contender, None, s.FEW_FEATURES),
         }
     )

@@ -16,7 +16,7 @@ NUM_ENVS, HORIZON = 64, 128  # 8,192 transitions per rollout
 # would take a minute.
 SHORT_HORIZON = 32
 CONTEXT = 64  # bars that a decision looks back on; ours sees 64 to 191
-FEATURES = 24  # of a bar
+FEATURES, FEW_FEATURES = 24, 7  # of a bar: ours, and what an example of gym-trading-env has
 POSITIONS = (-1.0, 0.0, 1.0)
 FEE = 6e-4
 WIDTH, LAYERS, HEADS = 64, 2, 4  # of the transformer; the MLP has as many units in each of its layers

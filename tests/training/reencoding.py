@@ -6,8 +6,6 @@ benchmarks/training_peers.py tells by how much it is quicker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -67,21 +65,21 @@ def collect_by_windows(
 class WindowLearner(Learner):
     """Shuffles decisions instead of segments, and encodes each one's window of ``context`` bars anew."""
 
-    def _minibatches(self, num_segments: int) -> Iterator[Tensor]:
-        raise NotImplementedError("decisions are dealt out, not segments")
+    def decisions(self, rollout: Rollout) -> tuple[Targets, Tensor, Tensor]:
+        """Return targets (N * T, ...), windows (N * T, C, F) and accounts (N * T, 1, A) of all decisions."""
+        targets, _ = self._targets(rollout)
+        flat = Targets(**{name: value.flatten(0, 1) for name, value in vars(targets).items()})
+        context = rollout.bars.shape[1] - rollout.horizon
+        windows = rollout.bars[:, 1:].unfold(1, context, 1).transpose(2, 3)
+        return flat, windows.flatten(0, 1), rollout.accounts.flatten(0, 1)[:, None]
 
     def update_by_windows(self, rollout: Rollout, minibatch: int) -> None:
         """Improve the policy on one rollout, ``minibatch`` decisions per optimizer step."""
-        targets, _ = self._targets(rollout)
-        flat = Targets(**{name: value.flatten(0, 1) for name, value in vars(targets).items()})
-        accounts = rollout.accounts.flatten(0, 1)
-        context = rollout.bars.shape[1] - rollout.horizon
-        windows = rollout.bars.unfold(1, context, 1).transpose(2, 3)  # window t ends at bar context + t - 1
+        targets, windows, accounts = self.decisions(rollout)
         for _ in range(self.config.update_passes):
             order = torch.randperm(len(accounts), generator=self.generator)
             for rows in order.split(minibatch):
-                seen = windows[rows // rollout.horizon, rows % rollout.horizon + 1]
-                logits, values = self.policy(seen, accounts[rows, None])
-                losses = ppo_losses(logits[:, 0], values[:, 0], flat[rows], len(rows), self.config.ppo)
+                logits, values = self.policy(windows[rows], accounts[rows])
+                losses = ppo_losses(logits[:, 0], values[:, 0], targets[rows], len(rows), self.config.ppo)
                 losses.total.backward()
                 self._apply_gradients(self.config.learning_rate)
