@@ -166,7 +166,7 @@ def learn(given: argparse.Namespace) -> None:
             cpu = time.process_time() - cpu
             passed &= not result.failure
             print(
-                f"| {epochs} | {seed} | {result.share:.1%} | {result.seconds:.0f} | {cpu:.0f} |", flush=True
+                f"| {epochs} | {seed} | {result.share:.2%} | {result.seconds:.0f} | {cpu:.0f} |", flush=True
             )
         if passed:
             return
