@@ -14,12 +14,9 @@ and steps per second of CPU time, which ratios are made of.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,17 +28,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.peers import VENV, Process, peers_venv
 from data_sources.bars import MINUTE_NS, Bars
 from envs import features
 from envs.env_config import EnvConfig
 from envs.market import Market
 from envs.trading_env import TradingEnv
 
-ROOT = Path(__file__).resolve().parent.parent
 HORIZON = 128
-PEERS = ("torch", "numpy", "pandas", "gymnasium>=1.0", "gym-trading-env==0.3.5", "gym-anytrading==2.0.0")
-# Without gym[box2d], which does not build everywhere and which its stock environment does without.
-ALONE = ("elegantrl==0.3.6", "gym==0.26.2", "gym-notices", "cloudpickle")
 EVERY_COST = {"range_slippage": 0.05, "volume_slippage": 0.01, "account_value": 1_000.0}
 # (this, beside that, at least so many times as fast)
 GOALS = (
@@ -132,54 +126,9 @@ def contenders(device: str) -> dict[str, Round]:
     }
 
 
-class Peers:
-    """The process that plays the public environments."""
-
-    def __init__(self, folder: Path) -> None:
-        # One thread, and no wandering: ours keeps to one as well.
-        command = [str(folder / "bin" / "python"), str(ROOT / "benchmarks" / "env_peers.py")]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "MPLBACKEND": "agg"},
-        )
-        first = self._answer()
-        self.failed: dict[str, str] = first["failed"]
-        self.rounds = {name: partial(self._play, name) for name in first["contenders"]}
-
-    def _answer(self) -> dict:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(
-                f"the peers' process ended with {self._process.wait()}: run env_peers.py by hand"
-            )
-        return json.loads(line)
-
-    def _play(self, name: str, seconds: float) -> tuple[int, float, float]:
-        assert self._process.stdin is not None
-        print(f"{name}\t{seconds}", file=self._process.stdin, flush=True)
-        answer = self._answer()
-        return answer["steps"], answer["seconds"], answer["cpu_seconds"]
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def peers_venv(folder: Path) -> Path:
-    """Make the peers' virtual environment where it is not there yet."""
-    if not (folder / "bin" / "python").exists():
-        venv.create(folder, with_pip=True)
-        install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
-        subprocess.run([*install, *PEERS], check=True)
-        subprocess.run([*install, "--no-deps", *ALONE], check=True)
-    return folder
+def played_by(peers: Process, name: str, seconds: float) -> tuple[int, float, float]:
+    answer = peers.ask(f"{name}\t{seconds}")
+    return answer["steps"], answer["seconds"], answer["cpu_seconds"]
 
 
 def feature_seconds(device: str) -> float:
@@ -239,14 +188,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and round")
     parser.add_argument("--peers", action="store_true", help="public environments beside ours")
-    parser.add_argument("--peers-venv", type=Path, default=ROOT / "data_cache" / "peers_venv")
+    parser.add_argument("--peers-venv", type=Path, default=VENV)
     given = parser.parse_args()
     torch.set_num_threads(1)
 
     playing = contenders(given.device)
-    peers = Peers(peers_venv(given.peers_venv)) if given.peers else None
+    # One thread, and no wandering: ours keeps to one as well.
+    peers = Process(peers_venv(given.peers_venv), "env_peers.py") if given.peers else None
     if peers:
-        playing |= peers.rounds
+        first = peers.answer()
+        playing |= {name: partial(played_by, peers, name) for name in first["contenders"]}
     results = {name: Result() for name in playing}
     for _ in range(given.rounds):
         for name, play in playing.items():
@@ -276,7 +227,7 @@ def main() -> None:
         f"{feature_seconds(given.device):.2f} s."
     )
     if peers:
-        for name, reason in peers.failed.items():
+        for name, reason in first["failed"].items():
             print(f"Not played: {name}: {reason}")
         peers.close()
 

@@ -78,8 +78,8 @@ class Policy(nn.Module):
     def encode(self, bars: Tensor, num_decisions: int) -> Tensor:
         """Run the trunk and the head's market share: (B, S, F) -> (B, T, W), T = ``num_decisions``."""
         with self.precision(bars.device):
-            hidden = self.trunk(bars)
-        return self.head.project(hidden[:, bars.shape[1] - num_decisions :])
+            hidden = self.trunk(bars, num_decisions)
+        return self.head.project(hidden)
 
     def forward(self, bars: Tensor, accounts: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate all decisions of whole segments at once, as the update does.

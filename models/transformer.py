@@ -94,9 +94,9 @@ class Block(nn.Module):
         self.up = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
         self.down = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
+        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and go no further."""
+        x = x[:, first:] + self.attention(self.attention_norm(x), cos, sin)[:, first:]
         return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
 
 
@@ -130,18 +130,23 @@ class Trunk(nn.Module):
                     nn.init.normal_(writer.weight, std=shrink / math.sqrt(writer.in_features))
         nn.init.zeros_(self.embed.bias)
 
-    def forward_flops(self, length: int) -> int:
-        """Count the floating-point operations of one forward over one segment of ``length`` bars.
+    def forward_flops(self, length: int, num_last: int | None = None) -> int:
+        """Count the floating-point operations of one forward over one segment, as ``forward`` is asked for it.
 
         Two per weight of a matrix and bar, and two products of queries, keys and values, of which causality
         needs half (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); a backward takes twice as many.
         """
         width, layers = self.config.d_model, self.config.num_layers
         weights = self.config.num_features * width + layers * 12 * width**2
-        return 2 * length * weights + layers * 2 * length**2 * width
+        not_asked = length - (length if num_last is None else num_last)
+        spared = not_asked * 8 * width**2  # the last feed-forward
+        return 2 * (length * weights - spared) + layers * 2 * length**2 * width
 
-    def forward(self, bars: Tensor) -> Tensor:
+    def forward(self, bars: Tensor, num_last: int | None = None) -> Tensor:
         """Normalised features (B, S, F) -> hidden (B, S, D) float32; S at most ``max_length``.
+
+        With ``num_last`` only of so many last bars, (B, num_last, D): the last layer spares the others the
+        feed-forward.
 
         Raises:
             ValueError: a segment longer than ``max_length``, or another number of features.
@@ -154,9 +159,10 @@ class Trunk(nn.Module):
             )
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.embed(bars)
-        for block in self.blocks:
+        skipped = [0] * (len(self.blocks) - 1) + [0 if num_last is None else length - num_last]
+        for block, first in zip(self.blocks, skipped, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, cos, sin, first, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, first)
         return self.norm(x.float())

@@ -10,7 +10,7 @@ from models.policy import Policy
 from training.distributed import Ranks
 
 
-def rehearse(policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks) -> None:
+def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:
     """Take one forward as in a rollout, and one forward and backward as in an update, on zeros (all ranks).
 
     What the optimizer will hold is held meanwhile. No gradient stays.
@@ -18,7 +18,8 @@ def rehearse(policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks)
     Args:
         policy: not yet shared among ranks.
         num_segments: of one micro-batch.
-        segment_bars: context bars and horizon.
+        context_bars: of a segment.
+        horizon: of a segment.
         ranks: all take part.
 
     Raises:
@@ -30,10 +31,10 @@ def rehearse(policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks)
     failure: Exception | None = None
     try:
         moments = [torch.empty_like(p) for p in policy.parameters() for _ in range(2)]
-        bars = torch.zeros(num_segments, segment_bars + 1, config.num_features, device=device)
+        bars = torch.zeros(num_segments, context_bars + horizon + 1, config.num_features, device=device)
         with torch.no_grad():
-            policy.encode(bars, 1)
-        policy.encode(bars[:, 1:], 1).sum().backward()
+            policy.encode(bars, horizon + 1)
+        policy.encode(bars[:, 1:], horizon).sum().backward()
         del moments
     except torch.OutOfMemoryError as error:
         out_of_memory = str(error).splitlines()[0]
@@ -48,7 +49,7 @@ def rehearse(policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks)
 
 
 def compile_trunk(
-    policy: Policy, num_segments: int, segment_bars: int, ranks: Ranks, by_block: bool = False
+    policy: Policy, num_segments: int, context_bars: int, horizon: int, ranks: Ranks, by_block: bool = False
 ) -> str:
     """Compile the trunk for rollouts and updates, on all ranks or on none; takes a minute for large ones.
 
@@ -58,7 +59,8 @@ def compile_trunk(
     Args:
         policy: changed in place; its weights and their names stay as they are.
         num_segments: of one micro-batch.
-        segment_bars: context bars and horizon.
+        context_bars: of a segment.
+        horizon: of a segment.
         ranks: all take part.
         by_block: compile block by block, for ranks that hold shares: a block's weights come when it is called.
 
@@ -73,7 +75,7 @@ def compile_trunk(
         module.forward = torch.compile(module.forward, dynamic=False)
     reason = ""
     try:
-        rehearse(policy, num_segments, segment_bars, ranks)
+        rehearse(policy, num_segments, context_bars, horizon, ranks)
     except torch.OutOfMemoryError:
         _uncompile(modules)
         raise

@@ -102,7 +102,7 @@ class Session:
 
     def _rehearse(self, plan: MemoryPlan) -> None:
         config = self.config
-        sizes = plan.micro_batch_segments, config.env.context_bars + config.env.horizon
+        sizes = plan.micro_batch_segments, config.env.context_bars, config.env.horizon
         self.policy.trunk.recompute = plan.recompute
         if config.compile:
             self.not_compiled = compile_trunk(self.policy, *sizes, self.ranks, config.learner.sharded)
@@ -177,8 +177,8 @@ class Session:
     def flops_per_transition(self) -> float:
         """Count the trunk's operations: a forward in the rollout, a forward and a backward in every pass."""
         trunk, env = self.policy.trunk, self.config.env
-        rollout = trunk.forward_flops(env.context_bars + env.horizon + 1)
-        update = 3 * trunk.forward_flops(env.context_bars + env.horizon)
+        rollout = trunk.forward_flops(env.context_bars + env.horizon + 1, env.horizon + 1)
+        update = 3 * trunk.forward_flops(env.context_bars + env.horizon, env.horizon)
         return (rollout + self.config.learner.update_passes * update) / env.horizon
 
     def update(

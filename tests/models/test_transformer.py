@@ -34,6 +34,20 @@ def test_a_longer_segment_gives_the_same_hidden_states_for_its_beginning() -> No
     torch.testing.assert_close(model(bars)[:, :17], model(bars[:, :17]), rtol=1e-5, atol=1e-5)
 
 
+def test_only_the_last_bars_are_the_same_as_all_of_them() -> None:
+    model, bars = trunk(), torch.randn(2, 24, 5)
+    weights = torch.randn(2, 7, model.config.d_model)
+    (model(bars)[:, -7:] * weights).sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    hidden = model(bars, 7)
+    assert hidden.shape == weights.shape
+    torch.testing.assert_close(hidden, model(bars)[:, -7:], rtol=1e-4, atol=1e-5)
+    (hidden * weights).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
 def test_attention_equals_its_definition() -> None:
     torch.manual_seed(1)
     attention, x = Attention(CONFIG).double(), torch.randn(2, 7, 32, dtype=torch.float64)
@@ -94,9 +108,10 @@ def test_wrong_shapes_are_told() -> None:
         TransformerConfig(num_features=5, d_model=30, num_layers=1, num_heads=4, max_length=8)
 
 
-def test_counted_operations_are_those_of_the_matrix_products_and_of_half_the_attention():
+@pytest.mark.parametrize("num_last", [None, 7])
+def test_counted_operations_are_those_of_the_matrix_products_and_of_half_the_attention(num_last):
     trunk = Trunk(TransformerConfig(num_features=6, d_model=32, num_layers=3, num_heads=4, max_length=20))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        trunk(torch.randn(1, 20, 6))
+        trunk(torch.randn(1, 20, 6), num_last)
     attention = 3 * 2 * 20**2 * 32  # the counter takes attention for whole
-    assert trunk.forward_flops(20) == counter.get_total_flops() - attention
+    assert trunk.forward_flops(20, num_last) == counter.get_total_flops() - attention

@@ -20,7 +20,7 @@ from training.compilation import compile_trunk
 @pytest.mark.slow
 def test_a_compiled_trunk_gives_the_same_update() -> None:
     plain, compiled = small_policy(num_layers=1), small_policy(num_layers=1)
-    assert compile_trunk(compiled, 2, CONTEXT + HORIZON, ALONE) == ""
+    assert compile_trunk(compiled, 2, CONTEXT, HORIZON, ALONE) == ""
     assert list(plain.state_dict()) == list(compiled.state_dict())
     rollout = made_up_rollout(plain, 4)
     for policy in (plain, compiled):
@@ -41,7 +41,7 @@ def test_without_a_compiler_the_trunk_is_left_as_it_was_and_the_reason_is_told(
     bars = torch.randn(2, CONTEXT + HORIZON, FEATURES)
     before = policy.encode(bars, HORIZON)
     with torch._inductor.config.patch(force_disable_caches=True):
-        reason = compile_trunk(policy, 2, CONTEXT + HORIZON, ALONE)
+        reason = compile_trunk(policy, 2, CONTEXT, HORIZON, ALONE)
     assert "ompiler" in reason and "\n" not in reason
     assert torch.equal(policy.encode(bars, HORIZON), before)
     assert all(parameter.grad is None for parameter in policy.parameters())

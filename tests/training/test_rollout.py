@@ -10,7 +10,8 @@ from envs.trading_env import EnvConfig, TradingEnv
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from tests.envs.markets import CONTEXT, HORIZON, NEVER, env_of, market_of, walk
-from tests.training.rollouts import small_learner
+from tests.training.reencoding import WindowLearner, collect_by_windows
+from tests.training.rollouts import ALONE, small_learner
 from training.rollout import Rollout, collect
 
 
@@ -69,6 +70,29 @@ def test_chunks_of_the_trunk_forward_change_nothing() -> None:
         rollouts.append(rollout_of(env, policy_for(env), chunk))
     assert torch.equal(rollouts[0].actions, rollouts[1].actions)
     torch.testing.assert_close(rollouts[0].values, rollouts[1].values, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_what_encoding_every_window_anew_gives() -> None:
+    market = market_of(walk())
+    env = env_of(market)
+    quick = rollout_of(env, policy_for(env))
+    env = env_of(market)
+    plain = collect_by_windows(env, policy_for(env), torch.Generator().manual_seed(7), whole=True)
+    assert torch.equal(quick.actions, plain.actions)
+    assert quick.actions.unique().numel() == 3
+    for name in ("bars", "accounts", "log_policy", "rewards", "values", "next_value", "valid"):
+        torch.testing.assert_close(getattr(quick, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+def test_of_windows_alone_the_policy_that_acted_is_the_one_that_learns() -> None:
+    env = env_of(market_of(walk()))
+    learner = WindowLearner(policy_for(env), small_learner(policy_for(env)).config, ALONE, seed=0)
+    rollout = collect_by_windows(env, learner.policy, learner.generator)
+    flat, seen, accounts = learner.decisions(rollout)
+    with torch.no_grad():
+        logits, values = learner.policy(seen, accounts)
+    torch.testing.assert_close(torch.log_softmax(logits[:, 0], -1), flat.log_policy, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values[:, 0], rollout.values.flatten(), rtol=0, atol=5e-5)
 
 
 def test_rewards_are_the_environments_in_units_of_the_markets_volatility() -> None:

@@ -38,7 +38,7 @@ if __name__ == "__main__":
     with distributed.start() as ranks:
         policy = small_policy()
         if "compiled" in sys.argv:
-            assert compile_trunk(policy, 2, CONTEXT + HORIZON, ranks, by_block=sharded) == ""
+            assert compile_trunk(policy, 2, CONTEXT, HORIZON, ranks, by_block=sharded) == ""
         learner = small_learner(policy, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
         whole = made_up_rollout(small_policy(), 8)
         half = part_of(whole, slice(4 * ranks.rank, 4 * ranks.rank + 4))
