@@ -3,7 +3,7 @@
     python -m tests.drill.soak --minutes 30
     python -m tests.drill.soak --kills 50 --shortest 1 --longest 15
 
-Ends with 0 if the weights are the same to the last bit, no acknowledged epoch was lost, no process is left
+Ends with 0 if weights and states are the same to the last bit, no acknowledged epoch was lost, no process is left
 behind, and memory and open files stayed flat.
 """
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -25,7 +26,18 @@ from tests.drill.programs import SUPERVISED_WITH_FAULTS, VICTIMS, find, living
 from tests.program import SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
 from training import checkpoint as files
 
-SETTINGS = {"batch_size": 64, "epochs": 50, "checkpoint_every": 2}
+# Free trades and much entropy: a policy that makes up its mind soon has gradients of nothing from then on, and
+# weights that do not move are the same whatever happens.
+SETTINGS = {
+    "batch_size": 64,
+    "epochs": 50,
+    "checkpoint_every": 2,
+    "learning_rate": 3e-4,
+    "entropy_coef": 0.3,
+    "crypto_fee_bps": 0,
+    "slippage_bps": 0,
+    "borrow_rate": 0,
+}
 STOPS = {"Ctrl+C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 PAUSE = "0.5"  # seconds per epoch, so that the undisturbed training takes a fraction of the time
 
@@ -37,6 +49,13 @@ def say(text: str) -> None:
 
 def numbers(name: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", name)))
+
+
+def resume_state(folder: Path, name: str) -> dict[str, Any]:
+    """Load what the next start needs, without the time of day at which its run began."""
+    state = checkpoint(folder, f"resume/{name}")
+    state["clock"].pop("cutoff_ns")
+    return state
 
 
 class Use:
@@ -193,11 +212,15 @@ def main() -> int:
         start.ends_well()
         last = f"run{runs}_epoch{SETTINGS['epochs']}.pt"
         same = is_same(checkpoint(disturbed, last)["model"], checkpoint(undisturbed, last)["model"])
-    if not same:
-        soak.faults.append(f"weights of {last} differ")
+        same_state = is_same(resume_state(disturbed, last), resume_state(undisturbed, last))
+        figures = checkpoint(undisturbed, last)["metrics"]
+    if not same or not same_state:
+        soak.faults.append(f"weights or states of {last} differ")
     say(
         f"{minutes:.1f} minutes, {soak.kills.total()} faults: {dict(soak.kills)}; {last}, "
-        f"{runs * SETTINGS['epochs']} epochs: same weights: {same}"
+        f"{runs * SETTINGS['epochs']} epochs: same weights: {same}, "
+        f"same optimizer, accounts and random streams: {same_state}; it still learned: entropy "
+        f"{figures['loss/entropy']:.3f}, gradient norm {figures['ppo/grad_norm']:.3g}"
     )
     for whose, use in {**soak.use, "rank 0 of the undisturbed": lone}.items():
         line, grew = use.told(whose)
