@@ -53,6 +53,9 @@ from training.session import Session
 from training.timing import Stopwatch
 
 MOST_ROLLBACKS = 3  # in one run
+COMPILER_SECONDS = (
+    3600.0  # with so much patience the transformer is compiled; what takes longer counts as hanging
+)
 STOCKS = tuple(
     "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
 )
@@ -197,7 +200,8 @@ def train(settings: Settings, control: Control) -> None:
             market = market_on_device(settings, data, session, saved, ranks)
             clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data))
             if session is None:
-                session = new_session(settings, market, saved, ranks, console)
+                with control.beating(COMPILER_SECONDS):
+                    session = new_session(settings, market, saved, ranks, console)
                 saved = None  # gigabytes
             else:
                 session.use(market)

@@ -44,6 +44,7 @@ from training.platform_specific import WINDOWS, Processes
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
 EXIT_GAVE_UP = 1
 POLL_SECONDS = 0.1
+LONGEST_LOOK_SECONDS = 1.0  # between two looks; if more has passed, this process did not run either
 
 
 def say(line: str) -> None:
@@ -195,9 +196,13 @@ class Supervisor:
             GroupDiedError: it crashed, or shows no sign of life for too long.
         """
         beat = self._control.heartbeat()
-        seen, limit = time.monotonic(), self._limits.start_seconds
+        silence, limit = 0.0, self._limits.start_seconds
+        looked = time.monotonic()
         while True:
             time.sleep(POLL_SECONDS)
+            # While the whole machine was frozen (a snapshot, a paused container) nobody could show life.
+            silence += min(time.monotonic() - looked, LONGEST_LOOK_SECONDS)
+            looked = time.monotonic()
             if self._stop.aborted:
                 self._processes.sweep()
                 say("Aborted. The newest checkpoint on disk is whole.")
@@ -208,8 +213,8 @@ class Supervisor:
                 return self._verdict(codes)
             newest = self._control.heartbeat()
             if newest != beat:
-                beat, seen, limit = newest, time.monotonic(), self._limits.hang_seconds
-            elif time.monotonic() - seen > limit:
+                beat, silence, limit = newest, 0.0, self._limits.hang_seconds
+            elif silence > limit:
                 raise GroupDiedError(f"no sign of life for {limit:.0f} s")
 
     def _verdict(self, codes: Sequence[int | None]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -68,3 +70,39 @@ def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bar
     resumed = bars_of(clock, 0)
     assert resumed.fingerprint == first.fingerprint
     np.testing.assert_array_equal(resumed.bars[0].close, first.bars[0].close)
+
+
+class Second(Ranks):
+    """Rank 1 of two, whose first one has all to itself."""
+
+    def from_first(self, value: object) -> object:
+        return time.time_ns() if value == 0 else value
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather(self, value: object) -> list[object]:
+        return [value]
+
+
+@pytest.mark.parametrize(("local_rank", "expected"), [("0", 2), ("1", 0)])
+def test_a_machine_that_waits_for_the_download_of_another_shows_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_rank: str, expected: int
+) -> None:
+    """But the second rank beside the one that downloads does not: it would hide that one's hanging."""
+    monkeypatch.delenv("CONTROL_DIR", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    waits: list[float] = []
+
+    class Waiting(Control):
+        @contextlib.contextmanager
+        def beating(self, at_most_seconds: float) -> Iterator[None]:
+            waits.append(at_most_seconds)
+            yield
+
+    settings = Settings(sources=("simulated",), simulated_symbols=2, simulated_bars=3_000)
+    ranks = Second(1, 2, torch.device("cpu"))
+    lake, console, prefetch = Lake(tmp_path), Console(None), cast(Prefetch, Taken(0))
+    assert fresh_bars(lake, settings, Clock(), ranks, Waiting(), console, prefetch) is not None
+    assert len(waits) == expected and all(seconds > 3600 for seconds in waits)
