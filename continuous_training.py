@@ -255,6 +255,12 @@ def train(settings: Settings, control: Control) -> None:
                 clock.next_run()
                 stopping = stopping or clock.is_past(settings.runs)
         console.lines(summary.lines(clock, writer.finish()))
+        if ranks.any(writer.owes):
+            raise Leave(
+                EXIT_DOES_NOT_FIT,
+                f"The end of this training is not saved: make room in {settings.checkpoint_dir}; the next start "
+                "goes on from the checkpoint before and trains it again",
+            )
 
 
 def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock, checkpoint.Restored | None]:
