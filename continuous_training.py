@@ -53,9 +53,7 @@ from training.session import Session
 from training.timing import Stopwatch
 
 MOST_ROLLBACKS = 3  # in one run
-COMPILER_SECONDS = (
-    3600.0  # with so much patience the transformer is compiled; what takes longer counts as hanging
-)
+COMPILER_SECONDS = 3600.0  # a compiler that works for longer counts as hanging
 STOCKS = tuple(
     "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
 )
