@@ -10,6 +10,7 @@ behind, and memory and open files stayed flat.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import re
 import signal
@@ -58,23 +59,32 @@ def resume_state(folder: Path, name: str) -> dict[str, Any]:
     return state
 
 
-class Use:
-    """Memory and open files of one process over time, from its tenth second on: first it imports and loads."""
+WARM_EPOCHS = (
+    10  # a process imports, loads, and saves first; counted in epochs, since machines are slow and quick
+)
 
-    def __init__(self) -> None:
+
+class Use:
+    """Memory and open files over time of whichever process plays one part, each from its tenth epoch on."""
+
+    def __init__(self, folder: Path) -> None:
         self.samples: list[tuple[int, int]] = []  # bytes, open files
+        self._metrics = folder / "logs" / "metrics.jsonl"
+        self._first: dict[psutil.Process, int] = {}  # how many epochs were told when it was seen first
 
     def measure(self, process: psutil.Process | None) -> None:
-        try:
-            if process and time.time() - process.create_time() > 10:
-                self.samples.append((process.memory_info().rss, process.num_fds()))
-        except psutil.Error:
-            return  # it ended meanwhile
+        if process is None:
+            return
+        epochs = self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
+        if epochs < self._first.setdefault(process, epochs) + WARM_EPOCHS:
+            return
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            self.samples.append((process.memory_info().rss, process.num_fds()))
 
     def told(self, whose: str) -> tuple[str, bool]:
         """Say it in a line, and whether it grew from the first tenth to the last."""
         if not self.samples:
-            return f"{whose}: never lived for ten seconds", False
+            return f"{whose}: never lived for {WARM_EPOCHS} epochs", False
         tenth = max(1, len(self.samples) // 10)
         (memory, files), (memory_end, files_end) = (
             [sum(column) / tenth for column in zip(*part, strict=True)]
@@ -95,7 +105,7 @@ class Soak:
         self.chance = chance
         self.kills: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.use = {"rank 0": Use(), "supervisor": Use()}
+        self.use = {whose: Use(folder) for whose in ("rank 0", "supervisor")}
         self.began = time.monotonic()
         self.starts = 0
         self.start = self._start()
@@ -205,7 +215,7 @@ def main() -> int:
         say(f"the same {runs} runs of {SETTINGS['epochs']} epochs, undisturbed")
         words = [*SUPERVISED, "train", *tiny_flags(undisturbed, **SETTINGS, runs=runs)]
         start = Start(undisturbed / "out", words, environment(NPROC="2"))
-        lone = Use()  # nobody kills it: what leaks would add up in it
+        lone = Use(undisturbed)  # nobody kills it: what leaks would add up in it
         while start.process.poll() is None:
             time.sleep(0.5)
             lone.measure(find(start, "rank 0"))
