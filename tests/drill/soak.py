@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from tests.drill.programs import SUPERVISED_WITH_FAULTS, VICTIMS, find, living
-from tests.program import SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
+from tests.program import PATIENCE, SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
 from training import checkpoint as files
 
 # Free trades and much entropy: a policy that makes up its mind soon has gradients of nothing from then on, and
@@ -40,6 +40,7 @@ SETTINGS = {
     "borrow_rate": 0,
 }
 STOPS = {"Ctrl+C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+MOST_KILLS = 3  # before an epoch must be finished: after five crashes without one the supervisor gives up
 PAUSE = "0.5"  # seconds per epoch, so that the undisturbed training takes a fraction of the time
 
 
@@ -59,9 +60,13 @@ def resume_state(folder: Path, name: str) -> dict[str, Any]:
     return state
 
 
-WARM_EPOCHS = (
-    10  # a process imports, loads, and saves first; counted in epochs, since machines are slow and quick
-)
+# A process imports, loads, and saves first. Counted in epochs, since machines are slow and quick.
+WARM_EPOCHS = 10
+
+
+def stamp(path: Path) -> int:
+    """Return a number that changes whenever the file does; 0 while there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 class Use:
@@ -108,6 +113,7 @@ class Soak:
         self.use = {whose: Use(folder) for whose in ("rank 0", "supervisor")}
         self.began = time.monotonic()
         self.starts = 0
+        self.kills_of_group = 0  # since an epoch was finished
         self.start = self._start()
 
     def _start(self, runs: int | None = None) -> Start:
@@ -144,10 +150,13 @@ class Soak:
 
     def kill(self, victim: str) -> None:
         """Kill one process with SIGKILL, and start the supervisor again where it was that."""
+        if self.kills_of_group == MOST_KILLS:
+            self.wait_for_epoch()
         process = find(self.start, victim)
         if process is None:
             return  # between two groups
         process.kill()
+        self.kills_of_group += 1
         self.kills[victim] += 1
         if victim == "supervisor":
             self.start.ends()
@@ -164,6 +173,18 @@ class Soak:
         if self.newest() < self.acknowledged():
             self.faults.append(f"{self.acknowledged()} was saved, {self.newest()} is there")
         say(f"killed {victim}; newest checkpoint {self.newest()}")
+
+    def wait_for_epoch(self) -> None:
+        """Wait until another epoch is finished, however slow the machine is."""
+        metrics = self.folder / "logs" / "metrics.jsonl"
+        end = time.monotonic() + PATIENCE
+        for _ in range(2):  # when the second one is told, the first is saved and done with
+            before = stamp(metrics)
+            while stamp(metrics) == before:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no epoch in {PATIENCE:.0f} s: {self.start.output[-500:]}")
+                time.sleep(0.1)
+        self.kills_of_group = 0
 
     def stop(self, name: str) -> None:
         """Ask it to stop, at whatever moment, and wait for its end."""
