@@ -170,7 +170,7 @@ class Control:
             thread.join()
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Show signs of life while this machine waits for rank 0 on another: a download takes hours, an exam long.
+        """Show signs of life while this machine waits for another one, where rank 0 downloads or examines.
 
         Not beside rank 0: there, silence means that rank 0 hangs.
         """
