@@ -184,6 +184,8 @@ class Supervisor:
                     say(f"Giving up: {why}. The last: {death}. The newest checkpoint on disk is whole.")
                     return EXIT_GAVE_UP
                 delay = self._limits.delay_seconds(crashes)
+                if self._launch.num_nodes > 1:  # whoever is back sooner meets the others' old group
+                    delay = self._limits.longest_delay_seconds
                 say(f"Training died: {death}. It goes on from the newest checkpoint in {delay:.0f} s.")
             if not self._wait(delay):
                 say("Stopped. The newest checkpoint on disk is the state of the training.")
