@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def row(ahead: list[float], itself: list[float]) -> str:
-    return f"{told(ahead)} | {told(itself)} | {statistics.median(ahead) / statistics.median(itself):.2f}"
+    return f"{told(ahead)} | {told(itself)} | {statistics.median(ahead) / statistics.median(itself):.2g}"
 
 
 if __name__ == "__main__":
