@@ -23,7 +23,7 @@ PATIENCE = timedelta(hours=24)
 # Training steps take seconds; a rank that is silent for so long is dead.
 STEP_TIMEOUT = timedelta(minutes=15)
 # Launchers start their ranks when all machines have met. A rank that waits for longer came to the meeting before,
-# with a machine whose group was about to end; it must be back while that one waits for it (launch.MEETING_SECONDS).
+# with a machine whose group was about to end; it must be back while that one waits (launch.MEETING_SECONDS).
 MEETING = timedelta(minutes=5)
 
 
