@@ -61,6 +61,7 @@ from training.session import Session
 from training.timing import Phases, Stopwatch
 
 MOST_ROLLBACKS = 3  # in one run
+COMPILER_SECONDS = 3600.0  # a compiler that works for longer counts as hanging
 STOCKS = tuple(
     "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
 )
@@ -211,7 +212,8 @@ def train(settings: Settings, control: Control) -> None:
                 market = market_on_device(settings, data, session, saved, ranks)
             clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data))
             if session is None:
-                session = new_session(settings, market, saved, ranks, console)
+                with control.beating(COMPILER_SECONDS):
+                    session = new_session(settings, market, saved, ranks, console)
                 saved = None  # gigabytes
             else:
                 session.use(market)
@@ -271,6 +273,12 @@ def train(settings: Settings, control: Control) -> None:
                 clock.next_run()
                 stopping = stopping or clock.is_past(settings.runs)
         console.lines(summary.lines(clock, writer.finish()))
+        if ranks.any(writer.owes):
+            raise Leave(
+                EXIT_DOES_NOT_FIT,
+                f"The end of this training is not saved: make room in {settings.checkpoint_dir}; the next start "
+                "goes on from the checkpoint before and trains it again",
+            )
 
 
 def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock, checkpoint.Restored | None]:

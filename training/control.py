@@ -12,6 +12,8 @@ where a new file would not. The environment variable CONTROL_DIR names the folde
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import shutil
 import signal
@@ -19,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
@@ -161,25 +162,34 @@ class Control:
             self._touch(_HEARTBEAT)
             self._last_beat = time.monotonic()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Show signs of life from a thread, for a rank that waits for another one's long work.
+    @contextlib.contextmanager
+    def beating(self, at_most_seconds: float) -> Iterator[None]:
+        """Show signs of life meanwhile from a thread: for one long call that cannot, such as a compiler's.
 
-        Whether the other one works is for its own signs of life to tell.
+        What takes longer than ``at_most_seconds`` is silent from then on, and so counts as hanging in the end.
         """
         done = Event()
 
-        def beat_until_done() -> None:
-            while not done.wait(1.0):
+        def keep_beating() -> None:
+            end = time.monotonic() + at_most_seconds
+            while time.monotonic() < end and not done.wait(1.0):
                 self.beat()
 
-        thread = Thread(target=beat_until_done, daemon=True)
+        thread = Thread(target=keep_beating, daemon=True)
         thread.start()
         try:
             yield
         finally:
             done.set()
             thread.join()
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Show signs of life while this machine waits for another one, where rank 0 downloads or examines.
+
+        Not beside rank 0: there, silence means that rank 0 hangs.
+        """
+        is_elsewhere = os.environ.get("LOCAL_RANK") == "0" and os.environ.get("RANK", "0") != "0"
+        return self.beating(math.inf) if is_elsewhere else contextlib.nullcontext()
 
     def progressed(self) -> None:
         """Tell that an epoch is finished; a crash afterwards counts as the first one again."""

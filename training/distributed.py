@@ -22,6 +22,9 @@ from torch import Tensor
 PATIENCE = timedelta(hours=24)
 # Training steps take seconds; a rank that is silent for so long is dead.
 STEP_TIMEOUT = timedelta(minutes=15)
+# Launchers start their ranks when all machines have met. A rank that waits for longer came to the meeting before,
+# with a machine whose group was about to end; it must be back while that one waits (launch.MEETING_SECONDS).
+MEETING = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,16 @@ class Ranks:
 
 
 @contextmanager
-def start() -> Iterator[Ranks]:
+def start(meeting: timedelta = MEETING) -> Iterator[Ranks]:
     """Join the ranks that torchrun (or the supervisor) started; a single process joins nobody.
 
     NCCL with one GPU per local rank where there are GPUs, gloo on CPUs.
+
+    Args:
+        meeting: how long the ranks wait for each other.
+
+    Raises:
+        torch.distributed.DistStoreError: one of them did not come.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -90,8 +99,14 @@ def start() -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, device)
         return
+    store, rank, _ = next(torch_distributed.rendezvous("env://", timeout=meeting))
+    store.set(f"rank {rank} is here", "")
+    store.wait([f"rank {number} is here" for number in range(world_size)], meeting)
     torch_distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
         timeout=STEP_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )

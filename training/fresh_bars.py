@@ -55,13 +55,14 @@ def fresh_bars(
             # A stop is agreed on by the ranks below.
             with contextlib.suppress(StopRequested), _leaving_without_lake(clock):
                 refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, progress)
-        cutoff_ns = ranks.from_first(cutoff_ns)
+        with control.waiting():
+            cutoff_ns = ranks.from_first(cutoff_ns)
         if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
             return None
         clock.cutoff_ns = cutoff_ns
     request = data_request(settings, clock.cutoff_ns)
     with _leaving_without_lake(clock):
-        data = _shared(lake, request, ranks, console)
+        data = _shared(lake, request, ranks, console, control)
     if len(set(ranks.gather(data.fingerprint))) > 1:
         raise Leave(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
@@ -109,7 +110,7 @@ def _leaving_without_lake(clock: Clock) -> Iterator[None]:
         raise Leave(code, f"{error}: look at the disk, or use another --data-dir") from error
 
 
-def _shared(lake: Lake, request: DataRequest, ranks: Ranks, console: Console) -> LoadedData:
+def _shared(lake: Lake, request: DataRequest, ranks: Ranks, console: Console, control: Control) -> LoadedData:
     """Map the one copy of the run's bars; without room for a copy every rank reads the lake for itself."""
     name = ""
     if ranks.is_first and request.needs_lake:
@@ -117,7 +118,8 @@ def _shared(lake: Lake, request: DataRequest, ranks: Ranks, console: Console) ->
             name = ready_copy.provide(lake, request).name
         except LakeError as error:
             console.warning(f"every rank and restart reads all of the lake: {error}")
-    name = ranks.from_first(name)
+    with control.waiting():
+        name = ranks.from_first(name)
     if not name:
         return load(lake, request)
     try:

@@ -46,6 +46,7 @@ from training.screen import LEAVE
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
 EXIT_GAVE_UP = 1
 POLL_SECONDS = 0.1
+LONGEST_LOOK_SECONDS = 1.0  # between two looks; if more has passed, this process did not run either
 
 
 def say(line: str) -> None:
@@ -201,6 +202,8 @@ class Supervisor:
                     say(f"Giving up: {why}. The last: {death}. The newest checkpoint on disk is whole.")
                     return EXIT_GAVE_UP
                 delay = self._limits.delay_seconds(crashes)
+                if self._launch.num_nodes > 1:  # whoever is back sooner meets the others' old group
+                    delay = self._limits.longest_delay_seconds
                 say(f"Training died: {death}. It goes on from the newest checkpoint in {delay:.0f} s.")
             if not self._wait(delay):
                 say("Stopped. The newest checkpoint on disk is the state of the training.")
@@ -213,9 +216,13 @@ class Supervisor:
             GroupDiedError: it crashed, or shows no sign of life for too long.
         """
         beat = self._control.heartbeat()
-        seen, limit = time.monotonic(), self._limits.start_seconds
+        silence, limit = 0.0, self._limits.start_seconds
+        looked = time.monotonic()
         while True:
             time.sleep(POLL_SECONDS)
+            # While the whole machine was frozen (a snapshot, a paused container) nobody could show life.
+            silence += min(time.monotonic() - looked, LONGEST_LOOK_SECONDS)
+            looked = time.monotonic()
             if self._stop.aborted:
                 self._processes.sweep()
                 self._restore_terminal()
@@ -229,8 +236,8 @@ class Supervisor:
                 return self._verdict(codes)
             newest = self._control.heartbeat()
             if newest != beat:
-                beat, seen, limit = newest, time.monotonic(), self._limits.hang_seconds
-            elif time.monotonic() - seen > limit:
+                beat, silence, limit = newest, 0.0, self._limits.hang_seconds
+            elif silence > limit:
                 raise GroupDiedError(f"no sign of life for {limit:.0f} s")
 
     def _verdict(self, codes: Sequence[int | None]) -> int:

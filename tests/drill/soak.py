@@ -3,13 +3,14 @@
     python -m tests.drill.soak --minutes 30
     python -m tests.drill.soak --kills 50 --shortest 1 --longest 15
 
-Ends with 0 if the weights are the same to the last bit, no acknowledged epoch was lost, no process is left
+Ends with 0 if weights and states are the same to the last bit, no acknowledged epoch was lost, no process is left
 behind, and memory and open files stayed flat.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import re
 import signal
@@ -18,15 +19,28 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from tests.drill.programs import SUPERVISED_WITH_FAULTS, VICTIMS, find, living
-from tests.program import SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
+from tests.program import PATIENCE, SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
 from training import checkpoint as files
 
-SETTINGS = {"batch_size": 64, "epochs": 50, "checkpoint_every": 2}
+# Free trades and much entropy: a policy that makes up its mind soon has gradients of nothing from then on, and
+# weights that do not move are the same whatever happens.
+SETTINGS = {
+    "batch_size": 64,
+    "epochs": 50,
+    "checkpoint_every": 2,
+    "learning_rate": 3e-4,
+    "entropy_coef": 0.3,
+    "crypto_fee_bps": 0,
+    "slippage_bps": 0,
+    "borrow_rate": 0,
+}
 STOPS = {"Ctrl+C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+MOST_KILLS = 3  # before an epoch must be finished: after five crashes without one the supervisor gives up
 PAUSE = "0.5"  # seconds per epoch, so that the undisturbed training takes a fraction of the time
 
 
@@ -39,23 +53,43 @@ def numbers(name: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", name)))
 
 
-class Use:
-    """Memory and open files of one process over time, from its tenth second on: first it imports and loads."""
+def resume_state(folder: Path, name: str) -> dict[str, Any]:
+    """Load what the next start needs, without the time of day at which its run began."""
+    state = checkpoint(folder, f"resume/{name}")
+    state["clock"].pop("cutoff_ns")
+    return state
 
-    def __init__(self) -> None:
+
+# A process imports, loads, and saves first. Counted in epochs, since machines are slow and quick.
+WARM_EPOCHS = 10
+
+
+def stamp(path: Path) -> int:
+    """Return a number that changes whenever the file does; 0 while there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+class Use:
+    """Memory and open files over time of whichever process plays one part, each from its tenth epoch on."""
+
+    def __init__(self, folder: Path) -> None:
         self.samples: list[tuple[int, int]] = []  # bytes, open files
+        self._metrics = folder / "logs" / "metrics.jsonl"
+        self._first: dict[psutil.Process, int] = {}  # how many epochs were told when it was seen first
 
     def measure(self, process: psutil.Process | None) -> None:
-        try:
-            if process and time.time() - process.create_time() > 10:
-                self.samples.append((process.memory_info().rss, process.num_fds()))
-        except psutil.Error:
-            return  # it ended meanwhile
+        if process is None:
+            return
+        epochs = self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
+        if epochs < self._first.setdefault(process, epochs) + WARM_EPOCHS:
+            return
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            self.samples.append((process.memory_info().rss, process.num_fds()))
 
     def told(self, whose: str) -> tuple[str, bool]:
         """Say it in a line, and whether it grew from the first tenth to the last."""
         if not self.samples:
-            return f"{whose}: never lived for ten seconds", False
+            return f"{whose}: never lived for {WARM_EPOCHS} epochs", False
         tenth = max(1, len(self.samples) // 10)
         (memory, files), (memory_end, files_end) = (
             [sum(column) / tenth for column in zip(*part, strict=True)]
@@ -76,9 +110,10 @@ class Soak:
         self.chance = chance
         self.kills: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.use = {"rank 0": Use(), "supervisor": Use()}
+        self.use = {whose: Use(folder) for whose in ("rank 0", "supervisor")}
         self.began = time.monotonic()
         self.starts = 0
+        self.kills_of_group = 0  # since an epoch was finished
         self.start = self._start()
 
     def _start(self, runs: int | None = None) -> Start:
@@ -115,10 +150,13 @@ class Soak:
 
     def kill(self, victim: str) -> None:
         """Kill one process with SIGKILL, and start the supervisor again where it was that."""
+        if self.kills_of_group == MOST_KILLS:
+            self.wait_for_epoch()
         process = find(self.start, victim)
         if process is None:
             return  # between two groups
         process.kill()
+        self.kills_of_group += 1
         self.kills[victim] += 1
         if victim == "supervisor":
             self.start.ends()
@@ -135,6 +173,18 @@ class Soak:
         if self.newest() < self.acknowledged():
             self.faults.append(f"{self.acknowledged()} was saved, {self.newest()} is there")
         say(f"killed {victim}; newest checkpoint {self.newest()}")
+
+    def wait_for_epoch(self) -> None:
+        """Wait until another epoch is finished, however slow the machine is."""
+        metrics = self.folder / "logs" / "metrics.jsonl"
+        end = time.monotonic() + PATIENCE
+        for _ in range(2):  # when the second one is told, the first is saved and done with
+            before = stamp(metrics)
+            while stamp(metrics) == before:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no epoch in {PATIENCE:.0f} s: {self.start.output[-500:]}")
+                time.sleep(0.1)
+        self.kills_of_group = 0
 
     def stop(self, name: str) -> None:
         """Ask it to stop, at whatever moment, and wait for its end."""
@@ -186,18 +236,22 @@ def main() -> int:
         say(f"the same {runs} runs of {SETTINGS['epochs']} epochs, undisturbed")
         words = [*SUPERVISED, "train", *tiny_flags(undisturbed, **SETTINGS, runs=runs)]
         start = Start(undisturbed / "out", words, environment(NPROC="2"))
-        lone = Use()  # nobody kills it: what leaks would add up in it
+        lone = Use(undisturbed)  # nobody kills it: what leaks would add up in it
         while start.process.poll() is None:
             time.sleep(0.5)
             lone.measure(find(start, "rank 0"))
         start.ends_well()
         last = f"run{runs}_epoch{SETTINGS['epochs']}.pt"
         same = is_same(checkpoint(disturbed, last)["model"], checkpoint(undisturbed, last)["model"])
-    if not same:
-        soak.faults.append(f"weights of {last} differ")
+        same_state = is_same(resume_state(disturbed, last), resume_state(undisturbed, last))
+        figures = checkpoint(undisturbed, last)["metrics"]
+    if not same or not same_state:
+        soak.faults.append(f"weights or states of {last} differ")
     say(
         f"{minutes:.1f} minutes, {soak.kills.total()} faults: {dict(soak.kills)}; {last}, "
-        f"{runs * SETTINGS['epochs']} epochs: same weights: {same}"
+        f"{runs * SETTINGS['epochs']} epochs: same weights: {same}, "
+        f"same optimizer, accounts and random streams: {same_state}; it still learned: entropy "
+        f"{figures['loss/entropy']:.3f}, gradient norm {figures['ppo/grad_norm']:.3g}"
     )
     for whose, use in {**soak.use, "rank 0 of the undisturbed": lone}.items():
         line, grew = use.told(whose)

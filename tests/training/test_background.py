@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.drill.programs import kill_while_writing
-from tests.program import ALONE, Start, checkpoint, is_same, tiny_flags
+from tests.program import ALONE, SUPERVISED, Start, checkpoint, is_same, tiny_flags
 from training import background
 from training import checkpoint as files
 from training.background import BackgroundWriter, Snapshot
@@ -157,6 +157,19 @@ def test_training_on_a_full_disk_goes_on_and_saves_when_there_is_room(
     assert "run1_epoch60.pt" in start.lines[-1]
     assert not list(checkpoints.rglob("*.tmp"))
     assert files.load(checkpoints / "run1_epoch60.pt")["epoch"] == 60
+
+
+def test_a_last_save_without_room_is_exit_4_and_not_tried_again(small_disk: Path, tmp_path: Path) -> None:
+    """Not 0: a script that switches the machine off after a training that ended well must hear of it."""
+    checkpoints = small_disk / "checkpoints"
+    checkpoints.mkdir()
+    (small_disk / "filler").write_bytes(b"x" * (16 * MEBIBYTE - 64 * 1024))
+    flags = tiny_flags(tmp_path, checkpoint_dir=checkpoints, epochs=2, runs=1)
+    start = Start(tmp_path / "out", [*SUPERVISED, *flags])
+    assert start.ends() == 4, start.output
+    assert start.lines[-2].startswith("Newest checkpoint: not saved: ")
+    assert start.lines[-1].startswith(f"The end of this training is not saved: make room in {checkpoints}; ")
+    assert start.output.count("Run 1: epochs 1 to 2") == 1
 
 
 # --- kill -9 while a checkpoint is written ------------------------------------------------------------------

@@ -270,6 +270,47 @@ def test_a_hanging_worker_is_swept_and_started_again(daemon):
     assert run.has_left_nothing()
 
 
+def test_a_machine_that_was_frozen_as_a_whole_is_no_hang(daemon):
+    """A snapshot of a virtual machine, a paused container, a laptop that slept."""
+    run = daemon(limits={"hang_seconds": 4.0}).start().train()
+    processes = [psutil.Process(run.process.pid), psutil.Process(run.starts()[0])]
+    for process in processes:
+        process.suspend()
+    time.sleep(5.0)
+    for process in reversed(processes):
+        process.resume()
+    run.train()
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.ends()
+    assert code == 0 and len(run.starts()) == 1, errors
+
+
+LONG_CALL = """
+import os, time
+from training.control import CONTROL_DIR, Control, SupervisorControl
+with SupervisorControl() as supervisor:
+    os.environ[CONTROL_DIR] = str(supervisor.folder)
+    control = Control()
+    for _ in range(2):
+        before = supervisor.heartbeat()
+        with control.beating(600.0):  # a compiler at work
+            while supervisor.heartbeat() == before:
+                time.sleep(0.01)
+    before = supervisor.heartbeat()
+    with control.beating(0.0):  # one that takes longer than it may
+        time.sleep(2.5)
+    time.sleep(2.5)  # and nothing goes on beating behind it
+    assert supervisor.heartbeat() == before
+print("seen")
+"""
+
+
+def test_a_long_call_shows_life_from_a_thread_as_long_as_it_may(tmp_path):
+    words = [sys.executable, "-c", LONG_CALL]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.stdout, done.stderr) == ("seen\n", "")
+
+
 def test_a_worker_that_never_shows_life_has_the_longer_start_limit(daemon):
     limits = {"start_seconds": 1.5, "hang_seconds": 0.1, "crashes": 2}
     run = daemon(MISHAP="start:sleep", limits=limits).start()
