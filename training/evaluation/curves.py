@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ def break_even(costs_bps: Sequence[float], returns: Sequence[float]) -> tuple[fl
             f"below {costs_bps[0]:g} bps"
         )
     rungs = list(zip(costs_bps, returns, strict=True))
-    for (cost, earned), (next_cost, next_earned) in zip(rungs, rungs[1:], strict=False):
+    for (cost, earned), (next_cost, next_earned) in pairwise(rungs):
         if next_earned <= 0:
             value = cost + (next_cost - cost) * earned / (earned - next_earned)
             return value, f"{value:.2f} bps"

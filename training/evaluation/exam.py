@@ -171,7 +171,11 @@ def _encoded(
 
 
 def _played(
-    env: ExamEnv, projected: Sequence[Tensor], heads: Sequence[Head], accounts_of: Sequence[int], rules: Tensor
+    env: ExamEnv,
+    projected: Sequence[Tensor],
+    heads: Sequence[Head],
+    accounts_of: Sequence[int],
+    rules: Tensor,
 ) -> list[NDArray[np.float64]]:
     """Play one segment: position, log return, costs and value traded of every decision, (H, N) each."""
     before, done = [], []

@@ -1,7 +1,7 @@
 """The pictures of a report, each as a matplotlib Figure in two widths: for a page, and for a phone.
 
-Okabe and Ito's colours are told apart by everyone. The policy alone has the accent; what it is compared to is grey,
-told apart by dashes and by a name at the end of its line.
+Okabe and Ito's colours are told apart by everyone. The policy alone has the accent; what it is compared to is
+grey, told apart by dashes and by a name at the end of its line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     MOMENTUM: {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (4, 2)), "zorder": 2},
     ALWAYS_FLAT: {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1},
 }
-FONT = {"font.size": 9.0, "axes.titlesize": 9.5, "axes.labelsize": 9.0, "font.family": "DejaVu Sans"}
 WIDTHS = (8.6, 3.6)  # inches, of the two widths
 NARROW = 5.0  # below this it is a phone
 
@@ -148,7 +147,9 @@ def symbol(walk: Walk, width: float) -> Figure:
     count = 4 if width < NARROW else 8
     ticks = np.unique(np.linspace(0, len(walk.time) - 1, count).round().astype(int))
     form = "%m-%d\n%H:%M"
-    earned.set_xticks(ticks, [walk.time[tick].astype("datetime64[s]").item().strftime(form) for tick in ticks])
+    earned.set_xticks(
+        ticks, [walk.time[tick].astype("datetime64[s]").item().strftime(form) for tick in ticks]
+    )
     earned.margins(x=0)
     figure.align_ylabels()
     return figure
@@ -179,7 +180,7 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
             axes.plot(places[smooth - 1 :], mean, color=ACCENT, linewidth=1.6)
         if values.min() < 0 < values.max():
             _zero_line(axes)
-        axes.set_title(title, loc="left", color=INK)
+        axes.set_title(title, loc="left", color=INK, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     for axes in grid:
@@ -206,10 +207,12 @@ def as_svg(figure: Figure, name: str) -> str:
         name: unlike that of every other picture in the page.
     """
     buffer = io.StringIO()
-    own = {"svg.fonttype": "none", "svg.hashsalt": name}
-    with matplotlib.rc_context(own):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
         )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -247,7 +250,9 @@ def _plain(axes: Axes) -> None:
     axes.yaxis.label.set_color(MUTED)
     axes.xaxis.label.set_fontsize(8.5)
     axes.yaxis.label.set_fontsize(8.5)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "\N{MINUS SIGN}"))
+    )
 
 
 def _zero_line(axes: Axes) -> None:

@@ -127,7 +127,9 @@ class Report:
         by_name: dict[str, Walk] = {walk.symbol: walk for walk in self.walks[POLICY]}
         for number, name in enumerate(self.plotted, 1):
             result[f"symbol{number}_{file_name(name)}"] = partial(plots.symbol, by_name[name])
-        panels = [panel for panel in TRAINING_PANELS if any(row.get(panel[0]) is not None for row in self.training)]
+        panels = [
+            panel for panel in TRAINING_PANELS if any(row.get(panel[0]) is not None for row in self.training)
+        ]
         if panels:
             result["training"] = partial(plots.training, self.training, panels)
         return result
