@@ -119,14 +119,17 @@ def evaluate_command(
 ) -> None:
     """Hold the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
     asked = evaluate.Asked.read(first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh)
+    console = Console(Path(trained.settings.log_dir))
     try:
-        evaluate.command(trained, asked, Console(Path(trained.settings.log_dir)))
+        evaluate.command(trained, asked, console)
     except Leave as reason:
         complain(reason.code, str(reason))
     except OSError as error:
         complain(1, f"The report was not written: {error}")
     except KeyboardInterrupt:
         complain(EXIT_ABORTED, "Aborted; no report was written")
+    finally:
+        console.break_off()
 
 
 def signals_command(

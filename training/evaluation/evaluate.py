@@ -24,7 +24,7 @@ from training.control import EXIT_NO_DATA
 from training.evaluation import plots
 from training.evaluation.exam import CHAMPION, POLICY, at_flat_cost, examine
 from training.evaluation.measures import measure
-from training.evaluation.page import headline, page
+from training.evaluation.page import count_of, headline, page
 from training.evaluation.provenance import (
     DAY_NS,
     champion_beside,
@@ -110,14 +110,14 @@ def command(trained: TrainedPolicy, asked: Asked, console: Console) -> Path:
     request = replace(
         data_request(trained.settings, now_ns),
         start_ns=start_ns - HISTORY_DAYS * DAY_NS,
-        end_ns=end_ns,
+        end_ns=min(end_ns, now_ns),
         min_bars=trained.settings.context_bars + trained.settings.horizon + 2,
     )
     data, symbols, notes = _bars(lake, request, trained, asked, start_ns)
     champion, told = champion_beside(trained, start_ns)
     notes += told
     days = f"{minute_of(start_ns)} to {minute_of(end_ns)} UTC"
-    console.line(f"Evaluating {trained.path.name} on {_count(len(symbols), 'symbol')}, {days}")
+    console.line(f"Evaluating {trained.path.name} on {count_of(len(symbols), 'symbol')}, {days}")
     report = _held(trained, champion, data, symbols, asked, (start_ns, end_ns), notes, console)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
     folder = Path(trained.settings.report_dir) / f"{file_name(trained.path.stem)}_{first}_{last}"
@@ -180,7 +180,10 @@ def _bars(
     if unknown:
         some = sorted(there)
         listed = ", ".join(some[:50]) + (f" and {len(some) - 50} more" if len(some) > 50 else "")
-        raise ValueError(f"--symbols {','.join(unknown)}: no bars {days}; there are: {listed}")
+        raise ValueError(
+            f"--symbols {','.join(unknown)}: no bars {days}; there are: {listed}; others are read with --stocks, "
+            "--binance-pairs, --polygon-crypto"
+        )
     symbols = list(dict.fromkeys(asked.symbols)) or known or sorted(there)
     for name in asked.plotted:
         if name not in symbols:
@@ -315,7 +318,3 @@ def _day_ns(option: str, text: str) -> int:
         return validation.date_ns(text)
     except ValueError:
         raise ValueError(f"{option} {text} must be a day such as 2026-11-20") from None
-
-
-def _count(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number:,} {what}s"

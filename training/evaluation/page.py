@@ -16,7 +16,7 @@ from training.evaluation.measures import Measures
 from training.evaluation.report import Report
 
 TEMPLATE = Path(__file__).with_name("report.html")
-NONE = '<span title="not enough days, or no value">n/a</span>'
+NONE = '<span title="too few days, or nothing to divide by">n/a</span>'
 HOW_TO_READ = (
     "Fills are simulated, at the open of the next bar and at the costs that are stated; no order was ever sent. "
     "Real fills can be worse, and what was found in these days need not be there in the next ones. "
@@ -36,8 +36,9 @@ def page(report: Report, svgs: Mapping[str, tuple[str, str]]) -> bytes:
     sections = [
         _section(
             "Against simple rules",
-            f"The same bars, at the same costs, in the same ledger. {len(report.walks[POLICY])} "
-            f"{'symbol' if len(report.walks[POLICY]) == 1 else 'symbols'}, {report.pooled[POLICY].num_days} days.",
+            "The same bars, at the same costs, in the same ledger. "
+            f"{count_of(len(report.walks[POLICY]), 'symbol')}, {count_of(report.pooled[POLICY].num_days, 'day')}. "
+            "Small figures are 95 % intervals.",
             _comparison(report.pooled),
         ),
         _section("Equity", "What became of the money, net of all costs.", _figure(svgs, "equity", "Equity")),
@@ -75,6 +76,11 @@ def headline(report: Report) -> str:
     return f"{'An edge' if report.verdict.edge else 'No edge'} on these days. {what}."
 
 
+def count_of(number: int, what: str) -> str:
+    """Return "1 symbol", "42 symbols"."""
+    return f"1 {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def _notes(report: Report) -> str:
     return "".join(f"<p>{escape(note)}</p>" for note in (HOW_TO_READ, *report.notes))
 
@@ -94,21 +100,21 @@ def _stamp(report: Report) -> str:
 
 def _verdict(report: Report) -> str:
     reasons = report.verdict.reason.split("; ")
-    trials = "1 exam" if report.num_trials == 1 else f"{report.num_trials} exams"
     listed = "".join(f"<li>{escape(_sentence(reason))}</li>" for reason in reasons)
     note = (
-        f"Judged after {trials} of this training on record, this one included: whoever looks often enough finds "
-        "something."
+        f"Judged after {count_of(report.num_trials, 'exam')} of this training on record, this one included: "
+        "whoever looks often enough finds something."
     )
     return f'<ul class="reasons">{listed}</ul><p class="note">{note}</p>'
 
 
 def _cards(report: Report) -> str:
     own, rule = report.pooled[POLICY], report.pooled[BUY_AND_HOLD]
+    sharpe_range = _range(own.sharpe_interval, "{:.1f}")
     cards = [
         (_percent(own.total_return), "net return"),
         (_percent(rule.total_return), "buy and hold"),
-        (_number(own.sharpe, "{:.1f}"), f"Sharpe, {_range(own.sharpe_interval, '{:.1f}')}"),
+        (_number(own.sharpe, "{:.1f}"), ", ".join(filter(None, ("Sharpe", sharpe_range)))),
         (f"{own.max_drawdown:.2%}", "deepest drawdown"),
         (f"{own.costs:.2%}", f"paid, {report.paid_bps:.2f} bps of what it traded"),
         (escape(report.break_even[1].split(":")[0]), "break-even cost"),
@@ -172,7 +178,7 @@ def _costs(report: Report, svgs: Mapping[str, tuple[str, str]]) -> str:
     own = report.pooled[POLICY]
     note = (
         "The same policy at flat costs in place of all fees and slippage; it sees what a trade costs. Break-even: "
-        f"{report.break_even[1]}. Under the costs of the training it paid {report.paid_bps:.2f} bps, borrowing "
+        f"{report.break_even[1]}. At the stated fees and slippage it paid {report.paid_bps:.2f} bps, borrowing "
         f"included, and came to {own.total_return:+.2%}."
     )
     return _section("Costs", note, _figure(svgs, "costs", "Net return over costs") + _table(heads, rows))
@@ -230,8 +236,8 @@ def _training(report: Report, svgs: Mapping[str, tuple[str, str]]) -> str:
     if "training" not in svgs:
         return ""
     note = (
-        f"{len(report.training):,} epochs up to this checkpoint. Costs grow over the first half of the first run, "
-        "so that the reward of its last epochs is earned after all of them."
+        f"{count_of(len(report.training), 'epoch')} up to this checkpoint. In the first run costs grow from "
+        "nothing, as cost_ramp says; until they are whole, rewards come cheap."
     )
     return _section("Training", note, _figure(svgs, "training", "Figures of the training over its epochs"))
 
@@ -277,12 +283,12 @@ def _cells(texts: Iterable[str]) -> str:
 
 
 def _with_range(text: str, interval: str) -> str:
-    return f"{text}<small>{interval}</small>"
+    return f"{text}<small>{interval}</small>" if interval else text
 
 
 def _range(interval: tuple[float, float] | None, form: str) -> str:
     if interval is None:
-        return "too few days"
+        return ""
     return f"{_minus(form.format(interval[0]))} to {_minus(form.format(interval[1]))}"
 
 

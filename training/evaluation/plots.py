@@ -94,9 +94,8 @@ def cost_curve(
     _zero_line(axes)
     for cost, value in zip(costs_bps, percent, strict=True):
         if width > NARROW or cost in (costs_bps[0], costs_bps[-1]):
-            axes.annotate(
-                f"{value:+.2f} %", (cost, value), (4, 6), textcoords="offset points", color=INK, fontsize=8
-            )
+            text = f"{value:+.2f} %".replace("-", "\N{MINUS SIGN}")
+            axes.annotate(text, (cost, value), (4, 6), textcoords="offset points", color=INK, fontsize=8)
     axes.plot(
         as_trained[0],
         100 * as_trained[1],
@@ -104,20 +103,24 @@ def cost_curve(
         color=SECOND,
         markersize=6,
         zorder=4,
-        label="costs of the training",
+        label="at the stated costs",
     )
     if break_even_bps is not None:
         axes.axvline(break_even_bps, color=MUTED, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+        is_right = break_even_bps > sum(axes.get_xlim()) / 2
         axes.annotate(
             f"break-even {break_even_bps:.2f} bps",
             (break_even_bps, 0.04),
-            (5, 0),
+            (-5 if is_right else 5, 0),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
+            ha="right" if is_right else "left",
             color=MUTED,
             fontsize=8,
         )
-    axes.legend(loc="upper right", frameon=False, labelcolor=INK, fontsize=8)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.0, frameon=False, labelcolor=INK, fontsize=8
+    )
     axes.margins(x=0.08, y=0.18)
     axes.set_xlabel("cost of traded value, bps")
     axes.set_ylabel("net return, %")
@@ -261,8 +264,12 @@ def _zero_line(axes: Axes) -> None:
 
 def _dates(axes: Axes, time: NDArray[np.datetime64], width: float) -> None:
     locator = AutoDateLocator(minticks=3, maxticks=5 if width < NARROW else 9)
+    formatter = ConciseDateFormatter(locator, show_offset=False)
+    formatter.formats[2] = formatter.zero_formats[2] = formatter.zero_formats[3] = (
+        "%b %d"  # a day has its month
+    )
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
+    axes.xaxis.set_major_formatter(formatter)
     axes.set_xlim(time[0], time[-1])
 
 
