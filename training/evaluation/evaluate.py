@@ -101,8 +101,13 @@ def command(trained: TrainedPolicy, asked: Asked, console: Console) -> Path:
     """
     began = time.monotonic()
     now_ns = time.time_ns()
+    most = 1e4 * trained.env_config(1).max_rate
+    if any(cost >= most for cost in asked.costs_bps):
+        raise ValueError(f"--costs {max(asked.costs_bps):g} must be under {most:g} bps")
     trained_until_ns = trained_until(trained)
-    newest_ns = now_ns if asked.refresh else trained.weights["data_cutoff_ns"]
+    newest_ns = data_request(
+        trained.settings, now_ns if asked.refresh else trained.weights["data_cutoff_ns"]
+    ).end_ns
     start_ns, end_ns = interval(asked, trained_until_ns, newest_ns, trained.path.name)
     lake = Lake(Path(trained.settings.data_dir), console)
     if asked.refresh:
@@ -113,7 +118,7 @@ def command(trained: TrainedPolicy, asked: Asked, console: Console) -> Path:
         end_ns=min(end_ns, now_ns),
         min_bars=trained.settings.context_bars + trained.settings.horizon + 2,
     )
-    data, symbols, notes = _bars(lake, request, trained, asked, start_ns)
+    data, symbols, notes = _bars(lake, request, trained, asked, (start_ns, end_ns))
     champion, told = champion_beside(trained, start_ns)
     notes += told
     days = f"{minute_of(start_ns)} to {minute_of(end_ns)} UTC"
@@ -121,7 +126,7 @@ def command(trained: TrainedPolicy, asked: Asked, console: Console) -> Path:
     report = _held(trained, champion, data, symbols, asked, (start_ns, end_ns), notes, console)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
     folder = Path(trained.settings.report_dir) / f"{file_name(trained.path.stem)}_{first}_{last}"
-    write_folder(folder, _files(report, console))
+    write_folder(folder, files_of(report, console))
     console.line(headline(report))
     console.line(f"Because: {report.verdict.reason}")
     console.line(f"Break-even cost: {report.break_even[1]}")
@@ -154,7 +159,7 @@ def interval(asked: Asked, trained_until_ns: int, newest_ns: int, name: str) -> 
 
 
 def _bars(
-    lake: Lake, request: DataRequest, trained: TrainedPolicy, asked: Asked, start_ns: int
+    lake: Lake, request: DataRequest, trained: TrainedPolicy, asked: Asked, span: tuple[int, int]
 ) -> tuple[LoadedData, list[str], list[str]]:
     """Read the bars; return them, who is evaluated, and what is to be said about that.
 
@@ -166,7 +171,8 @@ def _bars(
         data = load(lake, request)
     except LakeError as error:
         raise Leave(EXIT_NO_DATA, f"{error}: look at the disk, or use another --data-dir") from error
-    days = f"from {minute_of(start_ns)} to {minute_of(request.end_ns)} UTC"
+    start_ns, end_ns = span
+    days = f"from {minute_of(start_ns)} to {minute_of(end_ns)} UTC"
     there = {one.symbol for one in data.bars if one.open_time[-1] >= start_ns}
     if not there:
         if not data.bars and not _has_bars(lake, request):
@@ -224,7 +230,7 @@ def _held(
     policies: dict[str, Policy] = {POLICY: trained.policy} | ({CHAMPION: champion.policy} if champion else {})
     bars = settings.context_bars + settings.horizon
     bf16 = trained.policy.bf16
-    chunk = micro_batch_that_fits(memory_of(device), settings.d_model, settings.num_layers, bars, bf16)
+    fitting = micro_batch_that_fits(memory_of(device), settings.d_model, settings.num_layers, bars, bf16)
     progress = _SegmentProgress(console)
     try:
         walks = examine(
@@ -234,7 +240,7 @@ def _held(
             symbols,
             start_ns,
             end_ns,
-            chunk_segments=chunk,
+            chunk_segments=settings.micro_batch_segments or fitting,
             flat_costs_bps=asked.costs_bps,
             on_segment=progress,
         )
@@ -251,10 +257,14 @@ def _held(
     pooled = {name: measure(own) for name, own in walks.items()}
     trials = num_trials(trained, data.fingerprint)
     judgement = verdict(pooled[POLICY], {n: m for n, m in pooled.items() if n != POLICY}, trials)
+    until_ns = trained_until(trained)
+    if start_ns < until_ns:
+        judgement = replace(
+            judgement, edge=False, reason="nothing can be told from days that it was trained on"
+        )
     rows, told = training_rows(trained)
     by_return = sorted(walks[POLICY], key=lambda walk: -walk.log_returns.sum())
     ends = [*by_return[:NUM_PLOTTED], *by_return[NUM_PLOTTED:][-NUM_PLOTTED:]]
-    until_ns = trained_until(trained)
     return Report(
         checkpoint=trained.path.name,
         run=trained.weights["run"],
@@ -291,7 +301,7 @@ class _SegmentProgress:
             self._progress.finish(WHAT, f"{total:,} segments walked")
 
 
-def _files(report: Report, progress: Progress) -> Iterator[tuple[str, bytes]]:
+def files_of(report: Report, progress: Progress) -> Iterator[tuple[str, bytes]]:
     """Draw everything, one file after the other."""
     pictures = report.pictures()
     progress.start(WHAT, "pictures", len(pictures))

@@ -135,6 +135,7 @@ def symbol(walk: Walk, width: float) -> Figure:
     prices, positions, earned = figure.subplots(3, sharex=True, height_ratios=(3, 1.1, 1.6))
     for axes in (prices, positions, earned):
         _plain(axes)
+        axes.margins(x=0)
     place = stretches(len(walk.time))
     prices.plot(place, means(walk.price), color=INK, linewidth=0.9)
     prices.set_ylabel("price")
@@ -153,7 +154,6 @@ def symbol(walk: Walk, width: float) -> Figure:
     earned.set_xticks(
         ticks, [walk.time[tick].astype("datetime64[s]").item().strftime(form) for tick in ticks]
     )
-    earned.margins(x=0)
     figure.align_ylabels()
     return figure
 
@@ -170,7 +170,9 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(width, 1.75 * lines + 0.2), layout="constrained")
     figure.patch.set_alpha(0)
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
     for axes, (key, title) in zip(grid, panels, strict=False):
         _plain(axes)
         found = [(at, row[key]) for at, row in enumerate(rows, 1) if row.get(key) is not None]
@@ -180,14 +182,13 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
         if len(values) >= 20:
             smooth = max(5, len(values) // 20)
             mean = np.convolve(values, np.ones(smooth) / smooth, "valid")
-            axes.plot(places[smooth - 1 :], mean, color=ACCENT, linewidth=1.6)
+            middle = places[smooth // 2 :][: len(mean)]
+            axes.plot(middle, mean, color=ACCENT, linewidth=1.6)
         if values.min() < 0 < values.max():
             _zero_line(axes)
         axes.set_title(title, loc="left", color=INK, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-    for axes in grid:
-        axes.axis("off")
     figure.supxlabel("epoch", fontsize=8.5, color=MUTED)
     return figure
 
@@ -263,7 +264,7 @@ def _zero_line(axes: Axes) -> None:
 
 
 def _dates(axes: Axes, time: NDArray[np.datetime64], width: float) -> None:
-    locator = AutoDateLocator(minticks=3, maxticks=5 if width < NARROW else 9)
+    locator = AutoDateLocator(minticks=2, maxticks=5 if width < NARROW else 9)
     formatter = ConciseDateFormatter(locator, show_offset=False)
     formatter.formats[2] = formatter.zero_formats[2] = formatter.zero_formats[3] = (
         "%b %d"  # a day has its month
