@@ -82,6 +82,8 @@ class Report:
     @property
     def break_even(self) -> tuple[float | None, str]:
         """The cost above which nothing is earned, None where it is not on the ladder; and in words."""
+        if not self.ladder:
+            return None, "not asked for"
         if not self.pooled[POLICY].turnover:
             return None, "none: it never trades"
         return break_even([bps for bps, _ in self.ladder], [rung.total_return for _, rung in self.ladder])
