@@ -131,7 +131,7 @@ class Settings:
     checkpoint_dir: str = "checkpoints"  # where checkpoints go, and where a start looks for the newest
     data_dir: str = "data_cache"  # the lake of downloaded bars
     log_dir: str = "logs"  # metrics.jsonl
-    report_dir: str = "reports"  # what selftest writes
+    report_dir: str = "reports"  # what selftest and evaluate write
 
     def __post_init__(self) -> None:
         validation.check(self)

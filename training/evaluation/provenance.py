@@ -20,11 +20,8 @@ DAY_NS = 86_400 * 10**9
 
 def trained_until(trained: TrainedPolicy) -> int:
     """Return the time from which on no bar was trained on by these weights, or by those that they began as."""
-    weights = trained.weights
-    if "trained_until_ns" in weights:
-        return int(weights["trained_until_ns"])
-    # Written before that was on record: its own days that were held out.
-    return int(weights["data_cutoff_ns"] - weights["config"]["holdout_days"] * DAY_NS)
+    # Written before that was on record: all of its bars count as trained on.
+    return int(trained.weights.get("trained_until_ns", trained.weights["data_cutoff_ns"]))
 
 
 def champion_beside(trained: TrainedPolicy, start_ns: int) -> tuple[TrainedPolicy | None, list[str]]:
