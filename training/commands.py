@@ -25,7 +25,6 @@ from training.assembly import uses_bf16
 from training.cli import Leave, complain
 from training.console import Console
 from training.control import EXIT_ABORTED, EXIT_NO_DATA, EXIT_OK
-from training.evaluation import evaluate
 from training.fresh_bars import data_request
 from training.selftest import TRIALS, Sizes, selftest
 from training.trained_policy import TrainedPolicy
@@ -118,6 +117,8 @@ def evaluate_command(
     ] = False,
 ) -> None:
     """Hold the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
+    from training.evaluation import evaluate  # matplotlib takes a second, and no training needs it
+
     asked = evaluate.Asked.read(first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh)
     console = Console(Path(trained.settings.log_dir))
     try:

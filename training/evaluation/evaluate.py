@@ -17,7 +17,6 @@ from data_sources.refresh import DataRequest, LoadedData, load, refresh
 from envs.market import NoSegment
 from models.policy import Policy
 from training import validation
-from training.assembly import memory_of, micro_batch_that_fits
 from training.cli import Leave
 from training.console import Console
 from training.control import EXIT_NO_DATA
@@ -42,6 +41,8 @@ from training.trained_policy import TrainedPolicy
 
 # Bars in front of the first decision, for features with a memory: about ten days of any stock (docs/features.md).
 HISTORY_DAYS = 35
+# Per forward of the trunk: more fall out of a CPU's cache; without gradients these take under a gigabyte of a GPU.
+SEGMENTS_AT_ONCE = {"cpu": 16, "cuda": 64}
 NUM_PLOTTED = 3  # symbols of either end of the table
 WHAT = "evaluation"  # its name beside the progress bar
 
@@ -195,6 +196,8 @@ def _bars(
         if name not in symbols:
             raise ValueError(f"--plot-symbols {name} is not among the symbols that are evaluated")
     notes = []
+    if "simulated" in trained.settings.sources:
+        notes.append("The bars are simulated, with something to find in them: no market is like that.")
     strange = [symbol for symbol in symbols if symbol not in trained.weights["symbols"]]
     if strange:
         notes.append(f"Not among the symbols of the training: {', '.join(strange)}.")
@@ -228,9 +231,6 @@ def _held(
     start_ns, end_ns = span
     settings, device = trained.settings, trained.device
     policies: dict[str, Policy] = {POLICY: trained.policy} | ({CHAMPION: champion.policy} if champion else {})
-    bars = settings.context_bars + settings.horizon
-    bf16 = trained.policy.bf16
-    fitting = micro_batch_that_fits(memory_of(device), settings.d_model, settings.num_layers, bars, bf16)
     progress = _SegmentProgress(console)
     try:
         walks = examine(
@@ -240,7 +240,7 @@ def _held(
             symbols,
             start_ns,
             end_ns,
-            chunk_segments=settings.micro_batch_segments or fitting,
+            chunk_segments=settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type],
             flat_costs_bps=asked.costs_bps,
             on_segment=progress,
         )

@@ -50,7 +50,7 @@ def page(report: Report, svgs: Mapping[str, tuple[str, str]]) -> bytes:
         _plotted(report, svgs),
         _training(report, svgs),
         _section("How it was made", "", _made(report)),
-        _section("Read this first", "", _notes(report)),
+        _section("How to read it", "", _notes(report)),
     ]
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(

@@ -265,16 +265,16 @@ def same(one: list[Walk], other: list[Walk]) -> bool:
 
 
 def test_flat_costs_take_the_place_of_fees_and_slippage(walks: dict[str, list[Walk]]) -> None:
-    dear = exam(flat_costs_bps=(0.0, 300.0))
-    assert list(dear) == ["policy", "policy at 0 bps", "policy at 300 bps", *list(walks)[1:]]
+    dear = exam(flat_costs_bps=(0.0, 3.0))
+    assert list(dear) == ["policy", "policy at 0 bps", "policy at 3 bps", *list(walks)[1:]]
     assert all(same(dear[name], walks[name]) for name in walks)
-    for free, paying in zip(dear["policy at 0 bps"], dear["policy at 300 bps"], strict=True):
+    for free, paying in zip(dear["policy at 0 bps"], dear["policy at 3 bps"], strict=True):
         borrows = np.abs(free.position - 0.5) > 0.5 + 1e-6  # short, or beyond 1
         assert free.traded.sum() > 0
         # What is left is the cost of borrowing, which cash and a long position have not.
         assert free.costs[~borrows].max() < 1e-6 < free.costs[borrows].min()
         assert paying.traded.sum() > 0
-        borrowing = paying.costs - 0.03 * paying.traded
+        borrowing = paying.costs - 3e-4 * paying.traded
         assert borrowing.min() > -1e-12 and np.median(borrowing) < 1e-4
 
 
