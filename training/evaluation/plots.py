@@ -89,7 +89,7 @@ def cost_curve(
         width: in inches.
     """
     figure, axes = _figure(width, 2.6)
-    percent = 100 * np.array(returns)
+    percent = (100 * np.array(returns)).round(9)  # what never traded earned rounding errors
     axes.plot(costs_bps, percent, color=ACCENT, linewidth=1.8, marker="o", markersize=5, zorder=3)
     _zero_line(axes)
     for cost, value in zip(costs_bps, percent, strict=True):
