@@ -140,7 +140,7 @@ class Settings:
     checkpoint_dir: str = "checkpoints"  # where checkpoints go, and where a start looks for the newest
     data_dir: str = "data_cache"  # the lake of downloaded bars
     log_dir: str = "logs"  # metrics.jsonl, and the same for TensorBoard
-    report_dir: str = "reports"  # what selftest writes
+    report_dir: str = "reports"  # what selftest and evaluate write
     # --- what is shown ------------------------------------------------------------------------------------
     dashboard: bool = True  # a live dashboard where the output is a terminal
     log_level: Literal["debug", "info", "warning"] = "info"  # lines of this level and above are shown

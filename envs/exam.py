@@ -33,10 +33,12 @@ class ExamEnv(TradingEnv):
     - An account whose walk is over, or whose symbol has no bar to walk, is not ``alive``: it stays in cash,
       earns 0 and counts nowhere.
 
-    ``num_envs`` of the configuration is replaced by the number of places.
+    ``num_envs`` of the configuration is replaced by the number of places. An account with ``flat_cost_bps`` (one
+    entry per place) pays so much of the value that it trades in place of fees and slippage of all kinds; None: as
+    the configuration says.
 
     Raises:
-        ValueError: a symbol is not in the market.
+        ValueError: a symbol is not in the market, or a flat cost is out of range.
         NoSegment: no place has a segment to walk.
     """
 
@@ -47,6 +49,7 @@ class ExamEnv(TradingEnv):
         device: torch.device | str,
         places: Sequence[tuple[str, int]],
         dtype: torch.dtype = torch.float64,
+        flat_cost_bps: Sequence[float | None] | None = None,
     ) -> None:
         super().__init__(market, replace(config, num_envs=max(1, len(places))), device, seed=0, dtype=dtype)
         walks = [_walk(market, symbol, start_ns) for symbol, start_ns in places]
@@ -63,6 +66,15 @@ class ExamEnv(TradingEnv):
         self._schedule = schedule.to(self.device)
         numbers = [market.symbols.index(symbol) for symbol, _ in places]
         self._symbols = torch.tensor(numbers, device=self.device)
+        for cost in flat_cost_bps or ():
+            if cost is not None and not 0 <= cost < config.max_rate * 1e4:
+                most = f"{config.max_rate * 1e4:g} bps"
+                raise ValueError(f"a flat cost must be 0 or more and under {most}, was {cost:g}")
+        self._flat: tuple[Tensor, Tensor] | None = None
+        if flat_cost_bps is not None:
+            where = torch.tensor([cost is not None for cost in flat_cost_bps], device=self.device)
+            rates = [(cost or 0.0) / 1e4 for cost in flat_cost_bps]
+            self._flat = where, torch.tensor(rates, dtype=dtype, device=self.device)
         self._round = 0
         self._played.zero_()
 
@@ -70,6 +82,17 @@ class ExamEnv(TradingEnv):
     def schedule(self) -> Tensor:
         """(segments, N) int64: the newest closed bar at each segment's first decision, -1 where none is walked."""
         return self._schedule[:-1]
+
+    def _begin(self) -> None:
+        super()._begin()
+        if self._flat is None:
+            return
+        where, rates = self._flat
+        rates = rates * self.cost_scale
+        self._cost_rate.copy_(torch.where(where, rates, self._cost_rate))
+        self.segment.cost_rate.copy_(torch.where(where, rates, self.segment.cost_rate))
+        if self.segment.impact is not None:
+            self.segment.impact.masked_fill_(where, 0)
 
     def _places(self) -> tuple[Tensor, Tensor]:
         if self._round >= self.num_segments:

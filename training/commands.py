@@ -22,9 +22,9 @@ from training import (
     signals,
 )
 from training.assembly import uses_bf16
-from training.cli import complain
+from training.cli import Leave, complain
 from training.console import Console
-from training.control import EXIT_NO_DATA, EXIT_OK
+from training.control import EXIT_ABORTED, EXIT_NO_DATA, EXIT_OK
 from training.fresh_bars import data_request
 from training.selftest import TRIALS, Sizes, selftest
 from training.trained_policy import TrainedPolicy
@@ -97,6 +97,42 @@ def episode_command(
     typer.echo(episode_plot.command(trained, symbol, start, output))
 
 
+def evaluate_command(
+    trained: TrainedPolicy,
+    first_day: Annotated[
+        str, typer.Option("--from", help="first day, UTC; not given: the first that was never trained on")
+    ] = "",
+    last_day: Annotated[
+        str,
+        typer.Option("--to", help="last day; not given: the newest of the training's bars, or of --refresh"),
+    ] = "",
+    symbols: Annotated[str, typer.Option("--symbols", help="with commas; not given: the checkpoint's")] = "",
+    costs: Annotated[str, typer.Option("--costs", help="ladder of flat costs, bps")] = "0,1,2,5,10",
+    plot_symbols: Annotated[
+        str, typer.Option("--plot-symbols", help="drawn one by one; not given: the best and worst three")
+    ] = "",
+    refresh: Annotated[bool, typer.Option(help="ask the sources for new bars first")] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="take days that were trained on, and stamp the report")
+    ] = False,
+) -> None:
+    """Hold the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
+    from training.evaluation import evaluate  # matplotlib takes a second, and no training needs it
+
+    asked = evaluate.Asked.read(first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh)
+    console = Console(Path(trained.settings.log_dir))
+    try:
+        evaluate.command(trained, asked, console)
+    except Leave as reason:
+        complain(reason.code, str(reason))
+    except OSError as error:
+        complain(1, f"The report was not written: {error}")
+    except KeyboardInterrupt:
+        complain(EXIT_ABORTED, "Aborted; no report was written")
+    finally:
+        console.break_off()
+
+
 def signals_command(
     trained: TrainedPolicy,
     symbols: Annotated[
@@ -140,7 +176,12 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     selftest_command,
     preflight_command,
 )
-CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (episode_command, signals_command, export_command)
+CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (
+    evaluate_command,
+    episode_command,
+    signals_command,
+    export_command,
+)
 HIDDEN = (preflight_command,)
 
 

@@ -61,11 +61,12 @@ class _Task:
 
     def line(self) -> str:
         total = f" of {self.total:,}" if self.total is not None else ""
+        size = f", {self.num_bytes / 1e6:.1f} MB" if self.num_bytes else ""
         left = ""
         if self.total and self.done:
             seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
             left = f", {seconds:.0f} s left"
-        return f"{self.done:,}{total} {self.what}, {self.num_bytes / 1e6:.1f} MB{left}"
+        return f"{self.done:,}{total} {self.what}{size}{left}"
 
     def shown(self, source: str) -> cockpit.Task:
         """Return it as the dashboard shows it."""
@@ -280,7 +281,7 @@ class Console:
                         TextColumn("{task.description:<10}"),
                         BarColumn(bar_width=30),
                         MofNCompleteColumn(),
-                        TextColumn("{task.fields[what]}, {task.fields[megabytes]:.1f} MB"),
+                        TextColumn("{task.fields[what]}"),
                         TimeRemainingColumn(),
                         console=self._rich,
                         transient=True,
@@ -288,7 +289,7 @@ class Console:
                     self._bars.start()
                 if old and old.bar is not None:
                     self._bars.remove_task(old.bar)
-                task.bar = self._bars.add_task(source, total=total, what=what, megabytes=0.0)
+                task.bar = self._bars.add_task(source, total=total, what=what)
 
     def advance(self, source: str, units: int = 1, num_bytes: int = 0) -> None:
         """Show that more is done."""
@@ -303,7 +304,8 @@ class Console:
             if self._screen is not None:
                 self._cockpit.task(source, task.shown(source))
             elif self._bars is not None and task.bar is not None:
-                self._bars.update(task.bar, completed=task.done, megabytes=task.num_bytes / 1e6)
+                size = f", {task.num_bytes / 1e6:.1f} MB" if task.num_bytes else ""
+                self._bars.update(task.bar, completed=task.done, what=task.what + size)
             elif time.monotonic() - task.told > PLAIN_PROGRESS_SECONDS:
                 task.told = time.monotonic()
                 told = task.line()
@@ -321,6 +323,14 @@ class Console:
                 self._bars.stop()
                 self._bars = None
         self.line(f"{source}: {summary}")
+
+    def break_off(self) -> None:
+        """Take away what shows the progress of work that ended before its time."""
+        with self._lock:
+            self._tasks.clear()
+            if self._bars is not None:
+                self._bars.stop()
+                self._bars = None
 
     def warn(self, source: str, message: str) -> None:
         """Say that something was skipped; a message may begin with the source's name itself."""

@@ -46,13 +46,30 @@ class TrainedPolicy:
             **changes: settings that are to be others than those of the training.
 
         Raises:
-            CheckpointError: it is missing or damaged, of another format, or of other features than this
-                program computes.
+            CheckpointError: it is missing or damaged, of another format or version, or of other features than
+                this program computes.
             ValueError: a changed setting is wrong, or one that the weights depend on.
         """
         device = torch.device(device)
         weights = checkpoint.load(path, device)
         checkpoint.require_format(path, weights)
+        try:
+            return cls._from_weights(path, weights, settings_class, device, changes)
+        except KeyError as error:
+            reason = f"it has no {error.args[0]}"
+        except (TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+        raise checkpoint.CheckpointError(f"{path} is of another version of this program: {reason}")
+
+    @classmethod
+    def _from_weights(
+        cls,
+        path: Path,
+        weights: Mapping[str, Any],
+        settings_class: Callable[..., Any],
+        device: torch.device,
+        changes: dict[str, Any],
+    ) -> TrainedPolicy:
         config = weights["config"]
         for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars"):
             if changes.get(name, config[name]) != config[name]:
@@ -66,6 +83,9 @@ class TrainedPolicy:
                 f"{path} was trained on other features than this program computes: {', '.join(other)}"
             )
         model = weights["model_config"]
+        longest = model["trunk"]["max_length"] - settings.context_bars - 1
+        if settings.horizon > longest:
+            raise ValueError(f"horizon={settings.horizon} must be at most {longest} with {path}")
         bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
         policy = Policy(
             TransformerConfig(**model["trunk"]), model["num_account_features"], model["num_positions"], bf16

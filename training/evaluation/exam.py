@@ -7,7 +7,8 @@ Shapes: P = contestants, S = symbols, N = P x S accounts, H = horizon, R = segme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -19,7 +20,7 @@ from envs.account import AccountState
 from envs.env_config import EnvConfig
 from envs.exam import ExamEnv
 from envs.market import Market
-from models.policy import Policy
+from models.policy import Head, Policy
 from training.evaluation.baselines import BASELINES, actions_after
 
 POLICY, CHAMPION = "policy", "champion"
@@ -55,6 +56,8 @@ def examine(
     cost_scale: float = 1.0,
     chunk_segments: int = 64,
     beat: Callable[[], None] = lambda: None,
+    flat_costs_bps: Sequence[float] = (),
+    on_segment: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Walk]]:
     """Let policies and baselines walk the bars from ``start_ns`` to ``end_ns``; greedy, nothing is drawn.
 
@@ -73,6 +76,9 @@ def examine(
         chunk_segments: segments per forward of the trunk, to bound memory; the last one is filled up, so that
             a compiled trunk sees one shape only.
         beat: called again and again, as a sign of life.
+        flat_costs_bps: costs of traded value, in place of all fees and slippage, at which the first policy walks
+            once more, as another contestant each: ``at_flat_cost(name, bps)``.
+        on_segment: told after each segment how many are walked, and of how many.
 
     Returns:
         Walks of the policies, then of the baselines.
@@ -83,9 +89,19 @@ def examine(
     """
     policies = {POLICY: policies} if isinstance(policies, Policy) else dict(policies)
     market = market.until(end_ns)
-    names = [*policies, *BASELINES]
-    env = ExamEnv(market, config, market.device, [(symbol, start_ns) for _ in names for symbol in symbols])
+    first, *others = policies
+    names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *BASELINES]
+    costs = [None, *flat_costs_bps, *(None for _ in (*others, *BASELINES))]
+    env = ExamEnv(
+        market,
+        config,
+        market.device,
+        [(symbol, start_ns) for _ in names for symbol in symbols],
+        flat_cost_bps=[cost for cost in costs for _ in symbols],
+    )
     env.cost_scale = cost_scale
+    heads = [policy.head for policy in policies.values()]
+    accounts_of = [1 + len(flat_costs_bps), *(1 for _ in others)]  # of each head, on every symbol
     horizon, num_symbols = config.horizon, len(symbols)
     schedule = env.schedule[:, :num_symbols]  # (R, S)
     numbers = [market.symbols.index(symbol) for symbol in symbols]
@@ -105,9 +121,28 @@ def examine(
         bars = env.cursor[:num_symbols] + ahead[:, None]  # (H, S); whoever is out stands at some bar, in cash
         rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
         shares = [share[number % at_once] for share in projected]
-        played.append(_played(env, shares, list(policies.values()), torch.cat(rules, dim=1)))
+        with _one_thread(env.device):
+            played.append(_played(env, shares, heads, accounts_of, torch.cat(rules, dim=1)))
+        on_segment(number + 1, env.num_segments)
     columns = [np.concatenate(column) for column in zip(*played, strict=True)]  # (R x H, N) each
     return _walks(names, symbols, market, schedule, ahead, columns)
+
+
+def at_flat_cost(name: str, bps: float) -> str:
+    """Return the name under which a policy walks at a flat cost of traded value."""
+    return f"{name} at {bps:g} bps"
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    # Steps of a few hundred accounts take longer to share among a CPU's threads than to do.
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _encoded(
@@ -136,7 +171,11 @@ def _encoded(
 
 
 def _played(
-    env: ExamEnv, projected: Sequence[Tensor], policies: Sequence[Policy], rules: Tensor
+    env: ExamEnv,
+    projected: Sequence[Tensor],
+    heads: Sequence[Head],
+    accounts_of: Sequence[int],
+    rules: Tensor,
 ) -> list[NDArray[np.float64]]:
     """Play one segment: position, log return, costs and value traded of every decision, (H, N) each."""
     before, done = [], []
@@ -147,11 +186,11 @@ def _played(
         before.append(account)
         accounts = env.account_observations()
         parts, number = [], 0
-        for policy, market_share in zip(policies, projected, strict=True):
+        for head, market_share, count in zip(heads, projected, accounts_of, strict=True):
             size = market_share.shape[1]
-            logits, _ = policy.head.decide(market_share[h], accounts[number : number + size])
-            parts.append(logits.argmax(-1))
-            number += size
+            own = accounts[number : number + count * size].unflatten(0, (count, size))
+            parts.append(head.decide(market_share[h], own)[0].argmax(-1).flatten())
+            number += count * size
         env.step(torch.cat((*parts, rules[h])))
         done.append(env.done)
     units, equity, held = (

@@ -254,3 +254,37 @@ def test_baselines_take_the_nearest_positions_there_are() -> None:
         )
         assert {positions[action] for action in rule[PAST:].flatten().tolist()} == momentum
         assert {positions[action] for action in rule[:PAST].flatten().tolist()} == {0.0}
+
+
+def same(one: list[Walk], other: list[Walk]) -> bool:
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(one, other, strict=True)
+        for name in ("time", "position", "log_returns", "costs", "traded")
+    )
+
+
+def test_flat_costs_take_the_place_of_fees_and_slippage(walks: dict[str, list[Walk]]) -> None:
+    dear = exam(flat_costs_bps=(0.0, 3.0))
+    assert list(dear) == ["policy", "policy at 0 bps", "policy at 3 bps", *list(walks)[1:]]
+    assert all(same(dear[name], walks[name]) for name in walks)
+    for free, paying in zip(dear["policy at 0 bps"], dear["policy at 3 bps"], strict=True):
+        borrows = np.abs(free.position - 0.5) > 0.5 + 1e-6  # short, or beyond 1
+        assert free.traded.sum() > 0
+        # What is left is the cost of borrowing, which cash and a long position have not.
+        assert free.costs[~borrows].max() < 1e-6 < free.costs[borrows].min()
+        assert paying.traded.sum() > 0
+        borrowing = paying.costs - 3e-4 * paying.traded
+        assert borrowing.min() > -1e-12 and np.median(borrowing) < 1e-4
+
+
+def test_a_flat_cost_must_be_one() -> None:
+    with pytest.raises(ValueError, match="a flat cost must be 0 or more and under 5000 bps, was 6000"):
+        exam(flat_costs_bps=(1.0, 6000.0))
+
+
+def test_an_exam_tells_how_far_it_is() -> None:
+    told: list[tuple[int, int]] = []
+    exam(on_segment=lambda *place: told.append(place))
+    total = told[0][1]
+    assert told == [(number, total) for number in range(1, total + 1)]
