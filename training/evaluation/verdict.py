@@ -72,9 +72,10 @@ def verdict(policy: Measures, others: Mapping[str, Measures], num_trials: int) -
         reasons.append(f"the best of {num_trials} trials shows a Sharpe of {bar:.1f} by luck alone")
     if reasons:
         return Verdict(False, "; ".join(reasons), bar)
-    return Verdict(
-        True, f"surely above 0, above every baseline, and above a Sharpe of {bar:.1f}, which is luck", bar
-    )
+    reason = "surely above 0, above every baseline"
+    if num_trials > 1:
+        reason += f", above the Sharpe of {bar:.1f} that the best of {num_trials} trials shows by luck"
+    return Verdict(True, reason, bar)
 
 
 def beats(challenger: Sequence[Walk], other: Sequence[Walk]) -> tuple[bool, str]:
