@@ -134,6 +134,7 @@ def main() -> None:
             epochs=options.epochs,
             runs=2 * options.pairs + 1,
             checkpoint_every=1,
+            holdout_days=0,  # no exams, which would be held in the gap
             data_dir=str(options.data_dir),
             checkpoint_dir=f"{name}/checkpoints",
             log_dir=f"{name}/logs",
