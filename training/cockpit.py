@@ -53,6 +53,33 @@ class Task:
     share: float | None  # 0 to 1
 
 
+@dataclass
+class Loading:
+    """A source's work as it goes on."""
+
+    what: str
+    total: int | None
+    done: int = 0
+    num_bytes: int = 0
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+    bar: Any = None  # its progress bar, where it has one
+
+    def line(self) -> str:
+        """Say how far it is."""
+        total = f" of {self.total:,}" if self.total is not None else ""
+        size = f", {self.num_bytes / 1e6:.1f} MB" if self.num_bytes else ""
+        left = ""
+        if self.total and self.done:
+            seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+            left = f", {seconds:.0f} s left"
+        return f"{self.done:,}{total} {self.what}{size}{left}"
+
+    def shown(self, source: str) -> Task:
+        """Return it as the dashboard shows it now."""
+        return Task(source, self.line(), self.done / self.total if self.total else None)
+
+
 @dataclass(frozen=True)
 class View:
     """One moment of the training. Times are seconds of time.monotonic, but for ``newest_ns``."""

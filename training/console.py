@@ -12,21 +12,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from data_sources.bars import MINUTE_NS
 from data_sources.refresh import LoadedData
 from training import cockpit, health
 from training.clock import Clock
-from training.cockpit import Cockpit, Plan
+from training.cockpit import Cockpit, Loading, Plan
 from training.control import STOP_AT_EPOCH_END, STOP_NOW, Control
 from training.dashboard import Painter
 from training.machine import Disk, Gauges, disk
@@ -45,32 +44,6 @@ STOPPING = {
 }
 # A redirected refresh tells where it is every so often, not at every file.
 PLAIN_PROGRESS_SECONDS = 15.0
-
-
-@dataclass
-class _Task:
-    """One source's work under way."""
-
-    what: str
-    total: int | None
-    done: int = 0
-    num_bytes: int = 0
-    began: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
-    bar: TaskID | None = None
-
-    def line(self) -> str:
-        total = f" of {self.total:,}" if self.total is not None else ""
-        size = f", {self.num_bytes / 1e6:.1f} MB" if self.num_bytes else ""
-        left = ""
-        if self.total and self.done:
-            seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-            left = f", {seconds:.0f} s left"
-        return f"{self.done:,}{total} {self.what}{size}{left}"
-
-    def shown(self, source: str) -> cockpit.Task:
-        """Return it as the dashboard shows it."""
-        return cockpit.Task(source, self.line(), self.done / self.total if self.total else None)
 
 
 class Console:
@@ -103,7 +76,7 @@ class Console:
         width = None if self._stream.isatty() else 200
         self._rich = RichConsole(highlight=False, width=width, stderr=to_stderr)
         self._bars: Progress | None = None
-        self._tasks: dict[str, _Task] = {}
+        self._tasks: dict[str, Loading] = {}
         self._lock = threading.Lock()
         self._data_shown = False
         self._cockpit = Cockpit()
@@ -272,7 +245,7 @@ class Console:
         """Begin to show the progress of one source."""
         with self._lock:
             old = self._tasks.pop(source, None)
-            task = self._tasks[source] = _Task(what, total)
+            task = self._tasks[source] = Loading(what, total)
             if self._screen is not None:
                 self._cockpit.task(source, task.shown(source))
             elif self._rich.is_terminal and not self.quiet:
