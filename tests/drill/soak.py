@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def stamp(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+def listens(pid: int) -> bool:
+    """Tell whether a process has taken over SIGTERM, or has ended."""
+    with contextlib.suppress(OSError):
+        caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+        return caught is None or bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return True
+
+
 class Use:
     """Memory and open files over time of whichever process plays one part, each from its tenth epoch on."""
 
@@ -105,8 +114,9 @@ class Use:
 class Soak:
     """One disturbed training: its faults, and what was observed."""
 
-    def __init__(self, folder: Path, chance: random.Random) -> None:
+    def __init__(self, folder: Path, chance: random.Random, choices: Sequence[str]) -> None:
         self.folder = folder
+        self.choices = choices
         self.chance = chance
         self.kills: Counter[str] = Counter()
         self.faults: list[str] = []
@@ -141,7 +151,7 @@ class Soak:
 
     def disturb(self) -> None:
         """Kill one process, or stop all; what has ended is started again, as systemd would."""
-        victim = self.chance.choice((*VICTIMS, *STOPS))
+        victim = self.chance.choice(self.choices)
         if victim in STOPS:
             self.stop(victim)
             self.start = self._start()
@@ -187,9 +197,14 @@ class Soak:
         self.kills_of_group = 0
 
     def stop(self, name: str) -> None:
-        """Ask it to stop, at whatever moment, and wait for its end."""
+        """Ask it to stop, at whatever moment from its first on, and wait for its end."""
+        while not listens(self.start.process.pid):  # before, nothing runs that could be lost
+            time.sleep(0.01)
         self.start.process.send_signal(STOPS[name])
-        if code := self.start.ends():
+        code = self.start.ends()
+        # A rank that was killed just before cannot save any more, and that is not exit 0.
+        cannot_save = self.kills_of_group > 0 and "Training died while it stopped" in self.start.output
+        if code and not (code == 1 and cannot_save):
             self.faults.append(f"{name} ended it with {code}: {self.start.output[-500:]}")
         self.kills[name] += 1
         if left := living(self.folder):
@@ -211,7 +226,7 @@ class Soak:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--kills", type=int, default=10**9)
+    parser.add_argument("--kills", type=int, help="end after so many kill -9, and do nothing else")
     parser.add_argument("--shortest", type=float, default=20.0, help="seconds between kills")
     parser.add_argument("--longest", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -219,10 +234,10 @@ def main() -> int:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="soak_") as name:
         disturbed, undisturbed = Path(name) / "disturbed", Path(name) / "undisturbed"
-        soak = Soak(disturbed, chance)
+        soak = Soak(disturbed, chance, VICTIMS if options.kills else (*VICTIMS, *STOPS))
         try:
             end = soak.began + 60 * options.minutes
-            while time.monotonic() < end and soak.kills.total() < options.kills:
+            while time.monotonic() < end and (not options.kills or soak.kills.total() < options.kills):
                 until = min(end, time.monotonic() + chance.uniform(options.shortest, options.longest))
                 while time.monotonic() < until:
                     time.sleep(min(2.0, max(0.0, until - time.monotonic())))
