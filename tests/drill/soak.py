@@ -124,6 +124,7 @@ class Soak:
         self.began = time.monotonic()
         self.starts = 0
         self.kills_of_group = 0  # since an epoch was finished
+        self.killed_last = False  # and not stopped
         self.start = self._start()
 
     def _start(self, runs: int | None = None) -> Start:
@@ -167,6 +168,7 @@ class Soak:
             return  # between two groups
         process.kill()
         self.kills_of_group += 1
+        self.killed_last = True
         self.kills[victim] += 1
         if victim == "supervisor":
             self.start.ends()
@@ -203,10 +205,11 @@ class Soak:
         self.start.process.send_signal(STOPS[name])
         code = self.start.ends()
         # A rank that was killed just before cannot save any more, and that is not exit 0.
-        cannot_save = self.kills_of_group > 0 and "Training died while it stopped" in self.start.output
+        cannot_save = self.killed_last and "Training died while it stopped" in self.start.output
         if code and not (code == 1 and cannot_save):
             self.faults.append(f"{name} ended it with {code}: {self.start.output[-500:]}")
         self.kills[name] += 1
+        self.killed_last = False
         if left := living(self.folder):
             self.faults.append(f"left behind by {name}: {left}")
         if self.newest() < self.acknowledged():
