@@ -61,7 +61,9 @@ class Training:
         self.trained_until_ns = int(self.bars[0].open_time[-1]) - 8 * DAY_NS
         ranks = Ranks(0, 1, torch.device("cpu"))
         market = market_of(*self.bars, holdout_start_ns=self.trained_until_ns, context_bars=4, horizon=8)
-        self.session = Session(market, assembly.session_config(SETTINGS, ranks), ranks, None)
+        memory, _ = assembly.memory_plan(SETTINGS, market.num_bytes, ranks)
+        config = assembly.session_config(SETTINGS, memory, ranks)
+        self.session = Session(market, config, ranks, None)
         self.console = Console(folder / "logs")
         self.examiner = Examiner(folder, ranks, Control(), self.console)
         self.clock = Clock(trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns)
