@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
+from continuous_training import Settings
 from envs.features import FEATURES
-from training import selftest_report
+from training import commands, selftest_report
 from training.distributed import Ranks
 from training.known_markets import best_rule, draw, mean_reversion, persistent_sign, positions_of, worth
 from training.selftest import TRIALS, Result, Sizes, Trial, earns, foresees_nothing, run_trial, stays_flat
@@ -161,6 +163,27 @@ def test_verdicts() -> None:
     assert "must stay flat" in stays_flat(shown(policy=-0.02, time_flat=0.8))
     assert foresees_nothing(shown(policy=0.01, standard_error=0.003)) == ""
     assert "looks ahead" in foresees_nothing(shown(policy=0.02, standard_error=0.003))
+
+
+def test_the_command_ends_with_1_and_the_reason_where_a_trial_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = replace(SMALL, num_envs=16, minibatch_segments=8, context_bars=8, horizon=16, exam_segments=1)
+    untrained = tuple(replace(trial(name), epochs=1) for name in ("persistent_sign", "pure_noise"))
+    monkeypatch.setattr(commands, "TRIALS", untrained)
+    monkeypatch.setattr(commands, "Sizes", lambda: sizes)
+    settings = Settings(report_dir=str(tmp_path / "reports"), log_dir=str(tmp_path / "logs"))
+    with pytest.raises(typer.Exit) as end:
+        commands.selftest_command(settings, seeds=2)
+    told = capsys.readouterr()
+    assert end.value.exit_code == 1
+    assert told.err.count("persistent_sign, seed ") == 2
+    assert "% of the reference" in told.err
+    results = json.loads((tmp_path / "reports" / "selftest" / "selftest.json").read_text())
+    assert len(results) == 4
+    assert all(
+        str(path) in told.out.replace("\n", "") for path in (tmp_path / "reports" / "selftest").iterdir()
+    )
 
 
 def test_the_report_holds_every_result_and_draws_every_trial(tmp_path: Path) -> None:
