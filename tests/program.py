@@ -45,6 +45,14 @@ TINY = {
     "simulated_bars": 3000,
     "holdout_days": 0,
 }
+# Segments of an hour, so that an exam of days takes a second.
+SEGMENTS_OF_AN_HOUR = {
+    "context_bars": 8,
+    "horizon": 64,
+    "episode_bars": 128,
+    "envs_per_gpu": 4,
+    "batch_size": 128,
+}
 TRANSITIONS_PER_EPOCH = 8 * 8  # accounts x horizon, of one rank
 
 

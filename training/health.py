@@ -94,28 +94,27 @@ def _steps_are_taken(recent: Sequence[Row]) -> Finding | None:
     return Finding("ppo/skipped_steps", what, "lower learning_rate, or try --precision fp32")
 
 
-def _rollout_and_update_agree(recent: Sequence[Row]) -> Finding | None:
-    first = number(recent[-1], "ppo/first_kl")
-    if first is None or first <= HIGHEST_FIRST_KL:
+def _is_below(recent: Sequence[Row], name: str, highest: float, what: str, advice: str) -> Finding | None:
+    value = number(recent[-1], name)
+    if value is None or value <= highest:
         return None
-    what = f"rollout and update disagree, first KL {first:.2g} is above {HIGHEST_FIRST_KL:g}"
-    return Finding("ppo/first_kl", what, "a defect, please report it")
+    return Finding(name, f"{what.format(value)} is above {highest:g}", advice)
+
+
+def _rollout_and_update_agree(recent: Sequence[Row]) -> Finding | None:
+    what = "rollout and update disagree, first KL {:.2g}"
+    return _is_below(recent, "ppo/first_kl", HIGHEST_FIRST_KL, what, "a defect, please report it")
 
 
 def _updates_are_small(recent: Sequence[Row]) -> Finding | None:
-    kl = number(recent[-1], "ppo/approx_kl")
-    if kl is None or kl <= HIGHEST_KL:
-        return None
-    what = f"the policy moves far in one update, KL {kl:.2f} is above {HIGHEST_KL:g}"
-    return Finding("ppo/approx_kl", what, "lower learning_rate or update_passes")
+    what = "the policy moves far in one update, KL {:.2f}"
+    return _is_below(recent, "ppo/approx_kl", HIGHEST_KL, what, "lower learning_rate or update_passes")
 
 
 def _few_ratios_are_clipped(recent: Sequence[Row]) -> Finding | None:
-    share = number(recent[-1], "ppo/clip_fraction")
-    if share is None or share <= HIGHEST_CLIP_FRACTION:
-        return None
-    what = f"most of the update is clipped away, clip fraction {share:.2f} is above {HIGHEST_CLIP_FRACTION:g}"
-    return Finding("ppo/clip_fraction", what, "lower learning_rate or update_passes")
+    what = "most of the update is clipped away, clip fraction {:.2f}"
+    advice = "lower learning_rate or update_passes"
+    return _is_below(recent, "ppo/clip_fraction", HIGHEST_CLIP_FRACTION, what, advice)
 
 
 def _critic_foresees(recent: Sequence[Row]) -> Finding | None:

@@ -159,8 +159,7 @@ class Learner:
 
     def _apply_gradients(self, rate: float) -> tuple[Tensor, Tensor]:
         """Clip, step unless something is not finite, clear; return (gradient norm, 1.0 if skipped)."""
-        gradients = self.parallel.gradients()
-        norm = self.parallel.norm(gradients)
+        gradients, norm = self.parallel.gradients()
         skipped = (~torch.isfinite(norm)).float()
         torch._foreach_mul_(gradients, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:

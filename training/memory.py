@@ -19,6 +19,7 @@ ACTIVATION_BYTES = {"bf16": 60, "fp32": 86}
 INPUT_BYTES = {"bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
 USABLE = 0.9  # of a GPU's memory: CUDA itself and the allocator's rounding take the rest
 MOST_SEGMENTS = 128  # a GPU is busy long before that
+FEWEST_SEGMENTS = 4  # with fewer, blocks are rather computed twice
 
 
 class DoesNotFit(Exception):
@@ -65,6 +66,16 @@ class Demand:
         per_decision = 8 * width + 32 * self.num_positions**2 + 512
         return self.envs_per_gpu * (self.horizon + 1) * per_decision
 
+    @property
+    def bars_bytes(self) -> int:
+        """While a run begins, its bars and those of the last one are there."""
+        return 2 * self.market_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the activations."""
+        return self.state_bytes + self.bars_bytes + self.rollout_bytes
+
     def segment_bytes(self, recompute: bool) -> int:
         """Activations of one segment of a micro-batch."""
         precision = "bf16" if self.bf16 else "fp32"
@@ -84,11 +95,14 @@ class MemoryPlan:
     recompute: bool = False  # blocks are computed again in the backward instead of kept
 
     @property
+    def activation_bytes(self) -> int:
+        """Of one micro-batch."""
+        return self.micro_batch_segments * self.demand.segment_bytes(self.recompute)
+
+    @property
     def needed_bytes(self) -> int:
-        """All of it: while a run begins, its bars and those of the last one are there."""
-        activations = self.micro_batch_segments * self.demand.segment_bytes(self.recompute)
-        demand = self.demand
-        return demand.state_bytes + 2 * demand.market_bytes + demand.rollout_bytes + activations
+        """All of it."""
+        return self.demand.fixed_bytes + self.activation_bytes
 
     def smaller(self) -> MemoryPlan:
         """Return the plan with half the micro-batch, after it did not fit.
@@ -105,26 +119,24 @@ class MemoryPlan:
         demand = self.demand
         text = (
             f"{_gib(self.needed_bytes)}: weights and optimizer {_gib(demand.state_bytes)}, bars "
-            f"{_gib(2 * demand.market_bytes)}, rollout {_gib(demand.rollout_bytes)}, activations "
-            f"{_gib(self.micro_batch_segments * demand.segment_bytes(self.recompute))} for "
-            f"{self.micro_batch_segments} segments"
+            f"{_gib(demand.bars_bytes)}, rollout {_gib(demand.rollout_bytes)}, activations "
+            f"{_gib(self.activation_bytes)} for {self.micro_batch_segments} segments"
         )
         return text + (", computed twice to save memory" if self.recompute else "")
 
     def advice(self, place: str = "GPU") -> str:
         """Say what takes how much, and which one setting to change, with a value that would do."""
         demand, have = self.demand, self.memory_bytes or 0
-        activations = self.micro_batch_segments * demand.segment_bytes(self.recompute)
         parts = {
-            "bars": 2 * demand.market_bytes,
+            "bars": demand.bars_bytes,
             "rollout": demand.rollout_bytes,
-            "activations": activations,
+            "activations": self.activation_bytes,
             "state": demand.state_bytes,
         }
         largest = max(parts, key=lambda name: parts[name])
-        left = USABLE * have - (sum(parts.values()) - parts[largest])
+        left = USABLE * have - (self.needed_bytes - parts[largest])
         # Where the others alone are too much, a step in the right direction.
-        share = left / parts[largest] if left > 0 else 0.5 * have / sum(parts.values())
+        share = left / parts[largest] if left > 0 else 0.5 * have / self.needed_bytes
         name, value = demand.bars_setting
         if largest == "bars" and name == "start_date":
             fix = f"choose a later start_date, so that {share:.0%} of the days are left"
@@ -151,7 +163,7 @@ class MemoryPlan:
 
 
 def plan(demand: Demand, memory_bytes: int | None, micro_batch_segments: int | None = None) -> MemoryPlan:
-    """Choose the largest micro-batch that fits, and recompute blocks where not even one segment would.
+    """Choose the largest micro-batch that fits, and recompute blocks where only a few segments would.
 
     Args:
         demand: of the training.
@@ -164,15 +176,14 @@ def plan(demand: Demand, memory_bytes: int | None, micro_batch_segments: int | N
     most = micro_batch_segments or (MOST_SEGMENTS if memory_bytes else 16)
     if memory_bytes is None:
         return MemoryPlan(demand, None, micro_batch_segments or _largest_divisor(_common(demand), most))
-    fixed = demand.state_bytes + 2 * demand.market_bytes + demand.rollout_bytes
-    left = USABLE * memory_bytes - fixed
+    left = USABLE * memory_bytes - demand.fixed_bytes
     for recompute in (False, True):
         fitting = int(left // demand.segment_bytes(recompute))
-        if fitting >= min(most, 4) or (recompute and fitting >= 1):
+        if fitting >= min(most, FEWEST_SEGMENTS) or (recompute and fitting >= 1):
             if micro_batch_segments and fitting >= micro_batch_segments:
                 return MemoryPlan(demand, memory_bytes, micro_batch_segments, recompute)
-            fewest = _largest_divisor(_common(demand), min(most, fitting))
-            return MemoryPlan(demand, memory_bytes, fewest, recompute)
+            segments = _largest_divisor(_common(demand), min(most, fitting))
+            return MemoryPlan(demand, memory_bytes, segments, recompute)
     raise DoesNotFit(MemoryPlan(demand, memory_bytes, 1, recompute=True).advice())
 
 

@@ -30,11 +30,12 @@ class Parallel(Protocol):
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of one forward and backward; gradients are averaged after the last."""
 
-    def gradients(self) -> list[Tensor]:
-        """Hand the averaged gradients of ``parameters`` to the optimizer (all ranks)."""
+    def gradients(self) -> tuple[list[Tensor], Tensor]:
+        """Hand the averaged gradients of ``parameters`` to the optimizer (all ranks).
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the norm () of the whole gradient, the same on every rank (all ranks)."""
+        Returns:
+            The gradients, and the norm () of the whole one, which is the same on every rank.
+        """
 
     def whole(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """Return what this rank's ``tensor``, shaped like one of ``parameters``, is a share of (all ranks)."""
@@ -75,13 +76,10 @@ class Copies:
             return nullcontext()
         return self.model.no_sync()  # type: ignore[operator]
 
-    def gradients(self) -> list[Tensor]:
-        """They are where the optimizer looks for them."""
-        return [p.grad for p in self.parameters if p.grad is not None]
-
-    def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Nothing to ask other ranks for."""
-        return nn.utils.get_total_norm(gradients)
+    def gradients(self) -> tuple[list[Tensor], Tensor]:
+        """They are where the optimizer looks for them, and whole."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return gradients, nn.utils.get_total_norm(gradients)
 
     def whole(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """It is whole."""
@@ -123,23 +121,21 @@ class Shares:
         """Every backward scatters its gradients: to keep them whole up to the last one would take their memory."""
         return nullcontext()
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> tuple[list[Tensor], Tensor]:
         """Trunk: this rank's share, averaged by the last backward. Head: averaged here."""
+        shares = []
         for own, held in self._shared.values():
             assert isinstance(held.grad, DTensor)
             own.grad, held.grad = held.grad.to_local(), None
+            shares.append(own.grad)
         head = [p.grad for p in self._head if p.grad is not None]
         mean = self._ranks.sum(torch.cat([each.flatten() for each in head])) / self._ranks.world_size
         for gradient, part in zip(head, mean.split([each.numel() for each in head]), strict=True):
             gradient.copy_(part.view_as(gradient))
-        return [p.grad for p in self.parameters if p.grad is not None]
-
-    def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Squares of shares add up over ranks, those of the head count once."""
-        shares = [own.grad for own, _ in self._shared.values() if own.grad is not None]
-        of_shares = nn.utils.get_total_norm(shares).square()
-        of_head = nn.utils.get_total_norm([p.grad for p in self._head if p.grad is not None]).square()
-        return (self._ranks.sum(of_shares) + of_head).sqrt()
+        # Squares of shares add up over ranks, those of the head count once.
+        of_shares = self._ranks.sum(nn.utils.get_total_norm(shares).square())
+        of_head = nn.utils.get_total_norm(head).square()
+        return [*shares, *head], (of_shares + of_head).sqrt()
 
     def whole(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """Gather it; on the host, since together they may be more than a GPU has to spare."""

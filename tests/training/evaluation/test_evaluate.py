@@ -15,19 +15,15 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from continuous_training import Settings
-from tests.program import ALONE, Start, checkpoint, tiny_flags
+from tests.program import ALONE, SEGMENTS_OF_AN_HOUR, Start, checkpoint, tiny_flags
 from tests.training.evaluation.reports import Page
 from training.cli import checkpoint_command_from
 from training.commands import evaluate_command
 from training.evaluation import plots
 
-# Three days, of which the last one is held out; segments of an hour, so that it takes a second.
+# Three days, of which the last one is held out.
 FLAGS = {
-    "context_bars": 8,
-    "horizon": 64,
-    "episode_bars": 128,
-    "envs_per_gpu": 4,
-    "batch_size": 128,
+    **SEGMENTS_OF_AN_HOUR,
     "simulated_symbols": 2,
     "simulated_bars": 4_320,
     "holdout_days": 1,

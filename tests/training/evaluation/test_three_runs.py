@@ -10,17 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.program import ALONE, ROOT, Start, checkpoint, environment, is_same, metrics, tiny_flags
+from tests.program import (
+    ALONE,
+    ROOT,
+    SEGMENTS_OF_AN_HOUR,
+    Start,
+    checkpoint,
+    environment,
+    is_same,
+    metrics,
+    tiny_flags,
+)
 from training.evaluation import ledger
 from training.launch import Launch
 
-# Bars enough for five days of exam; segments of an hour, so that it takes a second.
+# Bars enough for five days of exam.
 FLAGS = {
-    "context_bars": 8,
-    "horizon": 64,
-    "episode_bars": 128,
-    "envs_per_gpu": 4,
-    "batch_size": 128,
+    **SEGMENTS_OF_AN_HOUR,
     "simulated_symbols": 2,
     "simulated_bars": 14_400,
     "epochs": 2,
