@@ -73,6 +73,7 @@ class Daemon:
         """Start it as a shell in a terminal window would be: session leader, with the keyboard's signals."""
         process, self.terminal = pty.fork()
         if process == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
             os.execve(self.command[0], self.command, self.environment)
         self.process = psutil.Process(process)  # type: ignore[assignment]
         return self
