@@ -41,7 +41,7 @@ class AccountState:
     @staticmethod
     def of(amounts: Tensor, alive: Tensor) -> AccountState:
         """Return views of the seven amounts, (7, N), and whether alive, (N,)."""
-        return AccountState(*amounts.unbind(), alive)
+        return AccountState(*[*amounts.unbind(), alive])
 
     def become(self, other: AccountState) -> None:
         """Take over another one's values, in the same memory."""
@@ -110,7 +110,7 @@ def advance(
 
     next_value = units * next_price
     equity = (cash - owed).add_(next_value)
-    alive = (equity > ruin_equity).logical_and_(state.alive)
+    alive = torch.where(state.alive, equity, 0.0) > ruin_equity
     dead = ~alive
     liquidated = next_value.abs_().masked_fill_(alive, 0)
     rate = cost_rate if impact is None else _rate(cost_rate, liquidated, impact, impact_limit)

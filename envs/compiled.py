@@ -41,12 +41,11 @@ def _step(
     new, fill = _advance(now, targets[action], quotes, 0, rules)
     played.add_(alive)
     counted.copy_(action)
-    done = (fill.log_return, fill.traded, fill.costs, new.owed)
-    for total, part in zip(flows.unbind(), done, strict=True):
-        total.add_(part)
+    done = torch.stack((fill.log_return, fill.traded, fill.costs, new.owed))
+    flows.add_(done)
     observed = observe(new, quotes[1, 1], played, base_rate, tuple(constants))
-    now.become(new)
-    return torch.stack(done), fill.ruined, fill.log_return.float(), observed
+    _write(new, amounts, alive)
+    return done, fill.ruined, fill.log_return.float(), observed
 
 
 def _steps(
@@ -54,22 +53,31 @@ def _steps(
     alive: Tensor,
     wanted: Tensor,
     quotes: Tensor,
-    log_return: Tensor,
-    lived: Tensor,
+    played: Tensor,
     flows: Tensor,
     rules: dict[str, Any],
-) -> None:
-    before = now = AccountState.of(amounts, alive)
-    sums = list(flows.unbind())
+) -> Tensor:
+    now, rows = AccountState.of(amounts, alive), []
+    nothing = torch.zeros_like(played)
+    lived, sums = nothing, [nothing] * 4
     for t, target in enumerate(wanted.unbind()):
-        lived[t].copy_(now.alive)
+        # Numbers of this width alone: what is stored as bool takes longer than the rest of the step.
+        lived = torch.where(now.alive, lived + 1, lived)
         now, fill = _advance(now, torch.where(now.alive, target, 0.0), quotes, t, rules)
-        log_return[t].copy_(fill.log_return)
+        rows.append(fill.log_return)
         done = (fill.log_return, fill.traded, fill.costs, now.owed)
         sums = [total + part for total, part in zip(sums, done, strict=True)]
-    for total, part in zip(flows.unbind(), sums, strict=True):
-        total.copy_(part)
-    before.become(now)
+    played.add_(lived)
+    flows.add_(torch.stack(sums))
+    _write(now, amounts, alive)
+    return torch.stack([row.float() for row in rows])
+
+
+def _write(account: AccountState, amounts: Tensor, alive: Tensor) -> None:
+    # Whole, not row by row: the compiler makes a loop over all of them of each row that is written.
+    *rows, living = account.tensors()
+    amounts.copy_(torch.stack(rows))
+    alive.copy_(living)
 
 
 def _advance(now: AccountState, target: Tensor, quotes: Tensor, t: int, rules: dict[str, Any]) -> Any:
@@ -120,10 +128,11 @@ def play(
     alive: Tensor,
     wanted: Tensor,
     quotes: Tensor,
+    played: Tensor,
     flows: Tensor,
     rules: dict[str, Any],
     by_compiler: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Take T steps, one after the other, which changes the account in place.
 
     Args:
@@ -131,18 +140,18 @@ def play(
         alive: (N,) bool.
         wanted: (T, N) targets; those of the ruined do not count.
         quotes: (5, T + 2, N).
+        played: (N,), to which the decisions of the living are added.
         flows: (4, N), sums of what was done, to which theirs are added.
         rules: ruin_equity, with_impact and impact_limit.
         by_compiler: whether by torch.compile, in pieces of UNROLLED steps.
 
     Returns:
-        Log returns, float32, and who was alive at each decision, (T, N).
+        (T, N) log returns, float32.
     """
-    log_return = torch.empty(wanted.shape, dtype=torch.float32, device=wanted.device)
-    lived = torch.empty(wanted.shape, dtype=torch.bool, device=wanted.device)
-    pieces = zip(wanted.split(UNROLLED), log_return.split(UNROLLED), lived.split(UNROLLED), strict=True)
-    for number, (targets, returns, living) in enumerate(pieces):
+    parts = []
+    for number, targets in enumerate(wanted.split(UNROLLED)):
         first, length = number * UNROLLED, len(targets)
         run = _compiled(_steps) if by_compiler and length == UNROLLED else _steps
-        run(amounts, alive, targets, quotes[:, first : first + length + 2], returns, living, flows, rules)
-    return log_return, lived
+        view = quotes[:, first : first + length + 2]
+        parts.append(run(amounts, alive, targets, view, played, flows, rules))
+    return torch.cat(parts)

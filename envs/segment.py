@@ -22,8 +22,8 @@ class Segment:
     ``prices[h + 1]``; ``closes[h]`` is the newest close that it knows, ``closes[H]`` that of the bootstrap value.
     Of traded value it pays ``cost_rates[h]``, beside ``impacts[h]`` per start equity of order value; of what is
     borrowed, ``borrows[h]``. ``allowed[h]`` tells where a position may be held. The last two are None where
-    their setting is off. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are whole; together they
-    are ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact of the newest closed bar and those after.
+    their setting is off. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are whole; together
+    they are ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact from the newest closed bar on.
     """
 
     def __init__(self, config: EnvConfig, dtype: torch.dtype, device: torch.device) -> None:

@@ -30,8 +30,8 @@ class TradingEnv:
     ``compiled`` steps by torch.compile, quicker on a CPU after half a minute of compiling.
 
     What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. The newest
-    step's log return, value traded, costs and borrow cost, in start equities, are ``done``, (4, N); ``account`` has
-    the rest, and changes in place where steps are compiled.
+    step's log return, value traded, costs and borrow cost, in start equities, are ``done``, (4, N); ``account``
+    has the rest, and changes in place where steps are compiled.
 
     ## Action
 
@@ -335,20 +335,23 @@ class TradingEnv:
         segment = self.segment
         if segment.allowed is not None:
             actions = torch.where(torch.stack(segment.allowed), actions, self._in_cash)
-        account = self._kept
-        log_return, lived = compiled.play(
+        account, before = self._kept, self._played.clone()
+        were_alive = account.alive.clone()
+        log_return = compiled.play(
             self._amounts,
             account.alive,
-            self._targets[actions],
+            self._targets.index_select(0, actions.reshape(-1)).view(shape),
             segment.quotes,
+            self._played,
             self.statistics.flows,
             self._rules,
             by_compiler,
         )
-        self._played.add_(lived.sum(0))
-        segment.held.copy_(torch.where(lived, actions, self._in_cash))
+        decision = torch.arange(1, len(actions) + 1, device=self.device, dtype=self.dtype)[:, None]
+        last = self._played - before
+        segment.held.copy_(torch.where(decision <= last, actions, self._in_cash))
+        ruined = (decision == last) & (were_alive & ~account.alive)
         self._step = self.config.horizon
-        ruined = lived & ~torch.cat((lived[1:], account.alive[None]))
         return log_return, ruined, self._end_segment()
 
     def _end_segment(self) -> Tensor:

@@ -443,7 +443,8 @@ def test_a_refreshed_market_keeps_accounts_where_their_bars_are_still_there():
     )
     # Where there was no room left for a segment the episode was over; the new bars do not bring it back.
     expected = {
-        name: getattr(before, name)[kept].clone() for name in ("cash", "units", "log_equity", "target", "owed")
+        name: getattr(before, name)[kept].clone()
+        for name in ("cash", "units", "log_equity", "target", "owed")
     }
     env.use(new)
     env.begin_segment()
