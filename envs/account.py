@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,43 +28,32 @@ class AccountState:
     log_equity: Tensor  # log of equity at the next fill's price, before it; 0 at the start of an episode
     log_peak: Tensor  # highest log equity at any fill so far
     log_at_trade: Tensor  # log equity right before the newest trade
-    target: Tensor  # target position that is held, as a fraction of equity
-    held: Tensor  # int64, its index; the number of positions when none was ever taken
+    target: Tensor  # target position that is held, as a fraction of equity; 0 before the first
     alive: Tensor  # bool, not ruined
 
     @staticmethod
-    def fresh(num_envs: int, first_held: int, dtype: torch.dtype, device: torch.device) -> AccountState:
+    def fresh(num_envs: int, dtype: torch.dtype, device: torch.device) -> AccountState:
         """Return accounts with equity 1, all in cash."""
-        zero = torch.zeros(num_envs, dtype=dtype, device=device)
-        return AccountState(
-            cash=torch.ones_like(zero),
-            units=zero.clone(),
-            owed=zero.clone(),
-            log_equity=zero.clone(),
-            log_peak=zero.clone(),
-            log_at_trade=zero.clone(),
-            target=zero.clone(),
-            held=torch.full_like(zero, first_held, dtype=torch.int64),
-            alive=torch.ones_like(zero, dtype=torch.bool),
-        )
-
-    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the seven amounts as one tensor, (7, N), the index held, and whether alive."""
-        *amounts, held, alive = self.tensors()
-        return torch.stack(amounts), held, alive
+        amounts = torch.zeros(7, num_envs, dtype=dtype, device=device)
+        amounts[0] = 1
+        return AccountState.of(amounts, torch.ones(num_envs, dtype=torch.bool, device=device))
 
     @staticmethod
-    def unpacked(amounts: Tensor, held: Tensor, alive: Tensor) -> AccountState:
-        """Undo ``packed``."""
-        return AccountState(*[*amounts.unbind(), held, alive])
+    def of(amounts: Tensor, alive: Tensor) -> AccountState:
+        """Return views of the seven amounts, (7, N), and whether alive, (N,)."""
+        return AccountState(*[*amounts.unbind(), alive])
+
+    def become(self, other: AccountState) -> None:
+        """Take over another one's values, in the same memory."""
+        for ours, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            ours.copy_(theirs)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors in the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
 
 
-@dataclass(frozen=True)
-class Fill:
+class Fill(NamedTuple):
     """What one fill did, beside the new state."""
 
     log_return: Tensor  # log equity before the next fill less log equity before this one
@@ -75,7 +64,6 @@ class Fill:
 
 def advance(
     state: AccountState,
-    action: Tensor,
     target: Tensor,
     *,
     price: Tensor,
@@ -83,7 +71,6 @@ def advance(
     cost_rate: Tensor,
     borrow: Tensor,
     ruin_equity: float,
-    first_held: int,
     impact: Tensor | None = None,
     impact_limit: float | Tensor = 0.0,
 ) -> tuple[AccountState, Fill]:
@@ -96,26 +83,24 @@ def advance(
 
     Args:
         state: before the fill; not modified.
-        action: int64, index of the wanted target; ``first_held`` for the ruined.
-        target: its fraction of equity; 0 for the ruined.
+        target: wanted fraction of equity; 0 for the ruined.
         price: open at which this decision fills.
         next_price: open at which the next one does.
         cost_rate: fee plus slippage, as a fraction of traded value.
         borrow: cost of borrowing until the next fill, as a fraction of what is borrowed.
         ruin_equity: in start equities.
-        first_held: value of ``held`` for an account in cash.
         impact: what a large order pays beside ``cost_rate``, per start equity of order value; the order is
             what lies between the position held and the one wanted, before costs.
         impact_limit: the most of it, as a fraction of traded value.
     """
-    unchanged = action == state.held
+    unchanged = target == state.target
     cash = state.cash - state.owed
     value = state.units * price
     # The trade after whose cost the position is `target` of what is left: with a = value - target * equity,
     # bought = a / (rate * target * sign(a) - 1). Written in place: 40 kernels of this size are all launch.
     excess = torch.addcmul(value, target, cash + value, value=-1)
-    rate = _rate(cost_rate, excess, impact, impact_limit)
-    bought = excess.div_((rate * target).mul_(excess.sign()).sub_(1)).masked_fill_(unchanged, 0)
+    rate = cost_rate if impact is None else _rate(cost_rate, excess.abs(), impact, impact_limit)
+    bought = excess.div_(rate.copysign(excess).mul_(target).sub_(1)).masked_fill_(unchanged, 0)
     traded = bought.abs()
     costs = traded * rate
     units = torch.addcdiv(state.units, bought, price)
@@ -128,7 +113,7 @@ def advance(
     alive = torch.where(state.alive, equity, 0.0) > ruin_equity
     dead = ~alive
     liquidated = next_value.abs_().masked_fill_(alive, 0)
-    rate = _rate(cost_rate, liquidated, impact, impact_limit)
+    rate = cost_rate if impact is None else _rate(cost_rate, liquidated, impact, impact_limit)
     traded.add_(liquidated)
     costs.addcmul_(liquidated, rate)
     # The living are above ruin, so the floor is far below them.
@@ -142,7 +127,6 @@ def advance(
         log_peak=torch.maximum(state.log_peak, state.log_equity),
         log_at_trade=torch.where(unchanged, state.log_at_trade, state.log_equity),
         target=target.masked_fill(dead, 0),
-        held=action.masked_fill(dead, first_held),
         alive=alive,
     )
     return new_state, Fill(log_equity - state.log_equity, dead.logical_and_(state.alive), traded, costs)
@@ -157,7 +141,7 @@ def observation_constants(
         [(0, 10), (0, 50), (0, 10), (0, 10), (1, -1 / episode_bars), (0, 1e3)], dtype=dtype
     )
     offset, scale = observed.to(device).T[..., None].unbind()
-    return offset, scale, torch.arange(len(positions), device=device)[:, None]
+    return offset, scale, torch.tensor(positions, dtype=dtype, device=device)[:, None]
 
 
 def observe(
@@ -174,9 +158,9 @@ def observe(
         close: the newest one, which marks the position.
         played: decisions in this episode.
         cost_rate: fee and slippage.
-        constants: offset and scale of the last 6 columns, (6, 1) each, and the indices of the targets, (K, 1).
+        constants: offset and scale of the last 6 columns, (6, 1) each, and the targets, (K, 1).
     """
-    offset, scale, indices = constants
+    offset, scale, targets = constants
     value = account.units * close
     equity = (account.cash + value).clamp_(min=EQUITY_FLOOR)
     log_equity = equity.log()
@@ -192,59 +176,8 @@ def observe(
     )
     columns = torch.addcmul(offset, columns, scale).clamp_(-8, 8)
     # Put together with the accounts side by side in memory, as everything else of theirs is.
-    return torch.cat(((account.held == indices).float(), columns.float())).t()
+    return torch.cat(((account.target == targets).float(), columns.float())).t()
 
 
-def _rate(cost_rate: Tensor, order: Tensor, impact: Tensor | None, impact_limit: float | Tensor) -> Tensor:
-    if impact is None:
-        return cost_rate
-    return (order.abs() * impact).clamp_(max=impact_limit).add_(cost_rate)
-
-
-def advance_all(
-    state: list[Tensor],
-    actions: Tensor,
-    targets: Tensor,
-    price: Tensor,
-    cost_rate: Tensor,
-    borrow: Tensor,
-    impact: Tensor | None,
-    **rules: Any,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fill T decisions per account, one after the other, with no tensor of the host in between.
-
-    Args:
-        state: what ``AccountState.tensors`` returns.
-        actions: (T, N) int64; those of the ruined do not count.
-        targets: (K + 1,) fraction of equity of each action.
-        price: (T + 1, N).
-        cost_rate: (T, N).
-        borrow: (T, N).
-        impact: (T, N) or None.
-        **rules: the other arguments of ``advance``.
-
-    Returns:
-        The state after it; log return (T, N) float32; ruined by the decision (T, N) bool; costs, borrow cost
-        and value traded, added up (3, N); decisions while alive (N,); targets held (T, N) uint8.
-    """
-    now, rows = AccountState(*state), []
-    flows, played = price.new_zeros(3, price.shape[1]), torch.zeros_like(price[0])
-    in_cash = torch.full_like(now.held, rules["first_held"])
-    for t, wanted in enumerate(actions.unbind(0)):
-        alive, action = now.alive, torch.where(now.alive, wanted, in_cash)
-        now, fill = advance(
-            now,
-            action,
-            targets[action],
-            price=price[t],
-            next_price=price[t + 1],
-            cost_rate=cost_rate[t],
-            borrow=borrow[t],
-            impact=None if impact is None else impact[t],
-            **rules,
-        )
-        flows = flows + torch.stack((fill.costs, now.owed, fill.traded))
-        played = played + alive
-        rows.append((fill.log_return.float(), fill.ruined, action.to(torch.uint8)))
-    log_return, ruined, held = map(torch.stack, zip(*rows, strict=True))
-    return now.tensors(), log_return, ruined, flows, played, held
+def _rate(cost_rate: Tensor, size: Tensor, impact: Tensor, impact_limit: float | Tensor) -> Tensor:
+    return (size * impact).clamp_(max=impact_limit).add_(cost_rate)

@@ -28,19 +28,14 @@ def growth_of_every_choice(fills: Mapping[str, Tensor], positions: Sequence[floa
     held = torch.tensor(_what_can_be_held(positions), dtype=price.dtype, device=price.device)
     shape = (*price.shape, len(held), len(positions))
     exposure = held[:, None].expand(shape)
-    # The index that an account in cash holds, as TradingEnv has it.
-    first_held = positions.index(0.0) if 0.0 in positions else len(positions)
-    state = AccountState.fresh(1, first_held, price.dtype, price.device)
+    state = AccountState.fresh(1, price.dtype, price.device)
     state.cash = 1.0 - exposure
     state.units = exposure / price[..., None, None]
     state.target = exposure
-    state.held = torch.arange(len(held), device=price.device)[:, None].expand(shape)
     _, fill = advance(
         state,
-        torch.arange(len(positions), device=price.device).expand(shape),
         held[: len(positions)].expand(shape),
         ruin_equity=0.0,
-        first_held=first_held,
         **{name: value[..., None, None] for name, value in fills.items()},
     )
     return fill.log_return.float()

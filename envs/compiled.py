@@ -1,4 +1,8 @@
-"""Steps by torch.compile: one at a time, or given actions in one call. The same functions as without."""
+"""Steps by torch.compile: one at a time, or given actions in one call. The same functions as without.
+
+Quotes are (5, L + 2, N), of the newest closed bar and the ones that L decisions need beyond it: the rows of
+``Segment.quotes``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.account import AccountState, advance, advance_all, observe
+from envs.account import AccountState, advance, observe
 
-# Steps that are compiled into one kernel: 8 take 30 s to compile; 32 take two minutes and gain nothing more.
+# Steps that are compiled into one kernel.
 UNROLLED = 8
 
 
@@ -20,106 +24,134 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True, options={"size_asserts": False})
 
 
-def _packed_step(
+def _step(
     amounts: Tensor,
-    held: Tensor,
     alive: Tensor,
     wanted: Tensor,
     quotes: Tensor,
     allowed: Tensor | None,
-    impact: Tensor | None,
     counted: Tensor,
     shared: tuple[Tensor, ...],
     rules: dict[str, Any],
 ) -> tuple[Tensor, ...]:
     # Few tensors in and out: each costs a check per call.
     in_cash, targets, played, flows, base_rate, *constants = shared
-    now = AccountState.unpacked(amounts, held, alive)
+    now = AccountState.of(amounts, alive)
     action = torch.where(alive if allowed is None else alive & allowed, wanted, in_cash)
-    new, fill = advance(
-        now,
-        action,
-        targets[action],
-        price=quotes[0, 1],
-        next_price=quotes[0, 2],
-        cost_rate=quotes[3, 1],
-        borrow=quotes[2, 1],
-        impact=impact,
-        **rules,
-    )
+    new, fill = _advance(now, targets[action], quotes, 0, rules)
     played.add_(alive)
     counted.copy_(action)
-    done = torch.stack((fill.log_return, fill.traded, fill.costs))
-    flows.add_(torch.stack((fill.costs, new.owed, fill.traded)))
+    done = torch.stack((fill.log_return, fill.traded, fill.costs, new.owed))
+    flows.add_(done)
     observed = observe(new, quotes[1, 1], played, base_rate, tuple(constants))
-    return *new.packed(), done, fill.ruined, fill.log_return.float(), torch.zeros_like(alive), observed
+    _write(new, amounts, alive)
+    return done, fill.ruined, fill.log_return.float(), observed
+
+
+def _steps(
+    amounts: Tensor,
+    alive: Tensor,
+    wanted: Tensor,
+    quotes: Tensor,
+    played: Tensor,
+    flows: Tensor,
+    rules: dict[str, Any],
+) -> Tensor:
+    now, rows = AccountState.of(amounts, alive), []
+    nothing = torch.zeros_like(played)
+    lived, sums = nothing, [nothing] * 4
+    for t, target in enumerate(wanted.unbind()):
+        # Numbers of this width alone: what is stored as bool takes longer than the rest of the step.
+        lived = torch.where(now.alive, lived + 1, lived)
+        now, fill = _advance(now, torch.where(now.alive, target, 0.0), quotes, t, rules)
+        rows.append(fill.log_return)
+        done = (fill.log_return, fill.traded, fill.costs, now.owed)
+        sums = [total + part for total, part in zip(sums, done, strict=True)]
+    played.add_(lived)
+    flows.add_(torch.stack(sums))
+    _write(now, amounts, alive)
+    return torch.stack([row.float() for row in rows])
+
+
+def _write(account: AccountState, amounts: Tensor, alive: Tensor) -> None:
+    # Whole, not row by row: the compiler makes a loop over all of them of each row that is written.
+    *rows, living = account.tensors()
+    amounts.copy_(torch.stack(rows))
+    alive.copy_(living)
+
+
+def _advance(now: AccountState, target: Tensor, quotes: Tensor, t: int, rules: dict[str, Any]) -> Any:
+    opens, _, borrow, cost_rate, impact = quotes.unbind()
+    large = {"impact": impact[t + 1], "impact_limit": rules["impact_limit"]} if rules["with_impact"] else {}
+    return advance(
+        now,
+        target,
+        price=opens[t + 1],
+        next_price=opens[t + 2],
+        cost_rate=cost_rate[t + 1],
+        borrow=borrow[t + 1],
+        ruin_equity=rules["ruin_equity"],
+        **large,
+    )
 
 
 @torch.no_grad()
 def step(
-    account: tuple[Tensor, Tensor, Tensor],
+    amounts: Tensor,
+    alive: Tensor,
     actions: Tensor,
     view: tuple[Tensor | None, ...],
     shared: tuple[Tensor, ...],
     rules: dict[str, Any],
 ) -> tuple[Tensor, ...]:
-    """Take one step.
+    """Take one step, which changes the account in place.
 
     Args:
-        account: packed, before it.
+        amounts: (7, N) of the account, see ``AccountState.of``.
+        alive: (N,) bool.
         actions: (N,) int64.
         view: one of ``Segment.views``.
-        shared: index of cash, targets, decisions played and costs, borrow cost and value traded (both counted
-            up), fee and slippage, and the constants of ``observe``.
-        rules: the other arguments of ``advance``.
+        shared: index of cash, targets, decisions played and sums of what was done (both counted up), fee and
+            slippage, and the constants of ``observe``.
+        rules: ruin_equity, with_impact and impact_limit.
 
     Returns:
-        The account after it, packed, in three; log return, value traded and costs (3, N); ruined; rewards; not
-        truncated; and the next observations.
+        What was done, (4, N); ruined; rewards; and the next observations.
     """
-    after: tuple[Tensor, ...] = _compiled(_packed_step)(*account, actions, *view, shared, rules)
+    after: tuple[Tensor, ...] = _compiled(_step)(amounts, alive, actions, *view, shared, rules)
     return after
 
 
 @torch.no_grad()
 def play(
-    state: AccountState,
-    actions: Tensor,
-    targets: Tensor,
-    segment: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    amounts: Tensor,
+    alive: Tensor,
+    wanted: Tensor,
+    quotes: Tensor,
+    played: Tensor,
+    flows: Tensor,
     rules: dict[str, Any],
     by_compiler: bool,
-) -> tuple[AccountState, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fill (T, N) actions one after the other; see ``advance_all``.
+) -> Tensor:
+    """Take T steps, one after the other, which changes the account in place.
 
     Args:
-        state: before the first.
-        actions: (T, N) int64.
-        targets: (K + 1,) fraction of equity of each action.
-        segment: price (T + 1, N), cost rate, borrow cost and impact (T, N).
-        rules: the other arguments of ``advance``.
+        amounts: (7, N) of the account, see ``AccountState.of``.
+        alive: (N,) bool.
+        wanted: (T, N) targets; those of the ruined do not count.
+        quotes: (5, T + 2, N).
+        played: (N,), to which the decisions of the living are added.
+        flows: (4, N), sums of what was done, to which theirs are added.
+        rules: ruin_equity, with_impact and impact_limit.
         by_compiler: whether by torch.compile, in pieces of UNROLLED steps.
 
     Returns:
-        What ``advance_all`` does, over all of them.
+        (T, N) log returns, float32.
     """
-    price, cost_rate, borrow, impact = segment
-    tensors, parts = state.tensors(), []
-    for first in range(0, len(actions), UNROLLED):
-        piece = slice(first, first + UNROLLED)
-        wanted = actions[piece]
-        whole = by_compiler and len(wanted) == UNROLLED
-        tensors, *rows = (_compiled(advance_all) if whole else advance_all)(
-            tensors,
-            wanted,
-            targets,
-            price[first : first + len(wanted) + 1],
-            cost_rate[piece],
-            borrow[piece],
-            None if impact is None else impact[piece],
-            **rules,
-        )
-        parts.append(rows)
-    log_return, ruined, flows, played, held = zip(*parts, strict=True)
-    totals = torch.stack(flows).sum(0), torch.stack(played).sum(0)
-    return AccountState(*tensors), torch.cat(log_return), torch.cat(ruined), *totals, torch.cat(held)
+    parts = []
+    for number, targets in enumerate(wanted.split(UNROLLED)):
+        first, length = number * UNROLLED, len(targets)
+        run = _compiled(_steps) if by_compiler and length == UNROLLED else _steps
+        view = quotes[:, first : first + length + 2]
+        parts.append(run(amounts, alive, targets, view, played, flows, rules))
+    return torch.cat(parts)

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
     from envs.trading_env import TradingEnv
 
@@ -54,8 +51,6 @@ def place(env: TradingEnv, state: Mapping[str, Any]) -> None:
         value = account[field.name][:n].to(env.device)
         if field.name == "units":
             value = value * ratio
-        if field.name == "held":
-            value = _renumbered(env, value, state["positions"])
         getattr(env.account, field.name)[:n] = value.to(getattr(env.account, field.name).dtype)
     env._symbol[:n], env._cursor[:n] = symbol, cursor
     env._played[:n] = state["played"][:n].to(env.device)
@@ -65,11 +60,3 @@ def place(env: TradingEnv, state: Mapping[str, Any]) -> None:
     env._over[:n] = state["over"][:n].to(env.device) | ~found
     env._over |= env._does_not_fit()
     env._step = env.config.horizon
-
-
-def _renumbered(env: TradingEnv, held: Tensor, positions: list[float]) -> Tensor:
-    # Index of the same target among today's positions; one that is gone is held until the next decision.
-    ours = list(env.config.positions)
-    none = len(ours)
-    table = [ours.index(p) if p in ours else none for p in positions]
-    return torch.tensor([*table, none], device=env.device)[held]

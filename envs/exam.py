@@ -105,7 +105,6 @@ class ExamEnv(TradingEnv):
         account.cash.copy_(torch.where(out, account.log_equity.exp(), account.cash))
         for tensor in (account.units, account.owed, account.target):
             tensor.masked_fill_(out, 0)
-        account.held.masked_fill_(out, self._first_held)
         # Those that are out stand at bars that exist, whatever they are.
         self._cursor.masked_fill_(out, self.config.context_bars)
         self._over.copy_((start != self._cursor) & ~out)

@@ -98,8 +98,7 @@ def present(market: Market, config: EnvConfig) -> Present:
 def _new_accounts(config: EnvConfig, is_crypto: Tensor) -> Tensor:
     """Return what accounts know of themselves at the start of an episode, (N, A) float32."""
     dtype, device, positions = torch.float64, is_crypto.device, config.positions
-    first_held = positions.index(0.0) if 0.0 in positions else len(positions)
-    account = AccountState.fresh(len(is_crypto), first_held, dtype, device)
+    account = AccountState.fresh(len(is_crypto), dtype, device)
     cost_rate = torch.where(is_crypto, config.crypto_fee_bps, config.stock_fee_bps).to(dtype)
     cost_rate = (cost_rate + config.slippage_bps) / 1e4
     constants = observation_constants(positions, config.episode_bars, dtype, device)

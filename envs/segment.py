@@ -22,18 +22,15 @@ class Segment:
     ``prices[h + 1]``; ``closes[h]`` is the newest close that it knows, ``closes[H]`` that of the bootstrap value.
     Of traded value it pays ``cost_rates[h]``, beside ``impacts[h]`` per start equity of order value; of what is
     borrowed, ``borrows[h]``. ``allowed[h]`` tells where a position may be held. The last two are None where
-    their setting is off. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are whole.
+    their setting is off. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are whole; together
+    they are ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact from the newest closed bar on.
     """
 
     def __init__(self, config: EnvConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
-        shape = (
-            5,
-            config.horizon + 2,
-            config.num_envs,
-        )  # quotes of the newest closed bar and the ones after it
-        self._quotes = torch.zeros(shape, dtype=dtype, device=device)
-        opens, closes, borrow, cost_rate, impact = self._quotes.unbind()
+        shape = (5, config.horizon + 2, config.num_envs)
+        self.quotes = torch.zeros(shape, dtype=dtype, device=device)
+        opens, closes, borrow, cost_rate, impact = self.quotes.unbind()
         self.price, self.cost_rate, self.borrow = opens[1:], cost_rate[1:-1], borrow[1:-1]
         self.impact = impact[1:-1] if config.volume_slippage else None
         self.prices, self.closes = self.price.unbind(), closes[:-1].unbind()
@@ -44,10 +41,10 @@ class Segment:
         # Index of the target that counted, decision by decision: of the ruined, cash.
         self.held = torch.zeros(shape[1] - 2, shape[2], dtype=torch.uint8, device=device)
         self.helds = self.held.unbind()
-        # What a compiled step takes: the quotes from a close to the next fill in one view, the other two, held.
+        # What a compiled step takes: the quotes from a close to the next fill in one view, allowed, held.
         none = [None] * config.horizon
-        quotes = [self._quotes[:, h : h + 3] for h in range(config.horizon)]
-        self.views = list(zip(quotes, self.allowed or none, self.impacts or none, self.helds, strict=True))
+        quotes = [self.quotes[:, h : h + 3] for h in range(config.horizon)]
+        self.views = list(zip(quotes, self.allowed or none, self.helds, strict=True))
         self.impact_limit = torch.zeros((), dtype=dtype, device=device)
         self._ahead = torch.arange(1, config.horizon + 1, device=device)
 
@@ -61,7 +58,7 @@ class Segment:
             cost_scale: share of every cost that is charged.
         """
         config = self.config
-        self._quotes.copy_(market.quote_windows(cursor, config.horizon + 2).permute(2, 1, 0))
+        self.quotes.copy_(market.quote_windows(cursor, config.horizon + 2).permute(2, 1, 0))
         self.borrow.mul_(config.borrow_rate * cost_scale)
         # The rate was the bar's range until here.
         self.cost_rate.mul_(config.range_slippage * cost_scale).add_(cost_rate)
@@ -77,7 +74,7 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return self._quotes.nbytes + self._allowed.nbytes + self.held.nbytes
+        return self.quotes.nbytes + self._allowed.nbytes + self.held.nbytes
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return price (H + 1, N), cost rate, borrow cost and impact (H, N)."""

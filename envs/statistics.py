@@ -31,8 +31,8 @@ class Statistics:
         device: torch.device,
     ) -> None:
         self.positions, self.cash_index = positions, cash_index
-        # Costs, borrow cost and traded value of this segment.
-        self.flows = torch.zeros(3, num_envs, dtype=dtype, device=device)
+        # Log return, traded value, costs and borrow cost of this segment.
+        self.flows = torch.zeros(4, num_envs, dtype=dtype, device=device)
         self.at_begin = torch.zeros(2, num_envs, dtype=dtype, device=device)  # log equity, decisions played
         self.time_in = torch.zeros(len(positions) + 1, dtype=torch.float64, device=device)
         self.totals = torch.zeros(len(TOTALS), dtype=torch.float64, device=device)
@@ -44,16 +44,20 @@ class Statistics:
 
     def end(self, account: AccountState, played: Tensor, over: Tensor, held: Tensor) -> None:
         """Count a segment whose episodes end where ``over``, (N,) bool, and its targets held, (H, N)."""
-        for index, spent in enumerate(self.time_in):
-            spent.add_((held == index).count_nonzero())
         # One that has not played in this segment was counted before.
         ended = (over & (played > self.at_begin[1])).to(torch.float64)
         progress = torch.stack((account.log_equity, played)) - self.at_begin
         rewards, decisions = progress.sum(1, dtype=torch.float64)
-        # The ruined were counted as in cash.
-        self.time_in[self.cash_index] += decisions - held.numel()
+        # In cash for the rest: held says so of the ruined, too, who decide nothing.
+        self.time_in[self.cash_index] += decisions
+        for index, spent in enumerate(self.time_in):
+            if index != self.cash_index:
+                decided = (held == index).count_nonzero()
+                spent.add_(decided)
+                self.time_in[self.cash_index] -= decided
         episodes = torch.stack((torch.ones_like(ended), account.log_equity, ~account.alive)).double()
-        flows = self.flows.sum(1, dtype=torch.float64)
+        _, traded, costs, borrow_costs = self.flows.sum(1, dtype=torch.float64)
+        flows = torch.stack((costs, borrow_costs, traded))
         self.totals.add_(torch.cat((torch.stack((decisions, rewards)), episodes @ ended, flows)))
         self.flows.zero_()
 

@@ -30,7 +30,8 @@ class TradingEnv:
     ``compiled`` steps by torch.compile, quicker on a CPU after half a minute of compiling.
 
     What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. The newest
-    step's log return, value traded and costs, in start equities, are ``done``, (3, N); ``account`` has the rest.
+    step's log return, value traded, costs and borrow cost, in start equities, are ``done``, (4, N); ``account``
+    has the rest, and changes in place where steps are compiled.
 
     ## Action
 
@@ -121,14 +122,14 @@ class TradingEnv:
         n, positions = config.num_envs, config.positions
         self._targets = torch.tensor([*positions, 0.0], dtype=dtype, device=self.device)
         # The index of cash; without 0 among the targets one more index stands for "nothing yet".
-        self._first_held = positions.index(0.0) if 0.0 in positions else len(positions)
-        self._cash_index = torch.tensor(self._first_held, device=self.device)
+        cash_index = positions.index(0.0) if 0.0 in positions else len(positions)
+        self._in_cash = torch.full((n,), cash_index, device=self.device)
         self._constants = observation_constants(positions, config.episode_bars, dtype, self.device)
 
-        self._kept = AccountState.fresh(n, self._first_held, dtype, self.device)
-        self._account = self._kept
-        self._packed: tuple[Tensor, Tensor, Tensor] | None = None  # the accounts, after a compiled step
-        self._fresh = AccountState.fresh(1, self._first_held, dtype, self.device)
+        *amounts, alive = AccountState.fresh(n, dtype, self.device).tensors()
+        self._amounts = torch.stack(amounts)
+        self._kept = self._account = AccountState.of(self._amounts, alive)
+        self._fresh = AccountState.fresh(1, dtype, self.device)
         number = torch.arange(n, device=self.device)
         self._symbol = torch.zeros_like(number)
         self._cursor = torch.zeros_like(number)  # newest closed bar when the segment began
@@ -140,12 +141,18 @@ class TradingEnv:
         self._cost_rate = torch.zeros(n, dtype=dtype, device=self.device)  # fee and slippage
         self.cost_scale = 1.0  # share of all costs that is charged; set between segments by a curriculum
         self.segment = Segment(config, dtype, self.device)
-        self.done = torch.zeros(3, 1, dtype=dtype, device=self.device)
+        self.done = torch.zeros(4, 1, dtype=dtype, device=self.device)
+        self._goes_on = torch.zeros(n, dtype=torch.bool, device=self.device)  # not truncated
         self._step = config.horizon  # of this segment
 
-        self.statistics = Statistics(positions, self._first_held, n, dtype, self.device)
+        self.statistics = Statistics(positions, cash_index, n, dtype, self.device)
         counted = (self._played, self.statistics.flows, self._cost_rate)
-        self._shared = (self._cash_index, self._targets, *counted, *self._constants)
+        self._shared = (self._in_cash, self._targets, *counted, *self._constants)
+        self._rules = {
+            "ruin_equity": config.ruin_fraction,
+            "with_impact": self.segment.impact is not None,
+            "impact_limit": self.segment.impact_limit,
+        }
         self._attach(market)
 
     @property
@@ -156,12 +163,12 @@ class TradingEnv:
     @property
     def account(self) -> AccountState:
         """The accounts as they are now."""
-        return AccountState.unpacked(*self._packed) if self._packed else self._account
+        return self._account
 
     @property
     def alive(self) -> Tensor:
         """(N,) bool: not ruined earlier in this segment."""
-        return self._packed[2] if self._packed else self._account.alive
+        return self._account.alive
 
     @property
     def cursor(self) -> Tensor:
@@ -274,41 +281,34 @@ class TradingEnv:
             raise RuntimeError(f"all {config.horizon} steps of the segment are taken: call begin_segment()")
         self._step += 1
         if self.compiled:
-            *packed, self.done, ruined, rewards, truncated, self._observed = compiled.step(
-                self._packed or self._account.packed(), actions, segment.views[h], self._shared, self._rules()
+            self.done, ruined, rewards, self._observed = compiled.step(
+                self._amounts, self._kept.alive, actions, segment.views[h], self._shared, self._rules
             )
-            self._packed = (packed[0], packed[1], packed[2])
         else:
             account = self._account
             self._played.add_(account.alive)
-            actions = torch.where(account.alive, actions, self._cash_index)
+            actions = torch.where(account.alive, actions, self._in_cash)
             if segment.allowed is not None:
-                actions = torch.where(segment.allowed[h], actions, self._cash_index)
+                actions = torch.where(segment.allowed[h], actions, self._in_cash)
             self._account, fill = advance(
                 account,
-                actions,
                 self._targets.index_select(0, actions),
                 price=segment.prices[h],
                 next_price=segment.prices[h + 1],
                 cost_rate=segment.cost_rates[h],
                 borrow=segment.borrows[h],
+                ruin_equity=config.ruin_fraction,
                 impact=None if segment.impacts is None else segment.impacts[h],
-                **self._rules(),
+                impact_limit=segment.impact_limit,
             )
             segment.helds[h].copy_(actions)
-            self.done = torch.stack((fill.log_return, fill.traded, fill.costs))
-            self.statistics.flows.add_(torch.stack((fill.costs, self._account.owed, fill.traded)))
-            ruined, rewards, truncated = fill.ruined, fill.log_return.float(), torch.zeros_like(fill.ruined)
+            self.done = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
+            self.statistics.flows.add_(self.done)
+            ruined, rewards = fill.ruined, fill.log_return.float()
+        truncated = self._goes_on
         if self._step == config.horizon:
             truncated = self._end_segment()
         return rewards, ruined, truncated
-
-    def _rules(self) -> dict[str, Any]:
-        return {
-            "ruin_equity": self.config.ruin_fraction,
-            "first_held": self._first_held,
-            "impact_limit": self.segment.impact_limit,
-        }
 
     def replay(self, actions: Tensor, by_compiler: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Play the next segment with given actions in one call; the same as stepping through it.
@@ -334,22 +334,32 @@ class TradingEnv:
         self._begin()
         segment = self.segment
         if segment.allowed is not None:
-            actions = torch.where(torch.stack(segment.allowed), actions, self._cash_index)
-        self._account, log_return, ruined, flows, played, held = compiled.play(
-            self._account, actions, self._targets, segment.tensors(), self._rules(), by_compiler
+            actions = torch.where(torch.stack(segment.allowed), actions, self._in_cash)
+        account, before = self._kept, self._played.clone()
+        were_alive = account.alive.clone()
+        log_return = compiled.play(
+            self._amounts,
+            account.alive,
+            self._targets.index_select(0, actions.reshape(-1)).view(shape),
+            segment.quotes,
+            self._played,
+            self.statistics.flows,
+            self._rules,
+            by_compiler,
         )
-        self.statistics.flows.add_(flows)
-        self._played.add_(played)
-        segment.held.copy_(held)
+        decision = torch.arange(1, len(actions) + 1, device=self.device, dtype=self.dtype)[:, None]
+        last = self._played - before
+        segment.held.copy_(torch.where(decision <= last, actions, self._in_cash))
+        ruined = (decision == last) & (were_alive & ~account.alive)
         self._step = self.config.horizon
         return log_return, ruined, self._end_segment()
 
     def _end_segment(self) -> Tensor:
         # Decides which episodes end here, adds up their statistics, and returns which ones were truncated.
         # The state moves back to where it was at the segment's begin, so a CUDA graph of all steps finds it there.
-        torch._foreach_copy_(self._kept.tensors(), self.account.tensors())
+        if self._account is not self._kept:
+            self._kept.become(self._account)
         self._account = account = self._kept
-        self._packed = None
         config = self.config
         self._cursor.add_(config.horizon)
         truncated = account.alive & self._cut()

@@ -22,21 +22,19 @@ FLAT = POSITIONS.index(0.0)
 def play(prices, actions, cost_rate, borrow, ruin_equity, dtype=torch.float64, impact=None, impact_limit=0.0):
     """Returns the log returns (T, N), the last state, and the costs, borrow costs and traded values (T, N)."""
     prices, actions = torch.as_tensor(prices, dtype=dtype), torch.as_tensor(actions)
-    state = AccountState.fresh(actions.shape[1], FLAT, dtype, torch.device("cpu"))
+    state = AccountState.fresh(actions.shape[1], dtype, torch.device("cpu"))
     targets = torch.tensor(POSITIONS, dtype=dtype)
     rows = []
     for t, wanted in enumerate(actions):
         action = torch.where(state.alive, wanted, FLAT)
         state, fill = advance(
             state,
-            action,
             targets[action],
             price=prices[t],
             next_price=prices[t + 1],
             cost_rate=torch.as_tensor(cost_rate[t], dtype=dtype),
             borrow=torch.as_tensor(borrow[t], dtype=dtype),
             ruin_equity=ruin_equity,
-            first_held=FLAT,
             impact=None if impact is None else torch.as_tensor(impact[t], dtype=dtype),
             impact_limit=impact_limit,
         )
@@ -186,7 +184,7 @@ def test_ruin_closes_the_position_and_freezes_the_account():
     assert state.units == 0
     assert state.cash.item() == 1e-6
     assert not state.alive
-    assert state.held == FLAT
+    assert state.target == 0
     assert math.isfinite(rows[0, 0])
 
 
@@ -206,19 +204,17 @@ def test_backtesting_py_agrees_on_final_equity(seed):
     random = np.random.default_rng(seed)
     prices = 100 * np.exp(np.cumsum(random.normal(0, 3e-3, length + 1)))
     actions = random.integers(0, 5, length)
-    orders, states = [], AccountState.fresh(1, FLAT, torch.float64, torch.device("cpu"))
+    orders, states = [], AccountState.fresh(1, torch.float64, torch.device("cpu"))
     for t in range(length):
         before = float(states.units)
         states, _ = advance(
             states,
-            torch.tensor([actions[t]]),
             torch.tensor([POSITIONS[actions[t]]], dtype=torch.float64),
             price=torch.tensor([prices[t]]),
             next_price=torch.tensor([prices[t + 1]]),
             cost_rate=torch.tensor([rate]),
             borrow=torch.zeros(1, dtype=torch.float64),
             ruin_equity=0.01,
-            first_held=FLAT,
         )
         orders.append(round((float(states.units) - before) * cash))
 

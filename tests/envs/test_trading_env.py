@@ -443,7 +443,8 @@ def test_a_refreshed_market_keeps_accounts_where_their_bars_are_still_there():
     )
     # Where there was no room left for a segment the episode was over; the new bars do not bring it back.
     expected = {
-        name: getattr(before, name)[kept].clone() for name in ("cash", "units", "log_equity", "held", "owed")
+        name: getattr(before, name)[kept].clone()
+        for name in ("cash", "units", "log_equity", "target", "owed")
     }
     env.use(new)
     env.begin_segment()
@@ -486,9 +487,11 @@ def test_a_state_of_fewer_or_more_environments_and_of_other_positions_is_taken_o
     for num_envs in (8, 32):
         other = env_of(market, num_envs=num_envs, positions=(1.0, -1.0))
         other.load_state_dict(state)
-        held = state["account"]["held"][:8]
-        # -1, 0, 1 were 0, 1, 2; now 1 is 0, -1 is 1, and 0 is none.
-        assert other.account.held[:8].tolist() == [{0: 1, 1: 2, 2: 0}[h] for h in held.tolist()]
+        # Whoever was flat holds none of the targets any more, the others the one that they held.
+        held = state["account"]["target"][:8]
+        assert torch.equal(other.account.target[:8], held)
+        seen = other.account_observations()[:8, :2]
+        assert torch.equal(seen, torch.stack((held == 1, held == -1), dim=1).float())
         assert torch.equal(other.account.units[:8], state["account"]["units"][:8])
         *_, rewards, _, _ = play_segment(other)
         assert torch.isfinite(rewards).all()

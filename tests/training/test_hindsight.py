@@ -147,6 +147,37 @@ def test_what_was_chosen_grew_as_it_was_rewarded() -> None:
     torch.testing.assert_close(grown[flat], rollout.rewards[flat], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", [(-1.0, 0.0, 1.0), (0.0, 0.5, 2.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("account_value", [50.0, 1e3, 1e9])
+def test_with_impact_what_a_fresh_account_chooses_grows_as_it_is_rewarded(
+    positions: tuple[float, ...], account_value: float
+) -> None:
+    # Orders far below the bars' volume, about as large, and far above it, where the most is paid.
+    given = {
+        "volume_slippage": 0.05,
+        "account_value": account_value,
+        "range_slippage": 0.1,
+        "borrow_rate": 5.0,
+    }
+    market = market_of(walk(asset_class="stock", gaps=dict.fromkeys(range(10, 600, 10), 3_900)))
+    cash = positions.index(0.0) if 0.0 in positions else len(positions)
+    plain = env_of(market, positions=positions, borrow_rate=5.0, range_slippage=0.1)
+    env = env_of(market, positions=positions, **given)
+    for chosen in range(len(positions)):
+        rewards = []
+        for one in (env, plain):
+            one.restart(seed=chosen)
+            one.begin_segment()
+            if one is env:
+                growth = growth_of_every_choice(one.fills_ahead(), positions)
+            rewards.append(one.step(torch.full((16,), chosen))[0])
+            for _ in range(HORIZON - 1):
+                one.step(torch.full((16,), chosen))
+        torch.testing.assert_close(growth[:, 0, cash, chosen], rewards[0], rtol=0, atol=2e-7)
+        if chosen != cash:
+            assert (rewards[0] < rewards[1]).all()
+
+
 def test_the_account_that_is_held_is_seen_as_it_is_and_the_others_as_just_reached() -> None:
     env = env_of(market_of(walk()))
     rollout = rollout_of(env, policy_for(env))

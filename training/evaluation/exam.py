@@ -195,15 +195,14 @@ def _played(
         done.append(env.done)
     units, equity, held = (
         torch.stack([getattr(account, name) for account in before])
-        for name in ("units", "log_equity", "held")
+        for name in ("units", "log_equity", "target")
     )
     equity = equity.exp()
-    owed = torch.stack([*(account.owed for account in before[1:]), env.account.owed])
-    log_return, traded, costs = torch.stack(done, dim=1)
+    log_return, traded, costs, owed = torch.stack(done, dim=1)
     # A new target is reached exactly; the same one again trades nothing, and the exposure has drifted.
-    chosen = env.segment.held.long()
     targets = torch.tensor([*env.config.positions, 0.0], dtype=env.dtype, device=env.device)
-    position = torch.where(chosen == held, units * env.segment.price[:-1] / equity, targets[chosen])
+    chosen = targets[env.segment.held.long()]
+    position = torch.where(chosen == held, units * env.segment.price[:-1] / equity, chosen)
     columns = (position, log_return, (costs + owed) / equity, traded / equity)
     return [column.cpu().numpy() for column in columns]
 
