@@ -15,7 +15,9 @@ from torch import Tensor
 from envs.account import AccountState, advance
 
 
-def growth_of_every_choice(fills: Mapping[str, Tensor], positions: Sequence[float]) -> Tensor:
+def growth_of_every_choice(
+    fills: Mapping[str, Tensor], positions: Sequence[float], log_equity: Tensor
+) -> Tensor:
     """Return log growth of equity for every held and every chosen target, (N, H, J, K) float32.
 
     The same ledger as ``TradingEnv.step``, from exactly the held target and without ruin.
@@ -23,7 +25,11 @@ def growth_of_every_choice(fills: Mapping[str, Tensor], positions: Sequence[floa
     Args:
         fills: of ``TradingEnv.fills_ahead``, (N, H) each.
         positions: the K targets, as fractions of equity.
+        log_equity: (N, H) before each fill, in start equities: the same share of a larger account is a larger
+            order, which matters where orders have an impact.
     """
+    if "impact" in fills:
+        fills = {**fills, "impact": fills["impact"] * log_equity.exp()}
     price = fills["price"]
     held = torch.tensor(_what_can_be_held(positions), dtype=price.dtype, device=price.device)
     shape = (*price.shape, len(held), len(positions))

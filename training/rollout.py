@@ -103,11 +103,7 @@ def collect(
         beat()
         parts.append(policy.encode(part, horizon + 1))
     projected = torch.cat(parts)
-    growth = only_cash = None
-    if hindsight:
-        growth = growth_of_every_choice(env.fills_ahead(), config.positions)
-        if env.segment.allowed is not None:
-            only_cash = ~torch.stack(env.segment.allowed, dim=1)
+    fills = env.fills_ahead() if hindsight else None
 
     num_positions = len(config.positions)
     shape = (config.num_envs, horizon)
@@ -134,14 +130,16 @@ def collect(
     # In units of the symbol's typical move per bar, so that no wild symbol drowns the calm ones.
     scale = reward_scale / env.volatility
     seen = None
-    if growth is not None:
+    if fills is not None:
+        growth = growth_of_every_choice(fills, config.positions, log_equity)
         ends = log_equity[..., None, None] + growth <= math.log(config.ruin_fraction)
         growth = (growth * scale[:, None, None, None]).float()
         log_policies, critic = _in_every_position(env, policy, projected, accounts, chunk_segments)
         held = what_is_held(accounts[:, :-1], config.positions)
         seen = Hindsight(growth, ends, log_policies, critic, held)
-        if only_cash is not None:
-            seen.only_cash, seen.cash = only_cash, config.positions.index(0.0)
+        if env.segment.allowed is not None:
+            seen.only_cash = ~torch.stack(env.segment.allowed, dim=1)
+            seen.cash = config.positions.index(0.0)
     return Rollout(
         bars[:, :-1],
         accounts[:, :-1],

@@ -16,6 +16,7 @@ from tests.envs.markets import HORIZON, env_of, market_of, walk
 from tests.training.rollouts import made_up_hindsight
 from tests.training.test_rollout import calm_and_wild, policy_for, rollout_of
 from training.hindsight import Hindsight, choice_values, hindsight_advantages
+from training.rollout import Rollout
 
 
 def valued(hindsight: Hindsight, n: int, t: int, held: int, valid: torch.Tensor) -> float:
@@ -111,7 +112,7 @@ def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, .
     env = env_of(market_of(bars), positions=positions, **costs)
     env.begin_segment()
     places = torch.searchsorted(env.market.open_time, env.state_dict()["open_time"])
-    growth = growth_of_every_choice(env.fills_ahead(), positions)
+    growth = growth_of_every_choice(env.fills_ahead(), positions, torch.zeros(()))
     held_targets = positions if 0.0 in positions else (*positions, 0.0)
     assert growth.shape == (env.config.num_envs, HORIZON, len(held_targets), len(positions))
     rate = (env.config.stock_fee_bps + env.config.slippage_bps) / 1e4
@@ -131,20 +132,37 @@ def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, .
             assert float(growth[n, t, j, k]) == pytest.approx(earned, abs=2e-7)
 
 
-def test_what_was_chosen_grew_as_it_was_rewarded() -> None:
-    env = env_of(calm_and_wild())
-    policy = policy_for(env)
-    rollout = rollout_of(env, policy, hindsight=True)
+def rewarded_and_grown(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rewards, growth of what was chosen, and where nothing was held before: no drift sets these apart."""
     assert rollout.hindsight is not None
     held = rollout.hindsight.held
     rows = rollout.hindsight.growth.gather(2, held[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
     grown = rows.gather(2, rollout.actions[..., None]).squeeze(-1)
+    return rollout.rewards, grown, held == 1
+
+
+def test_what_was_chosen_grew_as_it_was_rewarded() -> None:
+    env = env_of(calm_and_wild())
+    rewards, grown, flat = rewarded_and_grown(rollout_of(env, policy_for(env), hindsight=True))
     # Equal but for the drift of the exposure since the last trade.
-    assert (grown - rollout.rewards).abs().max() < 0.05 * rollout.rewards.abs().max()
+    assert (grown - rewards).abs().max() < 0.05 * rewards.abs().max()
     # The first decision of a fresh account, and whatever follows a decision to be flat, has no drift.
-    flat = held == 1
     assert flat[:, 0].all() and flat.float().mean() > 0.1
-    torch.testing.assert_close(grown[flat], rollout.rewards[flat], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grown[flat], rewards[flat], rtol=1e-4, atol=1e-5)
+
+
+def test_with_impact_it_did_so_too_however_equity_had_moved() -> None:
+    # An order pays for what it is worth in money: half the equity, half the impact.
+    given = {"volume_slippage": 0.05, "account_value": 500.0, "ruin_fraction": 1e-6, "episode_bars": 640}
+    env = env_of(market_of(walk(num_bars=2_000)), **given)
+    policy = policy_for(env)
+    compared = 0
+    for _ in range(6):
+        lost = env.account.log_equity < -0.3
+        rewards, grown, flat = rewarded_and_grown(rollout_of(env, policy, hindsight=True))
+        torch.testing.assert_close(grown[flat], rewards[flat], rtol=1e-4, atol=1e-4)
+        compared += int(flat[lost].sum())
+    assert compared > 20
 
 
 @pytest.mark.parametrize("positions", [(-1.0, 0.0, 1.0), (0.0, 0.5, 2.0), (-1.0, 1.0)])
@@ -169,7 +187,7 @@ def test_with_impact_what_a_fresh_account_chooses_grows_as_it_is_rewarded(
             one.restart(seed=chosen)
             one.begin_segment()
             if one is env:
-                growth = growth_of_every_choice(one.fills_ahead(), positions)
+                growth = growth_of_every_choice(one.fills_ahead(), positions, torch.zeros(()))
             rewards.append(one.step(torch.full((16,), chosen))[0])
             for _ in range(HORIZON - 1):
                 one.step(torch.full((16,), chosen))
