@@ -211,7 +211,7 @@ def train(settings: Settings, control: Control) -> None:
                 if data is None:
                     break  # asked to stop while bars were loading
                 market = market_on_device(settings, data, session, saved, ranks)
-            clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data))
+            clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data.bars))
             if session is None:
                 with control.beating(COMPILER_SECONDS):
                     session = new_session(settings, market, saved, ranks, console)

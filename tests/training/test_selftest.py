@@ -30,6 +30,7 @@ SMALL = Sizes(
     horizon=64,
     d_model=32,
     num_layers=1,
+    update_passes=3,
     minibatch_segments=16,
     exam_segments=4,
     learning_rate=3e-3,
