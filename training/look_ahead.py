@@ -6,6 +6,7 @@ must stay as it was, to the bit. Then the bars that are held out are replaced: n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data_sources.bars import Bars
+from data_sources.errors import DataError
 from data_sources.lake import Lake
 from data_sources.loading import each_symbol
 from data_sources.refresh import DataRequest
@@ -28,6 +30,9 @@ from envs.trading_env import EnvConfig, TradingEnv
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from training.assembly import holdout_start_ns, uses_bf16
+from training.cli import Leave
+from training.console import Console
+from training.control import EXIT_NO_DATA
 from training.distributed import Ranks
 from training.fresh_bars import data_request
 from training.rollout import Rollout, collect
@@ -36,6 +41,22 @@ SYMBOLS = 4  # of stocks, and as many of crypto
 NEWEST_BARS = 60_000  # of each
 SEGMENTS = 3  # of each, in which decisions are looked at
 HOLDOUT_SEGMENTS = 64  # of all, played without a change of the training's bars
+
+
+def tell(settings: Any, ranks: Ranks, console: Console) -> list[str]:
+    """Check some symbols, tell of it, and return what looks ahead.
+
+    Raises:
+        Leave: the lake cannot be read, or holds too little for a check.
+    """
+    try:
+        bars = some_bars(settings, time.time_ns())
+        found = what_looks_ahead(bars, settings, ranks)
+    except (DataError, ValueError) as error:
+        raise Leave(EXIT_NO_DATA, f"foresight could not be checked: {error}") from error
+    names = ", ".join(one.symbol for one in bars)
+    console.line(f"no foresight, on {names}: {f'FAILED: {len(found)} found' if found else 'passed'}")
+    return [f"foresight: {line}" for line in found]
 
 
 def some_bars(settings: Any, now_ns: int) -> list[Bars]:
@@ -68,33 +89,35 @@ def what_looks_ahead(bars: Sequence[Bars], settings: Any, ranks: Ranks) -> list[
         ranks: where it is checked.
 
     Raises:
-        NoSegment: there are not bars enough for a segment before the holdout.
+        ValueError: there are not bars enough for a segment before the holdout.
     """
     found: list[str] = []
     for one in bars:
         places = np.linspace(0, len(one) - 1, SEGMENTS + 2).astype(int)[1:-1].tolist()
         for name, place in features_that_look_ahead(one, places, device=ranks.device).items():
             found.append(f"{one.symbol}: feature {name} sees bars after {_time(one, place)}")
-    checks = _Checks(settings, holdout_start_ns(settings, bars), ranks)
+    checks = _Checks(bars, settings, ranks)
     for seed in range(SEGMENTS):
         for one in bars:
             found += checks.decisions(one, seed)
-    return [*found, *checks.holdout(bars)]
+    return [*found, *checks.holdout()]
 
 
 class _Checks:
     """Rollouts on bars and on the same bars with others after some moment."""
 
-    def __init__(self, settings: Any, holdout_ns: int, ranks: Ranks) -> None:
-        self.settings, self.holdout_ns, self.device = settings, holdout_ns, ranks.device
+    def __init__(self, bars: Sequence[Bars], settings: Any, ranks: Ranks) -> None:
+        self.bars, self.settings, self.device = bars, settings, ranks.device
         self.bf16 = uses_bf16(settings, ranks)
+        self.holdout_ns = holdout_start_ns(settings, bars)
+        self.market = self._market(bars)
 
     def decisions(self, bars: Bars, seed: int) -> Iterator[str]:
         """Play one segment, and again with other bars after its first, middle and last decision."""
         try:
-            market = self._market([bars])
+            market = self._market([bars], self.market)
         except NoSegment:
-            return  # of this symbol; all of them together have one, or ``holdout`` raises
+            return  # of this symbol; another one has
         truth, end = self._played(market, 1, seed)
         horizon, context = self.settings.horizon, self.settings.context_bars
         for last in (0, horizon // 2, horizon - 1):
@@ -119,13 +142,13 @@ class _Checks:
                 if name != "next_value" and not torch.equal(told[:, :length], seen[:, :length]):
                     yield f"{bars.symbol}: {name} up to {_time(bars, place)} depend on bars after it"
 
-    def holdout(self, bars: Sequence[Bars]) -> Iterator[str]:
+    def holdout(self) -> Iterator[str]:
         """Play many segments, and again with other bars in the holdout."""
         others = []
-        for one in bars:
+        for one in self.bars:
             place = int(np.searchsorted(one.open_time, self.holdout_ns)) - 1
             others.append(replace(changed_after(one, place, seed=0), open_time=one.open_time))
-        market, twin = self._market(bars), self._market(others)
+        market, twin = self.market, self._market(others)
         for name in ("mean", "std"):
             if not torch.equal(getattr(market.statistics, name), getattr(twin.statistics, name)):
                 yield f"the {name} of features depends on bars that are held out"
