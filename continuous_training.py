@@ -129,6 +129,7 @@ class Settings:
     gae_lambda: float = 0.95  # weight of longer returns in the advantages
     advantages: Literal["hindsight", "gae"] = "hindsight"  # value every position, or the drawn one only
     clip_coef: float = 0.2  # the ratio of new to old probability counts within 1 -/+ this
+    target_kl: float | None = 0.1  # an update ends where it has moved the policy so far; not set: never
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
     # --- runs ---------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def train(settings: Settings, control: Control) -> None:
                 if data is None:
                     break  # asked to stop while bars were loading
                 market = market_on_device(settings, data, session, saved, ranks)
-            clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data))
+            clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data.bars))
             if session is None:
                 with control.beating(COMPILER_SECONDS):
                     session = new_session(settings, market, saved, ranks, console)

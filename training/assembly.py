@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_sources.bars import Bars
 from data_sources.refresh import LoadedData
 from envs.env_config import EnvConfig
 from envs.features import FEATURES, FeatureStatistics
@@ -46,7 +47,7 @@ def market_on_device(
         return Market.from_bars(
             data.bars,
             device=ranks.device,
-            holdout_start_ns=holdout_start_ns(settings, data),
+            holdout_start_ns=holdout_start_ns(settings, data.bars),
             context_bars=settings.context_bars,
             horizon=settings.horizon,
             statistics=statistics,
@@ -55,9 +56,9 @@ def market_on_device(
         raise Leave(EXIT_NO_DATA, str(error)) from error
 
 
-def holdout_start_ns(settings: Any, data: LoadedData) -> int:
+def holdout_start_ns(settings: Any, bars: Sequence[Bars]) -> int:
     """Return where the newest ``holdout_days`` of bars begin: nothing that opens at or after it is trained on."""
-    newest_ns = max(int(bars.open_time[-1]) for bars in data.bars)
+    newest_ns = max(int(one.open_time[-1]) for one in bars)
     return newest_ns - settings.holdout_days * 86_400 * 10**9
 
 
@@ -90,6 +91,7 @@ def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionCo
         final_learning_rate_fraction=settings.final_learning_rate_fraction,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        target_kl=settings.target_kl,
         sharded=settings.parallel == "fsdp",
     )
     return SessionConfig(

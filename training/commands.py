@@ -18,6 +18,7 @@ from training import (
     distributed,
     episode_plot,
     export,
+    look_ahead,
     selftest_report,
     signals,
 )
@@ -77,11 +78,12 @@ def selftest_command(
     """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
     with distributed.start() as ranks:
         console = Console(Path(settings.log_dir))
+        failures = look_ahead.tell(settings, ranks, console)
         seed_list = range(settings.seed, settings.seed + seeds)
         results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks), console.line)
         for path in selftest_report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
             console.line(f"Wrote {path}")
-    failures = [
+    failures += [
         f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
     ]
     complain(1 if failures else EXIT_OK, "\n".join(failures))

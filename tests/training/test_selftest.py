@@ -14,13 +14,15 @@ import torch
 import typer
 
 from continuous_training import Settings
+from data_sources.simulated import simulated_bars
 from envs.features import FEATURES
-from training import commands, selftest_report
+from training import commands, look_ahead, selftest_report
 from training.distributed import Ranks
 from training.known_markets import best_rule, draw, mean_reversion, persistent_sign, positions_of, worth
 from training.selftest import TRIALS, Result, Sizes, Trial, earns, foresees_nothing, run_trial, stays_flat
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+NOW_NS = 1_700_000_000 * 10**9
 SMALL = Sizes(
     num_symbols=4,
     num_bars=6_000,
@@ -30,9 +32,9 @@ SMALL = Sizes(
     horizon=64,
     d_model=32,
     num_layers=1,
+    update_passes=3,
     minibatch_segments=16,
     exam_segments=4,
-    learning_rate=3e-3,
 )
 
 
@@ -172,11 +174,14 @@ def test_the_command_ends_with_1_and_the_reason_where_a_trial_fails(
     untrained = tuple(replace(trial(name), epochs=1) for name in ("persistent_sign", "pure_noise"))
     monkeypatch.setattr(commands, "TRIALS", untrained)
     monkeypatch.setattr(commands, "Sizes", lambda: sizes)
-    settings = Settings(report_dir=str(tmp_path / "reports"), log_dir=str(tmp_path / "logs"))
+    monkeypatch.setattr(look_ahead, "some_bars", lambda *_: simulated_bars(1, 3_000, 0, NOW_NS))
+    report_dir, log_dir = str(tmp_path / "reports"), str(tmp_path / "logs")
+    settings = Settings(report_dir=report_dir, log_dir=log_dir, holdout_days=1, horizon=16, episode_bars=64)
     with pytest.raises(typer.Exit) as end:
         commands.selftest_command(settings, seeds=2)
     told = capsys.readouterr()
     assert end.value.exit_code == 1
+    assert "no foresight, on SIM000: passed" in told.out
     assert told.err.count("persistent_sign, seed ") == 2
     assert "% of the reference" in told.err
     results = json.loads((tmp_path / "reports" / "selftest" / "selftest.json").read_text())
