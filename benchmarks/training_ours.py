@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import training_settings as s
 from benchmarks.env_throughput import market_of
 from envs.env_config import EnvConfig
+from models.linear import Linear
 from models.transformer import TransformerConfig
 from tests.training.reencoding import WindowLearner, collect_by_windows
 from training.compilation import compile_trunk
@@ -34,9 +35,8 @@ class WindowMLP(nn.Module):
         super().__init__()
         self.config = config
         self.num_features = num_features  # that are looked at
-        # A linear layer over every window of a row of bars is a convolution.
-        self.window = nn.Conv1d(num_features, config.d_model, s.CONTEXT)
-        self.second = nn.Linear(config.d_model, config.d_model)
+        self.window = Linear(s.CONTEXT * num_features, config.d_model)
+        self.second = Linear(config.d_model, config.d_model)
 
     def forward_flops(self, length: int, num_last: int) -> int:
         """Count the operations over one segment."""
@@ -45,7 +45,8 @@ class WindowMLP(nn.Module):
     def forward(self, bars: Tensor, num_last: int) -> Tensor:
         """(B, S, F) -> (B, num_last, D)."""
         seen = bars[:, bars.shape[1] + 1 - num_last - s.CONTEXT :, : self.num_features]
-        return torch.tanh(self.second(torch.tanh(self.window(seen.transpose(1, 2)).transpose(1, 2))))
+        windows = seen.unfold(1, s.CONTEXT, 1).transpose(2, 3).flatten(2)
+        return torch.tanh(self.second(torch.tanh(self.window(windows))))
 
 
 def make_session(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import Linear
 from models.transformer import TransformerConfig, Trunk
 
 
@@ -29,9 +30,9 @@ class Head(nn.Module):
     def __init__(self, d_model: int, num_account_features: int, num_positions: int) -> None:
         super().__init__()
         width = min(256, d_model)
-        self.market = nn.Linear(d_model, width)
+        self.market = Linear(d_model, width)
         self.account = nn.Linear(num_account_features, width, bias=False)
-        self.mix = nn.Linear(width, width)
+        self.mix = Linear(width, width)
         self.logits = nn.Linear(width, num_positions)
         self.value = nn.Linear(width, 1)
         # An untrained policy is undecided and expects nothing.

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.linear import Linear
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -69,8 +71,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.head_width = config.d_model // config.num_heads
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -91,8 +93,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.d_model)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.d_model)
-        self.up = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
-        self.down = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+        self.up = Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.down = Linear(4 * config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
         """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and go no further."""

@@ -1,0 +1,64 @@
+"""Linear layers that use all of a CPU's vector unit, whoever made it.
+
+torch multiplies float32 matrices with Intel's MKL, which keeps off AVX-512 on CPUs that are not Intel's; oneDNN, which
+torch has aboard too, asks what the CPU can do. Everywhere else these are torch's own layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+FEWEST_ROWS = 256  # below, a call costs more than it saves
+
+# Opaque to the compiler, which takes oneDNN's operator for one of frozen weights.
+_LIBRARY = torch.library.Library("trading_models", "DEF")
+_LIBRARY.define("product(Tensor left, Tensor right) -> Tensor")
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """(..., K) and (N, K) -> (..., N), over K."""
+    return torch.ops.mkldnn._linear_pointwise.default(left, right, None, "none", [], "")
+
+
+def _shape_of_product(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[0])
+
+
+_LIBRARY.impl("product", _product, "CPU")
+torch.library.register_fake("trading_models::product", _shape_of_product, lib=_LIBRARY)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.trading_models.product.default(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:
+        product = torch.ops.trading_models.product.default
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        of_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        return of_x, product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by oneDNN where that is quicker."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if (
+            HAS_ONEDNN
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.numel() >= FEWEST_ROWS * self.in_features
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_exporting()
+        ):
+            y = _Product.apply(x, self.weight)
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
