@@ -1,7 +1,7 @@
 """Linear layers that use all of a CPU's vector unit, whoever made it.
 
-torch multiplies float32 matrices with Intel's MKL, which keeps off AVX-512 on CPUs that are not Intel's; oneDNN, which
-torch has aboard too, asks what the CPU can do. Everywhere else these are torch's own layers.
+torch multiplies float32 matrices with Intel's MKL, which keeps off AVX-512 on CPUs that are not Intel's; oneDNN,
+which torch has aboard too, asks what the CPU can do. Everywhere else these are torch's own layers.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Linear(nn.Linear):
         """(..., K) -> (..., N)."""
         if (
             HAS_ONEDNN
+            and not torch.compiler.is_exporting()  # first: a graph may have any number of rows
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.numel() >= FEWEST_ROWS * self.in_features
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_exporting()
         ):
             y = _Product.apply(x, self.weight)
             return y if self.bias is None else y + self.bias

@@ -1,0 +1,58 @@
+"""The trunk's linear layer: torch's own, whichever library multiplies."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import linear
+from models.linear import FEWEST_ROWS, HAS_ONEDNN, Linear
+
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="oneDNN is asked on CPUs with AVX-512 only")
+
+
+def layers(bias: bool = True) -> tuple[Linear, nn.Linear]:
+    torch.manual_seed(0)
+    ours, reference = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
+    reference.load_state_dict(ours.state_dict())
+    return ours, reference.double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, FEWEST_ROWS])
+def test_output_and_gradients_are_those_of_double_precision(rows: int, bias: bool) -> None:
+    ours, reference = layers(bias)
+    x = torch.randn(2, rows, 24, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    weights = torch.randn(2, rows, 40)
+    y, expected = ours(x), reference(wide)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    (y * weights).sum().backward()
+    (expected * weights.double()).sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+    for own, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_views_that_are_not_contiguous_give_the_same() -> None:
+    ours, reference = layers()
+    x = torch.randn(24, 2 * FEWEST_ROWS).t()
+    torch.testing.assert_close(ours(x).double(), reference(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_onednn_is_asked_for_many_float32_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    apply = linear._Product.apply
+    monkeypatch.setattr(linear._Product, "apply", lambda x, w: asked.append(x.shape) or apply(x, w))
+    ours, _ = layers()
+    ours(torch.randn(FEWEST_ROWS, 24))
+    assert asked == [(FEWEST_ROWS, 24)]
+    ours(torch.randn(FEWEST_ROWS - 1, 24))
+    copy.deepcopy(ours).double()(torch.randn(FEWEST_ROWS, 24, dtype=torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(torch.randn(FEWEST_ROWS, 24)).dtype == torch.bfloat16
+    any_rows = {"x": {0: torch.export.Dim("rows", min=1, max=2 * FEWEST_ROWS)}}
+    torch.export.export(ours, (torch.randn(FEWEST_ROWS, 24),), dynamic_shapes=any_rows)
+    assert len(asked) == 1
