@@ -20,6 +20,7 @@ PACKAGES = (
     "gym-trading-env==0.3.5",
     "gym-anytrading==2.0.0",
     "stable-baselines3==2.9.2",
+    "safetensors",  # importing our trunk asks for it
 )
 # Without gym[box2d], which does not build everywhere and which its stock environment does without.
 ALONE = ("elegantrl==0.3.6", "gym==0.26.2", "gym-notices", "cloudpickle")

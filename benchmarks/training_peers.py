@@ -6,7 +6,8 @@
 The same network sizes, environments, batch, passes and coefficients on both sides (training_settings.py): PPO on
 gym-trading-env, which encodes the window of 64 bars anew for every step, in rollouts and in the update, as every
 windowed environment makes it do; and our production path, which encodes segments. The peers' transformer is our
-own trunk. "Encoded anew" is our environment with the trunk used as the peers use it.
+own trunk, and beside it torch's own layers. "Encoded anew" is our environment with the trunk used as the peers use
+it.
 
 Every contender lives in a process of its own and they take turns, so that a busy machine hurts all alike. Told are
 medians over rounds, by the clock and by CPU seconds (with one thread the latter hardly depends on who else is at
@@ -36,6 +37,7 @@ MATMUL_SIZE, MATMUL_REPEATS = 1_024, 12
 OURS, SB3 = "training_ours.py", "training_sb3.py"
 CONTENDERS = {
     "stable-baselines3, transformer": (SB3, "transformer"),
+    "stable-baselines3, torch's transformer": (SB3, "torch-transformer"),
     "stable-baselines3, MLP of 7 features": (SB3, "mlp-few"),
     "stable-baselines3, MLP of 24 features": (SB3, "mlp"),
     "stable-baselines3, its own MlpPolicy of 7 features": (SB3, "default"),
@@ -51,6 +53,8 @@ GOALS = (
     ("ours, transformer", "stable-baselines3, transformer", 100.0),
     ("ours, transformer, compiled", "stable-baselines3, transformer", 100.0),
     ("ours, transformer, hindsight", "stable-baselines3, transformer", 100.0),
+    ("ours, transformer", "stable-baselines3, torch's transformer", 100.0),
+    ("ours, transformer, compiled", "stable-baselines3, torch's transformer", 100.0),
     ("ours, MLP of 7 features", "stable-baselines3, MLP of 7 features", 4.0),
     ("ours, MLP of 24 features", "stable-baselines3, MLP of 24 features", 4.0),
     ("ours, MLP of 7 features", "stable-baselines3, its own MlpPolicy of 7 features", 4.0),

@@ -15,6 +15,7 @@ import gym_trading_env.environments as peer
 import gymnasium
 import numpy as np
 import pandas as pd
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -61,6 +62,27 @@ class TransformerExtractor(BaseFeaturesExtractor):
     def forward(self, window: Tensor) -> Tensor:
         """(B, C, F) -> (B, D)."""
         return self.trunk(window)[:, -1]
+
+
+class TorchTransformerExtractor(BaseFeaturesExtractor):
+    """torch's own encoder, causal and pre-norm, with learned positions: what is at hand without our trunk."""
+
+    def __init__(self, space: gymnasium.spaces.Box) -> None:
+        super().__init__(space, s.WIDTH)
+        bars, features = space.shape
+        self.embed = nn.Linear(features, s.WIDTH)
+        self.positions = nn.Parameter(torch.zeros(bars, s.WIDTH))
+        layer = nn.TransformerEncoderLayer(
+            s.WIDTH, s.HEADS, 4 * s.WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        norm = nn.LayerNorm(s.WIDTH)
+        self.encoder = nn.TransformerEncoder(layer, s.LAYERS, norm, enable_nested_tensor=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(bars))
+
+    def forward(self, window: Tensor) -> Tensor:
+        """(B, C, F) -> (B, D)."""
+        x = self.embed(window) + self.positions
+        return self.encoder(x, mask=self.mask, is_causal=True)[:, -1]
 
 
 class MLPExtractor(BaseFeaturesExtractor):
@@ -134,6 +156,7 @@ if __name__ == "__main__":
     s.serve(
         {
             "transformer": partial(contender, TransformerExtractor, s.FEATURES, s.SHORT_HORIZON),
+            "torch-transformer": partial(contender, TorchTransformerExtractor, s.FEATURES, s.SHORT_HORIZON),
             "mlp": partial(contender, MLPExtractor, s.FEATURES),
             "mlp-few": partial(contender, MLPExtractor, s.FEW_FEATURES),
             "default": partial(contender, None, s.FEW_FEATURES),
