@@ -129,7 +129,6 @@ class Settings:
     gae_lambda: float = 0.95  # weight of longer returns in the advantages
     advantages: Literal["hindsight", "gae"] = "hindsight"  # value every position, or the drawn one only
     clip_coef: float = 0.2  # the ratio of new to old probability counts within 1 -/+ this
-    target_kl: float | None = 0.1  # an update ends where it has moved the policy so far; not set: never
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
     # --- runs ---------------------------------------------------------------------------------------------

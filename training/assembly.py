@@ -91,7 +91,6 @@ def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionCo
         final_learning_rate_fraction=settings.final_learning_rate_fraction,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        target_kl=settings.target_kl,
         sharded=settings.parallel == "fsdp",
     )
     return SessionConfig(

@@ -35,9 +35,6 @@ class LearnerConfig:
     final_learning_rate_fraction: float  # of learning_rate, at the end of each run
     weight_decay: float
     max_grad_norm: float
-    target_kl: float | None = (
-        None  # once the policy has moved so far, the rest of its update's steps are left out
-    )
     sharded: bool = False  # ranks hold shares of the weights instead of copies
 
 
@@ -150,7 +147,6 @@ class Learner:
     ) -> None:
         """Take one optimizer step on the segments ``rows`` (M,), accumulated over micro-batches."""
         num_decisions = rows.numel() * rollout.horizon
-        moved = torch.zeros_like(statistics.halted)
         micro_batches = rows.split(self.config.micro_batch_segments)
         for number, micro in enumerate(micro_batches):
             beat()
@@ -159,29 +155,17 @@ class Learner:
                 losses = ppo_losses(logits, values, targets[micro], num_decisions, self.config.ppo)
                 losses.total.backward()
             statistics.add(losses)
-            moved += losses.approx_kl
-        halted = self._halted(moved, statistics)
-        statistics.add_step(*self._apply_gradients(rate, halted), halted)
+        statistics.add_step(*self._apply_gradients(rate))
 
-    def _halted(self, moved: Tensor, statistics: _Statistics) -> Tensor:
-        """Return 1.0 from the step on whose minibatch finds the policy ``target_kl`` away from the one that acted.
-
-        The early stopping of other implementations, decided on the device and by all ranks alike.
-        """
-        if self.config.target_kl is None:
-            return statistics.halted
-        moved = self.ranks.sum(moved) / self.ranks.world_size
-        return ((moved > self.config.target_kl) | (statistics.halted > 0)).float()
-
-    def _apply_gradients(self, rate: float, halted: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip, step unless halted or something is not finite, clear; return (norm, 1.0 if not finite)."""
+    def _apply_gradients(self, rate: float) -> tuple[Tensor, Tensor]:
+        """Clip, step unless something is not finite, clear; return (gradient norm, 1.0 if skipped)."""
         gradients, norm = self.parallel.gradients()
         skipped = (~torch.isfinite(norm)).float()
         torch._foreach_mul_(gradients, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # The fused kernel leaves weights and moments alone where found_inf is 1: a skip without a host sync.
-        self.optimizer.found_inf = torch.maximum(skipped, halted)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.optimizer_steps += 1
@@ -282,7 +266,6 @@ class _Statistics:
         self.sums = torch.zeros(len(self.NAMES), device=device, dtype=torch.float64)
         self.norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
-        self.halted = torch.zeros((), device=device)
         self.first_kl = torch.zeros((), device=device, dtype=torch.float64)
         self.steps = 0
 
@@ -300,11 +283,10 @@ class _Statistics:
         parts = (losses.policy, losses.value, losses.entropy, losses.approx_kl, losses.clip_fraction)
         self.sums += torch.stack(parts).detach()
 
-    def add_step(self, norm: Tensor, skipped: Tensor, halted: Tensor) -> None:
+    def add_step(self, norm: Tensor, skipped: Tensor) -> None:
         """Add one optimizer step; the norm of a skipped one does not count."""
         self.norm += torch.where(skipped > 0, 0.0, norm)
         self.skipped += skipped
-        self.halted = self.halted + halted
         self.steps += 1
 
     def freeze_first(self) -> None:
@@ -320,5 +302,4 @@ class _Statistics:
             # Gradients are all-reduced, so these are the same on every rank.
             "ppo/grad_norm": self.norm / (steps - self.skipped).clamp(min=1.0),
             "ppo/skipped_steps": self.skipped,
-            "ppo/halted_steps": self.halted,
         }

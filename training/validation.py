@@ -93,7 +93,6 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
     yield "gamma", 0 <= s.gamma < 1, "must be 0 or more and below 1, such as 0.99"
     for name in ("gae_lambda", "final_learning_rate_fraction", "cost_ramp"):
         yield name, 0 <= getattr(s, name) <= 1, "must be from 0 to 1"
-    yield "target_kl", s.target_kl is None or s.target_kl > 0, "must be above 0, or not set"
     for name in ("runs", "micro_batch_segments"):
         value = getattr(s, name)
         yield name, value is None or value >= 1, "must be 1 or more, or not set"

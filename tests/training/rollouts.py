@@ -11,7 +11,6 @@ from training.ppo import PPOConfig
 from training.rollout import Rollout
 
 CONTEXT, HORIZON, FEATURES, ACCOUNT, POSITIONS = 4, 8, 5, 6, 3
-HALTING = 0.004  # a target_kl that ends an update of several steps on its way
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -34,7 +33,6 @@ def small_learner(
     micro: int = 2,
     passes: int = 2,
     sharded: bool = False,
-    target_kl: float | None = None,
 ) -> Learner:
     ppo = PPOConfig(
         gamma=0.97,
@@ -54,7 +52,6 @@ def small_learner(
         final_learning_rate_fraction=0.1,
         weight_decay=0.01,
         max_grad_norm=1.0,
-        target_kl=target_kl,
         sharded=sharded,
     )
     return Learner(policy, config, ranks, seed=0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.rollouts import HALTING, made_up_rollout, small_learner, small_policy
+from tests.training.rollouts import made_up_rollout, small_learner, small_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,25 +83,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_the_rest_goes_
     assert steps == {2.0}  # the optimizer's own count ignores skipped steps
 
 
-def test_an_update_takes_no_more_steps_once_it_has_moved_the_policy_by_the_target() -> None:
-    policy, after_one = small_policy(), small_policy()
-    rollout = made_up_rollout(policy, 16)
-    asked = iter([False, True])
-    small_learner(after_one).update(rollout, 0.0, stop_now=lambda: next(asked))
-    learner = small_learner(policy, target_kl=1e-8)  # nothing at the first minibatch, too much at the second
-    statistics = learner.update(rollout, run_fraction=0.0)
-    assert statistics is not None
-    assert float(statistics["ppo/halted_steps"]) == 7  # of 8
-    assert float(statistics["ppo/skipped_steps"]) == 0
-    for name, value in policy.state_dict().items():
-        assert torch.equal(value, after_one.state_dict()[name]), name
-    # The next update starts from the policy that acted, so it takes its first step again.
-    again = learner.update(made_up_rollout(policy, 16), run_fraction=0.0)
-    assert again is not None and float(again["ppo/halted_steps"]) == 7
-    far = small_learner(small_policy(), target_kl=10.0).update(rollout, run_fraction=0.0)
-    assert far is not None and float(far["ppo/halted_steps"]) == 0
-
-
 def test_the_learning_rate_warms_up_and_follows_each_run_down() -> None:
     learner = small_learner(small_policy())
     assert learner.learning_rate(0.0) == pytest.approx(1e-3)
@@ -138,13 +119,10 @@ def test_every_micro_batch_of_the_update_is_a_sign_of_life() -> None:
     assert len(beats) == 3 * 16 / 2
 
 
-@pytest.mark.parametrize("target_kl", [None, HALTING])
 @pytest.mark.parametrize("steps", [0, 1, 2, 7])
-def test_a_stopped_update_goes_on_at_the_very_step(steps: int, target_kl: float | None) -> None:
+def test_a_stopped_update_goes_on_at_the_very_step(steps: int) -> None:
     """Of 8 steps in 2 passes, so that the second shuffle comes before or after the stop."""
-    unbroken, first, second = (
-        small_learner(small_policy(), minibatch=2, target_kl=target_kl) for _ in range(3)
-    )
+    unbroken, first, second = (small_learner(small_policy(), minibatch=2) for _ in range(3))
     rollout = made_up_rollout(unbroken.policy, 8)
     expected = unbroken.update(rollout, run_fraction=0.5)
     asked = iter(range(9))
@@ -172,17 +150,15 @@ def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "halting", "sharded", "sharded compiled"])
+@pytest.mark.parametrize("how", ["", "sharded", "sharded compiled"])
 def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path, how: str) -> None:
     result = two_ranks(tmp_path, *how.split())
     assert all(first == second for first, second in result["same"])
     policy = small_policy()
-    halting = HALTING if "halting" in how else None
-    learner = small_learner(policy, minibatch=8, micro=3, passes=3, target_kl=halting)
+    learner = small_learner(policy, minibatch=8, micro=3, passes=3)
     statistics = learner.update(made_up_rollout(policy, 8), run_fraction=0.25)
     for name, value in policy.state_dict().items():
         torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=2e-6)
-    assert (float(statistics["ppo/halted_steps"]) > 0) == ("halting" in how)
     for name, figure in statistics.items():
         assert result["figures"][name] == pytest.approx(float(figure), rel=1e-3, abs=1e-6), name
     # One checkpoint for both ways: whoever takes over, in either way, learns the same.

@@ -1,9 +1,9 @@
 """Run by torchrun in test_learner.py: each rank updates on its half of a rollout, rank 0 saves weights.
 
-    two_rank_update.py OUT [poison] [sharded] [compiled] [halting]
+    two_rank_update.py OUT [poison] [sharded] [compiled]
 
 ``poison`` spoils the bars of rank 1. ``sharded`` lets ranks hold shares of the model instead of copies.
-``compiled`` compiles the trunk. ``halting`` ends the update's steps on the way.
+``compiled`` compiles the trunk.
 """
 
 import copy
@@ -15,15 +15,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.training.rollouts import (
-    CONTEXT,
-    HALTING,
-    HORIZON,
-    made_up_rollout,
-    part_of,
-    small_learner,
-    small_policy,
-)
+from tests.training.rollouts import CONTEXT, HORIZON, made_up_rollout, part_of, small_learner, small_policy
 from training import distributed
 from training.compilation import compile_trunk
 from training.learner import Learner
@@ -47,10 +39,7 @@ if __name__ == "__main__":
         policy = small_policy()
         if "compiled" in sys.argv:
             assert compile_trunk(policy, 2, CONTEXT, HORIZON, ranks, by_block=sharded) == ""
-        target_kl = HALTING if "halting" in sys.argv else None
-        learner = small_learner(
-            policy, ranks, minibatch=4, micro=3, passes=3, sharded=sharded, target_kl=target_kl
-        )
+        learner = small_learner(policy, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
         whole = made_up_rollout(small_policy(), 8)
         half = part_of(whole, slice(4 * ranks.rank, 4 * ranks.rank + 4))
         if "poison" in sys.argv and ranks.rank == 1:
