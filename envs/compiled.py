@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.account import AccountState, advance, observe
+from envs.account import AccountState, Fill, advance, observe
 
-# Steps that are compiled into one kernel.
+# Steps that are compiled into one kernel: 8 take half a minute to compile, 16 a minute, and gain a tenth.
 UNROLLED = 8
 
 
@@ -80,7 +80,9 @@ def _write(account: AccountState, amounts: Tensor, alive: Tensor) -> None:
     alive.copy_(living)
 
 
-def _advance(now: AccountState, target: Tensor, quotes: Tensor, t: int, rules: dict[str, Any]) -> Any:
+def _advance(
+    now: AccountState, target: Tensor, quotes: Tensor, t: int, rules: dict[str, Any]
+) -> tuple[AccountState, Fill]:
     opens, _, borrow, cost_rate, impact = quotes.unbind()
     large = {"impact": impact[t + 1], "impact_limit": rules["impact_limit"]} if rules["with_impact"] else {}
     return advance(

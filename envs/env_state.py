@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from envs.trading_env import TradingEnv
 
@@ -51,6 +53,10 @@ def place(env: TradingEnv, state: Mapping[str, Any]) -> None:
         value = account[field.name][:n].to(env.device)
         if field.name == "units":
             value = value * ratio
+        if field.name == "target":
+            # Compared by value from now on, so to the bit of this environment's own, whatever its precision.
+            nearest = env._targets[(value[:, None] - env._targets).abs().argmin(1)]
+            value = torch.where((nearest - value).abs() < 1e-6, nearest, value.to(env.dtype))
         getattr(env.account, field.name)[:n] = value.to(getattr(env.account, field.name).dtype)
     env._symbol[:n], env._cursor[:n] = symbol, cursor
     env._played[:n] = state["played"][:n].to(env.device)

@@ -142,7 +142,7 @@ class TradingEnv:
         self.cost_scale = 1.0  # share of all costs that is charged; set between segments by a curriculum
         self.segment = Segment(config, dtype, self.device)
         self.done = torch.zeros(4, 1, dtype=dtype, device=self.device)
-        self._goes_on = torch.zeros(n, dtype=torch.bool, device=self.device)  # not truncated
+        self._none = torch.zeros(n, dtype=torch.bool, device=self.device)  # truncated, within a segment
         self._step = config.horizon  # of this segment
 
         self.statistics = Statistics(positions, cash_index, n, dtype, self.device)
@@ -305,7 +305,7 @@ class TradingEnv:
             self.done = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
             self.statistics.flows.add_(self.done)
             ruined, rewards = fill.ruined, fill.log_return.float()
-        truncated = self._goes_on
+        truncated = self._none
         if self._step == config.horizon:
             truncated = self._end_segment()
         return rewards, ruined, truncated

@@ -1,7 +1,7 @@
 """Linear layers that use all of a CPU's vector unit, whoever made it.
 
 torch multiplies float32 matrices with Intel's MKL, which keeps off AVX-512 on CPUs that are not Intel's; oneDNN,
-which torch has aboard too, asks what the CPU can do. Everywhere else these are torch's own layers.
+which torch has aboard too, asks what the CPU can do. Without AVX-512, and on GPUs, these are torch's own layers.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class _Product(torch.autograd.Function):
         return torch.ops.trading_models.product.default(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         product = torch.ops.trading_models.product.default
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
         of_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_x, None
         return of_x, product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
 
 

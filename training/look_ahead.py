@@ -23,40 +23,38 @@ from data_sources.errors import DataError
 from data_sources.lake import Lake
 from data_sources.loading import each_symbol
 from data_sources.refresh import DataRequest
+from data_sources.sessions import DAY_NS, new_york_time
 from data_sources.simulated import simulated_bars
+from envs.features import WARM_UP_BARS
 from envs.foresight import changed_after, features_that_look_ahead
 from envs.market import Market, NoSegment
 from envs.trading_env import EnvConfig, TradingEnv
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from training.assembly import holdout_start_ns, uses_bf16
-from training.cli import Leave
 from training.console import Console
-from training.control import EXIT_NO_DATA
 from training.distributed import Ranks
 from training.fresh_bars import data_request
 from training.rollout import Rollout, collect
 
 SYMBOLS = 4  # of stocks, and as many of crypto
-NEWEST_BARS = 60_000  # of each
+TRAINING_BARS = 30_000  # of each, the newest before the holdout
+MOMENTS = 6  # of each kind, after which bars are replaced, for features
 SEGMENTS = 3  # of each, in which decisions are looked at
 HOLDOUT_SEGMENTS = 64  # of all, played without a change of the training's bars
 
 
 def tell(settings: Any, ranks: Ranks, console: Console) -> list[str]:
-    """Check some symbols, tell of it, and return what looks ahead.
-
-    Raises:
-        Leave: the lake cannot be read, or holds too little for a check.
-    """
+    """Check some symbols, tell of it, and return what looks ahead, or why it cannot be known."""
     try:
-        bars = some_bars(settings, time.time_ns())
-        found = what_looks_ahead(bars, settings, ranks)
-    except (DataError, ValueError) as error:
-        raise Leave(EXIT_NO_DATA, f"foresight could not be checked: {error}") from error
-    names = ", ".join(one.symbol for one in bars)
-    console.line(f"no foresight, on {names}: {f'FAILED: {len(found)} found' if found else 'passed'}")
-    return [f"foresight: {line}" for line in found]
+        found, played = what_looks_ahead(bars := some_bars(settings, time.time_ns()), settings, ranks)
+    except (DataError, NoSegment) as error:
+        return [f"foresight could not be checked: {error}"]
+    line = f"no foresight, on {', '.join(played)}"
+    if others := [one.symbol for one in bars if one.symbol not in played]:
+        line += f" (features alone on {', '.join(others)}, which have too few bars)"
+    console.line(f"{line}: {f'FAILED: {len(found)} found' if found else 'passed'}")
+    return [f"foresight: {each}" for each in found]
 
 
 def some_bars(settings: Any, now_ns: int) -> list[Bars]:
@@ -70,54 +68,89 @@ def some_bars(settings: Any, now_ns: int) -> list[Bars]:
     if "simulated" not in settings.sources:
         kinds = [replace(request, binance_pairs=(), polygon_crypto=()), replace(request, stocks=())]
     found = [bars for kind in kinds for bars in islice(_usable(lake, kind), SYMBOLS)]
-    return found or simulated_bars(SYMBOLS, NEWEST_BARS, settings.seed, now_ns)
+    if not found:
+        num_bars = TRAINING_BARS + settings.holdout_days * 1_440
+        found = simulated_bars(SYMBOLS, num_bars, settings.seed, now_ns)
+    holdout_ns = holdout_start_ns(settings, found)
+    return [_newest(bars, holdout_ns) for bars in found]
 
 
 def _usable(lake: Lake, request: DataRequest) -> Iterator[Bars]:
-    for bars, row in each_symbol(lake, request):
-        if not row.dropped:
-            newest = bars.open_time[-NEWEST_BARS:]
-            yield bars.between(int(newest[0]), int(newest[-1]) + 1)
+    return (bars for bars, row in each_symbol(lake, request) if not row.dropped)
 
 
-def what_looks_ahead(bars: Sequence[Bars], settings: Any, ranks: Ranks) -> list[str]:
-    """Return what looks ahead, a line each; nothing when all is well.
+def _newest(bars: Bars, holdout_ns: int) -> Bars:
+    # Those that are held out, and so many before them.
+    first = max(0, int(np.searchsorted(bars.open_time, holdout_ns)) - TRAINING_BARS)
+    return bars.between(int(bars.open_time[first]), int(bars.open_time[-1]) + 1)
+
+
+def what_looks_ahead(bars: Sequence[Bars], settings: Any, ranks: Ranks) -> tuple[list[str], list[str]]:
+    """Look for what depends on later bars.
 
     Args:
         bars: of some symbols.
         settings: of the training; a small transformer stands for its own.
         ranks: where it is checked.
 
+    Returns:
+        What looks ahead, a line each, nothing when all is well; and the symbols on which decisions were looked at.
+
     Raises:
-        ValueError: there are not bars enough for a segment before the holdout.
+        NoSegment: there are not bars enough for a segment before the holdout.
     """
-    found: list[str] = []
+    holdout_ns = holdout_start_ns(settings, bars)
+    if not any(np.searchsorted(one.open_time, holdout_ns) > WARM_UP_BARS for one in bars):
+        raise NoSegment(
+            f"all bars are held out: fetch older ones, or lower holdout_days={settings.holdout_days}"
+        )
+    found: dict[str, str] = {}
     for one in bars:
-        places = np.linspace(0, len(one) - 1, SEGMENTS + 2).astype(int)[1:-1].tolist()
-        for name, place in features_that_look_ahead(one, places, device=ranks.device).items():
-            found.append(f"{one.symbol}: feature {name} sees bars after {_time(one, place)}")
-    checks = _Checks(bars, settings, ranks)
+        looks = features_that_look_ahead(one, _moments(one), device=ranks.device)
+        for name, place in looks.items():
+            what = f"{one.symbol}: feature {name}"
+            found[what] = f"{what} sees bars after {_time(one, place)}"
+    checks = _Checks(bars, settings, holdout_ns, ranks)
     for seed in range(SEGMENTS):
         for one in bars:
-            found += checks.decisions(one, seed)
-    return [*found, *checks.holdout()]
+            for what, line in checks.decisions(one, seed):
+                found.setdefault(what, line)
+    return [*found.values(), *checks.holdout()], checks.played
+
+
+def _moments(bars: Bars) -> list[int]:
+    """Choose bars after which others are put: where time jumps, where days end, and some by chance."""
+    random, last = np.random.default_rng(0), len(bars) - 1
+    jumps = np.argsort(np.diff(bars.open_time), kind="stable")[-MOMENTS:]
+    chosen = {*jumps.tolist(), *random.integers(0, last, MOMENTS).tolist()}
+    for time_of_day in (bars.open_time, new_york_time(bars.open_time)):
+        ends = np.flatnonzero(np.diff(time_of_day // DAY_NS))
+        chosen |= {int(end) for end in random.choice(ends, min(MOMENTS, len(ends)), replace=False)}
+    return sorted(chosen)
 
 
 class _Checks:
     """Rollouts on bars and on the same bars with others after some moment."""
 
-    def __init__(self, bars: Sequence[Bars], settings: Any, ranks: Ranks) -> None:
+    def __init__(self, bars: Sequence[Bars], settings: Any, holdout_ns: int, ranks: Ranks) -> None:
         self.bars, self.settings, self.device = bars, settings, ranks.device
         self.bf16 = uses_bf16(settings, ranks)
-        self.holdout_ns = holdout_start_ns(settings, bars)
+        self.holdout_ns = holdout_ns
         self.market = self._market(bars)
+        self.played: list[str] = []  # symbols on which decisions were looked at
 
-    def decisions(self, bars: Bars, seed: int) -> Iterator[str]:
-        """Play one segment, and again with other bars after its first, middle and last decision."""
+    def decisions(self, bars: Bars, seed: int) -> Iterator[tuple[str, str]]:
+        """Play one segment, and again with other bars after its first, middle and last decision.
+
+        Yields:
+            What looked ahead, and the line that tells of it.
+        """
         try:
             market = self._market([bars], self.market)
         except NoSegment:
             return  # of this symbol; another one has
+        if bars.symbol not in self.played:
+            self.played.append(bars.symbol)
         truth, end = self._played(market, 1, seed)
         horizon, context = self.settings.horizon, self.settings.context_bars
         for last in (0, horizon // 2, horizon - 1):
@@ -127,20 +160,16 @@ class _Checks:
             other = replace(changed_after(bars, place, seed), open_time=bars.open_time)
             twin = replace(self._market([other], market), volatility=market.volatility)
             again, _ = self._played(twin, 1, seed)
-            # A decision fills at the next open and is held until the one after it. Who is ruined there decides
-            # nothing more, so a ruin at the first of the other bars is told one decision early.
+            # Who is ruined at the next fill, the first of the other bars, decides nothing more at this one.
             decided = last + int(truth.valid[0, last] & again.valid[0, last])
-            known = {
-                "bars": context + last + 1,
-                "rewards": max(0, last - 1),
-                "terminated": max(0, last - 1),
-                "valid": last,
-            }
+            # A decision fills at the next open, and what it earned shows at the one after that.
+            earned = max(0, last - 1)
+            length_of = {"bars": context + last + 1, "valid": last, "rewards": earned, "terminated": earned}
             for name, told in _tensors(truth).items():
-                length = known.get(name, decided)
-                seen = _tensors(again)[name]
+                length, seen = length_of.get(name, decided), _tensors(again)[name]
                 if name != "next_value" and not torch.equal(told[:, :length], seen[:, :length]):
-                    yield f"{bars.symbol}: {name} up to {_time(bars, place)} depend on bars after it"
+                    what = f"{bars.symbol}: {name}"
+                    yield what, f"{what} up to {_time(bars, place)} depend on bars after it"
 
     def holdout(self) -> Iterator[str]:
         """Play many segments, and again with other bars in the holdout."""

@@ -407,6 +407,17 @@ def through_disk(state):
     return torch.load(file, weights_only=True)
 
 
+def test_a_state_of_another_precision_still_knows_what_is_held():
+    market, positions = mixed_market(), (-0.3, 0.0, 0.7)
+    narrow, wide = (
+        env_of(market, positions=positions, dtype=dtype) for dtype in (torch.float32, torch.float64)
+    )
+    play_segment(narrow)
+    wide.load_state_dict(narrow.state_dict())
+    held = narrow.account_observations()[:, :3]
+    assert held.sum() >= 12 and torch.equal(wide.account_observations()[:, :3], held)
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_saved_environment_goes_on_to_the_bit(after):
     market = mixed_market()

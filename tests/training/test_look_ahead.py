@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 
 from continuous_training import Settings
 from data_sources.bars import Bars
+from data_sources.sessions import DAY_NS
 from envs.features import FEATURES, FeatureStatistics, History
 from envs.market import Market
 from training import look_ahead
-from training.cli import Leave
 from training.console import Console
 from training.distributed import Ranks
 
@@ -29,7 +30,7 @@ def bars() -> list[Bars]:
 
 
 def test_nothing_looks_ahead(bars: list[Bars]) -> None:
-    assert look_ahead.what_looks_ahead(bars, SETTINGS, ALONE) == []
+    assert look_ahead.what_looks_ahead(bars, SETTINGS, ALONE) == ([], ["SIM000", "SIM001"])
 
 
 def test_a_feature_that_sees_the_next_bar_is_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +38,7 @@ def test_a_feature_that_sees_the_next_bar_is_named(bars: list[Bars], monkeypatch
         return history.close.roll(-1).log().float()
 
     monkeypatch.setitem(FEATURES, "next_close", next_close)
-    found = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
     assert sum("SIM000: feature next_close sees bars after 2023-11-1" in line for line in found) == 1
     assert any(line.startswith("SIM001: bars up to 2023-11-1") for line in found)
 
@@ -47,7 +48,7 @@ def test_observations_that_are_a_bar_ahead_are_named(
 ) -> None:
     windows = Market.windows
     monkeypatch.setattr(Market, "windows", lambda self, first, length: windows(self, first + 1, length))
-    found = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
     assert {line.split(": ")[1].split(" up to ")[0] for line in found} >= {"bars", "log_policy", "values"}
     assert not any("feature" in line for line in found)
 
@@ -61,7 +62,7 @@ def test_fills_at_a_later_price_are_named(bars: list[Bars], monkeypatch: pytest.
         return rollout
 
     monkeypatch.setattr(look_ahead, "collect", late)
-    found = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
     assert found and all(": rewards up to " in line for line in found)
 
 
@@ -69,7 +70,7 @@ def test_scales_that_know_the_holdout_are_named(bars: list[Bars], monkeypatch: p
     measure = FeatureStatistics.measure
     every = [len(one) for one in bars]
     monkeypatch.setattr(FeatureStatistics, "measure", lambda names, raws, _: measure(names, raws, every))
-    found = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
     assert "the mean of features depends on bars that are held out" in found
     assert "bars of training depend on bars that are held out" in found
 
@@ -84,7 +85,40 @@ def test_the_lakes_own_bars_are_checked_and_simulated_ones_where_there_are_none(
     ]
 
 
-def test_too_few_bars_are_told_in_one_line(tmp_path: Path) -> None:
+def test_a_feature_that_peeks_at_the_end_of_the_day_alone_is_named(
+    bars: list[Bars], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def next_open_overnight(history: History) -> torch.Tensor:
+        day = history.open_time // DAY_NS
+        return torch.where(day != day.roll(-1), history.open.roll(-1), 0.0).float()
+
+    monkeypatch.setitem(FEATURES, "next_open_overnight", next_open_overnight)
+    found, _ = look_ahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    assert found[0].startswith("SIM000: feature next_open_overnight sees bars after 2023-11-1")
+
+
+def test_a_long_holdout_leaves_bars_before_it(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, simulated_bars=70_000, holdout_days=45)
+    bars = look_ahead.some_bars(settings, NOW_NS)
+    assert {len(one) for one in bars} == {70_000}  # 64,800 of which are held out
+    settings = Settings(data_dir=str(tmp_path / "lake"), holdout_days=45)
+    (number,) = {len(one) for one in look_ahead.some_bars(settings, NOW_NS)}
+    assert number == 45 * 1_440 + look_ahead.TRAINING_BARS
+
+
+def test_symbols_that_nothing_was_played_on_are_told(
+    bars: list[Bars], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = bars[1].between(int(bars[1].open_time[-1_000]), NOW_NS)  # wholly in the holdout
+    monkeypatch.setattr(look_ahead, "some_bars", lambda *_: [bars[0], new])
+    assert look_ahead.tell(SETTINGS, ALONE, Console(tmp_path)) == []
+    assert (
+        "no foresight, on SIM000 (features alone on SIM001, which have too few bars): passed"
+        in capsys.readouterr().out.replace("\n", " ")
+    )
+
+
+def test_too_few_bars_are_a_failure_in_one_line(tmp_path: Path) -> None:
     settings = Settings(sources=("simulated",), simulated_bars=4_000, holdout_days=14)
-    with pytest.raises(Leave, match="foresight could not be checked"):
-        look_ahead.tell(settings, ALONE, Console(tmp_path))
+    (line,) = look_ahead.tell(settings, ALONE, Console(tmp_path))
+    assert line.startswith("foresight could not be checked: all bars are held out")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.account import AccountState
 from envs.env_config import EnvConfig
 from envs.exam import ExamEnv
 from envs.market import Market
@@ -181,9 +180,7 @@ def _played(
     before, done = [], []
     for h in range(env.config.horizon):
         account = env.account
-        if h == 0:  # its memory is used again when the segment ends
-            account = AccountState(*(getattr(account, field.name).clone() for field in fields(account)))
-        before.append(account)
+        before.append(torch.stack((account.units, account.log_equity, account.target)))
         accounts = env.account_observations()
         parts, number = [], 0
         for head, market_share, count in zip(heads, projected, accounts_of, strict=True):
@@ -193,10 +190,7 @@ def _played(
             number += count * size
         env.step(torch.cat((*parts, rules[h])))
         done.append(env.done)
-    units, equity, held = (
-        torch.stack([getattr(account, name) for account in before])
-        for name in ("units", "log_equity", "target")
-    )
+    units, equity, held = torch.stack(before, dim=1)
     equity = equity.exp()
     log_return, traded, costs, owed = torch.stack(done, dim=1)
     # A new target is reached exactly; the same one again trades nothing, and the exposure has drifted.
