@@ -377,8 +377,9 @@ def test_the_newest_checkpoint_being_corrupt_is_said_and_the_one_before_is_used(
     path.write_bytes(content)
     again = run_again(folder, runs=2)
     assert again.process.returncode == 0, again.output
-    (warning,) = [line for line in again.lines if line.startswith("Warning")]
-    assert str(path) in warning and warning.endswith("the one before it is used")
+    # Beside others, such as that a busy machine has become slow.
+    (warning,) = [line for line in again.lines if line.startswith("Warning") and str(path) in line]
+    assert warning.endswith("the one before it is used")
     assert f"Going on from {folder}/checkpoints/run2_epoch6.pt" in again.output
     assert_same_end(folder, unbroken[0])
 

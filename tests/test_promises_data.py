@@ -232,7 +232,8 @@ def test_the_market_holds_every_bar_that_the_vendors_have(story: Story) -> None:
         if bars.symbol.endswith("USDT"):
             times, values = vendors.binance.truth(bars.symbol, request.start_ns, until_ns)
         elif bars.asset_class == "stock":
-            times, values = vendors.yahoo.truth(bars.symbol, request.start_ns, until_ns)
+            known_until_ns = min(until_ns, vendors.yahoo.now_ns)  # nothing of today, though New York be open
+            times, values = vendors.yahoo.truth(bars.symbol, request.start_ns, known_until_ns)
         else:
             continue
         np.testing.assert_array_equal(bars.open_time, times)
