@@ -61,3 +61,23 @@ def env_of(market: Market, seed: int = 0, dtype: torch.dtype = torch.float64, **
 
 
 FREE = {"stock_fee_bps": 0.0, "crypto_fee_bps": 0.0, "slippage_bps": 0.0, "borrow_rate": 0.0}
+
+
+def play_segment(env, actions=None, seed=0):
+    """Plays one segment; returns bars, observations (H + 1, N, A), rewards, terminated, truncated (H, N)."""
+    bars = env.begin_segment()
+    n, h = env.config.num_envs, env.config.horizon
+    if actions is None:
+        generator = torch.Generator().manual_seed(seed)
+        actions = torch.randint(0, len(env.config.positions), (h, n), generator=generator)
+    observations, outcomes = [], []
+    for action in actions:
+        observations.append(env.account_observations())
+        outcomes.append(env.step(action))
+    observations.append(env.account_observations())
+    rewards, terminated, truncated = map(torch.stack, zip(*outcomes, strict=True))
+    return bars, torch.stack(observations), rewards, terminated, truncated
+
+
+def mixed_market(**given):
+    return market_of(walk("AAA"), walk("BBB", 500, "stock", seed=1, gaps={250: 1050}), **given)
