@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from models.transformer import TransformerConfig
 from training.assembly import holdout_start_ns, uses_bf16
 from training.console import Console
 from training.distributed import Ranks
+from training.evaluation.provenance import minute_of
 from training.fresh_bars import data_request
 from training.rollout import Rollout, collect
 
@@ -109,12 +109,11 @@ def what_looks_ahead(bars: Sequence[Bars], settings: Any, ranks: Ranks) -> tuple
         looks = features_that_look_ahead(one, _moments(one), device=ranks.device)
         for name, place in looks.items():
             what = f"{one.symbol}: feature {name}"
-            found[what] = f"{what} sees bars after {_time(one, place)}"
+            found[what] = f"{what} sees bars after {_minute(one, place)}"
     checks = _Checks(bars, settings, holdout_ns, ranks)
-    for seed in range(SEGMENTS):
-        for one in bars:
-            for what, line in checks.decisions(one, seed):
-                found.setdefault(what, line)
+    for one in bars:
+        for what, line in checks.decisions(one):
+            found.setdefault(what, line)
     return [*found.values(), *checks.holdout()], checks.played
 
 
@@ -139,8 +138,8 @@ class _Checks:
         self.market = self._market(bars)
         self.played: list[str] = []  # symbols on which decisions were looked at
 
-    def decisions(self, bars: Bars, seed: int) -> Iterator[tuple[str, str]]:
-        """Play one segment, and again with other bars after its first, middle and last decision.
+    def decisions(self, bars: Bars) -> Iterator[tuple[str, str]]:
+        """Play some segments, each again with other bars after its first, middle and last decision.
 
         Yields:
             What looked ahead, and the line that tells of it.
@@ -149,8 +148,11 @@ class _Checks:
             market = self._market([bars], self.market)
         except NoSegment:
             return  # of this symbol; another one has
-        if bars.symbol not in self.played:
-            self.played.append(bars.symbol)
+        self.played.append(bars.symbol)
+        for seed in range(SEGMENTS):
+            yield from self._segment(bars, market, seed)
+
+    def _segment(self, bars: Bars, market: Market, seed: int) -> Iterator[tuple[str, str]]:
         truth, end = self._played(market, 1, seed)
         horizon, context = self.settings.horizon, self.settings.context_bars
         for last in (0, horizon // 2, horizon - 1):
@@ -169,7 +171,7 @@ class _Checks:
                 length, seen = length_of.get(name, decided), _tensors(again)[name]
                 if name != "next_value" and not torch.equal(told[:, :length], seen[:, :length]):
                     what = f"{bars.symbol}: {name}"
-                    yield what, f"{what} up to {_time(bars, place)} depend on bars after it"
+                    yield what, f"{what} up to {_minute(bars, place)} depend on bars after it"
 
     def holdout(self) -> Iterator[str]:
         """Play many segments, and again with other bars in the holdout."""
@@ -217,5 +219,5 @@ def _tensors(rollout: Rollout) -> dict[str, Tensor]:
     return {name: value for name, value in vars(rollout).items() if isinstance(value, Tensor)}
 
 
-def _time(bars: Bars, place: int) -> str:
-    return f"{datetime.fromtimestamp(int(bars.open_time[place]) / 1e9, UTC):%Y-%m-%d %H:%M} UTC"
+def _minute(bars: Bars, place: int) -> str:
+    return f"{minute_of(int(bars.open_time[place]))} UTC"

@@ -32,7 +32,7 @@ def _drawn(trials: Sequence[Trial], results: Sequence[Result]) -> Figure:
     """Draw one panel per trial: each seed's curve, what it showed on fresh paths, and whom it is held to."""
     figure = Figure(figsize=(11, 3.1 * ((len(trials) + 1) // 2)), layout="constrained")
     panels = figure.subplots((len(trials) + 1) // 2, 2, squeeze=False).flat
-    for trial, panel in zip(trials, panels, strict=False):  # in this order: zip takes of the first first
+    for trial, panel in zip(trials, panels, strict=False):  # panels last: those left over go on
         own = [result for result in results if result.trial == trial.name]
         for result in own:
             panel.plot(_smoothed(result.curve), color="C0", alpha=0.7, label="policy, while it trains")
