@@ -27,7 +27,7 @@ class TradingEnv:
     ``env.step(actions)``. None of these waits for the device, all shapes are fixed and memory is used again, so
     the H steps can be one CUDA graph. ``env.replay(actions)`` is a whole segment in one call. Sizes and rates are
     fields of :class:`EnvConfig`; ``seed`` decides all places, so the same seed gives the same numbers on a device.
-    ``compiled`` steps by torch.compile, quicker on a CPU after half a minute of compiling.
+    ``compiled`` steps by torch.compile, quicker on a CPU after some ten seconds of compiling.
 
     What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. The newest
     step's log return, value traded, costs and borrow cost, in start equities, are ``done``, (4, N); ``account``
@@ -281,8 +281,8 @@ class TradingEnv:
             raise RuntimeError(f"all {config.horizon} steps of the segment are taken: call begin_segment()")
         self._step += 1
         if self.compiled:
-            self.done, ruined, rewards, self._observed = compiled.step(
-                self._amounts, self._kept.alive, actions, segment.views[h], self._shared, self._rules
+            self.done, ruined, rewards, self._observed = compiled.one_step(self.device.type)(
+                self._amounts, self._kept.alive, actions, *segment.views[h], self._shared, self._rules
             )
         else:
             account = self._account
@@ -315,7 +315,7 @@ class TradingEnv:
 
         Args:
             actions: (H, N) int64.
-            by_compiler: with torch.compile, which takes half a minute the first time and needs a C++ compiler
+            by_compiler: with torch.compile, which takes 15 seconds the first time and needs a C++ compiler
                 on CPUs; else step by step.
 
         Returns:
