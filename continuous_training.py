@@ -114,7 +114,7 @@ class Settings:
     num_layers: int = 12  # transformer blocks
     num_heads: int = 32  # attention heads
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 on GPUs, else fp32
-    compile: Literal["auto", "on", "off"] = "auto"  # compile the transformer; auto: on GPUs
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the transformer and the accounts' steps; auto: on GPUs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each GPU holds the whole model; fsdp: a share, for larger ones
     # --- optimisation -------------------------------------------------------------------------------------
     batch_size: int = 65_536  # transitions per optimizer step over all GPUs
@@ -352,7 +352,7 @@ def new_session(
         console.warning(others)
     config = session_config(settings, memory, ranks)
     if config.compile:
-        console.line("Compiling the transformer, which takes a minute or two once")
+        console.line("Compiling the transformer and the accounts' steps, which takes a minute or two once")
     try:
         session = Session(market, config, ranks, saved)
     except DoesNotFit as error:

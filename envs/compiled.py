@@ -1,8 +1,4 @@
-"""Steps by torch.compile: one at a time, or given actions in one call. The same functions as without.
-
-Quotes are (5, L + 2, N), of the newest closed bar and the ones that L decisions need beyond it: the rows of
-``Segment.quotes``.
-"""
+"""Steps by torch.compile: one at a time, or many in one call. The same functions as without."""
 
 from __future__ import annotations
 
@@ -14,14 +10,19 @@ import torch
 from torch import Tensor
 
 from envs.account import AccountState, Fill, advance, observe
+from envs.segment import Segment
 
-# Steps that are compiled into one kernel: 16 take 15 seconds to compile, 32 twice as long, and gain a sixth.
+# Of account observations (N, A) and whatever else it is given: actions (N,) int64, and what it tells beside them.
+Decide = Callable[..., tuple[Tensor, ...]]
+# Steps of given actions in one compiled call: 16 take 15 seconds to compile, 32 twice as long, and gain a sixth.
 UNROLLED = 16
+# Decisions with their steps in one compiled call: by fours they take a fifth longer.
+UNROLLED_DECISIONS = 8
 
 
 @cache
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    options = {
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
         "size_asserts": False,
         # One loop over the accounts for all that a step does: by default it is cut after 64 operations, and what
         # lies between goes through memory.
@@ -29,6 +30,101 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
         "cpp_wrapper": device == "cpu",  # the call is half of a step's time
     }
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+
+class CompiledSteps:
+    """One environment's steps, which change its account in place.
+
+    Args:
+        amounts: (7, N) of the account, see ``AccountState.of``.
+        alive: (N,) bool.
+        segment: what is played.
+        shared: index of cash, targets, decisions played and sums of what was done (both counted up), fee and
+            slippage, and the constants of ``observe``.
+        rules: ruin_equity, with_impact and impact_limit.
+    """
+
+    def __init__(
+        self,
+        amounts: Tensor,
+        alive: Tensor,
+        segment: Segment,
+        shared: tuple[Tensor, ...],
+        rules: dict[str, Any],
+    ) -> None:
+        self._account = amounts, alive
+        self._segment = segment
+        self._terms = shared, rules
+        self._device = amounts.device.type
+
+    def step(self, actions: Tensor, number: int) -> tuple[Tensor, ...]:
+        """Take step ``number`` with actions (N,).
+
+        Returns:
+            What was done, (4, N); ruined; rewards; and the next observations.
+        """
+        run = _compiled(_step, self._device)
+        done: tuple[Tensor, ...] = run(*self._account, actions, *self._segment.views[number], *self._terms)
+        return done
+
+    @torch.no_grad()
+    def replay(self, wanted: Tensor, by_compiler: bool) -> Tensor:
+        """Take all steps with given targets.
+
+        Args:
+            wanted: (H, N) targets; those of the ruined do not count.
+            by_compiler: whether by torch.compile, in pieces of UNROLLED steps.
+
+        Returns:
+            (H, N) log returns, float32.
+        """
+        parts = []
+        for first, targets in _pieces(wanted, UNROLLED):
+            whole = by_compiler and len(targets) == UNROLLED
+            run = _compiled(_steps, self._device) if whole else _steps
+            parts.append(run(*self._account, targets, self._quotes(first, len(targets)), *self._terms))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def play(
+        self, decide: Decide, given: tuple[Tensor, ...], observed: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Take all decisions and their steps.
+
+        Args:
+            decide: see ``Decide``.
+            given: (H, N, ...) each, what it is given beside the observations.
+            observed: (N, A), at the first decision.
+
+        Returns:
+            The observations after the last step, (N, A); and (H, N, ...) each: observations, alive, log equity,
+            rewards, ruined, and what ``decide`` told.
+        """
+        segment, parts = self._segment, []
+        for first, held in _pieces(segment.held, UNROLLED_DECISIONS):
+            whole = len(held) == UNROLLED_DECISIONS
+            run = _compiled(_decisions, self._device) if whole else _decisions
+            rows = slice(first, first + len(held))
+            observed, columns = run(
+                decide,
+                tuple(each[rows] for each in given),
+                observed,
+                *self._account,
+                self._quotes(first, len(held)),
+                None if segment.allowed is None else segment.allowed[rows],
+                held,
+                *self._terms,
+            )
+            parts.append(columns)
+        return observed, [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def _quotes(self, first: int, length: int) -> Tensor:
+        # (5, length + 2, N): of the newest closed bar, and of those that the decisions need beyond it.
+        return self._segment.quotes[:, first : first + length + 2]
+
+
+def _pieces(rows: Tensor, length: int) -> list[tuple[int, Tensor]]:
+    return [(number * length, part) for number, part in enumerate(rows.split(length))]
 
 
 @torch.no_grad()
@@ -49,7 +145,7 @@ def _step(
     new, fill = _advance(now, targets[action], quotes, 0, rules)
     played.add_(alive)
     counted.copy_(action)
-    done = torch.stack((fill.log_return, fill.traded, fill.costs, new.owed))
+    done = torch.stack(_done(fill, new))
     flows.add_(done)
     observed = observe(new, quotes[1, 1], played, base_rate, tuple(constants))
     _write(new, amounts, alive)
@@ -61,31 +157,54 @@ def _steps(
     alive: Tensor,
     wanted: Tensor,
     quotes: Tensor,
-    played: Tensor,
-    flows: Tensor,
+    shared: tuple[Tensor, ...],
     rules: dict[str, Any],
 ) -> Tensor:
-    now, rows = AccountState.of(amounts, alive), []
-    nothing = torch.zeros_like(played)
-    lived, sums = nothing, [nothing] * 4
+    _, _, played, flows, *_ = shared
+    now, lived, sums = AccountState.of(amounts, alive), played, flows.unbind()
+    rows = []
     for t, target in enumerate(wanted.unbind()):
         # Numbers of this width alone: what is stored as bool takes longer than the rest of the step.
         lived = torch.where(now.alive, lived + 1, lived)
         now, fill = _advance(now, torch.where(now.alive, target, 0.0), quotes, t, rules)
+        sums = _added(sums, _done(fill, now))
         rows.append(fill.log_return)
-        done = (fill.log_return, fill.traded, fill.costs, now.owed)
-        sums = [total + part for total, part in zip(sums, done, strict=True)]
-    played.add_(lived)
-    flows.add_(torch.stack(sums))
+    played.copy_(lived)
+    flows.copy_(torch.stack(sums))
     _write(now, amounts, alive)
     return torch.stack([row.float() for row in rows])
 
 
-def _write(account: AccountState, amounts: Tensor, alive: Tensor) -> None:
-    # Whole, not row by row: the compiler makes a loop over all of them of each row that is written.
-    *rows, living = account.tensors()
-    amounts.copy_(torch.stack(rows))
-    alive.copy_(living)
+def _decisions(
+    decide: Decide,
+    given: tuple[Tensor, ...],
+    observed: Tensor,
+    amounts: Tensor,
+    alive: Tensor,
+    quotes: Tensor,
+    allowed: Tensor | None,
+    counted: Tensor,
+    shared: tuple[Tensor, ...],
+    rules: dict[str, Any],
+) -> tuple[Tensor, list[Tensor]]:
+    in_cash, targets, played, flows, base_rate, *constants = shared
+    now, lived, sums = AccountState.of(amounts, alive), played, flows.unbind()
+    rows = []
+    for t in range(len(counted)):
+        known = observed, now.alive, now.log_equity
+        told = decide(observed, *(each[t] for each in given))
+        action = torch.where(now.alive if allowed is None else now.alive & allowed[t], told[0], in_cash)
+        lived = lived + now.alive
+        now, fill = _advance(now, targets[action], quotes, t, rules)
+        sums = _added(sums, _done(fill, now))
+        observed = observe(now, quotes[1, t + 1], lived, base_rate, tuple(constants))
+        rows.append((action.to(counted.dtype), *known, fill.log_return.float(), fill.ruined, *told))
+    held, *columns = (torch.stack(column) for column in zip(*rows, strict=True))
+    counted.copy_(held)
+    played.copy_(lived)
+    flows.copy_(torch.stack(sums))
+    _write(now, amounts, alive)
+    return observed, columns
 
 
 def _advance(
@@ -105,53 +224,16 @@ def _advance(
     )
 
 
-@cache
-def one_step(device: str) -> Callable[..., tuple[Tensor, ...]]:
-    """Return what takes one step on a kind of device, which changes the account in place.
-
-        step(amounts, alive, actions, *view, shared, rules)
-
-    - amounts: (7, N) of the account, see ``AccountState.of``; alive: (N,) bool; actions: (N,) int64.
-    - view: one of ``Segment.views``.
-    - shared: index of cash, targets, decisions played and sums of what was done (both counted up), fee and
-      slippage, and the constants of ``observe``.
-    - rules: ruin_equity, with_impact and impact_limit.
-
-    It returns what was done, (4, N); ruined; rewards; and the next observations.
-    """
-    return _compiled(_step, device)
+def _done(fill: Fill, after: AccountState) -> tuple[Tensor, ...]:
+    return fill.log_return, fill.traded, fill.costs, after.owed
 
 
-@torch.no_grad()
-def play(
-    amounts: Tensor,
-    alive: Tensor,
-    wanted: Tensor,
-    quotes: Tensor,
-    played: Tensor,
-    flows: Tensor,
-    rules: dict[str, Any],
-    by_compiler: bool,
-) -> Tensor:
-    """Take T steps, one after the other, which changes the account in place.
+def _added(sums: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(total + part for total, part in zip(sums, parts, strict=True))
 
-    Args:
-        amounts: (7, N) of the account, see ``AccountState.of``.
-        alive: (N,) bool.
-        wanted: (T, N) targets; those of the ruined do not count.
-        quotes: (5, T + 2, N).
-        played: (N,), to which the decisions of the living are added.
-        flows: (4, N), sums of what was done, to which theirs are added.
-        rules: ruin_equity, with_impact and impact_limit.
-        by_compiler: whether by torch.compile, in pieces of UNROLLED steps.
 
-    Returns:
-        (T, N) log returns, float32.
-    """
-    parts = []
-    for number, targets in enumerate(wanted.split(UNROLLED)):
-        first, length = number * UNROLLED, len(targets)
-        run = _compiled(_steps, amounts.device.type) if by_compiler and length == UNROLLED else _steps
-        view = quotes[:, first : first + length + 2]
-        parts.append(run(amounts, alive, targets, view, played, flows, rules))
-    return torch.cat(parts)
+def _write(account: AccountState, amounts: Tensor, alive: Tensor) -> None:
+    # Whole, not row by row: the compiler makes a loop over all of them of each row that is written.
+    *rows, living = account.tensors()
+    amounts.copy_(torch.stack(rows))
+    alive.copy_(living)

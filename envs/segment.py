@@ -1,9 +1,12 @@
-"""Segment: what a segment's bars offer and charge, whatever the accounts do.
+"""Segment: what a segment's bars offer and charge, whatever the accounts do; Played: what the accounts did.
 
 Shapes: N = environments, H = horizon.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +18,33 @@ from envs.market import Market
 LEAST_VOLUME = 1e-6  # in quote currency
 
 
+class Played(NamedTuple):
+    """What a segment gave, decision by decision; A = account observations."""
+
+    observations: Tensor  # (H, N, A)
+    alive: Tensor  # (H, N) bool, before the decision
+    log_equity: Tensor  # (H, N) where the decision filled, before it did
+    rewards: Tensor  # (H, N)
+    terminated: Tensor  # (H, N) bool
+    truncated: Tensor  # (N,) bool, at the last decision
+    told: tuple[Tensor, ...]  # (H, N, ...) each, by what decided; the first are the actions
+
+    @classmethod
+    def of(cls, columns: Sequence[Tensor], truncated: Tensor) -> Played:
+        """Put it together; ``columns`` are in the order of the fields, but for ``truncated``."""
+        observations, alive, log_equity, rewards, terminated, *told = columns
+        return cls(observations, alive, log_equity, rewards, terminated, truncated, tuple(told))
+
+
 class Segment:
     """Prices and rates of every environment's segment; filled anew in the same memory, so views stay valid.
 
     Lists have one ``(N,)`` view per decision: decision h fills at ``prices[h]`` and is held until
     ``prices[h + 1]``; ``closes[h]`` is the newest close that it knows, ``closes[H]`` that of the bootstrap value.
     Of traded value it pays ``cost_rates[h]``, beside ``impacts[h]`` per start equity of order value; of what is
-    borrowed, ``borrows[h]``. ``allowed[h]`` tells where a position may be held. The last two are None where
-    their setting is off. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are whole; together
-    they are ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact from the newest closed bar on.
+    borrowed, ``borrows[h]``. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are whole;
+    all are in ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact from the newest closed bar on.
+    ``allowed``, (H, N), tells where a position may be held. It and impacts are None where their setting is off.
     """
 
     def __init__(self, config: EnvConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -36,15 +57,15 @@ class Segment:
         self.prices, self.closes = self.price.unbind(), closes[:-1].unbind()
         self.cost_rates, self.borrows = self.cost_rate.unbind(), self.borrow.unbind()
         self.impacts = None if self.impact is None else self.impact.unbind()
-        self._allowed = torch.ones(shape[1] - 2, shape[2], dtype=torch.bool, device=device)
-        self.allowed = self._allowed.unbind() if config.flat_before_close else None
+        everywhere = torch.ones(shape[1] - 2, shape[2], dtype=torch.bool, device=device)
+        self.allowed = everywhere if config.flat_before_close else None
         # Index of the target that counted, decision by decision: of the ruined, cash.
         self.held = torch.zeros(shape[1] - 2, shape[2], dtype=torch.uint8, device=device)
         self.helds = self.held.unbind()
         # What a compiled step takes: the quotes from a close to the next fill in one view, allowed, held.
-        none = [None] * config.horizon
+        allowed = [None] * config.horizon if self.allowed is None else self.allowed.unbind()
         quotes = [self.quotes[:, h : h + 3] for h in range(config.horizon)]
-        self.views = list(zip(quotes, self.allowed or none, self.helds, strict=True))
+        self.views = list(zip(quotes, allowed, self.helds, strict=True))
         self.impact_limit = torch.zeros((), dtype=dtype, device=device)
         self._ahead = torch.arange(1, config.horizon + 1, device=device)
 
@@ -69,12 +90,13 @@ class Segment:
             self.impact.clamp_(min=LEAST_VOLUME).reciprocal_().mul_(most * config.account_value)
         if self.allowed is not None:
             left = market.minutes_left[cursor + self._ahead[:, None]]
-            torch.gt(left, config.flat_before_close, out=self._allowed)
+            torch.gt(left, config.flat_before_close, out=self.allowed)
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return self.quotes.nbytes + self._allowed.nbytes + self.held.nbytes
+        allowed = 0 if self.allowed is None else self.allowed.nbytes
+        return self.quotes.nbytes + allowed + self.held.nbytes
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return price (H + 1, N), cost rate, borrow cost and impact (H, N)."""

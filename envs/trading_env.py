@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs import compiled, env_state
+from envs import env_state
 from envs.account import AccountState, advance, observation_constants, observe
+from envs.compiled import CompiledSteps, Decide
 from envs.env_config import EnvConfig
 from envs.market import Market
-from envs.segment import Segment
+from envs.segment import Played, Segment
 from envs.statistics import Statistics
 
 
@@ -24,9 +25,9 @@ class TradingEnv:
     """N accounts, each on its own symbol and time of one shared market that does not react to them.
 
     An epoch is one segment: ``bars = env.begin_segment()``, then H times ``env.account_observations()`` and
-    ``env.step(actions)``. None of these waits for the device, all shapes are fixed and memory is used again, so
-    the H steps can be one CUDA graph. ``env.replay(actions)`` is a whole segment in one call. Sizes and rates are
-    fields of :class:`EnvConfig`; ``seed`` decides all places, so the same seed gives the same numbers on a device.
+    ``env.step(actions)``, or ``env.play(decide)`` once. None of these waits for the device, all shapes are fixed
+    and memory is used again. ``env.replay(actions)`` is a whole segment in one call. Sizes and rates are fields of
+    :class:`EnvConfig`; ``seed`` decides all places, so the same seed gives the same numbers on a device.
     ``compiled`` steps by torch.compile, quicker on a CPU after some ten seconds of compiling.
 
     What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. The newest
@@ -147,12 +148,13 @@ class TradingEnv:
 
         self.statistics = Statistics(positions, cash_index, n, dtype, self.device)
         counted = (self._played, self.statistics.flows, self._cost_rate)
-        self._shared = (self._in_cash, self._targets, *counted, *self._constants)
-        self._rules = {
+        shared = (self._in_cash, self._targets, *counted, *self._constants)
+        rules = {
             "ruin_equity": config.ruin_fraction,
             "with_impact": self.segment.impact is not None,
             "impact_limit": self.segment.impact_limit,
         }
+        self._steps = CompiledSteps(self._amounts, alive, self.segment, shared, rules)
         self._attach(market)
 
     @property
@@ -262,6 +264,31 @@ class TradingEnv:
         # Copies: the segment's memory is used again for the next one.
         return {name: values.t().contiguous() for name, values in fills.items()}
 
+    def play(self, decide: Decide, *given: Tensor) -> Played:
+        """Play the segment that has begun to its end; in few calls, where steps are compiled.
+
+        Args:
+            decide: a function of the account observations, (N, A), and of what is given at that step, (N, ...);
+                the first tensor that it returns are the actions, (N,) int64.
+            given: (H, N, ...) each.
+
+        Raises:
+            RuntimeError: no segment has just begun.
+        """
+        if self._step:
+            raise RuntimeError(f"{self._step} steps of the segment are taken: call begin_segment()")
+        if self.compiled:
+            self._observed, columns = self._steps.play(decide, given, self.account_observations())
+            self._step = self.config.horizon
+            return Played.of(columns, self._end_segment())
+        rows = []
+        for t in range(self.config.horizon):
+            known = self.account_observations(), self.alive.clone(), self.account.log_equity.clone()
+            told = decide(known[0], *(each[t] for each in given))
+            rewards, terminated, truncated = self.step(told[0])
+            rows.append((*known, rewards, terminated, *told))
+        return Played.of([torch.stack(column) for column in zip(*rows, strict=True)], truncated)
+
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fill one decision per environment and go to the next bar.
 
@@ -276,39 +303,45 @@ class TradingEnv:
         Raises:
             RuntimeError: the segment is over.
         """
-        config, segment, h = self.config, self.segment, self._step
-        if h >= config.horizon:
-            raise RuntimeError(f"all {config.horizon} steps of the segment are taken: call begin_segment()")
-        self._step += 1
+        h = self._next()
         if self.compiled:
-            self.done, ruined, rewards, self._observed = compiled.one_step(self.device.type)(
-                self._amounts, self._kept.alive, actions, *segment.views[h], self._shared, self._rules
-            )
+            self.done, ruined, rewards, self._observed = self._steps.step(actions, h)
         else:
-            account = self._account
-            self._played.add_(account.alive)
-            actions = torch.where(account.alive, actions, self._in_cash)
-            if segment.allowed is not None:
-                actions = torch.where(segment.allowed[h], actions, self._in_cash)
-            self._account, fill = advance(
-                account,
-                self._targets.index_select(0, actions),
-                price=segment.prices[h],
-                next_price=segment.prices[h + 1],
-                cost_rate=segment.cost_rates[h],
-                borrow=segment.borrows[h],
-                ruin_equity=config.ruin_fraction,
-                impact=None if segment.impacts is None else segment.impacts[h],
-                impact_limit=segment.impact_limit,
-            )
-            segment.helds[h].copy_(actions)
-            self.done = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
-            self.statistics.flows.add_(self.done)
-            ruined, rewards = fill.ruined, fill.log_return.float()
-        truncated = self._none
-        if self._step == config.horizon:
-            truncated = self._end_segment()
-        return rewards, ruined, truncated
+            ruined, rewards = self._fill(actions, h)
+        return rewards, ruined, self._truncated()
+
+    def _next(self) -> int:
+        # Returns the number of the step that is taken now.
+        if self._step >= self.config.horizon:
+            raise RuntimeError(f"all {self._step} steps of the segment are taken: call begin_segment()")
+        self._step += 1
+        return self._step - 1
+
+    def _truncated(self) -> Tensor:
+        return self._end_segment() if self._step == self.config.horizon else self._none
+
+    def _fill(self, actions: Tensor, h: int) -> tuple[Tensor, Tensor]:
+        # Returns who is ruined, and the rewards.
+        account, segment = self._account, self.segment
+        self._played.add_(account.alive)
+        actions = torch.where(account.alive, actions, self._in_cash)
+        if segment.allowed is not None:
+            actions = torch.where(segment.allowed[h], actions, self._in_cash)
+        self._account, fill = advance(
+            account,
+            self._targets.index_select(0, actions),
+            price=segment.prices[h],
+            next_price=segment.prices[h + 1],
+            cost_rate=segment.cost_rates[h],
+            borrow=segment.borrows[h],
+            ruin_equity=self.config.ruin_fraction,
+            impact=None if segment.impacts is None else segment.impacts[h],
+            impact_limit=segment.impact_limit,
+        )
+        segment.helds[h].copy_(actions)
+        self.done = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
+        self.statistics.flows.add_(self.done)
+        return fill.ruined, fill.log_return.float()
 
     def replay(self, actions: Tensor, by_compiler: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Play the next segment with given actions in one call; the same as stepping through it.
@@ -334,19 +367,11 @@ class TradingEnv:
         self._begin()
         segment = self.segment
         if segment.allowed is not None:
-            actions = torch.where(torch.stack(segment.allowed), actions, self._in_cash)
+            actions = torch.where(segment.allowed, actions, self._in_cash)
         account, before = self._kept, self._played.clone()
         were_alive = account.alive.clone()
-        log_return = compiled.play(
-            self._amounts,
-            account.alive,
-            self._targets.index_select(0, actions.reshape(-1)).view(shape),
-            segment.quotes,
-            self._played,
-            self.statistics.flows,
-            self._rules,
-            by_compiler,
-        )
+        targets = self._targets.index_select(0, actions.reshape(-1)).view(shape)
+        log_return = self._steps.replay(targets, by_compiler)
         decision = torch.arange(1, len(actions) + 1, device=self.device, dtype=self.dtype)[:, None]
         last = self._played - before
         segment.held.copy_(torch.where(decision <= last, actions, self._in_cash))

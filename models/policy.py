@@ -57,6 +57,21 @@ class Head(nn.Module):
             x = x + F.silu(self.mix(x))
             return self.logits(x), self.value(x).squeeze(-1)
 
+    def choose(self, account: Tensor, projected: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw a target position by the Gumbel-max trick: its log-probability plus ``noise`` is the highest.
+
+        Args:
+            account: (..., A) observations.
+            projected: (..., W) the market's share.
+            noise: (..., K) Gumbel noise; zeros take the most likely position.
+
+        Returns:
+            index of the position (...,) int64, log-probability of every position (..., K), and value (...,).
+        """
+        logits, value = self.decide(projected, account)
+        log_policy = torch.log_softmax(logits, dim=-1)
+        return (log_policy + noise).argmax(dim=-1), log_policy, value
+
 
 class Policy(nn.Module):
     """Actor and critic of one trading account: logits over target positions, and value."""

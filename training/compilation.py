@@ -1,4 +1,8 @@
-"""A rehearsal before training: what it needs of the compiler and of the GPU's memory, tried out."""
+"""A rehearsal before training: what it needs of the compiler and of the GPU's memory, tried out.
+
+Compilers fail on machines that train well without: no C++ compiler, another driver, a full temporary
+folder. So whatever is compiled is rehearsed, and on all ranks or on none.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.distributed import Ranks
+
+CompilerErrors = (TorchDynamoException, RuntimeError, OSError)
 
 
 def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:
@@ -34,11 +41,11 @@ def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int,
         bars = torch.zeros(num_segments, context_bars + horizon + 1, config.num_features, device=device)
         with torch.no_grad():
             policy.encode(bars, horizon + 1)
-        policy.encode(bars[:, 1:], horizon).sum().backward()
+        policy.encode(bars[:, 1:].contiguous(), horizon).sum().backward()
         del moments
     except torch.OutOfMemoryError as error:
         out_of_memory = str(error).splitlines()[0]
-    except (TorchDynamoException, RuntimeError, OSError) as error:
+    except CompilerErrors as error:
         failure = error
     policy.zero_grad()
     if ranks.any(bool(out_of_memory)):
@@ -51,10 +58,7 @@ def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int,
 def compile_trunk(
     policy: Policy, num_segments: int, context_bars: int, horizon: int, ranks: Ranks, by_block: bool = False
 ) -> str:
-    """Compile the trunk for rollouts and updates, on all ranks or on none; takes a minute for large ones.
-
-    Compilers fail on machines that train well without: no C++ compiler, another driver, a full temporary
-    folder. So it is rehearsed.
+    """Compile the trunk for rollouts and updates; takes a minute for large ones.
 
     Args:
         policy: changed in place; its weights and their names stay as they are.
@@ -79,12 +83,51 @@ def compile_trunk(
     except torch.OutOfMemoryError:
         _uncompile(modules)
         raise
-    except (TorchDynamoException, RuntimeError, OSError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    except CompilerErrors as error:
+        reason = _told(error)
     if ranks.any(bool(reason)):
         _uncompile(modules)
         return reason or "it failed on another rank"
     return ""
+
+
+def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
+    """Compile the environment's steps together with the head that decides them.
+
+    Args:
+        env: stays where it is: what is rehearsed is another one of the same sizes over its market.
+        policy: whose head decides.
+        ranks: all take part.
+
+    Returns:
+        Why they were not compiled, in one line; empty where they were.
+
+    Raises:
+        torch.OutOfMemoryError: on every rank, where one has too little memory.
+    """
+    reason = out_of_memory = ""
+    try:
+        twin = TradingEnv(env.market, env.config, env.device, seed=0, dtype=env.dtype, compiled=True)
+        twin.begin_segment()
+        by_time = env.config.horizon, env.config.num_envs
+        market = torch.zeros(*by_time, policy.head.mix.in_features, device=env.device)
+        noise = torch.zeros(*by_time, len(env.config.positions), device=env.device)
+        with torch.no_grad():
+            twin.play(policy.head.choose, market, noise)
+    except torch.OutOfMemoryError as error:
+        out_of_memory = _told(error)
+    except CompilerErrors as error:
+        reason = _told(error)
+    if ranks.any(bool(out_of_memory)):
+        raise torch.OutOfMemoryError(out_of_memory or "another rank ran out of memory")
+    if ranks.any(bool(reason)):
+        return f"accounts are stepped one by one: {reason or 'the compiler failed on another rank'}"
+    env.compiled = True
+    return ""
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _uncompile(modules: list[nn.Module]) -> None:

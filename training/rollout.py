@@ -105,28 +105,18 @@ def collect(
     projected = torch.cat(parts)
     fills = env.fills_ahead() if hindsight else None
 
-    num_positions = len(config.positions)
-    shape = (config.num_envs, horizon)
-    device = bars.device
-    accounts = torch.empty(config.num_envs, horizon + 1, env.num_account_features, device=device)
-    actions = torch.empty(shape, dtype=torch.int64, device=device)
-    log_policy = torch.empty(*shape, num_positions, device=device)
-    rewards, values = (torch.empty(shape, device=device) for _ in range(2))
-    terminated, valid = (torch.empty(shape, dtype=torch.bool, device=device) for _ in range(2))
-    log_equity = torch.empty(shape, dtype=env.dtype, device=device)
-    # Gumbel-max sampling: the noise of all decisions in one draw.
-    noise = torch.rand(*shape, num_positions, generator=generator, device=device)
-    gumbel = torch.zeros_like(noise) if greedy else -(-noise.clamp_(1e-7, 1 - 1e-7).log()).log()
-
-    for t in range(horizon):
-        accounts[:, t] = env.account_observations()
-        valid[:, t], log_equity[:, t] = env.alive, env.account.log_equity
-        logits, values[:, t] = policy.head.decide(projected[:, t], accounts[:, t])
-        log_policy[:, t] = torch.log_softmax(logits, dim=-1)
-        actions[:, t] = (log_policy[:, t] + gumbel[:, t]).argmax(dim=-1)
-        rewards[:, t], terminated[:, t], _ = env.step(actions[:, t])
-    accounts[:, horizon] = env.account_observations()
-    next_value = policy.head.decide(projected[:, horizon], accounts[:, horizon])[1]
+    # Gumbel noise of all decisions in one draw.
+    shape = (config.num_envs, horizon, len(config.positions))
+    noise = torch.rand(shape, generator=generator, device=bars.device)
+    noise = torch.zeros_like(noise) if greedy else -(-noise.clamp_(1e-7, 1 - 1e-7).log()).log()
+    by_time = (each.transpose(0, 1).contiguous() for each in (projected[:, :-1], noise))
+    played = env.play(policy.head.choose, *by_time)
+    columns = (*played[:5], *played.told)
+    accounts, valid, log_equity, rewards, terminated, actions, log_policy, values = (
+        column.transpose(0, 1).contiguous() for column in columns
+    )
+    after = env.account_observations()
+    next_value = policy.head.decide(projected[:, horizon], after)[1]
     # In units of the symbol's typical move per bar, so that no wild symbol drowns the calm ones.
     scale = reward_scale / env.volatility
     seen = None
@@ -134,15 +124,16 @@ def collect(
         growth = growth_of_every_choice(fills, config.positions, log_equity)
         ends = log_equity[..., None, None] + growth <= math.log(config.ruin_fraction)
         growth = (growth * scale[:, None, None, None]).float()
-        log_policies, critic = _in_every_position(env, policy, projected, accounts, chunk_segments)
-        held = what_is_held(accounts[:, :-1], config.positions)
+        accounts_and_after = torch.cat((accounts, after[:, None]), dim=1)
+        log_policies, critic = _in_every_position(env, policy, projected, accounts_and_after, chunk_segments)
+        held = what_is_held(accounts, config.positions)
         seen = Hindsight(growth, ends, log_policies, critic, held)
         if env.segment.allowed is not None:
-            seen.only_cash = ~torch.stack(env.segment.allowed, dim=1)
+            seen.only_cash = ~env.segment.allowed.t()
             seen.cash = config.positions.index(0.0)
     return Rollout(
         bars[:, :-1],
-        accounts[:, :-1],
+        accounts,
         actions,
         log_policy,
         rewards * scale[:, None],

@@ -16,7 +16,7 @@ from models.policy import Policy
 from models.transformer import TransformerConfig
 from training.checkpoint import Restored
 from training.clock import Clock
-from training.compilation import compile_trunk, rehearse
+from training.compilation import compile_accounts, compile_trunk, rehearse
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
 from training.machine import gpu_figures
@@ -105,7 +105,9 @@ class Session:
         sizes = plan.micro_batch_segments, config.env.context_bars, config.env.horizon
         self.policy.trunk.recompute = plan.recompute
         if config.compile:
-            self.not_compiled = compile_trunk(self.policy, *sizes, self.ranks, config.learner.sharded)
+            self.not_compiled = compile_trunk(
+                self.policy, *sizes, self.ranks, config.learner.sharded
+            ) or compile_accounts(self.env, self.policy, self.ranks)
         elif self.ranks.device.type == "cuda":
             rehearse(self.policy, *sizes, self.ranks)
 

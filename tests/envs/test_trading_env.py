@@ -12,7 +12,6 @@ import torch
 
 from data_sources.bars import MINUTE_NS
 from data_sources.sessions import expected_minutes
-from envs import compiled
 from envs.account_reference import ReferenceAccount
 from envs.foresight import changed_after
 from envs.sessions import minutes_left
@@ -286,52 +285,6 @@ def test_the_scheduled_close_does_not_depend_on_which_bars_came():
     assert sorted(set(minutes_left(later)[:1440].tolist())) == list(range(391))
 
 
-def test_replaying_actions_is_the_same_as_stepping_through_them():
-    market = mixed_market()
-    given = {"range_slippage": 0.3, "volume_slippage": 0.02, "flat_before_close": 3, "ruin_fraction": 0.9}
-    env, twin = (
-        env_of(market, num_envs=32, episode_bars=2 * HORIZON, borrow_rate=5.0, **given) for _ in range(2)
-    )
-    for segment in range(6):
-        actions = torch.from_numpy(np.random.default_rng(segment).integers(0, 3, (HORIZON, 32)))
-        *_, rewards, terminated, truncated = play_segment(env, actions)
-        again = twin.replay(actions, by_compiler=False)
-        assert torch.equal(rewards, again[0])
-        assert torch.equal(terminated, again[1])
-        assert torch.equal(truncated[-1], again[2])
-        assert torch.equal(env.account_observations(), twin.account_observations())
-    ours, theirs = env.episode_statistics(), twin.episode_statistics()
-    assert ours["ruins"] > 0
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match=r"actions must have shape \(16, 32\)"):
-        twin.replay(actions[1:])
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it loads its compiler
-def test_compiled_steps_and_replays_are_the_plain_ones(monkeypatch):
-    monkeypatch.setattr(compiled, "UNROLLED", 4)  # quicker to compile
-    given = {"volume_slippage": 0.02, "flat_before_close": 3, "ruin_fraction": 0.99, "num_envs": 32}
-    market = mixed_market()
-    plain, stepped, replayed = (env_of(market, **given) for _ in range(3))
-    stepped.compiled = True
-    for segment in range(3):
-        actions = torch.from_numpy(np.random.default_rng(segment).integers(0, 3, (HORIZON, 32)))
-        _, seen, *expected, truncated = play_segment(plain, actions)
-        _, ours, *outcomes, _ = play_segment(stepped, actions)
-        again = replayed.replay(actions)
-        torch.testing.assert_close(ours, seen, rtol=0, atol=1e-6)
-        for one, two, three in zip(expected, outcomes, again, strict=False):
-            torch.testing.assert_close(two, one, rtol=0, atol=1e-9)
-            torch.testing.assert_close(three, one, rtol=0, atol=1e-9)
-        assert torch.equal(again[2], truncated[-1])
-    assert expected[1].any()
-    for env in (stepped, replayed):
-        for one, two in zip(plain.account.tensors(), env.account.tensors(), strict=True):
-            torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
-
-
 class RandomModel(torch.nn.Module):
     """A causal network with random weights, and a head on its output and the account's observations."""
 
@@ -480,4 +433,4 @@ def test_an_environment_keeps_under_two_hundred_bytes():
         play_segment(env, seed=segment)
     kept, segment = env.bytes_per_environment()
     assert 100 < kept < 200
-    assert segment == (HORIZON + 2) * 5 * 8 + 2 * HORIZON
+    assert segment == (HORIZON + 2) * 5 * 8 + HORIZON

@@ -1,10 +1,14 @@
-"""A compiled trunk is the same trunk, and a compiler that fails is told and done without."""
+"""What is compiled does the same, and a compiler that fails is told and done without."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 
+from envs import compiled
+from tests.envs.markets import env_of, mixed_market
 from tests.training.rollouts import (
     ALONE,
     CONTEXT,
@@ -14,7 +18,8 @@ from tests.training.rollouts import (
     small_learner,
     small_policy,
 )
-from training.compilation import compile_trunk
+from tests.training.test_rollout import policy_for, rollout_of
+from training.compilation import compile_accounts, compile_trunk
 
 
 @pytest.mark.slow
@@ -32,16 +37,59 @@ def test_a_compiled_trunk_gives_the_same_update() -> None:
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_compiler_the_trunk_is_left_as_it_was_and_the_reason_is_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def without_compiler() -> AbstractContextManager[None]:
     torch._dynamo.reset()
+    return torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+
+
+def test_without_a_compiler_the_trunk_is_left_as_it_was_and_the_reason_is_told() -> None:
     policy = small_policy()
     bars = torch.randn(2, CONTEXT + HORIZON, FEATURES)
     before = policy.encode(bars, HORIZON)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with without_compiler():
         reason = compile_trunk(policy, 2, CONTEXT, HORIZON, ALONE)
     assert "ompiler" in reason and "\n" not in reason
     assert torch.equal(policy.encode(bars, HORIZON), before)
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.slow
+def test_a_rollout_of_compiled_accounts_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "UNROLLED_DECISIONS", 2)  # quicker to compile
+    market = mixed_market()
+    plain, quick = (env_of(market, volume_slippage=0.02, flat_before_close=3) for _ in range(2))
+    policy = policy_for(quick)
+    before = quick.generator.get_state()
+    assert compile_trunk(policy, 2, quick.config.context_bars, quick.config.horizon, ALONE) == ""
+    assert compile_accounts(quick, policy, ALONE) == ""
+    assert quick.compiled and torch.equal(quick.generator.get_state(), before)
+    for _ in range(3):
+        expected = rollout_of(plain, policy, chunk=2, hindsight=True)
+        rollout = rollout_of(quick, policy, chunk=2, hindsight=True)
+        for name, value in expected.state_dict().items():
+            if name != "hindsight":
+                torch.testing.assert_close(getattr(rollout, name), value, rtol=1e-4, atol=1e-5)
+        assert rollout.hindsight is not None and expected.hindsight is not None
+        torch.testing.assert_close(rollout.hindsight.growth, expected.hindsight.growth, rtol=1e-4, atol=1e-5)
+    assert len(expected.actions.unique()) == 3
+
+
+def test_without_a_compiler_accounts_are_stepped_one_by_one_and_the_reason_is_told() -> None:
+    env = env_of(mixed_market(), num_envs=4)
+    with without_compiler():
+        reason = compile_accounts(env, policy_for(env), ALONE)
+    assert reason.startswith("accounts are stepped one by one: ") and "ompiler" in reason
+    assert not env.compiled and "\n" not in reason
+
+
+@pytest.mark.slow
+def test_the_rehearsal_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "UNROLLED_DECISIONS", 2)
+    env = env_of(mixed_market())
+    policy = policy_for(env)
+    assert compile_trunk(policy, 2, env.config.context_bars, env.config.horizon, ALONE) == ""
+    assert compile_accounts(env, policy, ALONE) == ""
+    learner = small_learner(policy, micro=2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            learner.update(rollout_of(env, policy, chunk=2, hindsight=True), run_fraction=0.0)
