@@ -19,13 +19,14 @@ from envs.env_config import EnvConfig
 from models.linear import Linear
 from models.transformer import TransformerConfig
 from tests.training.reencoding import WindowLearner, collect_by_windows
-from training.compilation import compile_trunk
+from training.compilation import compile_accounts, compile_trunk
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
 from training.ppo import PPOConfig
 from training.session import Session, SessionConfig
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
+MICRO_BATCH = 16  # segments
 
 
 class WindowMLP(nn.Module):
@@ -45,13 +46,11 @@ class WindowMLP(nn.Module):
     def forward(self, bars: Tensor, num_last: int) -> Tensor:
         """(B, S, F) -> (B, num_last, D)."""
         seen = bars[:, bars.shape[1] + 1 - num_last - s.CONTEXT :, : self.num_features]
-        windows = seen.unfold(1, s.CONTEXT, 1).transpose(2, 3).flatten(2)
+        windows = seen.flatten(1).unfold(1, self.window.in_features, self.num_features).contiguous()
         return torch.tanh(self.second(torch.tanh(self.window(windows))))
 
 
-def make_session(
-    advantages: str = "gae", compiled: bool = False, horizon: int = s.HORIZON, micro_batch: int = 16
-) -> Session:
+def make_session(advantages: str = "gae", horizon: int = s.HORIZON) -> Session:
     market = market_of(60_000, 32, "cpu", horizon)
     env = EnvConfig(
         num_envs=s.NUM_ENVS,
@@ -67,7 +66,7 @@ def make_session(
         ppo=ppo,
         update_passes=s.PASSES,
         minibatch_segments=s.MINIBATCH // horizon,
-        micro_batch_segments=micro_batch,
+        micro_batch_segments=MICRO_BATCH,
         learning_rate=s.LEARNING_RATE,
         warmup_steps=1,
         final_learning_rate_fraction=1.0,
@@ -75,15 +74,18 @@ def make_session(
         max_grad_norm=s.MAX_GRAD_NORM,
     )
     config = SessionConfig(env, learner, s.WIDTH, s.LAYERS, s.HEADS, bf16=False, seed=0)
-    session = Session(market, config, RANKS, saved=None)
-    # As a session does that was given a plan of its memory.
-    reason = compile_trunk(session.policy, micro_batch, s.CONTEXT, horizon, RANKS) if compiled else ""
-    if reason:
-        raise SystemExit(f"not compiled: {reason}")
-    return session
+    return Session(market, config, RANKS, saved=None)
 
 
-def production(session: Session) -> s.Contender:
+def production(session: Session, compiled: bool) -> s.Contender:
+    if compiled:  # as a session does that was given a plan of its memory
+        sizes = MICRO_BATCH, s.CONTEXT, s.HORIZON
+        reason = compile_trunk(session.policy, *sizes, RANKS) or compile_accounts(
+            session.env, session.policy, RANKS
+        )
+        if reason:
+            raise SystemExit(f"not compiled: {reason}")
+
     def iterate() -> tuple[float, float]:
         start = time.perf_counter()
         rollout = session.collect(1.0)
@@ -96,15 +98,15 @@ def production(session: Session) -> s.Contender:
     )
 
 
-def transformer(**given: object) -> s.Contender:
-    return production(make_session(**given))
+def transformer(advantages: str = "gae", compiled: bool = False) -> s.Contender:
+    return production(make_session(advantages), compiled)
 
 
-def mlp(num_features: int) -> s.Contender:
+def mlp(num_features: int, compiled: bool = False) -> s.Contender:
     session = make_session()
     session.policy.trunk = WindowMLP(session.policy.trunk.config, num_features)
     session.learner = Learner(session.policy, session.config.learner, RANKS, seed=0)
-    return production(session)
+    return production(session, compiled)
 
 
 def encoded_anew() -> s.Contender:
@@ -129,8 +131,11 @@ if __name__ == "__main__":
             "transformer": transformer,
             "compiled": partial(transformer, compiled=True),
             "hindsight": partial(transformer, advantages="hindsight"),
+            "hindsight-compiled": partial(transformer, advantages="hindsight", compiled=True),
             "mlp": partial(mlp, s.FEATURES),
+            "mlp-compiled": partial(mlp, s.FEATURES, compiled=True),
             "mlp-few": partial(mlp, s.FEW_FEATURES),
+            "mlp-few-compiled": partial(mlp, s.FEW_FEATURES, compiled=True),
             "encoded-anew": encoded_anew,
         }
     )
