@@ -43,6 +43,7 @@ GOALS = (
     ("stepped", "gym-anytrading", 25.0),
     ("stepped", "ElegantRL", 5.0),
     ("compiled", "ElegantRL", 5.0),
+    ("played", "ElegantRL", 5.0),
     ("replayed", "ElegantRL", 20.0),
 )
 Round = Callable[[float], tuple[int, float, float]]  # seconds -> steps, seconds and CPU seconds it took
@@ -65,7 +66,7 @@ def market_of(num_bars: int, num_symbols: int, device: str, horizon: int = HORIZ
 def ours(market: Market, num_envs: int, device: str, way: str = "stepped", **costs: float) -> Round:
     """Return rounds of whole segments with given random actions."""
     config = EnvConfig(num_envs=num_envs, **costs)
-    env = TradingEnv(market, config, device, seed=0, compiled=way == "compiled")
+    env = TradingEnv(market, config, device, seed=0, compiled=way in ("compiled", "played"))
     actions = torch.randint(0, 3, (HORIZON, num_envs), device=device)
 
     def segment() -> None:
@@ -73,6 +74,9 @@ def ours(market: Market, num_envs: int, device: str, way: str = "stepped", **cos
             env.replay(actions)
             return
         env.begin_segment()
+        if way == "played":  # as a rollout does: asked at every step, with the observations of that step
+            env.play(lambda observations, action: (action,), actions)
+            return
         for action in actions:
             env.account_observations()
             env.step(action)
@@ -117,6 +121,7 @@ def contenders(device: str) -> dict[str, Round]:
         "ours stepped, 512 envs": ours(many, 512, device, **EVERY_COST),
         "ours stepped, 512 envs, plain costs": ours(many, 512, device),
         "ours compiled, 512 envs": ours(many, 512, device, "compiled", **EVERY_COST),
+        "ours played, 512 envs": ours(many, 512, device, "played", **EVERY_COST),
         "ours replayed, 512 envs": ours(many, 512, device, "replayed", **EVERY_COST),
         "ours stepped, 4,096 envs": ours(many, 4_096, device, **EVERY_COST),
         "ours compiled, 4,096 envs": ours(many, 4_096, device, "compiled", **EVERY_COST),

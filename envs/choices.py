@@ -23,7 +23,7 @@ def growth_of_every_choice(
     The same ledger as ``TradingEnv.step``, from exactly the held target and without ruin.
 
     Args:
-        fills: of ``TradingEnv.fills_ahead``, (N, H) each.
+        fills: of ``Segment.fills_ahead``, (N, H) each.
         positions: the K targets, as fractions of equity.
         log_equity: (N, H) before each fill, in start equities: the same share of a larger account is a larger
             order, which matters where orders have an impact.

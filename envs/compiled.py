@@ -79,10 +79,11 @@ class CompiledSteps:
             (H, N) log returns, float32.
         """
         parts = []
-        for first, targets in _pieces(wanted, UNROLLED):
+        for number, targets in enumerate(wanted.split(UNROLLED)):
             whole = by_compiler and len(targets) == UNROLLED
             run = _compiled(_steps, self._device) if whole else _steps
-            parts.append(run(*self._account, targets, self._quotes(first, len(targets)), *self._terms))
+            quotes = self._quotes(number * UNROLLED, len(targets))
+            parts.append(run(*self._account, targets, quotes, *self._terms))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -97,22 +98,22 @@ class CompiledSteps:
             observed: (N, A), at the first decision.
 
         Returns:
-            The observations after the last step, (N, A); and (H, N, ...) each: observations, alive, log equity,
-            rewards, ruined, and what ``decide`` told.
+            The observations after the last step, (N, A); and observations, (H, A, N), log equity and rewards,
+            (H, N), and what ``decide`` told, (H, N, ...) each.
         """
         segment, parts = self._segment, []
-        for first, held in _pieces(segment.held, UNROLLED_DECISIONS):
-            whole = len(held) == UNROLLED_DECISIONS
-            run = _compiled(_decisions, self._device) if whole else _decisions
-            rows = slice(first, first + len(held))
+        horizon = len(segment.held)
+        for first in range(0, horizon, UNROLLED_DECISIONS):
+            length = min(UNROLLED_DECISIONS, horizon - first)
+            run = _compiled(_decisions, self._device) if length == UNROLLED_DECISIONS else _decisions
+            rows = slice(first, first + length)
             observed, columns = run(
                 decide,
                 tuple(each[rows] for each in given),
                 observed,
                 *self._account,
-                self._quotes(first, len(held)),
+                self._quotes(first, length),
                 None if segment.allowed is None else segment.allowed[rows],
-                held,
                 *self._terms,
             )
             parts.append(columns)
@@ -121,10 +122,6 @@ class CompiledSteps:
     def _quotes(self, first: int, length: int) -> Tensor:
         # (5, length + 2, N): of the newest closed bar, and of those that the decisions need beyond it.
         return self._segment.quotes[:, first : first + length + 2]
-
-
-def _pieces(rows: Tensor, length: int) -> list[tuple[int, Tensor]]:
-    return [(number * length, part) for number, part in enumerate(rows.split(length))]
 
 
 @torch.no_grad()
@@ -183,24 +180,25 @@ def _decisions(
     alive: Tensor,
     quotes: Tensor,
     allowed: Tensor | None,
-    counted: Tensor,
     shared: tuple[Tensor, ...],
     rules: dict[str, Any],
 ) -> tuple[Tensor, list[Tensor]]:
     in_cash, targets, played, flows, base_rate, *constants = shared
     now, lived, sums = AccountState.of(amounts, alive), played, flows.unbind()
     rows = []
-    for t in range(len(counted)):
-        known = observed, now.alive, now.log_equity
+    for t in range(len(quotes[0]) - 2):
+        # Account by account, as they lie in memory; and nothing of type bool, see ``_steps``.
+        known = observed.t().contiguous(), now.log_equity
         told = decide(observed, *(each[t] for each in given))
         action = torch.where(now.alive if allowed is None else now.alive & allowed[t], told[0], in_cash)
-        lived = lived + now.alive
+        lived = torch.where(now.alive, lived + 1, lived)
         now, fill = _advance(now, targets[action], quotes, t, rules)
         sums = _added(sums, _done(fill, now))
         observed = observe(now, quotes[1, t + 1], lived, base_rate, tuple(constants))
-        rows.append((action.to(counted.dtype), *known, fill.log_return.float(), fill.ruined, *told))
-    held, *columns = (torch.stack(column) for column in zip(*rows, strict=True))
-    counted.copy_(held)
+        rows.append((*known, fill.log_return.float(), *told))
+    columns = [
+        torch.stack(column) for column in zip(*rows, strict=True)
+    ]  # before the account changes under them
     played.copy_(lived)
     flows.copy_(torch.stack(sums))
     _write(now, amounts, alive)

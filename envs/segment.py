@@ -5,7 +5,6 @@ Shapes: N = environments, H = horizon.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,12 +27,6 @@ class Played(NamedTuple):
     terminated: Tensor  # (H, N) bool
     truncated: Tensor  # (N,) bool, at the last decision
     told: tuple[Tensor, ...]  # (H, N, ...) each, by what decided; the first are the actions
-
-    @classmethod
-    def of(cls, columns: Sequence[Tensor], truncated: Tensor) -> Played:
-        """Put it together; ``columns`` are in the order of the fields, but for ``truncated``."""
-        observations, alive, log_equity, rewards, terminated, *told = columns
-        return cls(observations, alive, log_equity, rewards, terminated, truncated, tuple(told))
 
 
 class Segment:
@@ -98,6 +91,19 @@ class Segment:
         allowed = 0 if self.allowed is None else self.allowed.nbytes
         return self.quotes.nbytes + allowed + self.held.nbytes
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return price (H + 1, N), cost rate, borrow cost and impact (H, N)."""
-        return self.price, self.cost_rate, self.borrow, self.impact
+    def fills_ahead(self) -> dict[str, Tensor]:
+        """Return what the H fills will meet, (N, H) each, in the words of ``account.advance``.
+
+        The market does not react, so this is known once the segment has begun; it is for valuing decisions
+        afterwards, never for making them.
+        """
+        fills = {
+            "price": self.price[:-1],
+            "next_price": self.price[1:],
+            "cost_rate": self.cost_rate,
+            "borrow": self.borrow,
+        }
+        if self.impact is not None:
+            fills |= {"impact": self.impact, "impact_limit": self.impact_limit.expand_as(self.impact)}
+        # Copies: the segment's memory is used again for the next one.
+        return {name: values.t().contiguous() for name, values in fills.items()}

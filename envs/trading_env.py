@@ -246,24 +246,6 @@ class TradingEnv:
         close = self.segment.closes[self._step]
         return observe(self.account, close, self._played, self._cost_rate, self._constants)
 
-    def fills_ahead(self) -> dict[str, Tensor]:
-        """Return what the segment's H fills will meet, (N, H) each, in the words of ``account.advance``.
-
-        To be called between ``begin_segment`` and the first step. The market does not react, so this is known
-        once the segment's bars are; it is for valuing decisions afterwards, never for making them.
-        """
-        price, cost_rate, borrow, impact = self.segment.tensors()
-        fills = {
-            "price": price[:-1],
-            "next_price": price[1:],
-            "cost_rate": cost_rate,
-            "borrow": borrow,
-        }
-        if impact is not None:
-            fills |= {"impact": impact, "impact_limit": self.segment.impact_limit.expand_as(impact)}
-        # Copies: the segment's memory is used again for the next one.
-        return {name: values.t().contiguous() for name, values in fills.items()}
-
     def play(self, decide: Decide, *given: Tensor) -> Played:
         """Play the segment that has begun to its end; in few calls, where steps are compiled.
 
@@ -278,16 +260,21 @@ class TradingEnv:
         if self._step:
             raise RuntimeError(f"{self._step} steps of the segment are taken: call begin_segment()")
         if self.compiled:
+            before = self._played.clone(), self.alive.clone()
             self._observed, columns = self._steps.play(decide, given, self.account_observations())
-            self._step = self.config.horizon
-            return Played.of(columns, self._end_segment())
+            by_account, log_equity, rewards, *told = columns
+            alive, terminated, truncated = self._played_to_the_end(told[0], *before)
+            known = by_account.transpose(1, 2), alive, log_equity
+            return Played(*known, rewards, terminated, truncated, tuple(told))
         rows = []
         for t in range(self.config.horizon):
             known = self.account_observations(), self.alive.clone(), self.account.log_equity.clone()
-            told = decide(known[0], *(each[t] for each in given))
-            rewards, terminated, truncated = self.step(told[0])
-            rows.append((*known, rewards, terminated, *told))
-        return Played.of([torch.stack(column) for column in zip(*rows, strict=True)], truncated)
+            decided = decide(known[0], *(each[t] for each in given))
+            rewards, terminated, truncated = self.step(decided[0])
+            rows.append((*known, rewards, terminated, *decided))
+        played = [torch.stack(column) for column in zip(*rows, strict=True)]
+        observations, alive, log_equity, rewards, terminated, *told = played
+        return Played(observations, alive, log_equity, rewards, terminated, truncated, tuple(told))
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fill one decision per environment and go to the next bar.
@@ -365,19 +352,26 @@ class TradingEnv:
                 f"actions must have shape {shape} (horizon, num_envs), was {tuple(actions.shape)}"
             )
         self._begin()
-        segment = self.segment
-        if segment.allowed is not None:
-            actions = torch.where(segment.allowed, actions, self._in_cash)
-        account, before = self._kept, self._played.clone()
-        were_alive = account.alive.clone()
+        if self.segment.allowed is not None:
+            actions = torch.where(self.segment.allowed, actions, self._in_cash)
+        before = self._played.clone(), self.alive.clone()
         targets = self._targets.index_select(0, actions.reshape(-1)).view(shape)
-        log_return = self._steps.replay(targets, by_compiler)
-        decision = torch.arange(1, len(actions) + 1, device=self.device, dtype=self.dtype)[:, None]
-        last = self._played - before
-        segment.held.copy_(torch.where(decision <= last, actions, self._in_cash))
-        ruined = (decision == last) & (were_alive & ~account.alive)
+        rewards = self._steps.replay(targets, by_compiler)
+        _, terminated, truncated = self._played_to_the_end(actions, *before)
+        return rewards, terminated, truncated
+
+    def _played_to_the_end(
+        self, actions: Tensor, played: Tensor, were_alive: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Who was alive at which decision and ruined by which, (H, N), follows from how many decisions counted.
+        decision = torch.arange(len(actions), device=self.device, dtype=self.dtype)[:, None]
+        number = self._played - played
+        alive = decision < number
+        counts = alive if self.segment.allowed is None else alive & self.segment.allowed
+        self.segment.held.copy_(torch.where(counts, actions, self._in_cash))
+        terminated = (decision == number - 1) & (were_alive & ~self._kept.alive)
         self._step = self.config.horizon
-        return log_return, ruined, self._end_segment()
+        return alive, terminated, self._end_segment()
 
     def _end_segment(self) -> Tensor:
         # Decides which episodes end here, adds up their statistics, and returns which ones were truncated.

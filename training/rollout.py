@@ -103,7 +103,7 @@ def collect(
         beat()
         parts.append(policy.encode(part, horizon + 1))
     projected = torch.cat(parts)
-    fills = env.fills_ahead() if hindsight else None
+    fills = env.segment.fills_ahead() if hindsight else None
 
     # Gumbel noise of all decisions in one draw.
     shape = (config.num_envs, horizon, len(config.positions))

@@ -112,7 +112,7 @@ def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, .
     env = env_of(market_of(bars), positions=positions, **costs)
     env.begin_segment()
     places = torch.searchsorted(env.market.open_time, env.state_dict()["open_time"])
-    growth = growth_of_every_choice(env.fills_ahead(), positions, torch.zeros(()))
+    growth = growth_of_every_choice(env.segment.fills_ahead(), positions, torch.zeros(()))
     held_targets = positions if 0.0 in positions else (*positions, 0.0)
     assert growth.shape == (env.config.num_envs, HORIZON, len(held_targets), len(positions))
     rate = (env.config.stock_fee_bps + env.config.slippage_bps) / 1e4
@@ -187,7 +187,7 @@ def test_with_impact_what_a_fresh_account_chooses_grows_as_it_is_rewarded(
             one.restart(seed=chosen)
             one.begin_segment()
             if one is env:
-                growth = growth_of_every_choice(one.fills_ahead(), positions, torch.zeros(()))
+                growth = growth_of_every_choice(one.segment.fills_ahead(), positions, torch.zeros(()))
             rewards.append(one.step(torch.full((16,), chosen))[0])
             for _ in range(HORIZON - 1):
                 one.step(torch.full((16,), chosen))
