@@ -368,7 +368,7 @@ class TradingEnv:
         number = self._played - played
         alive = decision < number
         counts = alive if self.segment.allowed is None else alive & self.segment.allowed
-        self.segment.held.copy_(torch.where(counts, actions, self._in_cash))
+        self.segment.held.copy_(actions).masked_fill_(~counts, self.statistics.cash_index)
         terminated = (decision == number - 1) & (were_alive & ~self._kept.alive)
         self._step = self.config.horizon
         return alive, terminated, self._end_segment()
