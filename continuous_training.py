@@ -114,9 +114,7 @@ class Settings:
     num_layers: int = 12  # transformer blocks
     num_heads: int = 32  # attention heads
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 on GPUs, else fp32
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # compile the transformer and what accounts do; auto: on GPUs
-    )
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the model and the accounts; auto: on GPUs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each GPU holds the whole model; fsdp: a share, for larger ones
     # --- optimisation -------------------------------------------------------------------------------------
     batch_size: int = 65_536  # transitions per optimizer step over all GPUs

@@ -1,0 +1,161 @@
+"""Where an epoch's time goes, how much of the device it uses, and whether the memory plan was right.
+
+    python benchmarks/epoch.py                                   # the full preset
+    python benchmarks/epoch.py --preset small --compile on       # any setting of a training, by its flag
+    torchrun --nproc-per-node 2 benchmarks/epoch.py --parallel fsdp
+
+The production session on a market of 32 random walks: rollouts and updates as a training calls them, nothing else.
+Times are taken on the device's own timeline (CUDA events), so nothing waits that would not wait in a training;
+told are rank 0's medians over epochs, after one that is not counted.
+
+The rollout's trunk and the forward and backward of the update are matrix work; all else is what a trainer had
+better do without. The account loop is ``env.play``: the head's decisions and the accounts' steps. MFU counts the
+trunk's operations (``Trunk.forward_flops``), beside a square product of this run, and beside the data sheet's peak
+where the device is known.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.env_throughput import random_walk
+from continuous_training import PRESETS, Settings
+from envs.market import Market
+from training import distributed
+from training.assembly import memory_plan, session_config
+from training.cli import command_from
+from training.session import Session
+from training.timing import Stopwatch, matmul_rate
+
+# Dense bf16 operations per second by the vendor's data sheet: NVIDIA A100 (2021-06), H100 and H200 (2024-11).
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+EPOCHS_OF_A_RUN = 200
+
+
+class Spans:
+    """Marks the begin and end of calls on the device's timeline."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.watches: dict[str, list[Stopwatch]] = {}
+
+    def watch(self, owner: object, method: str, name: str) -> None:
+        """Have all calls of a method measured."""
+        original: Callable[..., Any] = getattr(owner, method)
+
+        def measured(*arguments: Any, **named: Any) -> Any:
+            watch = Stopwatch(self.device)
+            result = original(*arguments, **named)
+            watch.mark()
+            self.watches.setdefault(name, []).append(watch)
+            return result
+
+        setattr(owner, method, measured)
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds of each since the last call, and start anew."""
+        seconds = {name: sum(sum(one.seconds()) for one in watches) for name, watches in self.watches.items()}
+        self.watches.clear()
+        return seconds
+
+
+def measure(
+    settings: Settings,
+    measured_epochs: Annotated[int, typer.Option(help="epochs that are measured, after one that is not")] = 5,
+) -> None:
+    """Train some epochs and tell where the time went."""
+    with distributed.start() as ranks:
+        bars = [random_walk(f"S{number:03}", 60_000, number) for number in range(32)]
+        market = Market.from_bars(
+            bars,
+            device=ranks.device,
+            holdout_start_ns=2**62,
+            context_bars=settings.context_bars,
+            horizon=settings.horizon,
+        )
+        memory, _ = memory_plan(settings, market.num_bytes, ranks)
+        began = time.perf_counter()
+        session = Session(market, session_config(settings, memory, ranks), ranks, saved=None)
+        prepared = time.perf_counter() - began
+        spans = Spans(ranks.device)
+        spans.watch(session, "collect", "rollout")
+        spans.watch(session, "update", "update")
+        spans.watch(session.env, "begin_segment", "new bars")
+        spans.watch(session.env, "play", "account loop")
+        spans.watch(session.learner, "_targets", "advantages")
+        spans.watch(session.learner, "_apply_gradients", "optimizer")
+        epochs = []
+        for number in range(measured_epochs + 1):
+            rollout = session.collect(1.0)
+            session.update(rollout, number / EPOCHS_OF_A_RUN, lambda: False)
+            epochs.append(spans.take())
+        if ranks.is_first:
+            report(settings, session, epochs[1:], prepared)
+
+
+def report(
+    settings: Settings, session: Session, epochs: Sequence[Mapping[str, float]], prepared: float
+) -> None:
+    """Print the table and what follows from it."""
+    ranks, trunk, config = session.ranks, session.policy.trunk, session.config
+    seconds = {name: statistics.median(epoch[name] for epoch in epochs) for name in epochs[0]}
+    total = seconds["rollout"] + seconds["update"]
+    parts = {
+        "rollout: trunk": seconds["rollout"] - seconds["new bars"] - seconds["account loop"],
+        "rollout: account loop": seconds["account loop"],
+        "rollout: new bars": seconds["new bars"],
+        "update: forward and backward": seconds["update"] - seconds["advantages"] - seconds["optimizer"],
+        "update: advantages": seconds["advantages"],
+        "update: optimizer": seconds["optimizer"],
+    }
+    is_cuda, micro_batch = ranks.device.type == "cuda", config.learner.micro_batch_segments
+    name = torch.cuda.get_device_name(ranks.device) if is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{ranks.world_size} x {name}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}; {len(epochs)} "
+        f"epochs; {session.policy.num_parameters():,} parameters, trunk in {'bf16' if config.bf16 else 'fp32'}, "
+        f"{settings.envs_per_gpu} accounts per device, {micro_batch} segments per micro-batch, "
+        f"compiled: {session.not_compiled or 'yes'}; prepared in {prepared:.0f} s\n"
+    )
+    print("| part of an epoch | seconds | share |\n|---|---|---|")
+    for part, spent in parts.items():
+        print(f"| {part} | {spent:.4g} | {spent / total:.1%} |")
+    matrix_work = parts["rollout: trunk"] + parts["update: forward and backward"]
+    transitions = settings.envs_per_gpu * settings.horizon * ranks.world_size
+    segments = settings.envs_per_gpu * config.learner.update_passes
+    flops = 3 * segments * trunk.forward_flops(settings.context_bars + settings.horizon, settings.horizon)
+    rate = flops / seconds["update"]
+    product = matmul_rate(ranks.device, torch.bfloat16 if config.bf16 else torch.float32)
+    figures = {
+        "transitions per second": f"{transitions / total:,.0f}",
+        "rollout, share of the epoch": f"{seconds['rollout'] / total:.1%}",
+        "neither the rollout's trunk nor forward and backward": f"{1 - matrix_work / total:.1%}",
+        "update, share of a square product's rate": f"{rate / product:.1%}",
+        f"a run of {EPOCHS_OF_A_RUN} epochs, hours": f"{EPOCHS_OF_A_RUN * total / 3_600:.2f}",
+    }
+    for device, peak in PEAKS.items():
+        if is_cuda and device in name and config.bf16:
+            figures["update, MFU by the data sheet"] = f"{rate / peak:.1%}"
+    if is_cuda and session.memory:
+        peak_memory = torch.cuda.max_memory_allocated(ranks.device)
+        figures["memory, planned GiB"] = f"{session.memory.needed_bytes / 2**30:.1f}"
+        figures["memory, measured peak GiB"] = f"{peak_memory / 2**30:.1f}"
+    print("\n| figure | is |\n|---|---|")
+    for told, value in figures.items():
+        print(f"| {told} | {value} |")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command_from(Settings, PRESETS, measure))
+    app()
