@@ -14,12 +14,14 @@ from data_sources.bars import MINUTE_NS
 from data_sources.sessions import expected_minutes
 from envs.account_reference import ReferenceAccount
 from envs.foresight import changed_after
+from envs.market import Market
 from envs.sessions import minutes_left
-from envs.trading_env import EnvConfig
+from envs.trading_env import EnvConfig, TradingEnv
 from tests.envs.markets import (
     CONTEXT,
     FREE,
     HORIZON,
+    NEVER,
     constant,
     env_of,
     market_of,
@@ -383,15 +385,11 @@ def test_a_market_of_other_sizes_is_refused():
 
 @pytest.mark.gpu
 def test_a_rollout_never_waits_for_the_device():
-    market = market_of(walk(num_bars=2_000), walk("BBB", 900, "stock", seed=1))
-    config = EnvConfig(num_envs=64, context_bars=CONTEXT, horizon=HORIZON, episode_bars=2 * HORIZON)
-    from envs.market import Market
-    from envs.trading_env import TradingEnv
-
-    bars = [walk(num_bars=2_000)]
+    bars = [walk(num_bars=2_000), walk("BBB", 900, "stock", seed=1)]
     market = Market.from_bars(
-        bars, device="cuda", holdout_start_ns=2**62, context_bars=CONTEXT, horizon=HORIZON
+        bars, device="cuda", holdout_start_ns=NEVER, context_bars=CONTEXT, horizon=HORIZON
     )
+    config = EnvConfig(num_envs=64, context_bars=CONTEXT, horizon=HORIZON, episode_bars=2 * HORIZON)
     env = TradingEnv(market, config, "cuda", 0)
     actions = torch.randint(0, 3, (HORIZON, 64), device="cuda")
     torch.cuda.set_sync_debug_mode("error")

@@ -12,6 +12,8 @@ from models.transformer import TransformerConfig
 from tests.envs.markets import CONTEXT, HORIZON, NEVER, env_of, market_of, walk
 from tests.training.reencoding import WindowLearner, collect_by_windows
 from tests.training.rollouts import ALONE, small_learner
+from training.compilation import compile_accounts, compile_trunk
+from training.distributed import Ranks
 from training.rollout import Rollout, collect
 
 
@@ -168,9 +170,8 @@ def test_after_a_ruin_nothing_counts() -> None:
 
 
 @pytest.mark.gpu
-def test_rollout_and_update_never_wait_for_the_gpu() -> None:
-    from training.distributed import Ranks
-
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool) -> None:
     device = torch.device("cuda", 0)
     bars = [walk(num_bars=2_000)]
     market = Market.from_bars(
@@ -179,7 +180,11 @@ def test_rollout_and_update_never_wait_for_the_gpu() -> None:
     config = EnvConfig(num_envs=64, context_bars=CONTEXT, horizon=HORIZON, episode_bars=2 * HORIZON)
     env = TradingEnv(market, config, device, seed=0)
     policy = policy_for(env, bf16=True).to(device)
-    learner = small_learner(policy, Ranks(0, 1, device), minibatch=32, micro=16)
+    ranks = Ranks(0, 1, device)
+    if compiled:
+        assert compile_trunk(policy, 16, CONTEXT, HORIZON, ranks) == ""
+        assert compile_accounts(env, policy, ranks) == ""
+    learner = small_learner(policy, ranks, minibatch=32, micro=16)
     generator = torch.Generator(device).manual_seed(0)
     learner.update(collect(env, policy, generator, 16), 0.0)  # allocations and lazy set-up happen here
     torch.cuda.set_sync_debug_mode("error")
