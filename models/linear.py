@@ -50,7 +50,9 @@ class _Product(torch.autograd.Function):
         of_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_x, None
-        return of_x, product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
+        left, right = gradient.flatten(0, -2).t(), x.flatten(0, -2).t()
+        # oneDNN copies the left one to turn it: that had better be the narrow one.
+        return of_x, product(left, right) if len(left) <= len(right) else product(right, left).t()
 
 
 class Linear(nn.Linear):
