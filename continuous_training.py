@@ -362,7 +362,7 @@ def new_session(
     elif memory.memory_bytes:
         console.line(f"GPU memory: {memory}")
     if config.compile and session.not_compiled:
-        console.warning(f"trains without compiling, somewhat slower: {session.not_compiled}")
+        console.warning(f"not all is compiled, so training is somewhat slower: {session.not_compiled}")
     step = config.learner.minibatch_segments * settings.horizon * ranks.world_size
     precision = "bf16" if config.bf16 else "fp32"
     console.line(

@@ -8,10 +8,10 @@ The production session on a market of 32 random walks: rollouts and updates as a
 Times are taken on the device's own timeline (CUDA events), so nothing waits that would not wait in a training;
 told are rank 0's medians over epochs, after one that is not counted.
 
-The rollout's trunk and the forward and backward of the update are matrix work; all else is what a trainer had
-better do without. The account loop is ``env.play``: the head's decisions and the accounts' steps. MFU counts the
-trunk's operations (``Trunk.forward_flops``), beside a square product of this run, and beside the data sheet's peak
-where the device is known.
+The rollout's trunk and the forward and backward of the update (its losses included) are matrix work; all else is
+what a trainer had better do without. The account loop is ``env.play``: the head's decisions and the accounts'
+steps. MFU counts the trunk's operations (``Trunk.forward_flops``), beside a square product of this run, and
+beside the data sheet's peak where the device is known.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ from training.cli import command_from
 from training.session import Session
 from training.timing import Stopwatch, matmul_rate
 
-# Dense bf16 operations per second by the vendor's data sheet: NVIDIA A100 (2021-06), H100 and H200 (2024-11).
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# Dense bf16 operations per second by NVIDIA's data sheets (A100: 2021-06, H100 and H200: 2024-11), by name:
+# devices of other forms have other clocks.
+PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
 EPOCHS_OF_A_RUN = 200
 
 
@@ -91,6 +97,7 @@ def measure(
         spans = Spans(ranks.device)
         spans.watch(session, "collect", "rollout")
         spans.watch(session, "update", "update")
+        spans.watch(session.policy, "encode", "trunk")
         spans.watch(session.env, "begin_segment", "new bars")
         spans.watch(session.env, "play", "account loop")
         spans.watch(session.learner, "_targets", "advantages")
@@ -98,8 +105,9 @@ def measure(
         epochs = []
         for number in range(measured_epochs + 1):
             rollout = session.collect(1.0)
+            spent = spans.take()
             session.update(rollout, number / EPOCHS_OF_A_RUN, lambda: False)
-            epochs.append(spans.take())
+            epochs.append(spans.take() | spent)
         if ranks.is_first:
             report(settings, session, epochs[1:], prepared)
 
@@ -112,9 +120,11 @@ def report(
     seconds = {name: statistics.median(epoch[name] for epoch in epochs) for name in epochs[0]}
     total = seconds["rollout"] + seconds["update"]
     parts = {
-        "rollout: trunk": seconds["rollout"] - seconds["new bars"] - seconds["account loop"],
+        "rollout: trunk": seconds["trunk"],
         "rollout: account loop": seconds["account loop"],
         "rollout: new bars": seconds["new bars"],
+        "rollout: hindsight and the rest": seconds["rollout"]
+        - sum(seconds[name] for name in ("trunk", "account loop", "new bars")),
         "update: forward and backward": seconds["update"] - seconds["advantages"] - seconds["optimizer"],
         "update: advantages": seconds["advantages"],
         "update: optimizer": seconds["optimizer"],
@@ -125,7 +135,7 @@ def report(
         f"{ranks.world_size} x {name}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}; {len(epochs)} "
         f"epochs; {session.policy.num_parameters():,} parameters, trunk in {'bf16' if config.bf16 else 'fp32'}, "
         f"{settings.envs_per_gpu} accounts per device, {micro_batch} segments per micro-batch, "
-        f"compiled: {session.not_compiled or 'yes'}; prepared in {prepared:.0f} s\n"
+        f"not compiled: {session.not_compiled or 'nothing'}; prepared in {prepared:.0f} s\n"
     )
     print("| part of an epoch | seconds | share |\n|---|---|---|")
     for part, spent in parts.items():
@@ -143,9 +153,8 @@ def report(
         "update, share of a square product's rate": f"{rate / product:.1%}",
         f"a run of {EPOCHS_OF_A_RUN} epochs, hours": f"{EPOCHS_OF_A_RUN * total / 3_600:.2f}",
     }
-    for device, peak in PEAKS.items():
-        if is_cuda and device in name and config.bf16:
-            figures["update, MFU by the data sheet"] = f"{rate / peak:.1%}"
+    if config.bf16 and name in PEAKS:
+        figures["update, MFU by the data sheet"] = f"{rate / PEAKS[name]:.1%}"
     if is_cuda and session.memory:
         peak_memory = torch.cuda.max_memory_allocated(ranks.device)
         figures["memory, planned GiB"] = f"{session.memory.needed_bytes / 2**30:.1f}"

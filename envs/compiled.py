@@ -13,11 +13,14 @@ from envs.account import AccountState, Fill, advance, observe
 from envs.segment import Segment
 
 # Of account observations (N, A) and whatever else it is given: actions (N,) int64, and what it tells beside them.
+# To be compiled it must be tensor operations alone, and hold no numbers that change from call to call.
 Decide = Callable[..., tuple[Tensor, ...]]
 # Steps of given actions in one compiled call: 16 take 15 seconds to compile, 32 twice as long, and gain a sixth.
 UNROLLED = 16
 # Decisions with their steps in one compiled call: by fours they take a fifth longer.
 UNROLLED_DECISIONS = 8
+# Every number of environments and every policy is a variant of its own, of which torch allows 8 in a process.
+MOST_VARIANTS = 64
 
 
 @cache
@@ -29,6 +32,8 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
         "max_fusion_size": 1_000_000,
         "cpp_wrapper": device == "cpu",  # the call is half of a step's time
     }
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MOST_VARIANTS)
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
@@ -196,9 +201,8 @@ def _decisions(
         sums = _added(sums, _done(fill, now))
         observed = observe(now, quotes[1, t + 1], lived, base_rate, tuple(constants))
         rows.append((*known, fill.log_return.float(), *told))
-    columns = [
-        torch.stack(column) for column in zip(*rows, strict=True)
-    ]  # before the account changes under them
+    # Before the account changes under what was known.
+    columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     played.copy_(lived)
     flows.copy_(torch.stack(sums))
     _write(now, amounts, alive)

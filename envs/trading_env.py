@@ -30,9 +30,9 @@ class TradingEnv:
     :class:`EnvConfig`; ``seed`` decides all places, so the same seed gives the same numbers on a device.
     ``compiled`` steps by torch.compile, quicker on a CPU after some ten seconds of compiling.
 
-    What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. The newest
-    step's log return, value traded, costs and borrow cost, in start equities, are ``done``, (4, N); ``account``
-    has the rest, and changes in place where steps are compiled.
+    What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. What
+    the newest ``step`` did, its log return, value traded, costs and borrow cost in start equities, is ``done``,
+    (4, N); ``account`` has the rest, and changes in place where steps are compiled.
 
     ## Action
 
@@ -154,7 +154,7 @@ class TradingEnv:
             "with_impact": self.segment.impact is not None,
             "impact_limit": self.segment.impact_limit,
         }
-        self._steps = CompiledSteps(self._amounts, alive, self.segment, shared, rules)
+        self._compiled_steps = CompiledSteps(self._amounts, alive, self.segment, shared, rules)
         self._attach(market)
 
     @property
@@ -246,12 +246,14 @@ class TradingEnv:
         close = self.segment.closes[self._step]
         return observe(self.account, close, self._played, self._cost_rate, self._constants)
 
+    @torch.no_grad()
     def play(self, decide: Decide, *given: Tensor) -> Played:
         """Play the segment that has begun to its end; in few calls, where steps are compiled.
 
         Args:
             decide: a function of the account observations, (N, A), and of what is given at that step, (N, ...);
-                the first tensor that it returns are the actions, (N,) int64.
+                the first tensor that it returns are the actions, (N,) int64. Where steps are compiled it is, too:
+                tensor operations alone, no numbers that change from call to call, and no look at this object.
             given: (H, N, ...) each.
 
         Raises:
@@ -261,7 +263,7 @@ class TradingEnv:
             raise RuntimeError(f"{self._step} steps of the segment are taken: call begin_segment()")
         if self.compiled:
             before = self._played.clone(), self.alive.clone()
-            self._observed, columns = self._steps.play(decide, given, self.account_observations())
+            self._observed, columns = self._compiled_steps.play(decide, given, self.account_observations())
             by_account, log_equity, rewards, *told = columns
             alive, terminated, truncated = self._played_to_the_end(told[0], *before)
             known = by_account.transpose(1, 2), alive, log_equity
@@ -290,22 +292,16 @@ class TradingEnv:
         Raises:
             RuntimeError: the segment is over.
         """
-        h = self._next()
+        h = self._step
+        if h >= self.config.horizon:
+            raise RuntimeError(f"all {h} steps of the segment are taken: call begin_segment()")
+        self._step += 1
         if self.compiled:
-            self.done, ruined, rewards, self._observed = self._steps.step(actions, h)
+            self.done, ruined, rewards, self._observed = self._compiled_steps.step(actions, h)
         else:
             ruined, rewards = self._fill(actions, h)
-        return rewards, ruined, self._truncated()
-
-    def _next(self) -> int:
-        # Returns the number of the step that is taken now.
-        if self._step >= self.config.horizon:
-            raise RuntimeError(f"all {self._step} steps of the segment are taken: call begin_segment()")
-        self._step += 1
-        return self._step - 1
-
-    def _truncated(self) -> Tensor:
-        return self._end_segment() if self._step == self.config.horizon else self._none
+        truncated = self._end_segment() if self._step == self.config.horizon else self._none
+        return rewards, ruined, truncated
 
     def _fill(self, actions: Tensor, h: int) -> tuple[Tensor, Tensor]:
         # Returns who is ruined, and the rewards.
@@ -356,7 +352,7 @@ class TradingEnv:
             actions = torch.where(self.segment.allowed, actions, self._in_cash)
         before = self._played.clone(), self.alive.clone()
         targets = self._targets.index_select(0, actions.reshape(-1)).view(shape)
-        rewards = self._steps.replay(targets, by_compiler)
+        rewards = self._compiled_steps.replay(targets, by_compiler)
         _, terminated, truncated = self._played_to_the_end(actions, *before)
         return rewards, terminated, truncated
 
@@ -375,7 +371,7 @@ class TradingEnv:
 
     def _end_segment(self) -> Tensor:
         # Decides which episodes end here, adds up their statistics, and returns which ones were truncated.
-        # The state moves back to where it was at the segment's begin, so a CUDA graph of all steps finds it there.
+        # The state moves back to where it was at the segment's begin, where compiled steps find it.
         if self._account is not self._kept:
             self._kept.become(self._account)
         self._account = account = self._kept

@@ -44,7 +44,7 @@ def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int,
         policy.encode(bars[:, 1:].contiguous(), horizon).sum().backward()
         del moments
     except torch.OutOfMemoryError as error:
-        out_of_memory = str(error).splitlines()[0]
+        out_of_memory = _told(error)
     except CompilerErrors as error:
         failure = error
     policy.zero_grad()
@@ -107,18 +107,13 @@ def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
     """
     reason = out_of_memory = ""
     try:
-        twin = TradingEnv(env.market, env.config, env.device, seed=0, dtype=env.dtype, compiled=True)
-        twin.begin_segment()
-        by_time = env.config.horizon, env.config.num_envs
-        market = torch.zeros(*by_time, policy.head.mix.in_features, device=env.device)
-        noise = torch.zeros(*by_time, len(env.config.positions), device=env.device)
-        with torch.no_grad():
-            twin.play(policy.head.choose, market, noise)
+        _play_on_zeros(env, policy)
     except torch.OutOfMemoryError as error:
         out_of_memory = _told(error)
     except CompilerErrors as error:
         reason = _told(error)
     if ranks.any(bool(out_of_memory)):
+        torch.cuda.empty_cache()
         raise torch.OutOfMemoryError(out_of_memory or "another rank ran out of memory")
     if ranks.any(bool(reason)):
         return f"accounts are stepped one by one: {reason or 'the compiler failed on another rank'}"
@@ -126,8 +121,19 @@ def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
     return ""
 
 
+@torch.no_grad()
+def _play_on_zeros(env: TradingEnv, policy: Policy) -> None:
+    twin = TradingEnv(env.market, env.config, env.device, seed=0, dtype=env.dtype, compiled=True)
+    twin.begin_segment()
+    by_time = env.config.horizon, env.config.num_envs
+    market = torch.zeros(*by_time, policy.head.mix.in_features, device=env.device)
+    noise = torch.zeros(*by_time, len(env.config.positions), device=env.device)
+    twin.play(policy.head.choose, market, noise)
+
+
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    told = str(error).strip() or "it gave no reason"
+    return f"{type(error).__name__}: {told.splitlines()[0]}"
 
 
 def _uncompile(modules: list[nn.Module]) -> None:

@@ -103,6 +103,7 @@ def collect(
         beat()
         parts.append(policy.encode(part, horizon + 1))
     projected = torch.cat(parts)
+    del parts  # the same once more
     fills = env.segment.fills_ahead() if hindsight else None
 
     # Gumbel noise of all decisions in one draw.

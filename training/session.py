@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -90,14 +91,14 @@ class Session:
         Raises:
             DoesNotFit: neither does.
         """
+        with contextlib.suppress(torch.OutOfMemoryError):  # gone with all that its traceback holds
+            self._rehearse(plan)
+            return plan
+        plan = plan.smaller()
         try:
             self._rehearse(plan)
-        except torch.OutOfMemoryError:
-            plan = plan.smaller()
-            try:
-                self._rehearse(plan)
-            except torch.OutOfMemoryError as error:
-                raise DoesNotFit(plan.advice()) from error
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(plan.advice()) from error
         return plan
 
     def _rehearse(self, plan: MemoryPlan) -> None:

@@ -128,3 +128,12 @@ def test_compiled_steps_and_replays_are_the_plain_ones(monkeypatch):
     for env in (stepped, replayed):
         for one, two in zip(plain.account.tensors(), env.account.tensors(), strict=True):
             torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@of_the_compiler
+def test_a_process_may_compile_for_more_sizes_than_torch_allows_by_default():
+    with torch._dynamo.config.patch(recompile_limit=2):
+        run = compiled._compiled(lambda x: x + 1, "cpu")
+        for size in range(2, 6):
+            assert torch.equal(run(torch.ones(size)), torch.full((size,), 2.0))

@@ -148,6 +148,7 @@ def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeyp
 
     demand = Demand(1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0)
     plan = MemoryPlan(demand, 2**30, 8)
+    monkeypatch.setattr(training.session, "compile_accounts", lambda env, policy, ranks: "")
     monkeypatch.setattr(training.session, "compile_trunk", out_of_memory_above(4))
     session = small_session(memory=plan)
     assert tried == [8, 4]
@@ -156,3 +157,14 @@ def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeyp
     monkeypatch.setattr(training.session, "compile_trunk", out_of_memory_above(2))
     with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
         small_session(memory=plan)
+
+
+def test_accounts_for_which_no_memory_is_left_are_a_training_that_does_not_fit(monkeypatch) -> None:
+    def out_of_memory(*others: object) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    demand = Demand(1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0)
+    monkeypatch.setattr(training.session, "compile_trunk", lambda *sizes: "")
+    monkeypatch.setattr(training.session, "compile_accounts", out_of_memory)
+    with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
+        small_session(memory=MemoryPlan(demand, 2**30, 8))
