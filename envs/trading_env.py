@@ -364,7 +364,9 @@ class TradingEnv:
         number = self._played - played
         alive = decision < number
         counts = alive if self.segment.allowed is None else alive & self.segment.allowed
-        self.segment.held.copy_(actions).masked_fill_(~counts, self.statistics.cash_index)
+        cash = self.statistics.cash_index
+        # Cash where it does not count; bytes wrap around, and a masked fill of them takes twenty times as long.
+        self.segment.held.copy_(actions).sub_(cash).mul_(counts).add_(cash)
         terminated = (decision == number - 1) & (were_alive & ~self._kept.alive)
         self._step = self.config.horizon
         return alive, terminated, self._end_segment()
