@@ -262,10 +262,10 @@ class TradingEnv:
         if self._step:
             raise RuntimeError(f"{self._step} steps of the segment are taken: call begin_segment()")
         if self.compiled:
-            before = self._played.clone(), self.alive.clone()
+            before = self._played.clone()
             self._observed, columns = self._compiled_steps.play(decide, given, self.account_observations())
             by_account, log_equity, rewards, *told = columns
-            alive, terminated, truncated = self._played_to_the_end(told[0], *before)
+            alive, terminated, truncated = self._played_to_the_end(told[0], before)
             known = by_account.transpose(1, 2), alive, log_equity
             return Played(*known, rewards, terminated, truncated, tuple(told))
         rows = []
@@ -350,24 +350,21 @@ class TradingEnv:
         self._begin()
         if self.segment.allowed is not None:
             actions = torch.where(self.segment.allowed, actions, self._in_cash)
-        before = self._played.clone(), self.alive.clone()
+        before = self._played.clone()
         targets = self._targets.index_select(0, actions.reshape(-1)).view(shape)
         rewards = self._compiled_steps.replay(targets, by_compiler)
-        _, terminated, truncated = self._played_to_the_end(actions, *before)
+        _, terminated, truncated = self._played_to_the_end(actions, before)
         return rewards, terminated, truncated
 
-    def _played_to_the_end(
-        self, actions: Tensor, played: Tensor, were_alive: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _played_to_the_end(self, actions: Tensor, played: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Who was alive at which decision and ruined by which, (H, N), follows from how many decisions counted.
         decision = torch.arange(len(actions), device=self.device, dtype=self.dtype)[:, None]
-        number = self._played - played
-        alive = decision < number
+        alive = decision < self._played - played
+        terminated = alive & ~torch.cat((alive[1:], self._kept.alive[None]))
         counts = alive if self.segment.allowed is None else alive & self.segment.allowed
         cash = self.statistics.cash_index
         # Cash where it does not count; bytes wrap around, and a masked fill of them takes twenty times as long.
         self.segment.held.copy_(actions).sub_(cash).mul_(counts).add_(cash)
-        terminated = (decision == number - 1) & (were_alive & ~self._kept.alive)
         self._step = self.config.horizon
         return alive, terminated, self._end_segment()
 
