@@ -191,7 +191,7 @@ def _decisions(
     in_cash, targets, played, flows, base_rate, *constants = shared
     now, lived, sums = AccountState.of(amounts, alive), played, flows.unbind()
     rows = []
-    for t in range(len(quotes[0]) - 2):
+    for t in range(quotes.shape[1] - 2):
         # Account by account, as they lie in memory; and nothing of type bool, see ``_steps``.
         known = observed.t().contiguous(), now.log_equity
         told = decide(observed, *(each[t] for each in given))

@@ -348,10 +348,10 @@ class TradingEnv:
                 f"actions must have shape {shape} (horizon, num_envs), was {tuple(actions.shape)}"
             )
         self._begin()
-        if self.segment.allowed is not None:
-            actions = torch.where(self.segment.allowed, actions, self._in_cash)
         before = self._played.clone()
         targets = self._targets.index_select(0, actions.reshape(-1)).view(shape)
+        if self.segment.allowed is not None:
+            targets.masked_fill_(~self.segment.allowed, 0.0)
         rewards = self._compiled_steps.replay(targets, by_compiler)
         _, terminated, truncated = self._played_to_the_end(actions, before)
         return rewards, terminated, truncated

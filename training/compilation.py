@@ -48,9 +48,7 @@ def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int,
     except CompilerErrors as error:
         failure = error
     policy.zero_grad()
-    if ranks.any(bool(out_of_memory)):
-        torch.cuda.empty_cache()
-        raise torch.OutOfMemoryError(out_of_memory or "another rank ran out of memory")
+    _raise_together(out_of_memory, ranks)
     if failure:
         raise failure
 
@@ -112,9 +110,7 @@ def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
         out_of_memory = _told(error)
     except CompilerErrors as error:
         reason = _told(error)
-    if ranks.any(bool(out_of_memory)):
-        torch.cuda.empty_cache()
-        raise torch.OutOfMemoryError(out_of_memory or "another rank ran out of memory")
+    _raise_together(out_of_memory, ranks)
     if ranks.any(bool(reason)):
         return f"accounts are stepped one by one: {reason or 'the compiler failed on another rank'}"
     env.compiled = True
@@ -129,6 +125,12 @@ def _play_on_zeros(env: TradingEnv, policy: Policy) -> None:
     market = torch.zeros(*by_time, policy.head.mix.in_features, device=env.device)
     noise = torch.zeros(*by_time, len(env.config.positions), device=env.device)
     twin.play(policy.head.choose, market, noise)
+
+
+def _raise_together(out_of_memory: str, ranks: Ranks) -> None:
+    if ranks.any(bool(out_of_memory)):
+        torch.cuda.empty_cache()
+        raise torch.OutOfMemoryError(out_of_memory or "another rank ran out of memory")
 
 
 def _told(error: Exception) -> str:

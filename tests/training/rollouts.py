@@ -1,14 +1,17 @@
-"""Made-up rollouts and small learners, shared by the tests of the learner and by its two-rank script."""
+"""Rollouts, made-up and played, with small policies and learners; the two-rank script uses them, too."""
 
 import torch
 
+from envs.market import Market
+from envs.trading_env import TradingEnv
 from models.policy import Policy
 from models.transformer import TransformerConfig
+from tests.envs.markets import market_of, walk
 from training.distributed import Ranks
 from training.hindsight import Hindsight
 from training.learner import Learner, LearnerConfig
 from training.ppo import PPOConfig
-from training.rollout import Rollout
+from training.rollout import Rollout, collect
 
 CONTEXT, HORIZON, FEATURES, ACCOUNT, POSITIONS = 4, 8, 5, 6, 3
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -103,3 +106,27 @@ def part_of(rollout: Rollout, rows: slice) -> Rollout:
             *(value[rows] for value in vars(rollout.hindsight).values() if isinstance(value, torch.Tensor))
         )
     return Rollout(**parts)
+
+
+def policy_for(env: TradingEnv, bf16: bool = False) -> Policy:
+    torch.manual_seed(0)
+    length = env.config.context_bars + env.config.horizon + 1
+    config = TransformerConfig(
+        env.market.num_features, d_model=32, num_layers=2, num_heads=4, max_length=length
+    )
+    policy = Policy(config, env.num_account_features, len(env.config.positions), bf16)
+    for layer in (policy.head.logits, policy.head.value):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    return policy
+
+
+def rollout_of(
+    env: TradingEnv, policy: Policy, chunk: int = 16, greedy: bool = False, hindsight: bool = False
+) -> Rollout:
+    generator = torch.Generator(env.device).manual_seed(7)
+    return collect(env, policy, generator, chunk, greedy, hindsight)
+
+
+def calm_and_wild() -> Market:
+    """Two symbols of which one moves ten times as much as the other."""
+    return market_of(walk("AAA"), walk("BBB", seed=1, sigma=1e-2))

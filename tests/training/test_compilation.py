@@ -15,10 +15,11 @@ from tests.training.rollouts import (
     FEATURES,
     HORIZON,
     made_up_rollout,
+    policy_for,
+    rollout_of,
     small_learner,
     small_policy,
 )
-from tests.training.test_rollout import policy_for, rollout_of
 from training.compilation import compile_accounts, compile_trunk
 
 

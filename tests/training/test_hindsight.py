@@ -13,8 +13,7 @@ from envs.account_reference import ReferenceAccount
 from envs.choices import accounts_in_every_position, growth_of_every_choice
 from envs.market import YEAR_NS
 from tests.envs.markets import HORIZON, env_of, market_of, walk
-from tests.training.rollouts import made_up_hindsight
-from tests.training.test_rollout import calm_and_wild, policy_for, rollout_of
+from tests.training.rollouts import calm_and_wild, made_up_hindsight, policy_for, rollout_of
 from training.hindsight import Hindsight, choice_values, hindsight_advantages
 from training.rollout import Rollout
 

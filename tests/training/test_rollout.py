@@ -7,38 +7,12 @@ import torch
 
 from envs.market import Market
 from envs.trading_env import EnvConfig, TradingEnv
-from models.policy import Policy
-from models.transformer import TransformerConfig
 from tests.envs.markets import CONTEXT, HORIZON, NEVER, env_of, market_of, walk
 from tests.training.reencoding import WindowLearner, collect_by_windows
-from tests.training.rollouts import ALONE, small_learner
+from tests.training.rollouts import ALONE, calm_and_wild, policy_for, rollout_of, small_learner
 from training.compilation import compile_accounts, compile_trunk
 from training.distributed import Ranks
-from training.rollout import Rollout, collect
-
-
-def policy_for(env: TradingEnv, bf16: bool = False) -> Policy:
-    torch.manual_seed(0)
-    length = env.config.context_bars + env.config.horizon + 1
-    config = TransformerConfig(
-        env.market.num_features, d_model=32, num_layers=2, num_heads=4, max_length=length
-    )
-    policy = Policy(config, env.num_account_features, len(env.config.positions), bf16)
-    for layer in (policy.head.logits, policy.head.value):
-        torch.nn.init.normal_(layer.weight, std=0.5)
-    return policy
-
-
-def rollout_of(
-    env: TradingEnv, policy: Policy, chunk: int = 16, greedy: bool = False, hindsight: bool = False
-) -> Rollout:
-    generator = torch.Generator(env.device).manual_seed(7)
-    return collect(env, policy, generator, chunk, greedy, hindsight)
-
-
-def calm_and_wild() -> Market:
-    """Two symbols of which one moves ten times as much as the other."""
-    return market_of(walk("AAA"), walk("BBB", seed=1, sigma=1e-2))
+from training.rollout import collect
 
 
 def symbols_of(env: TradingEnv) -> torch.Tensor:
