@@ -58,9 +58,17 @@ def random_walk(symbol: str, num_bars: int, seed: int) -> Bars:
     return Bars(symbol, "crypto", times, opens, high, low, close, random.lognormal(3, 1, num_bars))
 
 
-def market_of(num_bars: int, num_symbols: int, device: str, horizon: int = HORIZON) -> Market:
+def market_of(
+    num_bars: int,
+    num_symbols: int,
+    device: str | torch.device,
+    horizon: int = HORIZON,
+    context_bars: int = 64,
+) -> Market:
     bars = [random_walk(f"S{n:03}", num_bars, n) for n in range(num_symbols)]
-    return Market.from_bars(bars, device=device, holdout_start_ns=2**62, context_bars=64, horizon=horizon)
+    return Market.from_bars(
+        bars, device=device, holdout_start_ns=2**62, context_bars=context_bars, horizon=horizon
+    )
 
 
 def ours(market: Market, num_envs: int, device: str, way: str = "stepped", **costs: float) -> Round:

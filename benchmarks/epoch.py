@@ -29,9 +29,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.env_throughput import random_walk
+from benchmarks.env_throughput import market_of
 from continuous_training import PRESETS, Settings
-from envs.market import Market
 from training import distributed
 from training.assembly import memory_plan, session_config
 from training.cli import command_from
@@ -82,14 +81,7 @@ def measure(
 ) -> None:
     """Train some epochs and tell where the time went."""
     with distributed.start() as ranks:
-        bars = [random_walk(f"S{number:03}", 60_000, number) for number in range(32)]
-        market = Market.from_bars(
-            bars,
-            device=ranks.device,
-            holdout_start_ns=2**62,
-            context_bars=settings.context_bars,
-            horizon=settings.horizon,
-        )
+        market = market_of(60_000, 32, ranks.device, settings.horizon, settings.context_bars)
         memory, _ = memory_plan(settings, market.num_bytes, ranks)
         began = time.perf_counter()
         session = Session(market, session_config(settings, memory, ranks), ranks, saved=None)
