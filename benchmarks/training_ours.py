@@ -19,14 +19,15 @@ from envs.env_config import EnvConfig
 from models.linear import Linear
 from models.transformer import TransformerConfig
 from tests.training.reencoding import WindowLearner, collect_by_windows
-from training.compilation import compile_accounts, compile_trunk
+from training.compilation import compile_accounts, compile_objective
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
 from training.ppo import PPOConfig
 from training.session import Session, SessionConfig
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
-MICRO_BATCH = 16  # segments
+MICRO_BATCH = 16  # segments; what a setting would say
+MICRO_BATCH_OF_WINDOWS = 8  # of the wide MLP: 6 MB of windows instead of 12
 
 
 class WindowMLP(nn.Module):
@@ -45,12 +46,16 @@ class WindowMLP(nn.Module):
 
     def forward(self, bars: Tensor, num_last: int) -> Tensor:
         """(B, S, F) -> (B, num_last, D)."""
-        seen = bars[:, bars.shape[1] + 1 - num_last - s.CONTEXT :, : self.num_features]
-        windows = seen.flatten(1).unfold(1, self.window.in_features, self.num_features).contiguous()
+        seen = bars[:, bars.shape[1] + 1 - num_last - s.CONTEXT :, : self.num_features].contiguous()
+        # As unfold would do, which the compiler makes a division for every number of.
+        sizes = len(seen), num_last, self.window.in_features
+        windows = seen.as_strided(sizes, (seen.stride(0), self.num_features, 1)).contiguous()
         return torch.tanh(self.second(torch.tanh(self.window(windows))))
 
 
-def make_session(advantages: str = "gae", horizon: int = s.HORIZON) -> Session:
+def make_session(
+    advantages: str = "gae", horizon: int = s.HORIZON, micro_batch: int = MICRO_BATCH
+) -> Session:
     market = market_of(60_000, 32, "cpu", horizon)
     env = EnvConfig(
         num_envs=s.NUM_ENVS,
@@ -66,7 +71,7 @@ def make_session(advantages: str = "gae", horizon: int = s.HORIZON) -> Session:
         ppo=ppo,
         update_passes=s.PASSES,
         minibatch_segments=s.MINIBATCH // horizon,
-        micro_batch_segments=MICRO_BATCH,
+        micro_batch_segments=micro_batch,
         learning_rate=s.LEARNING_RATE,
         warmup_steps=1,
         final_learning_rate_fraction=1.0,
@@ -79,8 +84,8 @@ def make_session(advantages: str = "gae", horizon: int = s.HORIZON) -> Session:
 
 def production(session: Session, compiled: bool) -> s.Contender:
     if compiled:  # as a session does that was given a plan of its memory
-        sizes = MICRO_BATCH, s.CONTEXT, s.HORIZON
-        reason = compile_trunk(session.policy, *sizes, RANKS) or compile_accounts(
+        sizes = session.config.learner.micro_batch_segments, s.CONTEXT, s.HORIZON
+        reason = compile_objective(session.objective, *sizes, RANKS) or compile_accounts(
             session.env, session.policy, RANKS
         )
         if reason:
@@ -103,15 +108,16 @@ def transformer(advantages: str = "gae", compiled: bool = False) -> s.Contender:
 
 
 def mlp(num_features: int, compiled: bool = False) -> s.Contender:
-    session = make_session()
+    micro_batch = MICRO_BATCH_OF_WINDOWS if num_features > s.FEW_FEATURES else MICRO_BATCH
+    session = make_session(micro_batch=micro_batch)
     session.policy.trunk = WindowMLP(session.policy.trunk.config, num_features)
-    session.learner = Learner(session.policy, session.config.learner, RANKS, seed=0)
+    session.learner = Learner(session.objective, session.config.learner, RANKS, seed=0)
     return production(session, compiled)
 
 
 def encoded_anew() -> s.Contender:
     session = make_session(horizon=s.SHORT_HORIZON)
-    learner = WindowLearner(session.policy, session.config.learner, RANKS, seed=0)
+    learner = WindowLearner(session.objective, session.config.learner, RANKS, seed=0)
 
     def iterate() -> tuple[float, float]:
         start = time.perf_counter()

@@ -74,15 +74,15 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
+        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and ask for nothing."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_width)
         q = rotate(F.rms_norm(q, (self.head_width,)), cos, sin).type_as(v)
         k = rotate(F.rms_norm(k, (self.head_width,)), cos, sin).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return self.out(y.transpose(1, 2)[:, first:].reshape(batch, length - first, width))
 
 
 class Block(nn.Module):
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
         """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and go no further."""
-        x = x[:, first:] + self.attention(self.attention_norm(x), cos, sin)[:, first:]
+        x = x[:, first:] + self.attention(self.attention_norm(x), cos, sin, first)
         return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
 
 
@@ -141,14 +141,16 @@ class Trunk(nn.Module):
         width, layers = self.config.d_model, self.config.num_layers
         weights = self.config.num_features * width + layers * 12 * width**2
         not_asked = length - (length if num_last is None else num_last)
-        spared = not_asked * 8 * width**2  # the last feed-forward
+        spared = (
+            not_asked * 9 * width**2
+        )  # the last feed-forward, and what writes the last attention's output
         return 2 * (length * weights - spared) + layers * 2 * length**2 * width
 
     def forward(self, bars: Tensor, num_last: int | None = None) -> Tensor:
         """Normalised features (B, S, F) -> hidden (B, S, D) float32; S at most ``max_length``.
 
-        With ``num_last`` only of so many last bars, (B, num_last, D): the last layer spares the others the
-        feed-forward.
+        With ``num_last`` only of so many last bars, (B, num_last, D): the last layer spares the others what
+        follows its attention.
 
         Raises:
             ValueError: a segment longer than ``max_length``, or another number of features.

@@ -7,23 +7,25 @@ folder. So whatever is compiled is rehearsed, and on all ranks or on none.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.distributed import Ranks
+from training.objective import Objective
+from training.ppo import Targets
 
 CompilerErrors = (TorchDynamoException, RuntimeError, OSError)
 
 
-def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:
+def rehearse(objective: Objective, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:
     """Take one forward as in a rollout, and one forward and backward as in an update, on zeros (all ranks).
 
     What the optimizer will hold is held meanwhile. No gradient stays.
 
     Args:
-        policy: not yet shared among ranks.
+        objective: not yet shared among ranks.
         num_segments: of one micro-batch.
         context_bars: of a segment.
         horizon: of a segment.
@@ -31,17 +33,20 @@ def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int,
 
     Raises:
         torch.OutOfMemoryError: on every rank, where one has too little memory.
-        Exception: whatever a compiled trunk fails with.
+        Exception: whatever a compiled part fails with.
     """
-    config, device = policy.trunk.config, ranks.device
+    policy, device = objective.policy, ranks.device
     out_of_memory = ""
     failure: Exception | None = None
     try:
         moments = [torch.empty_like(p) for p in policy.parameters() for _ in range(2)]
-        bars = torch.zeros(num_segments, context_bars + horizon + 1, config.num_features, device=device)
+        num_features = policy.trunk.config.num_features
+        bars = torch.zeros(num_segments, context_bars + horizon + 1, num_features, device=device)
         with torch.no_grad():
             policy.encode(bars, horizon + 1)
-        policy.encode(bars[:, 1:].contiguous(), horizon).sum().backward()
+        accounts, targets = _zeros(policy, num_segments, horizon, device)
+        num_decisions = targets.valid.numel()
+        objective(bars[:, 1:].contiguous(), accounts, targets, num_decisions).total.backward()
         del moments
     except torch.OutOfMemoryError as error:
         out_of_memory = _told(error)
@@ -53,13 +58,30 @@ def rehearse(policy: Policy, num_segments: int, context_bars: int, horizon: int,
         raise failure
 
 
-def compile_trunk(
-    policy: Policy, num_segments: int, context_bars: int, horizon: int, ranks: Ranks, by_block: bool = False
+def _zeros(policy: Policy, num_segments: int, horizon: int, device: torch.device) -> tuple[Tensor, Targets]:
+    """Make account observations and targets of one micro-batch."""
+    head, by_decision = policy.head, (num_segments, horizon)
+    accounts = torch.zeros(*by_decision, head.account.in_features, device=device)
+    # Each its own: of one tensor in two places the compiler makes a special case.
+    by_position = torch.zeros(3, *by_decision, head.logits.out_features, device=device)
+    log_policy, weights, advantages = by_position
+    returns = torch.zeros(by_decision, device=device)
+    valid = torch.zeros(by_decision, device=device, dtype=torch.bool)
+    return accounts, Targets(log_policy, weights, advantages, returns, valid)
+
+
+def compile_objective(
+    objective: Objective,
+    num_segments: int,
+    context_bars: int,
+    horizon: int,
+    ranks: Ranks,
+    by_block: bool = False,
 ) -> str:
-    """Compile the trunk for rollouts and updates; takes a minute for large ones.
+    """Compile the trunk for rollouts and updates, and head and losses for updates; takes a minute for large ones.
 
     Args:
-        policy: changed in place; its weights and their names stay as they are.
+        objective: changed in place; weights and their names stay as they are.
         num_segments: of one micro-batch.
         context_bars: of a segment.
         horizon: of a segment.
@@ -72,19 +94,22 @@ def compile_trunk(
     Raises:
         torch.OutOfMemoryError: on every rank, where one has too little memory.
     """
-    modules: list[nn.Module] = list(policy.trunk.blocks) if by_block else [policy.trunk]
+    trunk = objective.policy.trunk
+    modules: list[nn.Module] = list(trunk.blocks) if by_block else [trunk]
     for module in modules:  # the forward alone: hooks of FSDP stay outside, names of weights as they are
         module.forward = torch.compile(module.forward, dynamic=False)
+    after_trunk = torch.compile(objective.after_trunk, dynamic=False)
+    objective.after_trunk = after_trunk  # type: ignore[method-assign]
     reason = ""
     try:
-        rehearse(policy, num_segments, context_bars, horizon, ranks)
+        rehearse(objective, num_segments, context_bars, horizon, ranks)
     except torch.OutOfMemoryError:
-        _uncompile(modules)
+        _uncompile(objective)
         raise
     except CompilerErrors as error:
         reason = _told(error)
     if ranks.any(bool(reason)):
-        _uncompile(modules)
+        _uncompile(objective)
         return reason or "it failed on another rank"
     return ""
 
@@ -138,7 +163,9 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {told.splitlines()[0]}"
 
 
-def _uncompile(modules: list[nn.Module]) -> None:
-    for module in modules:
-        del module.forward  # the class has its own
+def _uncompile(objective: Objective) -> None:
+    trunk = objective.policy.trunk
+    for module in (trunk, *trunk.blocks):
+        vars(module).pop("forward", None)  # the class has its own
+    del objective.after_trunk
     torch._dynamo.reset()

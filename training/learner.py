@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.policy import Policy
 from training.distributed import Ranks
 from training.hindsight import hindsight_advantages
+from training.objective import Objective
 from training.parallel import parallel
-from training.ppo import Losses, PPOConfig, Targets, advantages_and_returns, ppo_losses
+from training.ppo import Losses, PPOConfig, Targets, advantages_and_returns
 from training.rollout import Rollout
 
 
@@ -45,11 +45,11 @@ class Learner:
     is not finite is skipped on all ranks alike, since they all see the same all-reduced gradient.
     """
 
-    def __init__(self, policy: Policy, config: LearnerConfig, ranks: Ranks, seed: int) -> None:
-        self.policy = policy
+    def __init__(self, objective: Objective, config: LearnerConfig, ranks: Ranks, seed: int) -> None:
+        self.policy = objective.policy
         self.config = config
         self.ranks = ranks
-        self.parallel = parallel(policy, ranks, config.sharded)
+        self.parallel = parallel(objective, ranks, config.sharded)
         # Matrices decay, gains and biases do not (the usual rule of transformer training).
         matrices = [p for p in self.parallel.parameters if p.dim() >= 2]
         vectors = [p for p in self.parallel.parameters if p.dim() < 2]
@@ -151,8 +151,9 @@ class Learner:
         for number, micro in enumerate(micro_batches):
             beat()
             with self.parallel.micro_batch(is_last=number == len(micro_batches) - 1):
-                logits, values = self.parallel.model(rollout.bars[micro], rollout.accounts[micro])
-                losses = ppo_losses(logits, values, targets[micro], num_decisions, self.config.ppo)
+                losses = self.parallel.objective(
+                    rollout.bars[micro], rollout.accounts[micro], targets[micro], num_decisions
+                )
                 losses.total.backward()
             statistics.add(losses)
         statistics.add_step(*self._apply_gradients(rate))

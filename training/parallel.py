@@ -17,14 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.policy import Policy
 from training.distributed import Ranks
+from training.objective import Objective
 
 
 class Parallel(Protocol):
     """What the learner asks of either way."""
 
-    model: nn.Module  # to be called instead of the policy where gradients are wanted
+    objective: nn.Module  # to be called as the Objective that it holds
     parameters: list[nn.Parameter]  # what this rank's optimizer walks over, in the policy's order
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
@@ -47,34 +47,35 @@ class Parallel(Protocol):
         """Return the whole policy's weights by name (all ranks)."""
 
 
-def parallel(policy: Policy, ranks: Ranks, sharded: bool) -> Parallel:
-    """Prepare a policy for training on these ranks; one alone needs neither way."""
-    return Shares(policy, ranks) if sharded and ranks.world_size > 1 else Copies(policy, ranks)
+def parallel(objective: Objective, ranks: Ranks, sharded: bool) -> Parallel:
+    """Prepare an objective's policy for training on these ranks; one alone needs neither way."""
+    return Shares(objective, ranks) if sharded and ranks.world_size > 1 else Copies(objective, ranks)
 
 
 class Copies:
     """Every rank holds all weights, gradients and moments: DistributedDataParallel, or a single rank."""
 
-    def __init__(self, policy: Policy, ranks: Ranks) -> None:
-        self.policy = policy
-        self.parameters = list(policy.parameters())
-        self.model: nn.Module = policy
-        if ranks.world_size > 1:
+    def __init__(self, objective: Objective, ranks: Ranks) -> None:
+        self.policy = objective.policy
+        self.parameters = list(self.policy.parameters())
+        self.objective: nn.Module = objective
+        self._averages = ranks.world_size > 1
+        if self._averages:
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None
             # The only buffers are rotary angles, the same everywhere: nothing to synchronise. torch 2.13
             # renamed the argument; 2.11 knows the old name only.
             known = inspect.signature(DistributedDataParallel).parameters
             name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             no_sync: dict[str, Any] = {name: False}
-            self.model = DistributedDataParallel(
-                policy, device_ids=device_ids, gradient_as_bucket_view=True, **no_sync
+            self.objective = DistributedDataParallel(
+                objective, device_ids=device_ids, gradient_as_bucket_view=True, **no_sync
             )
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """The all-reduce overlaps with the last backward."""
-        if is_last or self.model is self.policy:
+        if is_last or not self._averages:
             return nullcontext()
-        return self.model.no_sync()  # type: ignore[operator]
+        return self.objective.no_sync()  # type: ignore[operator]
 
     def gradients(self) -> tuple[list[Tensor], Tensor]:
         """They are where the optimizer looks for them, and whole."""
@@ -102,15 +103,15 @@ class Shares:
     Copies, so that both ways learn the same (Zhao et al. 2023, arXiv:2304.11277).
     """
 
-    def __init__(self, policy: Policy, ranks: Ranks) -> None:
-        self.policy = policy
-        self.model: nn.Module = policy
+    def __init__(self, objective: Objective, ranks: Ranks) -> None:
+        self.policy = objective.policy
+        self.objective: nn.Module = objective
         self._ranks = ranks
         self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        for block in policy.trunk.blocks:
+        for block in self.policy.trunk.blocks:
             fully_shard(block, mesh=self._mesh)
-        fully_shard(policy.trunk, mesh=self._mesh)
-        held = list(policy.parameters())
+        fully_shard(self.policy.trunk, mesh=self._mesh)
+        held = list(self.policy.parameters())
         # The optimizer gets plain tensors over the same memory: its fused kernel knows no others.
         self.parameters = [nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in held]
         pairs = list(zip(self.parameters, held, strict=True))

@@ -87,7 +87,7 @@ class Targets:
 
 
 def ppo_losses(
-    logits: Tensor, values: Tensor, targets: Targets, num_decisions: int, config: PPOConfig
+    logits: Tensor, values: Tensor, targets: Targets, num_decisions: int | Tensor, config: PPOConfig
 ) -> Losses:
     """Clipped surrogate, value and entropy losses (Schulman et al. 2017, eq. 9), in float32.
 

@@ -17,11 +17,12 @@ from models.policy import Policy
 from models.transformer import TransformerConfig
 from training.checkpoint import Restored
 from training.clock import Clock
-from training.compilation import compile_accounts, compile_trunk, rehearse
+from training.compilation import compile_accounts, compile_objective, rehearse
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
 from training.machine import gpu_figures
 from training.memory import DoesNotFit, MemoryPlan
+from training.objective import Objective
 from training.parallel import Shares
 from training.plasticity import fixed_batch, plasticity
 from training.rollout import Rollout, collect
@@ -53,6 +54,7 @@ class Session:
         self.env = TradingEnv(market, config.env, ranks.device, seed=config.seed * 1_000_003 + ranks.rank)
         torch.manual_seed(config.seed)  # every rank draws the same first weights
         self.policy = self._new_policy().to(ranks.device)
+        self.objective = Objective(self.policy, config.learner.ppo)
         self.not_compiled = "not asked for"
         self.memory = config.memory
         if config.memory:
@@ -65,7 +67,7 @@ class Session:
         self._matmul_rate = matmul_rate(ranks.device, torch.bfloat16 if config.bf16 else torch.float32)
         if saved:
             self.policy.load_state_dict(saved.weights["model"])
-        self.learner = Learner(self.policy, config.learner, ranks, config.seed)
+        self.learner = Learner(self.objective, config.learner, ranks, config.seed)
         if saved and saved.resume:
             self.learner.load_state_dict(saved.resume["learner"])
             states = saved.resume["ranks"]
@@ -106,11 +108,11 @@ class Session:
         sizes = plan.micro_batch_segments, config.env.context_bars, config.env.horizon
         self.policy.trunk.recompute = plan.recompute
         if config.compile:
-            self.not_compiled = compile_trunk(
-                self.policy, *sizes, self.ranks, config.learner.sharded
+            self.not_compiled = compile_objective(
+                self.objective, *sizes, self.ranks, config.learner.sharded
             ) or compile_accounts(self.env, self.policy, self.ranks)
         elif self.ranks.device.type == "cuda":
-            rehearse(self.policy, *sizes, self.ranks)
+            rehearse(self.objective, *sizes, self.ranks)
 
     def policy_to_ask(self) -> Policy:
         """Return a policy that rank 0 can ask while the others wait (all ranks take part)."""

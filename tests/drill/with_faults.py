@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def plant_nan(rank: int, first: int, last: int) -> None:
-    from training import learner
+    from training import objective
 
     if rank != int(os.environ.get("RANK", "0")):
         return
-    healthy, calls = learner.ppo_losses, [0]
+    healthy, calls = objective.ppo_losses, [0]
 
     def losses(*arguments):
         calls[0] += 1
@@ -35,13 +35,13 @@ def plant_nan(rank: int, first: int, last: int) -> None:
             result = dataclasses.replace(result, total=result.total * float("nan"))
         return result
 
-    learner.ppo_losses = losses
+    objective.ppo_losses = losses
 
 
 def plant_at_micro_batch(number: int, fault: Callable[[], None]) -> None:
-    from training import learner
+    from training import objective
 
-    healthy, calls = learner.ppo_losses, [0]
+    healthy, calls = objective.ppo_losses, [0]
 
     def losses(*arguments):
         calls[0] += 1
@@ -49,7 +49,7 @@ def plant_at_micro_batch(number: int, fault: Callable[[], None]) -> None:
             fault()
         return healthy(*arguments)
 
-    learner.ppo_losses = losses
+    objective.ppo_losses = losses
 
 
 def send_term() -> None:

@@ -10,6 +10,7 @@ from tests.envs.markets import market_of, walk
 from training.distributed import Ranks
 from training.hindsight import Hindsight
 from training.learner import Learner, LearnerConfig
+from training.objective import Objective
 from training.ppo import PPOConfig
 from training.rollout import Rollout, collect
 
@@ -28,8 +29,18 @@ def small_policy(bf16: bool = False, num_layers: int = 2) -> Policy:
     return policy
 
 
+PPO = PPOConfig(
+    gamma=0.97,
+    gae_lambda=0.9,
+    clip_coef=0.2,
+    entropy_coef=0.01,
+    value_coef=0.5,
+    advantages="hindsight",
+)
+
+
 def small_learner(
-    policy: Policy,
+    of: Policy | Objective,
     ranks: Ranks = ALONE,
     *,
     minibatch: int = 4,
@@ -37,16 +48,8 @@ def small_learner(
     passes: int = 2,
     sharded: bool = False,
 ) -> Learner:
-    ppo = PPOConfig(
-        gamma=0.97,
-        gae_lambda=0.9,
-        clip_coef=0.2,
-        entropy_coef=0.01,
-        value_coef=0.5,
-        advantages="hindsight",
-    )
     config = LearnerConfig(
-        ppo=ppo,
+        ppo=PPO,
         update_passes=passes,
         minibatch_segments=minibatch,
         micro_batch_segments=micro,
@@ -57,7 +60,8 @@ def small_learner(
         max_grad_norm=1.0,
         sharded=sharded,
     )
-    return Learner(policy, config, ranks, seed=0)
+    objective = of if isinstance(of, Objective) else Objective(of, PPO)
+    return Learner(objective, config, ranks, seed=0)
 
 
 @torch.no_grad()

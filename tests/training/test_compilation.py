@@ -14,26 +14,30 @@ from tests.training.rollouts import (
     CONTEXT,
     FEATURES,
     HORIZON,
+    PPO,
     made_up_rollout,
     policy_for,
     rollout_of,
     small_learner,
     small_policy,
 )
-from training.compilation import compile_accounts, compile_trunk
+from training.compilation import compile_accounts, compile_objective
+from training.objective import Objective
 
 
 @pytest.mark.slow
-def test_a_compiled_trunk_gives_the_same_update() -> None:
-    plain, compiled = small_policy(num_layers=1), small_policy(num_layers=1)
-    assert compile_trunk(compiled, 2, CONTEXT, HORIZON, ALONE) == ""
+def test_a_compiled_objective_gives_the_same_update() -> None:
+    plain, compiled = (Objective(small_policy(num_layers=1), PPO) for _ in range(2))
+    assert compile_objective(compiled, 2, CONTEXT, HORIZON, ALONE) == ""
     assert list(plain.state_dict()) == list(compiled.state_dict())
-    rollout = made_up_rollout(plain, 4)
-    for policy in (plain, compiled):
-        learner = small_learner(policy)
+    rollout = made_up_rollout(plain.policy, 4)
+    statistics = []
+    for objective in (plain, compiled):
+        learner = small_learner(objective)
         for group in learner.optimizer.param_groups:
             group["eps"] = 1e-4  # as in test_learner: rounding stays rounding
-        learner.update(rollout, run_fraction=0.0)
+        statistics.append(learner.update(rollout, run_fraction=0.0))
+    torch.testing.assert_close(*statistics, rtol=1e-4, atol=1e-5)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
@@ -43,12 +47,14 @@ def without_compiler() -> AbstractContextManager[None]:
     return torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
 
 
-def test_without_a_compiler_the_trunk_is_left_as_it_was_and_the_reason_is_told() -> None:
+def test_without_a_compiler_the_objective_is_left_as_it_was_and_the_reason_is_told() -> None:
     policy = small_policy()
+    objective = Objective(policy, PPO)
     bars = torch.randn(2, CONTEXT + HORIZON, FEATURES)
     before = policy.encode(bars, HORIZON)
     with without_compiler():
-        reason = compile_trunk(policy, 2, CONTEXT, HORIZON, ALONE)
+        reason = compile_objective(objective, 2, CONTEXT, HORIZON, ALONE)
+    assert "after_trunk" not in vars(objective)
     assert "ompiler" in reason and "\n" not in reason
     assert torch.equal(policy.encode(bars, HORIZON), before)
     assert all(parameter.grad is None for parameter in policy.parameters())
@@ -61,7 +67,10 @@ def test_a_rollout_of_compiled_accounts_is_the_plain_one(monkeypatch: pytest.Mon
     plain, quick = (env_of(market, volume_slippage=0.02, flat_before_close=3) for _ in range(2))
     policy = policy_for(quick)
     before = quick.generator.get_state()
-    assert compile_trunk(policy, 2, quick.config.context_bars, quick.config.horizon, ALONE) == ""
+    assert (
+        compile_objective(Objective(policy, PPO), 2, quick.config.context_bars, quick.config.horizon, ALONE)
+        == ""
+    )
     assert compile_accounts(quick, policy, ALONE) == ""
     assert quick.compiled and torch.equal(quick.generator.get_state(), before)
     for _ in range(3):
@@ -88,9 +97,12 @@ def test_the_rehearsal_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compiled, "UNROLLED_DECISIONS", 2)
     env = env_of(mixed_market())
     policy = policy_for(env)
-    assert compile_trunk(policy, 2, env.config.context_bars, env.config.horizon, ALONE) == ""
+    objective = Objective(policy, PPO)
+    assert compile_objective(objective, 2, env.config.context_bars, env.config.horizon, ALONE) == ""
     assert compile_accounts(env, policy, ALONE) == ""
-    learner = small_learner(policy, micro=2)
+    learner = small_learner(
+        objective, minibatch=6, micro=2
+    )  # and a smaller one, of 4, for the last of a pass
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             learner.update(rollout_of(env, policy, chunk=2, hindsight=True), run_fraction=0.0)

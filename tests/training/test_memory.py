@@ -11,10 +11,11 @@ import torch
 from continuous_training import PRESETS, Settings
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from tests.training.rollouts import ALONE, CONTEXT, HORIZON, made_up_rollout, small_policy
+from tests.training.rollouts import ALONE, CONTEXT, HORIZON, PPO, made_up_rollout, small_policy
 from training import compilation, memory
 from training.assembly import demand_of
 from training.memory import ACTIVATION_BYTES, INPUT_BYTES, DoesNotFit, MemoryPlan, gpu_memory, plan
+from training.objective import Objective
 
 GIB = 2**30
 FULL = demand_of(Settings(), market_bytes=2 * GIB, world_size=1, bf16=True)
@@ -143,7 +144,8 @@ def test_a_half_micro_batch_is_tried_once_and_then_it_does_not_fit() -> None:
 
 def test_a_rehearsal_leaves_no_gradient_and_tells_of_too_little_memory(monkeypatch) -> None:
     policy = small_policy()
-    compilation.rehearse(policy, 2, CONTEXT, HORIZON, ALONE)
+    objective = Objective(policy, PPO)
+    compilation.rehearse(objective, 2, CONTEXT, HORIZON, ALONE)
     assert all(p.grad is None for p in policy.parameters())
 
     def full(*_: object) -> None:
@@ -151,7 +153,7 @@ def test_a_rehearsal_leaves_no_gradient_and_tells_of_too_little_memory(monkeypat
 
     monkeypatch.setattr(policy, "encode", full)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        compilation.rehearse(policy, 2, CONTEXT, HORIZON, ALONE)
+        compilation.rehearse(objective, 2, CONTEXT, HORIZON, ALONE)
     other = SimpleNamespace(device=ALONE.device, any=lambda flag: True)  # a rank beside us ran out
     with pytest.raises(torch.OutOfMemoryError, match="another rank"):
-        compilation.rehearse(small_policy(), 2, CONTEXT, HORIZON, other)
+        compilation.rehearse(Objective(small_policy(), PPO), 2, CONTEXT, HORIZON, other)

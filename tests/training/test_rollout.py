@@ -9,9 +9,10 @@ from envs.market import Market
 from envs.trading_env import EnvConfig, TradingEnv
 from tests.envs.markets import CONTEXT, HORIZON, NEVER, env_of, market_of, walk
 from tests.training.reencoding import WindowLearner, collect_by_windows
-from tests.training.rollouts import ALONE, calm_and_wild, policy_for, rollout_of, small_learner
-from training.compilation import compile_accounts, compile_trunk
+from tests.training.rollouts import ALONE, PPO, calm_and_wild, policy_for, rollout_of, small_learner
+from training.compilation import compile_accounts, compile_objective
 from training.distributed import Ranks
+from training.objective import Objective
 from training.rollout import collect
 
 
@@ -62,7 +63,9 @@ def test_it_is_what_encoding_every_window_anew_gives() -> None:
 
 def test_of_windows_alone_the_policy_that_acted_is_the_one_that_learns() -> None:
     env = env_of(market_of(walk()))
-    learner = WindowLearner(policy_for(env), small_learner(policy_for(env)).config, ALONE, seed=0)
+    learner = WindowLearner(
+        Objective(policy_for(env), PPO), small_learner(policy_for(env)).config, ALONE, seed=0
+    )
     rollout = collect_by_windows(env, learner.policy, learner.generator)
     flat, seen, accounts = learner.decisions(rollout)
     with torch.no_grad():
@@ -155,10 +158,11 @@ def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool) -> None:
     env = TradingEnv(market, config, device, seed=0)
     policy = policy_for(env, bf16=True).to(device)
     ranks = Ranks(0, 1, device)
+    objective = Objective(policy, PPO)
     if compiled:
-        assert compile_trunk(policy, 16, CONTEXT, HORIZON, ranks) == ""
+        assert compile_objective(objective, 16, CONTEXT, HORIZON, ranks) == ""
         assert compile_accounts(env, policy, ranks) == ""
-    learner = small_learner(policy, ranks, minibatch=32, micro=16)
+    learner = small_learner(objective, ranks, minibatch=32, micro=16)
     generator = torch.Generator(device).manual_seed(0)
     learner.update(collect(env, policy, generator, 16), 0.0)  # allocations and lazy set-up happen here
     torch.cuda.set_sync_debug_mode("error")

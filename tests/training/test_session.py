@@ -16,12 +16,12 @@ from continuous_training import Settings, train
 from data_sources.simulated import simulated_bars
 from envs.market import Market
 from envs.trading_env import EnvConfig
-from models.policy import Policy
 from tests.training.rollouts import ALONE, small_learner, small_policy
 from training.checkpoint import Restored, newest, save
 from training.clock import Clock
 from training.control import Control
 from training.memory import Demand, DoesNotFit, MemoryPlan
+from training.objective import Objective
 from training.session import Session, SessionConfig
 from training.timing import Stopwatch
 
@@ -138,23 +138,23 @@ def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeyp
     tried: list[int] = []
 
     def out_of_memory_above(most: int) -> Callable[..., str]:
-        def compile_trunk(policy: Policy, num_segments: int, *others: object) -> str:
+        def compile_objective(objective: Objective, num_segments: int, *others: object) -> str:
             tried.append(num_segments)
             if num_segments > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
             return ""
 
-        return compile_trunk
+        return compile_objective
 
     demand = Demand(1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0)
     plan = MemoryPlan(demand, 2**30, 8)
     monkeypatch.setattr(training.session, "compile_accounts", lambda env, policy, ranks: "")
-    monkeypatch.setattr(training.session, "compile_trunk", out_of_memory_above(4))
+    monkeypatch.setattr(training.session, "compile_objective", out_of_memory_above(4))
     session = small_session(memory=plan)
     assert tried == [8, 4]
     assert session.memory == replace(plan, micro_batch_segments=4)
     assert session.learner.config.micro_batch_segments == 4
-    monkeypatch.setattr(training.session, "compile_trunk", out_of_memory_above(2))
+    monkeypatch.setattr(training.session, "compile_objective", out_of_memory_above(2))
     with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
         small_session(memory=plan)
 
@@ -164,7 +164,7 @@ def test_accounts_for_which_no_memory_is_left_are_a_training_that_does_not_fit(m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     demand = Demand(1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0)
-    monkeypatch.setattr(training.session, "compile_trunk", lambda *sizes: "")
+    monkeypatch.setattr(training.session, "compile_objective", lambda *sizes: "")
     monkeypatch.setattr(training.session, "compile_accounts", out_of_memory)
     with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
         small_session(memory=MemoryPlan(demand, 2**30, 8))

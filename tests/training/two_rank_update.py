@@ -3,7 +3,7 @@
     two_rank_update.py OUT [poison] [sharded] [compiled]
 
 ``poison`` spoils the bars of rank 1. ``sharded`` lets ranks hold shares of the model instead of copies.
-``compiled`` compiles the trunk.
+``compiled`` compiles the objective.
 """
 
 import copy
@@ -15,10 +15,19 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.training.rollouts import CONTEXT, HORIZON, made_up_rollout, part_of, small_learner, small_policy
+from tests.training.rollouts import (
+    CONTEXT,
+    HORIZON,
+    PPO,
+    made_up_rollout,
+    part_of,
+    small_learner,
+    small_policy,
+)
 from training import distributed
-from training.compilation import compile_trunk
+from training.compilation import compile_objective
 from training.learner import Learner
+from training.objective import Objective
 
 
 def handed_over(first: Learner, rollout, ranks, sharded: bool):
@@ -37,9 +46,10 @@ if __name__ == "__main__":
     sharded = "sharded" in sys.argv
     with distributed.start() as ranks:
         policy = small_policy()
+        objective = Objective(policy, PPO)
         if "compiled" in sys.argv:
-            assert compile_trunk(policy, 2, CONTEXT, HORIZON, ranks, by_block=sharded) == ""
-        learner = small_learner(policy, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
+            assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks, by_block=sharded) == ""
+        learner = small_learner(objective, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
         whole = made_up_rollout(small_policy(), 8)
         half = part_of(whole, slice(4 * ranks.rank, 4 * ranks.rank + 4))
         if "poison" in sys.argv and ranks.rank == 1:
