@@ -19,40 +19,55 @@ HAS_ONEDNN = (
 )
 FEWEST_ROWS = 256  # below, a call costs more than it saves
 
-# Opaque to the compiler, which takes oneDNN's operator for one of frozen weights.
+# Opaque to the compiler, which takes oneDNN's operator for one of frozen weights, and would write out what is turned
+# for a gradient beside what it is turned from.
 _LIBRARY = torch.library.Library("trading_models", "DEF")
 _LIBRARY.define("product(Tensor left, Tensor right) -> Tensor")
+_LIBRARY.define("weight_gradient(Tensor gradient, Tensor x) -> Tensor")
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """(..., K) and (N, K) -> (..., N), over K."""
+    """(M, K) and (N, K) -> (M, N), over K."""
     return torch.ops.mkldnn._linear_pointwise.default(left, right, None, "none", [], "")
 
 
 def _shape_of_product(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(*left.shape[:-1], right.shape[0])
+    return left.new_empty(len(left), len(right))
+
+
+def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """(M, N) and (M, K) -> (N, K), over M."""
+    left, right = gradient.t(), x.t()
+    # oneDNN copies the left one to turn it: that had better be the narrow one.
+    return _product(left, right) if len(left) <= len(right) else _product(right, left).t().contiguous()
+
+
+def _shape_of_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(gradient.shape[1], x.shape[1])
 
 
 _LIBRARY.impl("product", _product, "CPU")
 torch.library.register_fake("trading_models::product", _shape_of_product, lib=_LIBRARY)
+_LIBRARY.impl("weight_gradient", _weight_gradient, "CPU")
+torch.library.register_fake("trading_models::weight_gradient", _shape_of_weight_gradient, lib=_LIBRARY)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """(M, K) and (N, K) -> (M, N)."""
         ctx.save_for_backward(x, weight)
         return torch.ops.trading_models.product.default(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        product = torch.ops.trading_models.product.default
+        ops = torch.ops.trading_models
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
-        of_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return of_x, None
-        left, right = gradient.flatten(0, -2).t(), x.flatten(0, -2).t()
-        # oneDNN copies the left one to turn it: that had better be the narrow one.
-        return of_x, product(left, right) if len(left) <= len(right) else product(right, left).t()
+        of_x, of_weight = ctx.needs_input_grad
+        return (
+            ops.product.default(gradient, weight.t()) if of_x else None,
+            ops.weight_gradient.default(gradient, x) if of_weight else None,
+        )
 
 
 class Linear(nn.Linear):
@@ -68,6 +83,6 @@ class Linear(nn.Linear):
             and x.numel() >= FEWEST_ROWS * self.in_features
             and not torch.is_autocast_enabled("cpu")
         ):
-            y = _Product.apply(x, self.weight)
+            y = _Product.apply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return super().forward(x)

@@ -31,7 +31,7 @@ class Head(nn.Module):
         super().__init__()
         width = min(256, d_model)
         self.market = Linear(d_model, width)
-        self.account = nn.Linear(num_account_features, width, bias=False)
+        self.account = Linear(num_account_features, width, bias=False)
         self.mix = Linear(width, width)
         self.logits = nn.Linear(width, num_positions)
         self.value = nn.Linear(width, 1)

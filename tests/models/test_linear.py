@@ -12,20 +12,23 @@ from models.linear import FEWEST_ROWS, HAS_ONEDNN, Linear
 needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="oneDNN is asked on CPUs with AVX-512 only")
 
 
-def layers(bias: bool = True) -> tuple[Linear, nn.Linear]:
+def layers(bias: bool = True, inputs: int = 24, outputs: int = 40) -> tuple[Linear, nn.Linear]:
     torch.manual_seed(0)
-    ours, reference = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
+    ours, reference = (kind(inputs, outputs, bias=bias) for kind in (Linear, nn.Linear))
     reference.load_state_dict(ours.state_dict())
     return ours, reference.double()
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, FEWEST_ROWS])
-def test_output_and_gradients_are_those_of_double_precision(rows: int, bias: bool) -> None:
-    ours, reference = layers(bias)
-    x = torch.randn(2, rows, 24, requires_grad=True)
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24)])
+def test_output_and_gradients_are_those_of_double_precision(
+    inputs: int, outputs: int, rows: int, bias: bool
+) -> None:
+    ours, reference = layers(bias, inputs, outputs)
+    x = torch.randn(2, rows, inputs, requires_grad=True)
     wide = x.detach().double().requires_grad_()
-    weights = torch.randn(2, rows, 40)
+    weights = torch.randn(2, rows, outputs)
     y, expected = ours(x), reference(wide)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     (y * weights).sum().backward()
@@ -39,6 +42,20 @@ def test_views_that_are_not_contiguous_give_the_same() -> None:
     ours, reference = layers()
     x = torch.randn(24, 2 * FEWEST_ROWS).t()
     torch.testing.assert_close(ours(x).double(), reference(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24)])
+def test_the_compiler_is_told_the_very_shapes_and_strides(inputs: int, outputs: int) -> None:
+    ops = torch.ops.trading_models
+    gradient, x = torch.randn(FEWEST_ROWS, outputs), torch.randn(FEWEST_ROWS, inputs)
+    given = (
+        (ops.product, (x, torch.randn(outputs, inputs))),
+        (ops.product, (gradient, torch.randn(outputs, inputs).t())),
+        (ops.weight_gradient, (gradient, x)),
+    )
+    for operator, arguments in given:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_onednn
