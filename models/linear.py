@@ -19,8 +19,8 @@ HAS_ONEDNN = (
 )
 FEWEST_ROWS = 256  # below, a call costs more than it saves
 
-# Opaque to the compiler, which takes oneDNN's operator for one of frozen weights, and would write out what is turned
-# for a gradient beside what it is turned from.
+# Opaque to the compiler, which takes oneDNN's operator for one of frozen weights, and writes what is turned for a
+# gradient beside what it is turned from.
 _LIBRARY = torch.library.Library("trading_models", "DEF")
 _LIBRARY.define("product(Tensor left, Tensor right) -> Tensor")
 _LIBRARY.define("weight_gradient(Tensor gradient, Tensor x) -> Tensor")
