@@ -109,7 +109,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # blocks in the backward instead of keeping what they computed: less memory
-        self.embed = nn.Linear(config.num_features, config.d_model)
+        self.embed = Linear(config.num_features, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model)
         angles = rotary_angles(config.max_length, config.d_model // config.num_heads)

@@ -6,6 +6,8 @@ folder. So whatever is compiled is rehearsed, and on all ranks or on none.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -96,9 +98,10 @@ def compile_objective(
     """
     trunk = objective.policy.trunk
     modules: list[nn.Module] = list(trunk.blocks) if by_block else [trunk]
+    compiled = partial(torch.compile, dynamic=False, options={"size_asserts": False})
     for module in modules:  # the forward alone: hooks of FSDP stay outside, names of weights as they are
-        module.forward = torch.compile(module.forward, dynamic=False)
-    after_trunk = torch.compile(objective.after_trunk, dynamic=False)
+        module.forward = compiled(module.forward)
+    after_trunk = compiled(objective.after_trunk)
     objective.after_trunk = after_trunk  # type: ignore[method-assign]
     reason = ""
     try:

@@ -47,11 +47,12 @@ def advantages_and_returns(
     alive = (~terminated).to(rewards.dtype)
     following = torch.cat((values[:, 1:], next_value[:, None]), dim=1)
     deltas = rewards + gamma * following * alive - values
-    advantages = torch.empty_like(rewards)
-    last = torch.zeros_like(next_value)
-    for t in reversed(range(rewards.shape[1])):
-        last = deltas[:, t] + gamma * gae_lambda * alive[:, t] * last
-        advantages[:, t] = last
+    decay = gamma * gae_lambda * alive
+    last, backwards = torch.zeros_like(next_value), []
+    for delta, weight in zip(reversed(deltas.unbind(1)), reversed(decay.unbind(1)), strict=True):
+        last = torch.addcmul(delta, weight, last)
+        backwards.append(last)
+    advantages = torch.stack(backwards[::-1], dim=1)
     return advantages, advantages + values
 
 
