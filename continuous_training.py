@@ -352,7 +352,7 @@ def new_session(
         console.warning(others)
     config = session_config(settings, memory, ranks)
     if config.compile:
-        console.line("Compiling the transformer and the accounts' steps, which takes a minute or two once")
+        console.line("Compiling the update and the accounts' steps, which takes a minute or two once")
     try:
         session = Session(market, config, ranks, saved)
     except DoesNotFit as error:

@@ -32,7 +32,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _shape_of_product(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(len(left), len(right))
+    return left.new_empty(left.shape[0], right.shape[0])
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:

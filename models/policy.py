@@ -91,14 +91,18 @@ class Policy(nn.Module):
         # Nothing to cache: every weight is used once per forward, and its bf16 copy would stay until the end.
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
+    def hidden(self, bars: Tensor, num_decisions: int) -> Tensor:
+        """Run the trunk in its precision: (B, S, F) -> (B, T, D) float32, T = ``num_decisions``."""
+        with self.precision(bars.device):
+            hidden: Tensor = self.trunk(bars, num_decisions)
+        return hidden
+
     def encode(self, bars: Tensor, num_decisions: int) -> Tensor:
         """Run the trunk and the head's market share: (B, S, F) -> (B, T, W), T = ``num_decisions``."""
-        with self.precision(bars.device):
-            hidden = self.trunk(bars, num_decisions)
-        return self.head.project(hidden)
+        return self.head.project(self.hidden(bars, num_decisions))
 
     def forward(self, bars: Tensor, accounts: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate all decisions of whole segments at once, as the update does.
+        """Evaluate all decisions of whole segments at once.
 
         Args:
             bars: (B, S, F) normalised features.

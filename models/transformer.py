@@ -141,9 +141,8 @@ class Trunk(nn.Module):
         width, layers = self.config.d_model, self.config.num_layers
         weights = self.config.num_features * width + layers * 12 * width**2
         not_asked = length - (length if num_last is None else num_last)
-        spared = (
-            not_asked * 9 * width**2
-        )  # the last feed-forward, and what writes the last attention's output
+        # The last feed-forward, and what writes the last attention's output.
+        spared = not_asked * 9 * width**2
         return 2 * (length * weights - spared) + layers * 2 * length**2 * width
 
     def forward(self, bars: Tensor, num_last: int | None = None) -> Tensor:

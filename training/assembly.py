@@ -74,15 +74,15 @@ def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionCo
     """Say what this rank's session is made of."""
     device = ranks.device
     env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
+    ppo = PPOConfig(
+        gamma=settings.gamma,
+        gae_lambda=settings.gae_lambda,
+        clip_coef=settings.clip_coef,
+        entropy_coef=settings.entropy_coef,
+        value_coef=settings.value_coef,
+        advantages=settings.advantages,
+    )
     learner = LearnerConfig(
-        ppo=PPOConfig(
-            gamma=settings.gamma,
-            gae_lambda=settings.gae_lambda,
-            clip_coef=settings.clip_coef,
-            entropy_coef=settings.entropy_coef,
-            value_coef=settings.value_coef,
-            advantages=settings.advantages,
-        ),
         update_passes=settings.update_passes,
         minibatch_segments=validation.minibatch_segments(settings, ranks.world_size),
         micro_batch_segments=memory.micro_batch_segments,
@@ -95,6 +95,7 @@ def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionCo
     )
     return SessionConfig(
         env=env,
+        ppo=ppo,
         learner=learner,
         d_model=settings.d_model,
         num_layers=settings.num_layers,

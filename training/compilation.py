@@ -64,9 +64,9 @@ def _zeros(policy: Policy, num_segments: int, horizon: int, device: torch.device
     """Make account observations and targets of one micro-batch."""
     head, by_decision = policy.head, (num_segments, horizon)
     accounts = torch.zeros(*by_decision, head.account.in_features, device=device)
+    shape = *by_decision, head.logits.out_features
     # Each its own: of one tensor in two places the compiler makes a special case.
-    by_position = torch.zeros(3, *by_decision, head.logits.out_features, device=device)
-    log_policy, weights, advantages = by_position
+    log_policy, weights, advantages = (torch.zeros(shape, device=device) for _ in range(3))
     returns = torch.zeros(by_decision, device=device)
     valid = torch.zeros(by_decision, device=device, dtype=torch.bool)
     return accounts, Targets(log_policy, weights, advantages, returns, valid)
@@ -80,7 +80,9 @@ def compile_objective(
     ranks: Ranks,
     by_block: bool = False,
 ) -> str:
-    """Compile the trunk for rollouts and updates, and head and losses for updates; takes a minute for large ones.
+    """Compile the trunk for rollouts and updates, and head and losses for updates: all of it, or nothing.
+
+    Takes a minute for large ones.
 
     Args:
         objective: changed in place; weights and their names stay as they are.
@@ -88,7 +90,8 @@ def compile_objective(
         context_bars: of a segment.
         horizon: of a segment.
         ranks: all take part.
-        by_block: compile block by block, for ranks that hold shares: a block's weights come when it is called.
+        by_block: compile the trunk block by block, for ranks that hold shares: a block's weights come when it is
+            called.
 
     Returns:
         Why it was not compiled, in one line; empty where it was.
@@ -98,11 +101,11 @@ def compile_objective(
     """
     trunk = objective.policy.trunk
     modules: list[nn.Module] = list(trunk.blocks) if by_block else [trunk]
-    compiled = partial(torch.compile, dynamic=False, options={"size_asserts": False})
+    # Sizes and strides are as compiled, or a guard fails before: to check them between kernels, too, takes 1 %.
+    compile_ = partial(torch.compile, dynamic=False, options={"size_asserts": False})
     for module in modules:  # the forward alone: hooks of FSDP stay outside, names of weights as they are
-        module.forward = compiled(module.forward)
-    after_trunk = compiled(objective.after_trunk)
-    objective.after_trunk = after_trunk  # type: ignore[method-assign]
+        module.forward = compile_(module.forward)
+    objective.after_trunk = compile_(objective.after_trunk)  # type: ignore[method-assign]
     reason = ""
     try:
         rehearse(objective, num_segments, context_bars, horizon, ranks)
@@ -167,8 +170,7 @@ def _told(error: Exception) -> str:
 
 
 def _uncompile(objective: Objective) -> None:
-    trunk = objective.policy.trunk
-    for module in (trunk, *trunk.blocks):
+    for module in objective.policy.trunk.modules():
         vars(module).pop("forward", None)  # the class has its own
     del objective.after_trunk
     torch._dynamo.reset()

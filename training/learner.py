@@ -18,7 +18,7 @@ from training.distributed import Ranks
 from training.hindsight import hindsight_advantages
 from training.objective import Objective
 from training.parallel import parallel
-from training.ppo import Losses, PPOConfig, Targets, advantages_and_returns
+from training.ppo import Losses, Targets, advantages_and_returns
 from training.rollout import Rollout
 
 
@@ -26,7 +26,6 @@ from training.rollout import Rollout
 class LearnerConfig:
     """How the optimizer walks. Sizes are in segments (horizon decisions each) of one rank."""
 
-    ppo: PPOConfig
     update_passes: int  # passes over each rollout
     minibatch_segments: int  # M: segments per optimizer step on this rank
     micro_batch_segments: int  # segments per forward and backward
@@ -46,6 +45,7 @@ class Learner:
     """
 
     def __init__(self, objective: Objective, config: LearnerConfig, ranks: Ranks, seed: int) -> None:
+        self.objective = objective
         self.policy = objective.policy
         self.config = config
         self.ranks = ranks
@@ -174,7 +174,7 @@ class Learner:
 
     def _targets(self, rollout: Rollout) -> tuple[Targets, Tensor]:
         """Value the rollout; return the targets of its update and how much the critic foresaw."""
-        config = self.config.ppo
+        config = self.objective.config
         if rollout.hindsight is None:
             advantages, returns = advantages_and_returns(
                 rollout.rewards,

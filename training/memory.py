@@ -200,7 +200,7 @@ def gpu_memory(device: torch.device) -> tuple[int, str]:
 
 
 def _common(demand: Demand) -> int:
-    """Return what micro-batches should divide: a compiled trunk knows one size."""
+    """Return what micro-batches should divide: what is compiled knows one size."""
     return math.gcd(demand.minibatch_segments, demand.envs_per_gpu)
 
 

@@ -32,17 +32,17 @@ class Objective(nn.Module):
             accounts: (B, T, A) account observations at the last T bars.
             targets: of these decisions.
             num_decisions: decisions of the whole minibatch on this rank, the divisor of every sum.
+
+        Returns:
+            Scalars on the device; ``total`` is what to go backward from.
         """
-        with self.policy.precision(bars.device):
-            hidden = self.policy.trunk(bars, accounts.shape[1])
+        hidden = self.policy.hidden(bars, accounts.shape[1])
         # A number would be compiled in, and the last minibatch of a pass may be a smaller one.
         divisor = torch.full((), num_decisions, dtype=hidden.dtype, device=hidden.device)
         return self.after_trunk(hidden, accounts, targets, divisor)
 
-    def after_trunk(
-        self, hidden: Tensor, accounts: Tensor, targets: Targets, num_decisions: Tensor
-    ) -> Losses:
-        """Judge the decisions that follow from the trunk's output (B, T, D); ``num_decisions`` is ()."""
+    def after_trunk(self, hidden: Tensor, accounts: Tensor, targets: Targets, divisor: Tensor) -> Losses:
+        """Judge the decisions that follow from the trunk's output (B, T, D); ``divisor`` of every sum is ()."""
         head = self.policy.head
         logits, values = head.decide(head.project(hidden), accounts)
-        return ppo_losses(logits, values, targets, num_decisions, self.config)
+        return ppo_losses(logits, values, targets, divisor, self.config)

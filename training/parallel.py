@@ -24,7 +24,7 @@ from training.objective import Objective
 class Parallel(Protocol):
     """What the learner asks of either way."""
 
-    objective: nn.Module  # to be called as the Objective that it holds
+    objective: nn.Module  # called as an Objective is
     parameters: list[nn.Parameter]  # what this rank's optimizer walks over, in the policy's order
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
@@ -59,8 +59,7 @@ class Copies:
         self.policy = objective.policy
         self.parameters = list(self.policy.parameters())
         self.objective: nn.Module = objective
-        self._averages = ranks.world_size > 1
-        if self._averages:
+        if ranks.world_size > 1:
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None
             # The only buffers are rotary angles, the same everywhere: nothing to synchronise. torch 2.13
             # renamed the argument; 2.11 knows the old name only.
@@ -73,9 +72,9 @@ class Copies:
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """The all-reduce overlaps with the last backward."""
-        if is_last or not self._averages:
+        if is_last or not isinstance(self.objective, DistributedDataParallel):
             return nullcontext()
-        return self.objective.no_sync()  # type: ignore[operator]
+        return self.objective.no_sync()
 
     def gradients(self) -> tuple[list[Tensor], Tensor]:
         """They are where the optimizer looks for them, and whole."""

@@ -290,7 +290,6 @@ def _config(trial: Trial, sizes: Sizes, seed: int, bf16: bool) -> SessionConfig:
         advantages="hindsight",
     )
     learner = LearnerConfig(
-        ppo=ppo,
         update_passes=sizes.update_passes,
         minibatch_segments=sizes.minibatch_segments,
         micro_batch_segments=16,
@@ -300,7 +299,7 @@ def _config(trial: Trial, sizes: Sizes, seed: int, bf16: bool) -> SessionConfig:
         weight_decay=0.01,
         max_grad_norm=1.0,
     )
-    return SessionConfig(env, learner, sizes.d_model, sizes.num_layers, 4, bf16, seed)
+    return SessionConfig(env, ppo, learner, sizes.d_model, sizes.num_layers, 4, bf16, seed)
 
 
 def selftest(

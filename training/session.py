@@ -25,6 +25,7 @@ from training.memory import DoesNotFit, MemoryPlan
 from training.objective import Objective
 from training.parallel import Shares
 from training.plasticity import fixed_batch, plasticity
+from training.ppo import PPOConfig
 from training.rollout import Rollout, collect
 from training.timing import Stopwatch, matmul_rate
 
@@ -34,6 +35,7 @@ class SessionConfig:
     """Everything that shapes a session, in the words of its parts."""
 
     env: EnvConfig
+    ppo: PPOConfig
     learner: LearnerConfig
     d_model: int
     num_layers: int
@@ -54,7 +56,7 @@ class Session:
         self.env = TradingEnv(market, config.env, ranks.device, seed=config.seed * 1_000_003 + ranks.rank)
         torch.manual_seed(config.seed)  # every rank draws the same first weights
         self.policy = self._new_policy().to(ranks.device)
-        self.objective = Objective(self.policy, config.learner.ppo)
+        self.objective = Objective(self.policy, config.ppo)
         self.not_compiled = "not asked for"
         self.memory = config.memory
         if config.memory:
@@ -144,9 +146,9 @@ class Session:
             self.policy,
             self.learner.generator,
             config.micro_batch_segments,
-            hindsight=config.ppo.advantages == "hindsight",
+            hindsight=self.config.ppo.advantages == "hindsight",
             # Discounted sums of unit noise have this deviation: the critic's targets are about one.
-            reward_scale=math.sqrt(1.0 - config.ppo.gamma**2),
+            reward_scale=math.sqrt(1.0 - self.config.ppo.gamma**2),
             beat=beat,
         )
 
@@ -161,7 +163,7 @@ class Session:
         """Return what must not change while an update is under way."""
         env, learner = self.config.env, self.config.learner
         sizes = [env.num_envs, env.horizon, learner.minibatch_segments, learner.update_passes]
-        return [self.ranks.world_size, self.ranks.device.type, learner.ppo.advantages, *sizes]
+        return [self.ranks.world_size, self.ranks.device.type, self.config.ppo.advantages, *sizes]
 
     def _restore_update(self, states: list[dict[str, Any]]) -> None:
         """Take up a stopped update, on all ranks or on none (all ranks take part).

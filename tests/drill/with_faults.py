@@ -16,40 +16,45 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
+def at_micro_batches(act: Callable[[int, Any], Any]) -> None:
+    """Let ``act`` have the number and the losses of every micro-batch of every update; what it returns counts."""
+    from training import learner
+
+    healthy, number = learner.parallel, count(1)
+
+    def planted(*arguments):
+        ways = healthy(*arguments)
+        # Around what is compiled, and after the rehearsal.
+        ways.objective.register_forward_hook(lambda module, given, losses: act(next(number), losses))
+        return ways
+
+    learner.parallel = planted
+
+
 def plant_nan(rank: int, first: int, last: int) -> None:
-    from training import objective
+    def spoil(number: int, losses: Any) -> Any:
+        if first <= number <= last:
+            return dataclasses.replace(losses, total=losses.total * float("nan"))
+        return losses
 
-    if rank != int(os.environ.get("RANK", "0")):
-        return
-    healthy, calls = objective.ppo_losses, [0]
-
-    def losses(*arguments):
-        calls[0] += 1
-        result = healthy(*arguments)
-        if first <= calls[0] <= last:
-            result = dataclasses.replace(result, total=result.total * float("nan"))
-        return result
-
-    objective.ppo_losses = losses
+    if rank == int(os.environ.get("RANK", "0")):
+        at_micro_batches(spoil)
 
 
-def plant_at_micro_batch(number: int, fault: Callable[[], None]) -> None:
-    from training import objective
-
-    healthy, calls = objective.ppo_losses, [0]
-
-    def losses(*arguments):
-        calls[0] += 1
-        if calls[0] == number:
+def plant_at_micro_batch(when: int, fault: Callable[[], None]) -> None:
+    def act(number: int, losses: Any) -> Any:
+        if number == when:
             fault()
-        return healthy(*arguments)
+        return losses
 
-    objective.ppo_losses = losses
+    at_micro_batches(act)
 
 
 def send_term() -> None:

@@ -49,7 +49,6 @@ def small_learner(
     sharded: bool = False,
 ) -> Learner:
     config = LearnerConfig(
-        ppo=PPO,
         update_passes=passes,
         minibatch_segments=minibatch,
         micro_batch_segments=micro,

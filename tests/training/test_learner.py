@@ -150,7 +150,7 @@ def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "sharded", "sharded compiled"])
+@pytest.mark.parametrize("how", ["", "compiled", "sharded", "sharded compiled"])
 def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path, how: str) -> None:
     result = two_ranks(tmp_path, *how.split())
     assert all(first == second for first, second in result["same"])

@@ -147,6 +147,7 @@ def test_after_a_ruin_nothing_counts() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # see test_compilation.py
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool) -> None:
     device = torch.device("cuda", 0)

@@ -16,7 +16,7 @@ from continuous_training import Settings, train
 from data_sources.simulated import simulated_bars
 from envs.market import Market
 from envs.trading_env import EnvConfig
-from tests.training.rollouts import ALONE, small_learner, small_policy
+from tests.training.rollouts import ALONE, PPO, small_learner, small_policy
 from training.checkpoint import Restored, newest, save
 from training.clock import Clock
 from training.control import Control
@@ -33,7 +33,7 @@ def small_session(saved: Restored | None = None, memory: MemoryPlan | None = Non
     bars = simulated_bars(2, 600, 0, 1_767_225_600 * 10**9)
     market = Market.from_bars(bars, device="cpu", holdout_start_ns=NEVER, context_bars=8, horizon=8)
     learner = small_learner(small_policy()).config
-    config = SessionConfig(env, learner, 16, 1, 2, False, 0, compile=memory is not None, memory=memory)
+    config = SessionConfig(env, PPO, learner, 16, 1, 2, False, 0, compile=memory is not None, memory=memory)
     return Session(market, config, ALONE, saved)
 
 
