@@ -45,8 +45,8 @@ class Learner:
     """
 
     def __init__(self, objective: Objective, config: LearnerConfig, ranks: Ranks, seed: int) -> None:
-        self.objective = objective
         self.policy = objective.policy
+        self.ppo = objective.config
         self.config = config
         self.ranks = ranks
         self.parallel = parallel(objective, ranks, config.sharded)
@@ -174,7 +174,7 @@ class Learner:
 
     def _targets(self, rollout: Rollout) -> tuple[Targets, Tensor]:
         """Value the rollout; return the targets of its update and how much the critic foresaw."""
-        config = self.objective.config
+        config = self.ppo
         if rollout.hindsight is None:
             advantages, returns = advantages_and_returns(
                 rollout.rewards,

@@ -140,15 +140,15 @@ class Session:
         self.env.cost_scale = cost_scale
         if self._under_way:
             return self._under_way[0]
-        config = self.config.learner
+        config = self.config
         return collect(
             self.env,
             self.policy,
             self.learner.generator,
-            config.micro_batch_segments,
-            hindsight=self.config.ppo.advantages == "hindsight",
+            config.learner.micro_batch_segments,
+            hindsight=config.ppo.advantages == "hindsight",
             # Discounted sums of unit noise have this deviation: the critic's targets are about one.
-            reward_scale=math.sqrt(1.0 - self.config.ppo.gamma**2),
+            reward_scale=math.sqrt(1.0 - config.ppo.gamma**2),
             beat=beat,
         )
 

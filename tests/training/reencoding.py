@@ -80,8 +80,6 @@ class WindowLearner(Learner):
             order = torch.randperm(len(accounts), generator=self.generator)
             for rows in order.split(minibatch):
                 logits, values = self.policy(windows[rows], accounts[rows])
-                losses = ppo_losses(
-                    logits[:, 0], values[:, 0], targets[rows], len(rows), self.objective.config
-                )
+                losses = ppo_losses(logits[:, 0], values[:, 0], targets[rows], len(rows), self.ppo)
                 losses.total.backward()
                 self._apply_gradients(self.config.learning_rate)
