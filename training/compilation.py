@@ -101,7 +101,7 @@ def compile_objective(
     """
     trunk = objective.policy.trunk
     modules: list[nn.Module] = list(trunk.blocks) if by_block else [trunk]
-    # Sizes and strides are as compiled, or a guard fails before: to check them between kernels, too, takes up to 2 %.
+    # Sizes and strides are as compiled, or a guard fails before: checks between kernels, too, take up to 2 %.
     compile_ = partial(torch.compile, dynamic=False, options={"size_asserts": False})
     for module in modules:  # the forward alone: hooks of FSDP stay outside, names of weights as they are
         module.forward = compile_(module.forward)
