@@ -10,7 +10,7 @@
 # Ctrl+C finishes the epoch, saves and exits; a second one ends at once. Works from any folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source training/venv.sh
+source runtime/venv.sh
 prepare_venv requirements_simple.txt
 # exec: from here on, signals and the duties of a container's first process are Python's.
-exec .venv/bin/python -m training.supervisor "$@"
+exec .venv/bin/python -m runtime.supervisor "$@"

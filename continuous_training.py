@@ -23,8 +23,25 @@ import torch
 import typer
 from dotenv import load_dotenv
 
-from data_sources.lake import Lake
+from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
+from commands.cli import checkpoint_command_from, command_from, complain
+from data_sources.lake.lake import Lake
 from envs.market import Market
+from evaluation import champion
+from evaluation.examiner import Examiner
+from monitoring.console import Console
+from runtime.control import (
+    EXIT_ABORTED,
+    EXIT_CRASH,
+    EXIT_DOES_NOT_FIT,
+    EXIT_LOCKED,
+    EXIT_OK,
+    EXIT_SETTING,
+    STOP_AT_EPOCH_END,
+    STOP_NOW,
+    Control,
+    Leave,
+)
 from training import checkpoint, distributed, validation
 from training.assembly import (
     holdout_start_ns,
@@ -35,30 +52,13 @@ from training.assembly import (
     training_console,
     unlike,
 )
-from training.background import BackgroundWriter
-from training.cli import Leave, checkpoint_command_from, command_from, complain
-from training.clock import Clock, Summary
-from training.commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
-from training.console import Console
-from training.control import (
-    EXIT_ABORTED,
-    EXIT_CRASH,
-    EXIT_DOES_NOT_FIT,
-    EXIT_LOCKED,
-    EXIT_OK,
-    EXIT_SETTING,
-    STOP_AT_EPOCH_END,
-    STOP_NOW,
-    Control,
-)
-from training.distributed import Ranks
-from training.evaluation import champion
-from training.evaluation.examiner import Examiner
-from training.fresh_bars import agreed_stop, fresh_bars
+from training.checkpoint_writer import BackgroundWriter
+from training.data_feed import Prefetch, fresh_bars, refresh_ahead
+from training.distributed import Ranks, agreed_stop
 from training.memory import DoesNotFit
-from training.prefetch import Prefetch, refresh_ahead
-from training.session import Session
-from training.timing import Phases, Stopwatch
+from training.metrics import Phases, Stopwatch
+from training.progress import Clock, Summary
+from training.trainer import Session
 
 MOST_ROLLBACKS = 3  # in one run
 COMPILER_SECONDS = 3600.0  # a compiler that works for longer counts as hanging

@@ -19,9 +19,9 @@ import torch
 
 from models.policy import Policy
 from models.transformer import TransformerConfig
+from monitoring.console import Console
 from training import checkpoint
-from training.background import BackgroundWriter
-from training.console import Console
+from training.checkpoint_writer import BackgroundWriter
 
 
 def state_of(width: int, layers: int, device: str) -> tuple[dict, dict]:

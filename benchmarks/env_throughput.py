@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.peers import VENV, Process, peers_venv
 from data_sources.bars import MINUTE_NS, Bars
 from envs import features
-from envs.env_config import EnvConfig
+from envs.config import EnvConfig
 from envs.market import Market
 from envs.trading_env import TradingEnv
 

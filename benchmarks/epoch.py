@@ -30,12 +30,12 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.env_throughput import market_of
+from commands.cli import command_from
 from continuous_training import PRESETS, Settings
 from training import distributed
 from training.assembly import memory_plan, session_config
-from training.cli import command_from
-from training.session import Session
-from training.timing import Stopwatch, matmul_rate
+from training.metrics import Stopwatch, matmul_rate
+from training.trainer import Session
 
 # Dense bf16 operations per second by NVIDIA's data sheets (A100: 2021-06, H100 and H200: 2024-11), by name:
 # devices of other forms have other clocks.

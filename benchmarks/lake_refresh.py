@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yfinance  # noqa: F401  (imports are paid before the clock starts)
 
 from continuous_training import Settings
-from data_sources import binance_spot, polygon, yahoo  # noqa: F401
-from data_sources.lake import Lake
+from data_sources.lake.lake import Lake
 from data_sources.progress import Silence
 from data_sources.refresh import refresh
-from data_sources.yahoo_session import Watch
-from training.fresh_bars import data_request
+from data_sources.vendors import binance, polygon, yahoo  # noqa: F401
+from data_sources.vendors.yahoo_client import Watch
+from training.data_feed import data_request
 
 asked = 0
 

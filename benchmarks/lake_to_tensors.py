@@ -48,9 +48,9 @@ def make(folder: Path, num_symbols: int, num_bars: int) -> str:
     import numpy as np
     import pyarrow as pa
 
-    from data_sources import ready_copy
-    from data_sources.lake import Lake
-    from data_sources.quality import SCHEMA
+    from data_sources import snapshot
+    from data_sources.lake.lake import Lake
+    from data_sources.lake.quality import SCHEMA
 
     random = np.random.default_rng(0)
     lake, request = Lake(folder), request_for(num_symbols, num_bars)
@@ -77,7 +77,7 @@ def make(folder: Path, num_symbols: int, num_bars: int) -> str:
                 now_ns=request.end_ns + 10**12,
                 **span,
             )
-    return str(ready_copy.provide(lake, request))
+    return str(snapshot.provide(lake, request))
 
 
 def room_for(way: str, copy: Path, symbols: int, bars: int) -> tuple:
@@ -110,14 +110,14 @@ def with_read(folder: Path, copy: Path, symbols: int, bars: int, buffer) -> None
 
 
 def with_copy(folder: Path, copy: Path, symbols: int, bars: int, times, values) -> None:
-    from data_sources.ready_copy import open_copy
+    from data_sources.snapshot import open_copy
 
     fill(open_copy(copy).bars, 0, times, values)
 
 
 def with_lake(folder: Path, copy: Path, symbols: int, bars: int, times, values) -> None:
-    from data_sources.lake import Lake
-    from data_sources.loading import each_symbol
+    from data_sources.lake.lake import Lake
+    from data_sources.load import each_symbol
 
     first = 0
     for one, _ in each_symbol(Lake(folder), request_for(symbols, bars)):

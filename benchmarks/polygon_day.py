@@ -110,9 +110,9 @@ def with_pandas(path: Path, folder: Path) -> int:
 
 def with_ours(path: Path, folder: Path) -> int:
     sys.path.insert(0, str(ROOT))
-    from data_sources.lake import Lake
-    from data_sources.polygon_days import read_day
-    from data_sources.polygon_files import US_STOCKS
+    from data_sources.lake.lake import Lake
+    from data_sources.vendors.polygon_days import read_day
+    from data_sources.vendors.polygon_files import US_STOCKS
 
     began = time.perf_counter_ns()
     start_ns, end_ns = US_STOCKS.interval(DAY)

@@ -31,10 +31,10 @@ import torch
 
 import continuous_training as program
 from continuous_training import PRESETS, Settings
-from training.background import BackgroundWriter
-from training.control import Control
-from training.prefetch import Prefetch
-from training.session import Session
+from runtime.control import Control
+from training.checkpoint_writer import BackgroundWriter
+from training.data_feed import Prefetch
+from training.trainer import Session
 
 
 class Measured:

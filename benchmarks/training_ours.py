@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import training_settings as s
 from benchmarks.env_throughput import market_of
-from envs.env_config import EnvConfig
+from envs.config import EnvConfig
 from models.linear import Linear
 from models.transformer import TransformerConfig
 from tests.training.reencoding import WindowLearner, collect_by_windows
 from training.compilation import compile_accounts, compile_objective
 from training.distributed import Ranks
 from training.learner import Learner, LearnerConfig
-from training.ppo import PPOConfig
-from training.session import Session, SessionConfig
+from training.losses import PPOConfig
+from training.trainer import Session, SessionConfig
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 MICRO_BATCH = 16  # segments; what a setting would say

@@ -30,8 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers import VENV, Process, peers_venv
+from commands.selftest import TRIALS, Sizes, run_trial
 from training.distributed import Ranks
-from training.selftest import TRIALS, Sizes, run_trial
 
 MATMUL_SIZE, MATMUL_REPEATS = 1_024, 12
 OURS, SB3 = "training_ours.py", "training_sb3.py"

@@ -7,7 +7,6 @@
     - RateLimited            ... for ``retry_after`` seconds, when the vendor says so
   x BadAnswer                one answer (file, page) is damaged or not what was asked for
   x LakeError                the lake's folder cannot be read, written or locked
-    - FolderHeld             ... since somebody else holds it
 
 A vendor's own exception never leaves its adapter; it is the ``__cause__`` of one of these.
 """
@@ -45,7 +44,3 @@ class BadAnswer(DataError):
 
 class LakeError(DataError):
     """The lake's folder cannot be read, written or locked."""
-
-
-class FolderHeld(LakeError):
-    """Another process, or another part of this one, writes into the folder now."""

@@ -11,9 +11,9 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 
 from data_sources.errors import DataError
-from data_sources.loading import DataRequest
+from data_sources.load import DataRequest
 from data_sources.universe import named
-from data_sources.web import Patience
+from data_sources.vendors.http import Patience
 
 # A person waits for the answer.
 PATIENCE = Patience(connect_seconds=5, read_seconds=10, total_seconds=15, attempts=1)
@@ -68,9 +68,9 @@ def _seconds_ahead(date: str, asked_at: float, answered_at: float) -> float | No
 
 def _polygon(request: DataRequest, now_ns: int) -> Iterator[Answer]:
     try:
-        from data_sources.polygon import Polygon
-        from data_sources.polygon_files import GLOBAL_CRYPTO, US_STOCKS
-        from data_sources.polygon_splits import PolygonSplits
+        from data_sources.vendors.polygon import Polygon
+        from data_sources.vendors.polygon_files import GLOBAL_CRYPTO, US_STOCKS
+        from data_sources.vendors.polygon_splits import PolygonSplits
     except ImportError as error:
         yield Answer("Polygon", error)
         return
@@ -101,7 +101,7 @@ def _binance(request: DataRequest, now_ns: int) -> Iterator[Answer]:
     if not request.binance_pairs:
         return
     try:
-        from data_sources.binance_spot import Binance
+        from data_sources.vendors.binance import Binance
     except ImportError as error:
         yield Answer("Binance", error)
         return
@@ -115,7 +115,7 @@ def _yahoo(request: DataRequest, now_ns: int) -> Iterator[Answer]:
     if not stocks:
         return
     try:
-        from data_sources.yahoo import Yahoo
+        from data_sources.vendors.yahoo import Yahoo
     except ImportError as error:
         yield Answer("Yahoo", error)
         return

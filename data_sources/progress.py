@@ -35,3 +35,14 @@ class Silence:
 
     def warn(self, source: str, message: str) -> None:
         """Ignore."""
+
+
+class Warned(Silence):
+    """A Progress that keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, source: str, message: str) -> None:
+        """Keep it, with the source's name in front."""
+        self.warnings.append(message if message.lower().startswith(source) else f"{source}: {message}")

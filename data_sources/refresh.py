@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_sources.errors import DataError, LakeError, MissingCredentials
-from data_sources.lake import Lake
-from data_sources.loading import DataRequest, LoadedData, load
+from data_sources.lake.lake import Lake
+from data_sources.load import DataRequest, LoadedData, load
 from data_sources.progress import Progress
 from data_sources.splits import SplitLedger
 from data_sources.universe import named, top_of
@@ -132,7 +132,7 @@ def _kept(lake: Lake, source: str) -> tuple[int, int | None, str]:
 
 
 def _polygon(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
-    from data_sources.polygon import Polygon
+    from data_sources.vendors.polygon import Polygon
 
     end_ns = min(request.end_ns, now_ns)
     if request.stocks:
@@ -143,7 +143,7 @@ def _polygon(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, 
 
 def _polygon_splits(request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
     """Ask for splits where a key is given; Yahoo's, and those that were learned before, are there without."""
-    from data_sources.polygon_splits import PolygonSplits
+    from data_sources.vendors.polygon_splits import PolygonSplits
 
     try:
         source = PolygonSplits.from_environment()
@@ -163,7 +163,7 @@ def _polygon_splits(request: DataRequest, now_ns: int, progress: Progress, split
 
 
 def _binance(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
-    from data_sources.binance_spot import Binance
+    from data_sources.vendors.binance import Binance
 
     end_ns = min(request.end_ns, now_ns)
     Binance.from_environment().refresh(
@@ -172,7 +172,7 @@ def _binance(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, 
 
 
 def _yahoo(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
-    from data_sources.yahoo import Yahoo
+    from data_sources.vendors.yahoo import Yahoo
 
     end_ns = min(request.end_ns, now_ns)
     stocks = named(request.stocks)

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sources.bars import Bars
+from data_sources.calendar import DAY_NS, in_regular_session, new_york_midnight_ns, new_york_time
 from data_sources.errors import LakeError
-from data_sources.files import write_atomically
-from data_sources.sessions import DAY_NS, in_regular_session, new_york_midnight_ns, new_york_time
+from runtime.files import write_atomically
 
 FILE_NAME = "splits.json"
 COMMON_RATIOS = (2, 3, 4, 5, 8, 10, 15, 20, 25, 50)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from data_sources.lake import Lake
+from data_sources.lake.lake import Lake
 
 KEPT_FOLD = 3
 LOOK_BACK_DAYS = 30

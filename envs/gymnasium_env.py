@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("envs.gymnasium_env needs Gymnasium 1.1 or newer: pip install gymnasium") from error
 
-from envs.env_config import EnvConfig
+from envs.config import EnvConfig
 from envs.features import CLIP
 from envs.market import Market
 from envs.trading_env import TradingEnv

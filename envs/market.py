@@ -16,8 +16,8 @@ from torch import Tensor
 
 import envs.own_features  # noqa: F401  # registers them
 from data_sources.bars import Bars
+from data_sources.calendar import minutes_left
 from envs.features import FEATURES, VOLATILITY_FLOOR, FeatureFunction, FeatureStatistics, compute
-from envs.sessions import minutes_left
 
 HOUR_NS = 3_600_000_000_000
 YEAR_NS = 365.25 * 24 * HOUR_NS
@@ -44,7 +44,9 @@ class Market:
     open_time: Tensor  # (B,) int64, ns UTC
     # (B, 5) float32: open, close, years until the next bar opens, (high - low) / open, volume in money
     quotes: Tensor
-    minutes_left: Tensor  # (B,) int16, to the scheduled close when the bar opens; see envs/sessions.py
+    minutes_left: (
+        Tensor  # (B,) int16, to the scheduled close when the bar opens; see data_sources/calendar.py
+    )
     features: Tensor  # (B, F) float16
     statistics: FeatureStatistics
     context_bars: int

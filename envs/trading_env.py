@@ -15,10 +15,9 @@ from torch import Tensor
 from envs import env_state
 from envs.account import AccountState, advance, observation_constants, observe
 from envs.compiled import CompiledSteps, Decide
-from envs.env_config import EnvConfig
+from envs.config import EnvConfig
 from envs.market import Market
-from envs.segment import Played, Segment
-from envs.statistics import Statistics
+from envs.segment import Played, Segment, Statistics
 
 
 class TradingEnv:

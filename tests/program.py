@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = float(os.environ.get("PATIENCE", "120"))  # a bound for a busy machine, not an expectation
 NAMES_IN_ENV = re.findall(r"^([A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), flags=re.M)
-SUPERVISED = ("-m", "training.supervisor")
+SUPERVISED = ("-m", "runtime.supervisor")
 ALONE = ("continuous_training.py",)
 IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -141,7 +141,7 @@ class Start:
         """Find a process of it that trains, by its environment."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             words = process.cmdline()
-            if "train" in words and "training.torchrun" not in words and matches(process.environ()):
+            if "train" in words and "runtime.torchrun" not in words and matches(process.environ()):
                 return process
         raise AssertionError(f"no such worker:\n{self.output}")
 

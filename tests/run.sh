@@ -6,7 +6,7 @@
 #   bash tests/run.sh tests/envs -x   # one folder, up to the first failure
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source training/venv.sh
+source runtime/venv.sh
 prepare_venv requirements_dev.txt
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .

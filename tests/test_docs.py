@@ -14,16 +14,17 @@ import torch
 import typer
 
 import continuous_training
+from commands import export
+from commands.cli import helps_of
 from continuous_training import Settings
 from data_sources.bars import COLUMNS
 from data_sources.simulated import simulated_bars
 from envs import features
 from envs.features import FEATURES
+from evaluation.trained_policy import TrainedPolicy
 from models.policy import Policy
+from runtime import control
 from tests.program import ALONE, NAMES_IN_ENV, ROOT, Start, checkpoint, is_same, metrics, tiny_flags
-from training import control, export
-from training.cli import helps_of
-from training.trained_policy import TrainedPolicy
 
 MARKDOWN = sorted(
     path for folder in ("", "docs", "benchmarks", "checkpoints") for path in (ROOT / folder).glob("*.md")
@@ -32,7 +33,8 @@ START_SCRIPTS = [ROOT / "START_CONTINUOUS.sh", ROOT / "START_CONTINUOUS.bat"]
 # docs/LOG.md and CHANGELOG.md tell what was, with the flags of their day.
 CURRENT = [path for path in MARKDOWN if path.name not in ("LOG.md", "CHANGELOG.md", "RESULTS.md")]
 WITH_COMMANDS = [*CURRENT, *START_SCRIPTS, ROOT / ".env.example"]
-OWN_FOLDERS = ("benchmarks", "data_sources", "docs", "envs", "models", "tests", "training", ".ci")
+PACKAGES = "commands data_sources envs evaluation models monitoring runtime training".split()
+OWN_FOLDERS = (*PACKAGES, "benchmarks", "docs", "tests", ".ci")
 START = re.compile(r"(?:START_CONTINUOUS\.(?:sh|bat)|python continuous_training\.py)(?= |`|$)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
@@ -210,13 +212,13 @@ def names_read_in(*folders: str) -> set[str]:
 
 
 def test_the_env_file_has_every_name_that_sources_read_and_no_other() -> None:
-    assert names_read_in("data_sources/*.py") == set(NAMES_IN_ENV)
+    assert names_read_in("data_sources/**/*.py") == set(NAMES_IN_ENV)
     readme = text_of(ROOT / "README.md")
     assert [name for name in NAMES_IN_ENV if f"`{name}`" not in readme] == []
 
 
 def test_the_readme_names_what_else_is_read_from_the_environment() -> None:
-    read = names_read_in("*.py", "envs/*.py", "models/*.py", "training/*.py")
+    read = names_read_in("*.py", *(f"{package}/**/*.py" for package in PACKAGES if package != "data_sources"))
     assert {"NPROC", "HANG_SECONDS", "RANK"} <= read
     readme = text_of(ROOT / "README.md")
     assert {name for name in read - BETWEEN_PROCESSES - OF_OTHERS if f"`{name}`" not in readme} == set()
@@ -238,7 +240,7 @@ def test_every_metric_has_its_sentence_and_no_other_has_one(trained: Path) -> No
     assert all(row[1] for row in rows)
     (entry,) = metrics(trained)
     recorded = {re.sub(r"(in_position_)\S+", r"\1X", name) for name in entry}
-    on_gpus = set(re.findall(r'"(gpu/\w+)"', text_of(ROOT / "training" / "machine.py")))
+    on_gpus = set(re.findall(r'"(gpu/\w+)"', text_of(ROOT / "training" / "metrics.py")))
     assert on_gpus and not on_gpus & recorded
     assert explained == recorded | on_gpus
 

@@ -21,6 +21,8 @@ import torch
 from continuous_training import Settings
 from models.policy import Policy
 from models.transformer import TransformerConfig
+from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
+from runtime.launch import Launch
 from tests.drill.programs import WITH_FAULTS
 from tests.program import (
     ALONE,
@@ -37,8 +39,6 @@ from tests.program import (
     tiny_flags,
 )
 from training import distributed
-from training.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
-from training.launch import Launch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
 

@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from continuous_training import Settings
-from data_sources.lake import Lake
+from data_sources.calendar import new_york_midnight_ns
+from data_sources.lake.lake import Lake
 from data_sources.refresh import load
-from data_sources.sessions import new_york_midnight_ns
-from tests.data_sources.binance_server import BinanceServer
-from tests.data_sources.loopback import Fault
+from tests.data_sources.vendors.binance_server import BinanceServer
+from tests.data_sources.vendors.loopback import Fault
 from tests.program import ALONE, SUPERVISED, Start, checkpoint, epochs_of, is_same, tiny_flags
 from tests.vendors import (
     DAY_NS,
@@ -42,7 +42,7 @@ from tests.vendors import (
     midnight_ns,
     program_with_keys,
 )
-from training.fresh_bars import data_request
+from training.data_feed import data_request
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")
 

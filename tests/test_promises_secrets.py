@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.data_sources.loopback import Answer, Fault, LoopbackServer
+from tests.data_sources.vendors.loopback import Answer, Fault, LoopbackServer
 from tests.program import SUPERVISED, Start, tiny_flags
 from tests.vendors import BinanceNow, environment_of_a_user, program_with_keys
 

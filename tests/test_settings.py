@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from commands.cli import helps_of
 from continuous_training import PRESETS, Settings
 from training import validation
-from training.cli import helps_of
 
 ROOT = Path(__file__).parent.parent
 

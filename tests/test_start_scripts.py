@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("START_CONTINUOUS.sh", "tests/run.sh", ".ci/run", "training/venv.sh")
+SCRIPTS = ("START_CONTINUOUS.sh", "tests/run.sh", ".ci/run", "runtime/venv.sh")
 PATIENCE = 120.0  # a bound for a busy machine, not an expectation
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="bash")
@@ -38,13 +38,13 @@ class Project:
     def __init__(self, parent: Path) -> None:
         self.folder = parent / "a folder (x86) & more"
         (self.folder / "tests").mkdir(parents=True)
-        for package in ("training", "data_sources"):
+        for package in ("runtime",):
             no_caches = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / package, self.folder / package, ignore=no_caches)
         for name in SCRIPTS:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(ROOT / name, self.folder / name)
-        shutil.copy2(ROOT / "tests" / "training" / "fake_worker.py", self.folder / "continuous_training.py")
+        shutil.copy2(ROOT / "tests" / "runtime" / "fake_worker.py", self.folder / "continuous_training.py")
         self.wheels = parent / "wheels"
         self.wheels.mkdir()
         for version in ("1.0", "2.0"):
@@ -138,7 +138,7 @@ def test_a_changed_requirement_is_installed_and_a_failing_one_tells_why(project)
 
 def test_the_tests_requirements_cover_the_programs(project):
     """After tests/run.sh a start has nothing to install."""
-    command = [sys.executable, "-m", "training.install", "requirements_dev.txt"]
+    command = [sys.executable, "-m", "runtime.install", "requirements_dev.txt"]
     subprocess.run(command, cwd=project.folder, env=project.environment, check=True, capture_output=True)
     (project.folder / ".venv" / "bin" / "pip").unlink(missing_ok=True)
     assert project.run("check") == (7, "alone: check\n", "")
@@ -229,19 +229,19 @@ def test_the_bat_does_what_the_sh_does():
     code = [line for line in text.splitlines() if line and not line.startswith("rem")]
     for needed in (
         'cd /d "%~dp0"',
-        '"%PY%" %PYARGS% -m training.install requirements_simple.txt',
-        '".venv\\Scripts\\python.exe" -m training.supervisor %*',
+        '"%PY%" %PYARGS% -m runtime.install requirements_simple.txt',
+        '".venv\\Scripts\\python.exe" -m runtime.supervisor %*',
         "endlocal & exit /b %RC%",
     ):
         assert needed in code
     labels = {line for line in code if line.startswith(":")}
     assert set(re.findall(r"(?:goto|call) (:\w+)", text)) == labels == {":try", ":end"}
     assert all("NOPAUSE" in line for line in code if "pause" in line)
-    shell = (ROOT / "START_CONTINUOUS.sh").read_text() + (ROOT / "training/venv.sh").read_text()
-    assert set(re.findall(r"-m (training\.\w+)", text)) == set(re.findall(r"-m (training\.\w+)", shell))
+    shell = (ROOT / "START_CONTINUOUS.sh").read_text() + (ROOT / "runtime/venv.sh").read_text()
+    assert set(re.findall(r"-m (runtime\.\w+)", text)) == set(re.findall(r"-m (runtime\.\w+)", shell))
 
 
 def test_env_example_names_every_variable_that_the_sources_read():
     offered = set(re.findall(r"^([A-Z0-9_]+)=$", (ROOT / ".env.example").read_text(), flags=re.M))
-    sources = "\n".join(path.read_text() for path in (ROOT / "data_sources").glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "data_sources").rglob("*.py"))
     assert offered == set(re.findall(r'"((?:POLYGON|BINANCE|YAHOO)_[A-Z0-9_]+)"', sources))

@@ -11,10 +11,10 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
-from tests.data_sources import binance_server
-from tests.data_sources.binance_server import BinanceServer
-from tests.data_sources.s3_server import CRYPTO, STOCKS, S3Server, day_file, key_of
-from tests.data_sources.yahoo_server import YahooServer
+from tests.data_sources.vendors import binance_server
+from tests.data_sources.vendors.binance_server import BinanceServer
+from tests.data_sources.vendors.s3_server import CRYPTO, STOCKS, S3Server, day_file, key_of
+from tests.data_sources.vendors.yahoo_server import YahooServer
 from tests.program import NAMES_IN_ENV, ROOT, environment
 
 MINUTE_NS, DAY_NS = 60 * 10**9, 86_400 * 10**9

@@ -11,23 +11,22 @@ import torch
 
 from data_sources.bars import Bars
 from data_sources.refresh import LoadedData
-from envs.env_config import EnvConfig
+from envs.config import EnvConfig
 from envs.features import FEATURES, FeatureStatistics
 from envs.market import Market
+from evaluation.examiner import Exam
 from models.policy import Policy
 from models.transformer import TransformerConfig
+from monitoring.console import Console
+from runtime.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, Control, Leave
 from training import checkpoint, validation
-from training.background import BackgroundWriter
-from training.cli import Leave
-from training.clock import Clock
-from training.console import Console
-from training.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, Control
+from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
-from training.evaluation.examiner import Exam
 from training.learner import LearnerConfig
+from training.losses import PPOConfig
 from training.memory import Demand, DoesNotFit, MemoryPlan, gpu_memory, plan
-from training.ppo import PPOConfig
-from training.session import Session, SessionConfig
+from training.progress import Clock
+from training.trainer import Session, SessionConfig
 
 
 def market_on_device(

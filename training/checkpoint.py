@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
-from data_sources.errors import FolderHeld, LakeError
-from data_sources.files import TEMPORARY_SUFFIX, write_atomically
-from data_sources.locking import FolderLock
+from runtime.files import TEMPORARY_SUFFIX, write_atomically
+from runtime.locking import FolderHeld, FolderLock, FolderLockError
 
 FORMAT = 1
 NAME = re.compile(r"run(\d+)_epoch(\d+)(?:_step(\d+))?\.pt")
@@ -274,6 +273,6 @@ def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
                 lock.enter_context(FolderLock(folder).held())
         except FolderHeld as error:
             raise FolderInUse(str(error)) from error
-        except LakeError as error:
+        except FolderLockError as error:
             raise CheckpointError(f"checkpoint_dir: {error}") from error
         yield

@@ -15,8 +15,7 @@ from torch._dynamo.exc import TorchDynamoException
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.distributed import Ranks
-from training.objective import Objective
-from training.ppo import Targets
+from training.losses import Objective, Targets
 
 CompilerErrors = (TorchDynamoException, RuntimeError, OSError)
 

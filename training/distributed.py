@@ -18,6 +18,8 @@ import torch
 import torch.distributed as torch_distributed
 from torch import Tensor
 
+from runtime.control import Control
+
 # Rank 0 may download for hours on a first start while the others wait for its word.
 PATIENCE = timedelta(hours=24)
 # Training steps take seconds; a rank that is silent for so long is dead.
@@ -115,3 +117,9 @@ def start(meeting: timedelta = MEETING) -> Iterator[Ranks]:
     # Not in a finally: after an error the other ranks may never arrive, and the launcher ends the group.
     torch_distributed.barrier(group=patient)
     torch_distributed.destroy_process_group()
+
+
+def agreed_stop(level: int, ranks: Ranks, control: Control) -> bool:
+    """Tell whether any rank is asked to stop at ``level`` or more urgently (all ranks take part)."""
+    control.beat()
+    return ranks.any(control.stop_level >= level)

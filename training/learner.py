@@ -16,9 +16,8 @@ from torch import Tensor
 
 from training.distributed import Ranks
 from training.hindsight import hindsight_advantages
-from training.objective import Objective
+from training.losses import Losses, Objective, Targets, advantages_and_returns
 from training.parallel import parallel
-from training.ppo import Losses, Targets, advantages_and_returns
 from training.rollout import Rollout
 
 

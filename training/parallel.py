@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from training.distributed import Ranks
-from training.objective import Objective
+from training.losses import Objective
 
 
 class Parallel(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.choices import accounts_in_every_position, growth_of_every_choice, what_is_held
+from envs.counterfactuals import accounts_in_every_position, growth_of_every_choice, what_is_held
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.hindsight import Hindsight

@@ -9,7 +9,8 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from data_sources import universe
-from envs.env_config import EnvConfig, require
+from data_sources.calendar import parse_day
+from envs.config import EnvConfig, require
 
 SOURCES = ("polygon", "binance", "yahoo", "simulated")
 COMPILE = ("auto", "on", "off")
@@ -65,15 +66,6 @@ def minibatch_segments(settings: Any, world_size: int) -> int:
     return min(settings.batch_size // (settings.horizon * world_size), settings.envs_per_gpu)
 
 
-def date_ns(text: str) -> int:
-    """Return the start of a day, UTC, in nanoseconds.
-
-    Raises:
-        ValueError: the text is no date.
-    """
-    return int(_day(text).timestamp()) * 10**9
-
-
 def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
     # (setting, whether it is right, the rule and the fix)
     for field in fields(s):
@@ -115,12 +107,12 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
         yield name, _are_symbols(getattr(s, name), name != "binance_pairs"), rule
 
     today = datetime.now(UTC)
-    first = _day(FIRST_DATE.isoformat())
+    first = parse_day(FIRST_DATE.isoformat())
     days: dict[str, datetime] = {}
     for name in ("start_date", "end_date"):
         if getattr(s, name) is not None:
             yield name, _is_date(getattr(s, name)), "must be a day such as 2026-01-31"
-            days[name] = _day(getattr(s, name))
+            days[name] = parse_day(getattr(s, name))
             yield name, days[name] >= first, f"must not be before {FIRST_DATE}"
     end = min(today, days.get("end_date", today))
     if "start_date" in days:
@@ -146,12 +138,8 @@ def _are_symbols(names: tuple[str, ...], may_be_rule: bool) -> bool:
         return False
 
 
-def _day(text: str) -> datetime:
-    return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
-
-
 def _is_date(text: str) -> bool:
     try:
-        return _day(text) is not None
+        return parse_day(text) is not None
     except ValueError:
         return False

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data_sources.lake import Lake
-from data_sources.polygon import Polygon
-from tests.data_sources.polygon_desk import KEY_ID, SECRET
-from tests.data_sources.s3_server import S3Server
+from data_sources.lake.lake import Lake
+from data_sources.vendors.polygon import Polygon
+from tests.data_sources.vendors.polygon_desk import KEY_ID, SECRET
+from tests.data_sources.vendors.s3_server import S3Server
 
 
 @pytest.fixture(scope="module")

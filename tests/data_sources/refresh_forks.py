@@ -12,11 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
-from data_sources import binance_spot, polygon
-from data_sources.lake import Lake
+from data_sources.lake.lake import Lake
 from data_sources.progress import Silence
 from data_sources.refresh import DataRequest, refresh
-from data_sources.web import Patience
+from data_sources.vendors import binance, polygon
+from data_sources.vendors.http import Patience
 
 PATIENCE = Patience(read_seconds=20, total_seconds=30, backoff_seconds=0.01, attempts=2)
 
@@ -29,7 +29,7 @@ def run(asked: dict) -> int:
         ("polygon", "binance"), asked["stocks"], asked["pairs"], (), asked["start_ns"], asked["now_ns"]
     )
     files = polygon.Polygon("key", "secret", asked["s3"], attempts=2)
-    coins = binance_spot.Binance(asked["binance"], asked["binance"], patience=PATIENCE)
+    coins = binance.Binance(asked["binance"], asked["binance"], patience=PATIENCE)
     span = (request.start_ns, request.end_ns, asked["now_ns"])
     adapters = {
         "polygon": lambda lake, request, now, progress, _: files.refresh(

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_sources.lake import Lake
-from tests.data_sources.binance_server import BinanceServer
-from tests.data_sources.loopback import ns
-from tests.data_sources.polygon_desk import DAYS, closes, expected_closes, put_days
-from tests.data_sources.s3_server import S3Server
+from data_sources.lake.lake import Lake
+from tests.data_sources.vendors.binance_server import BinanceServer
+from tests.data_sources.vendors.loopback import ns
+from tests.data_sources.vendors.polygon_desk import DAYS, closes, expected_closes, put_days
+from tests.data_sources.vendors.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("KILLS", "12"))

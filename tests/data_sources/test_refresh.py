@@ -8,7 +8,7 @@ from bar_tables import DAY_NS, flat, ns, walk, with_values
 
 from data_sources.bars import COLUMNS, MINUTE_NS
 from data_sources.errors import BadAnswer, LakeError, MissingCredentials, RateLimited, SourceUnavailable
-from data_sources.lake import Lake
+from data_sources.lake.lake import Lake
 from data_sources.progress import Silence
 from data_sources.refresh import DataRequest, load, refresh
 from data_sources.splits import Split, SplitLedger

@@ -6,13 +6,8 @@ import pytest
 from bar_tables import DAY_NS, ns, walk
 
 from data_sources.bars import COLUMNS, MINUTE_NS, Bars
+from data_sources.calendar import expected_minutes, in_regular_session, new_york_midnight_ns, new_york_time
 from data_sources.errors import LakeError
-from data_sources.sessions import (
-    expected_minutes,
-    in_regular_session,
-    new_york_midnight_ns,
-    new_york_time,
-)
 from data_sources.splits import Split, SplitLedger, suspected
 
 DATE = datetime.date(2026, 11, 18)

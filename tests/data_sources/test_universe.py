@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from bar_tables import DAY_NS, ns, walk
 
-from data_sources.lake import Lake
-from data_sources.polygon import Polygon
-from data_sources.polygon_days import read_day_and_largest
-from data_sources.polygon_files import US_STOCKS
+from data_sources.lake.lake import Lake
 from data_sources.progress import Silence
 from data_sources.refresh import DataRequest, load
 from data_sources.universe import members, named, top_of
-from tests.data_sources.polygon_desk import rows
-from tests.data_sources.s3_server import CRYPTO, S3Server, day_file, key_of
+from data_sources.vendors.polygon import Polygon
+from data_sources.vendors.polygon_days import read_day_and_largest
+from data_sources.vendors.polygon_files import US_STOCKS
+from tests.data_sources.vendors.polygon_desk import rows
+from tests.data_sources.vendors.s3_server import CRYPTO, S3Server, day_file, key_of
 
 MONTHS = {9: (14, 15), 10: (1, 2, 30), 11: (2, 3, 20)}
 DAYS = [dt.date(2026, month, day) for month, days in MONTHS.items() for day in days]

@@ -27,7 +27,7 @@ def kill_while_writing(folder: Path, epoch: int, **settings: Any) -> Path:
 
 SUPERVISED_WITH_FAULTS = (
     "-c",
-    "import sys; from pathlib import Path; from training.supervisor import main\n"
+    "import sys; from pathlib import Path; from runtime.supervisor import main\n"
     "sys.exit(main(sys.argv[2:], script=Path(sys.argv[1])))",
     WITH_FAULTS,
 )
@@ -44,7 +44,7 @@ def find(start: Start, victim: str) -> psutil.Process | None:
             words = process.cmdline()
             if "train" not in words:
                 continue
-            is_launcher = "training.torchrun" in words
+            is_launcher = "runtime.torchrun" in words
             if (victim == "launcher" and is_launcher) or (
                 not is_launcher and victim == f"rank {process.environ().get('RANK')}"
             ):

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runtime.launch import Launch
 from tests.drill.programs import SUPERVISED_WITH_FAULTS, VICTIMS, find, living
 from tests.program import PATIENCE, SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
-from training.launch import Launch
 
 TWO_RANKS = {"runs": 1, "batch_size": 64}
 LAST = "run1_epoch8.pt"

@@ -78,7 +78,7 @@ def plant_clock(seconds: float) -> None:
 
 
 def plant_pause(seconds: float) -> None:
-    from training.session import Session
+    from training.trainer import Session
 
     collect = Session.collect
 

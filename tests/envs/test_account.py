@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.account import AccountState, advance
-from envs.account_reference import ReferenceAccount
+from tests.envs.account_reference import ReferenceAccount
 
 POSITIONS = (-1.0, -0.4, 0.0, 0.5, 1.0, 3.0)
 FLAT = POSITIONS.index(0.0)

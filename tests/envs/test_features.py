@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from commands.selftest.foresight import features_that_look_ahead
 from data_sources.bars import MINUTE_NS, Bars
 from envs.features import (
     CLIP,
@@ -26,7 +27,6 @@ from envs.features import (
     rolling_max,
     rolling_means,
 )
-from envs.foresight import features_that_look_ahead
 from tests.envs.markets import market_of, walk
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from envs.env_config import EnvConfig
+from envs.config import EnvConfig
 from envs.gymnasium_env import SingleTradingEnv, TradingVectorEnv
 from envs.trading_env import TradingEnv
 from tests.envs.markets import CONTEXT, market_of, walk

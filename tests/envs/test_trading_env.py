@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from commands.selftest.foresight import changed_after
 from data_sources.bars import MINUTE_NS
-from data_sources.sessions import expected_minutes
-from envs.account_reference import ReferenceAccount
-from envs.foresight import changed_after
+from data_sources.calendar import expected_minutes, minutes_left
 from envs.market import Market
-from envs.sessions import minutes_left
 from envs.trading_env import EnvConfig, TradingEnv
+from tests.envs.account_reference import ReferenceAccount
 from tests.envs.markets import (
     CONTEXT,
     FREE,

@@ -11,7 +11,7 @@ import torch
 from continuous_training import Settings
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from tests.data_sources.loopback import ns
+from tests.data_sources.vendors.loopback import ns
 from tests.envs.markets import market_of, walk
 from training import checkpoint
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.learner import Learner
-from training.ppo import Targets, ppo_losses
+from training.losses import Targets, ppo_losses
 from training.rollout import Rollout
 
 

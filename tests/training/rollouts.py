@@ -10,8 +10,7 @@ from tests.envs.markets import market_of, walk
 from training.distributed import Ranks
 from training.hindsight import Hindsight
 from training.learner import Learner, LearnerConfig
-from training.objective import Objective
-from training.ppo import PPOConfig
+from training.losses import Objective, PPOConfig
 from training.rollout import Rollout, collect
 
 CONTEXT, HORIZON, FEATURES, ACCOUNT, POSITIONS = 4, 8, 5, 6, 3

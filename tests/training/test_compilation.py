@@ -22,7 +22,7 @@ from tests.training.rollouts import (
     small_policy,
 )
 from training.compilation import compile_accounts, compile_objective
-from training.objective import Objective
+from training.losses import Objective
 
 # The compiler asks the trunk's output for it and hides the warning, but not where warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

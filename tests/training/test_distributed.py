@@ -9,9 +9,9 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
+from runtime.launch import MEETING_SECONDS
 from tests.program import PATIENCE, ROOT
 from training.distributed import MEETING
-from training.launch import MEETING_SECONDS
 
 LATE = """
 from datetime import timedelta

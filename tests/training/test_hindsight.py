@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from envs.account_reference import ReferenceAccount
-from envs.choices import accounts_in_every_position, growth_of_every_choice
+from envs.counterfactuals import accounts_in_every_position, growth_of_every_choice
 from envs.market import YEAR_NS
+from tests.envs.account_reference import ReferenceAccount
 from tests.envs.markets import HORIZON, env_of, market_of, walk
 from tests.training.rollouts import calm_and_wild, made_up_hindsight, policy_for, rollout_of
 from training.hindsight import Hindsight, choice_values, hindsight_advantages

@@ -14,8 +14,8 @@ from models.transformer import TransformerConfig
 from tests.training.rollouts import ALONE, CONTEXT, HORIZON, PPO, made_up_rollout, small_policy
 from training import compilation, memory
 from training.assembly import demand_of
+from training.losses import Objective
 from training.memory import ACTIVATION_BYTES, INPUT_BYTES, DoesNotFit, MemoryPlan, gpu_memory, plan
-from training.objective import Objective
 
 GIB = 2**30
 FULL = demand_of(Settings(), market_bytes=2 * GIB, world_size=1, bf16=True)

@@ -9,8 +9,8 @@ import torch
 
 from tests.program import is_same
 from tests.training.rollouts import CONTEXT, FEATURES, HORIZON, small_policy
-from tests.training.test_session import small_session
-from training.plasticity import (
+from tests.training.test_trainer import small_session
+from training.metrics import (
     BARS_OF_EACH,
     NUM_SEGMENTS,
     activations,

@@ -12,7 +12,7 @@ from tests.training.reencoding import WindowLearner, collect_by_windows
 from tests.training.rollouts import ALONE, PPO, calm_and_wild, policy_for, rollout_of, small_learner
 from training.compilation import compile_accounts, compile_objective
 from training.distributed import Ranks
-from training.objective import Objective
+from training.losses import Objective
 from training.rollout import collect
 
 

@@ -27,7 +27,7 @@ from tests.training.rollouts import (
 from training import distributed
 from training.compilation import compile_objective
 from training.learner import Learner
-from training.objective import Objective
+from training.losses import Objective
 
 
 def handed_over(first: Learner, rollout, ranks, sharded: bool):

@@ -29,7 +29,7 @@ int main(int count, char **words) {
     for (int number = 1; number < count; number++) {
         fprintf(calls, " [%s]", words[number]);
         is_probe |= strcmp(words[number], "-c") == 0;
-        is_install |= strcmp(words[number], "training.install") == 0;
+        is_install |= strcmp(words[number], "runtime.install") == 0;
     }
     fprintf(calls, "\n");
     fclose(calls);

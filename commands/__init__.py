@@ -1,0 +1,184 @@
+"""What the program can be asked beside training: each command is a few lines that call its room."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from commands import check, data, episode, export, signals
+from commands.cli import complain
+from commands.selftest import TRIALS, Sizes, lookahead, report, selftest
+from data_sources.errors import DataError
+from data_sources.lake.lake import Lake
+from evaluation.trained_policy import TrainedPolicy
+from monitoring.console import Console
+from runtime.control import EXIT_ABORTED, EXIT_NO_DATA, EXIT_OK, Leave
+from training import distributed
+from training.assembly import uses_bf16
+from training.data_feed import data_request
+
+
+def preflight_command(settings: Any) -> None:
+    """Check what can be checked before any process trains; silent when all is well."""
+    world_size = int(os.environ.get("WORLD_SIZE_PLANNED", "1"))
+    # Of many machines that share the folder the first one writes; the others never hold it.
+    is_first = os.environ.get("NODE_RANK") in (None, "", "0")
+    for line in check.folder.before_a_start(settings, world_size, is_first):
+        if line.code:
+            complain(line.code, line.text)
+
+
+def check_command(
+    settings: Any,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="ask no source")] = False,
+) -> None:
+    """Check everything that can be known before a start: settings, keys, sources, GPUs, memory, disk."""
+    console = Console(Path(settings.log_dir), to_stderr=as_json)
+    complain(check.tell(check.lines(settings, os.environ, offline), console, as_json), "")
+
+
+def data_command(
+    settings: Any,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read and check the whole lake first")] = False,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
+) -> None:
+    """Refresh the data once and show what there is."""
+    now_ns = time.time_ns()
+    console = Console(None if background else Path(settings.log_dir), to_stderr=as_json)
+    lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
+    try:
+        if background:
+            console.emit(data.in_background(lake, request, now_ns))
+        elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
+            complain(code, "There are no bars." if code == EXIT_NO_DATA else "")
+    except DataError as error:
+        complain(EXIT_NO_DATA, str(error))
+
+
+def selftest_command(
+    settings: Any,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each kind")] = 1,
+) -> None:
+    """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
+    with distributed.start() as ranks:
+        console = Console(Path(settings.log_dir))
+        failures = lookahead.tell(settings, ranks, console)
+        seed_list = range(settings.seed, settings.seed + seeds)
+        results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks), console.line)
+        for path in report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
+            console.line(f"Wrote {path}")
+    failures += [
+        f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
+    ]
+    complain(1 if failures else EXIT_OK, "\n".join(failures))
+
+
+def episode_command(
+    trained: TrainedPolicy,
+    symbol: Annotated[str, typer.Option("--symbol", help="not given: the first of the checkpoint")] = "",
+    start: Annotated[str, typer.Option("--start", help="UTC; not given: the newest whole episode")] = "",
+    output: Annotated[Path, typer.Option("--output", help="the PNG")] = Path("episode.png"),
+) -> None:
+    """Draw one episode of a checkpoint from the bars in the lake; nothing is downloaded."""
+    typer.echo(episode.command(trained, symbol, start, output))
+
+
+def evaluate_command(
+    trained: TrainedPolicy,
+    first_day: Annotated[
+        str, typer.Option("--from", help="first day, UTC; not given: the first that was never trained on")
+    ] = "",
+    last_day: Annotated[
+        str,
+        typer.Option("--to", help="last day; not given: the newest of the training's bars, or of --refresh"),
+    ] = "",
+    symbols: Annotated[str, typer.Option("--symbols", help="with commas; not given: the checkpoint's")] = "",
+    costs: Annotated[str, typer.Option("--costs", help="ladder of flat costs, bps")] = "0,1,2,5,10",
+    plot_symbols: Annotated[
+        str, typer.Option("--plot-symbols", help="drawn one by one; not given: the best and worst three")
+    ] = "",
+    refresh: Annotated[bool, typer.Option(help="ask the sources for new bars first")] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="take days that were trained on, and stamp the report")
+    ] = False,
+) -> None:
+    """Hold the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
+    from commands import evaluate  # matplotlib takes a second, and no training needs it
+
+    asked = evaluate.Asked.read(first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh)
+    console = Console(Path(trained.settings.log_dir))
+    try:
+        evaluate.command(trained, asked, console)
+    except Leave as reason:
+        complain(reason.code, str(reason))
+    except OSError as error:
+        complain(1, f"The report was not written: {error}")
+    except KeyboardInterrupt:
+        complain(EXIT_ABORTED, "Aborted; no report was written")
+    finally:
+        console.break_off()
+
+
+def signals_command(
+    trained: TrainedPolicy,
+    symbols: Annotated[
+        str, typer.Option("--symbols", help="with commas; not given: all of the training")
+    ] = "",
+    holding: Annotated[
+        list[str] | None,
+        typer.Option("--holding", help="SYMBOL=POSITION that you hold; not given: nothing. May be repeated"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again after every minute, until Ctrl+C")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
+) -> None:
+    """Show the position that a checkpoint wants of each symbol now; no orders are sent."""
+    wishes = signals.Wishes.parsed(
+        symbols, holding or (), not no_refresh, as_json, trained.settings.positions
+    )
+    console = Console(Path(trained.settings.log_dir), to_stderr=as_json)
+    try:
+        if watch:
+            signals.watch(trained, wishes, console)
+        elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
+            complain(EXIT_NO_DATA, "There is no signal.")
+    except DataError as error:
+        complain(EXIT_NO_DATA, str(error))
+
+
+def export_command(
+    trained: TrainedPolicy,
+    output: Annotated[Path | None, typer.Option("--output", help="not given: exports/NAME")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="graphs of torch.export and ONNX, too")] = False,
+) -> None:
+    """Write a checkpoint's policy as safetensors with a card of all that is known of it, and an example."""
+    typer.echo(f"Wrote {export.command(trained, output, onnx, typer.echo)}")
+
+
+# By name; a hidden one is for other processes of the program.
+COMMANDS: tuple[Callable[..., None], ...] = (
+    data_command,
+    check_command,
+    selftest_command,
+    preflight_command,
+)
+CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (
+    evaluate_command,
+    episode_command,
+    signals_command,
+    export_command,
+)
+HIDDEN = (preflight_command,)
+
+
+def name_of(command: Callable[..., None]) -> str:
+    """Return what is typed to run a command."""
+    return command.__name__.removesuffix("_command")

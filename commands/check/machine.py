@@ -1,0 +1,207 @@
+"""The machine: GPUs, and whether the training fits its memory, its disks and its installed libraries."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.requirements import InvalidRequirement, Requirement
+
+from commands.check.line import Line, size
+from commands.check.sources import rows_held
+from data_sources.load import DataRequest
+from data_sources.universe import named, top_of
+from envs.features import FEATURES
+from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
+from runtime.launch import Launch
+from runtime.processes import memory_bytes
+from training import checkpoint
+from training.assembly import demand_of, num_parameters
+from training.memory import USABLE, DoesNotFit, plan
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements_simple.txt"
+LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
+# Per parameter: a checkpoint's weights, and the optimizer's two moments beside it.
+WEIGHT_BYTES, RESUME_BYTES = 4, 8
+LAKE_BYTES_PER_BAR = 30  # as written, where the lake holds nothing to measure
+MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440}
+BAR_BYTES = 2 * len(FEATURES) + 5 * 4 + 8 + 2  # of one bar in envs.market.Market
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that training would use."""
+
+    name: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is."""
+
+    gpus: tuple[Gpu, ...] = ()
+    driver: str = ""  # NVIDIA's; "" without one
+    torch_cuda: str = ""  # "" for a torch built without CUDA
+    ram_bytes: int | None = None  # None where the system does not say
+
+    @staticmethod
+    def read() -> Machine:
+        """Look at this machine."""
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = [torch.cuda.get_device_properties(number) for number in range(count)]
+        gpus = tuple(Gpu(each.name, each.total_memory) for each in found)
+        return Machine(gpus, _driver(), torch.version.cuda or "", memory_bytes())
+
+
+def _driver() -> str:
+    # Asked of NVIDIA's own tool: where torch sees no GPU, its libraries do not tell why.
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return told.split()[0] if told.strip() else ""
+
+
+def devices(machine: Machine, settings: Any) -> Iterator[Line]:
+    """Say what the training would compute on."""
+    for number, gpu in enumerate(machine.gpus):
+        text = f"{number}: {gpu.name}, {size(gpu.num_bytes)}, driver {machine.driver or 'unknown'}"
+        yield Line("GPU", "OK", f"{text}, torch for CUDA {machine.torch_cuda}")
+    if machine.gpus:
+        return
+    if machine.driver and not machine.torch_cuda:
+        text = f"driver {machine.driver} is there, but torch was built without CUDA"
+        yield Line("GPU", "warning", f"{text}: install the torch that pytorch.org names for your CUDA")
+    elif machine.driver:
+        text = f"driver {machine.driver} is there, but torch for CUDA {machine.torch_cuda} sees no GPU"
+        yield Line("GPU", "warning", f"{text}: update the driver, or look at CUDA_VISIBLE_DEVICES")
+    elif num_parameters(settings) > LARGE:
+        yield Line("GPU", "warning", "none: an epoch of this model takes hours on CPUs; use --preset small")
+    else:
+        yield Line("GPU", "OK", "none: trains on CPUs")
+
+
+def memory(machine: Machine, settings: Any, request: DataRequest, launch: Launch) -> Line:
+    """Compare what one process needs with its GPU's memory, or with its share of the RAM."""
+    gpu = min(machine.gpus, key=lambda each: each.num_bytes, default=None)
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu is not None)
+    demand = demand_of(settings, num_bars(request) * BAR_BYTES, launch.num_ranks, bf16)
+    try:
+        chosen = plan(demand, gpu.num_bytes if gpu else None, settings.micro_batch_segments)
+    except DoesNotFit as error:
+        return Line("memory", "error", str(error), EXIT_DOES_NOT_FIT)
+    if gpu:
+        text = f"{chosen}; the GPU has {gpu.num_bytes / 2**30:.1f} GiB"
+        wanted = settings.micro_batch_segments
+        if wanted and chosen.micro_batch_segments < wanted:
+            text += f": micro_batch_segments={wanted} would not fit"
+            return Line("memory", "warning", text)
+        return Line("memory", "OK", text)
+    if machine.ram_bytes is None:
+        return Line("memory", "warning", f"{chosen}; the system does not say how much there is")
+    have = machine.ram_bytes // launch.num_ranks
+    shared = f"machine's share for one of {launch.num_ranks} processes"
+    place = "machine" if launch.num_ranks == 1 else shared
+    if chosen.needed_bytes <= USABLE * have:
+        return Line("memory", "OK", f"{chosen}; the {place} has {have / 2**30:.1f} GiB")
+    advice = replace(chosen, memory_bytes=have).advice(place)
+    if chosen.needed_bytes <= have:
+        return Line("memory", "warning", f"it is close: {advice}")
+    return Line("memory", "error", advice, EXIT_DOES_NOT_FIT)
+
+
+def num_bars(request: DataRequest) -> int:
+    """Estimate the bars that a request brings, as if every minute of trade had one."""
+    if not request.needs_lake:
+        return request.simulated_symbols * request.simulated_bars
+    weeks = (request.end_ns - request.start_ns) / (7 * 86_400e9)
+    return int(weeks * bars_per_week(request))
+
+
+def bars_per_week(request: DataRequest) -> int:
+    """Estimate the bars of a week; a rule such as top:500 stands for as many symbols."""
+    by_polygon = "polygon" in request.sources
+    stocks = coins = 0
+    if by_polygon or "yahoo" in request.sources:
+        stocks = len(named(request.stocks)) + by_polygon * top_of(request.stocks)
+    if "binance" in request.sources:
+        coins = len(request.binance_pairs)
+    if by_polygon:
+        coins += len(named(request.polygon_crypto)) + top_of(request.polygon_crypto)
+    return stocks * MINUTES_PER_WEEK["stock"] + coins * MINUTES_PER_WEEK["crypto"]
+
+
+def disk(settings: Any, request: DataRequest) -> Iterator[Line]:
+    """Say what checkpoints and lake will take, and whether the disks have it."""
+    parameters, folder = num_parameters(settings), Path(settings.checkpoint_dir)
+    weights = parameters * WEIGHT_BYTES + checkpoint.SPARE_BYTES
+    resume = parameters * RESUME_BYTES + checkpoint.SPARE_BYTES
+    # The next ones are written before older ones go.
+    whole = (settings.keep_checkpoints + 1) * weights + (checkpoint.NUM_RESUME_STATES + 1) * resume
+    text = (
+        f"checkpoints: {size(weights)} each and {size(resume)} a resume state, {size(whole)} in all with "
+        f"--keep-checkpoints {settings.keep_checkpoints}, and {size(weights)} more per run"
+    )
+    missing = max(0, whole - _size_of(folder, "*.pt"))
+    yield _on_disk(text, folder, missing, weights + resume, "lower --keep-checkpoints")
+    if not request.needs_lake:
+        return
+    lake, rows = Path(settings.data_dir), rows_held(settings)
+    held = sum(_size_of(lake / source, "*.parquet") for source in request.sources)
+    per_bar = held / rows if rows else LAKE_BYTES_PER_BAR
+    week = int(bars_per_week(request) * per_bar)
+    fetched = int(max(0, num_bars(request) - rows) * per_bar)
+    text = f"lake: {size(held)} so far, at most {size(fetched)} to fetch, then {size(week)} a week"
+    yield _on_disk(text, lake, fetched + week, week, "lower --history-days")
+
+
+def _on_disk(text: str, folder: Path, wanted: int, needed: int, fix: str) -> Line:
+    """Compare with what is free: ``needed`` for a start to be of use, ``wanted`` in the long run."""
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    text = f"{text}; {size(free)} are free"
+    if free < needed:
+        return Line("disk", "error", f"{text}: free {size(needed - free)} more", EXIT_DOES_NOT_FIT)
+    if free < wanted:
+        return Line("disk", "warning", f"{text}: {fix}, or free {size(wanted - free)} more")
+    return Line("disk", "OK", text)
+
+
+def _size_of(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern)) if folder.is_dir() else 0
+
+
+def versions(requirements: Path = REQUIREMENTS) -> Iterator[Line]:
+    """Compare what is installed with what the program was written for."""
+    fix = f"python -m pip install -r {requirements.name}"
+    try:
+        text = requirements.read_text(encoding="utf-8")
+    except OSError as error:
+        yield Line("versions", "warning", f"not compared: {requirements} cannot be read: {error.strerror}")
+        return
+    faults = []
+    for line in text.splitlines():
+        try:
+            wanted = Requirement(line.split("#")[0].strip())
+        except InvalidRequirement:
+            continue  # a comment
+        try:
+            have = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            faults.append(Line("versions", "error", f"{wanted} is not installed: {fix}", EXIT_CRASH))
+            continue
+        if not wanted.specifier.contains(have, prereleases=True):
+            faults.append(Line("versions", "warning", f"{wanted} is wanted, {have} is installed: {fix}"))
+    yield from faults
+    if not faults:
+        python = f"Python {platform.python_version()}, torch {torch.__version__}"
+        yield Line("versions", "OK", f"{python}, and the libraries of {requirements.name}")

@@ -1,0 +1,316 @@
+"""What the command ``export`` writes: a folder that holds a policy without any code of ours in it.
+
+``model.safetensors`` are the weights, ``card.json`` is all that is known of them, ``example.py`` shows how to act
+on bars. ``--onnx`` adds the network as a graph, for other runtimes. All of it is checked before it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema
+from models.exported import CARD, FORMAT, WEIGHTS, load_policy
+from models.policy import Policy
+from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir")  # of one machine: no part of the card
+GRAPHS = ("policy.pt2", "policy.onnx")  # torch.export's and ONNX
+MOST_DIFFERENCE = 1e-3  # of a graph's logits and values from the network's own, against the largest of them
+
+EXAMPLE = '''"""Act on a table of minute bars with this policy. Run it in the program's folder:
+
+    python {folder}/example.py bars.csv BTCUSDT crypto
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path.cwd()))
+from data_sources.frames import bars_of_frame
+from models import load_policy
+from training.acting import Actor
+
+file, symbol, asset_class = sys.argv[1:]  # the class: crypto or stock
+frame = pd.read_csv(file)  # open_time (UTC), open, high, low, close, volume: closed minutes, oldest first
+folder = Path(__file__).parent
+actor = Actor.with_card(load_policy(folder), folder)
+decisions, waiting = actor.decide([bars_of_frame(frame, symbol, asset_class)])
+for decision in decisions:
+    target, probability = decision.when_holding(0.0)
+    print(f"{{decision.symbol}}: {{target:+g}} of equity from the next open on, probability {{probability:.3f}}")
+for name, reason in waiting.items():
+    print(f"{{name}}: no decision, {{reason}}")
+'''
+
+README = """# {name}
+
+An exported trading policy. It places no orders and promises no profit; `card.json` has the figures of its exam, if
+it sat one.
+
+| file | what |
+|---|---|
+| `model.safetensors` | the weights, float32 |
+| `card.json` | sizes, settings, features with their scale, symbols, data, exam |
+| `example.py` | loads it and acts on a CSV of bars; needs the program that exported it |
+{graphs}
+A position is a fraction of equity: -1 is short, 0 cash, 1 all of it. A decision rests on the newest closed bar and
+is meant to fill at the next bar's open.
+"""
+
+GRAPH_ROWS = """| `policy.pt2`, `policy.onnx` | the network as a graph: `torch.export.load`, ONNX Runtime |
+
+The graphs take `bars` (segments, bars, {num_features}), normalised features of up to {longest} bars, the
+newest one last, and `accounts` (segments, 1, {num_account_features}). They return `logits`
+(segments, 1, {num_positions}) over the positions {positions}, and `value` (segments, 1).
+"""
+
+
+def command(
+    trained: TrainedPolicy, output: Path | None, with_graphs: bool, say: Callable[[str], None]
+) -> Path:
+    """Export a checkpoint; the folder is there when all of it is, and checked.
+
+    Args:
+        trained: the policy, on any device.
+        output: the folder; ``exports/NAME`` when None. An earlier export there is replaced.
+        with_graphs: write the network as graphs of torch.export and ONNX, too.
+        say: told what was done, in lines.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder is something else's or cannot be written, a library is missing, or what was written
+            does not compute what the checkpoint does.
+    """
+    output = output or Path("exports") / trained.path.stem
+    if (
+        output.exists()
+        and not (output / CARD).is_file()
+        and not (output.is_dir() and not any(output.iterdir()))
+    ):
+        raise ValueError(f"{output} is there already and no export: name another with --output")
+    output = output.absolute()
+    temporary = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        temporary.mkdir(parents=True)
+        _write(trained, temporary, output, with_graphs, say)
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        _take_the_place(temporary, output)
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def _write(
+    trained: TrainedPolicy, folder: Path, output: Path, with_graphs: bool, say: Callable[[str], None]
+) -> None:
+    policy = _on_cpu(trained)
+    save_file({name: each.contiguous() for name, each in policy.state_dict().items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private
+    card = card_of(trained) | {"weights_sha256": sha256_of(folder / WEIGHTS)}
+    (folder / CARD).write_text(json.dumps(card, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    graph_rows = ""
+    if with_graphs:
+        for name, difference in write_graphs(policy, folder).items():
+            say(f"{name} differs from the checkpoint by {difference:.1e} at most")
+        network = policy.trunk.config
+        sizes = card["model"] | {"num_features": network.num_features, "longest": network.max_length}
+        positions = ", ".join(f"{each:g}" for each in card["accounts"]["positions"])
+        graph_rows = GRAPH_ROWS.format(**sizes, positions=positions)
+    name = f"{trained.path.stem}, exported {card['exported'][:10]}"
+    (folder / "README.md").write_text(README.format(name=name, graphs=graph_rows), encoding="utf-8")
+    (folder / "example.py").write_text(EXAMPLE.format(folder=_as_typed(output)), encoding="utf-8")
+    again = Actor.with_card(load_policy(folder), folder).policy  # as a user's program will
+    difference = _largest_difference(policy, again)
+    if difference:
+        raise ValueError(f"{WEIGHTS} differs from the checkpoint by {difference:g}; nothing was exported")
+
+
+def _as_typed(output: Path) -> str:
+    """Return a folder as it is typed in the current one; its name alone where it is elsewhere."""
+    try:
+        return output.relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return output.name
+
+
+def _on_cpu(trained: TrainedPolicy) -> Policy:
+    """Return the policy in float32 on the CPU, which every runtime can be compared with."""
+    source = trained.policy
+    policy = Policy(source.trunk.config, source.head.account.in_features, source.head.logits.out_features)
+    policy.load_state_dict({name: each.cpu() for name, each in source.state_dict().items()})
+    return policy.eval()
+
+
+def _take_the_place(temporary: Path, output: Path) -> None:
+    old = output.with_name(f"{temporary.name}-old")
+    if output.exists():
+        output.replace(old)
+    temporary.replace(output)
+    sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def card_of(trained: TrainedPolicy) -> dict[str, Any]:
+    """Return all that is known of a policy as plain types."""
+    weights, settings, statistics = trained.weights, trained.settings, trained.statistics
+    accounts = asdict(trained.env_config(1))
+    del accounts["num_envs"]
+    figures = {name: value for name, value in weights["metrics"].items() if name.startswith("exam/")}
+    cutoff = datetime.fromtimestamp(weights["data_cutoff_ns"] // 10**9, UTC)
+    return {
+        "format": FORMAT,
+        "exported": datetime.now(UTC).isoformat(timespec="seconds"),
+        "program": {
+            "version": program_version(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
+        "checkpoint": trained.path.name,
+        "run": weights["run"],
+        "epoch": weights["epoch"],
+        "transitions": weights["transitions"],
+        "model": weights["model_config"] | {"precision": settings.precision},
+        "accounts": accounts,
+        "features": {
+            "schema_sha256": feature_schema(),
+            "names": list(statistics.names),
+            "mean": statistics.mean.tolist(),
+            "std": statistics.std.tolist(),
+            "probe": feature_probe(),
+        },
+        "symbols": list(weights["symbols"]),
+        "data": {"fingerprint": weights["data_fingerprint"], "cutoff": cutoff.isoformat()},
+        "exam": _plain(weights.get("exam") or figures) or None,
+        "settings": {name: value for name, value in weights["config"].items() if name not in FOLDERS},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return a nest of plain values as JSON can say it: a figure that is not finite is none."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def program_version() -> str:
+    """Return the commit of the program's folder, with -dirty where files were changed; "unknown" without git."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+# --- graphs ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write_graphs(policy: Policy, folder: Path) -> dict[str, float]:
+    """Write the policy, float32 on the CPU, as graphs of torch.export and ONNX, and run both.
+
+    Returns:
+        By file, the largest difference from the policy itself, over segments of several lengths.
+
+    Raises:
+        ValueError: a library is missing, or a graph computes something else.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch.onnx needs it
+    except ImportError as error:
+        raise ValueError("--onnx needs: pip install onnx onnxscript onnxruntime") from error
+    longest = policy.trunk.config.max_length
+    shapes = {
+        "bars": {0: torch.export.Dim("segments", min=1), 1: torch.export.Dim("bars", min=2, max=longest)},
+        "accounts": {0: torch.export.Dim("segments", min=1)},
+    }
+    # The exporter warns of its own insides.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(policy, _inputs(policy, 2, longest - 1), dynamic_shapes=shapes)
+        torch.export.save(program, folder / GRAPHS[0])
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=["bars", "accounts"],
+            output_names=["logits", "value"],
+            verbose=False,
+        )
+        assert onnx_program is not None
+        onnx_program.save(folder / GRAPHS[1])
+        module = torch.export.load(folder / GRAPHS[0]).module()
+    session = onnxruntime.InferenceSession(folder / GRAPHS[1], providers=["CPUExecutionProvider"])
+
+    def by_onnx(bars: Tensor, accounts: Tensor) -> tuple[Tensor, Tensor]:
+        logits, value = session.run(None, {"bars": bars.numpy(), "accounts": accounts.numpy()})
+        return torch.from_numpy(logits), torch.from_numpy(value)
+
+    runners: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+        GRAPHS[0]: module, GRAPHS[1]: by_onnx,
+    }  # fmt: skip
+    differences = {name: _largest_difference(policy, run) for name, run in runners.items()}
+    for name, difference in differences.items():
+        if not difference <= MOST_DIFFERENCE:
+            raise ValueError(
+                f"{name} differs from the checkpoint by {difference:g}, more than {MOST_DIFFERENCE:g}; nothing "
+                "was exported. Without --onnx the weights can be exported all the same"
+            )
+    return differences
+
+
+def _inputs(policy: Policy, num_segments: int, num_bars: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return made-up bars and account observations at the last one."""
+    generator = torch.Generator().manual_seed(seed)
+    bars = torch.randn(num_segments, num_bars, policy.trunk.config.num_features, generator=generator)
+    return bars, torch.randn(num_segments, 1, policy.head.account.in_features, generator=generator)
+
+
+@torch.no_grad()
+def _largest_difference(policy: Policy, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> float:
+    longest = policy.trunk.config.max_length
+    largest = 0.0
+    for seed, (num_segments, num_bars) in enumerate(((1, longest), (3, longest - 1), (2, 2))):
+        given = _inputs(policy, num_segments, num_bars, seed)
+        for mine, theirs in zip(policy(*given), run(*given), strict=True):
+            scale = max(1.0, float(mine.abs().max()))
+            # Not finite counts as different.
+            largest = max(largest, float((mine - theirs).abs().nan_to_num(nan=torch.inf).max()) / scale)
+    return largest

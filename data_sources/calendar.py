@@ -1,0 +1,128 @@
+"""New York's clock and the exchange's calendar, vectorised. The calendar advises: it drops no bar."""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sources.bars import MINUTE_NS, Bars
+
+if TYPE_CHECKING:
+    import exchange_calendars
+
+DAY_NS = 86_400_000_000_000
+OPEN_MINUTE, CLOSE_MINUTE = 9 * 60 + 30, 16 * 60  # of the day in New York, regular session
+_NEW_YORK = ZoneInfo("America/New_York")
+_EPOCH = datetime.date(1970, 1, 1)
+
+
+def new_york_time(open_time: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return New York's wall-clock time as int64 ns: // DAY_NS is its date, % DAY_NS its time of day.
+
+    The offset is that of noon UTC of each UTC day: the clocks change on Sunday at 06:00 or 07:00 UTC, when no
+    US stock trades, so it is right for every bar of a session, also extended.
+    """
+    days, place = np.unique(open_time // DAY_NS, return_inverse=True)
+    offsets = np.fromiter((_offset_ns(day) for day in days.tolist()), np.int64, len(days))
+    return open_time + offsets[place]
+
+
+@lru_cache(maxsize=4096)
+def _offset_ns(utc_day: int) -> int:
+    noon = datetime.datetime.combine(
+        _EPOCH + datetime.timedelta(days=utc_day), datetime.time(12), datetime.UTC
+    )
+    offset = noon.astimezone(_NEW_YORK).utcoffset() or datetime.timedelta()
+    return int(offset.total_seconds()) * 1_000_000_000
+
+
+def in_regular_session(open_time: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark the minutes from 09:30 to before 16:00 in New York, whatever the date."""
+    minute = new_york_time(open_time) % DAY_NS // MINUTE_NS
+    return (minute >= OPEN_MINUTE) & (minute < CLOSE_MINUTE)
+
+
+def new_york_midnight_ns(date: datetime.date) -> int:
+    """Return when ``date`` begins in New York, as int64 ns UTC."""
+    midnight = datetime.datetime.combine(date, datetime.time(), _NEW_YORK)
+    return int(midnight.timestamp()) * 1_000_000_000
+
+
+@lru_cache(maxsize=8)
+def _calendar(start_year: int) -> exchange_calendars.ExchangeCalendar:
+    import exchange_calendars  # half a second, and only a summary needs it
+
+    with warnings.catch_warnings():
+        # exchange_calendars 4.13 under pandas 3.1: Pandas4Warning, about an attribute that it reads
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return exchange_calendars.get_calendar("XNYS", start=f"{start_year}-01-01")
+
+
+def expected_minutes(start_ns: int, end_ns: int) -> NDArray[np.int64] | None:
+    """Return the open_time of every regular minute in [start_ns, end_ns) by the NYSE calendar.
+
+    None where the calendar does not reach (it ends about a year ahead): then nothing is known, not "closed".
+    """
+    first = datetime.datetime.fromtimestamp(start_ns // 1_000_000_000, datetime.UTC).date()
+    last = datetime.datetime.fromtimestamp(end_ns // 1_000_000_000, datetime.UTC).date()
+    calendar = _calendar(first.year - 1)
+    if first < calendar.first_session.date() or last > calendar.last_session.date():
+        return None
+    schedule = calendar.schedule.loc[first.isoformat() : last.isoformat()]
+    opens = schedule["open"].dt.as_unit("ns").astype("int64").to_numpy()
+    closes = schedule["close"].dt.as_unit("ns").astype("int64").to_numpy()
+    lengths = (closes - opens) // MINUTE_NS
+    if not len(lengths):
+        return np.empty(0, np.int64)
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    minutes = np.repeat(opens, lengths) + within * MINUTE_NS
+    return minutes[(minutes >= start_ns) & (minutes < end_ns)]
+
+
+NEVER_CLOSES = 32_767  # the largest int16
+
+
+def minutes_left(bars: Bars) -> NDArray[np.int16]:
+    """Return the minutes from each bar's open to the scheduled close of its session, (B,).
+
+    0 outside the regular session, such as before 09:30 in New York or on a half day's afternoon;
+    NEVER_CLOSES for crypto. Where the NYSE calendar does not reach, every day counts as a whole session.
+    """
+    if bars.asset_class == "crypto" or not len(bars):
+        return np.full(len(bars), NEVER_CLOSES, dtype=np.int16)
+    times = bars.open_time
+    scheduled = expected_minutes(int(times[0]) - DAY_NS, int(times[-1]) + DAY_NS)
+    if scheduled is None:  # the calendar ends about a year ahead
+        minute = new_york_time(times) % DAY_NS // MINUTE_NS
+        return np.where(in_regular_session(times), CLOSE_MINUTE - minute, 0).astype(np.int16)
+    ends = np.flatnonzero(np.diff(scheduled, append=np.iinfo(np.int64).max) > MINUTE_NS)
+    closes = scheduled[ends] + MINUTE_NS
+    place = np.searchsorted(scheduled, times).clip(max=len(scheduled) - 1)
+    inside = scheduled[place] == times
+    left = np.zeros(len(bars), dtype=np.int16)
+    left[inside] = (closes[np.searchsorted(closes, times[inside], side="right")] - times[inside]) // MINUTE_NS
+    return left
+
+
+def date_ns(text: str) -> int:
+    """Return the start of a day, UTC, in nanoseconds.
+
+    Raises:
+        ValueError: the text is no date.
+    """
+    return int(parse_day(text).timestamp()) * 10**9
+
+
+def parse_day(text: str) -> datetime.datetime:
+    """Return the start of a day, UTC.
+
+    Raises:
+        ValueError: the text is no date.
+    """
+    return datetime.datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=datetime.UTC)

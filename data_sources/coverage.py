@@ -1,0 +1,196 @@
+"""What is known of a series of bars: extent, gaps, sources, stretches, and what was noticed on the way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sources.bars import MINUTE_NS, AssetClass, Bars
+from data_sources.calendar import expected_minutes
+
+SOURCES = ("polygon", "binance", "yahoo", "simulated")
+STALE_BARS = 60
+LOW_COVERAGE = 0.6
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where bars begin and end, and what is missing in between. ``first_ns``, ``last_ns``: open_times.
+
+    ``num_gaps`` counts runs of missing minutes between the first and the last bar (stocks: of regular sessions by
+    the NYSE calendar; crypto: of all), ``coverage`` is the fraction of those minutes that have a bar, None where
+    no calendar knows.
+    """
+
+    num_bars: int
+    first_ns: int | None
+    last_ns: int | None
+    num_gaps: int
+    longest_gap_minutes: int
+    coverage: float | None
+
+
+@dataclass(frozen=True)
+class SourceRow(Extent):
+    """What one source has of one symbol, used or not. ``rejected`` counts rows by reason, kept out by checks."""
+
+    source: str
+    rejected: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive bars of one series that came from one source."""
+
+    source: str
+    first_ns: int
+    last_ns: int
+    num_bars: int
+
+
+@dataclass(frozen=True)
+class SymbolRow(Extent):
+    """One symbol's merged series as a table shows it; ``dropped`` says why it is not used, "" if it is.
+
+    ``difference`` is the median relative difference of the closes of two sources, None without two.
+    """
+
+    symbol: str
+    asset_class: AssetClass
+    by_source: tuple[SourceRow, ...]
+    stretches: tuple[Stretch, ...]
+    rejected: dict[str, int]
+    num_splits: int
+    flags: tuple[str, ...]
+    dropped: str
+    difference: float | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the sources with a bar in the series, sorted."""
+        return tuple(sorted({stretch.source for stretch in self.stretches}))
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> SymbolRow:
+        """Return the row that dataclasses.asdict took apart, also after a way through JSON."""
+        parts = {
+            "by_source": tuple(SourceRow(**each) for each in values["by_source"]),
+            "stretches": tuple(Stretch(**each) for each in values["stretches"]),
+            "flags": tuple(values["flags"]),
+        }
+        return SymbolRow(**(values | parts))
+
+
+@dataclass
+class Series:
+    """One symbol on its way: bars, which source each is of, and what was noticed."""
+
+    bars: Bars
+    source: NDArray[np.int8]  # (num_bars,) index into SOURCES
+    by_source: dict[str, Extent] = field(default_factory=dict)
+    rejected: dict[str, Counter[str]] = field(default_factory=dict)  # by source
+    num_splits: int = 0
+    flags: list[str] = field(default_factory=list)
+    difference: float | None = None
+
+
+def row_of(series: Series, dropped: str) -> SymbolRow:
+    """Sum up a series; ``dropped`` says why it is not used."""
+    bars, flags = series.bars, list(series.flags)
+    stretches = _stretches(series)
+    extents = dict(series.by_source)
+    used = {stretch.source for stretch in stretches}
+    extent = extent_of(bars)
+    if len(used) == 1 and not extents:
+        extents = {next(iter(used)): extent}
+    if bars.asset_class == "stock" and extent.coverage is not None and extent.coverage < LOW_COVERAGE:
+        flags.append(f"only {100 * extent.coverage:.0f} % of its sessions' minutes have a bar")
+    if stale := _longest_stale(bars):
+        flags.append(f"{stale} bars in a row at one price without volume")
+    rejected: Counter[str] = Counter()
+    for counts in series.rejected.values():
+        rejected.update(counts)
+    nothing = Extent(0, None, None, 0, 0, None)
+    return SymbolRow(
+        **vars(extent),
+        symbol=bars.symbol,
+        asset_class=bars.asset_class,
+        by_source=tuple(
+            SourceRow(
+                **vars(extents.get(source, nothing)),
+                source=source,
+                rejected=dict(sorted(series.rejected.get(source, {}).items())),
+            )
+            for source in SOURCES
+            if source in extents or series.rejected.get(source)
+        ),
+        stretches=stretches,
+        rejected=dict(sorted(rejected.items())),
+        num_splits=series.num_splits,
+        flags=tuple(flags),
+        dropped=dropped,
+        difference=series.difference,
+    )
+
+
+def extent_of(bars: Bars) -> Extent:
+    """Measure a series of bars."""
+    if not len(bars):
+        return Extent(0, None, None, 0, 0, None)
+    return Extent(len(bars), int(bars.open_time[0]), int(bars.open_time[-1]), *_gaps(bars))
+
+
+def _stretches(series: Series) -> tuple[Stretch, ...]:
+    if not len(series.bars):
+        return ()
+    time = series.bars.open_time
+    starts = np.append(0, np.flatnonzero(np.diff(series.source)) + 1).tolist()
+    ends = [*starts[1:], len(time)]
+    return tuple(
+        Stretch(SOURCES[series.source[start]], int(time[start]), int(time[end - 1]), end - start)
+        for start, end in zip(starts, ends, strict=True)
+    )
+
+
+def _gaps(bars: Bars) -> tuple[int, int, float | None]:
+    """Return (gaps, minutes of the longest, coverage) between the first and the last bar."""
+    if bars.asset_class == "crypto":
+        place = (bars.open_time - bars.open_time[0]) // MINUTE_NS
+        num_expected = int(place[-1]) + 1
+    else:
+        expected = expected_minutes(int(bars.open_time[0]), int(bars.open_time[-1]) + 1)
+        if expected is None or not len(expected):
+            return 0, 0, None
+        place = np.searchsorted(expected, bars.open_time)
+        hit = expected[np.minimum(place, len(expected) - 1)] == bars.open_time
+        place, num_expected = place[hit], len(expected)
+        place = np.concatenate([[-1], place, [num_expected]])
+    missing = np.diff(place) - 1
+    num_missing = int(missing.sum())
+    return int(np.count_nonzero(missing)), int(missing.max(initial=0)), 1 - num_missing / num_expected
+
+
+def _longest_stale(bars: Bars) -> int:
+    """Return the longest run of bars at one close without volume, 0 up to STALE_BARS."""
+    still = (bars.close[1:] == bars.close[:-1]) & (bars.volume[1:] == 0)
+    if np.count_nonzero(still) <= STALE_BARS:
+        return 0
+    moves = np.flatnonzero(np.concatenate([[True], ~still, [True]]))
+    longest = int(np.diff(moves).max()) - 1
+    return longest if longest > STALE_BARS else 0
+
+
+def minutes_behind(last_ns: int | None, asset_class: str, end_ns: int) -> int | None:
+    """Count the minutes of trade between the newest bar and the end that was asked for."""
+    if last_ns is None:
+        return None
+    start_ns = last_ns + MINUTE_NS
+    if asset_class == "stock":
+        expected = expected_minutes(start_ns, end_ns)
+        if expected is not None:
+            return int(np.count_nonzero(expected + MINUTE_NS <= end_ns))
+    return max(0, (end_ns - start_ns) // MINUTE_NS)

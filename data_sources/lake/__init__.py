@@ -1,0 +1,1 @@
+"""The lake: bars on disk, as parts with their ledger."""

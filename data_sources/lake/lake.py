@@ -1,0 +1,445 @@
+"""The lake: a folder of Parquet parts. A part is one fetched unit and its own entry in the ledger.
+
+    data_dir/<source>/<dataset>/<unit>.parquet              bars; the footer says what was asked and what came
+    data_dir/<source>/<dataset>/<unit>.quarantine.parquet   rows of that unit that are no bars, with a reason
+    data_dir/<source>/<dataset>/<unit>.parquet.corrupt      a part that no longer reads; fetched again
+
+There is no index to get out of step: what the folder holds is what the lake holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_sources.bars import COLUMNS, Bars
+from data_sources.errors import BadAnswer, LakeError
+from data_sources.lake.parts import (
+    SUFFIX,
+    DamagedPartError,
+    Part,
+    digest_of,
+    parse_footer,
+    parse_part,
+    symbol_runs,
+    write_part,
+)
+from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, SCHEMA, clean
+from data_sources.progress import Progress, Silence
+from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
+from runtime.locking import FolderLock, FolderLockError
+
+__all__ = ["Lake", "Part"]
+
+QUARANTINE_SUFFIX = ".quarantine.parquet"
+CORRUPT_SUFFIX = ".corrupt"
+READY_FOLDER = ".ready"  # derived copies, see ready_copy.py; their writers hold no lock
+FETCHED = "fetched_ns"
+SHRINK_TOLERANCE = 0.05
+
+
+class Lake:
+    """Bars of every source below one folder; see the module for its layout.
+
+    Reading needs no lock and works on a read-only folder; writing takes the folder's lock, which dies with
+    its process. Methods may be called from any thread.
+
+    Raises:
+        LakeError: from every method, when the folder cannot be read, written or locked.
+    """
+
+    def __init__(self, root: Path, progress: Progress | None = None) -> None:
+        self.root = Path(root)
+        self._progress = progress or Silence()
+        self._lock = FolderLock(self.root)
+        self._known: dict[Path, tuple[tuple[int, int], Part]] = {}  # path -> ((mtime, size), part)
+        self._known_guard = threading.Lock()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the lake for a refresh, so that no other process writes; may be nested.
+
+        Leftovers of killed writers are removed on the way in.
+
+        Raises:
+            LakeError: another process holds the lake (named), or the folder cannot be written.
+        """
+        with ExitStack() as lock:
+            try:
+                is_outermost = lock.enter_context(self._lock.held())
+            except FolderLockError as error:
+                raise LakeError(str(error)) from error
+            if is_outermost:
+                self._sweep()
+            yield
+
+    def parts(self, source: str, dataset: str) -> dict[str, Part]:
+        """Return what the lake holds of one dataset, by unit, from the footers alone.
+
+        A part whose footer does not read is set aside with a warning and is absent here.
+        """
+        folder = self._folder(source, dataset)
+        found = {}
+        for path, stamp in _part_files(folder):
+            with self._known_guard:
+                known = self._known.get(path)
+            if known and known[0] == stamp:
+                part = known[1]
+            else:
+                try:
+                    part = parse_footer(path)
+                    if self._path(part) != path:
+                        raise DamagedPartError(
+                            f"it is {part.source}/{part.dataset}/{part.unit} by its footer"
+                        )
+                except FileNotFoundError:
+                    continue  # replaced or removed by the writer since the folder was listed
+                except DamagedPartError as error:
+                    self._set_aside(path, error)
+                    continue
+                except OSError as error:
+                    raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
+                with self._known_guard:
+                    self._known[path] = (stamp, part)
+            found[part.unit] = part
+        return found
+
+    def datasets(self, source: str) -> list[str]:
+        """Return the datasets of one source that hold at least one part, sorted."""
+        try:
+            folders = [entry for entry in self._folder(source).iterdir() if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise LakeError(f"cannot list {self.root / source}: {error.strerror or error}") from error
+        return sorted(unquote(folder.name) for folder in folders if _part_files(folder))
+
+    def sources(self) -> list[str]:
+        """Return the sources that hold at least one dataset, sorted."""
+        try:
+            folders = [entry for entry in self.root.iterdir() if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise LakeError(f"cannot list {self.root}: {error.strerror or error}") from error
+        return sorted(name for folder in folders if self.datasets(name := unquote(folder.name)))
+
+    def write(
+        self,
+        source: str,
+        dataset: str,
+        unit: str,
+        table: pa.Table,
+        *,
+        key: str,
+        version: str,
+        start_ns: int,
+        end_ns: int,
+        symbols: Sequence[str],
+        now_ns: int,
+        dollar_volume: Mapping[str, int] | None = None,
+    ) -> Part:
+        """Clean ``table`` and keep it as the part ``unit``, in place of an older part of that name.
+
+        Args:
+            source: such as "polygon".
+            dataset: such as "us_stocks_sip" or a symbol; one folder.
+            unit: such as "2026-11-20"; one file. Any text serves for these three, odd characters are escaped.
+            table: symbol, open_time, open, high, low, close, volume; see quality.clean. May be empty.
+            key: the vendor's name of what was fetched.
+            version: ETag or sha256, by which a replacement is noticed; "" where there is none.
+            start_ns: with ``end_ns``, the half-open interval that the answer covers, rows or not.
+            end_ns: see ``start_ns``.
+            symbols: what was asked for, present or not. Rows of other symbols go to quarantine.
+            now_ns: the time of the fetch; of two parts that overlap, the later one wins.
+            dollar_volume: what the largest symbols traded, for universe.py.
+
+        Raises:
+            BadAnswer: the table has not the columns of bars, or under the same version it covers what the
+                kept part covers with over 5 % fewer bars; the kept part stays.
+            LakeError: the folder cannot be written (disk full, read-only, locked by another process).
+        """
+        asked = tuple(sorted(set(symbols)))
+        cleaned = clean(table, now_ns=now_ns, start_ns=start_ns, end_ns=end_ns, symbols=asked)
+        part = Part(
+            source=source,
+            dataset=dataset,
+            unit=unit,
+            key=key,
+            version=version,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            symbols=asked,
+            rows=cleaned.table.num_rows,
+            rejected=cleaned.rejected,
+            fetched_ns=now_ns,
+            content=digest_of(cleaned.table),
+            rejected_by_symbol=cleaned.rejected_by_symbol,
+            repaired=cleaned.repaired,
+            dollar_volume=dict(dollar_volume or {}),
+        )
+        path = self._path(part)
+        quarantine = path.with_name(_escaped(unit) + QUARANTINE_SUFFIX)
+        with self.writing():
+            self._refuse_shrinking(part, cleaned.table)
+            try:
+                # Quarantine first: a kill between the two leaves a surplus note, never too few.
+                if cleaned.quarantined.num_rows:
+                    write_atomically(
+                        quarantine, lambda file: pq.write_table(cleaned.quarantined, file, compression="zstd")
+                    )
+                else:
+                    quarantine.unlink(missing_ok=True)
+                write_atomically(path, lambda file: write_part(file, cleaned.table, part))
+                stamp = _stamp(path)
+            except OSError as error:
+                raise LakeError(f"cannot write {path}: {error.strerror or error}") from error
+        with self._known_guard:
+            self._known[path] = (stamp, part)
+        return part
+
+    def remove(self, part: Part) -> None:
+        """Remove a part and its quarantine; one that is already gone is fine."""
+        path = self._path(part)
+        with self.writing():
+            try:
+                path.unlink(missing_ok=True)
+                path.with_name(_escaped(part.unit) + QUARANTINE_SUFFIX).unlink(missing_ok=True)
+                if path.parent.exists():
+                    sync_folder(path.parent)
+            except OSError as error:
+                raise LakeError(f"cannot remove {path}: {error.strerror or error}") from error
+        with self._known_guard:
+            self._known.pop(path, None)
+
+    def read(
+        self,
+        source: str,
+        dataset: str,
+        symbols: Sequence[str] | None,
+        start_ns: int,
+        end_ns: int,
+        *,
+        with_fetched: bool = False,
+    ) -> pa.Table:
+        """Return the bars that open in [start_ns, end_ns), of all parts merged, sorted by symbol, open_time.
+
+        Args and merging as for ``columns``; ``with_fetched`` adds the column fetched_ns (int64).
+        """
+        schema = SCHEMA.append(pa.field(FETCHED, pa.int64())) if with_fetched else SCHEMA
+        tables = [schema.empty_table()]
+        for symbol, columns in self.columns(source, dataset, symbols, start_ns, end_ns).items():
+            names = pa.repeat(pa.scalar(symbol, pa.string()), len(columns["open_time"]))
+            tables.append(pa.table([names, *(columns[name] for name in schema.names[1:])], schema=schema))
+        return pa.concat_tables(tables)
+
+    def columns(
+        self, source: str, dataset: str, symbols: Sequence[str] | None, start_ns: int, end_ns: int
+    ) -> dict[str, dict[str, NDArray[Any]]]:
+        """Return the bars that open in [start_ns, end_ns) as arrays, by symbol (sorted) and column.
+
+        Where parts hold the same minute of a symbol, the row fetched later wins. Page checksums and the file's
+        checksum are verified; a damaged part is set aside with a warning, the rest is returned.
+
+        Args:
+            source: see ``write``.
+            dataset: see ``write``.
+            symbols: which symbols, None for all. Those without a bar are absent from the result.
+            start_ns: first open_time.
+            end_ns: behind the last open_time.
+
+        Returns:
+            Per symbol: COLUMNS, and "fetched_ns" (int64), when the part that each row is of was fetched. The
+            arrays are fresh: writable, and keep no file in memory.
+        """
+        pieces: dict[str, list[dict[str, NDArray[Any]]]] = {}
+        for part in sorted(self.parts(source, dataset).values(), key=lambda each: (each.start_ns, each.unit)):
+            wanted = set(part.symbols) if symbols is None else set(part.symbols).intersection(symbols)
+            reaches = (
+                part.start_ns - OUTSIDE_TOLERANCE_NS < end_ns
+                and start_ns < part.end_ns + OUTSIDE_TOLERANCE_NS
+            )
+            table = self._rows(part, wanted) if part.rows and wanted and reaches else None
+            if table is None:
+                continue
+            arrays = {name: table[name].to_numpy() for name in COLUMNS}
+            for symbol, first, last in symbol_runs(table):
+                if symbol in wanted:
+                    low, high = first + np.searchsorted(arrays["open_time"][first:last], (start_ns, end_ns))
+                    piece = {name: array[low:high] for name, array in arrays.items()}
+                    piece[FETCHED] = np.full(high - low, part.fetched_ns)
+                    pieces.setdefault(symbol, []).append(piece)
+        merged = {}
+        for symbol in sorted(pieces):
+            columns = _merged(pieces.pop(symbol))
+            if len(columns["open_time"]):
+                merged[symbol] = columns
+        return merged
+
+    def verify(self) -> list[str]:
+        """Read, re-hash and re-check every part; set damaged ones aside. Return one line per damaged part."""
+        damaged = []
+        parts = list(self.all_parts())
+        self._progress.start("lake", "parts verified", len(parts))
+        for part in parts:
+            path = self._path(part)
+            table = self._rows(part)
+            fault = _fault_of(table, part) if table is not None else ""
+            # A writer may have replaced it since it was listed: then it is another part, and that one counts.
+            now = self.parts(part.source, part.dataset).get(part.unit, part) if fault else part
+            if now != part:
+                table = self._rows(now)
+                fault = _fault_of(table, now) if table is not None else ""
+            if fault:
+                self._set_aside(path, DamagedPartError(fault))
+            if (fault or table is None) and not path.exists():
+                damaged.append(f"{part.source}/{part.dataset}/{part.unit}")
+            self._progress.advance("lake", 1, 0)
+        self._progress.finish("lake", f"{len(parts):,} parts verified, {len(damaged)} damaged")
+        return damaged
+
+    def show_life(self) -> None:
+        """Tell whoever watches that long work on the lake goes on."""
+        self._progress.advance("lake", 0, 0)
+
+    def all_parts(self) -> Iterator[Part]:
+        """Yield every part of the lake in a fixed order."""
+        for source in self.sources():
+            for dataset in self.datasets(source):
+                parts = self.parts(source, dataset)
+                yield from (parts[unit] for unit in sorted(parts))
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that name the contents: same bars of the same answers, same digits."""
+        digest = hashlib.sha256()
+        for part in self.all_parts():
+            fields = (part.source, part.dataset, part.unit, part.version, str(part.rows), part.content)
+            digest.update("\0".join(fields).encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    def _rows(self, part: Part, symbols: set[str] | None = None) -> pa.Table | None:
+        path = self._path(part)
+        try:
+            return parse_part(path, symbols)
+        except FileNotFoundError:
+            return None  # removed by the writer since the folder was listed: superseded by another part
+        except DamagedPartError as error:
+            self._set_aside(path, error)
+            return None
+        except OSError as error:
+            raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def _refuse_shrinking(self, part: Part, table: pa.Table) -> None:
+        """Protect earned bars from half an answer that passes for a whole one (same version)."""
+        kept = self.parts(part.source, part.dataset).get(part.unit)
+        if (
+            kept is None
+            or kept.version != part.version
+            or not (part.start_ns <= kept.start_ns and kept.end_ns <= part.end_ns)
+            or not set(kept.symbols) <= set(part.symbols)
+            or part.rows >= (1 - SHRINK_TOLERANCE) * kept.rows
+        ):
+            return
+        if self._rows(kept) is not None:  # a damaged part protects nothing
+            raise BadAnswer(
+                f"{part.source}/{part.dataset}/{part.unit}: {part.rows} bars came where {kept.rows} are kept "
+                "under the same version; the kept bars stay"
+            )
+
+    def _set_aside(self, path: Path, error: DamagedPartError) -> None:
+        name = path.relative_to(self.root).as_posix()
+        with self._known_guard:
+            self._known.pop(path, None)
+        try:
+            path.replace(path.with_name(path.name + CORRUPT_SUFFIX))
+            outcome = "set aside, will be fetched again"
+        except FileNotFoundError:
+            return  # another process was quicker
+        except OSError as problem:
+            outcome = f"ignored, cannot be set aside: {problem.strerror or problem}"
+        self._progress.warn(path.relative_to(self.root).parts[0], f"{name} is damaged ({error}); {outcome}")
+
+    def _sweep(self) -> None:
+        for leftover in self.root.rglob(f".*{TEMPORARY_SUFFIX}"):
+            if leftover.parent.name == READY_FOLDER:
+                continue
+            try:
+                leftover.unlink(missing_ok=True)
+            except OSError as error:
+                raise LakeError(f"cannot remove {leftover}: {error.strerror or error}") from error
+
+    def _folder(self, *names: str) -> Path:
+        return self.root.joinpath(*map(_escaped, names))
+
+    def _path(self, part: Part) -> Path:
+        return self._folder(part.source, part.dataset) / (_escaped(part.unit) + SUFFIX)
+
+
+def _fault_of(table: pa.Table, part: Part) -> str:
+    """Say what is wrong with the rows of a part that reads, "" if nothing is."""
+    if digest_of(table) != part.content:
+        return "its rows are not those that were written"
+    arrays = [table[name].to_numpy() for name in COLUMNS]
+    for symbol, first, last in symbol_runs(table):
+        if symbol not in part.symbols:
+            return f"it has rows of {symbol}, which was not asked for"
+        try:
+            bars = Bars(symbol, "stock", *(array[first:last] for array in arrays))
+        except ValueError as error:
+            return str(error)
+        earliest, latest = part.start_ns - OUTSIDE_TOLERANCE_NS, part.end_ns + OUTSIDE_TOLERANCE_NS
+        if bars.open_time[0] < earliest or bars.open_time[-1] >= latest:
+            return f"{symbol} has rows outside of its interval"
+    return ""
+
+
+def _escaped(name: str) -> str:
+    """Make any text one file name on every system: "^GSPC" -> "%5EGSPC", ".." -> "%2E."."""
+    escaped = quote(name, safe="")
+    return "%2E" + escaped[1:] if escaped.startswith(".") else escaped
+
+
+def _stamp(path: Path | os.DirEntry[str]) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _part_files(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
+    """Return the part files of a folder with (mtime, size), sorted by name."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX) and not entry.name.endswith(QUARANTINE_SUFFIX):
+                    try:
+                        found.append((Path(entry.path), _stamp(entry)))
+                    except FileNotFoundError:
+                        continue  # removed since it was listed
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise LakeError(f"cannot list {folder}: {error.strerror or error}") from error
+    return sorted(found)
+
+
+def _merged(pieces: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Join one symbol's pieces, oldest interval first; of rows for one minute the one fetched last stays."""
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in (*COLUMNS, FETCHED)}
+    time = columns["open_time"]
+    if (time[1:] > time[:-1]).all():
+        return columns
+    order = np.lexsort((columns[FETCHED], time))  # stable: ties go to the part that starts later
+    time = time[order]
+    order = order[np.append(time[1:] != time[:-1], True)]
+    return {name: array[order] for name, array in columns.items()}

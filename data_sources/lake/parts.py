@@ -1,0 +1,207 @@
+"""One part of the lake as a Parquet file: its rows, what its footer says about them, and how damage shows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import zlib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_sources.bars import COLUMNS
+from data_sources.lake.quality import SCHEMA
+
+SUFFIX = ".parquet"
+_MAGIC = b"PAR1"
+_TRAILER_BYTES = 8  # length of the footer (4, little endian) and the magic
+ROW_GROUP_ROWS = 1 << 16  # sorted by symbol, so that a few of thousands cost a few groups
+_FOOTER_GUESS_BYTES = 1 << 14
+_PART_KEY = b"part"
+_PART_CHECKSUM_KEY = b"part_crc32"
+_SEAL_KEY = b"file_crc32"
+_SEAL = b"over the file with zeros here: "
+_UNSEALED = b"00000000"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one fetched unit is and where it came from; kept in the footer of its file.
+
+    ``start_ns`` and ``end_ns`` bound the half-open interval that the answer covered, also where it holds no
+    rows; ``symbols`` are those asked for, present or not; ``content`` is a SHA-256 of the rows;
+    ``dollar_volume`` is what each of the day's largest symbols traded, where a rule asked for them.
+    """
+
+    source: str
+    dataset: str
+    unit: str
+    key: str
+    version: str
+    start_ns: int
+    end_ns: int
+    symbols: tuple[str, ...]
+    rows: int
+    rejected: dict[str, int]
+    fetched_ns: int
+    content: str = ""
+    rejected_by_symbol: dict[str, dict[str, int]] = field(default_factory=dict)
+    repaired: dict[str, int] = field(default_factory=dict)
+    dollar_volume: dict[str, int] = field(default_factory=dict)
+
+
+class DamagedPartError(Exception):
+    """A file is no whole part any more. Stays within the lake, which sets the file aside."""
+
+
+def write_part(file: BinaryIO, table: pa.Table, part: Part) -> None:
+    """Write ``table`` (SCHEMA, sorted) with ``part`` in the footer, every byte of it under a checksum.
+
+    The checksum of the whole file lies in its own footer: it is computed with zeros in its place.
+    """
+    text = json.dumps(asdict(part), sort_keys=True).encode()
+    metadata = {
+        _PART_KEY: text,
+        _PART_CHECKSUM_KEY: str(zlib.crc32(text)).encode(),
+        _SEAL_KEY: _SEAL + _UNSEALED,
+    }
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(
+        buffer,
+        SCHEMA,
+        compression="zstd",
+        use_dictionary=["symbol"],
+        column_encoding={"open_time": "DELTA_BINARY_PACKED"},
+        write_page_checksum=True,
+        store_schema=False,
+    ) as writer:
+        writer.write_table(table.replace_schema_metadata(None), row_group_size=ROW_GROUP_ROWS)
+        writer.add_key_value_metadata(metadata)
+    data = buffer.getbuffer()
+    place = bytes(data).rindex(_SEAL) + len(_SEAL)
+    data[place : place + len(_UNSEALED)] = b"%08x" % zlib.crc32(data)
+    file.write(data)
+
+
+def _is_sealed(data: bytes) -> bool:
+    place = data.rfind(_SEAL) + len(_SEAL)
+    behind = place + len(_UNSEALED)
+    view = memoryview(data)
+    checksum = zlib.crc32(view[behind:], zlib.crc32(_UNSEALED, zlib.crc32(view[:place])))
+    return data[place:behind] == b"%08x" % checksum
+
+
+def parse_footer(path: Path) -> Part:
+    """Read what a part says about itself, without its rows (about 0.1 ms).
+
+    Raises:
+        DamagedPartError: the footer is not that of a whole part.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _FOOTER_GUESS_BYTES))
+        tail = file.read()
+        needed = int.from_bytes(tail[-_TRAILER_BYTES:-4], "little") + _TRAILER_BYTES
+        if len(tail) < needed <= size:
+            file.seek(size - needed)
+            tail = file.read()
+    if size < needed + len(_MAGIC) or not tail.endswith(_MAGIC):
+        raise DamagedPartError("truncated")
+    return _parse_metadata(pa.BufferReader(_MAGIC + tail[-needed:]))
+
+
+def parse_part(path: Path, symbols: set[str] | None = None) -> pa.Table:
+    """Read the rows of a part, every checksum verified; ``symbol`` comes as a dictionary column.
+
+    Args:
+        path: the file.
+        symbols: those that are wanted; rows of others may be left out. None: all rows come.
+
+    Raises:
+        DamagedPartError: the file is not what was written.
+        OSError: the file cannot be read.
+    """
+    data = path.read_bytes()  # real I/O errors surface here, so that below every error is damage
+    if not _is_sealed(data):
+        raise DamagedPartError("truncated" if not data.endswith(_MAGIC) else "the file fails its checksum")
+    part = _parse_metadata(pa.BufferReader(data))
+    try:
+        file = pq.ParquetFile(
+            pa.BufferReader(data), page_checksum_verification=True, read_dictionary=["symbol"]
+        )
+        groups = _groups_with(file.metadata, symbols)
+        table = file.read_row_groups(groups, columns=SCHEMA.names, use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+        raise DamagedPartError(_one_line(error)) from error
+    if symbols is None and table.num_rows != part.rows:
+        raise DamagedPartError(f"{table.num_rows} rows where {part.rows} were written")
+    return table.replace_schema_metadata(None)
+
+
+def _groups_with(metadata: pq.FileMetaData, symbols: set[str] | None) -> list[int]:
+    """Return the row groups that may hold one of ``symbols``, by the first and last name of each."""
+    groups = range(metadata.num_row_groups)
+    if symbols is None or len(groups) == 1:
+        return list(groups)
+    statistics = [metadata.row_group(group).column(0).statistics for group in groups]
+    return [
+        group
+        for group, names in zip(groups, statistics, strict=True)
+        if names is None
+        or not names.has_min_max
+        or any(names.min <= symbol <= names.max for symbol in symbols)
+    ]
+
+
+def digest_of(table: pa.Table) -> str:
+    """Return a SHA-256 over names, counts and values as hex: for fingerprints."""
+    digest = hashlib.sha256(_runs_text(table))
+    for name in COLUMNS:
+        digest.update(table[name].to_numpy())
+    return digest.hexdigest()
+
+
+def _runs_text(table: pa.Table) -> bytes:
+    return "\n".join(f"{symbol} {start} {end}" for symbol, start, end in symbol_runs(table)).encode()
+
+
+def symbol_runs(table: pa.Table) -> list[tuple[str, int, int]]:
+    """Return (symbol, first row, behind the last row) for each symbol of a table sorted by symbol."""
+    if not table.num_rows:
+        return []
+    names = table["symbol"].combine_chunks()
+    if not pa.types.is_dictionary(names.type):
+        names = names.dictionary_encode()
+    codes = names.indices.to_numpy()
+    starts = np.append(0, np.flatnonzero(codes[1:] != codes[:-1]) + 1).tolist()
+    ends = [*starts[1:], table.num_rows]
+    symbols = names.dictionary.to_pylist()
+    return [(symbols[codes[start]], start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _parse_metadata(source: pa.BufferReader) -> Part:
+    try:
+        metadata = pq.read_metadata(source).metadata or {}
+        text = metadata[_PART_KEY]
+        if zlib.crc32(text) != int(metadata[_PART_CHECKSUM_KEY]):
+            raise DamagedPartError("footer fails its checksum")
+        values = json.loads(text)
+        known = {each.name for each in fields(Part)}
+        part = Part(**{name: value for name, value in values.items() if name in known})
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+        raise DamagedPartError(_one_line(error)) from error
+    # A rule's parts name thousands of symbols each: one text per name, not per part.
+    symbols = tuple(map(sys.intern, part.symbols))
+    dollar_volume = {sys.intern(symbol): amount for symbol, amount in part.dollar_volume.items()}
+    return replace(part, symbols=symbols, dollar_volume=dollar_volume)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

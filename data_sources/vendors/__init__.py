@@ -1,0 +1,1 @@
+"""Vendors' protocols, one adapter each."""

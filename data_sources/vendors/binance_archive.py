@@ -1,0 +1,205 @@
+"""Binance's bulk archive: monthly and daily zips of spot minute klines, each with its sha256.
+
+Source: https://github.com/binance/binance-public-data (README, 2026-07). Facts that shape this file:
+
+* a day's zip appears on the next day, a month's on the first Monday of the next month;
+* one CSV per zip, 12 columns as REST gives them, without a header for spot (futures have one);
+* stamps are milliseconds before 2025 and microseconds from 2025-01-01 on;
+* a file that is not out, or lies before the listing, is a plain 404.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import polars as pl
+import pyarrow as pa
+import requests
+
+from data_sources.errors import BadAnswer, RateLimited, Refused, SourceUnavailable
+from data_sources.vendors.http import Leg, Patience, prepare, retry_after_seconds, short
+
+MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
+HOUR_NS = 3_600_000_000_000
+DAY_NS = 24 * HOUR_NS
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One archive file's span: a UTC month named "2026-10" or a day named "2026-11-20"."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+    published_ns: int  # the earliest it can be out
+
+    @property
+    def folder(self) -> str:
+        """Return the archive's name for this kind of file."""
+        return "daily" if self.name.count("-") == 2 else "monthly"
+
+    @property
+    def num_minutes(self) -> int:
+        """Return how many bars a file without an outage holds."""
+        return (self.end_ns - self.start_ns) // 60_000_000_000
+
+
+def _ns(moment: datetime) -> int:
+    return int(moment.timestamp()) * 1_000_000_000
+
+
+def months(start_ns: int, end_ns: int) -> Iterator[Unit]:
+    """Yield the UTC months that touch [start_ns, end_ns), oldest first."""
+    month = datetime.fromtimestamp(start_ns // 1_000_000_000, UTC).replace(
+        day=1, hour=0, minute=0, second=0, microsecond=0
+    )
+    while _ns(month) < end_ns:
+        following = (month + timedelta(days=32)).replace(day=1)
+        first_monday = following + timedelta(days=-following.weekday() % 7)
+        yield Unit(month.strftime("%Y-%m"), _ns(month), _ns(following), _ns(first_monday))
+        month = following
+
+
+def days(start_ns: int, end_ns: int) -> Iterator[Unit]:
+    """Yield the UTC days that touch [start_ns, end_ns), oldest first."""
+    for day_ns in range(start_ns - start_ns % DAY_NS, end_ns, DAY_NS):
+        name = datetime.fromtimestamp(day_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d")
+        yield Unit(name, day_ns, day_ns + DAY_NS, day_ns + DAY_NS)
+
+
+@dataclass(frozen=True)
+class ArchiveFile:
+    """One verified zip: its rows, with all stamps in ns, and where they came from."""
+
+    key: str
+    sha256: str
+    num_bytes: int
+    table: pa.Table
+
+
+class Archive:
+    """Fetches and verifies files. Safe to use from several threads."""
+
+    def __init__(self, url: str, patience: Patience) -> None:
+        self._url = url.rstrip("/")
+        self.leg = Leg(patience)
+        self._session = prepare(requests.Session(), patience, MAX_FILE_BYTES)
+
+    def fetch(self, pair: str, unit: Unit) -> ArchiveFile | None:
+        """Return one file, or None where the archive has no such file.
+
+        Raises:
+            BadAnswer: the file or its CHECKSUM is damaged, twice.
+            DataError: the archive refuses, limits or does not answer.
+        """
+        name = f"{pair}-1m-{unit.name}"
+        key = f"data/spot/{unit.folder}/klines/{pair}/1m/{name}.zip"
+
+        def once() -> ArchiveFile | None:
+            # The small file first: where there is none, one request says so.
+            checksum = self._get(key + ".CHECKSUM")
+            if checksum is None:
+                return None
+            stated = re.match(rb"([0-9a-fA-F]{64})\s", checksum)
+            if stated is None:
+                raise BadAnswer(f"{key}.CHECKSUM: expected a sha256, came {checksum[:40]!r}")
+            body = self._get(key)
+            if body is None:
+                raise BadAnswer(f"{key}: 404, although its CHECKSUM is there")
+            digest = hashlib.sha256(body).hexdigest()
+            if digest != stated[1].decode().lower():
+                raise BadAnswer(
+                    f"{key}: sha256 is {digest[:12]}..., CHECKSUM says {stated[1][:12].decode()}..."
+                )
+            return ArchiveFile(key, digest, len(body) + len(checksum), _rows(body, name, pair))
+
+        return self.leg.ask(once)
+
+    def probe(self, pair: str, now_ns: int) -> None:
+        """Ask for a checksum of last week, which may be absent.
+
+        Raises:
+            DataError: as ``fetch``.
+        """
+        (unit,) = days(now_ns - 7 * DAY_NS, now_ns - 7 * DAY_NS + 1)
+        key = f"data/spot/daily/klines/{pair}/1m/{pair}-1m-{unit.name}.zip.CHECKSUM"
+        self.leg.ask(lambda: self._get(key))
+
+    def _get(self, key: str) -> bytes | None:
+        patience = self.leg.patience
+        try:
+            response = self._session.get(
+                f"{self._url}/{key}", timeout=(patience.connect_seconds, patience.read_seconds)
+            )
+            body = response.content
+        except requests.RequestException as error:
+            raise SourceUnavailable(f"Binance's archive does not answer: {short(error)}") from error
+        status = response.status_code
+        if status == 200:
+            if not body:
+                raise BadAnswer(f"{key}: empty answer")
+            return body
+        if status == 404:
+            return None
+        if status in (403, 451):
+            raise Refused(
+                f"Binance's archive refuses this machine (HTTP {status}); set BINANCE_ARCHIVE_URL to a "
+                "mirror, or use another network"
+            )
+        if status in (418, 429):
+            raise RateLimited(
+                f"Binance's archive asks to slow down (HTTP {status})", retry_after_seconds(response.headers)
+            )
+        raise SourceUnavailable(f"Binance's archive answered HTTP {status}")
+
+
+def _rows(body: bytes, name: str, pair: str) -> pa.Table:
+    """Unpack a zip and read its CSV; prices that are no numbers become NaN.
+
+    Raises:
+        BadAnswer: not a zip of one CSV of that name with six or more columns.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(body)) as bundle:
+            members = bundle.infolist()
+            if [member.filename for member in members] != [f"{name}.csv"]:
+                raise BadAnswer(f"{name}.zip: expected {name}.csv inside, found {bundle.namelist()[:3]}")
+            if members[0].file_size > MAX_FILE_BYTES:
+                raise BadAnswer(
+                    f"{name}.zip: unpacks to {members[0].file_size:,} bytes, too many for minute bars"
+                )
+            text = bundle.read(members[0])
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise BadAnswer(f"{name}.zip: cannot be unpacked: {error}") from error
+    names = ["open_time", "open", "high", "low", "close", "volume"]
+    has_header = not text[:1].isdigit()
+    if has_header and not text.lower().startswith(b"open"):
+        raise BadAnswer(f"{name}.csv: expected klines, came {text[:40]!r}")
+    try:
+        # As text first: one odd value must cost its row, not the month.
+        frame = pl.read_csv(
+            text, has_header=False, skip_rows=int(has_header), columns=list(range(6)),
+            infer_schema=False, quote_char=None, truncate_ragged_lines=True, encoding="utf8-lossy",
+        )  # fmt: skip
+        frame.columns = names
+    except pl.exceptions.PolarsError as error:
+        raise BadAnswer(f"{name}.csv: cannot be read: {str(error).splitlines()[0]}") from error
+    stamp = pl.col("open_time").cast(pl.Int64, strict=False).fill_null(0)
+    frame = frame.select(
+        pl.lit(pair).alias("symbol"),
+        pl.when(stamp > 10**14).then(stamp * 1_000).otherwise(stamp * 1_000_000).alias("open_time"),
+        *(pl.col(column).cast(pl.Float64, strict=False).fill_null(float("nan")) for column in names[1:]),
+    )
+    # Binance gives every value and every minute once. A row without a volume, or a minute told in two ways,
+    # is no bar to choose from: without a close it goes to quarantine, and REST is asked for the minute.
+    frame = frame.unique(maintain_order=True)
+    is_odd = pl.col("volume").is_nan() | pl.col("open_time").is_duplicated()
+    nothing = pl.lit(float("nan"))
+    return frame.with_columns(pl.when(is_odd).then(nothing).otherwise("close").alias("close")).to_arrow()

@@ -1,0 +1,184 @@
+"""Binance's spot REST klines through python-binance, one page at a time.
+
+Source: https://github.com/binance/binance-spot-api-docs (2026-07-21). A page is at most 1,000 klines and
+weighs 2 of 6,000 per minute and address; every answer carries the weight used in X-MBX-USED-WEIGHT-1M.
+429 asks to wait, 418 is a ban for having not waited, 451 a place that Binance does not serve.
+``get_historical_klines`` is not used: it sleeps a second every third page and loses all on an error.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import pyarrow as pa
+import requests
+
+from data_sources.bars import MINUTE_NS
+from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
+from data_sources.vendors.http import Banned, FinalAnswer, Leg, Patience, prepare, retry_after_seconds, short
+
+with warnings.catch_warnings():  # python-binance 1.0.37 imports names that websockets 14 calls deprecated
+    warnings.filterwarnings("ignore", "websockets", DeprecationWarning)
+    from binance.client import Client
+    from binance.exceptions import BinanceAPIException, BinanceRequestException
+
+PAGE_BARS = 1000
+WEIGHT_LIMIT = 6000  # per minute
+SLOW_DOWN_FRACTION = 0.8  # of the limit; others behind the same address need weight too
+PROBED_NS = 60 * MINUTE_NS
+MAX_PAGE_BYTES = 8 << 20  # a full page is about 170 kB
+SCHEMA = pa.schema(
+    [("symbol", pa.string()), ("open_time", pa.int64())]
+    + [(name, pa.float64()) for name in ("open", "high", "low", "close", "volume")]
+)
+
+
+class UnknownPair(FinalAnswer):
+    """Binance knows no such pair (any more)."""
+
+
+class Rest:
+    """Pages of klines. Safe to use from several threads: each has a client of its own."""
+
+    def __init__(self, url: str, patience: Patience, weight_limit: int = WEIGHT_LIMIT) -> None:
+        self._url = url.rstrip("/").removesuffix("/api")
+        self._weight_limit = weight_limit
+        self.leg = Leg(patience)
+        self._local = threading.local()
+
+    def page(self, pair: str, start_ns: int, end_ns: int, limit: int = PAGE_BARS) -> pa.Table:
+        """Return the first ``limit`` bars that open in [start_ns, end_ns); fewer where fewer exist.
+
+        Rows come as Binance gave them, junk values as NaN; rows outside of the span are left out.
+
+        Raises:
+            UnknownPair: no such pair.
+            DataError: after retries; sorted as in data_sources.errors.
+        """
+        return self.leg.ask(lambda: self._page(pair, start_ns, end_ns, limit))
+
+    def probe(self, pair: str, now_ns: int) -> str:
+        """Ask for one of the last bars; return the server's time as the HTTP header Date.
+
+        Raises:
+            DataError: as ``page``.
+        """
+        self.page(pair, now_ns - PROBED_NS, now_ns, limit=1)
+        response = self._client().response
+        return "" if response is None else response.headers.get("Date", "")
+
+    def _client(self) -> Client:
+        client = getattr(self._local, "client", None)
+        if client is None:
+            patience = self.leg.patience
+            timeout = (patience.connect_seconds, patience.read_seconds)
+            client = Client(requests_params={"timeout": timeout}, ping=False)
+            client.API_URL = f"{self._url}/api"  # as an attribute: braces in a class attribute are formatted
+            prepare(client.session, patience, MAX_PAGE_BYTES)
+            self._local.client = client
+        return client
+
+    def _page(self, pair: str, start_ns: int, end_ns: int, limit: int) -> pa.Table:
+        client = self._client()
+        client.response = None
+        try:
+            answer = client.get_klines(
+                symbol=pair, interval="1m", startTime=start_ns // 1_000_000, endTime=end_ns // 1_000_000 - 1,
+                limit=limit,
+            )  # fmt: skip
+        except BinanceAPIException as error:
+            raise self._understood(pair, error) from error
+        except BinanceRequestException as error:
+            raise BadAnswer(f"{pair}: expected klines, came no JSON (a captive portal or proxy?)") from error
+        except requests.RequestException as error:
+            raise SourceUnavailable(f"Binance does not answer: {short(error)}") from error
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+            # python-binance 1.0.37 trips over bodies such as a bare `null` of a failing server.
+            raise SourceUnavailable(
+                f"Binance answered nonsense: {type(error).__name__} in its client"
+            ) from error
+        finally:
+            self._heed_weight(client.response)
+        return _table(pair, answer, start_ns, end_ns)
+
+    def _heed_weight(self, response: requests.Response | None) -> None:
+        """Pause until the next minute once most of this minute's weight is used."""
+        if response is None:
+            return
+        try:
+            used = int(response.headers.get("X-MBX-USED-WEIGHT-1M", ""))
+        except ValueError:
+            return
+        if used >= SLOW_DOWN_FRACTION * self._weight_limit:
+            second = 0  # of the server's minute, which is what counts
+            try:
+                second = parsedate_to_datetime(response.headers.get("Date", "")).second
+            except ValueError:
+                second = 0
+            self.leg.pause(61.0 - second)
+
+    @staticmethod
+    def _understood(pair: str, error: BinanceAPIException) -> DataError:
+        status, text = error.status_code, " ".join(str(error.message or "no message").split())[:120]
+        if status == 451:
+            return Refused(
+                "Binance does not serve this place (HTTP 451); set BINANCE_API_URL=https://data-api.binance.vision"
+            )
+        if status in (401, 403):
+            return Refused(
+                f"Binance refuses this machine (HTTP {status}); wait, use another network, or set "
+                "BINANCE_API_URL=https://data-api.binance.vision"
+            )
+        if status in (418, 429):
+            wait = retry_after_seconds(error.response.headers)
+            if status == 418:
+                return Banned("Binance banned this address for too many requests (HTTP 418)", wait)
+            return RateLimited("Binance asks to slow down (HTTP 429)", wait)
+        if status == 400 and error.code == -1121:
+            return UnknownPair(f"{pair}: Binance knows no such pair")
+        if 400 <= status < 500:
+            return FinalAnswer(
+                f"{pair}: Binance refused the question (HTTP {status}, code {error.code}): {text}"
+            )
+        return SourceUnavailable(f"Binance answered HTTP {status}: {text}")
+
+
+def _table(pair: str, answer: Any, start_ns: int, end_ns: int) -> pa.Table:
+    if not isinstance(answer, list):
+        raise BadAnswer(f"{pair}: expected a list of klines, came {str(answer)[:40]!r}")
+    columns: list[list[Any]] = [[] for _ in range(6)]
+    for row in answer:
+        if not isinstance(row, list) or len(row) < 6 or type(row[0]) is not int:
+            raise BadAnswer(f"{pair}: expected klines of 12 values, came {str(row)[:60]!r}")
+        open_ns = row[0] * (1_000 if row[0] > 10**14 else 1_000_000)
+        if start_ns <= open_ns < end_ns:
+            values = [_number(value) for value in row[1:6]]
+            if values[4] != values[4]:  # a bar without a volume is broken, not without trades
+                values[3] = values[4]
+            for column, value in zip(columns, [open_ns, *values], strict=True):
+                column.append(value)
+    if answer and not columns[0]:
+        raise BadAnswer(f"{pair}: none of {len(answer)} klines lies in the span that was asked for")
+    return pa.table([[pair] * len(columns[0]), *columns], schema=SCHEMA)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
+
+
+def last_minute_ns(table: pa.Table) -> int:
+    """Return the newest open_time of a table with rows, floored to its minute."""
+    newest = max(table.column("open_time").to_pylist())
+    return newest - newest % MINUTE_NS
+
+
+def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
+    """Join pages; of none, an empty table."""
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()

@@ -1,0 +1,155 @@
+"""Splits of US stocks from Massive's (formerly Polygon's) REST, where its key is given: all in a few pages.
+
+GET /stocks/v1/splits: ticker, execution_date, split_from, split_to, adjustment_type; in every stocks plan, the
+free one with 5 requests a minute. The key is another one than the pair of the flat files.
+
+Vendor's page, 2026: massive.com/docs/rest/stocks/corporate-actions/splits.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
+from data_sources.splits import Split, SplitLedger
+from data_sources.vendors.http import Leg, Patience, prepare, retry_after_seconds
+
+DEFAULT_URL = "https://api.massive.com"  # https://api.polygon.io is the older name of the host
+PATH = "/stocks/v1/splits"
+PAGE_ROWS = 5_000
+MOST_PAGES = 50
+MOST_TICKERS = 100  # named in a question; for more, all of the market's are asked for
+MAX_BYTES = 64 << 20
+PATIENCE = Patience(connect_seconds=5, read_seconds=20, total_seconds=40, longest_wait_seconds=60)
+
+
+@dataclass(frozen=True)
+class PolygonSplits:
+    """Massive's REST with one API key."""
+
+    api_key: str = field(repr=False)
+    url: str = DEFAULT_URL
+    patience: Patience = PATIENCE
+
+    @classmethod
+    def from_environment(cls) -> PolygonSplits | None:
+        """Read POLYGON_API_KEY and POLYGON_API_URL; None without a key, which is no fault.
+
+        Raises:
+            DataError: POLYGON_API_URL is not an address.
+        """
+        key = os.environ.get("POLYGON_API_KEY", "").strip()
+        if not key:
+            return None
+        url = os.environ.get("POLYGON_API_URL", "").strip().rstrip("/") or DEFAULT_URL
+        address = urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc:
+            raise DataError(f"POLYGON_API_URL must look like {DEFAULT_URL}, see .env.example")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise DataError("POLYGON_API_KEY holds spaces or characters that no key has, copy it again")
+        return cls(key, url)
+
+    def probe(self) -> tuple[str, str]:
+        """Ask once for one split; return what came, in words, and no time of the server.
+
+        Raises:
+            DataError: what the answer means.
+        """
+        with prepare(requests.Session(), self.patience, MAX_BYTES) as session:
+            self._page(session, f"{self.url}{PATH}?limit=1")
+        return "accepts the key", ""
+
+    def update(
+        self, ledger: SplitLedger, stocks: Sequence[str] | None, start_ns: int, now_ns: int
+    ) -> tuple[int, int]:
+        """Add the splits executed from ``start_ns`` to ``now_ns`` to the ledger.
+
+        Args:
+            ledger: learns them.
+            stocks: of which stocks; None for all that there are.
+            start_ns: the first day.
+            now_ns: the last day; later ones may still be called off.
+
+        Returns:
+            How many splits were new, and how many entries could not be read.
+
+        Raises:
+            Refused: the key is wrong, or its plan has no splits.
+            RateLimited, SourceUnavailable, BadAnswer: the last attempt's error; what came before it is kept.
+            LakeError: the ledger cannot be written.
+        """
+        first, last = (dt.datetime.fromtimestamp(each // 10**9, dt.UTC).date() for each in (start_ns, now_ns))
+        query = {"execution_date.gte": first.isoformat(), "execution_date.lte": last.isoformat()}
+        if stocks is not None and len(stocks) <= MOST_TICKERS:
+            query["ticker.any_of"] = ",".join(stocks)
+        question = requests.Request("GET", self.url + PATH, params=query | {"limit": str(PAGE_ROWS)})
+        address = question.prepare().url
+        wanted = None if stocks is None else set(stocks)
+        num_new = num_bad = 0
+        leg = Leg(self.patience)
+        with prepare(requests.Session(), self.patience, MAX_BYTES) as session:
+            for _ in range(MOST_PAGES):
+                page = leg.ask(lambda address=address: self._page(session, str(address)))  # type: ignore[misc]
+                found: dict[str, list[Split]] = {}
+                for entry in page["results"]:
+                    try:
+                        split = _split(entry)
+                        found.setdefault(str(entry["ticker"]), []).append(split)
+                    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+                        num_bad += 1
+                for symbol, splits in found.items():
+                    new = ledger.news(symbol, splits) if wanted is None or symbol in wanted else []
+                    if new:
+                        ledger.update(symbol, new)
+                        num_new += len(new)
+                cursor = urlsplit(page.get("next_url") or "").query
+                if not cursor:
+                    break
+                address = f"{self.url}{PATH}?{cursor}"  # only ever to our host: the key goes with it
+        return num_new, num_bad
+
+    def _page(self, session: requests.Session, address: str) -> dict[str, Any]:
+        """Ask once.
+
+        Raises:
+            DataError: what the answer means.
+        """
+        timeout = (self.patience.connect_seconds, self.patience.read_seconds)
+        try:
+            answer = session.get(
+                address,
+                headers={"Authorization": f"Bearer {self.api_key}"},
+                timeout=timeout,
+                allow_redirects=False,
+            )
+        except (requests.RequestException, OSError) as error:
+            name = type(error).__name__  # its text may hold more than a user should paste somewhere
+            raise SourceUnavailable(f"{self.url} does not answer ({name})") from error
+        status = answer.status_code
+        if status in (401, 403):
+            raise Refused(
+                f"{self.url} refuses (HTTP {status}): check POLYGON_API_KEY, the REST key, not the S3 pair"
+            )
+        if status == 429:
+            raise RateLimited(f"{self.url} asks to slow down", retry_after_seconds(answer.headers))
+        if status >= 500:
+            raise SourceUnavailable(f"{self.url} answered HTTP {status}")
+        try:
+            page = answer.json()
+        except ValueError as error:
+            raise BadAnswer(f"{self.url} answered HTTP {status} with something that is no JSON") from error
+        if status != 200 or not isinstance(page, dict) or not isinstance(page.get("results"), list):
+            raise BadAnswer(f"{self.url} answered HTTP {status} without a list of splits")
+        return page
+
+
+def _split(entry: dict[str, Any]) -> Split:
+    ratio = float(entry["split_to"]) / float(entry["split_from"])
+    return Split(dt.date.fromisoformat(entry["execution_date"]), ratio)

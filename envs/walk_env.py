@@ -1,0 +1,142 @@
+"""ExamEnv: accounts that walk given symbols over given bars in order, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from envs.config import EnvConfig
+from envs.market import Market, NoSegment
+from envs.trading_env import TradingEnv
+
+
+class ExamEnv(TradingEnv):
+    """One account per place, from its first bar to the newest one, in order, once; nothing is drawn.
+
+        market = Market.from_bars(bars, device=device, holdout_start_ns=after_the_exam, context_bars=C, horizon=H,
+                                  statistics=those_of_the_training)
+        env = ExamEnv(market, config, device, [("AAPL", start_ns), ("BTCUSDT", start_ns)])
+        rollouts = [collect(env, policy, generator, chunk, greedy=True) for _ in range(env.num_segments)]
+
+    Everything else is as :class:`TradingEnv` specifies, but for:
+
+    - Account n makes its first decision at the first bar of ``places[n]``'s symbol that opens at or after the
+      place's time and has C bars in front of it; those may be older than the time. It goes on, segment after
+      segment, while H + 1 more bars follow; up to H bars at the end of a stretch are left over.
+    - The account is one all the way: where an episode of ``episode_bars`` ends, its position stays and only its
+      equity counts from 1 again, so that the policy sees what it was trained on. Rewards add up to the log return
+      of the whole walk. Ruin, as in an episode, is final.
+    - Over a hole the account starts anew, in cash. ``truncated`` tells where a stretch ends.
+    - An account whose walk is over, or whose symbol has no bar to walk, is not ``alive``: it stays in cash,
+      earns 0 and counts nowhere.
+
+    ``num_envs`` of the configuration is replaced by the number of places. An account with ``flat_cost_bps`` (one
+    entry per place) pays so much of the value that it trades in place of fees and slippage of all kinds; None: as
+    the configuration says.
+
+    Raises:
+        ValueError: a symbol is not in the market, or a flat cost is out of range.
+        NoSegment: no place has a segment to walk.
+    """
+
+    def __init__(
+        self,
+        market: Market,
+        config: EnvConfig,
+        device: torch.device | str,
+        places: Sequence[tuple[str, int]],
+        dtype: torch.dtype = torch.float64,
+        flat_cost_bps: Sequence[float | None] | None = None,
+    ) -> None:
+        super().__init__(market, replace(config, num_envs=max(1, len(places))), device, seed=0, dtype=dtype)
+        walks = [_walk(market, symbol, start_ns) for symbol, start_ns in places]
+        self.num_segments = max(map(len, walks), default=0)
+        if not self.num_segments:
+            raise NoSegment(
+                f"no place has the {market.horizon + 2} bars of a segment after its start: "
+                "take earlier starts, or a market with a shorter horizon"
+            )
+        # First bar of every segment, -1 where there is none; (segments + 1, N).
+        schedule = torch.full((self.num_segments + 1, len(places)), -1, dtype=torch.int64)
+        for number, walk in enumerate(walks):
+            schedule[: len(walk), number] = torch.tensor(walk, dtype=torch.int64)
+        self._schedule = schedule.to(self.device)
+        numbers = [market.symbols.index(symbol) for symbol, _ in places]
+        self._symbols = torch.tensor(numbers, device=self.device)
+        for cost in flat_cost_bps or ():
+            if cost is not None and not 0 <= cost < config.max_rate * 1e4:
+                most = f"{config.max_rate * 1e4:g} bps"
+                raise ValueError(f"a flat cost must be 0 or more and under {most}, was {cost:g}")
+        self._flat: tuple[Tensor, Tensor] | None = None
+        if flat_cost_bps is not None:
+            where = torch.tensor([cost is not None for cost in flat_cost_bps], device=self.device)
+            rates = [(cost or 0.0) / 1e4 for cost in flat_cost_bps]
+            self._flat = where, torch.tensor(rates, dtype=dtype, device=self.device)
+        self._round = 0
+        self._played.zero_()
+
+    @property
+    def schedule(self) -> Tensor:
+        """(segments, N) int64: the newest closed bar at each segment's first decision, -1 where none is walked."""
+        return self._schedule[:-1]
+
+    def _begin(self) -> None:
+        super()._begin()
+        if self._flat is None:
+            return
+        where, rates = self._flat
+        rates = rates * self.cost_scale
+        self._cost_rate.copy_(torch.where(where, rates, self._cost_rate))
+        self.segment.cost_rate.copy_(torch.where(where, rates, self.segment.cost_rate))
+        if self.segment.impact is not None:
+            self.segment.impact.masked_fill_(where, 0)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        if self._round >= self.num_segments:
+            raise RuntimeError(f"all {self.num_segments} segments of the exam are played")
+        start, account = self._schedule[self._round], self._kept
+        out = start < 0
+        if self._round:
+            out |= ~account.alive
+        account.alive.logical_and_(~out)
+        account.cash.copy_(torch.where(out, account.log_equity.exp(), account.cash))
+        for tensor in (account.units, account.owed, account.target):
+            tensor.masked_fill_(out, 0)
+        # Those that are out stand at bars that exist, whatever they are.
+        self._cursor.masked_fill_(out, self.config.context_bars)
+        self._over.copy_((start != self._cursor) & ~out)
+        self._count_from_one(self._played + self.config.horizon > self.config.episode_bars)
+        self._round += 1
+        return self._symbols, start
+
+    def _count_from_one(self, old: Tensor) -> None:
+        # Another episode with the same position: money in units of today's equity.
+        account = self._kept
+        scale = torch.where(old & account.alive, account.log_equity.neg().exp(), 1.0)
+        for tensor in (account.cash, account.units, account.owed):
+            tensor.mul_(scale)
+        for tensor in (account.log_equity, account.log_peak, account.log_at_trade):
+            tensor.add_(scale.log())
+        account.log_peak.masked_fill_(old, 0)
+        self._played.masked_fill_(old, 0)
+
+    def _cut(self) -> Tensor:
+        return self._schedule[self._round] != self._cursor
+
+
+def _walk(market: Market, symbol: str, start_ns: int) -> list[int]:
+    # First bars of the segments from start_ns on.
+    if symbol not in market.symbols:
+        raise ValueError(f"{symbol} is not among the {len(market.symbols)} symbols of the market")
+    number = market.symbols.index(symbol)
+    first, last = market.offsets[number : number + 2].tolist()
+    first_bar = first + int((market.open_time[first:last] < start_ns).sum())
+    starts: list[int] = []
+    for begin, end in zip(market.stretch_first.tolist(), market.stretch_last.tolist(), strict=True):
+        if first <= begin < last:
+            begin = max(begin + market.context_bars, first_bar)
+            starts.extend(range(begin, end - market.horizon, market.horizon))
+    return starts

@@ -1,0 +1,226 @@
+"""The exam: policies and baselines walk the same bars, one account per symbol, in order, once.
+
+Everybody is an account of one ``ExamEnv``, so all pay the same costs at the same opens. The trunk sees whole
+segments in parallel, many at once; what is left per bar is the ledger and the head.
+Shapes: P = contestants, S = symbols, N = P x S accounts, H = horizon, R = segments of the longest walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from envs.config import EnvConfig
+from envs.market import Market
+from envs.walk_env import ExamEnv
+from evaluation.baselines import BASELINES, actions_after
+from models.policy import Head, Policy
+
+POLICY, CHAMPION = "policy", "champion"
+# Segments of so many accounts are encoded ahead: enough to fill a micro-batch, little enough to keep.
+ENCODED_SEGMENTS = 512
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One contestant on one symbol: T decisions in order. After a ruin positions and returns are 0."""
+
+    symbol: str
+    asset_class: str  # "stock" or "crypto"
+    time: NDArray[np.datetime64]  # (T,) ns, when each decision filled: open of the filling bar
+    price: NDArray[np.float64]  # (T,) open of that bar
+    position: NDArray[np.float64]  # (T,) value held after the fill, as a fraction of equity
+    log_returns: NDArray[np.float64]  # (T,) reward of each decision, up to the next open, net of all costs
+    costs: NDArray[np.float64]  # (T,) paid for it: fees, slippage, borrowing, as a fraction of equity
+    traded: NDArray[np.float64]  # (T,) value bought or sold, as a fraction of equity
+
+
+Contestants = Mapping[str, list[Walk]]  # name -> one walk per symbol, the same symbols and bars for everybody
+
+
+@torch.no_grad()
+def examine(
+    policies: Policy | Mapping[str, Policy],
+    market: Market,
+    config: EnvConfig,
+    symbols: Sequence[str],
+    start_ns: int,
+    end_ns: int,
+    cost_scale: float = 1.0,
+    chunk_segments: int = 64,
+    beat: Callable[[], None] = lambda: None,
+    flat_costs_bps: Sequence[float] = (),
+    on_segment: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[Walk]]:
+    """Let policies and baselines walk the bars from ``start_ns`` to ``end_ns``; greedy, nothing is drawn.
+
+    The first decision is made at the first bar that opens at or after the start; its context may be older. No
+    bar at or after the end is touched. Up to H bars at the end of a stretch without holes are left over. Neither
+    the market, nor a policy, nor any random stream is changed.
+
+    Args:
+        policies: by name; a single one is called "policy". All read the market's features as they are scaled.
+        market: holds the bars; its own holdout does not count here.
+        config: of the accounts.
+        symbols: who is walked; those without bars for one segment are left out.
+        start_ns: of the first decision.
+        end_ns: no bar that opens at or after it is touched.
+        cost_scale: share of all costs that is charged.
+        chunk_segments: segments per forward of the trunk, to bound memory; the last one is filled up, so that
+            a compiled trunk sees one shape only.
+        beat: called again and again, as a sign of life.
+        flat_costs_bps: costs of traded value, in place of all fees and slippage, at which the first policy walks
+            once more, as another contestant each: ``at_flat_cost(name, bps)``.
+        on_segment: told after each segment how many are walked, and of how many.
+
+    Returns:
+        Walks of the policies, then of the baselines.
+
+    Raises:
+        NoSegment: no symbol has bars for a segment there.
+        ValueError: a symbol is unknown to the market.
+    """
+    policies = {POLICY: policies} if isinstance(policies, Policy) else dict(policies)
+    market = market.until(end_ns)
+    first, *others = policies
+    names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *BASELINES]
+    costs = [None, *flat_costs_bps, *(None for _ in (*others, *BASELINES))]
+    env = ExamEnv(
+        market,
+        config,
+        market.device,
+        [(symbol, start_ns) for _ in names for symbol in symbols],
+        flat_cost_bps=[cost for cost in costs for _ in symbols],
+    )
+    env.cost_scale = cost_scale
+    heads = [policy.head for policy in policies.values()]
+    accounts_of = [1 + len(flat_costs_bps), *(1 for _ in others)]  # of each head, on every symbol
+    horizon, num_symbols = config.horizon, len(symbols)
+    schedule = env.schedule[:, :num_symbols]  # (R, S)
+    numbers = [market.symbols.index(symbol) for symbol in symbols]
+    first_bars = market.offsets[torch.tensor(numbers, device=env.device)]
+    ahead = torch.arange(horizon, device=env.device)
+    at_once = max(1, ENCODED_SEGMENTS // num_symbols)
+
+    played = []
+    for number in range(env.num_segments):
+        beat()
+        if number % at_once == 0:
+            rows = schedule[number : number + at_once]
+            projected = [
+                _encoded(policy, market, rows, horizon, chunk_segments, beat) for policy in policies.values()
+            ]
+        env.begin_segment()
+        bars = env.cursor[:num_symbols] + ahead[:, None]  # (H, S); whoever is out stands at some bar, in cash
+        rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
+        shares = [share[number % at_once] for share in projected]
+        with _one_thread(env.device):
+            played.append(_played(env, shares, heads, accounts_of, torch.cat(rules, dim=1)))
+        on_segment(number + 1, env.num_segments)
+    columns = [np.concatenate(column) for column in zip(*played, strict=True)]  # (R x H, N) each
+    return _walks(names, symbols, market, schedule, ahead, columns)
+
+
+def at_flat_cost(name: str, bps: float) -> str:
+    """Return the name under which a policy walks at a flat cost of traded value."""
+    return f"{name} at {bps:g} bps"
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    # Steps of a few hundred accounts take longer to share among a CPU's threads than to do.
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _encoded(
+    policy: Policy,
+    market: Market,
+    rows: Tensor,
+    horizon: int,
+    chunk_segments: int,
+    beat: Callable[[], None],
+) -> Tensor:
+    """Encode segments that begin at bars ``rows`` (r, S), -1 where there is none: (r, H, S, W)."""
+    places = rows.flatten()
+    wanted = (places >= 0).nonzero().flatten()
+    length = market.context_bars + horizon + 1
+    result = None
+    for part in wanted.split(chunk_segments):
+        beat()
+        first = places.new_zeros(chunk_segments)
+        first[: len(part)] = places[part] - market.context_bars
+        encoded = policy.encode(market.windows(first, length), horizon + 1)[: len(part), :horizon]
+        if result is None:
+            result = encoded.new_zeros(len(places), *encoded.shape[1:])
+        result[part] = encoded
+    assert result is not None  # some symbol walks every segment
+    return result.unflatten(0, rows.shape).transpose(1, 2).contiguous()
+
+
+def _played(
+    env: ExamEnv,
+    projected: Sequence[Tensor],
+    heads: Sequence[Head],
+    accounts_of: Sequence[int],
+    rules: Tensor,
+) -> list[NDArray[np.float64]]:
+    """Play one segment: position, log return, costs and value traded of every decision, (H, N) each."""
+    before, done = [], []
+    for h in range(env.config.horizon):
+        account = env.account
+        before.append(torch.stack((account.units, account.log_equity, account.target)))
+        accounts = env.account_observations()
+        parts, number = [], 0
+        for head, market_share, count in zip(heads, projected, accounts_of, strict=True):
+            size = market_share.shape[1]
+            own = accounts[number : number + count * size].unflatten(0, (count, size))
+            parts.append(head.decide(market_share[h], own)[0].argmax(-1).flatten())
+            number += count * size
+        env.step(torch.cat((*parts, rules[h])))
+        done.append(env.done)
+    units, equity, held = torch.stack(before, dim=1)
+    equity = equity.exp()
+    log_return, traded, costs, owed = torch.stack(done, dim=1)
+    # A new target is reached exactly; the same one again trades nothing, and the exposure has drifted.
+    targets = torch.tensor([*env.config.positions, 0.0], dtype=env.dtype, device=env.device)
+    chosen = targets[env.segment.held.long()]
+    position = torch.where(chosen == held, units * env.segment.price[:-1] / equity, chosen)
+    columns = (position, log_return, (costs + owed) / equity, traded / equity)
+    return [column.cpu().numpy() for column in columns]
+
+
+def _walks(
+    names: Sequence[str],
+    symbols: Sequence[str],
+    market: Market,
+    schedule: Tensor,
+    ahead: Tensor,
+    columns: Sequence[NDArray[np.float64]],
+) -> dict[str, list[Walk]]:
+    walks: dict[str, list[Walk]] = {name: [] for name in names}
+    for number, symbol in enumerate(symbols):
+        first = schedule[:, number]
+        walked = (first >= 0).repeat_interleave(len(ahead)).cpu().numpy()
+        if not walked.any():
+            continue
+        fills = (first[first >= 0, None] + 1 + ahead).flatten()
+        time = market.open_time[fills].cpu().numpy().astype("datetime64[ns]")
+        price = market.quotes[fills, 0].double().cpu().numpy()
+        asset_class = "crypto" if market.is_crypto[market.symbols.index(symbol)] else "stock"
+        for place, name in enumerate(names):
+            account = place * len(symbols) + number
+            own = (column[walked, account] for column in columns)
+            walks[name].append(Walk(symbol, asset_class, time, price, *own))
+    return walks

@@ -1,0 +1,272 @@
+"""The examiner: scores every checkpoint on the held-out days, and decides who is the champion."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from envs.market import NoSegment
+from evaluation import champion, ledger
+from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
+from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
+from evaluation.measures import Measures, measure
+from evaluation.verdict import Verdict, beats, verdict
+from models.policy import Policy
+from monitoring.console import Console
+from runtime.control import STOP_NOW, Control
+from training import checkpoint
+from training.checkpoint_writer import BackgroundWriter
+from training.distributed import Ranks
+from training.progress import Clock
+from training.trainer import Session
+
+NEVER_NS = 2**62
+
+
+@dataclass(frozen=True)
+class Exam:
+    """One checkpoint's exam; empty on ranks that did not hold it, and where none could be held."""
+
+    figures: dict[str, float] = field(default_factory=dict)  # metrics; see docs/metrics.md
+    record: dict[str, Any] = field(
+        default_factory=dict
+    )  # for the checkpoint: its ledger line, figures per symbol
+    lines: list[str] = field(default_factory=list)  # what people read
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The champion's walks and what they hold for; they are played again only when that changes."""
+
+    file: tuple[int, int, int]  # inode, time of change, size
+    fingerprint: str  # of the bars
+    start_ns: int
+    name: str
+    trained_until_ns: int
+    walks: list[Walk]
+
+
+class _BrokenOff(Exception):
+    """The program is asked to stop now: what was learnt is saved without an exam."""
+
+
+class Examiner:
+    """Holds exams on rank 0 while the others wait; changes nothing that training depends on.
+
+    What keeps one from being held is a line, never an end of the training.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, control: Control, console: Console) -> None:
+        """``folder`` is that of the checkpoints."""
+        self._folder = folder
+        self._ranks = ranks
+        self._control = control
+        self._console = console
+        self._told: set[str] = set()
+        self._best: _Best | None = None
+
+    def examine(self, session: Session, clock: Clock, fingerprint: str, writer: BackgroundWriter) -> Exam:
+        """Score the session's policy on the bars that it was never trained on (all ranks).
+
+        Args:
+            session: its policy and market.
+            clock: where the training stands.
+            fingerprint: of the run's bars.
+            writer: the exam before this one is on record once it is done.
+        """
+        policy = session.policy_to_ask()
+        if not self._ranks.is_first:
+            with self._control.waiting():
+                self._ranks.any(False)
+            return Exam()
+        writer.finish()
+        exam = Exam()
+        try:
+            exam = self._held(session, policy, clock, fingerprint)
+        except _BrokenOff:
+            self._console.line("No exam: asked to stop meanwhile")
+        except OSError as error:
+            self._console.warning(
+                f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}"
+            )
+        self._ranks.any(False)
+        return exam
+
+    def _beat(self) -> None:
+        self._control.beat()
+        if self._control.stop_level >= STOP_NOW:
+            raise _BrokenOff
+
+    def _held(self, session: Session, policy: Policy, clock: Clock, fingerprint: str) -> Exam:
+        began = time.monotonic()
+        path = self._folder / checkpoint.BEST
+        file, obstacle, read, start_ns = _identity(path), "", None, clock.trained_until_ns
+        best = self._best if self._best and self._best.file == file else None
+        if best:
+            start_ns = max(start_ns, best.trained_until_ns)
+            if (best.fingerprint, best.start_ns) != (fingerprint, start_ns):
+                best = None
+        try:
+            if file and not best:
+                try:
+                    read = champion.read(path, session)
+                    start_ns = max(start_ns, read.trained_until_ns)
+                except checkpoint.CheckpointError as error:
+                    obstacle = f"{error}; move it away to let another one take its place"
+            policies = {POLICY: policy} | ({CHAMPION: read.policy} if read else {})
+            walks = examine(
+                policies,
+                session.env.market,
+                session.config.env,
+                session.env.market.symbols,
+                start_ns,
+                NEVER_NS,
+                chunk_segments=min(session.config.learner.micro_batch_segments, session.config.env.num_envs),
+                beat=self._beat,
+            )
+        except (NoSegment, torch.OutOfMemoryError) as error:
+            self._tell_once(_why_none(error, start_ns, session))
+            return Exam()
+        if read and file:
+            name, until_ns = read.name, read.trained_until_ns
+            best = self._best = _Best(file, fingerprint, start_ns, name, until_ns, walks[CHAMPION])
+        if best:
+            walks = {POLICY: walks[POLICY], CHAMPION: best.walks} | walks
+        return self._judged(walks, clock, fingerprint, best.name if best else "", obstacle, began)
+
+    def _judged(
+        self,
+        walks: Contestants,
+        clock: Clock,
+        fingerprint: str,
+        champion_name: str,
+        obstacle: str,
+        began: float,
+    ) -> Exam:
+        """Turn walks into figures, a verdict, and a decision about the champion."""
+        name = checkpoint.name_of(clock.run, clock.epoch)
+        key = {"run": clock.run, "epoch": clock.epoch, "data": fingerprint}
+        on_record = set(map(ledger.key_of, ledger.read(self._folder / ledger.NAME)))
+        num_trials = len(on_record | {ledger.key_of(key)})
+        pooled = {who: measure(own) for who, own in walks.items()}
+        others = {who: measures for who, measures in pooled.items() if who != POLICY}
+        judgement = verdict(pooled[POLICY], others, num_trials)
+        promoted, reason = False, obstacle
+        if not obstacle:
+            # The first champion has nobody to beat but cash.
+            promoted, reason = beats(walks[POLICY], walks[CHAMPION if champion_name else ALWAYS_FLAT])
+            reason = f"against {champion_name or 'always flat, as there is no champion'}: {reason}"
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **key,
+            "checkpoint": name,
+            "champion": champion_name or None,
+            "first": str(min(walk.time[0] for walk in walks[POLICY]))[:16],
+            "last": str(max(walk.time[-1] for walk in walks[POLICY]))[:16],
+            "days": pooled[POLICY].num_days,
+            "symbols": len(walks[POLICY]),
+            "trials": num_trials,
+            "verdict": "edge" if judgement.edge else "no edge",
+            "verdict_reason": judgement.reason,
+            "sharpe_bar": judgement.sharpe_bar,
+            "decision": champion.PROMOTED if promoted else champion.REFUSED,
+            "reason": reason,
+            "pooled": {who: asdict(measures) for who, measures in pooled.items()},
+        }
+        symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
+        seconds = time.monotonic() - began
+        decision = f"{name} from now on" if promoted else f"still {champion_name or 'none'}"
+        if ledger.key_of(key) in on_record:
+            decision, reason = "decided before", "this exam is on record already"
+        lines = [
+            f"Exam: {in_words(pooled, len(symbols))}, {judgement} ({seconds:.1f} s)",
+            f"Champion: {decision}, {reason}",
+        ]
+        figures = _figures(pooled, judgement, num_trials, promoted)
+        figures |= {"exam/symbols": len(symbols), "exam/seconds": seconds}
+        return Exam(figures, {"line": line, "symbols": symbols}, lines)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._console.line(text)
+            self._told.add(text)
+
+
+def in_words(pooled: Mapping[str, Measures], num_symbols: int) -> str:
+    """Say what an exam measured: days, symbols, returns of everybody, the policy's Sharpe ratio."""
+    policy = pooled[POLICY]
+    others = ", ".join(
+        f"{who} {measures.total_return:+.1%}"
+        for who, measures in pooled.items()
+        if who not in (POLICY, ALWAYS_FLAT)
+    )
+    days = "1 day" if policy.num_days == 1 else f"{policy.num_days} days"
+    symbols = "1 symbol" if num_symbols == 1 else f"{num_symbols:,} symbols"
+    sharpe = "Sharpe none"
+    if policy.sharpe is not None and policy.sharpe_interval is not None:
+        low, high = policy.sharpe_interval
+        sharpe = f"Sharpe {policy.sharpe:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{days}, {symbols}: {policy.total_return:+.1%} ({others}), {sharpe}"
+
+
+def _figures(
+    pooled: Mapping[str, Measures], judgement: Verdict, num_trials: int, promoted: bool
+) -> dict[str, float]:
+    # The names are explained in docs/metrics.md; what has no value is not a number there.
+    policy = pooled[POLICY]
+    sharpe_low, sharpe_high = policy.sharpe_interval or (math.nan, math.nan)
+    low, high = policy.mean_daily_interval or (math.nan, math.nan)
+    return {
+        "exam/days": policy.num_days,
+        "exam/return_percent": 100 * policy.total_return,
+        "exam/buy_and_hold_percent": 100 * pooled[BUY_AND_HOLD].total_return,
+        "exam/momentum_percent": 100 * pooled[MOMENTUM].total_return,
+        "exam/champion_percent": 100 * pooled[CHAMPION].total_return if CHAMPION in pooled else math.nan,
+        "exam/daily_bps": 1e4 * policy.mean_daily_return,
+        "exam/daily_bps_low": 1e4 * low,
+        "exam/daily_bps_high": 1e4 * high,
+        "exam/sharpe": _or_nan(policy.sharpe),
+        "exam/sharpe_low": sharpe_low,
+        "exam/sharpe_high": sharpe_high,
+        "exam/sharpe_bar": judgement.sharpe_bar,
+        "exam/sortino": _or_nan(policy.sortino),
+        "exam/max_drawdown_percent": 100 * policy.max_drawdown,
+        "exam/turnover": policy.turnover,
+        "exam/time_in_market": policy.time_in_market,
+        "exam/hit_rate": policy.hit_rate,
+        "exam/costs_percent": 100 * policy.costs,
+        "exam/trials": num_trials,
+        "exam/edge": int(judgement.edge),
+        "exam/promoted": int(promoted),
+    }
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _why_none(error: Exception, start_ns: int, session: Session) -> str:
+    if not isinstance(error, NoSegment):
+        return f"No exam: the GPU's memory is full. {str(error).splitlines()[0]}"
+    bars = session.config.env.horizon + 2
+    since = np.datetime64(start_ns, "ns").astype("datetime64[m]")
+    return (
+        f"No exam: no symbol has {bars} bars in a row after {since} UTC, up to where these weights or the best "
+        "were trained; raise holdout_days, or wait for more bars"
+    )
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,0 +1,159 @@
+"""What a walk was worth: return, risk and how sure one can be, from the walks alone.
+
+A pool of walks has equal money in every symbol at the start and moves none between them later. Its days are the
+UTC days of crypto and the New York sessions of stocks, each under its date; a decision counts on the day on which
+it filled, so the night after the last bar belongs to that bar. The first and last day may be parts of a day.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.exam import Walk
+
+# Fewer days say nothing about a Sharpe ratio or an interval: those are None then.
+LEAST_DAYS = 5
+RESAMPLES = 2_000
+CONFIDENCE = 0.95
+# Days of a year on which returns come: of a pool with crypto in it, all; of stocks alone, the sessions.
+CRYPTO_DAYS_PER_YEAR, STOCK_DAYS_PER_YEAR = 365, 252
+# New York is 4 or 5 hours behind UTC and its longest session lasts from 04:00 to 20:00 there: five hours before,
+# all of it lies in one UTC day, in summer and in winter.
+SESSION_SHIFT = np.timedelta64(5, "h")
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Figures of a walk or a pool, net of all costs; None where days are too few or a figure has no value."""
+
+    total_return: float  # of the money at the start
+    mean_daily_return: float
+    mean_daily_interval: Interval | None  # 95 %, by bootstrap over days
+    sharpe: float | None  # per year; None without any variance, too
+    sharpe_interval: Interval | None
+    sortino: float | None  # per year; None without a losing day, too
+    max_drawdown: float  # from a peak of equity down, 0 to 1, at the opens
+    turnover: float  # value traded per day, in equities
+    time_in_market: float  # share of decisions after which something was held
+    hit_rate: float  # share of days with a gain
+    costs: float  # all that was paid, as a fraction of equity at each payment, added up
+    num_days: int
+    days_per_year: int  # of Sharpe and Sortino
+
+
+def measure(walks: Sequence[Walk]) -> Measures:
+    """Measure a pool of walks, or a single one.
+
+    Raises:
+        ValueError: there is no walk.
+    """
+    daily, days_per_year = daily_returns(walks)
+    num_days, year = len(daily), math.sqrt(days_per_year)
+    enough = num_days >= LEAST_DAYS
+    losses = math.sqrt(float(np.mean(np.minimum(daily, 0.0) ** 2)))
+    sharpe = _sharpe(daily[None], year)[0]
+    _, equity = equity_curve(walks)
+    mean_interval = sharpe_interval = None
+    if enough:
+        resampled = daily[resampled_days(num_days)]
+        mean_interval = _interval(resampled.mean(axis=1))
+        sharpe_interval = _interval(_sharpe(resampled, year)) if math.isfinite(sharpe) else None
+    return Measures(
+        total_return=float(equity[-1] - 1.0),
+        mean_daily_return=float(daily.mean()),
+        mean_daily_interval=mean_interval,
+        sharpe=float(sharpe) if enough and math.isfinite(sharpe) else None,
+        sharpe_interval=sharpe_interval,
+        sortino=float(daily.mean() / losses * year) if enough and losses > 0 else None,
+        max_drawdown=float((1.0 - equity / np.maximum.accumulate(equity)).max()),
+        turnover=float(np.mean([walk.traded.sum() for walk in walks]) / num_days),
+        time_in_market=float(np.mean([(walk.position != 0).mean() for walk in walks])),
+        hit_rate=float((daily > 0).mean()),
+        costs=float(np.mean([walk.costs.sum() for walk in walks])),
+        num_days=num_days,
+        days_per_year=days_per_year,
+    )
+
+
+def equity_curve(walks: Sequence[Walk]) -> tuple[NDArray[np.datetime64], NDArray[np.float64]]:
+    """Return the pool's equity after each decision of any walk, and the times at which those filled.
+
+    Both begin with the start: equity 1 at the first fill.
+
+    Raises:
+        ValueError: there is no walk.
+    """
+    _require_walks(walks)
+    time = np.unique(np.concatenate([walk.time for walk in walks]))
+    total = np.zeros(len(time))
+    for walk in walks:
+        own = np.concatenate([[1.0], np.exp(np.cumsum(walk.log_returns))])
+        total += own[np.searchsorted(walk.time, time, side="right")]
+    return np.concatenate([time[:1], time]), np.concatenate([[1.0], total / len(walks)])
+
+
+def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:
+    """Return the pool's return on every day of any walk, and the days of a year.
+
+    Raises:
+        ValueError: there is no walk.
+    """
+    _require_walks(walks)
+    days_of = [days_of_fills(walk) for walk in walks]
+    days = np.unique(np.concatenate(days_of))
+    equity = np.zeros(len(days))
+    for walk, own_days in zip(walks, days_of, strict=True):
+        own = np.concatenate([[1.0], np.exp(np.cumsum(walk.log_returns))])
+        equity += own[np.searchsorted(own_days, days, side="right")]
+    equity = np.concatenate([[1.0], equity / len(walks)])
+    crypto = any(walk.asset_class == "crypto" for walk in walks)
+    return equity[1:] / equity[:-1] - 1.0, CRYPTO_DAYS_PER_YEAR if crypto else STOCK_DAYS_PER_YEAR
+
+
+def days_of_fills(walk: Walk) -> NDArray[np.datetime64]:
+    """Return the day on which each decision counts, (T,) dates: UTC days, of stocks New York sessions."""
+    time = walk.time if walk.asset_class == "crypto" else walk.time - SESSION_SHIFT
+    return time.astype("datetime64[D]")
+
+
+def resampled_days(num_days: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
+    """Draw days for a stationary bootstrap (Politis and Romano 1994), (resamples, num_days) indices.
+
+    Runs of neighbouring days of random length, cube root of ``num_days`` in the mean, keep what a day has to do
+    with the one before. Seeded: the same number of days gives the same draws, so that differences are paired.
+    """
+    random = np.random.default_rng(seed)
+    new_run = random.random((resamples, num_days)) < 1.0 / max(1.0, num_days ** (1 / 3))
+    new_run[:, 0] = True
+    number = np.arange(num_days)
+    began = np.maximum.accumulate(np.where(new_run, number, 0), axis=1)
+    first = np.take_along_axis(random.integers(0, num_days, (resamples, num_days)), began, axis=1)
+    return (first + number - began) % num_days
+
+
+def _sharpe(daily: NDArray[np.float64], year: float) -> NDArray[np.float64]:
+    """Return the yearly Sharpe ratio of every row (R, days); not a number without any variance."""
+    if daily.shape[1] < 2:
+        return np.full(len(daily), np.nan)
+    deviation = daily.std(axis=1, ddof=1)
+    # Equal returns differ by rounding when they come as quotients of equity.
+    deviation[deviation <= 1e-12] = np.nan
+    return daily.mean(axis=1) / deviation * year
+
+
+def _interval(values: NDArray[np.float64]) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(values, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+def _require_walks(walks: Sequence[Walk]) -> None:
+    if not walks:
+        raise ValueError("there is no walk to measure: no symbol has bars for a segment in these days")

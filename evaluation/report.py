@@ -1,0 +1,193 @@
+"""A report: what was evaluated, how, and what came out, as one JSON object, pictures, and a page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from evaluation import plots
+from evaluation.baselines import BUY_AND_HOLD
+from evaluation.exam import POLICY, Contestants, Walk
+from evaluation.measures import Measures, measure
+from evaluation.plots import break_even
+from evaluation.verdict import Verdict
+from runtime.files import TEMPORARY_SUFFIX, sync_folder
+
+FORMAT = 1
+# What of metrics.jsonl is drawn, where it is there.
+TRAINING_PANELS = (
+    ("rollout/reward_bps", "reward, bp per bar"),
+    ("exam/daily_bps", "held-out mean day, bps"),
+    ("exam/sharpe", "held-out Sharpe"),
+    ("loss/entropy", "entropy, nats"),
+    ("ppo/explained_variance", "explained variance"),
+    ("rollout/turnover", "turnover per bar"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the files tell."""
+
+    checkpoint: str
+    run: int
+    epoch: int
+    first: np.datetime64  # fill of the first decision
+    last: np.datetime64  # and of the last one
+    trained_until: np.datetime64
+    overlaps: bool  # with what these weights were trained on
+    walks: Contestants
+    pooled: Mapping[str, Measures]
+    verdict: Verdict
+    num_trials: int
+    ladder: Sequence[tuple[float, Measures]]  # flat cost in bps, ascending
+    plotted: Sequence[str]  # symbols
+    training: Sequence[Mapping[str, Any]]  # rows of metrics.jsonl
+    made: Mapping[str, str]  # how it was made: what, and how it was set
+    notes: Sequence[str]
+    symbols: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        compared = zip(self.walks[POLICY], self.walks[BUY_AND_HOLD], strict=True)
+        rows = [
+            {
+                "symbol": own.symbol,
+                "asset_class": own.asset_class,
+                "decisions": len(own.time),
+                "contribution": math.expm1(own.log_returns.sum()) / len(self.walks[POLICY]),
+                POLICY: measure([own]),
+                BUY_AND_HOLD: measure([other]),
+            }
+            for own, other in compared
+        ]
+        self.symbols.extend(sorted(rows, key=lambda row: -row["contribution"]))
+
+    @property
+    def paid_bps(self) -> float:
+        """What the policy paid of the value that it traded, borrowing included; 0 without a trade."""
+        traded = sum(float(walk.traded.sum()) for walk in self.walks[POLICY])
+        return 1e4 * sum(float(walk.costs.sum()) for walk in self.walks[POLICY]) / traded if traded else 0.0
+
+    @property
+    def break_even(self) -> tuple[float | None, str]:
+        """The cost above which nothing is earned, None where it is not on the ladder; and in words."""
+        if not self.ladder:
+            return None, "not asked for"
+        if not self.pooled[POLICY].turnover:
+            return None, "none: it never trades"
+        return break_even([bps for bps, _ in self.ladder], [rung.total_return for _, rung in self.ladder])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all figures as plain types; what has no value is None."""
+        return _plain(
+            {
+                "format": FORMAT,
+                "checkpoint": self.checkpoint,
+                "run": self.run,
+                "epoch": self.epoch,
+                "first": str(self.first)[:19],
+                "last": str(self.last)[:19],
+                "trained_until": str(self.trained_until)[:19],
+                "overlaps_training": self.overlaps,
+                "verdict": asdict(self.verdict),
+                "trials": self.num_trials,
+                "pooled": {name: asdict(measures) for name, measures in self.pooled.items()},
+                "paid_bps": self.paid_bps,
+                "cost_ladder": [{"bps": bps} | asdict(measures) for bps, measures in self.ladder],
+                "break_even_bps": self.break_even[0],
+                "break_even": self.break_even[1],
+                "symbols": [
+                    row | {name: asdict(row[name]) for name in (POLICY, BUY_AND_HOLD)} for row in self.symbols
+                ],
+                "made": dict(self.made),
+                "notes": list(self.notes),
+            }
+        )
+
+    def pictures(self) -> dict[str, Callable[[float], Figure]]:
+        """Return how to draw each picture at a width in inches, by the name of its file."""
+        returns = [measures.total_return for _, measures in self.ladder]
+        as_trained = (self.paid_bps, self.pooled[POLICY].total_return)
+        result: dict[str, Callable[[float], Figure]] = {
+            "equity": partial(plots.equity, self.walks),
+            "drawdown": partial(plots.drawdowns, self.walks),
+        }
+        if self.ladder:
+            rungs = [bps for bps, _ in self.ladder]
+            result["costs"] = partial(plots.cost_curve, rungs, returns, as_trained, self.break_even[0])
+        by_name: dict[str, Walk] = {walk.symbol: walk for walk in self.walks[POLICY]}
+        for number, name in enumerate(self.plotted, 1):
+            result[f"symbol{number}_{file_name(name)}"] = partial(plots.symbol, by_name[name])
+        panels = [
+            panel for panel in TRAINING_PANELS if any(row.get(panel[0]) is not None for row in self.training)
+        ]
+        if panels:
+            result["training"] = partial(plots.training, self.training, panels)
+        return result
+
+
+def file_name(text: str) -> str:
+    """Return a text as it can stand in the name of a file everywhere."""
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in text)
+
+
+def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write a folder of files that takes the place of ``folder`` only when all of them are there.
+
+    Whatever ends it before leaves ``folder`` as it was. What a killed one left behind is taken away, and a folder
+    that it had just moved aside comes back.
+
+    Raises:
+        OSError: the disk is full, or refuses.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.old{TEMPORARY_SUFFIX}")
+    if aside.exists() and not folder.exists():
+        aside.replace(folder)
+    for leftover in folder.parent.glob(f".{folder.name}.*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        unfinished.mkdir()
+        for name, content in files:
+            with (unfinished / name).open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(unfinished)
+        if folder.exists():
+            folder.replace(aside)
+        unfinished.replace(folder)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.replace(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def json_bytes(report: Report) -> bytes:
+    """Return ``report.json``."""
+    return json.dumps(report.as_json(), indent=1, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

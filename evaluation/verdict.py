@@ -1,0 +1,98 @@
+"""The verdict: whether an exam shows an edge, or what luck, the market and enough trials would show as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from evaluation.exam import CHAMPION, Walk
+from evaluation.measures import LEAST_DAYS, Measures, daily_returns, resampled_days
+
+EULER_GAMMA = 0.5772156649015329
+# A challenger must have earned more than the champion in so many of the resampled histories.
+CERTAINTY = 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``edge``, or not and why."""
+
+    edge: bool
+    reason: str
+    sharpe_bar: float  # yearly; what the best of so many trials is expected to show without any edge
+
+    def __str__(self) -> str:
+        return f"{'edge' if self.edge else 'no edge'}: {self.reason}"
+
+
+def expected_best_sharpe(num_trials: int, num_days: int, days_per_year: int) -> float:
+    """Return the yearly Sharpe ratio that the best of so many trials shows by luck alone; 0 for a single one.
+
+    The expected maximum of independent trials (Bailey and Lopez de Prado 2014, "The Deflated Sharpe Ratio",
+    equation 1), each a Sharpe ratio without edge: mean 0, variance 1 / num_days a day (Lo 2002). The trials of one
+    training resemble each other, so the bar is rather high than low.
+    """
+    if num_trials < 2:
+        return 0.0
+    quantile = NormalDist().inv_cdf
+    best = (1 - EULER_GAMMA) * quantile(1 - 1 / num_trials) + EULER_GAMMA * quantile(
+        1 - 1 / (num_trials * math.e)
+    )
+    return best * math.sqrt(days_per_year / num_days)
+
+
+def verdict(policy: Measures, others: Mapping[str, Measures], num_trials: int) -> Verdict:
+    """Judge one exam.
+
+    An edge needs all of: the interval of the mean daily return lies above 0; the total return is above that of
+    every baseline; the Sharpe ratio is above what the best of ``num_trials`` trials would show by luck.
+
+    Args:
+        policy: its pooled figures.
+        others: of the baselines, by name; a champion among them does not count here.
+        num_trials: exams so far, this one included.
+    """
+    bar = expected_best_sharpe(num_trials, policy.num_days, policy.days_per_year)
+    reasons = []
+    if policy.mean_daily_interval is None:
+        reasons.append(f"{policy.num_days} days are too few to tell, {LEAST_DAYS} are needed")
+    elif policy.mean_daily_interval[0] <= 0:
+        low, high = policy.mean_daily_interval
+        reasons.append(f"its mean day is between {low:+.2%} and {high:+.2%}, not surely above 0")
+    better = [
+        name
+        for name, measures in others.items()
+        if name != CHAMPION and measures.total_return >= policy.total_return
+    ]
+    if better:
+        reasons.append(f"not above {', '.join(better)}")
+    if policy.sharpe is not None and num_trials > 1 and policy.sharpe <= bar:
+        reasons.append(f"the best of {num_trials} trials shows a Sharpe of {bar:.1f} by luck alone")
+    if reasons:
+        return Verdict(False, "; ".join(reasons), bar)
+    reason = "surely above 0, above every baseline"
+    if num_trials > 1:
+        reason += f", above the Sharpe of {bar:.1f} that the best of {num_trials} trials shows by luck"
+    return Verdict(True, reason, bar)
+
+
+def beats(challenger: Sequence[Walk], other: Sequence[Walk]) -> tuple[bool, str]:
+    """Tell whether a challenger earned more than another one on the same days, surely enough, and say so in words.
+
+    Both are pooled; the differences of their days are resampled together.
+
+    Raises:
+        ValueError: there is no walk.
+    """
+    difference = daily_returns(challenger)[0] - daily_returns(other)[0]
+    num_days = len(difference)
+    if num_days < LEAST_DAYS:
+        return False, f"{num_days} days are too few to tell, {LEAST_DAYS} are needed"
+    if not difference.any():
+        return False, "both earned the same on every day"
+    share = float((difference[resampled_days(num_days)].mean(axis=1) > 0).mean())
+    return share >= CERTAINTY, (
+        f"{difference.mean():+.3%} a day, above 0 in {share:.1%} of resampled histories, {CERTAINTY:.0%} needed"
+    )

@@ -1,0 +1,1 @@
+"""Processes, files and locks: standard library only, so that it runs before anything is installed."""

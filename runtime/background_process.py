@@ -1,0 +1,37 @@
+"""The program as a child of low priority that ends with its parent; started as a script.
+
+A module of its own, so that the child watches its parent before anything large is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import threading
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
+
+
+def be_background() -> None:
+    """Make this process the child: of the lowest priority, and gone as soon as its standard input ends.
+
+    Before anything large is imported, so that no second passes in which it could be left alone.
+    """
+    if sys.platform != "win32":
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    be_background()
+    sys.path.insert(0, str(SCRIPT.parent))
+    sys.argv[0] = str(SCRIPT)
+    runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,0 +1,157 @@
+"""How many ranks start, and the command lines that start them: alone, through torchrun, or one by one.
+
+Standard library only: this runs in the supervisor.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from runtime.processes import LINUX, WINDOWS, usable_cores
+
+# Whoever started us may itself be a rank of something (Slurm, another torchrun): its numbers are not ours.
+INHERITED_RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+MEETING_SECONDS = 600  # how long a machine waits for the others; within the supervisor's START_SECONDS
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many ranks start, where, and by whom."""
+
+    num_ranks: int = 1  # on this machine
+    launcher: str = "torchrun"  # or "direct": this program starts each rank itself, as on Windows
+    num_nodes: int = 1
+    node_rank: str = ""
+    rendezvous: str = ""  # host:port of node 0
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str]) -> Launch:
+        """Read NPROC, NNODES, NODE_RANK, RDZV_ENDPOINT and LAUNCHER; count the GPUs where NPROC is not set.
+
+        Raises:
+            ValueError: one of them makes no sense; names it, its rule and what it was.
+        """
+        launch = Launch(
+            num_ranks=_count(environment, "NPROC", count_gpus),
+            launcher=environment.get("LAUNCHER") or ("torchrun" if LINUX else "direct"),
+            num_nodes=_count(environment, "NNODES", lambda _: 1),
+            node_rank=environment.get("NODE_RANK", ""),
+            rendezvous=environment.get("RDZV_ENDPOINT", ""),
+        )
+        if launch.launcher not in ("torchrun", "direct"):
+            raise ValueError(f"LAUNCHER must be torchrun or direct, was {launch.launcher!r}")
+        if launch.num_nodes > 1:
+            if launch.launcher == "direct":
+                raise ValueError("NNODES above 1 needs LAUNCHER=torchrun, which exists on Linux only")
+            if not launch.rendezvous:
+                raise ValueError(
+                    "NNODES above 1 needs RDZV_ENDPOINT, host:port of the first machine, which is not set"
+                )
+            if not launch.node_rank.isdigit() or int(launch.node_rank) >= launch.num_nodes:
+                last = launch.num_nodes - 1
+                raise ValueError(
+                    f"NODE_RANK must be this machine's number, 0 to {last}, was {launch.node_rank!r}"
+                )
+        return launch
+
+    @property
+    def world_size(self) -> int:
+        """Ranks over all machines."""
+        return self.num_ranks * self.num_nodes
+
+    def commands(self, worker: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
+        """Return what to start on this machine: command lines, each with its additions to the environment."""
+        python = [sys.executable, "-u"]
+        if self.world_size == 1:
+            return [([*python, *worker], {})]
+        threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.num_ranks))}
+        if self.launcher == "torchrun":
+            where = ["--standalone"]
+            if self.num_nodes > 1:
+                # static: rank 0, which downloads and saves, is on node 0 in every start. The c10d rendezvous
+                # numbers machines as they come.
+                where = [
+                    f"--nnodes={self.num_nodes}",
+                    f"--node-rank={self.node_rank}",
+                    "--rdzv-backend=static",
+                    f"--rdzv-endpoint={self.rendezvous}",
+                    "--rdzv-id=continuous_training",
+                    f"--rdzv-conf=timeout={MEETING_SECONDS}",
+                ]
+            flags = [
+                f"--nproc-per-node={self.num_ranks}",
+                "--max-restarts=0",  # a lifetime count in torchrun; ours starts anew with each finished epoch
+                "--signals-to-handle=SIGUSR2",  # none: stopping goes through the control folder
+                "--shutdown-timeout=10",
+            ]
+            return [([*python, "-m", "runtime.torchrun", *where, *flags, *worker], threads)]
+        common = threads | {
+            "WORLD_SIZE": str(self.num_ranks),
+            "LOCAL_WORLD_SIZE": str(self.num_ranks),
+            "MASTER_ADDR": "127.0.0.1",  # by name, Windows may find a virtual network card
+            "MASTER_PORT": str(_free_port()),
+        }
+        if WINDOWS:
+            common["USE_LIBUV"] = "0"  # PyTorch's Windows wheels are built without it
+        return [
+            ([*python, *worker], common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(self.num_ranks)
+        ]
+
+
+def count_gpus(environment: Mapping[str, str]) -> int:
+    """Count the NVIDIA GPUs that training may use, at least 1; without torch, whose import takes seconds."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 1
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 1
+    installed = sum(line.startswith("GPU ") for line in listing.splitlines())
+    if visible is not None:
+        named = [name.strip() for name in visible.split(",")]
+        usable = named[: named.index("-1")] if "-1" in named else named  # CUDA ignores all that follows a -1
+        installed = min(installed, len(usable))
+    return max(1, installed)
+
+
+def program_environment(launch: Launch) -> dict[str, str]:
+    """Return what every process of the program gets: the user's environment without foreign rank numbers."""
+    own = {name: value for name, value in os.environ.items() if name not in INHERITED_RANKS}
+    return own | {"WORLD_SIZE_PLANNED": str(launch.world_size)}
+
+
+def _count(environment: Mapping[str, str], name: str, default: Callable[[Mapping[str, str]], int]) -> int:
+    text = environment.get(name, "").strip()
+    if not text:
+        return default(environment)
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, was {text!r}")
+    return int(text)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,114 @@
+"""Locks that the operating system drops when their holder dies, however it dies. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK_NAME = ".lock"
+_LOCK_OFFSET = 1 << 30  # Windows locks bytes against reading too, so lock one behind the holder's name
+
+
+class FolderLockError(Exception):
+    """The folder cannot be locked. The text is one line that can be shown as it is."""
+
+
+class FolderHeld(FolderLockError):
+    """Another process, or another part of this one, holds the folder."""
+
+
+class FolderUnwritable(FolderLockError):
+    """The lock's file cannot be made or written."""
+
+
+class FolderLock:
+    """Excludes other writers of ``folder``: other processes, and other FolderLocks of this process.
+
+    Threads that share one FolderLock share the hold.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK_NAME
+        self._guard = threading.Lock()
+        self._holds = 0
+        self._descriptor = -1
+
+    @contextmanager
+    def held(self) -> Iterator[bool]:
+        """Hold the lock; yields True for the outermost hold, False within another.
+
+        Raises:
+            FolderHeld: another holder has it.
+            FolderUnwritable: the folder cannot be written.
+        """
+        with self._guard:
+            if outermost := self._holds == 0:
+                self._acquire()
+            self._holds += 1
+        try:
+            yield outermost
+        finally:
+            with self._guard:
+                self._holds -= 1
+                if self._holds == 0:
+                    os.close(self._descriptor)  # drops the lock; the file stays, it means nothing by itself
+
+    def _acquire(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            reason = error.strerror or error
+            raise FolderUnwritable(
+                f"cannot write to {self._path.parent}: {reason}; free or unlock it"
+            ) from error
+        if not try_lock(descriptor):
+            holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            raise FolderHeld(
+                f"{self._path.parent} is written by {holder or 'another process'} now; wait for it or stop it"
+            )
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()}\n".encode())
+        except OSError as error:
+            os.close(descriptor)
+            reason = error.strerror or error
+            raise FolderUnwritable(
+                f"cannot write to {self._path.parent}: {reason}; free or unlock it"
+            ) from error
+        self._descriptor = descriptor
+
+
+def try_lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Take the operating system's exclusive lock on an open file; it ends with the process, however that ends.
+
+    Returns:
+        Whether the lock is held now; with ``wait`` it always is.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        while True:
+            os.lseek(descriptor, _LOCK_OFFSET, os.SEEK_SET)
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.2)
+            finally:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True

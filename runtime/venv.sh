@@ -1,0 +1,16 @@
+# Sourced by START_CONTINUOUS.sh and tests/run.sh, in the project's folder.
+# shellcheck shell=bash
+
+# prepare_venv FILE: find a Python, and have .venv hold what the requirements FILE asks for.
+prepare_venv() {
+    local candidate
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python .venv/bin/python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            "$candidate" -m runtime.install "$1"
+            return
+        fi
+    done
+    echo "Python 3.11 or newer is needed and was not found (python3 --version: $(python3 --version 2>&1))." >&2
+    echo "Install it from your system's packages or python.org, then start again." >&2
+    return 1
+}

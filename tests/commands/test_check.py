@@ -1,0 +1,425 @@
+"""The command ``check`` against vendors on loopback: all is well, and each thing that can be wrong, one by one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import check
+from commands.check import machine
+from commands.check.line import Line
+from commands.check.machine import Gpu, Machine
+from commands.check.sources import clock, rows_held
+from continuous_training import PRESETS, Settings
+from data_sources import probing
+from data_sources.lake.lake import Lake
+from data_sources.probing import Answer
+from data_sources.refresh import refresh
+from data_sources.vendors.http import Patience
+from runtime.launch import Launch
+from tests.data_sources.vendors.loopback import Answer as HttpAnswer
+from tests.data_sources.vendors.loopback import Fault, LoopbackServer, Notes
+from tests.data_sources.vendors.s3_server import Fault as S3Fault
+from tests.program import NAMES_IN_ENV, PATIENCE, ROOT, environment
+from tests.training.checkpoints import NOW, untrained
+from tests.vendors import KEY_ID, SECRET, Vendors, closed_port
+from training import checkpoint
+from training.assembly import demand_of, num_parameters
+from training.data_feed import data_request
+from training.memory import plan
+
+GB, GIB = 10**9, 2**30
+FULL = Settings()
+SMALL = Settings(**PRESETS["small"])
+REST_KEY = "restkeyrestkeyrestkey"
+Usage = namedtuple("Usage", "total used free")
+
+
+class Splits(LoopbackServer):
+    """Massive's list of splits, for one key."""
+
+    def plain(self, handler: BaseHTTPRequestHandler, faults: list[Fault]) -> HttpAnswer:
+        if handler.headers.get("Authorization") != f"Bearer {REST_KEY}":
+            return 401, b"{}", {}
+        return 200, json.dumps({"results": []}).encode(), {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[Vendors, Splits]]:
+    with Vendors() as vendors, Splits() as splits:
+        yield vendors, splits
+
+
+@pytest.fixture
+def vendors(
+    running: tuple[Vendors, Splits], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Vendors]:
+    """Three vendors and the list of splits, with all keys set, in a folder of its own."""
+    for name in (*NAMES_IN_ENV, "NPROC"):
+        monkeypatch.delenv(name, raising=False)
+    keys = {"POLYGON_S3_ACCESS_KEY": KEY_ID, "POLYGON_S3_SECRET_KEY": SECRET, "POLYGON_API_KEY": REST_KEY}
+    for name, value in (running[0].addresses | keys | {"POLYGON_API_URL": running[1].url}).items():
+        monkeypatch.setenv(name, value)
+    patient = Patience(
+        connect_seconds=30, read_seconds=60, total_seconds=90, attempts=1
+    )  # the machine may be busy
+    monkeypatch.setattr(probing, "PATIENCE", patient)
+    monkeypatch.setattr(Machine, "read", lambda: Machine(ram_bytes=16 * GB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100 * GB))
+    monkeypatch.chdir(tmp_path)
+    yield running[0]
+    for server in (running[0].polygon, running[0].binance, running[0].yahoo):
+        server.faults.clear()
+
+
+def lines(settings: Settings = SMALL, offline: bool = False) -> list[Line]:
+    import os
+
+    found = list(check.lines(settings, os.environ, offline))
+    text = "\n".join(line.text for line in found)
+    assert not any(secret in text for secret in (KEY_ID, SECRET, REST_KEY))
+    assert all("\n" not in line.text and line.text.isascii() for line in found)
+    assert all(bool(line.code) == (line.level == "error") for line in found)
+    return found
+
+
+def faults(settings: Settings = SMALL, offline: bool = False) -> list[tuple[str, str, str, int]]:
+    return [(e.topic, e.level, e.text, e.code) for e in lines(settings, offline) if e.level != "OK"]
+
+
+def of_source(source: str) -> Settings:
+    return replace(SMALL, sources=(source,))
+
+
+def test_where_all_is_well_every_line_says_so(vendors: Vendors) -> None:
+    found = lines()
+    assert [line for line in found if line.level != "OK"] == []
+    assert [line.topic for line in found] == [
+        "settings", "folder", "checkpoint", "keys", "keys", "keys", "sources", "sources", "sources", "sources",
+        "sources", "sources", "clock", "GPU", "memory", "disk", "disk", "versions",
+    ]  # fmt: skip
+    told = [line.text for line in found if line.topic == "sources"]
+    days = vendors.days[-2], vendors.days  # of the newest one there is no file yet
+    assert told[0] == f"Polygon us_stocks_sip accepts the keys; newest day file {days[0]}"
+    assert told[1].startswith("Polygon global_crypto accepts the keys; newest day file ")
+    assert told[2:5] == [
+        "Polygon splits accepts the key",
+        "Binance API answers for BTCUSDT",
+        "Binance archive answers",
+    ]
+    assert told[5].startswith("Yahoo answers for AAPL with ")
+    assert not Path(SMALL.data_dir).exists()  # nothing was fetched for keeps
+
+
+# Without them nothing of their source is left.
+ALONE = {"POLYGON_S3_ACCESS_KEY", "POLYGON_S3_SECRET_KEY", "POLYGON_S3_ENDPOINT", "YAHOO_BASE_URL"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("POLYGON_S3_ACCESS_KEY", "", "Polygon is skipped: POLYGON_S3_ACCESS_KEY is not set"),
+        ("POLYGON_S3_SECRET_KEY", "with a space", "POLYGON_S3_SECRET_KEY holds spaces"),
+        ("POLYGON_S3_ENDPOINT", "nonsense", "POLYGON_S3_ENDPOINT must look like"),
+        ("POLYGON_API_KEY", "another", "check POLYGON_API_KEY, the REST key"),
+        ("POLYGON_API_KEY", "", "POLYGON_API_KEY is not set: splits come from Yahoo alone"),
+        ("BINANCE_API_URL", "closed", "Binance API: Binance does not answer"),
+        ("BINANCE_ARCHIVE_URL", "closed", "Binance archive: Binance's archive does not answer"),
+        ("YAHOO_BASE_URL", "closed", "Yahoo: Yahoo does not answer"),
+        ("POLYGON_S3_ENDPOINT", "closed", "Polygon us_stocks_sip: could not list us_stocks_sip"),
+    ],
+)
+def test_a_key_or_address_that_is_wrong_is_told_with_its_fix(
+    vendors: Vendors, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv(variable, closed_port() if value == "closed" else value)
+    found = faults(of_source(variable.split("_")[0].lower()))
+    assert ("warning", True) in [(level, told in text) for _, level, text, _ in found], found
+    assert any(told in text and variable in text for _, _, text, _ in found)
+    # Nothing else would give bars here.
+    assert ("error" in {level for _, level, _, _ in found}) == (variable in ALONE), found
+
+
+@pytest.mark.parametrize(
+    ("server", "fault", "told"),
+    [
+        ("polygon", S3Fault("status", "us_stocks_sip.*gz", status=403), "Polygon us_stocks_sip: may not read"),
+        ("polygon", S3Fault("status", "prefix=global_crypto", status=403), "Polygon global_crypto: may not list"),
+        ("polygon", S3Fault("status", "us_stocks", status=503), "could not list us_stocks_sip"),
+        ("polygon", S3Fault("page", "prefix=us_stocks"), "answered something else than a listing"),
+        ("binance", Fault("/klines\\?", status=451), "Binance API: Binance does not serve this place (HTTP 451)"),
+        ("binance", Fault("CHECKSUM", status=403), "Binance archive: Binance's archive refuses this machine"),
+        ("yahoo", Fault("chart", status=429), "Yahoo: Yahoo asks to slow down"),
+        ("yahoo", Fault("chart", status=403), "Yahoo: Yahoo refuses this machine (HTTP 403)"),
+    ],
+)  # fmt: skip
+def test_a_refusal_and_a_silence_are_told_apart(vendors: Vendors, server: str, fault: Any, told: str) -> None:
+    getattr(vendors, server).faults.append(replace(fault))
+    (text,) = [
+        text for _, _, text, _ in faults(of_source(server)) if text.endswith("; a start goes on without it")
+    ]
+    assert told in text
+    is_refusal = any(words in text for words in ("may not", "refuses", "not serve"))
+    assert is_refusal == (fault.status in (403, 451))
+    assert ("look at the network" in text) == (fault.status in (200, 503))
+
+
+def test_one_source_that_fails_is_no_error(vendors: Vendors) -> None:
+    vendors.yahoo.faults.append(Fault("chart", status=403))
+    ((topic, level, _, _),) = faults()
+    assert (topic, level) == ("sources", "warning")
+
+
+@pytest.mark.parametrize(
+    ("server", "fault", "told"),
+    [
+        ("polygon", S3Fault("hang", "us_stocks"), "Polygon us_stocks_sip: could not list us_stocks_sip"),
+        ("binance", Fault("/klines\\?", kind="hang"), "Binance API: Binance does not answer"),
+    ],
+)
+def test_a_source_that_says_nothing_is_not_waited_for(
+    vendors: Vendors, monkeypatch: pytest.MonkeyPatch, server: str, fault: Any, told: str
+) -> None:
+    impatient = Patience(connect_seconds=30, read_seconds=0.2, total_seconds=3, attempts=1)
+    monkeypatch.setattr(probing, "PATIENCE", impatient)
+    getattr(vendors, server).faults.append(replace(fault))
+    assert any(told in text for _, _, text, _ in faults(of_source(server)))
+
+
+def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
+    vendors: Vendors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = replace(SMALL, sources=("binance",), binance_pairs=("BTCUSDT",), history_days=2)
+    request = data_request(settings, vendors.binance.now_ns)
+    good = vendors.binance.url
+    for name in ("BINANCE_API_URL", "BINANCE_ARCHIVE_URL"):
+        monkeypatch.setenv(name, closed_port())
+    *_, last = [each for each in faults(settings) if each[0] == "sources"]
+    assert last[1] == "error" and last[3] == 3
+    assert last[2].startswith("no source of bars answers, and data_cache holds none: set the keys in .env")
+    for name in ("BINANCE_API_URL", "BINANCE_ARCHIVE_URL"):
+        monkeypatch.setenv(name, good)
+    refresh(Lake(Path(settings.data_dir)), request, vendors.binance.now_ns, Notes())
+    for name in ("BINANCE_API_URL", "BINANCE_ARCHIVE_URL"):
+        monkeypatch.setenv(name, closed_port())
+    found = faults(settings)
+    assert {level for _, level, _, _ in found} == {"warning"}
+    told = f"a start trains on the {rows_held(settings):,} bars in data_cache"
+    assert rows_held(settings) >= 1440 and any(told in text for _, _, text, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "told"),
+    [
+        ("3", "Wrong setting: batch_size=8192 must be a multiple of horizon x processes = 128 x 3"),
+        ("some", "Wrong setting: NPROC must be a whole number of at least 1, was 'some'"),
+    ],
+)
+def test_what_the_start_scripts_would_refuse_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_processes: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NPROC", num_processes)
+    settings = replace(SMALL, sources=("simulated",))
+    ((topic, level, text, code),) = [each for each in faults(settings) if each[0] == "settings"]
+    assert (topic, level, code) == ("settings", "error", 2)
+    assert text.startswith(told)
+
+
+def of_checkpoint(folder: Path, **changes: Any) -> list[tuple[str, str, str, int]]:
+    weights = checkpoint.load(folder / "checkpoints" / "run1_epoch2.pt")
+    settings = Settings(**weights["config"])
+    settings = replace(
+        settings, sources=("simulated",), checkpoint_dir=str(folder / "checkpoints"), **changes
+    )
+    return [each for each in faults(settings, offline=True) if each[0] in ("folder", "checkpoint")]
+
+
+def test_the_folder_is_looked_at_as_a_start_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NPROC", "1")
+    path = untrained(tmp_path, batch_size=1024, envs_per_gpu=64)
+    assert of_checkpoint(tmp_path) == []
+    with checkpoint.exclusive(tmp_path / "checkpoints"):
+        ((topic, level, text, code),) = of_checkpoint(tmp_path)
+    assert (topic, level, code) == ("folder", "error", 75) and "is written by process" in text
+    ((topic, level, text, code),) = of_checkpoint(tmp_path, d_model=64)
+    assert (topic, level, code) == ("checkpoint", "error", 2)
+    assert text.startswith("d_model=64, but ") and "was trained with d_model=32: set it back" in text
+    saved = checkpoint.load(path)
+    older = saved["features"] | {"names": ["moon", *saved["features"]["names"][1:]]}
+    checkpoint.save(path.parent, saved | {"epoch": 3, "features": older}, {}, keep=9)
+    ((_, level, text, code),) = of_checkpoint(tmp_path)
+    assert (level, code) == ("error", 2) and "began with other features: moon" in text
+    newer = path.with_name("run1_epoch3.pt")
+    newer.write_bytes(newer.read_bytes()[:-100])
+    ((_, level, text, code),) = of_checkpoint(tmp_path)
+    assert level == "warning" and "run1_epoch3.pt" in text and text.endswith("the one before it is used")
+
+
+def request_of(settings: Settings) -> Any:
+    return data_request(settings, NOW)
+
+
+def mended_by(text: str, settings: Settings) -> Settings:
+    """Change the one setting that the advice names."""
+    found = re.search(r": set (\w+) to (\d+)", text)
+    assert found, text
+    return replace(settings, **{found[1]: int(found[2])})
+
+
+def test_memory_that_is_too_small_is_an_error_and_its_fix_fits() -> None:
+    large = Machine((Gpu("A100", 80 * GIB),), "570.86", "12.8")
+    fine = machine.memory(large, FULL, request_of(FULL), Launch())
+    assert fine.level == "OK" and "the GPU has 80.0 GiB" in fine.text
+    few = Machine((Gpu("RTX", 8 * GIB), Gpu("A100", 80 * GIB)), "570.86", "12.8")
+    line = machine.memory(few, FULL, request_of(FULL), Launch())
+    assert (line.level, line.code) == ("error", 4)
+    mended = mended_by(line.text, FULL)
+    assert machine.memory(few, mended, request_of(mended), Launch()).level == "OK", line.text
+    many = replace(FULL, micro_batch_segments=128)
+    middle = Machine((Gpu("RTX", 24 * GIB),), "570.86", "12.8")
+    line = machine.memory(middle, many, request_of(many), Launch())
+    assert line.level == "warning" and line.text.endswith("micro_batch_segments=128 would not fit")
+    crowded = replace(SMALL, stocks=("top:3000",), binance_pairs=())
+    line = machine.memory(Machine(ram_bytes=16 * GIB), crowded, request_of(crowded), Launch())
+    assert line.code == 4 and "set history_days to " in line.text
+    fewer = mended_by(line.text, crowded)
+    assert machine.memory(Machine(ram_bytes=16 * GIB), fewer, request_of(fewer), Launch()).level == "OK"
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
+    simulated = replace(SMALL, sources=("simulated",))
+    need = plan(
+        demand_of(simulated, machine.num_bars(request_of(simulated)) * machine.BAR_BYTES, 1, False), None
+    )
+    ram = Machine(ram_bytes=int(1.5 * need.needed_bytes))
+    assert machine.memory(ram, simulated, request_of(simulated), Launch()).level == "OK"
+    four = machine.memory(ram, simulated, request_of(simulated), Launch(num_ranks=4))
+    assert four.code == 4 and "the machine's share for one of 4 processes has" in four.text
+    close = Machine(ram_bytes=int(1.05 * need.needed_bytes))
+    assert machine.memory(close, simulated, request_of(simulated), Launch()).level == "warning"
+    unknown = machine.memory(Machine(), simulated, request_of(simulated), Launch())
+    assert unknown.level == "warning" and "does not say" in unknown.text
+
+
+@pytest.mark.parametrize(
+    ("here", "settings", "level", "told"),
+    [
+        (Machine((Gpu("H100", 85 * GB),), "570.86", "12.8"), FULL, "OK", "0: H100, 85.0 GB, driver 570.86, torch"),
+        (Machine(), FULL, "warning", "none: an epoch of this model takes hours on CPUs; use --preset small"),
+        (Machine(), SMALL, "OK", "none: trains on CPUs"),
+        (Machine(driver="570.86"), FULL, "warning", "driver 570.86 is there, but torch was built without CUDA"),
+        (Machine((), "470", "13.0"), FULL, "warning", "torch for CUDA 13.0 sees no GPU: update the driver"),
+    ],
+)  # fmt: skip
+def test_gpus_are_named_and_their_absence_explained(
+    here: Machine, settings: Any, level: str, told: str
+) -> None:
+    (line,) = machine.devices(here, settings)
+    assert line.level == level and told in line.text
+
+
+def test_the_parameters_are_those_of_the_policy(tmp_path: Path) -> None:
+    weights = checkpoint.load(untrained(tmp_path))
+    settings = Settings(**weights["config"])
+    assert num_parameters(settings) == sum(each.numel() for each in weights["model"].values())
+    assert num_parameters(FULL) == pytest.approx(604e6, rel=0.01)
+
+
+def test_disks_that_are_too_small_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for free, levels in (
+        (100, ["OK", "OK"]),
+        (20, ["warning", "OK"]),
+        (5, ["error", "OK"]),
+        (0, ["error", "error"]),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(0, 0, free * GB))
+        found = list(machine.disk(FULL, request_of(FULL)))
+        assert [line.level for line in found] == levels, free
+        assert {line.code for line in found if line.level == "error"} <= {4}
+    assert "lower --keep-checkpoints" not in found[0].text and ": free 7.3 GB more" in found[0].text
+    assert found[1].text.startswith("lake: 0.0 MB so far, at most 1.3 GB to fetch, then 12.2 MB a week")
+
+
+def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
+    (line,) = machine.versions()
+    assert line.level == "OK"
+    file = tmp_path / "requirements_simple.txt"
+    file.write_text("# libraries\ntorch>=99\nnumpy>=1.0  # fine\nno-such-library>=1\n")
+    old, missing = machine.versions(file)
+    assert (old.level, old.code) == ("warning", 0) and old.text.startswith("torch>=99 is wanted, ")
+    assert (missing.level, missing.code) == ("error", 1)
+    assert missing.text == (
+        "no-such-library>=1 is not installed: python -m pip install -r requirements_simple.txt"
+    )
+    (unread,) = machine.versions(tmp_path / "gone.txt")
+    assert unread.level == "warning" and unread.text.endswith("cannot be read: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "level", "told"),
+    [
+        ((), "warning", "not compared: no source told its time"),
+        ((0.4,), "OK", "within 1 s of Binance's"),
+        ((9.0, -3.0), "OK", "within 3 s of Binance's"),
+        ((3600.0,), "warning", "3600 s ahead of Binance's: set it, as with timedatectl set-ntp true"),
+        ((-7.0,), "warning", "7 s behind Binance's"),
+    ],
+)
+def test_a_clock_that_is_off_is_told(seconds: tuple[float, ...], level: str, told: str) -> None:
+    line = clock([Answer("Binance API", seconds_ahead=each) for each in seconds] + [Answer("Yahoo")])
+    assert line.level == level and line.text.startswith(told)
+
+
+def test_the_clock_is_compared_with_what_servers_say(
+    vendors: Vendors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "Sat, 01 Jan 2000 12:00:00 GMT"
+    monkeypatch.setattr(BaseHTTPRequestHandler, "date_time_string", lambda *_: told)
+    (line,) = [each for each in lines(of_source("binance")) if each.topic == "clock"]
+    assert line.level == "warning" and " s ahead of Binance's: set it" in line.text
+
+
+def test_a_slow_answer_does_not_look_like_a_wrong_clock() -> None:
+    date, server = "Sat, 01 Jan 2000 12:00:00 GMT", 946728000.0
+    for asked, answered, off in (
+        (server - 20, server + 1, 0.0),  # under way for 21 seconds
+        (server + 0.9, server + 9, 0.0),
+        (server + 10, server + 12, 9.0),
+        (server - 12, server - 10, -10.0),
+    ):
+        assert probing._seconds_ahead(date, asked, answered) == pytest.approx(off)
+    assert probing._seconds_ahead("", 0, 1) is None
+
+
+def test_the_command_for_people_and_for_machines(tmp_path: Path) -> None:
+    folders = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--log-dir", str(tmp_path / "logs")]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "continuous_training.py", "check", "--demo", *folders, *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
+        )
+
+    fine = run("--json")
+    told = json.loads(fine.stdout)
+    assert (fine.returncode, told["ok"], told["exit_code"]) == (0, True, 0)
+    assert {"topic", "level", "text"} == set(told["checks"][0])
+    with checkpoint.exclusive(tmp_path / "checkpoints"):
+        held = run("--offline")
+    assert held.returncode == 75
+    assert held.stderr == "" and held.stdout.splitlines()[1].startswith("error    folder      ")
+    assert held.stdout.splitlines()[-1].endswith("1 in the way of a start")

@@ -1,0 +1,182 @@
+"""The command ``data`` as people and machines call it, against a loopback Binance; and its verdicts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from commands import data
+from continuous_training import Settings
+from data_sources.bars import MINUTE_NS, Bars
+from data_sources.coverage import Extent, Series, row_of
+from data_sources.lake.lake import Lake
+from data_sources.load import LoadedData
+from data_sources.refresh import DataRequest
+from data_sources.snapshot import open_copy
+from tests.data_sources.vendors.binance_server import BinanceServer
+from tests.program import ROOT, environment
+from training.data_feed import refresh_ahead
+from training.distributed import Ranks
+
+DAY_NS = 86_400 * 10**9
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[BinanceServer]:
+    with BinanceServer(time.time_ns()) as running:
+        yield running
+
+
+def data_command(
+    server: BinanceServer, folder: Path, *words: str, pairs: str = "BTCUSDT,NOSUCHUSDT"
+) -> subprocess.CompletedProcess[str]:
+    start = datetime.fromtimestamp((server.now_ns - 3 * DAY_NS) // 10**9, UTC).date().isoformat()
+    flags = ["--sources", "binance", "--binance-pairs", pairs, "--start-date", start]
+    flags += ["--data-dir", str(folder / "data"), "--log-dir", str(folder / "logs")]
+    return subprocess.run(
+        [sys.executable, "continuous_training.py", "data", *flags, *words],
+        cwd=ROOT,
+        env=environment(BINANCE_API_URL=server.url, BINANCE_ARCHIVE_URL=server.url),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def told(answer: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert answer.returncode == 0, answer.stderr
+    result: dict[str, Any] = json.loads(answer.stdout)
+    return result
+
+
+def test_json_is_the_truth_no_refresh_asks_nobody_and_verify_finds_what_a_refresh_heals(
+    server: BinanceServer, tmp_path: Path
+) -> None:
+    first = told(data_command(server, tmp_path, "--json"))
+    entry, unknown = first["series"]
+    start_ns = int(datetime.fromisoformat(first["from"]).timestamp()) * 10**9
+    times, _ = server.truth("BTCUSDT", start_ns, server.now_ns // MINUTE_NS * MINUTE_NS)
+    assert (entry["symbol"], entry["source"], entry["verdict"]) == ("BTCUSDT", "binance", "ok")
+    assert entry["bars"] in (len(times), len(times) - 1)  # a minute closes five seconds after its end
+    assert datetime.fromisoformat(entry["first"]).timestamp() * 10**9 == times[0]
+    assert (entry["coverage"], entry["gaps"], entry["rejected"]) == (1.0, 0, {})
+    assert (unknown["bars"], unknown["verdict"]) == (0, "no bars")
+    assert first["refreshed"]["binance"]["status"] == "ok"
+    assert first["symbols"][0]["stretches"][0]["bars"] == entry["bars"]
+
+    server.requests.clear()
+    again = told(data_command(server, tmp_path, "--json", "--no-refresh"))
+    assert server.requests == []
+    assert again["fingerprint"] == first["fingerprint"]
+    assert again["refreshed"] == {}
+
+    lake = Lake(tmp_path / "data")
+    part = max(lake.parts("binance", "BTCUSDT").values(), key=lambda each: (each.rows, each.unit))
+    path = lake.root / "binance" / "BTCUSDT" / f"{part.unit}.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    answer = data_command(server, tmp_path, "--verify", "--no-refresh")
+    assert answer.returncode == 1
+    damage = f"damaged and set aside: binance/BTCUSDT/{part.unit}; a refresh fetches it again"
+    assert damage in answer.stdout.replace("\n", " ")
+    path.write_bytes(content)
+    answer = data_command(server, tmp_path, "--verify")
+    assert answer.returncode == 0
+    assert f"damaged and set aside: binance/BTCUSDT/{part.unit}" in answer.stdout
+    assert (
+        told(data_command(server, tmp_path, "--json", "--no-refresh"))["series"][0]["bars"] >= entry["bars"]
+    )
+    assert lake.verify() == []
+
+
+def test_in_the_background_it_says_one_line_and_leaves_the_copy_that_the_next_run_maps(
+    server: BinanceServer, tmp_path: Path
+) -> None:
+    settings = Settings(
+        sources=("binance",), binance_pairs=("BTCUSDT",), history_days=2, data_dir=str(tmp_path / "data")
+    )
+    command = refresh_ahead(settings, Ranks(0, 1, torch.device("cpu")))
+    assert command is not None
+    child = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(BINANCE_API_URL=server.url, BINANCE_ARCHIVE_URL=server.url),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert child.stdout is not None
+    said = json.loads(child.stdout.read())  # its standard input stays open, as long as it likes
+    child.communicate()
+    assert child.returncode == 0
+    assert said["warnings"] == []
+    (copy,) = (tmp_path / "data" / ".ready").iterdir()
+    (bars,) = open_copy(copy).bars
+    assert bars.open_time[-1] > said["now_ns"] - 10 * 60 * MINUTE_NS
+
+
+def test_without_a_bar_it_ends_with_3(server: BinanceServer, tmp_path: Path) -> None:
+    answer = data_command(server, tmp_path, "--no-refresh")
+    assert answer.returncode == 3
+    assert answer.stderr.strip().splitlines() == ["There are no bars."]
+
+
+END = int(datetime(2026, 11, 24, 12, tzinfo=UTC).timestamp()) * 10**9
+
+
+def verdict_of(asset_class: str, source: str, minutes_behind: int, *, step: int = 1, **more: Any) -> str:
+    newest = END - (minutes_behind + 1) * MINUTE_NS
+    time_ns = newest - np.arange(3_000 * step, 0, -step, dtype=np.int64) * MINUTE_NS + step * MINUTE_NS
+    prices = [np.full(len(time_ns), 100.0)] * 4
+    bars = Bars("AAA", asset_class, time_ns, *prices, np.ones(len(time_ns)))  # type: ignore[arg-type]
+    index = ("polygon", "binance", "yahoo").index(source)
+    row = row_of(Series(bars, np.full(len(bars), index, np.int8), **more), "")
+    request = DataRequest((source,), (), (), (), END - 10 * DAY_NS, END)
+    report = data.report(LoadedData([bars], {}, [row], "f"), {}, [], request)
+    return str(report["series"][0]["verdict"])
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        (("crypto", "binance", 3), "ok"),
+        (("crypto", "binance", 90), "stale"),
+        (("crypto", "polygon", 1_500), "ok"),
+        (("crypto", "polygon", 3_000), "stale"),
+    ],
+)
+def test_how_far_a_source_may_lag_depends_on_when_it_publishes(given: Any, verdict: str) -> None:
+    assert verdict_of(*given) == verdict
+
+
+def test_thin_series_and_missing_splits_are_named() -> None:
+    assert verdict_of("crypto", "binance", 0, step=2) == "thin"
+    assert verdict_of("crypto", "binance", 0, flags=["a split of about 10 ..."]) == "split missing"
+    assert verdict_of("crypto", "binance", 0, flags=["something else"]) == "see warning"
+
+
+def test_a_symbol_of_two_sources_has_a_row_for_each_and_one_for_the_merged_series() -> None:
+    bars = Bars("AAA", "stock", *(np.empty(0, np.int64), *[np.empty(0)] * 5))
+    extents = {
+        "polygon": Extent(5, END - DAY_NS, END - DAY_NS, 0, 0, 1.0),
+        "yahoo": Extent(0, None, None, 0, 0, None),
+    }
+    row = row_of(Series(bars, np.empty(0, np.int8), extents), "no bars")
+    request = DataRequest(("polygon", "yahoo"), ("AAA",), (), (), END - 10 * DAY_NS, END)
+    series = data.report(LoadedData([], {}, [row], "f"), {}, [], request)["series"]
+    assert [(each["source"], each["verdict"]) for each in series] == [
+        ("polygon", "ok"), ("yahoo", "no bars"), ("merged", "no bars"),
+    ]  # fmt: skip

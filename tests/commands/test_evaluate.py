@@ -1,0 +1,355 @@
+"""``evaluate``: the exam on demand, for what was asked and nothing else; what is wrong is told in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from commands import evaluate_command
+from commands.cli import checkpoint_command_from
+from continuous_training import Settings
+from evaluation import plots
+from tests.evaluation.reports import Page
+from tests.program import ALONE, SEGMENTS_OF_AN_HOUR, Start, checkpoint, tiny_flags
+
+# Three days, of which the last one is held out.
+FLAGS = {
+    **SEGMENTS_OF_AN_HOUR,
+    "simulated_symbols": 2,
+    "simulated_bars": 4_320,
+    "holdout_days": 1,
+    "epochs": 2,
+    "runs": 1,
+}
+NAME = "run1_epoch2"
+FOLDER = "run1-epoch2_2026-01-31_2026-01-31"
+# Never ends by itself: whoever waits for its first segment finds it at work.
+FOR_EVER = """
+import sys, time
+from training.evaluation import evaluate
+def examine(*_, on_segment, **__):
+    on_segment(1, 100)
+    while True:
+        time.sleep(0.01)
+evaluate.examine = examine
+import continuous_training
+continuous_training.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a training of two epochs in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    Start(folder / "out", [*ALONE, *tiny_flags(folder, **FLAGS)]).ends_well()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ask(trained: Path) -> Callable[..., Result]:
+    """Ask for an evaluation as on the command line, in this process."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(checkpoint_command_from(Settings, evaluate_command))
+
+    def invoke(folder: Path, *words: str | Path, path: Path | None = None) -> Result:
+        where = path or trained / "checkpoints" / f"{NAME}.pt"
+        threads = torch.get_num_threads()
+        result = CliRunner().invoke(app, [*map(str, (where, "--report-dir", folder, *words))])
+        assert torch.get_num_threads() == threads
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def reported(ask: Callable[..., Result], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("reports")
+    return folder, ask(folder, "--costs", "6,0,6")
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only ``reported``, which is older than this, has real pictures; each takes half a second."""
+    monkeypatch.setattr(plots, "as_png", lambda figure: b"png")
+    monkeypatch.setattr(plots, "as_svg", lambda figure, name: "")
+
+
+def told_of(folder: Path) -> dict[str, Any]:
+    """What the one report in a folder says."""
+    (path,) = folder.glob("*/report.json")
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return told
+
+
+def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+# --- what is written --------------------------------------------------------------------------------------
+
+
+def test_the_report_is_one_folder(reported: tuple[Path, Result]) -> None:
+    folder, result = reported
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in folder.iterdir()] == [FOLDER]
+    names = {path.name for path in (folder / FOLDER).iterdir()}
+    assert names >= {"report.html", "report.json", "equity.png", "drawdown.png", "costs.png", "training.png"}
+    assert sum(name.startswith("symbol") for name in names) == 2
+    page = Page((folder / FOLDER / "report.html").read_bytes())
+    page.loads_nothing()
+    assert "2 epochs up to this checkpoint" in page.text
+
+
+def test_the_terminal_says_what_came_out(reported: tuple[Path, Result]) -> None:
+    folder, result = reported
+    lines = result.output.splitlines()
+    assert lines[0] == f"Evaluating {NAME}.pt on 2 symbols, 2026-01-30 23:59 to 2026-02-01 00:00 UTC"
+    assert any(line.startswith("No edge on these days. It ") for line in lines)
+    assert "too few to tell, 5 are needed" in result.output
+    assert "evaluation: 22 segments walked" in lines
+    assert lines[-1].startswith(f"Wrote {folder / FOLDER / 'report.html'} in ")
+    assert result.output.isascii()
+
+
+def test_it_is_the_exam_of_the_training(trained: Path, ask: Callable[..., Result], tmp_path: Path) -> None:
+    assert ask(tmp_path, "--costs", "").exit_code == 0
+    told, exam = told_of(tmp_path), checkpoint(trained, f"{NAME}.pt")["exam"]["line"]
+    assert told["cost_ladder"] == []
+    assert told["trials"] == exam["trials"]
+    assert told["first"][:16] == exam["first"] and told["last"][:16] == exam["last"]
+    assert told["verdict"]["reason"] == exam["verdict_reason"]
+    for name in ("policy", "buy and hold", "momentum"):
+        assert told["pooled"][name] == pytest.approx(exam["pooled"][name])
+
+
+def test_a_flat_cost_as_high_as_fee_and_slippage_gives_the_same_walk(reported: tuple[Path, Result]) -> None:
+    told = told_of(reported[0])
+    free, paid = told["cost_ladder"]
+    assert (free["bps"], paid["bps"]) == (0.0, 6.0)  # 5 bps of fee and 1 of slippage
+    assert {name: value for name, value in paid.items() if name != "bps"} == pytest.approx(
+        told["pooled"]["policy"]
+    )
+    assert free["costs"] < paid["costs"]
+
+
+def test_nothing_of_the_training_is_changed(
+    trained: Path, ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    def state() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+    before = state()
+    assert ask(tmp_path, "--costs", "").exit_code == 0
+    assert state() == before
+
+
+def test_the_same_question_has_the_same_answer(
+    reported: tuple[Path, Result], ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    assert ask(tmp_path, "--costs", "0,6").exit_code == 0
+    again, told = told_of(tmp_path), told_of(reported[0])
+    assert again.pop("made") | {"made": ""} == told.pop("made") | {"made": ""}
+    assert is_same(again, told)
+
+
+def test_symbols_dates_costs_and_fees_can_be_chosen(ask: Callable[..., Result], tmp_path: Path) -> None:
+    # Later days of the simulated market are there for who asks, as new bars of another source would be.
+    words = "--from 2026-02-02 --to 2026-02-02 --symbols SIM001 --plot-symbols SIM001 --costs 3 --crypto-fee-bps 0"
+    result = ask(tmp_path, *words.split())
+    assert result.exit_code == 0, result.output
+    told = told_of(tmp_path)
+    assert [row["symbol"] for row in told["symbols"]] == ["SIM001"]
+    assert told["first"][:10] == told["last"][:10] == "2026-02-02"
+    assert told["made"]["fees"] == "stocks 0.5 bps, crypto 0 bps of traded value"
+    assert [rung["bps"] for rung in told["cost_ladder"]] == [3.0]
+    assert (tmp_path / "run1-epoch2_2026-02-02_2026-02-02" / "symbol1_SIM001.png").exists()
+
+
+def test_days_of_the_training_are_shown_with_a_stamp_only(ask: Callable[..., Result], tmp_path: Path) -> None:
+    result = ask(tmp_path, "--from", "2026-01-30", "--to", "2026-01-30", "--costs", "", "--allow-overlap")
+    assert result.exit_code == 0, result.output
+    assert "Not an exam: it was trained on some of these days." in result.output
+    told = told_of(tmp_path)
+    assert told["overlaps_training"] is True and told["verdict"]["edge"] is False
+    (page,) = tmp_path.glob("*/report.html")
+    assert "OVERLAPS TRAINING" in Page(page.read_bytes()).text
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--from 2026-01-30",
+            "was trained on bars up to 2026-01-30 23:59 UTC: the first day allowed is 2026-01-31",
+        ),
+        ("--to 2026-01-29", "--allow-overlap shows older ones, and stamps the report"),
+        ("--from 2026-02-01 --to 2026-01-31", "--from 2026-02-01 must not be after --to 2026-01-31"),
+        (
+            "--from 2026-02-01",
+            "there is no time between 2026-02-01 00:00 and 2026-02-01 00:00 UTC: give --from and",
+        ),
+        ("--from 31.1.2026", "--from 31.1.2026 must be a day such as 2026-11-20"),
+        (
+            "--from 2200-01-01 --to 2200-01-02",
+            "there are no bars from 2200-01-01 00:00 to 2200-01-03 00:00 UTC",
+        ),
+        (
+            "--symbols SIM000,NOPE",
+            "--symbols NOPE: no bars from 2026-01-30 23:59 to 2026-02-01 00:00 UTC; there are:",
+        ),
+        ("--plot-symbols NOPE", "--plot-symbols NOPE is not among the symbols that are evaluated"),
+        ("--costs 0,x", "--costs 0,x must be basis points of 0 or more, such as 0,1,2,5,10"),
+        ("--costs=-1", "--costs -1 must be basis points of 0 or more"),
+        ("--costs 10000", "--costs 10000 must be under 5000 bps"),
+        ("--d-model 32", "d_model=32, but "),
+        ("--horizon 128", "horizon=128 must be at most 64 with "),
+        ("--sources nowhere", "sources="),
+        ("--crypto-fee-bps x", "crypto_fee_bps='x' must be a number"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_in_one_line(
+    ask: Callable[..., Result], tmp_path: Path, words: str, message: str
+) -> None:
+    result = ask(tmp_path, *words.split())
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lake_without_bars_is_told(ask: Callable[..., Result], tmp_path: Path) -> None:
+    result = ask(tmp_path / "reports", "--sources", "binance", "--data-dir", tmp_path / "lake")
+    assert result.exit_code == 3
+    assert result.output.startswith(f"No bars are in {tmp_path / 'lake'}: fetch them with --refresh")
+    assert len(result.output.splitlines()) == 1
+    assert not (tmp_path / "reports").exists()
+
+
+def of_another_format(weights: dict[str, Any]) -> None:
+    weights["format"] = 99
+
+
+def of_other_features(weights: dict[str, Any]) -> None:
+    weights["features"]["names"] = [*weights["features"]["names"][:-1], "moon_phase"]
+
+
+def of_another_version(weights: dict[str, Any]) -> None:
+    del weights["model_config"]
+
+
+def of_another_model(weights: dict[str, Any]) -> None:
+    weights["model_config"]["trunk"]["d_model"] = 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_another_format, "has format 99, this program reads 1"),
+        (of_other_features, "was trained on other features than this program computes: "),
+        (of_another_version, "is of another version of this program: it has no model_config"),
+        (
+            of_another_model,
+            "is of another version of this program: Error(s) in loading state_dict for Policy",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_program_is_told(
+    trained: Path,
+    ask: Callable[..., Result],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+) -> None:
+    weights = checkpoint(trained, f"{NAME}.pt")
+    change(weights)
+    path = tmp_path / "other.pt"
+    torch.save(weights, path)
+    result = ask(tmp_path / "reports", path=path)
+    assert result.exit_code == 2
+    assert str(path) in result.output and message in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99, None])
+def test_a_file_that_is_no_checkpoint_is_told(
+    trained: Path, ask: Callable[..., Result], tmp_path: Path, share: float | None
+) -> None:
+    path = tmp_path / "torn.pt"
+    if share is not None:  # else there is none
+        content = (trained / "checkpoints" / f"{NAME}.pt").read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+    result = ask(tmp_path / "reports", path=path)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"{path} cannot be read: ")
+    assert len(result.output.splitlines()) == 1
+
+
+def test_the_state_for_the_next_start_is_no_checkpoint(
+    trained: Path, ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = ask(tmp_path, path=trained / "checkpoints" / "resume" / f"{NAME}.pt")
+    assert result.exit_code == 2 and "has format None, this program reads 1" in result.output
+
+
+def test_a_report_that_cannot_be_written_is_told(ask: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "reports").write_text("a file")
+    result = ask(tmp_path / "reports", "--costs", "")
+    assert result.exit_code == 1
+    assert "The report was not written: " in result.output
+
+
+# --- broken off -------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_leaves_the_report_before_as_it_was(
+    ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--costs", "", "--symbols", "SIM000")
+    assert ask(tmp_path, *words).exit_code == 0
+
+    def state() -> dict[str, bytes]:
+        return {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    def interrupted(figure: object) -> bytes:
+        raise KeyboardInterrupt
+
+    before = state()
+    monkeypatch.setattr(plots, "as_png", interrupted)
+    result = ask(tmp_path, *words)
+    assert result.exit_code == 130
+    assert result.output.splitlines()[-1] == "Aborted; no report was written"
+    assert state() == before
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pseudoterminal")
+def test_ctrl_c_gives_the_terminal_back(trained: Path, tmp_path: Path) -> None:
+    words = [trained / "checkpoints" / f"{NAME}.pt", "--report-dir", tmp_path / "reports"]
+    start = Start(tmp_path / "out", ["-c", FOR_EVER, "evaluate", *words], terminal=True)
+    try:
+        start.wait_for("1/100")
+        assert start.process.stdin is not None
+        start.process.stdin.write(b"\x03")
+        start.process.stdin.flush()
+        assert start.ends() == 130
+    finally:
+        start.kill()
+    assert "Aborted; no report was written" in start.output
+    assert "Traceback" not in start.output
+    shown = (tmp_path / "out").read_bytes()
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")  # the cursor is there again
+    assert not (tmp_path / "reports").exists()

@@ -1,0 +1,233 @@
+"""The command ``signals``: bars of a loopback Binance in, a target position per symbol out, and how old it is."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+
+import commands
+from commands import signals
+from commands.signals import Signal, Wishes, freshness, request_of, seconds_to_next_minute, signals_of
+from continuous_training import Settings
+from data_sources.bars import MINUTE_NS
+from data_sources.lake.lake import Lake
+from data_sources.load import load
+from evaluation.trained_policy import TrainedPolicy
+from monitoring.console import Console
+from tests.data_sources.vendors.binance_server import BinanceServer
+from tests.data_sources.vendors.loopback import Fault, ns
+from tests.envs.markets import walk
+from tests.program import PATIENCE, ROOT, Start, environment
+from tests.training.checkpoints import NOW, PAIRS, untrained
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[BinanceServer]:
+    with BinanceServer(NOW) as running:
+        yield running
+
+
+@pytest.fixture
+def trained(server: BinanceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainedPolicy:
+    server.now_ns = NOW
+    server.faults.clear()
+    monkeypatch.setenv("BINANCE_API_URL", server.url)
+    monkeypatch.setenv("BINANCE_ARCHIVE_URL", server.url)
+    return TrainedPolicy.read(untrained(tmp_path), Settings)
+
+
+def tell(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], now_ns: int, **wishes: Any) -> Any:
+    """Run the command once; return its JSON and what it told beside."""
+    console = Console(Path(trained.settings.log_dir), to_stderr=True)
+    signals.tell(trained, Wishes(as_json=True, **wishes), console, now_ns, console, None)
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_the_newest_closed_bar_is_fetched_and_decided_upon(
+    trained: TrainedPolicy, server: BinanceServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, _ = tell(trained, capsys, NOW, holdings={"ETHUSDT": 1.0})
+    assert told["no_signal"] == {}
+    assert (told["checkpoint"], told["run"], told["epoch"]) == ("run1_epoch2.pt", 1, 2)
+    for each, (symbol, holding) in zip(told["signals"], (("BTCUSDT", 0.0), ("ETHUSDT", 1.0)), strict=True):
+        assert (each["symbol"], each["holding"], each["state"]) == (symbol, holding, "ok")
+        # The minute of 12:00 is running.
+        assert (each["bar"], each["closed"]) == ("2026-11-20T11:59:00Z", "2026-11-20T12:00:00Z")
+        assert (each["age_seconds"], each["minutes_behind"]) == (31.0, 0)
+        _, values = server.truth(symbol, NOW - 2 * MINUTE_NS, NOW - MINUTE_NS)
+        assert each["close"] == values[-1, 3]
+        assert sum(each["probabilities"].values()) == pytest.approx(1)
+        assert each["probability"] == max(each["probabilities"].values())
+        assert each["probabilities"][f"{each['target']:g}"] == each["probability"]
+        held = {choice["holding"]: choice for choice in each["if_holding"]}
+        assert set(held) == {-1.0, 0.0, 1.0}
+        assert held[holding] == {name: each[name] for name in held[holding]}
+    # Replayed from the lake up to an earlier minute it says what it said then.
+    earlier, _ = tell(trained, capsys, NOW - 20 * MINUTE_NS, refreshes=False)
+    assert earlier["signals"][0]["bar"] == "2026-11-20T11:39:00Z"
+    assert earlier["signals"][0]["probabilities"] != told["signals"][0]["probabilities"]
+
+
+def test_a_minute_later_the_next_bar_speaks_and_a_dead_source_makes_it_stale(
+    trained: TrainedPolicy, server: BinanceServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, slept = [NOW], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 5:
+            raise KeyboardInterrupt
+        if len(slept) == 3:
+            server.faults.append(Fault("klines|data", status=451))
+        now[0] += int(seconds * 1e9) + (20 * MINUTE_NS if len(slept) > 2 else 0)
+        server.now_ns = now[0]
+
+    console = Console(Path(trained.settings.log_dir), to_stderr=True)
+    signals.watch(trained, Wishes(("BTCUSDT",), as_json=True), console, lambda: now[0], sleep)
+    out, err = capsys.readouterr()
+    told = [json.loads(line)["signals"] for line in out.splitlines()]
+    assert slept == [35.0, 60.0, 60.0, 60.0, 60.0]
+    assert [(len(each), each[0]["bar"][11:16], each[0]["state"]) for each in told] == [
+        (1, "11:59", "ok"), (1, "12:00", "ok"), (1, "12:01", "ok"), (1, "12:01", "stale"), (1, "12:01", "stale"),
+    ]  # fmt: skip
+    assert sum("HTTP 451" in line for line in err.splitlines()) == 1  # told once, while it stays so
+
+
+def test_unknown_symbols_are_left_out_unless_they_are_named(
+    trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], server: BinanceServer
+) -> None:
+    with pytest.raises(ValueError, match="--symbols NEWUSDT: no source is asked for it; add it to --stocks"):
+        tell(trained, capsys, NOW, symbols=("NEWUSDT",))
+    server.pairs = (*PAIRS, "NEWUSDT")
+    wider = replace(trained, settings=replace(trained.settings, binance_pairs=server.pairs))
+    told, warned = tell(wider, capsys, NOW)
+    assert [each["symbol"] for each in told["signals"]] == list(PAIRS)
+    assert list(told["no_signal"]) == ["NEWUSDT"]
+    assert "no signal of NEWUSDT: not in the training; name it in --symbols" in warned
+    told, _ = tell(wider, capsys, NOW, symbols=("NEWUSDT",))
+    assert [(each["symbol"], each["in_training"]) for each in told["signals"]] == [("NEWUSDT", False)]
+    with pytest.raises(ValueError, match="--holding XRPUSDT is unknown; there are: BTCUSDT, ETHUSDT"):
+        tell(trained, capsys, NOW, refreshes=False, holdings={"XRPUSDT": 1.0})
+
+
+def test_a_narrow_terminal_shows_what_matters_most(trained: TrainedPolicy) -> None:
+    bars = [walk("BTCUSDT", 300), walk("SHIBUSDT", 300, seed=1)]
+    decisions, _ = trained.actor.decide(bars)
+    found = [Signal(each, 0.0, 0, "ok", True) for each in decisions]
+    now_ns = decisions[0].close_time + 90 * 10**9
+    shown = {width: signals.table(trained, found, now_ns, width)[1] for width in (200, 80, 60, 50, 20)}
+    always = ["symbol", "target", "probability", "age", "state"]
+    assert shown[200][-3:] == ["from -1", "from 0", "from +1"] and set(always) < set(shown[200])
+    assert shown[80][1] == "holding" and shown[80][-1] == "state"
+    assert shown[60] == ["symbol", "target", "probability", "closed, UTC", "age", "state"]
+    assert shown[50] == shown[20] == always
+    for width in (60, 50):
+        _, columns, rows = signals.table(trained, found, now_ns, width)
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        assert sum(widths) + 2 * (len(widths) - 1) <= width
+        assert [row[columns.index("age")] for row in rows] == ["90 s", "90 s"]
+
+
+def test_a_bar_that_is_not_closed_is_never_decided_upon(trained: TrainedPolicy) -> None:
+    request = request_of(trained.settings, NOW, ())
+    data = replace(load(Lake(Path(trained.settings.data_dir)), request), dropped={})
+    times = (NOW // MINUTE_NS - np.arange(300)[::-1]) * MINUTE_NS
+    bars = replace(walk("BTCUSDT", 300), open_time=times)
+    rows = [replace(row, symbol="BTCUSDT") for row in data.rows[:1]]
+    found, _ = signals_of(trained, replace(data, bars=[bars], rows=rows), NOW, Wishes())
+    assert found[0].decision.open_time == bars.open_time[-2]
+
+
+def test_the_request_ends_now_and_reaches_back_no_further_than_features_look(trained: TrainedPolicy) -> None:
+    settings = replace(
+        trained.settings, history_days=700, stocks=("AAPL", "top:5"), polygon_crypto=("X:A-B",)
+    )
+    request = request_of(settings, NOW, ("AAPL", "X:A-B"))
+    assert (request.end_ns - request.start_ns) // (1440 * MINUTE_NS) == signals.LOOK_BACK_DAYS
+    assert (request.stocks, request.binance_pairs, request.polygon_crypto) == (
+        ["AAPL", "top:5"],
+        [],
+        ["X:A-B"],
+    )
+    assert request_of(settings, NOW, ()).binance_pairs == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("newest", "now", "asset_class", "expected"),
+    [
+        ("2026-11-20T12:00", "2026-11-20T12:01:10", "crypto", (0, "ok")),
+        ("2026-11-20T12:00", "2026-11-20T12:06:10", "crypto", (5, "ok")),
+        ("2026-11-20T12:00", "2026-11-20T12:07:10", "crypto", (6, "stale")),
+        ("2026-11-20T15:00", "2026-11-20T15:01:10", "stock", (0, "ok")),
+        ("2026-11-20T15:00", "2026-11-20T15:30:10", "stock", (29, "stale")),
+        ("2026-11-20T20:59", "2026-11-22T11:00:00", "stock", (0, "closed")),  # Friday's last minute on Sunday
+        ("2026-11-20T15:00", "2026-11-22T11:00:00", "stock", (359, "stale")),
+        ("2026-11-20T20:59", "2026-11-23T14:31:10", "stock", (1, "ok")),  # the first minute of Monday is over
+        ("2026-11-25T20:59", "2026-11-26T16:00:00", "stock", (0, "closed")),  # Thanksgiving
+    ],
+)
+def test_stale_is_what_the_calendar_does_not_explain(
+    newest: str, now: str, asset_class: Any, expected: tuple[int, str]
+) -> None:
+    assert freshness(ns(newest), asset_class, ns(now)) == expected
+
+
+def test_a_watch_asks_when_the_minute_is_published() -> None:
+    assert seconds_to_next_minute(ns("2026-11-20T12:00:31")) == 35
+    assert seconds_to_next_minute(ns("2026-11-20T12:00:02")) == 4
+    assert seconds_to_next_minute(ns("2026-11-20T12:00:06")) == 60
+
+
+@pytest.mark.parametrize(
+    ("holding", "told"),
+    [
+        ("BTCUSDT", "--holding BTCUSDT must be such as BTCUSDT=1"),
+        ("BTCUSDT=half", "--holding BTCUSDT=half must be such as BTCUSDT=1"),
+        ("BTCUSDT=0.5", "--holding BTCUSDT=0.5 must be one of the policy's positions: -1, 0, 1"),
+    ],
+)
+def test_a_holding_is_a_symbol_and_a_position(holding: str, told: str) -> None:
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        Wishes.parsed("", [holding], True, False, (-1.0, 0.0, 1.0))
+    good = Wishes.parsed(" A, B,A", ["A=1", "B = -1"], True, False, (-1.0, 0.0, 1.0))
+    assert (good.symbols, good.holdings) == (("A", "B"), {"A": 1.0, "B": -1.0})
+
+
+def test_no_bars_are_no_signal(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left:
+        commands.signals_command(trained, no_refresh=True)
+    out, err = capsys.readouterr()
+    assert (left.value.exit_code, out.count("no bars"), err) == (3, 1, "There is no signal.\n")
+
+
+def test_the_command_as_people_and_machines_call_it(server: BinanceServer, tmp_path: Path) -> None:
+    server.now_ns = time.time_ns()
+    server.faults.clear()
+    path = untrained(tmp_path)
+    env = environment(BINANCE_API_URL=server.url, BINANCE_ARCHIVE_URL=server.url)
+    words = ["continuous_training.py", "signals", str(path)]
+    watching = Start(tmp_path / "watch.log", [*words, "--watch"], env)
+    try:
+        watching.wait_for("ETHUSDT ")
+        watching.process.send_signal(signal.SIGINT)
+        assert watching.ends() == 0
+    finally:
+        watching.kill()
+    assert "no orders are sent" in watching.output
+    assert watching.output.isascii() and "Traceback" not in watching.output
+    command = [sys.executable, *words, "--json", "--no-refresh"]
+    once = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert once.returncode == 0, once.stderr
+    assert [each["symbol"] for each in json.loads(once.stdout)["signals"]] == list(PAIRS)

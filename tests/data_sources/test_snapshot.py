@@ -1,0 +1,164 @@
+"""The copy of a run's bars: the same to the last bit, mapped, whole or not at all, and kept for a resume."""
+
+import mmap
+import resource
+import tracemalloc
+
+import numpy as np
+import pytest
+from bar_tables import DAY_NS, ns, walk
+
+from data_sources import snapshot
+from data_sources.bars import COLUMNS, MINUTE_NS
+from data_sources.errors import LakeError
+from data_sources.lake.lake import READY_FOLDER, Lake
+from data_sources.refresh import DataRequest, load
+
+START = ns("2026-10-01 00:00")
+MINUTES = 5_000
+END = START + MINUTES * MINUTE_NS
+PAIRS = ("AAAUSDT", "BBBUSDT", "CCCUSDT")
+
+
+def put(lake, pair, num_bars=MINUTES, seed=0):
+    span = {"start_ns": START, "end_ns": END, "symbols": [pair], "now_ns": END + DAY_NS}
+    bars = walk(pair, START, num_bars, seed=seed)
+    lake.write("binance", pair, "u", bars, key="u", version=str(seed), **span)
+
+
+@pytest.fixture
+def lake(tmp_path):
+    lake = Lake(tmp_path / "lake")
+    for number, pair in enumerate(PAIRS):
+        put(lake, pair, MINUTES - 10 * number, seed=number)
+    put(lake, "FEWUSDT", 100)
+    return lake
+
+
+def request_for(**more):
+    wanted = {
+        "sources": ("binance",),
+        "stocks": (),
+        "binance_pairs": (*PAIRS, "FEWUSDT"),
+        "polygon_crypto": (),
+        "start_ns": START,
+        "end_ns": END,
+    }
+    return DataRequest(**wanted | more)
+
+
+def copies(lake):
+    return sorted(path.name for path in (lake.root / READY_FOLDER).iterdir())
+
+
+def is_same(one, other):
+    assert [bars.symbol for bars in one.bars] == [bars.symbol for bars in other.bars]
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for a, b in zip(one.bars, other.bars, strict=True)
+        for name in COLUMNS
+    )
+
+
+def test_a_copy_is_what_loading_gives_accounts_and_fingerprint_included(lake):
+    loaded, copied = (
+        load(lake, request_for()),
+        snapshot.open_copy(snapshot.provide(lake, request_for())),
+    )
+    assert is_same(loaded, copied)
+    assert [bars.asset_class for bars in copied.bars] == ["crypto"] * 3
+    assert (copied.rows, copied.dropped, copied.fingerprint) == (
+        loaded.rows,
+        loaded.dropped,
+        loaded.fingerprint,
+    )
+    assert copied.dropped == {"FEWUSDT": "100 bars, fewer than 2,000"}
+
+
+def test_a_run_that_is_resumed_gets_its_own_bars_back_although_the_lake_has_learned_more(lake):
+    first = snapshot.provide(lake, request_for())
+    before = load(lake, request_for())
+    put(lake, "AAAUSDT", seed=77)
+    assert load(lake, request_for()).fingerprint != before.fingerprint
+    assert snapshot.provide(Lake(lake.root), request_for()) == first
+    assert is_same(snapshot.open_copy(first), before)
+    other = snapshot.provide(lake, request_for(end_ns=END - MINUTE_NS))
+    assert other != first
+    assert len(snapshot.open_copy(other).bars[0]) == MINUTES - 1
+
+
+def test_bars_are_views_of_the_mapped_file_and_writing_to_them_stays_in_the_process(lake):
+    path = snapshot.provide(lake, request_for())
+    content = path.read_bytes()
+    closes = snapshot.open_copy(path).bars[1].close
+    assert closes.flags.writeable
+    assert isinstance(closes.base.obj, mmap.mmap)
+    closes[:] = 1.0
+    assert path.read_bytes() == content
+
+
+def test_making_a_copy_takes_little_memory_beside_one_symbol(lake):
+    pairs = [f"P{number}USDT" for number in range(8)]
+    for pair in pairs:
+        put(lake, pair)
+    request = request_for(binance_pairs=pairs)
+    load(lake, request)  # what is imported and cached at first use
+    tracemalloc.start()
+    try:
+        path = snapshot.provide(lake, request)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.8 * path.stat().st_size
+
+
+@pytest.mark.parametrize("place", [0, 4, 5_000, -3, -15, -200])
+def test_damage_anywhere_is_found_by_verify_and_the_copy_made_again(lake, place):
+    path = snapshot.provide(lake, request_for())
+    assert snapshot.verify(lake) == []
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x40
+    path.write_bytes(content)
+    assert snapshot.verify(lake) == [f"{READY_FOLDER}/{path.name}"]
+    assert not path.exists()
+    assert is_same(snapshot.open_copy(snapshot.provide(lake, request_for())), load(lake, request_for()))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 7, 1_000, -1])
+def test_a_copy_that_was_cut_is_not_opened_and_made_again(lake, kept_bytes):
+    path = snapshot.provide(lake, request_for())
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(LakeError, match=path.name):
+        snapshot.open_copy(path)
+    again = snapshot.provide(lake, request_for())
+    assert is_same(snapshot.open_copy(again), load(lake, request_for()))
+
+
+def test_the_oldest_copies_go(lake):
+    paths = [
+        snapshot.provide(lake, request_for(end_ns=END - number * MINUTE_NS), kept_copies=2)
+        for number in range(4)
+    ]
+    assert copies(lake) == sorted(path.name for path in paths[2:])
+    snapshot.provide(lake, request_for(min_bars=10), kept_copies=2)  # of other settings: another daemon's
+    assert len(copies(lake)) == 3
+
+
+def test_a_refresh_leaves_a_copy_alone_that_is_being_written(lake):
+    folder = lake.root / READY_FOLDER
+    folder.mkdir()
+    (folder / ".a.bars.1-ab.tmp").write_bytes(b"half")
+    with lake.writing():
+        pass
+    assert copies(lake) == [".a.bars.1-ab.tmp"]
+
+
+def test_a_full_disk_is_a_lake_error_that_leaves_nothing_behind(lake):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(LakeError, match="cannot write"):
+            snapshot.provide(lake, request_for())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert copies(lake) == []

@@ -1,0 +1,71 @@
+"""What Binance's tests share: a loopback exchange, a lake and an adapter at one desk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from data_sources.lake.lake import Lake
+from data_sources.vendors.binance import Binance
+from data_sources.vendors.http import Patience
+from tests.data_sources.vendors.binance_server import HOUR_NS, BinanceServer
+from tests.data_sources.vendors.loopback import Notes, ns
+
+NOW = ns("2026-11-24T12:00:30")
+START = ns("2026-10-20T00:00")
+CLOSED = ns("2026-11-24T12:00")
+DAY_NS = 24 * HOUR_NS
+PATIENCE = Patience(
+    connect_seconds=5,
+    read_seconds=20,
+    total_seconds=30,
+    backoff_seconds=0.01,
+    longest_wait_seconds=2,
+    attempts=2,
+)
+QUICK = replace(PATIENCE, read_seconds=0.8, total_seconds=1.2)  # for servers that stall
+
+
+class Desk:
+    """A server, a lake and an adapter, and what one wants to know of them."""
+
+    def __init__(self, server: BinanceServer, folder: Path) -> None:
+        self.server, self.lake, self.notes = server, Lake(folder), Notes()
+        self.binance = self.new_adapter()
+
+    def new_adapter(self, patience: Patience = PATIENCE) -> Binance:
+        return Binance(self.server.url, self.server.url, patience=patience)
+
+    def refresh(self, *pairs: str, start_ns: int = START, seconds_later: int = 0) -> list[str]:
+        """Refresh, and return the requests that it took."""
+        self.server.now_ns += seconds_later * 10**9
+        self.server.requests.clear()
+        self.notes = Notes()
+        now_ns = self.server.now_ns
+        self.binance.refresh(self.lake, pairs or ("BTCUSDT",), start_ns, now_ns, now_ns, self.notes)
+        return list(self.server.requests)
+
+    def minutes(
+        self, pair: str = "BTCUSDT", start_ns: int = START, end_ns: int = CLOSED + DAY_NS
+    ) -> np.ndarray:
+        return self.lake.read("binance", pair, [pair], start_ns, end_ns).column("open_time").to_numpy()
+
+    def assert_complete(
+        self,
+        pair: str = "BTCUSDT",
+        start_ns: int = START,
+        end_ns: int = CLOSED,
+        without: tuple[int, ...] = (),
+    ) -> None:
+        """Every bar of the truth is there, bit for bit, and no other."""
+        table = self.lake.read("binance", pair, [pair], start_ns, self.server.now_ns + DAY_NS)
+        times, values = self.server.truth(pair, start_ns, end_ns)
+        keep = ~np.isin(times, np.array(without, np.int64))
+        np.testing.assert_array_equal(table.column("open_time").to_numpy(), times[keep])
+        for column, name in enumerate(("open", "high", "low", "close", "volume")):
+            np.testing.assert_array_equal(table.column(name).to_numpy(), values[keep, column])
+
+    def units(self, pair: str = "BTCUSDT") -> set[str]:
+        return set(self.lake.parts("binance", pair))

@@ -1,0 +1,162 @@
+"""A loopback Binance of our own: REST klines and the archive with CHECKSUM files, with faults on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import time
+import zipfile
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import polars as pl
+
+from tests.data_sources.vendors.loopback import Answer, Fault, LoopbackServer
+
+MINUTE_NS = 60_000_000_000
+HOUR_NS = 60 * MINUTE_NS
+MICROSECONDS_FROM_NS = int(datetime(2025, 1, 1, tzinfo=UTC).timestamp()) * 10**9
+ARCHIVE_NAME = re.compile(
+    r"/data/spot/(?P<kind>monthly|daily)/klines/(?P<pair>\w+)/1m/"
+    r"(?P=pair)-1m-(?P<unit>\d{4}-\d{2}(?:-\d{2})?)\.zip(?P<checksum>\.CHECKSUM)?"
+)
+
+
+def bars_of(pair: str, minutes: np.ndarray) -> np.ndarray:
+    """Bars as a pure function of pair and minute: columns open high low close volume, exact in 4 decimals."""
+    phase = sum(map(ord, pair)) % 97
+    level = 1000.0 + phase + np.round(50 * np.sin((minutes + phase) / 700.0), 2)
+    move = ((minutes * 7919 + phase) % 41 - 20) / 20.0
+    close = level + move
+    high = np.maximum(level, close) + 0.25
+    low = np.minimum(level, close) - 0.5
+    return np.column_stack([level, high, low, close, (minutes * 31 + phase) % 1000 / 8.0]).round(4)
+
+
+class BinanceServer(LoopbackServer):
+    """Serves pairs minute by minute up to ``now_ns``, the running bar included and half made."""
+
+    def __init__(self, now_ns: int, pairs: tuple[str, ...] = ("BTCUSDT", "ETHUSDT")) -> None:
+        super().__init__()
+        self.now_ns = now_ns
+        self.pairs = pairs
+        self.listed_ns: dict[str, int] = {}
+        self.delisted_ns: dict[str, int] = {}
+        self.outages: list[tuple[int, int]] = []  # no bars anywhere in [start, end)
+        self.weight = 2
+        self.banned_until = 0.0  # monotonic; asking earlier than a Retry-After allows ends in a ban
+
+    # ---------------------------------------------------------------- truth
+
+    def truth(self, pair: str, start_ns: int, end_ns: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return open_time (ns) and the five columns of all bars that open in the span."""
+        start_ns = max(start_ns, self.listed_ns.get(pair, 0))
+        end_ns = min(end_ns, self.delisted_ns.get(pair, end_ns))
+        minutes = np.arange(-(-start_ns // MINUTE_NS), -(-end_ns // MINUTE_NS))
+        for outage_start, outage_end in self.outages:
+            minutes = minutes[(minutes * MINUTE_NS < outage_start) | (minutes * MINUTE_NS >= outage_end)]
+        return minutes * MINUTE_NS, bars_of(pair, minutes)
+
+    def _rows(self, pair: str, start_ns: int, end_ns: int, unit_ns: Callable[[int], int]) -> list[list[Any]]:
+        times, values = self.truth(pair, start_ns, end_ns)
+        rows = []
+        for open_ns, bar in zip(times.tolist(), values.tolist(), strict=True):
+            unit = unit_ns(open_ns)
+            stamps = [open_ns // unit, (open_ns + MINUTE_NS) // unit - 1]
+            rows.append(
+                [stamps[0], *(f"{value:.8f}" for value in bar), stamps[1], "1.0", 5, "0.5", "0.5", "0"]
+            )
+        return rows
+
+    # --------------------------------------------------------------- answers
+
+    def answered_with(self, fault: Fault) -> None:
+        with self._lock:
+            if "Retry-After" in fault.headers:
+                self.banned_until = time.monotonic() + float(fault.headers["Retry-After"])
+
+    def plain(self, handler: BaseHTTPRequestHandler, faults: list[Fault]) -> Answer:
+        parts = urlsplit(handler.path)
+        if parts.path == "/api/v3/klines":
+            return self._klines({name: value[0] for name, value in parse_qs(parts.query).items()}, faults)
+        match = ARCHIVE_NAME.fullmatch(parts.path)
+        body = self._archive(match["pair"], match["unit"], faults) if match else None
+        if match is None or body is None:
+            return 404, b"<Error><Code>NoSuchKey</Code></Error>", {"Content-Type": "application/xml"}
+        if match["checksum"]:
+            name = parts.path.rsplit("/", 1)[1].removesuffix(".CHECKSUM")
+            return 200, f"{hashlib.sha256(body).hexdigest()}  {name}\n".encode(), {}
+        return 200, body, {"Content-Type": "application/zip"}
+
+    def _klines(self, query: dict[str, str], faults: list[Fault]) -> Answer:
+        headers = {"Content-Type": "application/json", "X-MBX-USED-WEIGHT-1M": str(self.weight)}
+        if time.monotonic() < self.banned_until:
+            self.banned_until += 3600
+        if self.banned_until > time.monotonic() + 1800:
+            return 418, b'{"code":-1003,"msg":"IP banned"}', headers | {"Retry-After": "3600"}
+        pair = query["symbol"]
+        if pair not in self.pairs:
+            return 400, b'{"code":-1121,"msg":"Invalid symbol."}', headers
+        start_ns = int(query["startTime"]) * 1_000_000
+        end_ns = min(int(query["endTime"]) * 1_000_000 + 1, self.now_ns)
+        limit = int(query.get("limit", "500"))
+        # Outages and listing dates leave room on a page, so look beyond one page's span where needed.
+        first = max(start_ns, self.listed_ns.get(pair, 0))
+        stop = min(end_ns, first + (limit + 20_000 * bool(self.outages)) * MINUTE_NS)
+        rows = self._rows(pair, first, stop, lambda open_ns: 1_000_000)[:limit]
+        for row in rows:
+            if row[6] * 1_000_000 >= self.now_ns:
+                row[5] = "0.00000001"  # still forming
+        for fault in faults:
+            rows = fault.rows(rows)
+        return 200, json.dumps(rows).encode(), headers
+
+    def _archive(self, pair: str, unit: str, faults: list[Fault]) -> bytes | None:
+        start = datetime.fromisoformat(unit if unit.count("-") == 2 else f"{unit}-01").replace(tzinfo=UTC)
+        end = (
+            start + timedelta(days=1) if unit.count("-") == 2 else (start + timedelta(days=32)).replace(day=1)
+        )
+        out = end if unit.count("-") == 2 else end + timedelta(days=-end.weekday() % 7)
+        start_ns, end_ns, out_ns = (int(moment.timestamp()) * 10**9 for moment in (start, end, out))
+        unlisted = end_ns <= self.listed_ns.get(pair, 0) or start_ns >= self.delisted_ns.get(pair, end_ns)
+        if pair not in self.pairs or unlisted or self.now_ns < out_ns + 2 * HOUR_NS:
+            return None
+        name = f"{pair}-1m-{unit}.csv"
+        if faults:
+            rows = self._rows(pair, start_ns, end_ns, _archive_unit_ns)
+            for fault in faults:
+                rows = fault.rows(rows)
+            return zipped(name, "".join(",".join(map(str, row)) + "\n" for row in rows))
+        times, values = self.truth(pair, start_ns, end_ns)
+        known = _ZIPS.get(pair + unit)
+        if known is None or known[0] != len(times):
+            unit_ns = _archive_unit_ns(start_ns)
+            columns = {"open_time": times // unit_ns} | {str(i): values[:, i] for i in range(5)}
+            frame = pl.DataFrame(columns).with_columns(
+                ((pl.col("open_time") * unit_ns + MINUTE_NS) // unit_ns - 1).alias("close_time"),
+                *(pl.lit(1).alias(other) for other in ("quote", "trades", "base", "taker", "ignore")),
+            )
+            known = _ZIPS[pair + unit] = (len(times), zipped(name, frame.write_csv(include_header=False)))
+        return known[1]
+
+
+_ZIPS: dict[str, tuple[int, bytes]] = {}  # by pair and unit: number of rows, zip; shared by all servers
+
+
+def _archive_unit_ns(open_ns: int) -> int:
+    return 1_000 if open_ns >= MICROSECONDS_FROM_NS else 1_000_000
+
+
+def zipped(name: str, text: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bundle:
+        bundle.writestr(
+            zipfile.ZipInfo(name, (2026, 1, 1, 0, 0, 0)), text, compress_type=zipfile.ZIP_DEFLATED
+        )
+    return buffer.getvalue()

@@ -1,0 +1,384 @@
+"""best.pt changes only by decision, once, whole, with a line in the ledger; a kill in between loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from continuous_training import Settings
+from data_sources.bars import Bars
+from evaluation import champion, ledger
+from evaluation.examiner import Exam, Examiner
+from evaluation.trained_policy import TrainedPolicy
+from monitoring.console import Console
+from runtime.control import STOP_NOW, Control
+from tests.envs.markets import market_of, walk
+from training import assembly, checkpoint
+from training.checkpoint_writer import BackgroundWriter
+from training.distributed import Ranks
+from training.progress import Clock
+from training.trainer import Session
+
+DAY_NS = 86_400 * 10**9
+SETTINGS = Settings(
+    d_model=16,
+    num_layers=1,
+    num_heads=2,
+    context_bars=4,
+    horizon=8,
+    episode_bars=16,
+    envs_per_gpu=4,
+    batch_size=16,
+    micro_batch_segments=2,
+    holdout_days=8,
+)
+HOLDS = {"long": 2, "flat": 1, "short": 0}
+
+
+def half_hours(symbol: str, drift: float, seed: int) -> Bars:
+    """12 days of bars, one every 30 minutes, that rise by ``drift`` in the mean."""
+    bars = walk(symbol, 12 * 48, seed=seed)
+    rise = np.exp(np.arange(len(bars)) * drift)
+    prices = {name: getattr(bars, name) * rise for name in ("open", "high", "low", "close")}
+    start = bars.open_time[0] // DAY_NS * DAY_NS
+    return replace(bars, open_time=start + (bars.open_time - bars.open_time[0]) * 30, **prices)
+
+
+class Training:
+    """A training without updates: what it holds is said, and its checkpoints are written for real."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._capsys = folder, capsys
+        self.bars = [half_hours("AAA", 1e-3, 0), half_hours("BBB", 5e-4, 1)]
+        self.trained_until_ns = int(self.bars[0].open_time[-1]) - 8 * DAY_NS
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        market = market_of(*self.bars, holdout_start_ns=self.trained_until_ns, context_bars=4, horizon=8)
+        memory, _ = assembly.memory_plan(SETTINGS, market.num_bytes, ranks)
+        config = assembly.session_config(SETTINGS, memory, ranks)
+        self.session = Session(market, config, ranks, None)
+        self.console = Console(folder / "logs")
+        self.examiner = Examiner(folder, ranks, Control(), self.console)
+        self.clock = Clock(trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns)
+
+    def holds(self, what: str) -> None:
+        with torch.no_grad():
+            self.session.policy.head.logits.bias.zero_()[HOLDS[what]] = 9.0
+
+    def examined(self, data: str = "d") -> Exam:
+        self.clock.tick(1)
+        with BackgroundWriter(self.folder, 2, self.console, True) as writer:
+            exam = self.examiner.examine(self.session, self.clock, data, writer)
+            assembly.save(SETTINGS, self.clock, self.session, data, exam.figures, writer, exam)
+            writer.finish()
+        self.console.lines(exam.lines)
+        return exam
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        return ledger.read(self.folder / ledger.NAME)
+
+    @property
+    def best(self) -> tuple[int, int] | None:
+        path = self.folder / checkpoint.BEST
+        if not path.exists():
+            return None
+        weights = checkpoint.load(path)
+        return weights["run"], weights["epoch"]
+
+    @property
+    def output(self) -> str:
+        return self._capsys.readouterr().out
+
+
+@pytest.fixture
+def training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Training:
+    return Training(tmp_path, capsys)
+
+
+def test_only_who_beats_the_champion_takes_its_place(training: Training) -> None:
+    story = [("short", None), ("flat", None), ("long", 3), ("short", 3), ("long", 3), ("flat", 3)]
+    for what, best in story:
+        training.holds(what)
+        training.examined()
+        assert training.best == (None if best is None else (1, best)), what
+    decisions = [(line["epoch"], line["champion"], line["decision"]) for line in training.ledger]
+    assert decisions == [
+        (1, None, "refused"),
+        (2, None, "refused"),
+        (3, None, "promoted"),
+        (4, "run1_epoch3.pt", "refused"),
+        (5, "run1_epoch3.pt", "refused"),
+        (6, "run1_epoch3.pt", "refused"),
+    ]
+    reasons = [line["reason"] for line in training.ledger]
+    assert reasons[1] == "against always flat, as there is no champion: both earned the same on every day"
+    assert reasons[4] == "against run1_epoch3.pt: both earned the same on every day"
+    assert [line["trials"] for line in training.ledger] == [1, 2, 3, 4, 5, 6]
+    for line in training.ledger:
+        assert np.datetime64(line["first"], "ns").astype(np.int64) > training.trained_until_ns
+        assert (line["days"], line["symbols"]) == (8, 2)
+        assert set(line["pooled"]) >= {"policy", "buy and hold", "always flat", "momentum"}
+        assert ("champion" in line["pooled"]) == (line["champion"] is not None)
+    # Who only ever holds is the market: above cash, not above buying and holding.
+    assert training.ledger[2]["verdict_reason"].startswith("not above buy and hold")
+    told = training.output
+    assert "Champion: run1_epoch3.pt from now on, against always flat, as there is no champion: +" in told
+    assert "Champion: still run1_epoch3.pt, against run1_epoch3.pt: -" in told
+
+
+def test_the_champion_is_a_checkpoint_like_others_and_outlives_them(training: Training) -> None:
+    for what in ("long", "short", "short", "short"):
+        training.holds(what)
+        exam = training.examined()
+    assert [path.name for path in checkpoint.existing(training.folder)] == [
+        "run1_epoch4.pt",
+        "run1_epoch3.pt",
+    ]
+    assert training.best == (1, 1)
+    trained = TrainedPolicy.read(training.folder / checkpoint.BEST, Settings)
+    assert trained.policy.head.logits.bias.tolist() == [0.0, 0.0, 9.0]
+    saved, warnings = checkpoint.newest(training.folder)
+    assert saved is not None and saved.path.name == "run1_epoch4.pt" and not warnings
+    assert saved.weights["exam"]["line"]["decision"] == "refused"
+    assert set(saved.weights["exam"]["symbols"]) == {"AAA", "BBB"}
+    assert saved.weights["trained_until_ns"] == training.trained_until_ns
+    assert saved.weights["metrics"]["exam/champion_percent"] == exam.figures["exam/champion_percent"] > 0
+
+
+def test_the_dates_are_fresh_to_both(training: Training) -> None:
+    training.holds("long")
+    training.examined()
+    # Weights that were trained for longer: of this training, and of the champion.
+    training.clock.trained_until_ns += 2 * DAY_NS
+    training.examined()
+    days = [line["days"] for line in training.ledger]
+    assert days[1] == days[0] - 2
+    path = training.folder / checkpoint.BEST
+    weights = checkpoint.load(path) | {"trained_until_ns": training.trained_until_ns + 3 * DAY_NS}
+    torch.save(weights, path)
+    training.examined()
+    assert training.ledger[2]["days"] == days[0] - 3
+    torch.save(weights | {"trained_until_ns": training.trained_until_ns + 8 * DAY_NS}, path)
+    assert training.examined() == training.examined() == Exam()
+    assert training.output.count("No exam: no symbol has 10 bars in a row after") == 1
+    assert len(training.ledger) == 3
+
+
+def test_the_champion_is_played_again_only_when_something_changed(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    original = champion.read
+    monkeypatch.setattr(champion, "read", lambda path, session: read.append(path) or original(path, session))
+    training.holds("long")
+    figures = [training.examined().figures for _ in range(4)]
+    assert len(read) == 1
+    assert figures[1]["exam/champion_percent"] == figures[3]["exam/champion_percent"]
+    training.examined(data="other bars")
+    assert len(read) == 2
+
+
+def test_an_epoch_that_is_played_again_is_one_trial(training: Training) -> None:
+    training.holds("long")
+    training.examined()
+    training.examined()
+    before = (training.folder / ledger.NAME).read_bytes()
+    training.clock.epoch -= 1  # its checkpoint was damaged
+    training.holds("short")
+    exam = training.examined()
+    assert exam.figures["exam/trials"] == 2
+    assert (training.folder / ledger.NAME).read_bytes() == before
+    assert training.best == (1, 1)
+    assert "decided before, this exam is on record already" in training.output
+
+
+def test_a_kill_between_the_checkpoint_and_the_ledger_loses_no_decision(training: Training) -> None:
+    training.holds("long")
+    record = training.examined().record
+    path = training.folder / ledger.NAME
+    whole = path.read_bytes()
+    for on_disk, has_best in ((whole[:-40], True), (b"", True), (b"", False)):
+        path.write_bytes(on_disk)
+        if not has_best:
+            (training.folder / checkpoint.BEST).unlink()
+        for _ in range(2):
+            champion.settle(training.folder, record, pytest.fail)
+            assert path.read_bytes() == whole
+            assert training.best == (1, 1)
+    champion.settle(training.folder, {}, pytest.fail)
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_with_one_name_per_file_gets_a_copy(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    training.holds("long")
+    training.examined()
+    assert training.best == (1, 1)
+    assert (training.folder / checkpoint.BEST).stat().st_nlink == 1
+
+
+def test_a_full_disk_is_a_warning_and_a_refusal(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    training.holds("long")
+    with monkeypatch.context() as patch:
+        patch.setattr(champion, "_put_in_place", full)
+        training.examined()
+    (line,) = training.ledger
+    assert (line["decision"], line["reason"]) == (
+        "refused",
+        "best.pt was not written: No space left on device",
+    )
+    assert training.best is None
+    told = training.output
+    assert "Warning: run1_epoch1.pt was to become the champion, but best.pt was not written" in told
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "append", full)
+        training.examined()
+    assert "ledger.jsonl was not written: No space left on device" in training.output
+    assert len(training.ledger) == 1
+
+
+def test_what_a_full_disk_kept_off_the_record_follows_in_order(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    records = []
+    for what in ("long", "short"):
+        training.holds(what)
+        records.append(training.examined().record)
+    path, owed, warnings = training.folder / ledger.NAME, [], []
+    whole = path.read_bytes()
+    path.unlink()
+    (training.folder / checkpoint.BEST).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "append", full)
+        for record in (records[0], records[0]):
+            champion.settle(training.folder, record, warnings.append, owed)
+    assert len(warnings) == 2 and "tried again with the next checkpoint" in warnings[0]
+    assert not path.exists() and training.best == (1, 1)
+    champion.settle(training.folder, records[1], pytest.fail, owed)
+    assert path.read_bytes() == whole
+    assert owed == []
+
+
+def test_a_disk_is_not_thought_to_gain_room_from_a_second_name(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for what in ("long", "short"):
+        training.holds(what)
+        training.examined()
+    before = sorted(path for path in training.folder.rglob("*.pt"))
+    old_state = training.folder / checkpoint.RESUME / "run1_epoch1.pt"
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="the disk is full"):
+        checkpoint._make_room(training.folder, old_state.stat().st_size + 1, pytest.fail)
+    assert sorted(path for path in training.folder.rglob("*.pt")) == before
+
+
+def test_a_wish_to_stop_now_breaks_an_exam_off(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.holds("long")
+    monkeypatch.setattr(Control, "stop_level", STOP_NOW)
+    assert training.examined() == Exam()
+    assert "No exam: asked to stop meanwhile" in training.output
+    assert training.ledger == [] and training.best is None
+    assert checkpoint.load(training.folder / "run1_epoch1.pt")["exam"] == {}
+
+
+def test_a_ledger_that_cannot_be_read_is_a_warning(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    training.holds("long")
+    monkeypatch.setattr(champion, "read", refused)
+    assert training.examined() == Exam()
+    told = training.output
+    assert "Warning: No exam: " in told and "ledger.jsonl cannot be read: Input/output error" in told
+    assert "Saved " in told and training.best is None
+
+
+def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_none(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.holds("long")
+    exam = training.examined()
+    weights, resume = training.session.checkpoint(training.clock)
+    for step, record in ((0, exam.record), (1, {})):
+        monkeypatch.setattr(
+            training.session, "checkpoint", lambda _, at=step: (weights | {"step": at}, resume)
+        )
+        with BackgroundWriter(training.folder, 2, training.console, True) as writer:
+            assembly.save(SETTINGS, training.clock, training.session, "d", {}, writer, exam)
+        assert checkpoint.load(training.folder / checkpoint.name_of(1, 1, step))["exam"] == record
+
+
+def test_what_cannot_be_compared_is_left_alone(training: Training) -> None:
+    training.holds("long")
+    training.examined()
+    best = training.folder / checkpoint.BEST
+    weights = checkpoint.load(best)
+    features = weights["features"] | {"mean": weights["features"]["mean"] + 1}
+    for change, told in (
+        ({"features": features}, "was trained with other features"),
+        ({"config": weights["config"] | {"context_bars": 5}}, "was trained with other context_bars"),
+        ({"format": 0}, "has format 0"),
+    ):
+        torch.save(weights | change, best)
+        before = best.read_bytes()
+        training.examined()
+        assert best.read_bytes() == before
+        assert told in training.ledger[-1]["reason"]
+        assert "move it away to let another one take its place" in training.ledger[-1]["reason"]
+    # Damaged on the disk after it was read, so that only other bars make it be read again.
+    torch.save(weights, best)
+    training.examined()
+    status = best.stat()
+    with best.open("r+b") as file:
+        file.seek(status.st_size // 2)
+        file.write(bytes(64))
+    os.utime(best, ns=(status.st_atime_ns, status.st_mtime_ns))
+    training.examined(data="other bars")
+    assert "is damaged" in training.ledger[-1]["reason"]
+    best.write_bytes(b"torn")
+    training.examined()
+    assert "cannot be read" in training.ledger[-1]["reason"]
+    assert best.read_bytes() == b"torn"
+
+
+def test_an_exam_draws_nothing_and_moves_no_account(training: Training) -> None:
+    training.holds("long")
+    training.examined()
+    training.session.env.cost_scale = 0.25
+    state, accounts = torch.get_rng_state(), training.session.env.state_dict()
+    training.examined()
+    assert torch.equal(torch.get_rng_state(), state)
+    after = training.session.env.state_dict()
+    assert torch.equal(after["generator"], accounts["generator"]) and after["symbols"] == accounts["symbols"]
+    assert torch.equal(after["totals"], accounts["totals"])
+    assert training.session.env.cost_scale == 0.25
+
+
+def test_nothing_held_out_is_one_line(training: Training) -> None:
+    training.clock.trained_until_ns = int(training.bars[0].open_time[-1])
+    assert training.examined() == training.examined() == Exam()
+    assert training.output.count("No exam: ") == 1
+    assert training.ledger == []
+    assert checkpoint.load(training.folder / "run1_epoch2.pt")["exam"] == {}

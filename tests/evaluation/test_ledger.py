@@ -1,0 +1,68 @@
+"""The ledger keeps every exam once, whatever kills its writer and however full the disk is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from evaluation import ledger
+
+
+def line(epoch: int) -> dict[str, object]:
+    return {"run": 1, "epoch": epoch, "data": "d", "decision": "refused"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "made" / ledger.NAME
+
+
+def test_what_is_appended_is_read_in_order(path: Path) -> None:
+    assert ledger.read(path) == []
+    for epoch in (1, 2, 3):
+        ledger.append(path, line(epoch))
+    assert ledger.read(path) == [line(1), line(2), line(3)]
+    assert path.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("length", range(1, len(json.dumps(line(2)))))
+def test_a_line_torn_anywhere_is_left_out_and_repaired(path: Path, length: int) -> None:
+    ledger.append(path, line(1))
+    with path.open("a") as file:
+        file.write(json.dumps(line(2))[:length])
+    assert ledger.read(path) == [line(1)]
+    ledger.append(path, line(3))
+    assert path.read_text() == json.dumps(line(1)) + "\n" + json.dumps(line(3)) + "\n"
+
+
+def test_a_line_that_only_lacks_its_end_is_kept(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text(json.dumps(line(1)))
+    assert ledger.read(path) == [line(1)]
+    ledger.append(path, line(2))
+    assert ledger.read(path) == [line(1), line(2)]
+
+
+def test_what_is_no_exam_does_not_count(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b'\xff\xfe\n[]\n{"run": 1}\n"text"\n\n' + json.dumps(line(1)).encode() + b"\n")
+    assert ledger.read(path) == [line(1)]
+
+
+def test_a_full_disk_leaves_what_was_on_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger.append(path, line(1))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            ledger.append(path, line(2))
+    assert path.read_text() == json.dumps(line(1)) + "\n"
+    ledger.append(path, line(2))
+    assert ledger.read(path) == [line(1), line(2)]

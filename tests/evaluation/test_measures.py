@@ -1,0 +1,139 @@
+"""Measures are what one computes by hand, on awkward walks too."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from evaluation.measures import (
+    LEAST_DAYS,
+    daily_returns,
+    days_of_fills,
+    equity_curve,
+    measure,
+    resampled_days,
+)
+from tests.evaluation.walks import of_daily, walk_of
+
+WEEK = (0.01, -0.02, 0.03, 0.0, 0.01, -0.01, 0.02)
+
+
+def test_one_symbol_by_hand() -> None:
+    walk = of_daily(*WEEK, position=[1, 1, 0, -1, 1, 0, 0], costs=[0.001] * 7, traded=[1, 0, 1, 1, 2, 1, 0])
+    got = measure([walk])
+    mean = sum(WEEK) / 7
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in WEEK) / 6)
+    downside = math.sqrt((0.02**2 + 0.01**2) / 7)
+    equity, peak, drawdown = 1.0, 1.0, 0.0
+    for r in WEEK:
+        equity *= 1 + r
+        peak = max(peak, equity)
+        drawdown = max(drawdown, 1 - equity / peak)
+    assert got.total_return == pytest.approx(equity - 1)
+    assert got.mean_daily_return == pytest.approx(mean)
+    assert got.sharpe == pytest.approx(mean / deviation * math.sqrt(365))
+    assert got.sortino == pytest.approx(mean / downside * math.sqrt(365))
+    assert got.max_drawdown == pytest.approx(drawdown)
+    assert got.turnover == pytest.approx(6 / 7)
+    assert got.time_in_market == pytest.approx(4 / 7)
+    assert got.hit_rate == pytest.approx(4 / 7)
+    assert got.costs == pytest.approx(0.007)
+    assert (got.num_days, got.days_per_year) == (7, 365)
+    assert got.mean_daily_interval is not None and got.sharpe_interval is not None
+    assert got.mean_daily_interval[0] < mean < got.mean_daily_interval[1]
+    assert got.sharpe_interval[0] < got.sharpe < got.sharpe_interval[1]
+
+
+def test_a_pool_has_equal_money_in_every_symbol_and_moves_none() -> None:
+    first, second = of_daily(1.0, 0.0, symbol="AAA"), of_daily(0.0, -0.5, symbol="BBB")
+    daily, _ = daily_returns([first, second])
+    # 2 and 1 after the first day, 2 and 0.5 after the second.
+    np.testing.assert_allclose(daily, [0.5, 2.5 / 3 - 1])
+    assert measure([first, second]).total_return == pytest.approx(0.25)
+
+
+def test_symbols_that_trade_at_other_times_share_one_curve() -> None:
+    coin = walk_of(np.log([1.1, 1.0, 1.2]), hours=[0, 1, 2])
+    stock = walk_of(np.log([0.5, 2.0]), hours=[1, 30], asset_class="stock")
+    time, equity = equity_curve([coin, stock])
+    hours = (time - np.datetime64("2026-01-05")) / np.timedelta64(1, "h")
+    assert hours.tolist() == [0, 0, 1, 2, 30]
+    np.testing.assert_allclose(equity, [1, 1.05, 0.8, 0.91, 1.16])
+    got = measure([coin, stock])
+    assert got.max_drawdown == pytest.approx(1 - 0.8 / 1.05)
+    # The stock's first fill, 01:00 UTC, is 20:00 of the day before in New York.
+    assert got.num_days == 3
+
+
+def test_days_are_utc_days_of_coins_and_new_york_sessions_of_stocks() -> None:
+    # January: New York is 5 hours behind; its extended session lasts from 09:00 to 01:00 UTC.
+    hours = [9.0, 14.5, 23.9, 24.9]
+    stock, coin = (walk_of([0.0] * 4, hours, asset_class=kind) for kind in ("stock", "crypto"))
+    assert [str(day) for day in days_of_fills(stock)] == ["2026-01-05"] * 4
+    assert [str(day) for day in days_of_fills(coin)] == ["2026-01-05"] * 3 + ["2026-01-06"]
+    # July: 4 hours behind; from 08:00 to 24:00 UTC.
+    july = 24 * 180
+    stock = walk_of([0.0] * 2, [july + 8.0, july + 23.99], asset_class="stock")
+    assert len(set(days_of_fills(stock))) == 1
+
+
+def test_stocks_alone_have_fewer_days_a_year() -> None:
+    stocks = of_daily(*WEEK, asset_class="stock")
+    assert measure([stocks]).days_per_year == 252
+    assert measure([stocks]).sharpe == pytest.approx(measure([of_daily(*WEEK)]).sharpe * math.sqrt(252 / 365))
+    assert measure([stocks, of_daily(*WEEK)]).days_per_year == 365
+
+
+@pytest.mark.parametrize("num_days", [1, LEAST_DAYS - 1])
+def test_too_few_days_have_no_ratio_and_no_interval(num_days: int) -> None:
+    got = measure([of_daily(*WEEK[:num_days])])
+    assert got.num_days == num_days
+    for value in (got.sharpe, got.sharpe_interval, got.sortino, got.mean_daily_interval):
+        assert value is None
+    assert got.mean_daily_return == pytest.approx(sum(WEEK[:num_days]) / num_days)
+
+
+def test_no_variance_has_no_sharpe_and_no_loss_no_sortino() -> None:
+    flat, steady = measure([of_daily(*[0.0] * 7)]), measure([of_daily(*[0.01] * 7)])
+    for got, mean in ((flat, 0.0), (steady, 0.01)):
+        assert got.sharpe is None and got.sharpe_interval is None and got.sortino is None
+        assert got.mean_daily_interval == pytest.approx((mean, mean))
+        assert got.max_drawdown == 0.0
+    assert (flat.hit_rate, steady.hit_rate) == (0.0, 1.0)
+
+
+def test_ruin_is_a_number() -> None:
+    got = measure([walk_of([0.0, math.log(1e-6), 0.0, 0.0, 0.0, 0.0])])
+    assert got.total_return == pytest.approx(-1, abs=1e-5)
+    assert got.max_drawdown == pytest.approx(1, abs=1e-5)
+    assert got.sharpe is not None and got.sharpe < 0
+    assert all(map(math.isfinite, (*got.sharpe_interval, *got.mean_daily_interval)))
+
+
+def test_no_walk_is_no_measure() -> None:
+    for call in (measure, daily_returns, equity_curve):
+        with pytest.raises(ValueError, match="there is no walk to measure"):
+            call([])
+
+
+def test_resampled_days_are_runs_of_neighbours() -> None:
+    days = resampled_days(27, resamples=4_000)
+    assert days.shape == (4_000, 27)
+    assert (days.min(), days.max()) == (0, 26)
+    follows = (days[:, 1:] == (days[:, :-1] + 1) % 27).mean()
+    # A run goes on with probability 1 - 1/3; else a day is drawn, once in 27 the next one.
+    assert follows == pytest.approx(2 / 3 + 1 / 3 / 27, abs=0.01)
+    assert np.bincount(days.flatten()).std() / 4_000 < 0.05
+    assert np.array_equal(days, resampled_days(27, resamples=4_000))
+    assert (resampled_days(1) == 0).all()
+
+
+def test_the_interval_of_the_mean_covers_the_truth_about_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = measure([of_daily(*random.normal(0.001, 0.01, 40))]).mean_daily_interval
+        covered += low < 0.001 < high
+    assert 0.85 < covered / 200 < 0.98

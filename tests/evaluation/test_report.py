@@ -1,0 +1,263 @@
+"""A report tells what was measured, says "no edge" where there is none, loads nothing, and is written whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.page import headline, page
+from evaluation.plots import break_even, drawdown, lasts, lowests, means, stretches
+from evaluation.report import Report, json_bytes, write_folder
+from tests.evaluation.reports import Page, files_of, report_of
+from tests.evaluation.walks import of_daily
+
+GAINS = (0.01, 0.02, -0.005, 0.015, 0.01, 0.02, 0.005)
+ROWS = [{"rollout/reward_bps": value, "loss/entropy": None} for value in np.sin(np.arange(40.0))]
+HOSTILE = '<script>alert("x")</script>&'
+
+
+def edge(**given: object) -> Report:
+    walks = [
+        of_daily(*GAINS, symbol="AAA", traded=[0.5] * 7, costs=[1e-4] * 7),
+        of_daily(*GAINS[::-1], symbol="BBB"),
+    ]
+    return report_of(walks, **({"num_trials": 1, "training": ROWS} | given))
+
+
+def text_of(report: Report) -> str:
+    """What its page says, without the pictures, which take a second to draw."""
+    return Page(page(report, dict.fromkeys(report.pictures(), ("", "")))).text
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    return files_of(edge(ladder=[(0.0, edge().pooled["policy"]), (5.0, edge().pooled["always flat"])]))
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing(files: dict[str, bytes]) -> None:
+    shown = Page(files["report.html"])
+    shown.loads_nothing()
+    assert shown.tags.count("svg") == 2 * len([name for name in files if name.endswith(".png")])
+    assert "width=device-width, initial-scale=1" in shown.values
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [
+        '<img src="data:,">',
+        '<a href="https://example.com">',
+        "<p style=\"background: url('x.png')\">",
+        "<script>fetch('x')</script>",
+        '<svg id="twice"></svg><svg id="twice"></svg>',
+        '<use href="#nowhere"/>',
+    ],
+)
+def test_a_page_that_loads_something_is_noticed(files: dict[str, bytes], addition: str) -> None:
+    with pytest.raises(AssertionError):
+        Page(files["report.html"] + addition.encode()).loads_nothing()
+
+
+def test_every_picture_is_a_png_beside_the_page(files: dict[str, bytes]) -> None:
+    pictures = {name for name in files if name.endswith(".png")}
+    assert pictures == {
+        "equity.png",
+        "drawdown.png",
+        "costs.png",
+        "symbol1_AAA.png",
+        "symbol2_BBB.png",
+        "training.png",
+    }
+    assert all(files[name].startswith(b"\x89PNG\r\n\x1a\n") for name in pictures)
+
+
+def test_what_comes_from_outside_is_escaped() -> None:
+    report = report_of(
+        [of_daily(*GAINS, symbol=HOSTILE)], checkpoint=HOSTILE, notes=[HOSTILE], made={HOSTILE: HOSTILE}
+    )
+    files = files_of(report)
+    shown = Page(files["report.html"])
+    shown.loads_nothing()
+    assert shown.tags.count("script") == 1  # the one that sorts tables
+    assert shown.text.count(HOSTILE) >= 5
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in files)
+
+
+def test_the_page_sorts_symbols_by_what_they_brought() -> None:
+    losing = [of_daily(*[-gain for gain in GAINS], symbol="LOSER"), of_daily(*GAINS, symbol="WINNER")]
+    report = report_of(losing)
+    assert [row["symbol"] for row in report.symbols] == ["WINNER", "LOSER"]
+    text = text_of(report)
+    assert text.index("WINNER crypto") < text.index("LOSER crypto")
+    total = sum(row["contribution"] for row in report.symbols)
+    assert total == pytest.approx(report.pooled["policy"].total_return)
+
+
+def test_figures_on_the_page_are_those_of_the_measures() -> None:
+    report, text = edge(), text_of(edge())
+    own = report.pooled["policy"]
+    low, high = own.sharpe_interval or (0.0, 0.0)
+    assert f"+{own.total_return:.2%} net return" in text
+    assert f"{own.sharpe:.1f} Sharpe, {low:.1f} to {high:.1f}" in text
+    assert f"{own.max_drawdown:.2%} deepest drawdown" in text
+    assert "2 symbols, 7 days" in text
+    assert "40 epochs up to this checkpoint" in text
+
+
+def test_a_report_without_training_curves_has_no_place_for_them() -> None:
+    assert "training" in edge().pictures() and "training" not in edge(training=[]).pictures()
+    assert " epochs up to this checkpoint" not in text_of(edge(training=[]))
+
+
+# --- the verdict ------------------------------------------------------------------------------------------
+
+
+def test_an_edge_is_called_one() -> None:
+    assert headline(edge()) == "An edge on these days. It earned 7.72% after costs."
+
+
+def test_without_an_edge_it_says_so_and_why() -> None:
+    report = report_of([of_daily(0.01, -0.02, 0.01, -0.01, 0.005, -0.002, 0.001, traded=[1.0] * 7)])
+    assert headline(report) == "No edge on these days. It lost 0.63% after costs."
+    text = text_of(report)
+    assert "not surely above 0." in text
+    assert "Not above buy and hold, always flat, momentum." in text
+    assert "Judged after 3 exams" in text
+
+
+def test_a_gain_below_a_baseline_is_no_edge() -> None:
+    report = edge(others={"buy and hold": [of_daily(*[0.05] * 7, symbol=name) for name in ("AAA", "BBB")]})
+    assert not report.verdict.edge
+    assert "Not above buy and hold." in text_of(report)
+
+
+def test_few_days_are_told() -> None:
+    report = report_of([of_daily(0.01, 0.01)])
+    assert headline(report).startswith("No edge")
+    text = text_of(report)
+    assert "2 days are too few to tell, 5 are needed" in text
+    assert json.loads(json_bytes(report))["pooled"]["policy"]["sharpe"] is None
+
+
+def test_one_that_never_trades_is_told() -> None:
+    report = report_of([of_daily(*[0.0] * 7, position=[0.0] * 7)])
+    assert headline(report) == "No edge on these days. It never traded."
+    assert report.paid_bps == 0.0
+    assert report.break_even == (None, "none: it never trades")
+
+
+def test_an_overlap_is_stamped_before_anything_else() -> None:
+    report = edge(overlaps=True)
+    assert headline(report).startswith("Not an exam: it was trained on some of these days.")
+    text = text_of(report)
+    assert text.index("OVERLAPS TRAINING: these weights were trained on bars up to 2026-01-05 00:00 UTC") < (
+        text.index("net return")
+    )
+    assert json.loads(json_bytes(report))["overlaps_training"] is True
+    assert "OVERLAPS" not in text_of(edge())
+
+
+def test_json_is_plain_and_strict(files: dict[str, bytes]) -> None:
+    def refuse(name: str) -> float:
+        raise AssertionError(name)
+
+    told = json.loads(files["report.json"], parse_constant=refuse)
+    assert told["format"] == 1
+    assert told["verdict"]["edge"] is True
+    assert told["pooled"]["always flat"]["sharpe"] is None
+    assert [rung["bps"] for rung in told["cost_ladder"]] == [0.0, 5.0]
+    assert [row["symbol"] for row in told["symbols"]] == [row["symbol"] for row in edge().symbols]
+    # Half the equity is traded a day, at 1e-4 of equity each.
+    assert told["paid_bps"] == pytest.approx(2.0)
+
+
+# --- curves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("costs", "returns", "value", "words"),
+    [
+        ((0, 2, 5), (0.3, 0.1, -0.2), 3.0, "3.00 bps"),
+        ((0, 2), (0.3, 0.1), None, "above 2 bps"),
+        ((0, 2), (-0.1, -0.2), None, "none: it earns nothing even without costs"),
+        ((1, 2), (0.0, -0.2), None, "below 1 bps"),
+        ((0, 1, 2), (0.2, 0.0, -0.1), 1.0, "1.00 bps"),
+    ],
+)
+def test_break_even_lies_where_nothing_is_left(
+    costs: tuple[float, ...], returns: tuple[float, ...], value: float | None, words: str
+) -> None:
+    found, told = break_even(costs, returns)
+    assert (found, told) == (pytest.approx(value) if value is not None else None, words)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 699, 700, 701, 5_000])
+def test_curves_keep_first_last_lowest_and_mean(length: int) -> None:
+    values = np.random.default_rng(length).normal(size=length)
+    first = stretches(length)
+    assert first[0] == 0 and len(first) == min(700, length) and (np.diff(first) > 0).all()
+    assert lasts(values)[0] == values[0] and lasts(values)[-1] == values[-1]
+    assert lowests(values).min() == values.min()
+    weights = np.diff(np.append(first, length))
+    assert (means(values) * weights).sum() == pytest.approx(values.sum())
+    assert len(lasts(values)) == len(lowests(values)) == len(means(values)) + 1
+
+
+def test_drawdown_is_measured_from_the_last_peak() -> None:
+    assert drawdown(np.array([1.0, 2.0, 1.5, 3.0, 2.4])) == pytest.approx([0, 0, -0.25, 0, -0.2])
+
+
+# --- the folder -------------------------------------------------------------------------------------------
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def broken_off(error: BaseException) -> Iterator[tuple[str, bytes]]:
+    yield "one.png", b"new"
+    raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "full"), SystemExit(1)])
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, error: BaseException) -> None:
+    folder = tmp_path / "reports" / "one"
+    with pytest.raises(type(error)):
+        write_folder(folder, broken_off(error))
+    assert listing(tmp_path) == {} and not folder.exists()
+    write_folder(folder, [("one.png", b"old"), ("report.json", b"{}")])
+    before = listing(tmp_path)
+    with pytest.raises(type(error)):
+        write_folder(folder, broken_off(error))
+    assert listing(tmp_path) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+
+
+def test_a_new_report_takes_the_place_of_all_files_of_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    write_folder(folder, [("symbol1_AAA.png", b"old"), ("report.json", b"{}")])
+    write_folder(folder, [("report.json", b"[]")])
+    assert listing(tmp_path) == {"one/report.json": b"[]"}
+
+
+def test_what_a_kill_left_behind_is_mended(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    # Killed between the two renames: the old report is aside, a half new one hidden beside it.
+    for name in (".one.old.tmp", ".one.12345678.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".one.old.tmp" / "report.json").write_bytes(b"old")
+    (tmp_path / ".one.12345678.tmp" / "report.json").write_bytes(b"half")
+    (tmp_path / ".other.12345678.tmp").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, broken_off(KeyboardInterrupt()))
+    assert listing(tmp_path) == {"one/report.json": b"old"}
+    assert (tmp_path / ".other.12345678.tmp").is_dir()

@@ -1,0 +1,409 @@
+"""The dashboard: fits every terminal, tells the figures of the metrics, and gives the terminal back."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.cells import cell_len
+from rich.console import Console as RichConsole
+
+from continuous_training import Settings
+from monitoring import health
+from monitoring.console import Console
+from monitoring.dashboard import ASCII, UNICODE, Painter, render
+from monitoring.format import age, clock, size, sparkline
+from monitoring.machine import Disk, Gauges, Machine
+from monitoring.state import Cockpit, Plan, Task, View
+from runtime.control import ENTER, LEAVE, Control
+from tests.monitoring.nvml import Nvml
+from tests.monitoring.test_health import HEALTHY
+from tests.program import (
+    ALONE,
+    CONTROL_SEQUENCE,
+    PATIENCE,
+    ROOT,
+    SUPERVISED,
+    Start,
+    environment,
+    is_same,
+    metrics,
+    tiny_flags,
+    written_to,
+)
+from training.progress import Clock
+
+SIZES = list(itertools.product((200, 100, 60, 33, 12, 1), (60, 40, 24, 13, 5, 1)))
+NOW_NS = 1_767_225_600 * 10**9
+
+
+def row(epoch: int, **changes: Any) -> dict[str, Any]:
+    """Metrics of one epoch that took 10 s: 2 to play, 7 to learn, 0.5 for a checkpoint, 0.5 for nothing known."""
+    times = {"epoch": 10.0, "data": 0.0, "rollout": 2.0, "update": 7.0, "evaluation": 0.0, "checkpoint": 0.5}
+    figures = {
+        **HEALTHY,
+        "epoch": epoch,
+        "transitions": 65_536 * epoch,
+        "rollout/reward_bps": -1.0 + 0.1 * epoch,
+        "rollout/episode_return_percent": -0.5,
+        "perf/mfu": 0.41,
+        "perf/episodes_per_second": 61.5,
+        **{f"perf/{name}_seconds": seconds for name, seconds in times.items()},
+    }
+    return figures | changes
+
+
+def full_view(epochs: int = 37, **changes: Any) -> View:
+    """A training with everything that can be shown."""
+    seconds = iter(range(10_000))
+    cockpit = Cockpit(clock=lambda: float(next(seconds)))
+    cockpit.plan = Plan(epochs=200, runs=None, checkpoint_every=25, keep_checkpoints=16, device="2 x cuda")
+    cockpit.begin(3, 0, 0)
+    cockpit.sources(
+        {"polygon": NOW_NS - 3_600 * 10**9, "binance": NOW_NS - 90 * 10**9}, {"polygon": 32, "binance": 26}
+    )
+    for epoch in range(1, epochs + 1):
+        cockpit.epoch(row(epoch, run=3), [])
+    ill = row(epochs + 1, run=3, **{"ppo/approx_kl": 0.31, "exam/sharpe": 1.25})
+    cockpit.epoch(ill, health.findings([ill]))
+    cockpit.line("Saved checkpoints/run3_epoch25.pt")
+    cockpit.line(
+        "Warning: yahoo: limits its rates for now, and this is a line that goes on for very long " * 3, True
+    )
+    cockpit.line("\x1b[31mno colours\x07 of others")
+    cockpit.task("binance", Task("binance", "12 of 26 month files, 4.5 MB", 12 / 26))
+    machine = Machine(Gauges(Nvml()).read().gpus, cpu=0.5, num_cores=16, memory_used=9e9, memory_total=1e11)
+    cockpit.gauges(machine, Disk(5e9, 21e9, 4, 5e9, 3e9))
+    cockpit.phase("update")
+    return replace(cockpit.view(NOW_NS), **changes)
+
+
+def text_of(view: View, width: int = 100, height: int = 50) -> list[str]:
+    return [line.plain for line in render(view, width, height)]
+
+
+def value_of(lines: list[str], label: str) -> str:
+    """Return what stands behind a label, up to where its illustration begins."""
+    (found,) = re.findall(rf"(?:^|  ) {re.escape(label)}  +(\S+(?: [%a-zA-Z]+)?)", "\n".join(lines), re.M)
+    return found
+
+
+# --- what is shown ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("glyphs", [UNICODE, ASCII])
+@pytest.mark.parametrize("epochs", [0, 1, 37, 600])
+def test_it_fits_every_terminal(epochs: int, glyphs: Any) -> None:
+    view = full_view(epochs)
+    for width, height in SIZES:
+        lines = render(view, width, height, glyphs)
+        assert 1 <= len(lines) <= height
+        assert max(line.cell_len for line in lines) <= width, (width, height)
+
+
+def test_it_fits_before_there_is_anything_to_show() -> None:
+    cockpit = Cockpit()
+    for width, height in SIZES:
+        lines = render(cockpit.view(), width, height)
+        assert 1 <= len(lines) <= height and max(line.cell_len for line in lines) <= width
+    assert "starting" in "\n".join(text_of(cockpit.view()))
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 50), (60, 80), (200, 50)])
+def test_the_figures_are_those_of_the_metrics(width: int, height: int) -> None:
+    view = full_view()
+    figures, lines = view.metrics, text_of(view, width, height)
+    assert value_of(lines, "reward bp/bar") == f"{figures['rollout/reward_bps']:+.3f}"
+    assert value_of(lines, "KL") == "0.3100"
+    assert value_of(lines, "clip fraction") == "0.100"
+    assert value_of(lines, "entropy") == "0.700"
+    assert value_of(lines, "explained var.") == "+0.050"
+    assert value_of(lines, "skipped steps") == "0"
+    assert value_of(lines, "dormant units") == "2.0%"
+    assert value_of(lines, "transitions/s") == "10,000"
+    assert value_of(lines, "episodes/s") == "61.5"
+    assert value_of(lines, "MFU") == "41%"
+    assert value_of(lines, "sharpe") == "+1.25"
+    assert value_of(lines, "rollout") == "2.00 s"
+    assert value_of(lines, "update") == "7.00 s"
+    assert value_of(lines, "checkpoint") == "0.50 s"
+    assert value_of(lines, "other") == "0.50 s"
+    assert value_of(lines, "polygon") == "60 min"
+    assert value_of(lines, "disk free") == "5 GB"
+    assert value_of(lines, "checkpoints") == "21 GB"
+    page = "\n".join(lines)
+    assert "run 3" in page and "epoch 38/200" in page and f"{65_536 * 38:,} transitions" in page
+    assert "4, up to 38 GB" in page  # 16 of 2 GB, two with 3 GB more
+    assert "32 symbols" in page and "learning" in page and "12 of 26" in page
+
+
+def test_every_gpu_has_its_line() -> None:
+    lines = [line for line in text_of(full_view(), 200, 50) if "GPU " in line]
+    assert len(lines) == 2
+    assert "GPU 0 H200" in lines[0] and "62/141 GB" in lines[0] and "412 W" in lines[0] and "61 C" in lines[0]
+    assert "98%" in lines[1] and "412 W" in lines[1] and not re.search(r"\d C\b", lines[1])
+
+
+def test_what_is_wrong_is_told_in_words_and_in_yellow() -> None:
+    view = full_view()
+    for width in (100, 60):
+        lines = render(view, width, 40)
+        words = " ".join(line.plain for line in lines)
+        assert "KL 0.31 is above 0.1" in re.sub(r"\s+", " ", words)
+        yellow = [
+            line.plain
+            for line in lines
+            if any("yellow" in str(span.style) for span in line.spans) or "yellow" in str(line.style)
+        ]
+        assert any("KL" in line for line in yellow)
+        assert any("yahoo" in line for line in yellow)
+    short = replace(view, disk=Disk(9e9, 21e9, 4, 5e9))
+    assert "the disk is nearly full" in "\n".join(text_of(short))
+    assert "Attention" not in "\n".join(text_of(replace(view, findings=(), warnings=(), disk=Disk())))
+
+
+def test_a_small_terminal_keeps_what_matters() -> None:
+    page = "\n".join(text_of(full_view(), 80, 24))
+    for word in ("epoch 38/200", "reward bp/bar", "KL", "Attention", "rollout", "Log"):
+        assert word in page
+
+
+def test_times_left_follow_from_the_pace() -> None:
+    view = replace(full_view(), epoch_began=100.0, now=104.0)
+    assert view.pace == 10.0
+    page = "\n".join(text_of(view))
+    assert "epoch 0:06 left" in page
+    assert f"run {clock(6 + 161 * 10)} left" in page  # of 200 epochs 38 are done
+    assert f"checkpoint in 12 epochs, {clock(6 + 11 * 10)}" in page
+    late = replace(view, now=130.0)
+    assert "epoch 0:00 left" in "\n".join(text_of(late))
+    last = replace(view, epoch=199)
+    assert "checkpoint in 1 epoch, 0:06" in "\n".join(text_of(last))
+
+
+def test_the_first_epoch_of_a_start_sets_no_pace() -> None:
+    slow_first = [row(1, **{"perf/epoch_seconds": 300.0, "perf/data_seconds": 200.0}), row(2), row(3)]
+    assert replace(full_view(), history=tuple(slow_first)).pace == 10.0
+    assert replace(full_view(), history=tuple(slow_first[:1])).pace == 9.0  # at least rollout and update
+
+
+def test_of_a_long_exam_the_figures_that_decide_are_shown() -> None:
+    figures = {f"exam/figure_{number}": 1.0 for number in range(20)}
+    examined = row(3, **figures, **{"exam/sharpe": 0.5, "exam/return_percent": -1.5})
+    lines = text_of(replace(full_view(), history=(examined, row(4))), 100, 60)
+    assert value_of(lines, "return %") == "-1.5" and value_of(lines, "sharpe") == "+0.5"
+    assert sum(" figure " in line for line in lines) == 6
+
+
+def test_a_stop_is_seen_at_once() -> None:
+    cockpit = Cockpit()
+    cockpit.stopping = lambda: "Stopping after this epoch"
+    assert "Stopping after this epoch" in "\n".join(text_of(cockpit.view()))
+
+
+def test_epochs_that_were_taken_back_are_not_shown_twice() -> None:
+    cockpit = Cockpit()
+    for epoch in (1, 2, 3, 2, 3):
+        cockpit.epoch(row(epoch), [])
+    assert [each["epoch"] for each in cockpit.recent()] == [1, 2, 3]
+
+
+def test_figures_that_are_missing_or_not_finite_are_told_as_such() -> None:
+    broken = row(4, **{"loss/entropy": float("nan"), "ppo/approx_kl": None})
+    del broken["perf/mfu"], broken["perf/epoch_seconds"]
+    lines = text_of(replace(full_view(), history=(row(3), broken)))
+    assert value_of(lines, "KL") == value_of(lines, "entropy") == "not finite"
+    assert not [line for line in lines if "MFU" in line]
+
+
+def test_without_unicode_all_of_it_is_ascii() -> None:
+    terminal = RichConsole(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), force_terminal=True)
+    lines = Painter(terminal)(full_view(), 100, 50)
+    assert all(line.isascii() for line in lines)
+    terminal = RichConsole(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), force_terminal=True)
+    assert not all(line.isascii() for line in Painter(terminal)(full_view(), 100, 50))
+
+
+def test_painted_lines_are_those_that_were_laid_out() -> None:
+    terminal = RichConsole(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), force_terminal=True)
+    painted = Painter(terminal)(full_view(), 100, 50)
+    assert [CONTROL_SEQUENCE.sub("", line).rstrip() for line in painted] == [
+        line.rstrip() for line in text_of(full_view())
+    ]
+    assert not any("\x07" in line or "\x1b[31mno" in line for line in painted)
+
+
+def test_curves_run_from_lowest_to_highest() -> None:
+    levels = "01234567"
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 20, levels) == "01234567"
+    assert sparkline([1, 1, 1], 20, levels) == "000"
+    assert sparkline([0, None, 7], 20, levels) == "0 7"
+    assert sparkline([0, 2, 12, 16], 2, levels) == "07"  # means 1 and 14
+    assert (
+        sparkline([None, None], 20, levels) == sparkline([], 20, levels) == sparkline([1.0], 0, levels) == ""
+    )
+
+
+def test_times_ages_and_sizes_are_told_in_one_unit() -> None:
+    assert [clock(s) for s in (None, 0, 59.6, 3_599, 3_600, 90_061)] == [
+        "?",
+        "0:00",
+        "1:00",
+        "59:59",
+        "1:00:00",
+        "1 d 01:01",
+    ]
+    assert [age(s) for s in (-5, 119, 120, 7_199, 7_200, 172_800)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "120 min",
+        "2 h",
+        "2 days",
+    ]
+    assert [size(b) for b in (0, 999, 1_000, 12_345_678, 5e9, 1.5e12)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "12.3 MB",
+        "5 GB",
+        "1.5 TB",
+    ]
+
+
+# --- the program on a terminal ------------------------------------------------------------------------------
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="terminals of POSIX")
+
+
+def frames(raw: str) -> list[str]:
+    """Return each line that was drawn on the alternate screen, colours left out."""
+    drawn = []
+    for shown in raw.split(ENTER)[1:]:
+        for part in re.split(r"\x1b\[\d+;1H", shown.split(LEAVE)[0])[1:]:
+            drawn.append(CONTROL_SEQUENCE.sub("", part.split("\x1b[K")[0]))
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Start]:
+    """A supervised training on a terminal of 100 x 40, ended with Ctrl+C."""
+    folder = tmp_path_factory.mktemp("watched")
+    start = Start(
+        folder / "out",
+        [*SUPERVISED, *tiny_flags(folder, checkpoint_every=4)],
+        environment(COLUMNS="100", LINES="40", TERM="xterm-256color"),
+        terminal=True,
+    )
+    try:
+        start.wait_for("skipped steps").wait_for("Time per epoch").wait_for("run1_epoch8.pt")
+        assert start.process.stdin is not None
+        start.process.stdin.write(b"\x03")
+        start.process.stdin.flush()
+        start.ends()
+        yield folder, start
+    finally:
+        start.kill()
+
+
+@POSIX
+def test_on_a_terminal_the_dashboard_is_drawn_within_its_bounds(watched: tuple[Path, Start]) -> None:
+    # What the supervisor says of the stop is not the dashboard's, and is drawn over.
+    drawn = frames(watched[1].raw.split("\x03")[0].split("^C")[0])
+    assert any("Continuous Training" in line for line in drawn)
+    assert max(map(cell_len, drawn)) <= 100
+    assert {int(number) for number in re.findall(r"\x1b\[(\d+);1H", watched[1].raw)} == set(range(1, 41))
+
+
+@POSIX
+def test_ctrl_c_on_the_dashboard_finishes_the_epoch_and_gives_the_terminal_back(
+    watched: tuple[Path, Start],
+) -> None:
+    folder, start = watched
+    assert start.process.returncode == 0, start.output
+    assert start.raw.count(ENTER) == start.raw.count(LEAVE) == 1
+    assert start.raw.rindex("\x1b[?25h") > start.raw.rindex("\x1b[?25l")  # the cursor is shown
+    after = CONTROL_SEQUENCE.sub("", start.raw.split(LEAVE)[-1])
+    assert "Saved " in after and "Summary: " in after and "Newest checkpoint: " in after
+    assert metrics(folder)
+
+
+@POSIX
+def test_the_dashboard_changes_no_weight_and_redirected_there_are_plain_ascii_lines(
+    watched: tuple[Path, Start], tmp_path: Path
+) -> None:
+    words = [*ALONE, *tiny_flags(tmp_path, runs=1, checkpoint_every=4, log_level="debug")]
+    start = Start(tmp_path / "out", words).ends_well()
+    assert start.raw.isascii() and "\x1b" not in start.raw
+    assert "run 1 epoch 8/8" in start.output and "perf/checkpoint_seconds=" in start.output
+    with_it, without = (
+        torch.load(folder / "checkpoints" / "run1_epoch8.pt", weights_only=True)["model"]
+        for folder in (watched[0], tmp_path)
+    )
+    assert is_same(with_it, without)
+
+
+@POSIX
+def test_a_terminal_that_goes_away_does_not_end_the_training(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    words = [sys.executable, *ALONE, *tiny_flags(tmp_path, runs=1, epochs=20, checkpoint_every=1000)]
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=environment(TERM="xterm"),
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    seen = b""
+    while ENTER.encode() not in seen:
+        seen += os.read(ours, 65_536)
+    os.close(ours)
+    assert process.wait(timeout=PATIENCE) == 0
+    assert metrics(tmp_path)[-1]["epoch"] == 20
+    assert (tmp_path / "checkpoints" / "run1_epoch20.pt").exists()
+
+
+@POSIX
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_terminal_on_which_none_is_wanted_gets_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with Console(tmp_path) as console:
+            settings = Settings(dashboard=wanted, checkpoint_dir=str(tmp_path))
+            console.begin(settings, Clock(), "1 x cpu", Control())
+            console.epoch(row(1), 200)
+    written = written_to(ours)
+    os.close(ours)
+    assert (ENTER in written) == (LEAVE in written) == wanted
+    assert ("run 1 epoch   1/200" in written) != wanted
+
+
+@pytest.mark.parametrize(("level", "lines", "figures"), [("debug", 1, 1), ("info", 1, 0), ("warning", 0, 0)])
+def test_lines_of_the_level_that_is_wanted_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str, lines: int, figures: int
+) -> None:
+    with Console(tmp_path, log_level=level) as console:
+        console.epoch(row(1, **{"ppo/approx_kl": 0.3}), 200)
+        console.epoch(row(2, **{"ppo/approx_kl": 0.3}), 200)
+        console.line("\u2192 \u00e9")
+    told = capsys.readouterr().out
+    assert told.isascii() and "\x1b" not in told
+    assert told.count("run 1 epoch   2/200") == lines
+    assert told.count("perf/checkpoint_seconds=") == 2 * figures
+    assert told.count("Warning: the policy moves far") == 1  # not told again in the next epoch

@@ -1,0 +1,80 @@
+"""What the machine tells, with NVIDIA's driver, without it, and where a card keeps something to itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from monitoring.machine import Disk, Gauges, Gpu, disk
+from tests.monitoring.nvml import Nvml
+from training.metrics import gpu_figures
+
+
+def test_every_gpu_is_read_in_plain_units() -> None:
+    nvml = Nvml()
+    gauges = Gauges(nvml)
+    machine = gauges.read()
+    assert machine.gpus == (
+        Gpu(0, "NVIDIA H200", 0.98, 62e9, 141e9, 412.3, 700.0, 61),
+        Gpu(1, "NVIDIA A100-SXM4-80GB", 0.98, 62e9, 141e9, 412.3, 700.0, None),
+    )
+    assert nvml.is_up
+    gauges.close()
+    assert not nvml.is_up and gauges.read().gpus == ()
+
+
+def test_without_a_driver_there_are_no_gpus_and_no_word_about_it(capfd: Any) -> None:
+    machine = Gauges(Nvml(has_driver=False)).read()
+    assert machine.gpus == ()
+    assert 0 <= machine.cpu <= 1 and machine.num_cores >= 1
+    assert 0 < machine.memory_used < machine.memory_total
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_real_library_is_spoken_to_as_it_wants() -> None:
+    Gauges().close()  # on a machine without a GPU: silently
+
+
+def test_the_disk_is_told_with_what_lies_on_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert disk(folder) == Disk()
+    (folder / "resume").mkdir(parents=True)
+    for name, length in (
+        ("run1_epoch1.pt", 10),
+        ("run1_epoch2.pt", 20),
+        ("resume/run1_epoch2.pt", 300),
+        ("best.pt", 7),
+    ):
+        (folder / name).write_bytes(b"x" * length)
+    found = disk(folder)
+    assert (found.checkpoints, found.num_checkpoints, found.newest) == (330, 2, 320)
+    assert found.needed(keep=16) == 16 * 20 + 2 * 300
+    assert found.free is not None and found.free > 0 and not found.is_short
+
+
+def test_a_disk_is_short_when_two_more_checkpoints_do_not_fit() -> None:
+    assert Disk(free=199.0, checkpoints=100.0, num_checkpoints=1, newest=100.0).is_short
+    assert not Disk(free=200.0, checkpoints=100.0, num_checkpoints=1, newest=100.0).is_short
+    assert not Disk(free=0.0).is_short  # nothing saved yet: nobody knows how much it takes
+    assert not Disk().is_short
+
+
+def test_a_figure_that_the_card_does_not_tell_is_left_out(monkeypatch: Any) -> None:
+    import pynvml
+
+    def not_supported(_: Any) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2_000_000_000)
+    monkeypatch.setattr(torch.cuda, "utilization", not_supported)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda _: 412_300)
+    monkeypatch.setattr(torch.cuda, "temperature", lambda _: 61)
+    told = gpu_figures(torch.device("cpu"))
+    assert told == {
+        "gpu/memory_gb": 2.0,
+        "gpu/power_watts": pytest.approx(412.3),
+        "gpu/temperature_celsius": 61.0,
+    }

@@ -1,0 +1,131 @@
+"""TensorBoard reads the same figures as metrics.jsonl holds, each step once, whatever was resumed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from monitoring import exporters as telemetry_room
+from monitoring.exporters import EventFile, Telemetry, recorded
+from tests.program import ALONE, Start, metrics, tiny_flags
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read all scalars of a folder as TensorBoard does: name -> (step, value), in order."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five epochs of which the first four are in a checkpoint; then a start that goes on from it, to the end."""
+    folder = tmp_path_factory.mktemp("resumed")
+    words = [*ALONE, *tiny_flags(folder, runs=1, epochs=5, checkpoint_every=4)]
+    Start(folder / "first", words).ends_well()
+    for path in folder.glob("checkpoints/**/run1_epoch5.pt"):
+        path.unlink()  # as if it had been killed before
+    Start(folder / "second", [*ALONE, *tiny_flags(folder, runs=1, epochs=8, checkpoint_every=4)]).ends_well()
+    return folder
+
+
+def test_scalars_are_those_of_the_metrics(resumed: Path) -> None:
+    newest = {entry["transitions"]: entry for entry in metrics(resumed)}  # what was done again counts once
+    assert len(metrics(resumed)) == 9 and len(newest) == 8
+    found = curves(resumed / "logs")
+    names = {name for entry in newest.values() for name in entry} - {"time", "transitions"}
+    assert set(found) == names
+    for name, points in found.items():
+        expected = [
+            (step, entry[name]) for step, entry in sorted(newest.items()) if entry.get(name) is not None
+        ]
+        assert [step for step, _ in points] == [step for step, _ in expected], name
+        np.testing.assert_array_equal([value for _, value in points], np.float32([v for _, v in expected]))
+
+
+def test_no_step_comes_twice_after_a_resume(resumed: Path) -> None:
+    for name, points in curves(resumed / "logs").items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)), name
+
+
+def test_a_return_to_a_checkpoint_within_one_start_takes_back_what_was_after_it(tmp_path: Path) -> None:
+    events = EventFile(tmp_path)
+    for step, value in ((10, 1.0), (20, 2.0), (30, 3.0), (20, 4.0), (30, 5.0)):
+        events.write(step, {"reward": value})
+    events.close()
+    assert curves(tmp_path) == {"reward": [(10, 1.0), (20, 4.0), (30, 5.0)]}
+
+
+def test_figures_are_in_the_file_when_they_were_recorded(tmp_path: Path) -> None:
+    events = EventFile(tmp_path)
+    events.write(10, {"reward": 1.0})
+    assert curves(tmp_path) == {"reward": [(10, 1.0)]}  # not closed: as after kill -9
+    events.close()
+
+
+def test_what_is_not_finite_or_no_number_has_no_point(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, None, pytest.fail)
+    figures = {"transitions": 8, "a": math.nan, "b": math.inf, "c": None, "d": "text", "e": 2}
+    telemetry.record(figures)
+    telemetry.close()
+    assert curves(tmp_path) == {"e": [(8, 2.0)]}
+
+
+def test_a_folder_that_cannot_be_written_is_told_once_and_tried_again(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    folder = tmp_path / "logs"
+    folder.write_text("a file where the folder should be")
+    telemetry = Telemetry(folder, None, warnings.append)
+    for epoch in (1, 2):
+        telemetry.record({"epoch": epoch, "transitions": 64 * epoch})
+    assert len(warnings) == 2 and all(str(folder) in warning for warning in warnings)
+    folder.unlink()
+    telemetry.record({"epoch": 3, "transitions": 192})
+    telemetry.close()
+    assert len(warnings) == 2
+    assert curves(folder) == {"epoch": [(192, 3.0)]}
+    assert [row["epoch"] for row in recorded(folder, 10, 192)] == [3]
+
+
+def test_a_full_disk_is_told_once_and_leaves_whole_files(tmp_path: Path, monkeypatch: Any) -> None:
+    warnings: list[str] = []
+    telemetry = Telemetry(tmp_path, None, warnings.append)
+    telemetry.record({"epoch": 1, "transitions": 64})
+    events = telemetry._events
+    write = events._append
+
+    def full(_: Any) -> None:
+        assert events._file is not None
+        events._file.write(b"half a record")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(events, "_append", full)
+    for epoch in (2, 3):
+        telemetry.record({"epoch": epoch, "transitions": 64 * epoch})
+    monkeypatch.setattr(events, "_append", write)
+    telemetry.record({"epoch": 4, "transitions": 256})
+    telemetry.close()
+    (warning,) = warnings
+    assert "TensorBoard" in warning and "No space left" in warning
+    assert curves(tmp_path)["epoch"] == [(64, 1.0), (256, 4.0)]
+
+
+def test_a_start_that_goes_on_reads_what_was_recorded_up_to_there(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, None, pytest.fail)
+    for epoch, transitions in ((1, 64), (2, 128), (3, 192), (2, 128), (3, 192), (4, 256)):
+        telemetry.record({"epoch": epoch, "transitions": transitions, "tried": transitions})
+    telemetry.close()
+    path = tmp_path / telemetry_room.NAME
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"epoch": 5, "trans\n[1]\n\n')
+    assert [row["epoch"] for row in recorded(tmp_path, 10, 192)] == [1, 2, 3]
+    assert [row["epoch"] for row in recorded(tmp_path, 2, 256)] == [3, 4]
+    assert recorded(tmp_path / "nowhere", 10, 64) == []

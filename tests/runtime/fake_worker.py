@@ -1,0 +1,98 @@
+"""Stands in for continuous_training.py: a worker that keeps runtime.control's contract and trains nothing.
+
+Its state is the number of finished epochs in FAKE_FOLDER/epochs; what it does goes to FAKE_FOLDER/log.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runtime.control import ENTER, STOP_NOW, Control
+
+FOLDER = Path(os.environ["FAKE_FOLDER"])
+EPOCHS = FOLDER / "epochs"
+EPOCH_SECONDS = float(os.environ.get("EPOCH_SECONDS", "0.3"))
+MISHAP, _, MISHAP_DETAIL = os.environ.get("MISHAP", "").partition(":")
+
+
+def log(line: str) -> None:
+    with (FOLDER / "log").open("a") as file:
+        file.write(line + "\n")
+
+
+def epochs() -> int:
+    return int(EPOCHS.read_text()) if EPOCHS.exists() else 0
+
+
+def save(number: int) -> None:
+    (FOLDER / "new").write_text(str(number))
+    (FOLDER / "new").replace(EPOCHS)
+
+
+def mishap(control: Control, now: str) -> None:
+    """Do what the test wants to go wrong at this point."""
+    if now != MISHAP:
+        return
+    if MISHAP_DETAIL == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if MISHAP_DETAIL.startswith(
+        "means "
+    ):  # says what it means to end with, and ends otherwise, as under torchrun
+        control.leave(int(MISHAP_DETAIL.split()[1]))
+        sys.exit(1)
+    if MISHAP_DETAIL == "screen":  # dies under its dashboard, with a last word
+        control.screen(True)
+        sys.stdout.write(ENTER)
+        sys.stdout.flush()
+        os.write(2, b"Traceback: why\n")
+        os._exit(9)
+    if MISHAP_DETAIL == "sleep":
+        time.sleep(600)
+    sys.exit(int(MISHAP_DETAIL))
+
+
+def train(rank: int) -> None:
+    control = Control()
+    log(f"start rank={rank} of={os.environ.get('WORLD_SIZE', '1')} pid={os.getpid()} epochs={epochs()}")
+    mishap(control, "start")
+    control.listen()
+    log(f"trains rank={rank}")
+    if os.environ.get("GRANDCHILD"):
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+    while True:
+        end = time.monotonic() + EPOCH_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.02)
+            if rank == 0:
+                control.beat()
+            mishap(control, "step")
+            if control.stop_level == STOP_NOW:
+                log(f"safe point rank={rank}")
+                control.leave(0)
+                return
+        if rank == 0:
+            save(epochs() + 1)
+            control.progressed()
+            sys.stdout.write(f"epoch {epochs()}\n")
+        mishap(control, "epoch")
+        if control.stop_level:
+            log(f"epoch end rank={rank}")
+            control.leave(0)
+            return
+
+
+if __name__ == "__main__":
+    command, *flags = sys.argv[1:] or ["nothing"]
+    if command == "preflight":
+        log(f"preflight {' '.join(flags)} planned={os.environ['WORLD_SIZE_PLANNED']}")
+        if MISHAP == "preflight":
+            sys.stderr.write("the setting is wrong\n")
+            sys.exit(int(MISHAP_DETAIL))
+    elif command == "train" and "--help" not in flags:
+        train(int(os.environ.get("RANK", "0")))
+    else:
+        sys.stdout.write(" ".join(["alone:", command, *flags]) + "\n")
+        sys.exit(7)

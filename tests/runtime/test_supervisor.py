@@ -1,0 +1,475 @@
+"""The supervisor with real processes, signals and a terminal; the worker is tests/runtime/fake_worker.py."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runtime.control import ENTER, LEAVE
+from runtime.launch import Launch, count_gpus
+from tests.program import written_to
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals of POSIX")
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests" / "runtime" / "fake_worker.py"
+PATIENCE = 60.0  # a bound for a busy machine, not an expectation
+IMPATIENT = {"first_delay_seconds": 0.05, "longest_delay_seconds": 0.1}
+DRIVER = """
+import json, sys
+from pathlib import Path
+from training.supervisor import Limits, main
+sys.exit(main(sys.argv[3:], script=Path(sys.argv[1]), limits=Limits(**json.loads(sys.argv[2]))))
+"""
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+class Daemon:
+    """A supervisor in a session of its own, under test."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, limits: dict[str, float] | None = None, **settings: str
+    ) -> None:
+        self.folder = folder
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(exist_ok=True)
+        self.terminal: int | None = None
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "FAKE_FOLDER": str(folder),
+            "TMPDIR": str(self.temporary),
+            "NPROC": "1",
+            "LAUNCHER": "direct",
+        }
+        self.environment = environment | settings
+        limits = IMPATIENT | (limits or {})
+        self.command = [sys.executable, "-c", DRIVER, str(WORKER), json.dumps(limits), *arguments]
+
+    def start(self, **how: object) -> "Daemon":
+        pipes = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "start_new_session": True,
+        }
+        self.process = subprocess.Popen(self.command, env=self.environment, **(pipes | how))  # type: ignore[call-overload]
+        return self
+
+    def start_in_terminal(self) -> "Daemon":
+        """Start it as a shell in a terminal window would be: session leader, with the keyboard's signals."""
+        process, self.terminal = pty.fork()
+        if process == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
+            os.execve(self.command[0], self.command, self.environment)
+        self.process = psutil.Process(process)  # type: ignore[assignment]
+        return self
+
+    def log(self) -> str:
+        path = self.folder / "log"
+        return path.read_text() if path.exists() else ""
+
+    def epochs(self) -> int:
+        path = self.folder / "epochs"
+        return int(path.read_text()) if path.exists() else 0
+
+    def starts(self, rank: int = 0) -> list[int]:
+        """Return the process ids of that rank's workers, oldest first."""
+        lines = [line.split() for line in self.log().splitlines() if line.startswith(f"start rank={rank} ")]
+        return [int(words[3].removeprefix("pid=")) for words in lines]
+
+    def trains(self) -> bool:
+        """Whether every rank is past its start."""
+        return all(f"trains rank={rank}" in self.log() for rank in range(int(self.environment["NPROC"])))
+
+    def train(self, epochs: int = 1) -> "Daemon":
+        """Wait until so many more epochs are finished."""
+        target = self.epochs() + epochs
+        wait_for(lambda: self.epochs() >= target)
+        return self
+
+    def ends(self) -> tuple[int, str]:
+        """Wait for the end: the exit code and what was written to stderr."""
+        _, errors = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, errors
+
+    def living(self) -> list[psutil.Process]:
+        """Find every process of this test, wherever it went."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                mine = process.environ().get("FAKE_FOLDER") == str(self.folder)
+                if mine and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def has_left_nothing(self) -> bool:
+        return not self.living() and not list(self.temporary.glob("continuous_training_*"))
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    made: list[Daemon] = []
+
+    def make(*arguments: str, **settings: object) -> Daemon:
+        made.append(Daemon(tmp_path, *arguments, **settings))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        for process in one.living():
+            process.kill()
+
+
+@pytest.mark.parametrize("num_ranks", ["1", "2"])
+def test_ctrl_c_finishes_the_epoch_and_exits_0(daemon, num_ranks):
+    run = daemon(NPROC=num_ranks, EPOCH_SECONDS="0.6").start().train()
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.ends()
+    assert code == 0 and "Stopping after this epoch" in errors
+    assert "epoch end rank=0" in run.log() and "safe point" not in run.log()
+    assert run.has_left_nothing()
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_supervisor_only(daemon):
+    run = daemon().start_in_terminal().train()
+    os.write(run.terminal, b"\x03")
+    _, status = os.waitpid(run.process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert run.log().count("start rank=0") == 1 and "epoch end rank=0" in run.log()
+
+
+def test_the_last_word_of_a_worker_outlives_its_dashboard(daemon):
+    run = daemon(MISHAP="step:screen", limits={"crashes": 2}).start_in_terminal()
+    written = written_to(run.terminal)
+    os.waitpid(run.process.pid, 0)
+    assert written.count(ENTER) == written.count(LEAVE) == written.count("Traceback: why") == 2
+    first, second, rest = written.split(LEAVE)
+    assert "Traceback" not in first and ENTER in first
+    assert second.index("Traceback: why") < second.index("Training died") < second.index(ENTER)
+    assert "Traceback: why" in rest and run.has_left_nothing()
+
+
+def test_a_closed_terminal_saves_at_the_next_safe_point(daemon):
+    run = daemon(EPOCH_SECONDS="30").start_in_terminal()
+    wait_for(run.trains)
+    os.close(run.terminal)
+    _, status = os.waitpid(run.process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert "safe point rank=0" in run.log() and run.has_left_nothing()
+
+
+def test_nohup_survives_the_terminal(daemon):
+    run = daemon()
+    run.command = ["nohup", *run.command]
+    run.start().train()
+    run.process.send_signal(signal.SIGHUP)
+    run.train(2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ends()[0] == 0
+
+
+def test_a_second_ctrl_c_ends_at_once_with_130(daemon):
+    run = daemon(NPROC="2", EPOCH_SECONDS="30", GRANDCHILD="yes").start()
+    wait_for(run.trains)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.ends()
+    assert code == 130 and "newest checkpoint on disk is whole" in errors
+    assert run.has_left_nothing()
+
+
+def test_a_bouncing_ctrl_c_counts_once(daemon):
+    run = daemon(EPOCH_SECONDS="0.8").start().train()
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ends()[0] == 0
+    assert "epoch end rank=0" in run.log()
+
+
+def test_sigterm_saves_at_the_next_safe_point(daemon):
+    run = daemon(NPROC="2", EPOCH_SECONDS="30").start()
+    wait_for(run.trains)
+    run.process.send_signal(signal.SIGTERM)
+    code, errors = run.ends()
+    assert code == 0 and "SIGTERM: saving" in errors
+    assert "safe point rank=0" in run.log() and run.has_left_nothing()
+
+
+def test_sigterm_to_every_process_of_a_service_saves_too(daemon):
+    run = daemon(NPROC="2", EPOCH_SECONDS="30").start()
+    wait_for(run.trains)
+    for process in run.living():
+        process.terminate()
+    assert run.ends()[0] == 0
+    assert "safe point rank=0" in run.log() and run.has_left_nothing()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_workers_start_exits_0(daemon, sent):
+    run = daemon(MISHAP="start:sleep").start()
+    wait_for(run.starts)
+    run.process.send_signal(sent)
+    assert (
+        "Ctrl+C again" in (told := run.process.stderr.readline() + run.process.stderr.readline())
+        or "SIGTERM" in told
+    )
+    os.kill(run.starts()[0], signal.SIGTERM)  # the fake sleeps through its start; systemd ends it like this
+    code, errors = run.ends()
+    assert code == 0 and "Stopped before" in errors
+    assert run.has_left_nothing()
+
+
+def test_a_stop_between_a_crash_and_the_restart_exits_0(daemon):
+    run = daemon(MISHAP="step:1", limits={"first_delay_seconds": 30.0, "longest_delay_seconds": 30.0}).start()
+    assert "goes on from the newest checkpoint" in run.process.stderr.readline()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends()[0] == 0
+    assert len(run.starts()) == 1 and run.has_left_nothing()
+
+
+@pytest.mark.parametrize(("num_ranks", "victim"), [("1", 0), ("2", 1)])
+def test_a_killed_worker_is_started_again_and_goes_on(daemon, num_ranks, victim):
+    run = daemon(NPROC=num_ranks).start().train(2)
+    os.kill(run.starts(victim)[0], signal.SIGKILL)
+    wait_for(lambda: len(run.starts()) == 2)
+    resumed_at = int(run.log().rsplit("epochs=", 1)[1].split()[0])
+    run.train()
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.ends()
+    assert code == 0 and resumed_at >= 2
+    assert "Training died: a worker was ended by SIGKILL" in errors
+    assert run.has_left_nothing()
+
+
+def test_a_hanging_worker_is_swept_and_started_again(daemon):
+    run = daemon(NPROC="2", limits={"hang_seconds": 2.0}).start().train()
+    os.kill(run.starts()[0], signal.SIGSTOP)
+    wait_for(lambda: len(run.starts()) == 2)
+    run.train()
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.ends()
+    assert code == 0 and "no sign of life for 2 s" in errors
+    assert run.has_left_nothing()
+
+
+def test_a_machine_that_was_frozen_as_a_whole_is_no_hang(daemon):
+    """A snapshot of a virtual machine, a paused container, a laptop that slept."""
+    run = daemon(limits={"hang_seconds": 4.0}).start().train()
+    processes = [psutil.Process(run.process.pid), psutil.Process(run.starts()[0])]
+    for process in processes:
+        process.suspend()
+    time.sleep(5.0)
+    for process in reversed(processes):
+        process.resume()
+    run.train()
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.ends()
+    assert code == 0 and len(run.starts()) == 1, errors
+
+
+LONG_CALL = """
+import os, time
+from training.control import CONTROL_DIR, Control, SupervisorControl
+with SupervisorControl() as supervisor:
+    os.environ[CONTROL_DIR] = str(supervisor.folder)
+    control = Control()
+    for _ in range(2):
+        before = supervisor.heartbeat()
+        with control.beating(600.0):  # a compiler at work
+            while supervisor.heartbeat() == before:
+                time.sleep(0.01)
+    before = supervisor.heartbeat()
+    with control.beating(0.0):  # one that takes longer than it may
+        time.sleep(2.5)
+    time.sleep(2.5)  # and nothing goes on beating behind it
+    assert supervisor.heartbeat() == before
+print("seen")
+"""
+
+
+def test_a_long_call_shows_life_from_a_thread_as_long_as_it_may(tmp_path):
+    words = [sys.executable, "-c", LONG_CALL]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.stdout, done.stderr) == ("seen\n", "")
+
+
+def test_a_worker_that_never_shows_life_has_the_longer_start_limit(daemon):
+    limits = {"start_seconds": 1.5, "hang_seconds": 0.1, "crashes": 2}
+    run = daemon(MISHAP="start:sleep", limits=limits).start()
+    code, errors = run.ends()
+    assert code == 1 and "no sign of life for 2 s" in errors and len(run.starts()) == 2
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 75])
+@pytest.mark.parametrize("way", ["step:{}", "step:means {}"])
+def test_a_final_exit_code_is_passed_on_and_not_retried(daemon, code, way):
+    run = daemon(NPROC="2", MISHAP=way.format(code)).start()
+    assert run.ends() == (code, "Starting 2 ranks.\n")
+    # Rank 1 may have said it before rank 0 came that far.
+    assert len(run.starts(0)) <= 1 and len(run.starts(1)) <= 1 and run.has_left_nothing()
+
+
+def test_a_refused_setting_is_told_once_and_starts_no_worker(daemon):
+    run = daemon("--batch-size", "7", NPROC="4", MISHAP="preflight:2").start()
+    assert run.ends() == (2, "the setting is wrong\n")
+    assert run.log() == "preflight --batch-size 7 planned=4\n" and run.has_left_nothing()
+
+
+def test_it_gives_up_after_five_crashes_without_a_finished_epoch(daemon):
+    run = daemon(MISHAP="step:1").start()
+    code, errors = run.ends()
+    assert code == 1 and len(run.starts()) == 5
+    assert "Giving up: 5 crashes without a finished epoch" in errors.splitlines()[-1]
+    assert run.has_left_nothing()
+
+
+def test_a_finished_epoch_starts_the_count_of_crashes_anew(daemon):
+    run = daemon(MISHAP="epoch:kill", EPOCH_SECONDS="0.05", limits={"crashes": 2}).start().train(4)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends()[0] in (0, 1)  # the signal may come just before the next crash
+    assert run.epochs() >= 4 and run.has_left_nothing()
+
+
+@pytest.mark.parametrize("num_ranks", ["1", "2"])
+def test_a_killed_supervisor_leaves_no_process(daemon, num_ranks):
+    run = daemon(NPROC=num_ranks).start().train()
+    run.process.kill()
+    run.ends()
+    wait_for(lambda: not run.living())
+
+
+def test_what_a_worker_started_in_its_own_session_is_swept_too(daemon):
+    run = daemon(GRANDCHILD="yes").start().train()
+    assert any(process.name() == "sleep" for process in run.living())
+    os.kill(run.starts()[0], signal.SIGKILL)
+    wait_for(lambda: len(run.starts()) == 2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ends()[0] == 0 and run.has_left_nothing()
+
+
+def test_a_reader_that_goes_away_does_not_end_it(daemon):
+    run = daemon(MISHAP="").start()
+    run.process.stderr.close()
+    run.train()
+    os.kill(run.starts()[0], signal.SIGKILL)  # now it has something to say
+    wait_for(lambda: len(run.starts()) == 2)
+    run.process.send_signal(signal.SIGINT)
+    run.process.stdout.read()
+    assert run.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("arguments", [("check", "--epochs", "2"), ("train", "--help"), ("--help",)])
+def test_other_commands_and_help_run_alone(daemon, arguments):
+    run = daemon(*arguments, NPROC="4").start()
+    output, _ = run.process.communicate(timeout=PATIENCE)
+    assert (output, run.process.returncode) == (f"alone: {' '.join(arguments)}\n", 7)
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_ranks_survives_what_happens_to_it(daemon):
+    run = daemon(NPROC="2", LAUNCHER="torchrun", EPOCH_SECONDS="0.3").start().train()
+    assert "of=2" in run.log()
+    os.kill(run.starts(1)[0], signal.SIGKILL)
+    wait_for(lambda: len(run.starts(0)) == 2)
+    agent = psutil.Process(run.starts(0)[1]).parent()
+    run.train()
+    agent.kill()
+    wait_for(lambda: len(run.starts(0)) == 3)
+    run.train()
+    run.process.send_signal(signal.SIGINT)
+    code, errors = run.ends()
+    assert code == 0 and run.has_left_nothing()
+    said = [line.split()[0] for line in errors.splitlines() if line]
+    assert said == ["Starting", "Training", "Training", "Stopping"]  # and no word of torchrun
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_final_exit_code_without_noise_and_dies_with_the_supervisor(daemon):
+    run = daemon(NPROC="2", LAUNCHER="torchrun", MISHAP="step:means 3").start()
+    assert run.ends() == (3, "Starting 2 ranks.\n")
+    assert run.has_left_nothing()
+    run = daemon(NPROC="2", LAUNCHER="torchrun").start().train()
+    run.process.kill()
+    run.ends()
+    wait_for(lambda: not run.living())
+
+
+def test_wrong_launch_settings_are_one_line_and_exit_2(daemon):
+    run = daemon(NPROC="none").start()
+    assert run.ends() == (2, "NPROC must be a whole number of at least 1, was 'none'\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"NPROC": "0"}, "NPROC must be"),
+        ({"LAUNCHER": "mpi"}, "LAUNCHER must be"),
+        ({"NNODES": "2", "LAUNCHER": "direct"}, "LAUNCHER=torchrun"),
+        ({"NNODES": "2", "LAUNCHER": "torchrun"}, "RDZV_ENDPOINT"),
+        ({"NNODES": "2", "LAUNCHER": "torchrun", "RDZV_ENDPOINT": "a:1", "NODE_RANK": "2"}, "0 to 1"),
+    ],
+)
+def test_launch_settings_name_the_variable_and_its_rule(settings, rule):
+    with pytest.raises(ValueError, match=rule):
+        Launch.from_environment({"NPROC": "1"} | settings)
+
+
+def test_many_machines_meet_at_the_endpoint():
+    environment = {
+        "NPROC": "4",
+        "NNODES": "2",
+        "NODE_RANK": "1",
+        "RDZV_ENDPOINT": "first:29500",
+        "LAUNCHER": "torchrun",
+    }
+    launch = Launch.from_environment(environment)
+    ((command, _),) = launch.commands(["worker.py", "train"])
+    assert launch.world_size == 8
+    assert {"--nnodes=2", "--rdzv-endpoint=first:29500", "--node-rank=1"} < set(command)
+    assert "--standalone" not in command
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, 3),
+        ("", 1),
+        ("-1", 1),
+        ("0", 1),
+        ("0,2", 2),
+        ("0,-1,2", 1),
+        ("GPU-a,GPU-b", 2),
+        ("0,1,2,3,4", 3),
+    ],
+)
+def test_ranks_default_to_the_gpus_that_may_be_seen(tmp_path, monkeypatch, visible, expected):
+    listing = "GPU 0: X (UUID: GPU-a)\n  MIG 1g: Device 0\nGPU 1: X (UUID: GPU-b)\nGPU 2: X (UUID: GPU-c)\n"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert count_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+def test_a_machine_without_nvidia_tools_gets_one_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert count_gpus({}) == 1

@@ -1,0 +1,186 @@
+"""Checkpoints in the background: a copy that training does not change, one write at a time, room on the disk."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from monitoring.console import Console
+from tests.drill.programs import kill_while_writing
+from tests.program import ALONE, SUPERVISED, Start, checkpoint, is_same, tiny_flags
+from training import checkpoint as files
+from training import checkpoint_writer
+from training.checkpoint_writer import BackgroundWriter, Snapshot
+
+MEBIBYTE = 1 << 20
+
+
+def state(run: int, epoch: int, mebibytes: float = 0.01) -> tuple[dict, dict]:
+    values = torch.full((int(mebibytes * MEBIBYTE / 4),), float(epoch))
+    return {"run": run, "epoch": epoch, "model": {"w": values}}, {"moments": values.clone()}
+
+
+def test_a_snapshot_does_not_follow_what_training_does_to_the_weights() -> None:
+    snapshot, weights = Snapshot(), torch.ones(3)
+    taken = snapshot.take({"model": {"w": weights}, "steps": [1, (weights[:2], "text")]})
+    weights += 1
+    assert is_same(taken["model"]["w"], torch.ones(3)) and is_same(taken["steps"][1][0], torch.ones(2))
+    assert (taken["steps"][0], taken["steps"][1][1]) == (1, "text")
+    again = snapshot.take({"model": {"w": weights}})
+    assert again["model"]["w"].data_ptr() == taken["model"]["w"].data_ptr()  # no memory is asked for twice
+    assert is_same(snapshot.take({"model": {"w": torch.zeros(5)}})["model"]["w"], torch.zeros(5))
+
+
+def test_training_goes_on_during_a_write_and_the_next_save_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, order = threading.Event(), []
+    write = files.save
+
+    def slow(folder, weights, *rest):
+        order.append(f"begins {weights['epoch']}")
+        allowed.wait(60)
+        order.append(f"ends {weights['epoch']}")
+        return write(folder, weights, *rest)
+
+    monkeypatch.setattr(checkpoint_writer.checkpoint, "save", slow)
+    with BackgroundWriter(tmp_path, 16, Console(None), wanted=True) as writer:
+        weights, resume = state(1, 1)
+        writer.save(weights, resume)
+        weights["model"]["w"] += 1  # training goes on
+        assert "ends 1" not in order
+        threading.Timer(0.2, allowed.set).start()
+        writer.save(*state(1, 2))
+        assert order[:2] == ["begins 1", "ends 1"]
+    # Leaving waits for the last one.
+    assert order == ["begins 1", "ends 1", "begins 2", "ends 2"]
+    assert torch.equal(files.load(tmp_path / "run1_epoch1.pt")["model"]["w"], state(1, 1)[0]["model"]["w"])
+
+
+def test_a_save_that_fails_is_a_warning_and_is_owed_until_one_succeeds(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.write_text("in the way")
+    with BackgroundWriter(folder, 16, Console(None), wanted=True) as writer:
+        writer.save(*state(1, 1))
+        assert writer.finish().startswith("not saved: ") and writer.owes
+        folder.unlink()
+        writer.save(*state(1, 2))
+        assert writer.finish() == str(folder / "run1_epoch2.pt") and not writer.owes
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    files.save(tmp_path, *state(1, 1), keep=16)
+    weights, resume = state(1, 2)
+    weights["model"]["w"][7] = float("nan")
+    with pytest.raises(files.CheckpointError, match="not finite"):
+        files.save(tmp_path, weights, resume, keep=16)
+    found, warnings = files.newest(tmp_path)
+    assert found is not None and (found.weights["epoch"], warnings) == (1, [])
+
+
+def test_what_killed_writers_left_is_swept_by_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "resume").mkdir()
+    leftovers = [tmp_path / ".run1_epoch2.pt.1-ab.tmp", tmp_path / "resume" / ".run1_epoch2.pt.1-cd.tmp"]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    with BackgroundWriter(tmp_path, 16, Console(None), wanted=False):
+        assert all(path.exists() for path in leftovers)  # not this rank's business
+    with BackgroundWriter(tmp_path, 16, Console(None), wanted=True):
+        assert not any(path.exists() for path in leftovers)
+
+
+# --- a disk that is really full -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_on_a_full_disk_older_files_go_first_and_the_last_of_each_run_stays(small_disk: Path) -> None:
+    told: list[str] = []
+    for run, epoch in [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]:
+        files.save(small_disk, *state(run, epoch, mebibytes=2.8), keep=16, warn=told.append)
+    assert [path.name for path in files.existing(small_disk)] == [
+        "run2_epoch3.pt",
+        "run2_epoch2.pt",
+        "run1_epoch2.pt",
+    ]
+    assert told and all("the disk is full: " in line and "was removed to make room" in line for line in told)
+    found, warnings = files.newest(small_disk)
+    assert found is not None and found.resume is not None
+    assert (found.weights["epoch"], warnings) == (3, [])
+
+
+def test_where_even_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(small_disk: Path) -> None:
+    files.save(small_disk, *state(1, 1, mebibytes=2), keep=16)
+    files.save(small_disk, *state(1, 2, mebibytes=2), keep=16)
+    before = sorted(path.name for path in small_disk.rglob("*"))
+    told: list[str] = []
+    with pytest.raises(files.CheckpointError, match=r"the disk is full\. Training goes on\."):
+        files.save(small_disk, *state(1, 3, mebibytes=20), keep=16, warn=told.append)
+    assert (sorted(path.name for path in small_disk.rglob("*")), told) == (before, [])
+
+
+def test_training_on_a_full_disk_goes_on_and_saves_when_there_is_room(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    checkpoints = small_disk / "checkpoints"
+    checkpoints.mkdir()
+    (small_disk / "filler").write_bytes(b"x" * (16 * MEBIBYTE - 64 * 1024))
+    flags = tiny_flags(tmp_path, checkpoint_dir=checkpoints, epochs=60, runs=1)
+    start = Start(tmp_path / "out", [*ALONE, *flags])
+    try:
+        start.wait_for("run 1 epoch  5/60")
+        (small_disk / "filler").unlink()
+        start.ends_well()
+    finally:
+        start.kill()
+    assert "run1_epoch2.pt was not saved: the disk is full. Training goes on." in start.output
+    # The one that is owed does not wait for the next even epoch to try again.
+    assert "run1_epoch3.pt was not saved: the disk is full" in start.output
+    assert "run1_epoch60.pt" in start.lines[-1]
+    assert not list(checkpoints.rglob("*.tmp"))
+    assert files.load(checkpoints / "run1_epoch60.pt")["epoch"] == 60
+
+
+def test_a_last_save_without_room_is_exit_4_and_not_tried_again(small_disk: Path, tmp_path: Path) -> None:
+    """Not 0: a script that switches the machine off after a training that ended well must hear of it."""
+    checkpoints = small_disk / "checkpoints"
+    checkpoints.mkdir()
+    (small_disk / "filler").write_bytes(b"x" * (16 * MEBIBYTE - 64 * 1024))
+    flags = tiny_flags(tmp_path, checkpoint_dir=checkpoints, epochs=2, runs=1)
+    start = Start(tmp_path / "out", [*SUPERVISED, *flags])
+    assert start.ends() == 4, start.output
+    assert start.lines[-2].startswith("Newest checkpoint: not saved: ")
+    assert start.lines[-1].startswith(f"The end of this training is not saved: make room in {checkpoints}; ")
+    assert start.output.count("Run 1: epochs 1 to 2") == 1
+
+
+# --- kill -9 while a checkpoint is written ------------------------------------------------------------------
+
+
+def test_kill_9_during_a_background_write_changes_nothing_in_the_end(tmp_path: Path) -> None:
+    unbroken = Start(tmp_path / "out", [*ALONE, *tiny_flags(tmp_path / "unbroken", d_model=128, runs=1)])
+    killed = kill_while_writing(tmp_path / "killed", epoch=4, d_model=128, runs=1)
+    again = Start(tmp_path / "again", [*ALONE, *tiny_flags(killed, d_model=128, runs=1)]).ends_well()
+    unbroken.ends_well()
+    assert "Going on from" in again.output and "run1_epoch2.pt" in again.output
+    assert not list((killed / "checkpoints").rglob("*.tmp"))
+    ours, theirs = (checkpoint(tmp_path / name, "run1_epoch8.pt") for name in ("killed", "unbroken"))
+    assert is_same(ours["model"], theirs["model"])

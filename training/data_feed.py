@@ -1,0 +1,295 @@
+"""A run's bars: rank 0 brings the lake up to date, then every rank maps the same copy of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from data_sources import snapshot
+from data_sources.calendar import date_ns
+from data_sources.errors import LakeError
+from data_sources.lake.lake import READY_FOLDER, Lake
+from data_sources.refresh import DataRequest, LoadedData, load, refresh
+from monitoring.console import Console
+from runtime import background_process
+from runtime.control import EXIT_CRASH, EXIT_NO_DATA, STOP_AT_EPOCH_END, Control, Leave
+from training.distributed import Ranks, agreed_stop
+from training.progress import Clock
+
+if TYPE_CHECKING:
+    from training.distributed import Ranks, agreed_stop
+
+
+def fresh_bars(
+    lake: Lake,
+    settings: Any,
+    clock: Clock,
+    ranks: Ranks,
+    control: Control,
+    console: Console,
+    prefetch: Prefetch,
+) -> LoadedData | None:
+    """Refresh the lake on rank 0, then load this run's bars on every rank; None when asked to stop meanwhile.
+
+    Where the lake was refreshed while the last run trained, its bars are taken without asking anybody. A run
+    that is resumed keeps the bars that it began with, so that its numbers go on as if nothing had happened. A
+    source that fails is told and left out; the run goes on with what the lake holds.
+
+    Args:
+        lake: the downloaded bars.
+        settings: which bars are wanted.
+        clock: its ``cutoff_ns`` is set where this run has none yet.
+        ranks: all take part.
+        control: where a stop is asked for.
+        console: where sources tell how it goes.
+        prefetch: what was refreshed in the background.
+
+    Raises:
+        Leave: there are no bars at all, or ranks read different ones.
+    """
+    if clock.cutoff_ns == 0:
+        cutoff_ns = prefetch.take() if ranks.is_first else 0
+        if ranks.is_first and not cutoff_ns:
+            cutoff_ns = time.time_ns()
+            progress = Interruptible(console, lambda: control.stop_level > 0)
+            # A stop is agreed on by the ranks below.
+            with contextlib.suppress(StopRequested), _leaving_without_lake(clock):
+                refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, progress)
+        with control.waiting():
+            cutoff_ns = ranks.from_first(cutoff_ns)
+        if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
+            return None
+        clock.cutoff_ns = cutoff_ns
+    request = data_request(settings, clock.cutoff_ns)
+    with _leaving_without_lake(clock):
+        data = _shared(lake, request, ranks, console, control)
+    if len(set(ranks.gather(data.fingerprint))) > 1:
+        raise Leave(
+            EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
+        )
+    console.data(data)
+    if not data.bars:
+        raise Leave(
+            EXIT_NO_DATA,
+            f"No symbol has {request.min_bars:,} bars: set the keys in .env (see .env.example), check the "
+            "network, or try it offline with --demo",
+        )
+    return data
+
+
+def data_request(settings: Any, now_ns: int) -> DataRequest:
+    """Say which bars the settings ask for at this moment."""
+    day_ns = 86_400 * 10**9
+    end_ns = now_ns
+    if settings.end_date:
+        end_ns = min(now_ns, date_ns(settings.end_date) + day_ns)  # the last day is included
+    start_ns = end_ns - settings.history_days * day_ns
+    if settings.start_date:
+        start_ns = date_ns(settings.start_date)
+    return DataRequest(
+        sources=settings.sources,
+        stocks=settings.stocks,
+        binance_pairs=settings.binance_pairs,
+        polygon_crypto=settings.polygon_crypto,
+        start_ns=start_ns,
+        end_ns=end_ns,
+        min_bars=settings.min_bars,
+        extended_hours=settings.extended_hours,
+        simulated_symbols=settings.simulated_symbols,
+        simulated_bars=settings.simulated_bars,
+    )
+
+
+@contextlib.contextmanager
+def _leaving_without_lake(clock: Clock) -> Iterator[None]:
+    """End the program where the lake cannot be read; one that has trained from it before tries again soon."""
+    try:
+        yield
+    except LakeError as error:
+        code = EXIT_CRASH if clock.transitions else EXIT_NO_DATA
+        raise Leave(code, f"{error}: look at the disk, or use another --data-dir") from error
+
+
+def _shared(lake: Lake, request: DataRequest, ranks: Ranks, console: Console, control: Control) -> LoadedData:
+    """Map the one copy of the run's bars; without room for a copy every rank reads the lake for itself."""
+    name = ""
+    if ranks.is_first and request.needs_lake:
+        try:
+            name = snapshot.provide(lake, request).name
+        except LakeError as error:
+            console.warning(f"every rank and restart reads all of the lake: {error}")
+    with control.waiting():
+        name = ranks.from_first(name)
+    if not name:
+        return load(lake, request)
+    try:
+        return snapshot.open_copy(lake.root / READY_FOLDER / name)
+    except LakeError as error:
+        return LoadedData([], {}, [], str(error))  # another fingerprint than rank 0's
+
+
+TOP_UP_SECONDS = 600.0
+PICK_UP_SECONDS = 5.0  # a process that is nearly done may finish when the run ends
+
+
+class Prefetch:
+    """Starts, watches and ends the background refreshes of one training. A context manager.
+
+    Args:
+        command: the process to start; its last line of output is ``{"now_ns": ..., "warnings": [...]}``. None:
+            nothing is ever fetched ahead (other ranks; a market that needs no refresh).
+        warn: told what went wrong.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] | None,
+        warn: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._command = command
+        self._warn = warn
+        self._clock = clock
+        self._child: subprocess.Popen[bytes] | None = None
+        self._output: IO[bytes] | None = None
+        self._ready_ns = 0
+        self._warnings: list[str] = []
+        self._begin_run()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_child()
+
+    def after_epoch(self, epochs_left: int) -> None:
+        """Start what is due; returns at once."""
+        if self._command is None:
+            return
+        now = self._clock()
+        self._epochs += 1
+        if self._child is not None and self._child.poll() is not None:
+            self._take_result()
+        if self._child is not None or epochs_left == 0:
+            return
+        if not self._starts:
+            self._start(now)
+        elif len(self._starts) == 1 and now - self._starts[0] >= TOP_UP_SECONDS:
+            seconds_left = epochs_left * (now - self._began) / self._epochs
+            if seconds_left <= TOP_UP_SECONDS:
+                self._start(now)
+
+    def take(self) -> int:
+        """End the run: return up to when the lake was brought up to date meanwhile, ns UTC, and forget it.
+
+        0: it was not, so that the caller must refresh. What was begun and is far from done still counts.
+        """
+        if self._child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(0.0 if self._ready_ns else PICK_UP_SECONDS)
+            if self._child.poll() is not None:
+                self._take_result()
+            elif not self._ready_ns:
+                self._warn(
+                    "the refresh in the background is not done; this run takes the bars that have arrived"
+                )
+                self._ready_ns = time.time_ns()
+        self._end_child()
+        ready_ns = self._ready_ns
+        for warning in self._warnings:
+            self._warn(warning)
+        self._begin_run()
+        return ready_ns
+
+    def _begin_run(self) -> None:
+        self._began = self._clock()
+        self._epochs = 0
+        self._starts: list[float] = []
+        self._ready_ns = 0
+        self._warnings = []
+
+    def _start(self, now: float) -> None:
+        assert self._command is not None
+        self._starts.append(now)
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when its process ended
+        # Nobody else's ranks, GPUs or cores; a session (on Windows: a group) of its own, out of Ctrl+C's reach.
+        quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "RANK": "0"}
+        new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        low_priority = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0)
+        try:
+            self._child = subprocess.Popen(
+                self._command,
+                env=os.environ | quiet,
+                stdin=subprocess.PIPE,  # its end tells the child that this process is gone
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                creationflags=new_group | low_priority,
+            )
+        except OSError as error:
+            output.close()
+            self._warn(f"the next run's bars are not fetched ahead: {error}")
+            return
+        self._output = output
+
+    def _take_result(self) -> None:
+        """Read what the ended child said."""
+        assert self._child is not None and self._output is not None
+        self._output.seek(0)
+        lines = self._output.read().decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+        try:
+            told = json.loads(lines[-1])
+            self._ready_ns, self._warnings = int(told["now_ns"]), list(told["warnings"])
+        except (ValueError, KeyError, TypeError):
+            self._warn(f"the refresh in the background failed: {lines[-1][:300]}")
+        self._end_child()
+
+    def _end_child(self) -> None:
+        child, output, self._child, self._output = self._child, self._output, None, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
+        if output is not None:
+            output.close()
+
+
+def refresh_ahead(settings: Any, ranks: Ranks) -> list[str] | None:
+    """Return the command that refreshes the bars of ``settings``; None on other ranks, or where none is needed."""
+    if not ranks.is_first or set(settings.sources) == {"simulated"}:
+        return None
+    from commands.cli import flags_of
+
+    return [sys.executable, "-P", background_process.__file__, "data", "--background", *flags_of(settings)]
+
+
+class StopRequested(KeyboardInterrupt):
+    """A stop was asked for while bars were loading. An interrupt, which no source takes for its own fault."""
+
+
+class Interruptible:
+    """A data_sources.progress.Progress that passes everything on, and ends the work when asked to stop.
+
+    Raises:
+        StopRequested: from ``advance`` once ``stop_now`` says so; what has arrived stays in the lake.
+    """
+
+    def __init__(self, console: Console, stop_now: Callable[[], bool]) -> None:
+        self._stop_now = stop_now
+        self.start, self.finish, self.warn = console.start, console.finish, console.warn
+        self._advance = console.advance
+
+    def advance(self, source: str, units: int = 1, num_bytes: int = 0) -> None:
+        """Pass it on, unless the work is to end."""
+        self._advance(source, units, num_bytes)
+        if self._stop_now():
+            raise StopRequested

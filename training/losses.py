@@ -1,0 +1,153 @@
+"""PPO arithmetic: generalised advantage estimation, the clipped loss, and its diagnostics.
+
+Pure functions of tensors: no environment, no model, no process group, no logging.
+Shapes: N = environments on this GPU, T = horizon (decisions per rollout), K = target positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.policy import Policy
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Coefficients of the objective, in the words of Schulman et al. 2017 (arXiv:1707.06347)."""
+
+    gamma: float
+    gae_lambda: float  # of hindsight values, too
+    clip_coef: float
+    entropy_coef: float
+    value_coef: float
+    advantages: Literal["hindsight", "gae"]
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, next_value: Tensor, terminated: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation, Schulman et al. 2016 (arXiv:1506.02438), eq. 16.
+
+    ``terminated[:, t]`` means that the account was ruined by decision t: the future is worth nothing. An
+    episode that only runs out of bars ends with the segment, where ``next_value`` stands for its future
+    just as for an episode that goes on: truncation needs no case of its own.
+
+    Args:
+        rewards, values: (N, T) float32.
+        next_value: (N,) value of the observation after the last decision.
+        terminated: (N, T) bool.
+        gamma: discount per bar.
+        gae_lambda: weight of longer returns.
+
+    Returns:
+        advantages and returns (advantages + values), both (N, T).
+    """
+    alive = (~terminated).to(rewards.dtype)
+    following = torch.cat((values[:, 1:], next_value[:, None]), dim=1)
+    deltas = rewards + gamma * following * alive - values
+    decay = gamma * gae_lambda * alive
+    last, backwards = torch.zeros_like(next_value), []
+    for delta, weight in zip(reversed(deltas.unbind(1)), reversed(decay.unbind(1)), strict=True):
+        last = torch.addcmul(delta, weight, last)
+        backwards.append(last)
+    advantages = torch.stack(backwards[::-1], dim=1)
+    return advantages, advantages + values
+
+
+@dataclass
+class Losses:
+    """The objective of one micro-batch and what is worth reading about it.
+
+    Every entry is a sum over the micro-batch's decisions divided by ``num_decisions`` of the whole
+    minibatch, so that micro-batches add up to the minibatch whatever their size.
+    """
+
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+
+
+@dataclass
+class Targets:
+    """What the update pulls the policy and the critic towards; (..., K) has one entry per position."""
+
+    log_policy: Tensor  # (..., K) of the policy that acted
+    weights: Tensor  # (..., K) adding up to 1: what was drawn, or how likely each position was
+    advantages: Tensor  # (..., K), normalised over the whole rollout
+    returns: Tensor  # (...)
+    valid: Tensor  # (...) bool; False after a ruin, where nothing was decided
+
+    def __getitem__(self, rows: Tensor) -> Targets:
+        """Return the targets of some segments."""
+        return Targets(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+def ppo_losses(
+    logits: Tensor, values: Tensor, targets: Targets, num_decisions: int | Tensor, config: PPOConfig
+) -> Losses:
+    """Clipped surrogate, value and entropy losses (Schulman et al. 2017, eq. 9), in float32.
+
+    Args:
+        logits: (..., K) of the policy now.
+        values: (...) of the critic now.
+        targets: of the same decisions.
+        num_decisions: decisions of the whole minibatch on this rank, the divisor of every sum.
+        config: coefficients.
+    """
+    weight = targets.valid.to(logits.dtype) / num_decisions
+    log_policy = torch.log_softmax(logits, dim=-1)
+    log_ratio = log_policy - targets.log_policy
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - config.clip_coef, 1.0 + config.clip_coef)
+    gain = torch.minimum(ratio * targets.advantages, clipped * targets.advantages)
+    policy = -((gain * targets.weights).sum(-1) * weight).sum()
+    value = 0.5 * ((values - targets.returns).square() * weight).sum()
+    entropy = -((log_policy.exp() * log_policy).sum(-1) * weight).sum()
+    with torch.no_grad():
+        approx_kl = (-(targets.log_policy.exp() * log_ratio).sum(-1) * weight).sum()
+        outside = ((ratio - 1.0).abs() > config.clip_coef) * targets.weights
+        clip_fraction = (outside.sum(-1) * weight).sum()
+    total = policy + config.value_coef * value - config.entropy_coef * entropy
+    return Losses(total, policy.detach(), value.detach(), entropy.detach(), approx_kl, clip_fraction)
+
+
+class Objective(nn.Module):
+    """PPO's losses of the decisions that a policy takes in whole segments.
+
+    Shapes: B = segments of a micro-batch, S = bars of a segment, T = decisions, F, A, D as in models/policy.py.
+    """
+
+    def __init__(self, policy: Policy, config: PPOConfig) -> None:
+        super().__init__()
+        self.policy = policy
+        self.config = config
+
+    def forward(self, bars: Tensor, accounts: Tensor, targets: Targets, num_decisions: int) -> Losses:
+        """Evaluate one micro-batch.
+
+        Args:
+            bars: (B, S, F) normalised features.
+            accounts: (B, T, A) account observations at the last T bars.
+            targets: of these decisions.
+            num_decisions: decisions of the whole minibatch on this rank, the divisor of every sum.
+
+        Returns:
+            Scalars on the device; ``total`` is what to go backward from.
+        """
+        hidden = self.policy.hidden(bars, accounts.shape[1])
+        # A number would be compiled in, and the last minibatch of a pass may be a smaller one.
+        divisor = torch.full((), num_decisions, dtype=hidden.dtype, device=hidden.device)
+        return self.after_trunk(hidden, accounts, targets, divisor)
+
+    def after_trunk(self, hidden: Tensor, accounts: Tensor, targets: Targets, divisor: Tensor) -> Losses:
+        """Judge the decisions that follow from the trunk's output (B, T, D); ``divisor`` of every sum is ()."""
+        head = self.policy.head
+        logits, values = head.decide(head.project(hidden), accounts)
+        return ppo_losses(logits, values, targets, divisor, self.config)
