@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,11 @@ from training import distributed
 from training.assembly import uses_bf16
 from training.data_feed import data_request
 
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
-def preflight_command(settings: Any) -> None:
+
+def preflight_command(settings: Settings) -> None:
     """Check what can be checked before any process trains; silent when all is well."""
     world_size = int(os.environ.get("WORLD_SIZE_PLANNED", "1"))
     # Of many machines that share the folder the first one writes; the others never hold it.
@@ -34,7 +37,7 @@ def preflight_command(settings: Any) -> None:
 
 
 def check_command(
-    settings: Any,
+    settings: Settings,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="ask no source")] = False,
 ) -> None:
@@ -44,7 +47,7 @@ def check_command(
 
 
 def data_command(
-    settings: Any,
+    settings: Settings,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="read and check the whole lake first")] = False,
@@ -64,7 +67,7 @@ def data_command(
 
 
 def selftest_command(
-    settings: Any,
+    settings: Settings,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each kind")] = 1,
 ) -> None:
     """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""

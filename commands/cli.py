@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from runtime.control import EXIT_SETTING
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 # A setting and its comment on one line of the class body: name, annotation and default, comment.
@@ -37,7 +40,7 @@ def command_from(
     ValueError of the class is told as one line, exit code 2.
     """
     types = get_type_hints(settings_class)
-    hints = get_type_hints(run, include_extras=True)
+    hints = get_type_hints(run, localns={"Settings": settings_class}, include_extras=True)
     own = list(inspect.signature(run).parameters.values())[1:]
 
     def command(**given: Any) -> None:
@@ -75,7 +78,7 @@ def checkpoint_command_from(settings_class: type, run: Callable[..., None]) -> C
     of ``run``, is told as one line, exit code 2.
     """
     types = get_type_hints(settings_class)
-    hints = get_type_hints(run, include_extras=True)
+    hints = get_type_hints(run, localns={"Settings": settings_class}, include_extras=True)
     own = list(inspect.signature(run).parameters.values())[1:]
 
     def command(checkpoint: Path, **given: Any) -> None:
@@ -112,7 +115,7 @@ def _with_options(command: Callable[..., None], parameters: list[inspect.Paramet
     return command
 
 
-def flags_of(settings: Any) -> list[str]:
+def flags_of(settings: Settings) -> list[str]:
     """Return the command-line options that give another process the same settings."""
     flags = []
     for field in fields(settings):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data_sources.bars import MINUTE_NS, AssetClass
 from data_sources.calendar import DAY_NS, expected_minutes
@@ -26,6 +26,9 @@ from data_sources.universe import top_of
 from evaluation.trained_policy import Decision, TrainedPolicy
 from monitoring.console import Console
 from training.data_feed import data_request
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 LOOK_BACK_DAYS = 45  # of bars that features are computed from; the deepest looks back 10 days of trade
 # Of trade that the newest bar may lie back: a quiet minute has no bar, a vendor takes seconds.
@@ -77,7 +80,7 @@ class Signal:
     in_training: bool
 
 
-def request_of(settings: Any, now_ns: int, symbols: Sequence[str]) -> DataRequest:
+def request_of(settings: Settings, now_ns: int, symbols: Sequence[str]) -> DataRequest:
     """Say which bars the signals rest on.
 
     Raises:

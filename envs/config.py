@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 from envs.account import EQUITY_FLOOR
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class EnvConfig:
     flat_before_close: int = 0  # minutes before the scheduled close in which stocks hold nothing; 0: off
 
     @staticmethod
-    def from_settings(settings: Any, num_envs: int) -> EnvConfig:
+    def from_settings(settings: Settings, num_envs: int) -> EnvConfig:
         """Take every field but ``num_envs`` from attributes of the same name."""
         names = [field.name for field in fields(EnvConfig) if field.name != "num_envs"]
         return EnvConfig(num_envs, **{name: getattr(settings, name) for name in names})

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from models.exported import ExportError, read_card
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from training import checkpoint
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 PROBE_TOLERANCE = 1e-2  # of raw features, whose spread is about 1
 NEVER_NS = 2**62  # the year 2116: nothing is held out
@@ -197,7 +200,7 @@ class TrainedPolicy:
 
     path: Path
     weights: Mapping[str, Any]
-    settings: Any
+    settings: Settings
     policy: Policy
     statistics: FeatureStatistics
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -32,6 +32,9 @@ from monitoring.state import Cockpit, Loading, Plan
 from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control
 from training.progress import Clock
 from training.validation import LOG_LEVELS
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 Row = Mapping[str, Any]
 
@@ -194,7 +197,7 @@ class Console:
 
     # -------------------------------------------------------------------------------------- dashboard
 
-    def begin(self, settings: Any, clock: Clock, device: str, control: Control) -> None:
+    def begin(self, settings: Settings, clock: Clock, device: str, control: Control) -> None:
         """Begin a run; on a terminal the dashboard opens with the first one, unless it is not wanted."""
         if self._log_dir is None:
             return

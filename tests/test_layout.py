@@ -1,6 +1,7 @@
 """The shape of the repository is part of its design: who imports whom, how long a file is."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,27 @@ def name_of(source: Path) -> str:
     return source.relative_to(ROOT).as_posix()
 
 
-def imports(source: Path) -> set[str]:
+def statements(source: Path, *, for_types: bool) -> Iterator[ast.AST]:
+    """Yield all nodes of a file outside (or inside) its ``if TYPE_CHECKING:`` blocks."""
+    waiting: list[ast.AST] = [ast.parse(source.read_text(encoding="utf-8"))]
+    inside: list[ast.AST] = []
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            inside += node.body
+            waiting += node.orelse
+            continue
+        if not for_types:
+            yield node
+        waiting += ast.iter_child_nodes(node)
+    for node in inside if for_types else ():
+        yield from ast.walk(node)
+
+
+def imports(source: Path, *, for_types: bool = False) -> set[str]:
     """Top-level names imported anywhere in a file, inside functions too."""
     names = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+    for node in statements(source, for_types=for_types):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -78,6 +96,18 @@ def test_imports_point_one_way(source: Path) -> None:
     up = imports(source) & OURS.keys() - {part} - OURS[part]
     assert up <= STILL_UP.get(name_of(source), set())
     assert not imports(source) & WITHOUT[part] - EXEMPT.get(name_of(source), set())
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_only_the_settings_are_imported_for_their_type_alone(source: Path) -> None:
+    circle = {"envs"} if name_of(source) == "envs/env_state.py" else set()  # to be folded into trading_env
+    assert imports(source, for_types=True) & OURS.keys() <= {"continuous_training"} | circle
+
+
+def test_settings_have_a_type_everywhere() -> None:
+    assert [
+        name_of(source) for source in SOURCES if "settings: Any" in source.read_text(encoding="utf-8")
+    ] == []
 
 
 @pytest.mark.parametrize("library", ONLY_IN)

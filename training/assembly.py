@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,9 +28,12 @@ from training.memory import Demand, DoesNotFit, MemoryPlan, gpu_memory, plan
 from training.progress import Clock
 from training.trainer import Session, SessionConfig
 
+if TYPE_CHECKING:
+    from continuous_training import Settings
+
 
 def market_on_device(
-    settings: Any,
+    settings: Settings,
     data: LoadedData,
     session: Session | None,
     saved: checkpoint.Restored | None,
@@ -55,13 +58,13 @@ def market_on_device(
         raise Leave(EXIT_NO_DATA, str(error)) from error
 
 
-def holdout_start_ns(settings: Any, bars: Sequence[Bars]) -> int:
+def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:
     """Return where the newest ``holdout_days`` of bars begin: nothing that opens at or after it is trained on."""
     newest_ns = max(int(one.open_time[-1]) for one in bars)
     return newest_ns - settings.holdout_days * 86_400 * 10**9
 
 
-def training_console(settings: Any, ranks: Ranks, control: Control) -> Console:
+def training_console(settings: Settings, ranks: Ranks, control: Control) -> Console:
     """Make the console of a training: rank 0 tells and records, the others are quiet."""
     folder = Path(settings.log_dir) if ranks.is_first else None
     return Console(
@@ -69,7 +72,7 @@ def training_console(settings: Any, ranks: Ranks, control: Control) -> Console:
     )
 
 
-def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionConfig:
+def session_config(settings: Settings, memory: MemoryPlan, ranks: Ranks) -> SessionConfig:
     """Say what this rank's session is made of."""
     device = ranks.device
     env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
@@ -106,12 +109,12 @@ def session_config(settings: Any, memory: MemoryPlan, ranks: Ranks) -> SessionCo
     )
 
 
-def uses_bf16(settings: Any, ranks: Ranks) -> bool:
+def uses_bf16(settings: Settings, ranks: Ranks) -> bool:
     """Tell whether the trunk computes in bf16."""
     return settings.precision == "bf16" or (settings.precision == "auto" and ranks.device.type == "cuda")
 
 
-def memory_plan(settings: Any, market_bytes: int, ranks: Ranks) -> tuple[MemoryPlan, str]:
+def memory_plan(settings: Settings, market_bytes: int, ranks: Ranks) -> tuple[MemoryPlan, str]:
     """Plan this rank's memory; return the plan, and a warning where others use the GPU, or "".
 
     Raises:
@@ -125,7 +128,7 @@ def memory_plan(settings: Any, market_bytes: int, ranks: Ranks) -> tuple[MemoryP
         raise Leave(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
 
 
-def demand_of(settings: Any, market_bytes: int, world_size: int, bf16: bool) -> Demand:
+def demand_of(settings: Settings, market_bytes: int, world_size: int, bf16: bool) -> Demand:
     """Say what a training with these settings asks of one GPU's memory."""
     of_bars = "start_date" if settings.start_date else "history_days"
     if "simulated" in settings.sources:
@@ -147,7 +150,7 @@ def demand_of(settings: Any, market_bytes: int, world_size: int, bf16: bool) -> 
     )
 
 
-def num_parameters(settings: Any) -> int:
+def num_parameters(settings: Settings) -> int:
     """Count the policy's weights without making them."""
     length = settings.context_bars + settings.horizon + 1
     sizes = settings.d_model, settings.num_layers, settings.num_heads
@@ -157,7 +160,7 @@ def num_parameters(settings: Any) -> int:
         return Policy(trunk, env.num_account_features, len(env.positions)).num_parameters()
 
 
-def unlike(settings: Any, saved: checkpoint.Restored) -> str:
+def unlike(settings: Settings, saved: checkpoint.Restored) -> str:
     """Say why a checkpoint cannot go on with these settings, "" where it can."""
     before = saved.weights["config"]
     for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
@@ -169,7 +172,7 @@ def unlike(settings: Any, saved: checkpoint.Restored) -> str:
     return ""
 
 
-def other_features(settings: Any, statistics: FeatureStatistics) -> str:
+def other_features(settings: Settings, statistics: FeatureStatistics) -> str:
     """Say why a training cannot go on with the features of this program, "" where it can."""
     if statistics.names == tuple(FEATURES):
         return ""
@@ -180,7 +183,7 @@ def other_features(settings: Any, statistics: FeatureStatistics) -> str:
 
 
 def save(
-    settings: Any,
+    settings: Settings,
     clock: Clock,
     session: Session,
     fingerprint: str,

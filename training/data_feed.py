@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from data_sources import snapshot
 from data_sources.calendar import date_ns
@@ -24,12 +24,12 @@ from training.distributed import Ranks, agreed_stop
 from training.progress import Clock
 
 if TYPE_CHECKING:
-    from training.distributed import Ranks, agreed_stop
+    from continuous_training import Settings
 
 
 def fresh_bars(
     lake: Lake,
-    settings: Any,
+    settings: Settings,
     clock: Clock,
     ranks: Ranks,
     control: Control,
@@ -84,7 +84,7 @@ def fresh_bars(
     return data
 
 
-def data_request(settings: Any, now_ns: int) -> DataRequest:
+def data_request(settings: Settings, now_ns: int) -> DataRequest:
     """Say which bars the settings ask for at this moment."""
     day_ns = 86_400 * 10**9
     end_ns = now_ns
@@ -263,7 +263,7 @@ class Prefetch:
             output.close()
 
 
-def refresh_ahead(settings: Any, ranks: Ranks) -> list[str] | None:
+def refresh_ahead(settings: Settings, ranks: Ranks) -> list[str] | None:
     """Return the command that refreshes the bars of ``settings``; None on other ranks, or where none is needed."""
     if not ranks.is_first or set(settings.sources) == {"simulated"}:
         return None

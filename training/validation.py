@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import UTC, date, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_sources import universe
 from data_sources.calendar import parse_day
 from envs.config import EnvConfig, require
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 SOURCES = ("polygon", "binance", "yahoo", "simulated")
 COMPILE = ("auto", "on", "off")
@@ -29,7 +32,7 @@ AT_LEAST_ONE = (
 ZERO_OR_MORE = "holdout_days warmup_steps weight_decay entropy_coef value_coef".split()
 
 
-def check(settings: Any) -> None:
+def check(settings: Settings) -> None:
     """Check every setting by itself and against the others.
 
     Raises:
@@ -39,7 +42,7 @@ def check(settings: Any) -> None:
         require(holds, name, getattr(settings, name), rule)
 
 
-def check_batch(settings: Any, world_size: int) -> None:
+def check_batch(settings: Settings, world_size: int) -> None:
     """Check what depends on how many processes train together.
 
     Raises:
@@ -61,7 +64,7 @@ def check_batch(settings: Any, world_size: int) -> None:
         )
 
 
-def minibatch_segments(settings: Any, world_size: int) -> int:
+def minibatch_segments(settings: Settings, world_size: int) -> int:
     """Return the segments of one process per optimizer step; at most those that it plays."""
     return min(settings.batch_size // (settings.horizon * world_size), settings.envs_per_gpu)
 

@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from commands.check import folder, machine, sources
 from commands.check.line import Line
@@ -19,11 +19,14 @@ from runtime.control import EXIT_OK
 from runtime.launch import Launch
 from training.data_feed import data_request
 
+if TYPE_CHECKING:
+    from continuous_training import Settings
+
 __all__ = ["folder", "lines", "tell"]
 STYLES = {"OK": "green", "warning": "yellow", "error": "red"}
 
 
-def lines(settings: Any, environment: Mapping[str, str], offline: bool) -> Iterator[Line]:
+def lines(settings: Settings, environment: Mapping[str, str], offline: bool) -> Iterator[Line]:
     """Check one thing after the other, in the order in which a start would meet them.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from commands.check.line import Line
 from envs.features import FeatureStatistics
@@ -12,8 +12,11 @@ from runtime.control import EXIT_LOCKED, EXIT_SETTING
 from training import checkpoint, validation
 from training.assembly import other_features, unlike
 
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
-def before_a_start(settings: Any, world_size: int, writes: bool) -> Iterator[Line]:
+
+def before_a_start(settings: Settings, world_size: int, writes: bool) -> Iterator[Line]:
     """Check the batch against the number of processes, and that nobody trains in the folder.
 
     Args:
@@ -36,7 +39,7 @@ def before_a_start(settings: Any, world_size: int, writes: bool) -> Iterator[Lin
         yield Line("folder", "error", str(reason), EXIT_SETTING)
 
 
-def newest_checkpoint(settings: Any) -> Iterator[Line]:
+def newest_checkpoint(settings: Settings) -> Iterator[Line]:
     """Read the checkpoint that a start would go on from, and compare it with the settings."""
     saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
     for warning in warnings:

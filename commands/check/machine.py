@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
@@ -25,6 +25,9 @@ from runtime.processes import memory_bytes
 from training import checkpoint
 from training.assembly import demand_of, num_parameters
 from training.memory import USABLE, DoesNotFit, plan
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements_simple.txt"
 LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
@@ -71,7 +74,7 @@ def _driver() -> str:
     return told.split()[0] if told.strip() else ""
 
 
-def devices(machine: Machine, settings: Any) -> Iterator[Line]:
+def devices(machine: Machine, settings: Settings) -> Iterator[Line]:
     """Say what the training would compute on."""
     for number, gpu in enumerate(machine.gpus):
         text = f"{number}: {gpu.name}, {size(gpu.num_bytes)}, driver {machine.driver or 'unknown'}"
@@ -90,7 +93,7 @@ def devices(machine: Machine, settings: Any) -> Iterator[Line]:
         yield Line("GPU", "OK", "none: trains on CPUs")
 
 
-def memory(machine: Machine, settings: Any, request: DataRequest, launch: Launch) -> Line:
+def memory(machine: Machine, settings: Settings, request: DataRequest, launch: Launch) -> Line:
     """Compare what one process needs with its GPU's memory, or with its share of the RAM."""
     gpu = min(machine.gpus, key=lambda each: each.num_bytes, default=None)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu is not None)
@@ -140,7 +143,7 @@ def bars_per_week(request: DataRequest) -> int:
     return stocks * MINUTES_PER_WEEK["stock"] + coins * MINUTES_PER_WEEK["crypto"]
 
 
-def disk(settings: Any, request: DataRequest) -> Iterator[Line]:
+def disk(settings: Settings, request: DataRequest) -> Iterator[Line]:
     """Say what checkpoints and lake will take, and whether the disks have it."""
     parameters, folder = num_parameters(settings), Path(settings.checkpoint_dir)
     weights = parameters * WEIGHT_BYTES + checkpoint.SPARE_BYTES

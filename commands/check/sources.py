@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from commands.check.line import Line
 from data_sources.errors import LakeError, MissingCredentials, RateLimited, SourceUnavailable
@@ -13,6 +13,9 @@ from data_sources.lake.lake import Lake
 from data_sources.load import DataRequest
 from data_sources.probing import Answer
 from runtime.control import EXIT_NO_DATA
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 MOST_SECONDS_APART = 5.0  # a minute counts as closed after so long
 # By how the name of a question begins; the first one counts.
@@ -45,7 +48,7 @@ def keys(request: DataRequest, environment: Mapping[str, str]) -> Iterator[Line]
             yield Line("keys", "warning", f"{name} is not set: {what_then}; see .env.example")
 
 
-def answered(answers: Sequence[Answer], settings: Any) -> Iterator[Line]:
+def answered(answers: Sequence[Answer], settings: Settings) -> Iterator[Line]:
     """Say how each source answered; without any of them a start has what the lake holds, or nothing."""
     for answer in answers:
         if answer.error is None:
@@ -79,7 +82,7 @@ def _address_of(asked: str) -> str:
     return next(variable for start, variable in ADDRESSES.items() if asked.startswith(start))
 
 
-def rows_held(settings: Any) -> int:
+def rows_held(settings: Settings) -> int:
     """Count the bars that the lake has of the settings' sources, whatever their age; 0 where it cannot be read."""
     lake = Lake(Path(settings.data_dir))
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ from training.data_feed import data_request
 from training.distributed import Ranks
 from training.rollout import Rollout, collect
 
+if TYPE_CHECKING:
+    from continuous_training import Settings
+
 SYMBOLS = 4  # of stocks, and as many of crypto
 TRAINING_BARS = 30_000  # of each, the newest before the holdout
 MOMENTS = 6  # of each kind, after which bars are replaced, for features
@@ -44,7 +47,7 @@ SEGMENTS = 3  # of each, in which decisions are looked at
 HOLDOUT_SEGMENTS = 64  # of all, played without a change of the training's bars
 
 
-def tell(settings: Any, ranks: Ranks, console: Console) -> list[str]:
+def tell(settings: Settings, ranks: Ranks, console: Console) -> list[str]:
     """Check some symbols, tell of it, and return what looks ahead, or why it cannot be known."""
     try:
         found, played = what_looks_ahead(bars := some_bars(settings, time.time_ns()), settings, ranks)
@@ -57,7 +60,7 @@ def tell(settings: Any, ranks: Ranks, console: Console) -> list[str]:
     return [f"foresight: {each}" for each in found]
 
 
-def some_bars(settings: Any, now_ns: int) -> list[Bars]:
+def some_bars(settings: Settings, now_ns: int) -> list[Bars]:
     """Read some symbols that a training would use; nothing is downloaded. Simulated ones where there are none.
 
     Raises:
@@ -85,7 +88,7 @@ def _newest(bars: Bars, holdout_ns: int) -> Bars:
     return bars.between(int(bars.open_time[first]), int(bars.open_time[-1]) + 1)
 
 
-def what_looks_ahead(bars: Sequence[Bars], settings: Any, ranks: Ranks) -> tuple[list[str], list[str]]:
+def what_looks_ahead(bars: Sequence[Bars], settings: Settings, ranks: Ranks) -> tuple[list[str], list[str]]:
     """Look for what depends on later bars.
 
     Args:
@@ -131,7 +134,7 @@ def _moments(bars: Bars) -> list[int]:
 class _Checks:
     """Rollouts on bars and on the same bars with others after some moment."""
 
-    def __init__(self, bars: Sequence[Bars], settings: Any, holdout_ns: int, ranks: Ranks) -> None:
+    def __init__(self, bars: Sequence[Bars], settings: Settings, holdout_ns: int, ranks: Ranks) -> None:
         self.bars, self.settings, self.device = bars, settings, ranks.device
         self.bf16 = uses_bf16(settings, ranks)
         self.holdout_ns = holdout_ns

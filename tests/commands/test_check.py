@@ -325,7 +325,7 @@ def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
     ],
 )  # fmt: skip
 def test_gpus_are_named_and_their_absence_explained(
-    here: Machine, settings: Any, level: str, told: str
+    here: Machine, settings: Settings, level: str, told: str
 ) -> None:
     (line,) = machine.devices(here, settings)
     assert line.level == level and told in line.text
