@@ -54,7 +54,7 @@ def play(policy: Policy, market: Market, config: EnvConfig, symbol: str, start_n
             logits, _ = policy.head.decide(projected[:, h], env.account_observations())
             price = env.segment.prices[h].clone()
             env.step(logits.argmax(-1))
-            account, costs = env.account, env.done[2]
+            account, costs = env.account, env.last_fill[2]
             value = account.units * price
             equity = account.log_equity.exp()
             # The cash is what is left after this fill: with the units, the equity that the target is measured by.

@@ -29,9 +29,9 @@ class TradingEnv:
     :class:`EnvConfig`; ``seed`` decides all places, so the same seed gives the same numbers on a device.
     ``compiled`` steps by torch.compile, quicker on a CPU after some ten seconds of compiling.
 
-    What does not react to the accounts is in ``segment`` once a segment begins: see :class:`Segment`. What
-    the newest ``step`` did, its log return, value traded, costs and borrow cost in start equities, is ``done``,
-    (4, N); ``account`` has the rest, and changes in place where steps are compiled.
+    ``segment`` holds everything that does not react to the accounts, see :class:`Segment`. ``last_fill``, (4, N),
+    holds log_return, traded, costs and borrow_cost of the last ``step``, in start equities. ``account`` has the
+    rest, and changes in place where steps are compiled.
 
     ## Action
 
@@ -141,7 +141,7 @@ class TradingEnv:
         self._cost_rate = torch.zeros(n, dtype=dtype, device=self.device)  # fee and slippage
         self.cost_scale = 1.0  # share of all costs that is charged; set between segments by a curriculum
         self.segment = Segment(config, dtype, self.device)
-        self.done = torch.zeros(4, 1, dtype=dtype, device=self.device)
+        self.last_fill = torch.zeros(4, 1, dtype=dtype, device=self.device)
         self._none = torch.zeros(n, dtype=torch.bool, device=self.device)  # truncated, within a segment
         self._step = config.horizon  # of this segment
 
@@ -296,7 +296,7 @@ class TradingEnv:
             raise RuntimeError(f"all {h} steps of the segment are taken: call begin_segment()")
         self._step += 1
         if self.compiled:
-            self.done, ruined, rewards, self._observed = self._compiled_steps.step(actions, h)
+            self.last_fill, ruined, rewards, self._observed = self._compiled_steps.step(actions, h)
         else:
             ruined, rewards = self._fill(actions, h)
         truncated = self._end_segment() if self._step == self.config.horizon else self._none
@@ -321,8 +321,8 @@ class TradingEnv:
             impact_limit=segment.impact_limit,
         )
         segment.helds[h].copy_(actions)
-        self.done = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
-        self.statistics.flows.add_(self.done)
+        self.last_fill = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
+        self.statistics.flows.add_(self.last_fill)
         return fill.ruined, fill.log_return.float()
 
     def replay(self, actions: Tensor, by_compiler: bool = True) -> tuple[Tensor, Tensor, Tensor]:

@@ -177,7 +177,7 @@ def _played(
     rules: Tensor,
 ) -> list[NDArray[np.float64]]:
     """Play one segment: position, log return, costs and value traded of every decision, (H, N) each."""
-    before, done = [], []
+    before, fills = [], []
     for h in range(env.config.horizon):
         account = env.account
         before.append(torch.stack((account.units, account.log_equity, account.target)))
@@ -189,10 +189,10 @@ def _played(
             parts.append(head.decide(market_share[h], own)[0].argmax(-1).flatten())
             number += count * size
         env.step(torch.cat((*parts, rules[h])))
-        done.append(env.done)
+        fills.append(env.last_fill)
     units, equity, held = torch.stack(before, dim=1)
     equity = equity.exp()
-    log_return, traded, costs, owed = torch.stack(done, dim=1)
+    log_return, traded, costs, owed = torch.stack(fills, dim=1)
     # A new target is reached exactly; the same one again trades nothing, and the exposure has drifted.
     targets = torch.tensor([*env.config.positions, 0.0], dtype=env.dtype, device=env.device)
     chosen = targets[env.segment.held.long()]
