@@ -54,11 +54,11 @@ file, symbol, asset_class = sys.argv[1:]  # the class: crypto or stock
 frame = pd.read_csv(file)  # open_time (UTC), open, high, low, close, volume: closed minutes, oldest first
 folder = Path(__file__).parent
 actor = Actor.with_card(load_policy(folder), folder)
-decisions, waiting = actor.decide([bars_of_frame(frame, symbol, asset_class)])
+decisions, unavailable = actor.decide([bars_of_frame(frame, symbol, asset_class)])
 for decision in decisions:
     target, probability = decision.when_holding(0.0)
     print(f"{{decision.symbol}}: {{target:+g}} of equity from the next open on, probability {{probability:.3f}}")
-for name, reason in waiting.items():
+for name, reason in unavailable.items():
     print(f"{{name}}: no decision, {{reason}}")
 '''
 

@@ -132,13 +132,13 @@ def signals_of(
     bars = [one for one in bars if len(one)]
     if not bars:
         return [], missing
-    decisions, waiting = trained.actor.decide(bars)
+    decisions, unavailable = trained.actor.decide(bars)
     signals = []
     for decision in decisions:
         behind, state = freshness(decision.open_time, decision.asset_class, now_ns)
         holding = wishes.holdings.get(decision.symbol, 0.0)
         signals.append(Signal(decision, holding, behind, state, decision.symbol in trained_on))
-    return signals, missing | waiting
+    return signals, missing | unavailable
 
 
 def freshness(

@@ -19,7 +19,7 @@ from data_sources.bars import MINUTE_NS, AssetClass, Bars
 from data_sources.simulated import DAY_NS, simulated_bars
 from envs.config import EnvConfig
 from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compute
-from envs.latest import present
+from envs.latest import latest_decisions
 from envs.market import Market
 from models.exported import ExportError, read_card
 from models.policy import Policy
@@ -123,10 +123,10 @@ class Actor:
             ValueError: no symbol has enough bars in a row.
         """
         needed = self.config.context_bars + 3  # of a market that has a place to play
-        waiting = {one.symbol: f"{len(one)} bars, needs {needed}" for one in bars if len(one) < needed}
-        bars = [one for one in bars if one.symbol not in waiting]
+        unavailable = {one.symbol: f"{len(one)} bars, needs {needed}" for one in bars if len(one) < needed}
+        bars = [one for one in bars if one.symbol not in unavailable]
         if not bars:
-            return [], waiting
+            return [], unavailable
         device = next(self.policy.parameters()).device
         market = Market.from_bars(
             bars,
@@ -136,10 +136,10 @@ class Actor:
             horizon=1,  # nothing is played: stretches of any length will do
             statistics=self.statistics,
         )
-        now = present(market, self.config)
-        waiting |= now.waiting
+        now = latest_decisions(market, self.config)
+        unavailable |= now.unavailable
         if not now.symbols:
-            return [], waiting
+            return [], unavailable
         log_policy = self.log_policy(now.bars, now.decision, now.accounts)
         of_symbol = {one.symbol: one for one in bars}
         rows = zip(now.symbols, log_policy.exp().tolist(), now.only_cash.tolist(), strict=True)
@@ -157,7 +157,7 @@ class Actor:
                     only_cash,
                 )
             )
-        return decisions, waiting
+        return decisions, unavailable
 
     @torch.no_grad()
     def log_policy(self, bars: Tensor, decision: Tensor, accounts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The present is the batch evaluation's newest decision: bars replayed one by one give the same numbers."""
+"""A live decision equals the batch evaluation's: bars replayed one by one give the same numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_sources.bars import COLUMNS, MINUTE_NS, Bars
 from data_sources.calendar import DAY_NS, expected_minutes
 from envs.config import EnvConfig
 from envs.counterfactuals import accounts_in_every_position
-from envs.latest import present
+from envs.latest import latest_decisions
 from envs.walk_env import ExamEnv
 from evaluation.trained_policy import Actor
 from models.policy import Policy
@@ -76,7 +76,7 @@ def test_bars_replayed_one_by_one_give_the_numbers_of_the_batch() -> None:
     worst = 0.0
     for count in range(2 * CONTEXT, 700, 3):
         market = market_of(*(first_bars(one, count) for one in bars), horizon=1, statistics=actor.statistics)
-        now = present(market, CONFIG)
+        now = latest_decisions(market, CONFIG)
         live = actor.log_policy(now.bars, now.decision, now.accounts)
         for n, symbol in enumerate(now.symbols):
             time = int(market.open_time[now.bar[n]])
@@ -99,9 +99,9 @@ def test_bars_replayed_one_by_one_give_the_numbers_of_the_batch() -> None:
 def test_a_decision_is_the_likeliest_target_for_what_is_held() -> None:
     bars = [walk("AAA", 300), walk("BBB", 200, "stock", seed=1)]
     actor = actor_of(*bars)
-    decisions, waiting = actor.decide(bars)
-    assert waiting == {}
-    now = present(market_of(*bars, horizon=1, statistics=actor.statistics), CONFIG)
+    decisions, unavailable = actor.decide(bars)
+    assert unavailable == {}
+    now = latest_decisions(market_of(*bars, horizon=1, statistics=actor.statistics), CONFIG)
     odds = actor.log_policy(now.bars, now.decision, now.accounts).exp()
     assert len({row.argmax().item() for row in odds.flatten(0, 1)}) > 1
     for n, (decision, one) in enumerate(zip(decisions, bars, strict=True)):
@@ -120,10 +120,10 @@ def test_after_a_hole_a_symbol_waits_for_its_context() -> None:
     bars = walk("AAA", 300, gaps={250: 61})
     actor = actor_of(bars)
     for count, has_decision in ((250, True), (251, False), (250 + CONTEXT, False), (251 + CONTEXT, True)):
-        decisions, waiting = actor.decide([first_bars(bars, count)])
+        decisions, unavailable = actor.decide([first_bars(bars, count)])
         assert bool(decisions) == has_decision
         told = f"{count - 250} bars in a row since its last hole, needs {CONTEXT + 1}"
-        assert waiting == ({} if has_decision else {"AAA": told})
+        assert unavailable == ({} if has_decision else {"AAA": told})
 
 
 def test_nothing_is_held_near_the_close_where_the_training_did_not() -> None:
