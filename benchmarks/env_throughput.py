@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.peers import VENV, Process, peers_venv
+from benchmarks.peers import VENV, Process, make_venv
 from data_sources.bars import MINUTE_NS, Bars
 from envs import features
 from envs.config import EnvConfig
@@ -207,7 +207,7 @@ def main() -> None:
 
     playing = contenders(given.device)
     # One thread, and no wandering: ours keeps to one as well.
-    peers = Process(peers_venv(given.peers_venv), "env_peers.py") if given.peers else None
+    peers = Process(make_venv(given.peers_venv), "env_peers.py") if given.peers else None
     if peers:
         first = peers.answer()
         playing |= {name: partial(played_by, peers, name) for name in first["contenders"]}

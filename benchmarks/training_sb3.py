@@ -1,6 +1,6 @@
 """stable-baselines3's PPO on gym-trading-env: the other side of training_peers.py.
 
-Runs in the peers' virtual environment: ``python benchmarks/training_sb3.py NAME THREADS``.
+Runs in the peers' virtual environment: ``python benchmarks/training_sb3.py CONTENDER THREADS``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import gym_trading_env.environments as peer
+import gym_trading_env.environments as trading
 import gymnasium
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import training_settings as s
+from benchmarks import peers
 from models.transformer import TransformerConfig, Trunk
 
 NUM_BARS = 10_000  # every environment copies its table: 64 of 100,000 bars would be slower, and 6 GB
@@ -40,24 +40,24 @@ def make_env(num_features: int) -> gymnasium.Env:
     )
     for number in range(num_features - OWN_FEATURES):
         frame[f"feature_{number}"] = 1_000 * frame["close"].pct_change(number + 1).fillna(0.0)
-    return peer.TradingEnv(
+    return trading.TradingEnv(
         df=frame,
-        positions=list(s.POSITIONS),
-        windows=s.CONTEXT,
-        trading_fees=s.FEE,
+        positions=list(peers.POSITIONS),
+        windows=peers.CONTEXT,
+        trading_fees=peers.FEE,
         borrow_interest_rate=1e-7,
-        max_episode_duration=10 * s.HORIZON,
+        max_episode_duration=10 * peers.HORIZON,
         verbose=0,
     )
 
 
 class TransformerExtractor(BaseFeaturesExtractor):
-    """Our own trunk over the window, anew for every step; the newest bar's vector is what counts."""
+    """Our own trunk over the window of every step; the policy sees the newest bar's vector."""
 
     def __init__(self, space: gymnasium.spaces.Box) -> None:
-        super().__init__(space, s.WIDTH)
+        super().__init__(space, peers.WIDTH)
         bars, features = space.shape
-        self.trunk = Trunk(TransformerConfig(features, s.WIDTH, s.LAYERS, s.HEADS, bars))
+        self.trunk = Trunk(TransformerConfig(features, peers.WIDTH, peers.LAYERS, peers.HEADS, bars))
 
     def forward(self, window: Tensor) -> Tensor:
         """(B, C, F) -> (B, D)."""
@@ -65,18 +65,18 @@ class TransformerExtractor(BaseFeaturesExtractor):
 
 
 class TorchTransformerExtractor(BaseFeaturesExtractor):
-    """torch's own encoder, causal and pre-norm, with learned positions: what is at hand without our trunk."""
+    """torch's own encoder, causal and pre-norm, with learned positions: the usual choice without our trunk."""
 
     def __init__(self, space: gymnasium.spaces.Box) -> None:
-        super().__init__(space, s.WIDTH)
+        super().__init__(space, peers.WIDTH)
         bars, features = space.shape
-        self.embed = nn.Linear(features, s.WIDTH)
-        self.positions = nn.Parameter(torch.zeros(bars, s.WIDTH))
+        self.embed = nn.Linear(features, peers.WIDTH)
+        self.positions = nn.Parameter(torch.zeros(bars, peers.WIDTH))
         layer = nn.TransformerEncoderLayer(
-            s.WIDTH, s.HEADS, 4 * s.WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
+            peers.WIDTH, peers.HEADS, 4 * peers.WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
         )
-        norm = nn.LayerNorm(s.WIDTH)
-        self.encoder = nn.TransformerEncoder(layer, s.LAYERS, norm, enable_nested_tensor=False)
+        norm = nn.LayerNorm(peers.WIDTH)
+        self.encoder = nn.TransformerEncoder(layer, peers.LAYERS, norm, enable_nested_tensor=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(bars))
 
     def forward(self, window: Tensor) -> Tensor:
@@ -89,10 +89,14 @@ class MLPExtractor(BaseFeaturesExtractor):
     """Two layers over the flattened window."""
 
     def __init__(self, space: gymnasium.spaces.Box) -> None:
-        super().__init__(space, s.WIDTH)
+        super().__init__(space, peers.WIDTH)
         inputs = int(np.prod(space.shape))
         self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs, s.WIDTH), nn.Tanh(), nn.Linear(s.WIDTH, s.WIDTH), nn.Tanh()
+            nn.Flatten(),
+            nn.Linear(inputs, peers.WIDTH),
+            nn.Tanh(),
+            nn.Linear(peers.WIDTH, peers.WIDTH),
+            nn.Tanh(),
         )
 
     def forward(self, window: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ class MLPExtractor(BaseFeaturesExtractor):
 
 
 class Times(BaseCallback):
-    """Notes when a rollout begins and ends."""
+    """Record when a rollout begins and ends."""
 
     began, ended = 0.0, 0.0
 
@@ -115,29 +119,29 @@ class Times(BaseCallback):
         return True
 
 
-def contender(
-    extractor: type[BaseFeaturesExtractor] | None, num_features: int, horizon: int = s.HORIZON
-) -> s.Contender:
+def make_contender(
+    extractor: type[BaseFeaturesExtractor] | None, num_features: int, horizon: int = peers.HORIZON
+) -> peers.Contender:
     warnings.resetwarnings()  # importing gym_trading_env makes every warning of the process an error
     warnings.simplefilter("ignore")
     if extractor:
-        towers = {"pi": [s.WIDTH], "vf": [s.WIDTH]}
+        towers = {"pi": [peers.WIDTH], "vf": [peers.WIDTH]}
         policy = {"features_extractor_class": extractor, "net_arch": towers}
     else:
         policy = None
     model = PPO(
         "MlpPolicy",
-        DummyVecEnv([partial(make_env, num_features)] * s.NUM_ENVS),
-        learning_rate=s.LEARNING_RATE,
+        DummyVecEnv([partial(make_env, num_features)] * peers.NUM_ENVS),
+        learning_rate=peers.LEARNING_RATE,
         n_steps=horizon,
-        batch_size=s.MINIBATCH,
-        n_epochs=s.PASSES,
-        gamma=s.GAMMA,
-        gae_lambda=s.LAMBDA,
-        clip_range=s.CLIP,
-        ent_coef=s.ENTROPY,
-        vf_coef=s.VALUE,
-        max_grad_norm=s.MAX_GRAD_NORM,
+        batch_size=peers.MINIBATCH,
+        n_epochs=peers.PASSES,
+        gamma=peers.GAMMA,
+        gae_lambda=peers.LAMBDA,
+        clip_range=peers.CLIP,
+        ent_coef=peers.ENTROPY,
+        vf_coef=peers.VALUE,
+        max_grad_norm=peers.MAX_GRAD_NORM,
         policy_kwargs=policy,
         seed=0,
         device="cpu",
@@ -145,20 +149,24 @@ def contender(
 
     def iterate() -> tuple[float, float]:
         times = Times()
-        model.learn(s.NUM_ENVS * horizon, callback=times, reset_num_timesteps=False)
+        model.learn(peers.NUM_ENVS * horizon, callback=times, reset_num_timesteps=False)
         return times.ended - times.began, time.perf_counter() - times.ended
 
     parameters = sum(p.numel() for p in model.policy.parameters())
-    return s.Contender(iterate, s.NUM_ENVS * horizon, parameters)
+    return peers.Contender(iterate, peers.NUM_ENVS * horizon, parameters)
 
+
+CONTENDERS = {
+    "stable-baselines3, transformer": partial(
+        make_contender, TransformerExtractor, peers.FEATURES, peers.SHORT_HORIZON
+    ),
+    "stable-baselines3, torch's transformer": partial(
+        make_contender, TorchTransformerExtractor, peers.FEATURES, peers.SHORT_HORIZON
+    ),
+    "stable-baselines3, MLP of 7 features": partial(make_contender, MLPExtractor, peers.FEW_FEATURES),
+    "stable-baselines3, MLP of 24 features": partial(make_contender, MLPExtractor, peers.FEATURES),
+    "stable-baselines3, its own MlpPolicy of 7 features": partial(make_contender, None, peers.FEW_FEATURES),
+}
 
 if __name__ == "__main__":
-    s.serve(
-        {
-            "transformer": partial(contender, TransformerExtractor, s.FEATURES, s.SHORT_HORIZON),
-            "torch-transformer": partial(contender, TorchTransformerExtractor, s.FEATURES, s.SHORT_HORIZON),
-            "mlp": partial(contender, MLPExtractor, s.FEATURES),
-            "mlp-few": partial(contender, MLPExtractor, s.FEW_FEATURES),
-            "default": partial(contender, None, s.FEW_FEATURES),
-        }
-    )
+    peers.serve(CONTENDERS[sys.argv[1]], int(sys.argv[2]))
