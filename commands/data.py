@@ -10,7 +10,7 @@ from typing import Any
 from data_sources import snapshot
 from data_sources.coverage import Extent, SymbolRow, minutes_behind
 from data_sources.lake.lake import Lake
-from data_sources.progress import Warned
+from data_sources.progress import WarningCollector
 from data_sources.refresh import DataRequest, LoadedData, SourceReport, load, refresh
 from monitoring.console import Console
 from runtime.control import EXIT_NO_DATA
@@ -73,7 +73,7 @@ def in_background(lake: Lake, request: DataRequest, now_ns: int) -> str:
     Raises:
         LakeError: the lake cannot be read, or the copy cannot be written.
     """
-    told = Warned()
+    told = WarningCollector()
     refresh(lake, request, now_ns, told)
     snapshot.provide(lake, request)
     return json.dumps({"now_ns": now_ns, "warnings": told.warnings})

@@ -20,7 +20,7 @@ from data_sources.calendar import DAY_NS, expected_minutes
 from data_sources.coverage import minutes_behind
 from data_sources.lake.lake import Lake
 from data_sources.load import DataRequest, LoadedData, load
-from data_sources.progress import Progress, Warned
+from data_sources.progress import Progress, WarningCollector
 from data_sources.refresh import refresh
 from data_sources.universe import top_of
 from evaluation.trained_policy import Decision, TrainedPolicy
@@ -208,7 +208,7 @@ def watch(
         tell(trained, wishes, console, clock(), console, None)
         while True:
             sleep(seconds_to_next_minute(clock()))
-            heard = Warned()
+            heard = WarningCollector()
             tell(trained, wishes, console, clock(), heard, None)
             for warning in heard.warnings:
                 if warning not in warned:  # a source that stays down is told once

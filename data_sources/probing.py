@@ -13,10 +13,10 @@ from functools import partial
 from data_sources.errors import DataError
 from data_sources.load import DataRequest
 from data_sources.universe import named
-from data_sources.vendors.http import Patience
+from data_sources.vendors.http import RetryPolicy
 
 # A person waits for the answer.
-PATIENCE = Patience(connect_seconds=5, read_seconds=10, total_seconds=15, attempts=1)
+RETRY_POLICY = RetryPolicy(connect_seconds=5, read_seconds=10, total_seconds=15, attempts=1)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ def _polygon(request: DataRequest, now_ns: int) -> Iterator[Answer]:
     try:
         polygon = replace(
             Polygon.from_environment(),
-            connect_timeout_seconds=PATIENCE.connect_seconds,
-            read_timeout_seconds=PATIENCE.read_seconds,
-            attempts=PATIENCE.attempts,
+            connect_timeout_seconds=RETRY_POLICY.connect_seconds,
+            read_timeout_seconds=RETRY_POLICY.read_seconds,
+            attempts=RETRY_POLICY.attempts,
         )
     except DataError as error:
         yield Answer("Polygon", error)
@@ -94,7 +94,7 @@ def _polygon(request: DataRequest, now_ns: int) -> Iterator[Answer]:
         yield Answer("Polygon splits", error, gives_bars=False)
     else:
         if splits is not None:
-            yield _ask("Polygon splits", replace(splits, patience=PATIENCE).probe, gives_bars=False)
+            yield _ask("Polygon splits", replace(splits, policy=RETRY_POLICY).probe, gives_bars=False)
 
 
 def _binance(request: DataRequest, now_ns: int) -> Iterator[Answer]:
@@ -105,7 +105,7 @@ def _binance(request: DataRequest, now_ns: int) -> Iterator[Answer]:
     except ImportError as error:
         yield Answer("Binance", error)
         return
-    binance, pair = Binance.from_environment(PATIENCE), request.binance_pairs[0]
+    binance, pair = Binance.from_environment(RETRY_POLICY), request.binance_pairs[0]
     yield _ask("Binance API", lambda: binance.probe_api(pair, now_ns))
     yield _ask("Binance archive", lambda: binance.probe_archive(pair, now_ns))
 
@@ -119,4 +119,4 @@ def _yahoo(request: DataRequest, now_ns: int) -> Iterator[Answer]:
     except ImportError as error:
         yield Answer("Yahoo", error)
         return
-    yield _ask("Yahoo", lambda: Yahoo.from_environment(PATIENCE).probe(stocks[0], now_ns))
+    yield _ask("Yahoo", lambda: Yahoo.from_environment(RETRY_POLICY).probe(stocks[0], now_ns))

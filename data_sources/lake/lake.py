@@ -36,7 +36,7 @@ from data_sources.lake.parts import (
     write_part,
 )
 from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, SCHEMA, clean
-from data_sources.progress import Progress, Silence
+from data_sources.progress import NullProgress, Progress
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
 from runtime.locking import FolderLock, FolderLockError
 
@@ -61,7 +61,7 @@ class Lake:
 
     def __init__(self, root: Path, progress: Progress | None = None) -> None:
         self.root = Path(root)
-        self._progress = progress or Silence()
+        self._progress = progress or NullProgress()
         self._lock = FolderLock(self.root)
         self._known: dict[Path, tuple[tuple[int, int], Part]] = {}  # path -> ((mtime, size), part)
         self._known_guard = threading.Lock()

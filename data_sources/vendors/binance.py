@@ -15,7 +15,7 @@ from data_sources.progress import Progress
 from data_sources.vendors.binance_archive import Archive
 from data_sources.vendors.binance_pair import SOURCE, Hosts, PairRefresh
 from data_sources.vendors.binance_rest import WEIGHT_LIMIT, Rest
-from data_sources.vendors.http import Patience
+from data_sources.vendors.http import RetryPolicy
 
 API_URL = "https://api.binance.com"
 ARCHIVE_URL = "https://data.binance.vision"
@@ -32,19 +32,19 @@ class Binance:
         api_url: str = API_URL,
         archive_url: str = ARCHIVE_URL,
         *,
-        patience: Patience | None = None,
+        policy: RetryPolicy | None = None,
         weight_limit: int = WEIGHT_LIMIT,
     ) -> None:
-        patience = patience or Patience()
-        self._hosts = Hosts(Rest(api_url, patience, weight_limit), Archive(archive_url, patience))
+        policy = policy or RetryPolicy()
+        self._hosts = Hosts(Rest(api_url, policy, weight_limit), Archive(archive_url, policy))
 
     @classmethod
-    def from_environment(cls, patience: Patience | None = None) -> Binance:
+    def from_environment(cls, policy: RetryPolicy | None = None) -> Binance:
         """Read BINANCE_API_URL and BINANCE_ARCHIVE_URL; neither needs a key."""
         return cls(
             os.environ.get("BINANCE_API_URL") or API_URL,
             os.environ.get("BINANCE_ARCHIVE_URL") or ARCHIVE_URL,
-            patience=patience,
+            policy=policy,
         )
 
     def probe_api(self, pair: str, now_ns: int) -> tuple[str, str]:
@@ -72,9 +72,9 @@ class Binance:
     def _refresh(
         self, lake: Lake, pairs: Sequence[str], start_ns: int, end_ns: int, now_ns: int, progress: Progress
     ) -> None:
-        rest, archive = self._hosts.rest.leg, self._hosts.archive.leg
-        for leg in (rest, archive):
-            leg.begin_refresh()
+        rest, archive = self._hosts.rest.host, self._hosts.archive.host
+        for host in (rest, archive):
+            host.begin_refresh()
         works = [
             PairRefresh(self._hosts, lake, pair, start_ns, end_ns, now_ns, progress)
             for pair in dict.fromkeys(pairs)
@@ -95,9 +95,9 @@ class Binance:
         for work in works:
             if work.error not in (None, rest.down, archive.down) and str(work.error) != str(failure):
                 work.warn(str(work.error))
-        for host, leg in (("REST", rest), ("the archive", archive)):
-            if leg.down is not None and failure is None:
-                progress.warn(SOURCE, f"{host} is left alone for now: {leg.down}")
+        for name, host in (("REST", rest), ("archive", archive)):
+            if host.down is not None and failure is None:
+                progress.warn(SOURCE, f"skipping Binance {name}: {host.down}")
         progress.finish(
             SOURCE,
             f"{len(works) - len(errors)} of {len(works)} pairs up to date, "

@@ -24,7 +24,7 @@ import pyarrow as pa
 import requests
 
 from data_sources.errors import BadAnswer, RateLimited, Refused, SourceUnavailable
-from data_sources.vendors.http import Leg, Patience, prepare, retry_after_seconds, short
+from data_sources.vendors.http import Host, RetryPolicy, prepare, retry_after_seconds, short
 
 MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
 HOUR_NS = 3_600_000_000_000
@@ -87,10 +87,10 @@ class ArchiveFile:
 class Archive:
     """Fetches and verifies files. Safe to use from several threads."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, policy: RetryPolicy) -> None:
         self._url = url.rstrip("/")
-        self.leg = Leg(patience)
-        self._session = prepare(requests.Session(), patience, MAX_FILE_BYTES)
+        self.host = Host(policy)
+        self._session = prepare(requests.Session(), policy, MAX_FILE_BYTES)
 
     def fetch(self, pair: str, unit: Unit) -> ArchiveFile | None:
         """Return one file, or None where the archive has no such file.
@@ -120,7 +120,7 @@ class Archive:
                 )
             return ArchiveFile(key, digest, len(body) + len(checksum), _rows(body, name, pair))
 
-        return self.leg.ask(once)
+        return self.host.ask(once)
 
     def probe(self, pair: str, now_ns: int) -> None:
         """Ask for a checksum of last week, which may be absent.
@@ -130,13 +130,13 @@ class Archive:
         """
         (unit,) = days(now_ns - 7 * DAY_NS, now_ns - 7 * DAY_NS + 1)
         key = f"data/spot/daily/klines/{pair}/1m/{pair}-1m-{unit.name}.zip.CHECKSUM"
-        self.leg.ask(lambda: self._get(key))
+        self.host.ask(lambda: self._get(key))
 
     def _get(self, key: str) -> bytes | None:
-        patience = self.leg.patience
+        policy = self.host.policy
         try:
             response = self._session.get(
-                f"{self._url}/{key}", timeout=(patience.connect_seconds, patience.read_seconds)
+                f"{self._url}/{key}", timeout=(policy.connect_seconds, policy.read_seconds)
             )
             body = response.content
         except requests.RequestException as error:

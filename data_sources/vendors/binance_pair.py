@@ -227,7 +227,7 @@ class PairRefresh:
                 raise
             except DataError as failure:
                 error, found = failure, False
-                if self.archive.leg.down is not None:
+                if self.archive.host.down is not None:
                     break
                 worth_days = worth_days or isinstance(failure, BadAnswer)
             if not found:

@@ -19,7 +19,15 @@ import requests
 
 from data_sources.bars import MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
-from data_sources.vendors.http import Banned, FinalAnswer, Leg, Patience, prepare, retry_after_seconds, short
+from data_sources.vendors.http import (
+    Banned,
+    FinalAnswer,
+    Host,
+    RetryPolicy,
+    prepare,
+    retry_after_seconds,
+    short,
+)
 
 with warnings.catch_warnings():  # python-binance 1.0.37 imports names that websockets 14 calls deprecated
     warnings.filterwarnings("ignore", "websockets", DeprecationWarning)
@@ -44,10 +52,10 @@ class UnknownPair(FinalAnswer):
 class Rest:
     """Pages of klines. Safe to use from several threads: each has a client of its own."""
 
-    def __init__(self, url: str, patience: Patience, weight_limit: int = WEIGHT_LIMIT) -> None:
+    def __init__(self, url: str, policy: RetryPolicy, weight_limit: int = WEIGHT_LIMIT) -> None:
         self._url = url.rstrip("/").removesuffix("/api")
         self._weight_limit = weight_limit
-        self.leg = Leg(patience)
+        self.host = Host(policy)
         self._local = threading.local()
 
     def page(self, pair: str, start_ns: int, end_ns: int, limit: int = PAGE_BARS) -> pa.Table:
@@ -59,7 +67,7 @@ class Rest:
             UnknownPair: no such pair.
             DataError: after retries; sorted as in data_sources.errors.
         """
-        return self.leg.ask(lambda: self._page(pair, start_ns, end_ns, limit))
+        return self.host.ask(lambda: self._page(pair, start_ns, end_ns, limit))
 
     def probe(self, pair: str, now_ns: int) -> str:
         """Ask for one of the last bars; return the server's time as the HTTP header Date.
@@ -74,11 +82,11 @@ class Rest:
     def _client(self) -> Client:
         client = getattr(self._local, "client", None)
         if client is None:
-            patience = self.leg.patience
-            timeout = (patience.connect_seconds, patience.read_seconds)
+            policy = self.host.policy
+            timeout = (policy.connect_seconds, policy.read_seconds)
             client = Client(requests_params={"timeout": timeout}, ping=False)
             client.API_URL = f"{self._url}/api"  # as an attribute: braces in a class attribute are formatted
-            prepare(client.session, patience, MAX_PAGE_BYTES)
+            prepare(client.session, policy, MAX_PAGE_BYTES)
             self._local.client = client
         return client
 
@@ -119,7 +127,7 @@ class Rest:
                 second = parsedate_to_datetime(response.headers.get("Date", "")).second
             except ValueError:
                 second = 0
-            self.leg.pause(61.0 - second)
+            self.host.pause(61.0 - second)
 
     @staticmethod
     def _understood(pair: str, error: BinanceAPIException) -> DataError:

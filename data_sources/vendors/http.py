@@ -1,4 +1,4 @@
-"""HTTP manners that the adapters share: a total time per request, a leg that gives up in time."""
+"""HTTP manners that the adapters share: a total time per request, a host that gives up in time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to wait for a host, in seconds, and how often to try."""
 
     connect_seconds: float = 5.0
@@ -75,9 +75,9 @@ class DeadlineAdapter(HTTPAdapter):
         return response
 
 
-def prepare(session: requests.Session, patience: Patience, max_bytes: int) -> requests.Session:
+def prepare(session: requests.Session, policy: RetryPolicy, max_bytes: int) -> requests.Session:
     """Mount the deadline on a session."""
-    adapter = DeadlineAdapter(patience.total_seconds, max_bytes)
+    adapter = DeadlineAdapter(policy.total_seconds, max_bytes)
     session.mount("https://", adapter)
     session.mount("http://", adapter)
     return session
@@ -107,7 +107,7 @@ class Banned(RateLimited):
     """The vendor shut this address out for a while: whatever is sent now makes it longer."""
 
 
-class Leg:
+class Host:
     """One host of a source: retries, waits that every thread shares, and giving up on the host.
 
     A host that refuses, bans, or fails many requests in a row is down for the rest of the refresh,
@@ -115,8 +115,8 @@ class Leg:
     the refresh.
     """
 
-    def __init__(self, patience: Patience) -> None:
-        self.patience = patience
+    def __init__(self, policy: RetryPolicy) -> None:
+        self.policy = policy
         self.stop = threading.Event()
         self.down: DataError | None = None
         self.requests = 0
@@ -135,17 +135,17 @@ class Leg:
             self._not_before = max(self._not_before, time.monotonic() + seconds)
 
     def ask(self, once: Callable[[], Answer]) -> Answer:
-        """Call ``once`` until it returns, within patience.
+        """Call ``once`` until it returns, within policy.
 
         Raises:
-            Refused, Banned: at once; the leg is down from here on.
-            RateLimited: the wait is too long, or did not help; the leg is down from here on.
+            Refused, Banned: at once; the host is down from here on.
+            RateLimited: the wait is too long, or did not help; the host is down from here on.
             SourceUnavailable, BadAnswer: the last attempt's error.
         """
         error: DataError | None = None
-        for attempt in range(self.patience.attempts):
+        for attempt in range(self.policy.attempts):
             if attempt and not isinstance(error, RateLimited):
-                self.stop.wait(self.patience.backoff_seconds * 2 ** (attempt - 1))
+                self.stop.wait(self.policy.backoff_seconds * 2 ** (attempt - 1))
             self._wait_for_turn()
             try:
                 answer = once()
@@ -160,7 +160,7 @@ class Leg:
                 error = limit
                 wait = limit.retry_after if limit.retry_after is not None else 10.0 * 2**attempt
                 self.pause(wait)
-                if wait > self.patience.longest_wait_seconds:
+                if wait > self.policy.longest_wait_seconds:
                     break
             except FinalAnswer:
                 self._failures = 0
@@ -173,7 +173,7 @@ class Leg:
         assert error is not None
         with self._lock:
             self._failures += 1
-            if isinstance(error, RateLimited) or self._failures >= self.patience.failures_in_a_row:
+            if isinstance(error, RateLimited) or self._failures >= self.policy.failures_in_a_row:
                 self.down = error
         raise error
 
@@ -184,7 +184,7 @@ class Leg:
             if self.down is not None:
                 raise self.down
             wait = self._not_before - time.monotonic()
-            if wait > self.patience.longest_wait_seconds:
+            if wait > self.policy.longest_wait_seconds:
                 self.down = RateLimited(f"asked to wait {wait:.0f} more seconds", wait)
                 raise self.down
             if wait <= 0:

@@ -19,7 +19,7 @@ import requests
 
 from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
 from data_sources.splits import Split, SplitLedger
-from data_sources.vendors.http import Leg, Patience, prepare, retry_after_seconds
+from data_sources.vendors.http import Host, RetryPolicy, prepare, retry_after_seconds
 
 DEFAULT_URL = "https://api.massive.com"  # https://api.polygon.io is the older name of the host
 PATH = "/stocks/v1/splits"
@@ -27,7 +27,7 @@ PAGE_ROWS = 5_000
 MOST_PAGES = 50
 MOST_TICKERS = 100  # named in a question; for more, all of the market's are asked for
 MAX_BYTES = 64 << 20
-PATIENCE = Patience(connect_seconds=5, read_seconds=20, total_seconds=40, longest_wait_seconds=60)
+RETRY_POLICY = RetryPolicy(connect_seconds=5, read_seconds=20, total_seconds=40, longest_wait_seconds=60)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PolygonSplits:
 
     api_key: str = field(repr=False)
     url: str = DEFAULT_URL
-    patience: Patience = PATIENCE
+    policy: RetryPolicy = RETRY_POLICY
 
     @classmethod
     def from_environment(cls) -> PolygonSplits | None:
@@ -62,7 +62,7 @@ class PolygonSplits:
         Raises:
             DataError: what the answer means.
         """
-        with prepare(requests.Session(), self.patience, MAX_BYTES) as session:
+        with prepare(requests.Session(), self.policy, MAX_BYTES) as session:
             self._page(session, f"{self.url}{PATH}?limit=1")
         return "accepts the key", ""
 
@@ -93,10 +93,10 @@ class PolygonSplits:
         address = question.prepare().url
         wanted = None if stocks is None else set(stocks)
         num_new = num_bad = 0
-        leg = Leg(self.patience)
-        with prepare(requests.Session(), self.patience, MAX_BYTES) as session:
+        host = Host(self.policy)
+        with prepare(requests.Session(), self.policy, MAX_BYTES) as session:
             for _ in range(MOST_PAGES):
-                page = leg.ask(lambda address=address: self._page(session, str(address)))  # type: ignore[misc]
+                page = host.ask(lambda address=address: self._page(session, str(address)))  # type: ignore[misc]
                 found: dict[str, list[Split]] = {}
                 for entry in page["results"]:
                     try:
@@ -121,7 +121,7 @@ class PolygonSplits:
         Raises:
             DataError: what the answer means.
         """
-        timeout = (self.patience.connect_seconds, self.patience.read_seconds)
+        timeout = (self.policy.connect_seconds, self.policy.read_seconds)
         try:
             answer = session.get(
                 address,

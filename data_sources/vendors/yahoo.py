@@ -32,12 +32,14 @@ from data_sources.lake.lake import Lake
 from data_sources.lake.quality import SCHEMA
 from data_sources.progress import Progress
 from data_sources.splits import Split, SplitLedger
-from data_sources.vendors.http import FinalAnswer, Patience
+from data_sources.vendors.http import FinalAnswer, RetryPolicy
 from data_sources.vendors.yahoo_client import Watch, new_session
 from data_sources.vendors.yahoo_refresh import Refresh
 from data_sources.vendors.yahoo_weeks import SOURCE, Plan
 
-PATIENCE = Patience(connect_seconds=5, total_seconds=12, backoff_seconds=1, attempts=2, failures_in_a_row=3)
+RETRY_POLICY = RetryPolicy(
+    connect_seconds=5, total_seconds=12, backoff_seconds=1, attempts=2, failures_in_a_row=3
+)
 PAUSE_SECONDS = 0.4  # between stocks, at Yahoo's own hosts only; it limits by address, for up to a day
 SECONDS_PER_STOCK = 15.0  # with MINIMUM_SECONDS the time after which a refresh gives up; 3 are usual at first
 MINIMUM_SECONDS = 120.0
@@ -51,14 +53,14 @@ class Yahoo:
 
     name = SOURCE
 
-    def __init__(self, base_url: str | None = None, *, patience: Patience = PATIENCE) -> None:
+    def __init__(self, base_url: str | None = None, *, policy: RetryPolicy = RETRY_POLICY) -> None:
         self._base_url = base_url
-        self._patience = patience
+        self._policy = policy
 
     @classmethod
-    def from_environment(cls, patience: Patience = PATIENCE) -> Yahoo:
+    def from_environment(cls, policy: RetryPolicy = RETRY_POLICY) -> Yahoo:
         """Read YAHOO_BASE_URL: where to send all requests instead of Yahoo's hosts. There is no key."""
-        return cls(os.environ.get("YAHOO_BASE_URL") or None, patience=patience)
+        return cls(os.environ.get("YAHOO_BASE_URL") or None, policy=policy)
 
     def probe(self, stock: str, now_ns: int) -> tuple[str, str]:
         """Ask for a stock's minutes of the last days, cookie and crumb included.
@@ -69,9 +71,9 @@ class Yahoo:
         Raises:
             DataError: as ``refresh``.
         """
-        deadline = time.monotonic() + 2 * self._patience.total_seconds
+        deadline = time.monotonic() + 2 * self._policy.total_seconds
         with tempfile.TemporaryDirectory(prefix="yfinance-") as folder:
-            client = _Client(Watch(self._base_url, self._patience, deadline), Path(folder))
+            client = _Client(Watch(self._base_url, self._policy, deadline), Path(folder))
             try:
                 count = client.minutes(stock, now_ns - PROBED_NS, now_ns)[0].num_rows
             finally:
@@ -100,7 +102,7 @@ class Yahoo:
         stocks = list(dict.fromkeys(stocks))
         seconds = MINIMUM_SECONDS + SECONDS_PER_STOCK * len(stocks)
         client = _Client(
-            Watch(self._base_url, self._patience, time.monotonic() + seconds), lake.root / CACHE_FOLDER
+            Watch(self._base_url, self._policy, time.monotonic() + seconds), lake.root / CACHE_FOLDER
         )
         with lake.writing():
             try:
@@ -122,7 +124,7 @@ class _Client:
 
     def __init__(self, watch: Watch, cache_folder: Path) -> None:
         self.watch = watch
-        self.attempts = watch.patience.attempts
+        self.attempts = watch.policy.attempts
         self._cache_folder = cache_folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._session: Any = None
@@ -179,7 +181,7 @@ class _Client:
         """
         for attempt in range(self.attempts):
             if attempt:
-                time.sleep(self.watch.patience.backoff_seconds)
+                time.sleep(self.watch.policy.backoff_seconds)
             try:
                 return self._ask_once(symbol, question)
             except DataError as error:

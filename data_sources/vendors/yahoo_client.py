@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from data_sources.errors import SourceUnavailable
-from data_sources.vendors.http import Patience, prepare, retry_after_seconds
+from data_sources.vendors.http import RetryPolicy, prepare, retry_after_seconds
 
 CHART_PATH = "/v8/finance/chart/"
 COOKIE_HOST = "fc.yahoo.com"
@@ -30,8 +30,8 @@ class Watch:
     ``status``, ``failure`` and ``retry_after`` are those of the last chart request since ``forget``.
     """
 
-    def __init__(self, base_url: str | None, patience: Patience, deadline: float) -> None:
-        self.patience = patience
+    def __init__(self, base_url: str | None, policy: RetryPolicy, deadline: float) -> None:
+        self.policy = policy
         self.requests = 0
         self.num_bytes = 0
         self.status: int | None = None
@@ -75,8 +75,8 @@ class Watch:
         side = (method, host, parts.path)
         if side in self._side_answers and (has_cookies or host != COOKIE_HOST):
             return self._side_answers[side]
-        seconds = self.patience.total_seconds if is_chart else min(SIDE_SECONDS, self.patience.total_seconds)
-        connect = min(self.patience.connect_seconds, seconds / 2)
+        seconds = self.policy.total_seconds if is_chart else min(SIDE_SECONDS, self.policy.total_seconds)
+        connect = min(self.policy.connect_seconds, seconds / 2)
         kwargs["timeout"] = (connect, seconds - connect)
         self.requests += 1
         try:
@@ -132,6 +132,6 @@ def new_session(watch: Watch) -> Any:
     watch.forget_session()
     session = WatchedSession(**arguments)
     if not arguments:
-        prepare(session, watch.patience, MAX_ANSWER_BYTES)
+        prepare(session, watch.policy, MAX_ANSWER_BYTES)
         session.headers.update({"User-Agent": BROWSER, "Accept-Language": "en-US,en;q=0.5"})
     return session

@@ -74,7 +74,7 @@ class Refresh:
                 in_a_row = 0 if error is None or isinstance(error, FinalAnswer) else in_a_row + 1
                 num_tried += 1
                 nobody = self._client.watch.failure is not None and in_a_row == num_tried
-                limit = self._client.watch.patience.failures_in_a_row if nobody else FAILED_IN_A_ROW
+                limit = self._client.watch.policy.failures_in_a_row if nobody else FAILED_IN_A_ROW
                 if error is not None and in_a_row >= limit:
                     told = list(self._failed)[-in_a_row:]
                     raise SourceUnavailable(
@@ -110,7 +110,7 @@ class Refresh:
         """
         watch = self._client.watch
         requests, num_bytes = watch.requests, watch.num_bytes
-        self._client.attempts = num_attempts or watch.patience.attempts
+        self._client.attempts = num_attempts or watch.policy.attempts
         error: DataError | None = None
         try:
             self._stock(stock)

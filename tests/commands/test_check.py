@@ -26,7 +26,7 @@ from data_sources import probing
 from data_sources.lake.lake import Lake
 from data_sources.probing import Answer
 from data_sources.refresh import refresh
-from data_sources.vendors.http import Patience
+from data_sources.vendors.http import RetryPolicy
 from runtime.launch import Launch
 from tests.data_sources.vendors.loopback import Answer as HttpAnswer
 from tests.data_sources.vendors.loopback import Fault, LoopbackServer, Notes
@@ -71,10 +71,10 @@ def vendors(
     keys = {"POLYGON_S3_ACCESS_KEY": KEY_ID, "POLYGON_S3_SECRET_KEY": SECRET, "POLYGON_API_KEY": REST_KEY}
     for name, value in (running[0].addresses | keys | {"POLYGON_API_URL": running[1].url}).items():
         monkeypatch.setenv(name, value)
-    patient = Patience(
+    patient_policy = RetryPolicy(
         connect_seconds=30, read_seconds=60, total_seconds=90, attempts=1
     )  # the machine may be busy
-    monkeypatch.setattr(probing, "PATIENCE", patient)
+    monkeypatch.setattr(probing, "RETRY_POLICY", patient_policy)
     monkeypatch.setattr(Machine, "read", lambda: Machine(ram_bytes=16 * GB))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100 * GB))
     monkeypatch.chdir(tmp_path)
@@ -191,8 +191,8 @@ def test_one_source_that_fails_is_no_error(vendors: Vendors) -> None:
 def test_a_source_that_says_nothing_is_not_waited_for(
     vendors: Vendors, monkeypatch: pytest.MonkeyPatch, server: str, fault: Any, told: str
 ) -> None:
-    impatient = Patience(connect_seconds=30, read_seconds=0.2, total_seconds=3, attempts=1)
-    monkeypatch.setattr(probing, "PATIENCE", impatient)
+    impatient_policy = RetryPolicy(connect_seconds=30, read_seconds=0.2, total_seconds=3, attempts=1)
+    monkeypatch.setattr(probing, "RETRY_POLICY", impatient_policy)
     getattr(vendors, server).faults.append(replace(fault))
     assert any(told in text for _, _, text, _ in faults(of_source(server)))
 

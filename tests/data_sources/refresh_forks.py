@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from data_sources.lake.lake import Lake
-from data_sources.progress import Silence
+from data_sources.progress import NullProgress
 from data_sources.refresh import DataRequest, refresh
 from data_sources.vendors import binance, polygon
-from data_sources.vendors.http import Patience
+from data_sources.vendors.http import RetryPolicy
 
-PATIENCE = Patience(read_seconds=20, total_seconds=30, backoff_seconds=0.01, attempts=2)
+QUICK = RetryPolicy(read_seconds=20, total_seconds=30, backoff_seconds=0.01, attempts=2)
 
 
 def run(asked: dict) -> int:
@@ -29,7 +29,7 @@ def run(asked: dict) -> int:
         ("polygon", "binance"), asked["stocks"], asked["pairs"], (), asked["start_ns"], asked["now_ns"]
     )
     files = polygon.Polygon("key", "secret", asked["s3"], attempts=2)
-    coins = binance.Binance(asked["binance"], asked["binance"], patience=PATIENCE)
+    coins = binance.Binance(asked["binance"], asked["binance"], policy=QUICK)
     span = (request.start_ns, request.end_ns, asked["now_ns"])
     adapters = {
         "polygon": lambda lake, request, now, progress, _: files.refresh(
@@ -39,7 +39,7 @@ def run(asked: dict) -> int:
             lake, request.binance_pairs, *span, progress
         ),
     }
-    reports = refresh(Lake(Path(asked["root"])), request, asked["now_ns"], Silence(), adapters=adapters)
+    reports = refresh(Lake(Path(asked["root"])), request, asked["now_ns"], NullProgress(), adapters=adapters)
     return 0 if all(report.status == "ok" for report in reports.values()) else 1
 
 

@@ -9,7 +9,7 @@ from bar_tables import DAY_NS, flat, ns, walk, with_values
 from data_sources.bars import COLUMNS, MINUTE_NS
 from data_sources.errors import BadAnswer, LakeError, MissingCredentials, RateLimited, SourceUnavailable
 from data_sources.lake.lake import Lake
-from data_sources.progress import Silence
+from data_sources.progress import NullProgress
 from data_sources.refresh import DataRequest, load, refresh
 from data_sources.splits import Split, SplitLedger
 
@@ -17,7 +17,7 @@ START, NOW = ns("2026-11-16 00:00"), ns("2026-11-21 00:00")  # Monday to Friday
 MONDAY_OPEN = ns("2026-11-16 14:30")
 
 
-class Warnings(Silence):
+class Warnings(NullProgress):
     def __init__(self):
         self.texts = []
 
@@ -117,9 +117,9 @@ def test_a_source_that_fails_says_why_and_what_is_kept_and_the_others_still_arri
 
 
 def test_a_failing_source_with_nothing_in_the_lake_says_so(lake):
-    report = refresh(lake, request_for("yahoo"), NOW, Silence(), adapters={"yahoo": raises(BadAnswer("no"))})[
-        "yahoo"
-    ]
+    report = refresh(
+        lake, request_for("yahoo"), NOW, NullProgress(), adapters={"yahoo": raises(BadAnswer("no"))}
+    )["yahoo"]
     assert report.message == "Yahoo failed: no; nothing is kept of it yet"
     assert (report.rows, report.newest_ns) == (0, None)
 
@@ -128,14 +128,14 @@ def test_a_lake_held_by_another_writer_fails_every_source_and_ends_nothing(lake)
     put(lake, "yahoo", "AAPL", session("AAPL", 16))
     adapters = dict.fromkeys(("yahoo", "binance"), raises(AssertionError("must not be asked")))
     with Lake(lake.root).writing():
-        reports = refresh(lake, request_for("yahoo", "binance"), NOW, Silence(), adapters=adapters)
+        reports = refresh(lake, request_for("yahoo", "binance"), NOW, NullProgress(), adapters=adapters)
     assert all("is written by process" in report.message for report in reports.values())
     assert reports["yahoo"].rows == 390
 
 
 def test_a_lake_that_cannot_be_made_fails_every_source_and_ends_nothing(tmp_path):
     (tmp_path / "file").write_text("")
-    reports = refresh(Lake(tmp_path / "file"), request_for("yahoo", "simulated"), NOW, Silence())
+    reports = refresh(Lake(tmp_path / "file"), request_for("yahoo", "simulated"), NOW, NullProgress())
     assert reports["yahoo"].status == "failed"
     assert reports["yahoo"].message.startswith(f"Yahoo failed: cannot write to {tmp_path / 'file'}")
     assert reports["simulated"].status == "ok"
@@ -143,7 +143,9 @@ def test_a_lake_that_cannot_be_made_fails_every_source_and_ends_nothing(tmp_path
 
 def test_an_interrupt_leaves_the_refresh_and_frees_the_lock(lake):
     with pytest.raises(KeyboardInterrupt):
-        refresh(lake, request_for("yahoo"), NOW, Silence(), adapters={"yahoo": raises(KeyboardInterrupt())})
+        refresh(
+            lake, request_for("yahoo"), NOW, NullProgress(), adapters={"yahoo": raises(KeyboardInterrupt())}
+        )
     with Lake(lake.root).writing():
         pass
 
@@ -154,7 +156,7 @@ def test_adapters_are_handed_the_request_the_clock_and_the_split_ledger(lake):
         splits.update("AAPL", [Split(datetime.date(2026, 11, 18), 4.0)])
 
     assert (
-        refresh(lake, request_for("yahoo"), NOW, Silence(), adapters={"yahoo": adapter})["yahoo"].status
+        refresh(lake, request_for("yahoo"), NOW, NullProgress(), adapters={"yahoo": adapter})["yahoo"].status
         == "ok"
     )
     assert SplitLedger(lake.root).splits("AAPL") == [Split(datetime.date(2026, 11, 18), 4.0)]
@@ -363,7 +365,7 @@ def test_the_fingerprint_changes_with_bars_and_splits_and_with_nothing_else(lake
 def test_the_simulated_market_needs_no_lake_and_is_the_same_all_day(tmp_path):
     lake = Lake(tmp_path / "never made")
     request = request_for("simulated", simulated_symbols=3, simulated_bars=500)
-    refresh(lake, request, NOW, Silence())
+    refresh(lake, request, NOW, NullProgress())
     data = load(lake, request)
     later = load(
         lake, request_for("simulated", simulated_symbols=3, simulated_bars=500, end_ns=NOW + DAY_NS - 1)

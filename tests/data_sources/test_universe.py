@@ -9,7 +9,7 @@ import pytest
 from bar_tables import DAY_NS, ns, walk
 
 from data_sources.lake.lake import Lake
-from data_sources.progress import Silence
+from data_sources.progress import NullProgress
 from data_sources.refresh import DataRequest, load
 from data_sources.universe import members, named, top_of
 from data_sources.vendors.polygon import Polygon
@@ -52,7 +52,7 @@ def refresh(server: S3Server, lake: Lake, *stocks: str, crypto: tuple[str, ...] 
     """Refresh, and return the days that were downloaded."""
     server.log.clear()
     source = Polygon("key", "secret", server.endpoint, read_timeout_seconds=5, attempts=2)
-    source.refresh(lake, stocks, crypto, START, NOW, NOW, Silence())
+    source.refresh(lake, stocks, crypto, START, NOW, NOW, NullProgress())
     return sorted(key[-17:-7] for key in server.gets())
 
 

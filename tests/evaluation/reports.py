@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from commands import evaluate
-from data_sources.progress import Silence
+from data_sources.progress import NullProgress
 from evaluation.exam import CHAMPION, POLICY, Walk
 from evaluation.measures import measure
 from evaluation.report import Report
@@ -58,7 +58,7 @@ def report_of(
 
 def files_of(report: Report) -> dict[str, bytes]:
     """Everything that is written of a report, by name."""
-    return dict(evaluate.files_of(report, Silence()))
+    return dict(evaluate.files_of(report, NullProgress()))
 
 
 class Page(HTMLParser):

@@ -15,7 +15,7 @@ from bar_tables import DAY_NS, ns, table, walk, with_values
 from data_sources.bars import COLUMNS, MINUTE_NS
 from data_sources.errors import BadAnswer, LakeError
 from data_sources.lake.lake import Lake
-from data_sources.progress import Silence
+from data_sources.progress import NullProgress
 
 ROOT = Path(__file__).parents[3]
 START = ns("2026-11-20 00:00")
@@ -23,7 +23,7 @@ NOW = ns("2026-11-23 00:00")
 EVER = (0, 2**62)
 
 
-class Warnings(Silence):
+class Warnings(NullProgress):
     def __init__(self):
         self.texts = []
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_sources.lake.lake import Lake
 from data_sources.vendors.binance import Binance
-from data_sources.vendors.http import Patience
+from data_sources.vendors.http import RetryPolicy
 from tests.data_sources.vendors.binance_server import HOUR_NS, BinanceServer
 from tests.data_sources.vendors.loopback import Notes, ns
 
@@ -17,7 +17,7 @@ NOW = ns("2026-11-24T12:00:30")
 START = ns("2026-10-20T00:00")
 CLOSED = ns("2026-11-24T12:00")
 DAY_NS = 24 * HOUR_NS
-PATIENCE = Patience(
+POLICY = RetryPolicy(
     connect_seconds=5,
     read_seconds=20,
     total_seconds=30,
@@ -25,7 +25,7 @@ PATIENCE = Patience(
     longest_wait_seconds=2,
     attempts=2,
 )
-QUICK = replace(PATIENCE, read_seconds=0.8, total_seconds=1.2)  # for servers that stall
+QUICK = replace(POLICY, read_seconds=0.8, total_seconds=1.2)  # for servers that stall
 
 
 class Desk:
@@ -35,8 +35,8 @@ class Desk:
         self.server, self.lake, self.notes = server, Lake(folder), Notes()
         self.binance = self.new_adapter()
 
-    def new_adapter(self, patience: Patience = PATIENCE) -> Binance:
-        return Binance(self.server.url, self.server.url, patience=patience)
+    def new_adapter(self, policy: RetryPolicy = POLICY) -> Binance:
+        return Binance(self.server.url, self.server.url, policy=policy)
 
     def refresh(self, *pairs: str, start_ns: int = START, seconds_later: int = 0) -> list[str]:
         """Refresh, and return the requests that it took."""

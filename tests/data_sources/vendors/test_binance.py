@@ -12,7 +12,7 @@ from data_sources.errors import LakeError, RateLimited, Refused, SourceUnavailab
 from data_sources.lake.lake import Lake
 from data_sources.vendors.binance import Binance
 from data_sources.vendors.binance_rest import Rest
-from tests.data_sources.vendors.binance_desk import CLOSED, DAY_NS, NOW, PATIENCE, START, Desk
+from tests.data_sources.vendors.binance_desk import CLOSED, DAY_NS, NOW, POLICY, START, Desk
 from tests.data_sources.vendors.binance_server import MINUTE_NS, BinanceServer, bars_of
 from tests.data_sources.vendors.loopback import Fault, Notes, ns
 
@@ -205,7 +205,7 @@ def test_two_dead_hosts_are_an_error_that_costs_no_bar_and_few_requests(desk: De
 
 
 def test_nothing_listens(tmp_path: Path) -> None:
-    binance = Binance("http://127.0.0.1:9", "http://127.0.0.1:9", patience=PATIENCE)
+    binance = Binance("http://127.0.0.1:9", "http://127.0.0.1:9", policy=POLICY)
     with pytest.raises(SourceUnavailable):
         binance.refresh(Lake(tmp_path), ["BTCUSDT"], START, NOW, NOW, Notes())
 
@@ -233,9 +233,9 @@ def test_a_ban_stops_rest_at_once_and_outlives_the_refresh(desk: Desk) -> None:
 
 def test_most_of_the_weight_used_makes_it_wait_for_the_next_minute(desk: Desk) -> None:
     desk.server.weight = 4800
-    rest = Rest(desk.server.url, PATIENCE)
+    rest = Rest(desk.server.url, POLICY)
     assert len(rest.page("BTCUSDT", START, CLOSED)) == 1000
-    with pytest.raises(RateLimited, match="wait"):  # over PATIENCE's two seconds, so it says so instead
+    with pytest.raises(RateLimited, match="wait"):  # over POLICY's two seconds, so it says so instead
         rest.page("BTCUSDT", START, CLOSED)
     assert len(desk.server.requests) == 1
 

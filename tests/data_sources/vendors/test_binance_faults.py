@@ -12,7 +12,7 @@ import pytest
 
 from data_sources.errors import BadAnswer, DataError
 from data_sources.vendors.binance_archive import Archive, days, months
-from tests.data_sources.vendors.binance_desk import CLOSED, NOW, PATIENCE, QUICK, START, Desk
+from tests.data_sources.vendors.binance_desk import CLOSED, NOW, POLICY, QUICK, START, Desk
 from tests.data_sources.vendors.binance_server import HOUR_NS, MINUTE_NS, BinanceServer, zipped
 from tests.data_sources.vendors.loopback import Fault, ns
 
@@ -102,7 +102,7 @@ def test_the_days_stand_in_for_a_month_with_a_false_checksum(desk: Desk) -> None
 
 
 def test_a_file_of_another_pair_or_day_is_not_taken(desk: Desk) -> None:
-    archive = Archive(desk.server.url, PATIENCE)
+    archive = Archive(desk.server.url, POLICY)
     (unit,) = days(ns("2026-11-20T00:00"), ns("2026-11-21T00:00"))
     for body in (
         zipped("ETHUSDT-1m-2026-11-20.csv", "1,1,1,1,1,1\n"),
@@ -136,7 +136,7 @@ def test_stamps_in_ms_and_us_and_headers_are_understood(
         Fault(r"\.zip$", "body", body=body),
         Fault(r"CHECKSUM$", "body", body=hashlib.sha256(body).hexdigest().encode() + b"  x\n"),
     ]
-    file = Archive(desk.server.url, PATIENCE).fetch("BTCUSDT", unit)
+    file = Archive(desk.server.url, POLICY).fetch("BTCUSDT", unit)
     assert file is not None
     first, second = file.table.to_pylist()
     assert first == {

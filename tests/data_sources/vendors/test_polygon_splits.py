@@ -16,15 +16,15 @@ from bar_tables import ns
 
 from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
 from data_sources.lake.lake import Lake
-from data_sources.progress import Silence
+from data_sources.progress import NullProgress
 from data_sources.refresh import DataRequest, refresh
 from data_sources.splits import Split, SplitLedger
-from data_sources.vendors.http import Patience
+from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon_splits import PolygonSplits
 
 KEY = "hidden-key"
 START, NOW = ns("2024-11-24 00:00"), ns("2026-11-24 12:00")
-QUICK = Patience(
+QUICK = RetryPolicy(
     connect_seconds=2,
     read_seconds=0.5,
     total_seconds=1,
@@ -215,7 +215,7 @@ def test_the_key_is_optional_and_never_shown(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_refresh_asks_for_splits_and_a_fault_there_is_a_warning_only(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Told(Silence):
+    class Told(NullProgress):
         texts: list[str] = []  # noqa: RUF012
 
         def warn(self, source: str, message: str) -> None:

@@ -13,7 +13,7 @@ from data_sources.errors import DataError, RateLimited, Refused, SourceUnavailab
 from data_sources.vendors import yahoo
 from data_sources.vendors.yahoo import Yahoo
 from tests.data_sources.vendors.loopback import Fault, ns
-from tests.data_sources.vendors.yahoo_desk import DAY_NS, EVENING, HTML, MINUTES, NOW, PATIENCE, STOCKS, Desk
+from tests.data_sources.vendors.yahoo_desk import DAY_NS, EVENING, HTML, MINUTES, NOW, POLICY, STOCKS, Desk
 from tests.data_sources.vendors.yahoo_server import MINUTE_NS, Rows, YahooServer
 
 
@@ -159,7 +159,7 @@ def test_yahoos_own_words_reach_the_user(desk: Desk) -> None:
     desk.server.now_ns += 3 * DAY_NS  # a host whose clock is ahead: the oldest week is too old for it
     ahead = desk.server.now_ns
     now = NOW
-    Yahoo(desk.server.url, patience=PATIENCE).refresh(
+    Yahoo(desk.server.url, policy=POLICY).refresh(
         desk.lake, ["AAPL"], now - 60 * DAY_NS, now, now, desk.notes, desk.ledger
     )
     assert desk.server.now_ns == ahead

@@ -9,7 +9,7 @@ import numpy as np
 from data_sources.bars import COLUMNS, Bars
 from data_sources.lake.lake import Lake
 from data_sources.splits import SplitLedger
-from data_sources.vendors.http import Patience
+from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.yahoo import Yahoo
 from tests.data_sources.vendors.loopback import Notes, ns
 from tests.data_sources.vendors.yahoo_server import MINUTE_NS, YahooServer
@@ -20,7 +20,7 @@ EVENING = ns("2026-03-18T01:00")  # 21:00 in New York, all bars of the day have 
 DAY_NS = 1440 * MINUTE_NS
 REACH = NOW - 29 * DAY_NS
 STOCKS = ("AAPL", "MSFT", "NVDA")
-PATIENCE = Patience(
+POLICY = RetryPolicy(
     connect_seconds=0.3, total_seconds=0.8, backoff_seconds=0.01, attempts=2, failures_in_a_row=3
 )
 HTML = b"<!DOCTYPE html><html><body>Oh dear</body></html>"
@@ -43,7 +43,7 @@ class Desk:
         self.server.now_ns = now_ns = at or self.server.now_ns
         self.server.requests.clear()
         self.notes = Notes()
-        Yahoo(self.server.url, patience=PATIENCE).refresh(
+        Yahoo(self.server.url, policy=POLICY).refresh(
             self.lake, stocks or STOCKS, now_ns - 730 * DAY_NS, now_ns, now_ns, self.notes, self.ledger
         )
         return self.charts()
