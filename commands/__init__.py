@@ -73,7 +73,7 @@ def selftest_command(
     """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
     with distributed.start() as ranks:
         console = Console(Path(settings.log_dir))
-        failures = lookahead.tell(settings, ranks, console)
+        failures = lookahead.run(settings, ranks, console)
         seed_list = range(settings.seed, settings.seed + seeds)
         results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks), console.line)
         for path in report.write(Path(settings.report_dir) / "selftest", TRIALS, results):

@@ -1,13 +1,13 @@
-"""Does anything look ahead on the user's own bars? Part of the self-test.
+"""Look-ahead checks on the user's own bars, the first part of the self-test.
 
-Bars after a moment are replaced by entirely other ones: whatever was known, decided or filled up to that moment
-must stay as it was, to the bit. Then the bars that are held out are replaced: nothing of the training may change.
+All bars after some moment are replaced by unrelated ones: everything known, decided or filled up to that moment
+must stay the same, bit for bit. Then the bars of the holdout are replaced: nothing in training may change.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from commands.selftest.foresight import changed_after, features_that_look_ahead
-from data_sources.bars import Bars
+from data_sources.bars import MINUTE_NS, Bars
 from data_sources.calendar import DAY_NS, new_york_time
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
 from data_sources.load import each_symbol
 from data_sources.refresh import DataRequest
 from data_sources.simulated import simulated_bars
-from envs.features import WARM_UP_BARS
+from envs.features import FEATURES, WARM_UP_BARS, FeatureFunction, compute
 from envs.market import Market, NoSegment
 from envs.trading_env import EnvConfig, TradingEnv
 from evaluation.provenance import minute_of
@@ -40,28 +39,29 @@ from training.rollout import Rollout, collect
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-SYMBOLS = 4  # of stocks, and as many of crypto
-TRAINING_BARS = 30_000  # of each, the newest before the holdout
-MOMENTS = 6  # of each kind, after which bars are replaced, for features
-SEGMENTS = 3  # of each, in which decisions are looked at
-HOLDOUT_SEGMENTS = 64  # of all, played without a change of the training's bars
+SYMBOLS = 4  # stocks, and as many of crypto
+TRAINING_BARS = 30_000  # per symbol, the newest before the holdout
+CUTS = 6  # of each kind per symbol, after which bars are replaced to check features
+SEGMENTS = 3  # per symbol, to check decisions
+HOLDOUT_SEGMENTS = 64  # of all symbols, to check that the holdout is unused
 
 
-def tell(settings: Settings, ranks: Ranks, console: Console) -> list[str]:
-    """Check some symbols, tell of it, and return what looks ahead, or why it cannot be known."""
+def run(settings: Settings, ranks: Ranks, console: Console) -> list[str]:
+    """Check some symbols and print a summary; return what looks ahead, or why the check is not possible."""
     try:
-        found, played = what_looks_ahead(bars := some_bars(settings, time.time_ns()), settings, ranks)
+        bars = load_bars(settings, time.time_ns())
+        found, played = find_look_ahead(bars, settings, ranks)
     except (DataError, NoSegment) as error:
-        return [f"foresight could not be checked: {error}"]
-    line = f"no foresight, on {', '.join(played)}"
-    if others := [one.symbol for one in bars if one.symbol not in played]:
-        line += f" (features alone on {', '.join(others)}, which have too few bars)"
-    console.line(f"{line}: {f'FAILED: {len(found)} found' if found else 'passed'}")
-    return [f"foresight: {each}" for each in found]
+        return [f"look-ahead could not be checked: {error}"]
+    line = f"no look-ahead on {', '.join(played)}"
+    if others := [series.symbol for series in bars if series.symbol not in played]:
+        line += f" (features only on {', '.join(others)}: too few bars)"
+    console.line(f"{line}: {f'FAILED, {len(found)} found' if found else 'passed'}")
+    return [f"look-ahead: {finding}" for finding in found]
 
 
-def some_bars(settings: Settings, now_ns: int) -> list[Bars]:
-    """Read some symbols that a training would use; nothing is downloaded. Simulated ones where there are none.
+def load_bars(settings: Settings, now_ns: int) -> list[Bars]:
+    """Read some of the training's symbols from the lake, without a download; simulate some if it has none.
 
     Raises:
         LakeError: the lake cannot be read.
@@ -70,131 +70,174 @@ def some_bars(settings: Settings, now_ns: int) -> list[Bars]:
     kinds = [replace(request, sources=("simulated",), simulated_symbols=SYMBOLS)]
     if "simulated" not in settings.sources:
         kinds = [replace(request, binance_pairs=(), polygon_crypto=()), replace(request, stocks=())]
-    found = [bars for kind in kinds for bars in islice(_usable(lake, kind), SYMBOLS)]
+    found = [bars for kind in kinds for bars in islice(_load_usable(lake, kind), SYMBOLS)]
     if not found:
         num_bars = TRAINING_BARS + settings.holdout_days * 1_440
         found = simulated_bars(SYMBOLS, num_bars, settings.seed, now_ns)
     holdout_ns = holdout_start_ns(settings, found)
-    return [_newest(bars, holdout_ns) for bars in found]
+    return [_drop_oldest(bars, holdout_ns) for bars in found]
 
 
-def _usable(lake: Lake, request: DataRequest) -> Iterator[Bars]:
+def _load_usable(lake: Lake, request: DataRequest) -> Iterator[Bars]:
     return (bars for bars, row in each_symbol(lake, request) if not row.dropped)
 
 
-def _newest(bars: Bars, holdout_ns: int) -> Bars:
-    # Those that are held out, and so many before them.
+def _drop_oldest(bars: Bars, holdout_ns: int) -> Bars:
+    """Keep the holdout and ``TRAINING_BARS`` before it."""
     first = max(0, int(np.searchsorted(bars.open_time, holdout_ns)) - TRAINING_BARS)
     return bars.between(int(bars.open_time[first]), int(bars.open_time[-1]) + 1)
 
 
-def what_looks_ahead(bars: Sequence[Bars], settings: Settings, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """Look for what depends on later bars.
+def find_look_ahead(bars: Sequence[Bars], settings: Settings, ranks: Ranks) -> tuple[list[str], list[str]]:
+    """Find everything that depends on later bars, or on bars of the holdout.
 
     Args:
-        bars: of some symbols.
-        settings: of the training; a small transformer stands for its own.
-        ranks: where it is checked.
+        bars: one series per symbol.
+        settings: the training's; a small transformer takes the place of its own.
+        ranks: only the device is used.
 
     Returns:
-        What looks ahead, a line each, nothing when all is well; and the symbols on which decisions were looked at.
+        One line per finding, and the symbols on which decisions were checked.
 
     Raises:
-        NoSegment: there are not bars enough for a segment before the holdout.
+        NoSegment: no segment fits before the holdout.
     """
     holdout_ns = holdout_start_ns(settings, bars)
-    if not any(np.searchsorted(one.open_time, holdout_ns) > WARM_UP_BARS for one in bars):
+    if not any(np.searchsorted(series.open_time, holdout_ns) > WARM_UP_BARS for series in bars):
         raise NoSegment(
             f"all bars are held out: fetch older ones, or lower holdout_days={settings.holdout_days}"
         )
     found: dict[str, str] = {}
-    for one in bars:
-        looks = features_that_look_ahead(one, _moments(one), device=ranks.device)
-        for name, place in looks.items():
-            what = f"{one.symbol}: feature {name}"
-            found[what] = f"{what} sees bars after {_minute(one, place)}"
-    checks = _Checks(bars, settings, holdout_ns, ranks)
-    for one in bars:
-        for what, line in checks.decisions(one):
-            found.setdefault(what, line)
-    return [*found.values(), *checks.holdout()], checks.played
+    for series in bars:
+        cuts = features_that_look_ahead(series, _choose_cuts(series), device=ranks.device)
+        for name, cut in cuts.items():
+            subject = f"{series.symbol}: feature {name}"
+            found[subject] = f"{subject} sees bars after {_minute(series, cut)}"
+    checks = _RolloutChecks(bars, settings, holdout_ns, ranks)
+    for series in bars:
+        for subject, line in checks.check_decisions(series):
+            found.setdefault(subject, line)
+    return [*found.values(), *checks.check_holdout()], checks.played
 
 
-def _moments(bars: Bars) -> list[int]:
-    """Choose bars after which others are put: where time jumps, where days end, and some by chance."""
+def features_that_look_ahead(
+    bars: Bars,
+    cuts: Sequence[int],
+    functions: Mapping[str, FeatureFunction] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, int]:
+    """Find features whose values up to a bar depend on later bars; a single bit counts.
+
+    Args:
+        bars: of one symbol, real or simulated.
+        cuts: indices of bars. All bars after a cut are replaced, one cut at a time.
+        functions: name -> feature; default: all registered features.
+        device: where features are computed.
+
+    Returns:
+        Name -> the first of ``cuts`` at which the feature saw a later bar; empty if none looks ahead.
+    """
+    functions, device = FEATURES if functions is None else functions, torch.device(device)
+    expected = compute(bars, device, functions)
+    found: dict[str, int] = {}
+    for seed, cut in enumerate(cuts):
+        actual = compute(replace_bars_after(bars, cut, seed), device, functions)
+        differs = (expected[: cut + 1] != actual[: cut + 1]).any(0).tolist()
+        for name, looks_ahead in zip(functions, differs, strict=True):
+            if looks_ahead:
+                found.setdefault(name, cut)
+    return found
+
+
+def replace_bars_after(bars: Bars, cut: int, seed: int) -> Bars:
+    """Return the same bars up to index ``cut``, then unrelated prices, volumes and times."""
+    random, later = np.random.default_rng(seed), len(bars) - cut - 1
+    columns = {name: getattr(bars, name).copy() for name in ("open", "high", "low", "close", "volume")}
+    scale = float(np.exp(random.normal(0, 2)))
+    prices = scale * np.exp(random.normal(0, 0.3, (4, later)))
+    columns["low"][cut + 1 :], columns["high"][cut + 1 :] = prices.min(0), prices.max(0)
+    columns["open"][cut + 1 :], columns["close"][cut + 1 :] = prices[0], prices[1]
+    columns["volume"][cut + 1 :] = random.lognormal(8, 4, later) * (random.random(later) > 0.3)
+    times = bars.open_time.copy()
+    times[cut + 1 :] = times[cut] + np.cumsum(random.integers(1, 500, later)) * MINUTE_NS
+    return replace(bars, open_time=times, **columns)
+
+
+def _choose_cuts(bars: Bars) -> list[int]:
+    """Choose cuts at the largest gaps, at ends of UTC and New York days, and at random."""
     random, last = np.random.default_rng(0), len(bars) - 1
-    jumps = np.argsort(np.diff(bars.open_time), kind="stable")[-MOMENTS:]
-    chosen = {*jumps.tolist(), *random.integers(0, last, MOMENTS).tolist()}
+    gaps = np.argsort(np.diff(bars.open_time), kind="stable")[-CUTS:]
+    chosen = {*gaps.tolist(), *random.integers(0, last, CUTS).tolist()}
     for time_of_day in (bars.open_time, new_york_time(bars.open_time)):
         ends = np.flatnonzero(np.diff(time_of_day // DAY_NS))
-        chosen |= {int(end) for end in random.choice(ends, min(MOMENTS, len(ends)), replace=False)}
+        chosen |= {int(end) for end in random.choice(ends, min(CUTS, len(ends)), replace=False)}
     return sorted(chosen)
 
 
-class _Checks:
-    """Rollouts on bars and on the same bars with others after some moment."""
+class _RolloutChecks:
+    """Compares rollouts on the given bars with rollouts on bars that differ after some moment."""
 
     def __init__(self, bars: Sequence[Bars], settings: Settings, holdout_ns: int, ranks: Ranks) -> None:
         self.bars, self.settings, self.device = bars, settings, ranks.device
         self.bf16 = uses_bf16(settings, ranks)
         self.holdout_ns = holdout_ns
-        self.market = self._market(bars)
-        self.played: list[str] = []  # symbols on which decisions were looked at
+        self.market = self._make_market(bars)
+        self.played: list[str] = []  # symbols on which decisions were checked
 
-    def decisions(self, bars: Bars) -> Iterator[tuple[str, str]]:
-        """Play some segments, each again with other bars after its first, middle and last decision.
+    def check_decisions(self, bars: Bars) -> Iterator[tuple[str, str]]:
+        """Play some segments, and replay each with bars replaced after its first, middle and last decision.
 
         Yields:
-            What looked ahead, and the line that tells of it.
+            The subject of a finding, and a line about it.
         """
         try:
-            market = self._market([bars], self.market)
+            market = self._make_market([bars], self.market)
         except NoSegment:
-            return  # of this symbol; another one has
+            return  # other symbols have one
         self.played.append(bars.symbol)
         for seed in range(SEGMENTS):
-            yield from self._segment(bars, market, seed)
+            yield from self._check_segment(bars, market, seed)
 
-    def _segment(self, bars: Bars, market: Market, seed: int) -> Iterator[tuple[str, str]]:
-        truth, end = self._played(market, 1, seed)
+    def _check_segment(self, bars: Bars, market: Market, seed: int) -> Iterator[tuple[str, str]]:
+        expected, end = self._roll_out(market, 1, seed)
         horizon, context = self.settings.horizon, self.settings.context_bars
         for last in (0, horizon // 2, horizon - 1):
-            place = end - horizon + last
-            # The times stay, so that the same segment is drawn; the check of features changes them, too. So do
-            # the scales of features and rewards, which the training takes from all bars before the holdout.
-            other = replace(changed_after(bars, place, seed), open_time=bars.open_time)
-            twin = replace(self._market([other], market), volatility=market.volatility)
-            again, _ = self._played(twin, 1, seed)
-            # Who is ruined at the next fill, the first of the other bars, decides nothing more at this one.
-            decided = last + int(truth.valid[0, last] & again.valid[0, last])
-            # A decision fills at the next open, and what it earned shows at the one after that.
+            cut = end - horizon + last
+            # Times stay the same, so that the same segment is drawn; the feature check replaces them too. The
+            # scales of features and rewards stay too: training takes them from all bars before the holdout.
+            other = replace(replace_bars_after(bars, cut, seed), open_time=bars.open_time)
+            twin = replace(self._make_market([other], market), volatility=market.volatility)
+            actual, _ = self._roll_out(twin, 1, seed)
+            # An account that the next fill ruins, on the first replaced bar, does not decide at this one.
+            decided = last + int(expected.valid[0, last] & actual.valid[0, last])
+            # A decision fills at the next open; its reward is known at the open after that.
             earned = max(0, last - 1)
-            length_of = {"bars": context + last + 1, "valid": last, "rewards": earned, "terminated": earned}
-            for name, told in _tensors(truth).items():
-                length, seen = length_of.get(name, decided), _tensors(again)[name]
-                if name != "next_value" and not torch.equal(told[:, :length], seen[:, :length]):
-                    what = f"{bars.symbol}: {name}"
-                    yield what, f"{what} up to {_minute(bars, place)} depend on bars after it"
+            lengths = {"bars": context + last + 1, "valid": last, "rewards": earned, "terminated": earned}
+            for name, value in _tensors(expected).items():
+                length, other_value = lengths.get(name, decided), _tensors(actual)[name]
+                if name != "next_value" and not torch.equal(value[:, :length], other_value[:, :length]):
+                    subject = f"{bars.symbol}: {name}"
+                    yield subject, f"{subject} up to {_minute(bars, cut)} depend on later bars"
 
-    def holdout(self) -> Iterator[str]:
-        """Play many segments, and again with other bars in the holdout."""
+    def check_holdout(self) -> Iterator[str]:
+        """Play many segments with and without the holdout's bars replaced; yield a line per difference."""
         others = []
-        for one in self.bars:
-            place = int(np.searchsorted(one.open_time, self.holdout_ns)) - 1
-            others.append(replace(changed_after(one, place, seed=0), open_time=one.open_time))
-        market, twin = self.market, self._market(others)
+        for series in self.bars:
+            cut = int(np.searchsorted(series.open_time, self.holdout_ns)) - 1
+            others.append(replace(replace_bars_after(series, cut, seed=0), open_time=series.open_time))
+        market, twin = self.market, self._make_market(others)
         for name in ("mean", "std"):
             if not torch.equal(getattr(market.statistics, name), getattr(twin.statistics, name)):
-                yield f"the {name} of features depends on bars that are held out"
+                yield f"the {name} of features depends on the holdout"
         if not torch.equal(market.volatility, twin.volatility):
-            yield "the scale of rewards depends on bars that are held out"
-        truth, _ = self._played(market, HOLDOUT_SEGMENTS, seed=0)
-        again, _ = self._played(twin, HOLDOUT_SEGMENTS, seed=0)
-        for name, told in _tensors(truth).items():
-            if not torch.equal(told, _tensors(again)[name]):
-                yield f"{name} of training depend on bars that are held out"
+            yield "the scale of rewards depends on the holdout"
+        expected, _ = self._roll_out(market, HOLDOUT_SEGMENTS, seed=0)
+        actual, _ = self._roll_out(twin, HOLDOUT_SEGMENTS, seed=0)
+        for name, value in _tensors(expected).items():
+            if not torch.equal(value, _tensors(actual)[name]):
+                yield f"training's {name} depend on the holdout"
 
-    def _market(self, bars: Sequence[Bars], known: Market | None = None) -> Market:
+    def _make_market(self, bars: Sequence[Bars], known: Market | None = None) -> Market:
         return Market.from_bars(
             bars,
             device=self.device,
@@ -204,15 +247,15 @@ class _Checks:
             statistics=known.statistics if known else None,
         )
 
-    def _played(self, market: Market, num_envs: int, seed: int) -> tuple[Rollout, int]:
-        # One segment of every account, and the bar after the first account's last decision.
+    def _roll_out(self, market: Market, num_envs: int, seed: int) -> tuple[Rollout, int]:
+        """Play one segment per account; return it, and the bar after the first account's last decision."""
         env = TradingEnv(market, EnvConfig.from_settings(self.settings, num_envs), self.device, seed)
         torch.manual_seed(seed)
         length = self.settings.context_bars + self.settings.horizon + 1
         trunk = TransformerConfig(market.num_features, 64, 2, 4, length)
         policy = Policy(trunk, env.num_account_features, len(self.settings.positions), self.bf16)
         for layer in (policy.head.logits, policy.head.value):
-            nn.init.normal_(layer.weight)  # an untrained policy would not listen to what it sees
+            nn.init.normal_(layer.weight)  # an untrained head would ignore its input
         generator = torch.Generator(self.device).manual_seed(seed)
         rollout = collect(env, policy.to(self.device), generator, chunk_segments=16)
         return rollout, int(env.cursor[0])
@@ -222,5 +265,5 @@ def _tensors(rollout: Rollout) -> dict[str, Tensor]:
     return {name: value for name, value in vars(rollout).items() if isinstance(value, Tensor)}
 
 
-def _minute(bars: Bars, place: int) -> str:
-    return f"{minute_of(int(bars.open_time[place]))} UTC"
+def _minute(bars: Bars, index: int) -> str:
+    return f"{minute_of(int(bars.open_time[index]))} UTC"

@@ -1,4 +1,4 @@
-"""Foresight on the user's own bars: none in the program as it is, and every planted one is named."""
+"""Look-ahead on the user's own bars: the program has none, and every planted one is named."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SETTINGS = Settings(
 
 @pytest.fixture(scope="module")
 def bars() -> list[Bars]:
-    return lookahead.some_bars(SETTINGS, NOW_NS)[:2]
+    return lookahead.load_bars(SETTINGS, NOW_NS)[:2]
 
 
 def test_nothing_looks_ahead(bars: list[Bars]) -> None:
-    assert lookahead.what_looks_ahead(bars, SETTINGS, ALONE) == ([], ["SIM000", "SIM001"])
+    assert lookahead.find_look_ahead(bars, SETTINGS, ALONE) == ([], ["SIM000", "SIM001"])
 
 
 def test_a_feature_that_sees_the_next_bar_is_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_a_feature_that_sees_the_next_bar_is_named(bars: list[Bars], monkeypatch
         return history.close.roll(-1).log().float()
 
     monkeypatch.setitem(FEATURES, "next_close", next_close)
-    found, _ = lookahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = lookahead.find_look_ahead(bars, SETTINGS, ALONE)
     assert sum("SIM000: feature next_close sees bars after 2023-11-1" in line for line in found) == 1
     assert any(line.startswith("SIM001: bars up to 2023-11-1") for line in found)
 
@@ -48,7 +48,7 @@ def test_observations_that_are_a_bar_ahead_are_named(
 ) -> None:
     windows = Market.windows
     monkeypatch.setattr(Market, "windows", lambda self, first, length: windows(self, first + 1, length))
-    found, _ = lookahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = lookahead.find_look_ahead(bars, SETTINGS, ALONE)
     assert {line.split(": ")[1].split(" up to ")[0] for line in found} >= {"bars", "log_policy", "values"}
     assert not any("feature" in line for line in found)
 
@@ -62,22 +62,22 @@ def test_fills_at_a_later_price_are_named(bars: list[Bars], monkeypatch: pytest.
         return rollout
 
     monkeypatch.setattr(lookahead, "collect", late)
-    found, _ = lookahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = lookahead.find_look_ahead(bars, SETTINGS, ALONE)
     assert found and all(": rewards up to " in line for line in found)
 
 
-def test_scales_that_know_the_holdout_are_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_measured_on_the_holdout_are_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:
     measure = FeatureStatistics.measure
-    every = [len(one) for one in bars]
-    monkeypatch.setattr(FeatureStatistics, "measure", lambda names, raws, _: measure(names, raws, every))
-    found, _ = lookahead.what_looks_ahead(bars, SETTINGS, ALONE)
-    assert "the mean of features depends on bars that are held out" in found
-    assert "bars of training depend on bars that are held out" in found
+    all_bars = [len(series) for series in bars]
+    monkeypatch.setattr(FeatureStatistics, "measure", lambda names, raws, _: measure(names, raws, all_bars))
+    found, _ = lookahead.find_look_ahead(bars, SETTINGS, ALONE)
+    assert "the mean of features depends on the holdout" in found
+    assert "training's bars depend on the holdout" in found
 
 
-def test_the_lakes_own_bars_are_checked_and_simulated_ones_where_there_are_none(tmp_path: Path) -> None:
+def test_simulated_bars_are_checked_if_the_lake_has_none(tmp_path: Path) -> None:
     settings = Settings(data_dir=str(tmp_path / "lake"), min_bars=100)
-    assert [one.symbol for one in lookahead.some_bars(settings, NOW_NS)] == [
+    assert [series.symbol for series in lookahead.load_bars(settings, NOW_NS)] == [
         "SIM000",
         "SIM001",
         "SIM002",
@@ -85,7 +85,7 @@ def test_the_lakes_own_bars_are_checked_and_simulated_ones_where_there_are_none(
     ]
 
 
-def test_a_feature_that_peeks_at_the_end_of_the_day_alone_is_named(
+def test_a_feature_that_looks_ahead_only_at_the_end_of_the_day_is_named(
     bars: list[Bars], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def next_open_overnight(history: History) -> torch.Tensor:
@@ -93,32 +93,32 @@ def test_a_feature_that_peeks_at_the_end_of_the_day_alone_is_named(
         return torch.where(day != day.roll(-1), history.open.roll(-1), 0.0).float()
 
     monkeypatch.setitem(FEATURES, "next_open_overnight", next_open_overnight)
-    found, _ = lookahead.what_looks_ahead(bars, SETTINGS, ALONE)
+    found, _ = lookahead.find_look_ahead(bars, SETTINGS, ALONE)
     assert found[0].startswith("SIM000: feature next_open_overnight sees bars after 2023-11-1")
 
 
 def test_a_long_holdout_leaves_bars_before_it(tmp_path: Path) -> None:
     settings = replace(SETTINGS, simulated_bars=70_000, holdout_days=45)
-    bars = lookahead.some_bars(settings, NOW_NS)
-    assert {len(one) for one in bars} == {70_000}  # 64,800 of which are held out
+    bars = lookahead.load_bars(settings, NOW_NS)
+    assert {len(series) for series in bars} == {70_000}  # 64,800 of them in the holdout
     settings = Settings(data_dir=str(tmp_path / "lake"), holdout_days=45)
-    (number,) = {len(one) for one in lookahead.some_bars(settings, NOW_NS)}
+    (number,) = {len(series) for series in lookahead.load_bars(settings, NOW_NS)}
     assert number == 45 * 1_440 + lookahead.TRAINING_BARS
 
 
-def test_symbols_that_nothing_was_played_on_are_told(
+def test_symbols_with_too_few_bars_for_decisions_are_listed(
     bars: list[Bars], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    new = bars[1].between(int(bars[1].open_time[-1_000]), NOW_NS)  # wholly in the holdout
-    monkeypatch.setattr(lookahead, "some_bars", lambda *_: [bars[0], new])
-    assert lookahead.tell(SETTINGS, ALONE, Console(tmp_path)) == []
+    new = bars[1].between(int(bars[1].open_time[-1_000]), NOW_NS)  # all in the holdout
+    monkeypatch.setattr(lookahead, "load_bars", lambda *_: [bars[0], new])
+    assert lookahead.run(SETTINGS, ALONE, Console(tmp_path)) == []
     assert (
-        "no foresight, on SIM000 (features alone on SIM001, which have too few bars): passed"
+        "no look-ahead on SIM000 (features only on SIM001: too few bars): passed"
         in capsys.readouterr().out.replace("\n", " ")
     )
 
 
 def test_too_few_bars_are_a_failure_in_one_line(tmp_path: Path) -> None:
     settings = Settings(sources=("simulated",), simulated_bars=4_000, holdout_days=14)
-    (line,) = lookahead.tell(settings, ALONE, Console(tmp_path))
-    assert line.startswith("foresight could not be checked: all bars are held out")
+    (line,) = lookahead.run(settings, ALONE, Console(tmp_path))
+    assert line.startswith("look-ahead could not be checked: all bars are held out")

@@ -192,14 +192,14 @@ def test_the_command_ends_with_1_and_the_reason_where_a_trial_fails(
     untrained = tuple(replace(trial(name), epochs=1) for name in ("persistent_sign", "pure_noise"))
     monkeypatch.setattr(commands, "TRIALS", untrained)
     monkeypatch.setattr(commands, "Sizes", lambda: sizes)
-    monkeypatch.setattr(lookahead, "some_bars", lambda *_: simulated_bars(1, 3_000, 0, NOW_NS))
+    monkeypatch.setattr(lookahead, "load_bars", lambda *_: simulated_bars(1, 3_000, 0, NOW_NS))
     report_dir, log_dir = str(tmp_path / "reports"), str(tmp_path / "logs")
     settings = Settings(report_dir=report_dir, log_dir=log_dir, holdout_days=1, horizon=16, episode_bars=64)
     with pytest.raises(typer.Exit) as end:
         commands.selftest_command(settings, seeds=2)
     told = capsys.readouterr()
     assert end.value.exit_code == 1
-    assert "no foresight, on SIM000: passed" in told.out
+    assert "no look-ahead on SIM000: passed" in told.out
     assert told.err.count("persistent_sign, seed ") == 2
     assert "% of the reference" in told.err
     results = json.loads((tmp_path / "reports" / "selftest" / "selftest.json").read_text())

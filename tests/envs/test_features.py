@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from commands.selftest.foresight import features_that_look_ahead
+from commands.selftest.lookahead import features_that_look_ahead
 from data_sources.bars import MINUTE_NS, Bars
 from envs.features import (
     CLIP,

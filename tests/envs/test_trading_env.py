@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from commands.selftest.foresight import changed_after
+from commands.selftest.lookahead import replace_bars_after
 from data_sources.bars import MINUTE_NS
 from data_sources.calendar import expected_minutes, minutes_left
 from envs.market import Market
@@ -323,7 +323,7 @@ def test_nothing_up_to_a_decision_depends_on_any_later_bar(seed, last):
     model = RandomModel(market.num_features, env.num_account_features)
     truth = trace(env, model, last)
     now = int(env.cursor[0])
-    later = changed_after(bars, now, seed)
+    later = replace_bars_after(bars, now, seed)
     # The times stay, so that the same segment is drawn; test_features changes them, too.
     other = market_of(replace(later, open_time=bars.open_time), statistics=market.statistics)
     twin = env_of(other, num_envs=1, seed=seed, ruin_fraction=1e-6)
