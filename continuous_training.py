@@ -7,6 +7,7 @@ one for a single start, such as ``bash START_CONTINUOUS.sh --envs-per-gpu 256``.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -49,7 +50,6 @@ from training.assembly import (
     memory_plan,
     save,
     session_config,
-    training_console,
     unlike,
 )
 from training.checkpoint_writer import BackgroundWriter
@@ -59,6 +59,8 @@ from training.memory import DoesNotFit
 from training.metrics import Phases, Stopwatch
 from training.progress import Clock, Summary
 from training.trainer import Session
+
+log = logging.getLogger("continuous_training")
 
 MOST_ROLLBACKS = 3  # in one run
 COMPILER_SECONDS = 3600.0  # a compiler that works for longer counts as hanging
@@ -189,16 +191,21 @@ def train(settings: Settings, control: Control) -> None:
         ranks = on_leaving.enter_context(distributed.start())
         on_leaving.enter_context(checkpoint.exclusive(Path(settings.checkpoint_dir), ranks.is_first))
         control.listen()
-        console = on_leaving.enter_context(training_console(settings, ranks, control))
-        phases = Phases(console.phase)
-        prefetch = on_leaving.enter_context(Prefetch(refresh_ahead(settings, ranks), console.warning))
-        clock, saved = restored(settings, ranks, console)
-        writer = on_leaving.enter_context(
-            BackgroundWriter(
-                Path(settings.checkpoint_dir), settings.keep_checkpoints, console, ranks.is_first
+        console = on_leaving.enter_context(
+            Console(
+                Path(settings.log_dir) if ranks.is_first else None,
+                control.beat,
+                log_level=settings.log_level,
+                prometheus_port=settings.prometheus_port,
             )
         )
-        examiner = Examiner(Path(settings.checkpoint_dir), ranks, control, console)
+        phases = Phases(console.phase)
+        prefetch = on_leaving.enter_context(Prefetch(refresh_ahead(settings, ranks)))
+        clock, saved = restored(settings, ranks)
+        writer = on_leaving.enter_context(
+            BackgroundWriter(Path(settings.checkpoint_dir), settings.keep_checkpoints, ranks.is_first)
+        )
+        examiner = Examiner(Path(settings.checkpoint_dir), ranks, control)
         summary = Summary(clock.transitions)
         session: Session | None = None
         stopping = clock.is_past(settings.runs)
@@ -209,17 +216,18 @@ def train(settings: Settings, control: Control) -> None:
                 data = fresh_bars(lake, settings, clock, ranks, control, console, prefetch)
                 if data is None:
                     break  # asked to stop while bars were loading
+                console.data(data)
                 market = market_on_device(settings, data, session, saved, ranks)
             clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data.bars))
             if session is None:
                 with control.beating(COMPILER_SECONDS):
-                    session = new_session(settings, market, saved, ranks, console)
+                    session = new_session(settings, market, saved, ranks)
                 saved = None  # gigabytes
             else:
                 session.use(market)
             fingerprint, data = data.fingerprint, None  # the bars are on the device
             session.learner.rate_scale = clock.rate_scale
-            console.line(f"Run {clock.run}: epochs {clock.epoch + 1} to {settings.epochs}")
+            log.info(f"Run {clock.run}: epochs {clock.epoch + 1} to {settings.epochs}")
             console.begin(settings, clock, f"{ranks.world_size} x {ranks.device.type}", control)
             exam = None  # of the weights as they are
 
@@ -254,10 +262,11 @@ def train(settings: Settings, control: Control) -> None:
                     metrics |= exam.figures
                 metrics |= phases.figures()
                 console.epoch(metrics, settings.epochs)
-                console.lines(exam.lines if exam else [])
+                for line in exam.lines if exam else ():
+                    log.info(line)
                 summary.count(metrics["rollout/reward_bps"])
                 if is_lost:
-                    clock, saved = rolled_back(settings, clock, writer, ranks, console)
+                    clock, saved = rolled_back(settings, clock, writer, ranks)
                     session = None  # made anew from the checkpoint
                     break
                 if saving:  # all ranks hand in their state
@@ -269,10 +278,11 @@ def train(settings: Settings, control: Control) -> None:
                 prefetch.after_epoch(0 if is_last else settings.epochs - clock.epoch)
 
             if clock.epoch == settings.epochs:
-                console.line(f"Run {clock.run} is complete")
+                log.info(f"Run {clock.run} is complete")
                 clock.next_run()
                 stopping = stopping or clock.is_past(settings.runs)
-        console.lines(summary.lines(clock, writer.finish()))
+        for line in summary.lines(clock, writer.finish()):
+            log.info(line)
         if ranks.any(writer.owes):
             raise Leave(
                 EXIT_DOES_NOT_FIT,
@@ -281,7 +291,7 @@ def train(settings: Settings, control: Control) -> None:
             )
 
 
-def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock, checkpoint.Restored | None]:
+def restored(settings: Settings, ranks: Ranks) -> tuple[Clock, checkpoint.Restored | None]:
     """Find where the training stands; rank 0 chooses the checkpoint, since ranks could see different ones.
 
     Every rank reads it from the disk; where one cannot, the folder is not shared, and rank 0 sends its own.
@@ -293,7 +303,7 @@ def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock,
     if ranks.is_first:
         saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
         for warning in warnings:
-            console.warning(warning)
+            log.warning(warning)
     name = ranks.from_first(saved.path.name if saved else "")
     if not name:
         return Clock(), None
@@ -311,17 +321,17 @@ def restored(settings: Settings, ranks: Ranks, console: Console) -> tuple[Clock,
     trained_until_ns = saved.weights.get("trained_until_ns", saved.weights["data_cutoff_ns"])
     clock.trained_until_ns = max(clock.trained_until_ns, trained_until_ns)
     if ranks.is_first:  # the last start may have ended between its checkpoint and the ledger
-        champion.settle(Path(settings.checkpoint_dir), saved.weights.get("exam", {}), console.warning)
+        champion.settle(Path(settings.checkpoint_dir), saved.weights.get("exam", {}))
     if clock.epoch >= settings.epochs:
         clock.next_run()
-    console.line(f"Going on from {saved.path}, {clock.transitions:,} transitions so far")
+    log.info(f"Going on from {saved.path}, {clock.transitions:,} transitions so far")
     if clock.is_past(settings.runs):
-        console.line(f"All of --runs {settings.runs} are done: raise it, or use another --checkpoint-dir")
+        log.info(f"All of --runs {settings.runs} are done: raise it, or use another --checkpoint-dir")
     return clock, saved
 
 
 def rolled_back(
-    settings: Settings, clock: Clock, writer: BackgroundWriter, ranks: Ranks, console: Console
+    settings: Settings, clock: Clock, writer: BackgroundWriter, ranks: Ranks
 ) -> tuple[Clock, checkpoint.Restored | None]:
     """Return to the newest checkpoint, to go on at half the learning rate until the run ends (all ranks).
 
@@ -332,15 +342,15 @@ def rolled_back(
     lost = f"run {clock.run} epoch {clock.epoch}: most gradients are not finite"
     if rollbacks > MOST_ROLLBACKS:
         raise Leave(EXIT_SETTING, f"{lost}, after {MOST_ROLLBACKS} rollbacks: lower learning_rate")
-    console.warning(f"{lost}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate")
+    log.warning(f"{lost}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate")
     writer.finish()
-    clock, saved = restored(settings, ranks, console)
+    clock, saved = restored(settings, ranks)
     clock.rollbacks = rollbacks
     return clock, saved
 
 
 def new_session(
-    settings: Settings, market: Market, saved: checkpoint.Restored | None, ranks: Ranks, console: Console
+    settings: Settings, market: Market, saved: checkpoint.Restored | None, ranks: Ranks
 ) -> Session:
     """Make this rank's environment and learner from the settings, and take back what a checkpoint saved.
 
@@ -349,32 +359,32 @@ def new_session(
     """
     memory, others = memory_plan(settings, market.num_bytes, ranks)
     if others:
-        console.warning(others)
+        log.warning(others)
     config = session_config(settings, memory, ranks)
     if config.compile:
-        console.line("Compiling the update and the accounts' steps, which takes a minute or two once")
+        log.info("Compiling the update and the accounts' steps, which takes a minute or two once")
     try:
         session = Session(market, config, ranks, saved)
     except DoesNotFit as error:
         raise Leave(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
     if session.memory != memory:
-        console.warning(f"the GPU's memory was full with {memory}; trains with {session.memory}")
+        log.warning(f"the GPU's memory was full with {memory}; trains with {session.memory}")
     elif memory.memory_bytes:
-        console.line(f"GPU memory: {memory}")
+        log.info(f"GPU memory: {memory}")
     if config.compile and session.not_compiled:
-        console.warning(f"not all is compiled, so training is somewhat slower: {session.not_compiled}")
+        log.warning(f"not all is compiled, so training is somewhat slower: {session.not_compiled}")
     step = config.learner.minibatch_segments * settings.horizon * ranks.world_size
     precision = "bf16" if config.bf16 else "fp32"
-    console.line(
+    log.info(
         f"Policy: {session.policy.num_parameters():,} parameters, trunk in {precision}, on {ranks.world_size} x "
         f"{ranks.device.type}; {settings.envs_per_gpu * ranks.world_size:,} accounts; {step:,} transitions per "
         f"optimizer step, {session.config.learner.micro_batch_segments} segments per micro-batch; "
         f"{session.flops_per_transition() / 1e9:.3g} GFLOP per transition"
     )
     if ranks.device.type == "cpu" and session.policy.num_parameters() > 50_000_000:
-        console.warning("no GPU was found: a model of this size takes hours per epoch; try --preset small")
+        log.warning("no GPU was found: a model of this size takes hours per epoch; try --preset small")
     if step < settings.batch_size:
-        console.warning(
+        log.warning(
             f"batch_size={settings.batch_size:,} is more than the {step:,} transitions of an epoch, which make "
             "one step; raise envs_per_gpu for a larger one"
         )

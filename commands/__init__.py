@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from training.data_feed import data_request
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+log = logging.getLogger("continuous_training")
+
 
 def preflight_command(settings: Settings) -> None:
     """Check what can be checked before any process trains; silent when all is well."""
@@ -42,8 +45,9 @@ def check_command(
     offline: Annotated[bool, typer.Option("--offline", help="ask no source")] = False,
 ) -> None:
     """Check everything that can be known before a start: settings, keys, sources, GPUs, memory, disk."""
-    console = Console(Path(settings.log_dir), to_stderr=as_json)
-    complain(check.tell(check.lines(settings, os.environ, offline), console, as_json), "")
+    with Console(Path(settings.log_dir), to_stderr=as_json) as console:
+        code = check.tell(check.lines(settings, os.environ, offline), console, as_json)
+    complain(code, "")
 
 
 def data_command(
@@ -55,15 +59,15 @@ def data_command(
 ) -> None:
     """Refresh the data once and show what there is."""
     now_ns = time.time_ns()
-    console = Console(None if background else Path(settings.log_dir), to_stderr=as_json)
-    lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
-    try:
-        if background:
-            console.emit(data.in_background(lake, request, now_ns))
-        elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
-            complain(code, "There are no bars." if code == EXIT_NO_DATA else "")
-    except DataError as error:
-        complain(EXIT_NO_DATA, str(error))
+    with Console(None if background else Path(settings.log_dir), to_stderr=as_json) as console:
+        lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
+        try:
+            if background:
+                console.emit(data.in_background(lake, request, now_ns))
+            elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
+                complain(code, "There are no bars." if code == EXIT_NO_DATA else "")
+        except DataError as error:
+            complain(EXIT_NO_DATA, str(error))
 
 
 def selftest_command(
@@ -71,13 +75,12 @@ def selftest_command(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each kind")] = 1,
 ) -> None:
     """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
-    with distributed.start() as ranks:
-        console = Console(Path(settings.log_dir))
-        failures = lookahead.run(settings, ranks, console)
+    with distributed.start() as ranks, Console(Path(settings.log_dir)):
+        failures = lookahead.run(settings, ranks)
         seed_list = range(settings.seed, settings.seed + seeds)
-        results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks), console.line)
+        results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks))
         for path in report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
-            console.line(f"Wrote {path}")
+            log.info(f"Wrote {path}")
     failures += [
         f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
     ]
@@ -117,17 +120,15 @@ def evaluate_command(
     from commands import evaluate  # matplotlib takes a second, and no training needs it
 
     asked = evaluate.Asked.read(first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh)
-    console = Console(Path(trained.settings.log_dir))
     try:
-        evaluate.command(trained, asked, console)
+        with Console(Path(trained.settings.log_dir)) as console:
+            evaluate.command(trained, asked, console)
     except Leave as reason:
         complain(reason.code, str(reason))
     except OSError as error:
         complain(1, f"The report was not written: {error}")
     except KeyboardInterrupt:
         complain(EXIT_ABORTED, "Aborted; no report was written")
-    finally:
-        console.break_off()
 
 
 def signals_command(
@@ -147,14 +148,14 @@ def signals_command(
     wishes = signals.Wishes.parsed(
         symbols, holding or (), not no_refresh, as_json, trained.settings.positions
     )
-    console = Console(Path(trained.settings.log_dir), to_stderr=as_json)
-    try:
-        if watch:
-            signals.watch(trained, wishes, console)
-        elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
-            complain(EXIT_NO_DATA, "There is no signal.")
-    except DataError as error:
-        complain(EXIT_NO_DATA, str(error))
+    with Console(Path(trained.settings.log_dir), to_stderr=as_json) as console:
+        try:
+            if watch:
+                signals.watch(trained, wishes, console)
+            elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
+                complain(EXIT_NO_DATA, "There is no signal.")
+        except DataError as error:
+            complain(EXIT_NO_DATA, str(error))
 
 
 def export_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +15,8 @@ from data_sources.progress import WarningCollector
 from data_sources.refresh import DataRequest, LoadedData, SourceReport, load, refresh
 from monitoring.console import Console
 from runtime.control import EXIT_NO_DATA
+
+log = logging.getLogger("continuous_training")
 
 # How many minutes of trade a source may lag before its bars are stale. Polygon's file of a day is out at 11:00
 # New York on the next one, over a weekend later; the others are asked up to the last minute.
@@ -61,9 +64,7 @@ def show(
         console.table(title, (*COLUMNS, "verdict"), map(_cells, told["series"]))
     console.data_warnings(loaded)
     for name in damaged:
-        console.warning(
-            f"damaged and set aside: {name}" + ("" if refreshes else "; a refresh fetches it again")
-        )
+        log.warning(f"damaged and set aside: {name}" + ("" if refreshes else "; a refresh fetches it again"))
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -34,9 +35,10 @@ from evaluation.report import Report, file_name, json_bytes, write_folder
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import verdict
 from models.policy import Policy
-from monitoring.console import Console
 from runtime.control import EXIT_NO_DATA, Leave
 from training.data_feed import data_request
+
+log = logging.getLogger("continuous_training")
 
 # Bars in front of the first decision, for features with a memory: about ten days of any stock (docs/features.md).
 HISTORY_DAYS = 35
@@ -83,13 +85,13 @@ class Asked:
         return cls(first_day, last_day, _words(symbols), tuple(costs_bps), _words(plotted), overlap, refresh)
 
 
-def command(trained: TrainedPolicy, asked: Asked, console: Console) -> Path:
+def command(trained: TrainedPolicy, asked: Asked, progress: Progress) -> Path:
     """Evaluate a checkpoint and write ``report_dir``/NAME_FIRST_LAST.
 
     Args:
         trained: the policy; the lake is that of its settings.
         asked: dates, symbols and costs.
-        console: is told how it goes.
+        progress: of the refresh, the exam and the pictures.
 
     Returns:
         The folder with ``report.html``, ``report.json`` and the pictures.
@@ -109,9 +111,9 @@ def command(trained: TrainedPolicy, asked: Asked, console: Console) -> Path:
         trained.settings, now_ns if asked.refresh else trained.weights["data_cutoff_ns"]
     ).end_ns
     start_ns, end_ns = interval(asked, trained_until_ns, newest_ns, trained.path.name)
-    lake = Lake(Path(trained.settings.data_dir), console)
+    lake = Lake(Path(trained.settings.data_dir), progress)
     if asked.refresh:
-        refresh(lake, data_request(trained.settings, now_ns), now_ns, console)
+        refresh(lake, data_request(trained.settings, now_ns), now_ns, progress)
     request = replace(
         data_request(trained.settings, now_ns),
         start_ns=start_ns - HISTORY_DAYS * DAY_NS,
@@ -122,15 +124,15 @@ def command(trained: TrainedPolicy, asked: Asked, console: Console) -> Path:
     champion, told = champion_beside(trained, start_ns)
     notes += told
     days = f"{minute_of(start_ns)} to {minute_of(end_ns)} UTC"
-    console.line(f"Evaluating {trained.path.name} on {count_of(len(symbols), 'symbol')}, {days}")
-    report = _held(trained, champion, data, symbols, asked, (start_ns, end_ns), notes, console)
+    log.info(f"Evaluating {trained.path.name} on {count_of(len(symbols), 'symbol')}, {days}")
+    report = _held(trained, champion, data, symbols, asked, (start_ns, end_ns), notes, progress)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
     folder = Path(trained.settings.report_dir) / f"{file_name(trained.path.stem)}_{first}_{last}"
-    write_folder(folder, files_of(report, console))
-    console.line(headline(report))
-    console.line(f"Because: {report.verdict.reason}")
-    console.line(f"Break-even cost: {report.break_even[1]}")
-    console.line(f"Wrote {folder / 'report.html'} in {time.monotonic() - began:.1f} s")
+    write_folder(folder, files_of(report, progress))
+    log.info(headline(report))
+    log.info(f"Because: {report.verdict.reason}")
+    log.info(f"Break-even cost: {report.break_even[1]}")
+    log.info(f"Wrote {folder / 'report.html'} in {time.monotonic() - began:.1f} s")
     return folder
 
 
@@ -224,13 +226,12 @@ def _held(
     asked: Asked,
     span: tuple[int, int],
     notes: list[str],
-    console: Console,
+    progress: Progress,
 ) -> Report:
     """Hold the exam and judge it."""
     start_ns, end_ns = span
     settings, device = trained.settings, trained.device
     policies: dict[str, Policy] = {POLICY: trained.policy} | ({CHAMPION: champion.policy} if champion else {})
-    progress = _SegmentProgress(console)
     try:
         walks = examine(
             policies,
@@ -241,7 +242,7 @@ def _held(
             end_ns,
             chunk_segments=settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type],
             flat_costs_bps=asked.costs_bps,
-            on_segment=progress,
+            on_segment=_SegmentProgress(progress),
         )
     except NoSegment as error:
         days = f"from {minute_of(start_ns)} to {minute_of(end_ns)} UTC"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from training.data_feed import data_request
 
 if TYPE_CHECKING:
     from continuous_training import Settings
+
+log = logging.getLogger("continuous_training")
 
 LOOK_BACK_DAYS = 45  # of bars that features are computed from; the deepest looks back 10 days of trade
 # Of trade that the newest bar may lie back: a quiet minute has no bar, a vendor takes seconds.
@@ -187,11 +190,9 @@ def tell(
         console.table(*table(trained, signals, now_ns, console.width))
     for reason in dict.fromkeys(missing.values()):
         symbols = ", ".join(symbol for symbol, why in missing.items() if why == reason)
-        console.warning(f"no signal of {symbols}: {reason}")
+        log.warning(f"no signal of {symbols}: {reason}")
     if settings.end_date and any(each.state == "stale" for each in signals):
-        console.warning(
-            f"bars end at end_date={settings.end_date}, as in the training: --end-date none lifts it"
-        )
+        log.warning(f"bars end at end_date={settings.end_date}, as in the training: --end-date none lifts it")
     return bool(signals)
 
 
@@ -212,7 +213,7 @@ def watch(
             tell(trained, wishes, console, clock(), heard, None)
             for warning in heard.warnings:
                 if warning not in warned:  # a source that stays down is told once
-                    console.warning(warning)
+                    log.warning(warning)
             warned = heard.warnings
     except KeyboardInterrupt:
         return

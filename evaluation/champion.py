@@ -7,10 +7,11 @@ newest checkpoint, with the same outcome.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
 from training import checkpoint
 from training.trainer import Session
 
+log = logging.getLogger("continuous_training")
+
 PROMOTED, REFUSED = "promoted", "refused"
 
 
@@ -36,12 +39,7 @@ class Champion:
     policy: Policy
 
 
-def settle(
-    folder: Path,
-    exam: Mapping[str, Any],
-    warn: Callable[[str], None],
-    owed: list[dict[str, Any]] | None = None,
-) -> None:
+def settle(folder: Path, exam: Mapping[str, Any], owed: list[dict[str, Any]] | None = None) -> None:
     """Carry out what a checkpoint's exam decided, once: replace ``best.pt`` or leave it, and put it on record.
 
     Whatever the disk refuses is a warning.
@@ -49,25 +47,24 @@ def settle(
     Args:
         folder: the checkpoint folder; holds the checkpoint.
         exam: what its "exam" says; nothing to do when empty, or when it is on record.
-        warn: is told what could not be done.
         owed: lines that the disk refused before, which go first; those that it refuses now stay in it.
     """
     owed, path = [] if owed is None else owed, folder / ledger.NAME
     try:
         if exam and ledger.key_of(exam["line"]) not in map(ledger.key_of, [*owed, *ledger.read(path)]):
-            owed.append(_carried_out(folder, exam["line"], warn))
+            owed.append(_carried_out(folder, exam["line"]))
     except OSError as error:
-        warn(f"{path} cannot be read: {error.strerror}; nothing is promoted without it")
+        log.warning(f"{path} cannot be read: {error.strerror}; nothing is promoted without it")
         return
     try:
         while owed:
             ledger.append(path, owed[0])
             del owed[0]
     except OSError as error:
-        warn(f"{path} was not written: {error.strerror}; it is tried again with the next checkpoint")
+        log.warning(f"{path} was not written: {error.strerror}; it is tried again with the next checkpoint")
 
 
-def _carried_out(folder: Path, line: Mapping[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+def _carried_out(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
     # Returns the line as it is to be put on record.
     line = dict(line)
     if line["decision"] == PROMOTED:
@@ -75,7 +72,7 @@ def _carried_out(folder: Path, line: Mapping[str, Any], warn: Callable[[str], No
             _put_in_place(folder / line["checkpoint"], folder / checkpoint.BEST)
         except OSError as error:
             line |= {"decision": REFUSED, "reason": f"{checkpoint.BEST} was not written: {error.strerror}"}
-            warn(f"{line['checkpoint']} was to become the champion, but {line['reason']}")
+            log.warning(f"{line['checkpoint']} was to become the champion, but {line['reason']}")
     return line
 
 

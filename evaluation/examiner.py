@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -20,13 +21,14 @@ from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
 from evaluation.measures import Measures, measure
 from evaluation.verdict import Verdict, beats, verdict
 from models.policy import Policy
-from monitoring.console import Console
 from runtime.control import STOP_NOW, Control
 from training import checkpoint
 from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
 from training.progress import Clock
 from training.trainer import Session
+
+log = logging.getLogger("continuous_training")
 
 NEVER_NS = 2**62
 
@@ -64,12 +66,11 @@ class Examiner:
     What keeps one from being held is a line, never an end of the training.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, control: Control, console: Console) -> None:
+    def __init__(self, folder: Path, ranks: Ranks, control: Control) -> None:
         """``folder`` is that of the checkpoints."""
         self._folder = folder
         self._ranks = ranks
         self._control = control
-        self._console = console
         self._told: set[str] = set()
         self._best: _Best | None = None
 
@@ -92,11 +93,9 @@ class Examiner:
         try:
             exam = self._held(session, policy, clock, fingerprint)
         except _BrokenOff:
-            self._console.line("No exam: asked to stop meanwhile")
+            log.info("No exam: asked to stop meanwhile")
         except OSError as error:
-            self._console.warning(
-                f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}"
-            )
+            log.warning(f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}")
         self._ranks.any(False)
         return exam
 
@@ -196,7 +195,7 @@ class Examiner:
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:
-            self._console.line(text)
+            log.info(text)
             self._told.add(text)
 
 

@@ -6,6 +6,7 @@ lines. A terminal that goes away never ends the training.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -31,10 +32,11 @@ from monitoring.screen import Screen
 from monitoring.state import Cockpit, Loading, Plan
 from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control
 from training.progress import Clock
-from training.validation import LOG_LEVELS
 
 if TYPE_CHECKING:
     from continuous_training import Settings
+
+log = logging.getLogger("continuous_training")
 
 Row = Mapping[str, Any]
 
@@ -50,15 +52,15 @@ PLAIN_PROGRESS_SECONDS = 15.0
 
 
 class Console:
-    """Lines, tables, progress, metrics and the dashboard. Implements data_sources.progress.Progress.
+    """Log records, tables, progress, metrics and the dashboard. Implements data_sources.progress.Progress.
 
-    A context manager: on leaving, the terminal is given back and what is recorded is closed.
+    A context manager: on exit, the terminal is restored, files are closed, and records are shown no longer.
 
     Args:
         log_dir: where metrics are recorded; None for ranks that neither print nor record.
         on_activity: called with every sign of life, for a watchdog.
         to_stderr: leave standard output to ``emit``.
-        log_level: one of LOG_LEVELS; less urgent lines are not shown.
+        log_level: a level of ``logging`` in lower case; less urgent records are not shown.
         prometheus_port: where the newest metrics can be asked for; None: nowhere.
     """
 
@@ -73,7 +75,7 @@ class Console:
         self.quiet = log_dir is None
         self._log_dir = log_dir
         self._on_activity = on_activity or (lambda: None)
-        self._level = LOG_LEVELS.index(log_level)
+        self._level = logging.getLevelNamesMapping()[log_level.upper()]
         # Redirected, tables may be wide, and a line stays one line however long it is.
         self._stream = sys.stderr if to_stderr else sys.stdout
         width = None if self._stream.isatty() else 200
@@ -85,40 +87,43 @@ class Console:
         self._cockpit = Cockpit()
         self._screen: Screen | None = None
         self._watch = health.Watch()
-        self._telemetry = Telemetry(log_dir, prometheus_port, self.warning) if log_dir else None
+        self._handler = _Handler(self)
+        log.addHandler(self._handler)
+        log.setLevel(logging.DEBUG)
+        log.propagate = False  # a library that configures the root logger would print every line again
+        self._telemetry = Telemetry(log_dir, prometheus_port, log.warning) if log_dir else None
 
     def __enter__(self) -> Console:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._leave_screen()
+        with self._lock:  # bars of work that failed or was interrupted
+            self._tasks.clear()
+            if self._bars is not None:
+                self._bars.stop()
+                self._bars = None
         if self._telemetry:
             self._telemetry.close()
+        log.removeHandler(self._handler)
+        log.setLevel(logging.NOTSET)
+        log.propagate = True
 
     # ------------------------------------------------------------------------------------------ lines
 
-    def line(self, text: str, style: str = "", level: str = "info") -> None:
+    def line(self, text: str, style: str = "", level: int = logging.INFO) -> None:
         """Print one line, unless its level is below that of the console."""
         self._on_activity()
-        if LOG_LEVELS.index(level) < self._level or self.quiet:
+        if level < self._level or self.quiet:
             return
         on_screen = self._on_screen()
-        self._cockpit.line(text, is_warning=level == "warning")
+        self._cockpit.line(text, is_warning=level >= logging.WARNING)
         if on_screen:
             return
         if self._rich.is_terminal:
             self._print(escape(text), style)
         else:
             self._print(escape(text.encode("ascii", "backslashreplace").decode()))
-
-    def warning(self, text: str) -> None:
-        """Print one line that asks for attention."""
-        self.line(f"Warning: {text}", "yellow", "warning")
-
-    def lines(self, texts: Iterable[str]) -> None:
-        """Print several lines."""
-        for text in texts:
-            self.line(text)
 
     def emit(self, text: str) -> None:
         """Write text for machines to standard output, exactly as it is."""
@@ -132,7 +137,7 @@ class Console:
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """Print a table; numbers to the right."""
         if self._on_screen():
-            self.line(title)
+            log.info(title)
             return
         table = Table(
             title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, header_style="bold"
@@ -168,17 +173,17 @@ class Console:
             self.table(title, columns, rows)
             self._data_shown = True
         elif rows:
-            self.line(title)
+            log.info(title)
         self.data_warnings(data)
 
     def data_warnings(self, data: LoadedData) -> None:
         """Tell what was noticed about the bars, and which symbols were dropped."""
         for row in data.rows:
             for flag in row.flags:
-                self.warning(f"{row.symbol}: {flag}")
+                log.warning(f"{row.symbol}: {flag}")
         for reason in dict.fromkeys(data.dropped.values()):
             symbols = [symbol for symbol, why in data.dropped.items() if why == reason]
-            self.warning(f"dropped, {reason}: {', '.join(symbols)}")
+            log.warning(f"dropped, {reason}: {', '.join(symbols)}")
 
     def _print(self, thing: Any, style: str = "") -> None:
         self._on_activity()
@@ -286,7 +291,7 @@ class Console:
                 task.told = time.monotonic()
                 told = task.line()
         if told:
-            self.line(f"{source}: {told}")
+            log.info(f"{source}: {told}")
 
     def finish(self, source: str, summary: str) -> None:
         """Take the source's bar away and say how it went."""
@@ -298,19 +303,11 @@ class Console:
             if self._bars is not None and not self._tasks:
                 self._bars.stop()
                 self._bars = None
-        self.line(f"{source}: {summary}")
-
-    def break_off(self) -> None:
-        """Take away what shows the progress of work that ended before its time."""
-        with self._lock:
-            self._tasks.clear()
-            if self._bars is not None:
-                self._bars.stop()
-                self._bars = None
+        log.info(f"{source}: {summary}")
 
     def warn(self, source: str, message: str) -> None:
         """Say that something was skipped; a message may begin with the source's name itself."""
-        self.warning(message if message.lower().startswith(source) else f"{source}: {message}")
+        log.warning(message if message.lower().startswith(source) else f"{source}: {message}")
 
     # ---------------------------------------------------------------------------------------- metrics
 
@@ -328,15 +325,30 @@ class Console:
             for finding in new:  # the figures are on the dashboard, and what is wrong for as long as it is
                 self._cockpit.line(str(finding))
             return
-        self.line(_line_of(metrics, epochs))
-        self.line("  ".join(f"{k}={_short(v)}" for k, v in metrics.items() if "/" in k), level="debug")
+        log.info(_line_of(metrics, epochs))
+        log.debug("  ".join(f"{k}={_short(v)}" for k, v in metrics.items() if "/" in k))
         for finding in new:
-            self.warning(str(finding))
+            log.warning(str(finding))
 
     def record(self, metrics: Row) -> None:
         """Keep one epoch's figures where programs read them."""
         if self._telemetry:
             self._telemetry.record(metrics)
+
+
+class _Handler(logging.Handler):
+    """Shows log records on a console."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._console.line(f"Warning: {text}", "yellow", record.levelno)
+        else:
+            self._console.line(text, "", record.levelno)
 
 
 def _line_of(metrics: Row, epochs: int) -> str:

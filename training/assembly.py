@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +16,7 @@ from envs.market import Market
 from evaluation.examiner import Exam
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from monitoring.console import Console
-from runtime.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, Control, Leave
+from runtime.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, Leave
 from training import checkpoint, validation
 from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
@@ -39,7 +37,17 @@ def market_on_device(
     saved: checkpoint.Restored | None,
     ranks: Ranks,
 ) -> Market:
-    """Put this run's bars on the device; features keep the scale that the training began with."""
+    """Put this run's bars on the device; features keep the scale that the training began with.
+
+    Raises:
+        Leave: there are no bars to train on, or the checkpoint is of other features.
+    """
+    if not data.bars:
+        raise Leave(
+            EXIT_NO_DATA,
+            f"No symbol has {settings.min_bars:,} bars: set the keys in .env (see .env.example), check the "
+            "network, or try it offline with --demo",
+        )
     statistics = session.env.market.statistics if session else None
     if saved and statistics is None:
         statistics = FeatureStatistics.from_state_dict(saved.weights["features"])
@@ -62,14 +70,6 @@ def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:
     """Return where the newest ``holdout_days`` of bars begin: nothing that opens at or after it is trained on."""
     newest_ns = max(int(one.open_time[-1]) for one in bars)
     return newest_ns - settings.holdout_days * 86_400 * 10**9
-
-
-def training_console(settings: Settings, ranks: Ranks, control: Control) -> Console:
-    """Make the console of a training: rank 0 tells and records, the others are quiet."""
-    folder = Path(settings.log_dir) if ranks.is_first else None
-    return Console(
-        folder, control.beat, log_level=settings.log_level, prometheus_port=settings.prometheus_port
-    )
 
 
 def session_config(settings: Settings, memory: MemoryPlan, ranks: Ranks) -> SessionConfig:

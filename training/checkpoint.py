@@ -12,11 +12,12 @@ checked before it is trusted: 60 of 60 random bit flips were found by it and non
 from __future__ import annotations
 
 import errno
+import logging
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ import torch
 
 from runtime.files import TEMPORARY_SUFFIX, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
+
+log = logging.getLogger("continuous_training")
 
 FORMAT = 1
 NAME = re.compile(r"run(\d+)_epoch(\d+)(?:_step(\d+))?\.pt")
@@ -64,13 +67,7 @@ def existing(folder: Path) -> list[Path]:
     return sorted((path for path in files if NAME.fullmatch(path.name)), key=_numbers, reverse=True)
 
 
-def save(
-    folder: Path,
-    weights: dict[str, Any],
-    resume: dict[str, Any],
-    keep: int,
-    warn: Callable[[str], None] = lambda _: None,
-) -> Path:
+def save(folder: Path, weights: dict[str, Any], resume: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint and prune old ones (rank 0 only).
 
     Where the disk has no room for it, files that the policy would drop sooner or later go first, each told.
@@ -81,7 +78,6 @@ def save(
             came before the end of an epoch; it gets a name of its own, so that it never replaces another.
         resume: what the next start needs beside the weights.
         keep: how many checkpoints stay; the last one of every older run stays besides.
-        warn: is told what had to go early, and what could not be removed.
 
     Raises:
         CheckpointError: the disk is full or refuses, or a weight is not finite; nothing torn is left, and
@@ -93,7 +89,7 @@ def save(
         raise CheckpointError(f"{path} was not saved: its weights are not finite. Training goes on.")
     try:
         (folder / RESUME).mkdir(parents=True, exist_ok=True)
-        _make_room(folder, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES, warn)
+        _make_room(folder, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES)
         write_atomically(folder / RESUME / name, lambda file: torch.save(resume, file))
         write_atomically(path, lambda file: torch.save({"format": FORMAT, **weights}, file))
     except (OSError, RuntimeError) as error:
@@ -101,7 +97,7 @@ def save(
     try:
         prune(folder, keep)
     except OSError as error:
-        warn(f"old checkpoints stay: {_reason(error)}")
+        log.warning(f"old checkpoints stay: {_reason(error)}")
     return path
 
 
@@ -134,7 +130,7 @@ def _surplus(folder: Path, keep: int, num_resume_states: int) -> list[Path]:
     return states + [path for path in reversed(paths[keep:]) if last_of_run[_numbers(path)[0]] != path]
 
 
-def _make_room(folder: Path, num_bytes: int, warn: Callable[[str], None]) -> None:
+def _make_room(folder: Path, num_bytes: int) -> None:
     """See to it that the disk has ``num_bytes`` free, at the cost of files that no restart needs.
 
     Raises:
@@ -151,7 +147,7 @@ def _make_room(folder: Path, num_bytes: int, warn: Callable[[str], None]) -> Non
         if shutil.disk_usage(folder).free >= num_bytes:
             return
         path.unlink(missing_ok=True)
-        warn(f"the disk is full: {path} was removed to make room for a newer checkpoint")
+        log.warning(f"the disk is full: {path} was removed to make room for a newer checkpoint")
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -6,6 +6,7 @@ long the disk takes. One checkpoint is written at a time, and the last one is on
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from evaluation import champion
-from monitoring.console import Console
 from training import checkpoint
+
+log = logging.getLogger("continuous_training")
 
 
 class Snapshot:
@@ -51,11 +53,10 @@ class BackgroundWriter:
     A checkpoint that cannot be written is a warning, and ``owes`` one until the next is written.
     """
 
-    def __init__(self, folder: Path, keep: int, console: Console, wanted: bool) -> None:
+    def __init__(self, folder: Path, keep: int, wanted: bool) -> None:
         """``wanted`` is False on ranks that do not write. The folder is held by this process."""
         self._folder = folder
         self._keep = keep
-        self._console = console
         self._wanted = wanted
         self._snapshot = Snapshot()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -67,7 +68,7 @@ class BackgroundWriter:
             try:
                 checkpoint.sweep_unfinished(folder)
             except OSError as error:
-                console.warning(f"leftovers of a killed start stay in {folder}: {error.strerror}")
+                log.warning(f"leftovers of a killed start stay in {folder}: {error.strerror}")
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -91,11 +92,11 @@ class BackgroundWriter:
 
     def _write(self, weights: dict[str, Any], resume: dict[str, Any]) -> None:
         try:
-            path = checkpoint.save(self._folder, weights, resume, self._keep, self._console.warning)
+            path = checkpoint.save(self._folder, weights, resume, self._keep)
         except checkpoint.CheckpointError as error:
-            self._console.warning(str(error))
+            log.warning(str(error))
             self.newest, self.owes = f"not saved: {error}", True
             return
-        self._console.line(f"Saved {path}")
-        champion.settle(self._folder, weights.get("exam", {}), self._console.warning, self._owed_lines)
+        log.info(f"Saved {path}")
+        champion.settle(self._folder, weights.get("exam", {}), self._owed_lines)
         self.newest, self.owes = str(path), False

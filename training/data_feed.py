@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from data_sources import snapshot
 from data_sources.calendar import date_ns
 from data_sources.errors import LakeError
 from data_sources.lake.lake import READY_FOLDER, Lake
+from data_sources.progress import Progress
 from data_sources.refresh import DataRequest, LoadedData, load, refresh
-from monitoring.console import Console
 from runtime import background_process
 from runtime.control import EXIT_CRASH, EXIT_NO_DATA, STOP_AT_EPOCH_END, Control, Leave
 from training.distributed import Ranks, agreed_stop
@@ -26,6 +27,8 @@ from training.progress import Clock
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+log = logging.getLogger("continuous_training")
+
 
 def fresh_bars(
     lake: Lake,
@@ -33,7 +36,7 @@ def fresh_bars(
     clock: Clock,
     ranks: Ranks,
     control: Control,
-    console: Console,
+    progress: Progress,
     prefetch: Prefetch,
 ) -> LoadedData | None:
     """Refresh the lake on rank 0, then load this run's bars on every rank; None when asked to stop meanwhile.
@@ -48,20 +51,20 @@ def fresh_bars(
         clock: its ``cutoff_ns`` is set where this run has none yet.
         ranks: all take part.
         control: where a stop is asked for.
-        console: where sources tell how it goes.
+        progress: for the refresh.
         prefetch: what was refreshed in the background.
 
     Raises:
-        Leave: there are no bars at all, or ranks read different ones.
+        Leave: the lake cannot be read, or ranks read different bars.
     """
     if clock.cutoff_ns == 0:
         cutoff_ns = prefetch.take() if ranks.is_first else 0
         if ranks.is_first and not cutoff_ns:
             cutoff_ns = time.time_ns()
-            progress = Interruptible(console, lambda: control.stop_level > 0)
+            interruptible = Interruptible(progress, lambda: control.stop_level > 0)
             # A stop is agreed on by the ranks below.
             with contextlib.suppress(StopRequested), _leaving_without_lake(clock):
-                refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, progress)
+                refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, interruptible)
         with control.waiting():
             cutoff_ns = ranks.from_first(cutoff_ns)
         if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
@@ -69,17 +72,10 @@ def fresh_bars(
         clock.cutoff_ns = cutoff_ns
     request = data_request(settings, clock.cutoff_ns)
     with _leaving_without_lake(clock):
-        data = _shared(lake, request, ranks, console, control)
+        data = _shared(lake, request, ranks, control)
     if len(set(ranks.gather(data.fingerprint))) > 1:
         raise Leave(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
-        )
-    console.data(data)
-    if not data.bars:
-        raise Leave(
-            EXIT_NO_DATA,
-            f"No symbol has {request.min_bars:,} bars: set the keys in .env (see .env.example), check the "
-            "network, or try it offline with --demo",
         )
     return data
 
@@ -117,14 +113,14 @@ def _leaving_without_lake(clock: Clock) -> Iterator[None]:
         raise Leave(code, f"{error}: look at the disk, or use another --data-dir") from error
 
 
-def _shared(lake: Lake, request: DataRequest, ranks: Ranks, console: Console, control: Control) -> LoadedData:
+def _shared(lake: Lake, request: DataRequest, ranks: Ranks, control: Control) -> LoadedData:
     """Map the one copy of the run's bars; without room for a copy every rank reads the lake for itself."""
     name = ""
     if ranks.is_first and request.needs_lake:
         try:
             name = snapshot.provide(lake, request).name
         except LakeError as error:
-            console.warning(f"every rank and restart reads all of the lake: {error}")
+            log.warning(f"every rank and restart reads all of the lake: {error}")
     with control.waiting():
         name = ranks.from_first(name)
     if not name:
@@ -145,18 +141,11 @@ class Prefetch:
     Args:
         command: the process to start; its last line of output is ``{"now_ns": ..., "warnings": [...]}``. None:
             nothing is ever fetched ahead (other ranks; a market that needs no refresh).
-        warn: told what went wrong.
         clock: seconds, for tests.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str] | None,
-        warn: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, command: Sequence[str] | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._command = command
-        self._warn = warn
         self._clock = clock
         self._child: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
@@ -198,14 +187,14 @@ class Prefetch:
             if self._child.poll() is not None:
                 self._take_result()
             elif not self._ready_ns:
-                self._warn(
+                log.warning(
                     "the refresh in the background is not done; this run takes the bars that have arrived"
                 )
                 self._ready_ns = time.time_ns()
         self._end_child()
         ready_ns = self._ready_ns
         for warning in self._warnings:
-            self._warn(warning)
+            log.warning(warning)
         self._begin_run()
         return ready_ns
 
@@ -236,7 +225,7 @@ class Prefetch:
             )
         except OSError as error:
             output.close()
-            self._warn(f"the next run's bars are not fetched ahead: {error}")
+            log.warning(f"the next run's bars are not fetched ahead: {error}")
             return
         self._output = output
 
@@ -249,7 +238,7 @@ class Prefetch:
             told = json.loads(lines[-1])
             self._ready_ns, self._warnings = int(told["now_ns"]), list(told["warnings"])
         except (ValueError, KeyError, TypeError):
-            self._warn(f"the refresh in the background failed: {lines[-1][:300]}")
+            log.warning(f"the refresh in the background failed: {lines[-1][:300]}")
         self._end_child()
 
     def _end_child(self) -> None:
@@ -283,10 +272,10 @@ class Interruptible:
         StopRequested: from ``advance`` once ``stop_now`` says so; what has arrived stays in the lake.
     """
 
-    def __init__(self, console: Console, stop_now: Callable[[], bool]) -> None:
+    def __init__(self, progress: Progress, stop_now: Callable[[], bool]) -> None:
         self._stop_now = stop_now
-        self.start, self.finish, self.warn = console.start, console.finish, console.warn
-        self._advance = console.advance
+        self.start, self.finish, self.warn = progress.start, progress.finish, progress.warn
+        self._advance = progress.advance
 
     def advance(self, source: str, units: int = 1, num_bytes: int = 0) -> None:
         """Pass it on, unless the work is to end."""

@@ -7,6 +7,7 @@ is left out of both, so that a few hundred thousand bars tell policies apart.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from training.losses import PPOConfig
 from training.progress import Clock
 from training.rollout import collect
 from training.trainer import Session, SessionConfig
+
+log = logging.getLogger("continuous_training")
 
 POSITIONS = (-1.0, 0.0, 1.0)
 COST_RAMP = 0.5
@@ -308,7 +311,6 @@ def selftest(
     seeds: Sequence[int],
     ranks: Ranks,
     bf16: bool,
-    tell: Callable[[str], None],
 ) -> list[Result]:
     """Run every trial with every seed, and tell each as it is done."""
     results = []
@@ -322,5 +324,5 @@ def selftest(
                 figures += f" ({result.share:.0%})"
             elif not result.failure:
                 figures += ": no edge"
-            tell(f"{trial.title}, seed {seed}: {figures}, {result.seconds:.0f} s, {verdict}")
+            log.info(f"{trial.title}, seed {seed}: {figures}, {result.seconds:.0f} s, {verdict}")
     return results

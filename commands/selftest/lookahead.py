@@ -6,6 +6,7 @@ must stay the same, bit for bit. Then the bars of the holdout are replaced: noth
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,6 @@ from envs.trading_env import EnvConfig, TradingEnv
 from evaluation.provenance import minute_of
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from monitoring.console import Console
 from training.assembly import holdout_start_ns, uses_bf16
 from training.data_feed import data_request
 from training.distributed import Ranks
@@ -39,6 +39,8 @@ from training.rollout import Rollout, collect
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+log = logging.getLogger("continuous_training")
+
 SYMBOLS = 4  # stocks, and as many of crypto
 TRAINING_BARS = 30_000  # per symbol, the newest before the holdout
 CUTS = 6  # of each kind per symbol, after which bars are replaced to check features
@@ -46,8 +48,8 @@ SEGMENTS = 3  # per symbol, to check decisions
 HOLDOUT_SEGMENTS = 64  # of all symbols, to check that the holdout is unused
 
 
-def run(settings: Settings, ranks: Ranks, console: Console) -> list[str]:
-    """Check some symbols and print a summary; return what looks ahead, or why the check is not possible."""
+def run(settings: Settings, ranks: Ranks) -> list[str]:
+    """Check some symbols and log a summary; return what looks ahead, or why the check is not possible."""
     try:
         bars = load_bars(settings, time.time_ns())
         found, played = find_look_ahead(bars, settings, ranks)
@@ -56,7 +58,7 @@ def run(settings: Settings, ranks: Ranks, console: Console) -> list[str]:
     line = f"no look-ahead on {', '.join(played)}"
     if others := [series.symbol for series in bars if series.symbol not in played]:
         line += f" (features only on {', '.join(others)}: too few bars)"
-    console.line(f"{line}: {f'FAILED, {len(found)} found' if found else 'passed'}")
+    log.info(f"{line}: {f'FAILED, {len(found)} found' if found else 'passed'}")
     return [f"look-ahead: {finding}" for finding in found]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from data_sources.bars import Bars
 from data_sources.calendar import DAY_NS
 from envs.features import FEATURES, FeatureStatistics, History
 from envs.market import Market
-from monitoring.console import Console
 from training.distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -107,18 +107,16 @@ def test_a_long_holdout_leaves_bars_before_it(tmp_path: Path) -> None:
 
 
 def test_symbols_with_too_few_bars_for_decisions_are_listed(
-    bars: list[Bars], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bars: list[Bars], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     new = bars[1].between(int(bars[1].open_time[-1_000]), NOW_NS)  # all in the holdout
     monkeypatch.setattr(lookahead, "load_bars", lambda *_: [bars[0], new])
-    assert lookahead.run(SETTINGS, ALONE, Console(tmp_path)) == []
-    assert (
-        "no look-ahead on SIM000 (features only on SIM001: too few bars): passed"
-        in capsys.readouterr().out.replace("\n", " ")
-    )
+    caplog.set_level(logging.INFO, logger="continuous_training")
+    assert lookahead.run(SETTINGS, ALONE) == []
+    assert caplog.messages == ["no look-ahead on SIM000 (features only on SIM001: too few bars): passed"]
 
 
-def test_too_few_bars_are_a_failure_in_one_line(tmp_path: Path) -> None:
+def test_too_few_bars_are_a_failure_in_one_line() -> None:
     settings = Settings(sources=("simulated",), simulated_bars=4_000, holdout_days=14)
-    (line,) = lookahead.run(settings, ALONE, Console(tmp_path))
+    (line,) = lookahead.run(settings, ALONE)
     assert line.startswith("look-ahead could not be checked: all bars are held out")

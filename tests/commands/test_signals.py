@@ -49,8 +49,8 @@ def trained(server: BinanceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def tell(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], now_ns: int, **wishes: Any) -> Any:
     """Run the command once; return its JSON and what it told beside."""
-    console = Console(Path(trained.settings.log_dir), to_stderr=True)
-    signals.tell(trained, Wishes(as_json=True, **wishes), console, now_ns, console, None)
+    with Console(Path(trained.settings.log_dir), to_stderr=True) as console:
+        signals.tell(trained, Wishes(as_json=True, **wishes), console, now_ns, console, None)
     out, err = capsys.readouterr()
     return json.loads(out), err
 
@@ -94,8 +94,8 @@ def test_a_minute_later_the_next_bar_speaks_and_a_dead_source_makes_it_stale(
         now[0] += int(seconds * 1e9) + (20 * MINUTE_NS if len(slept) > 2 else 0)
         server.now_ns = now[0]
 
-    console = Console(Path(trained.settings.log_dir), to_stderr=True)
-    signals.watch(trained, Wishes(("BTCUSDT",), as_json=True), console, lambda: now[0], sleep)
+    with Console(Path(trained.settings.log_dir), to_stderr=True) as console:
+        signals.watch(trained, Wishes(("BTCUSDT",), as_json=True), console, lambda: now[0], sleep)
     out, err = capsys.readouterr()
     told = [json.loads(line)["signals"] for line in out.splitlines()]
     assert slept == [35.0, 60.0, 60.0, 60.0, 60.0]

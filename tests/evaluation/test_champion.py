@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from data_sources.bars import Bars
 from evaluation import champion, ledger
 from evaluation.examiner import Exam, Examiner
 from evaluation.trained_policy import TrainedPolicy
-from monitoring.console import Console
 from runtime.control import STOP_NOW, Control
 from tests.envs.markets import market_of, walk
 from training import assembly, checkpoint
@@ -28,6 +28,7 @@ from training.progress import Clock
 from training.trainer import Session
 
 DAY_NS = 86_400 * 10**9
+LOGGER = "continuous_training"
 SETTINGS = Settings(
     d_model=16,
     num_layers=1,
@@ -55,8 +56,8 @@ def half_hours(symbol: str, drift: float, seed: int) -> Bars:
 class Training:
     """A training without updates: what it holds is said, and its checkpoints are written for real."""
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self._capsys = folder, capsys
+    def __init__(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.folder, self._caplog = folder, caplog
         self.bars = [half_hours("AAA", 1e-3, 0), half_hours("BBB", 5e-4, 1)]
         self.trained_until_ns = int(self.bars[0].open_time[-1]) - 8 * DAY_NS
         ranks = Ranks(0, 1, torch.device("cpu"))
@@ -64,8 +65,7 @@ class Training:
         memory, _ = assembly.memory_plan(SETTINGS, market.num_bytes, ranks)
         config = assembly.session_config(SETTINGS, memory, ranks)
         self.session = Session(market, config, ranks, None)
-        self.console = Console(folder / "logs")
-        self.examiner = Examiner(folder, ranks, Control(), self.console)
+        self.examiner = Examiner(folder, ranks, Control())
         self.clock = Clock(trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns)
 
     def holds(self, what: str) -> None:
@@ -74,11 +74,12 @@ class Training:
 
     def examined(self, data: str = "d") -> Exam:
         self.clock.tick(1)
-        with BackgroundWriter(self.folder, 2, self.console, True) as writer:
+        with BackgroundWriter(self.folder, 2, True) as writer:
             exam = self.examiner.examine(self.session, self.clock, data, writer)
             assembly.save(SETTINGS, self.clock, self.session, data, exam.figures, writer, exam)
             writer.finish()
-        self.console.lines(exam.lines)
+        for line in exam.lines:
+            logging.getLogger(LOGGER).info(line)
         return exam
 
     @property
@@ -95,12 +96,15 @@ class Training:
 
     @property
     def output(self) -> str:
-        return self._capsys.readouterr().out
+        lines = [f"{record.levelname.title()}: {record.getMessage()}" for record in self._caplog.records]
+        self._caplog.clear()
+        return "\n".join(lines)
 
 
 @pytest.fixture
-def training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Training:
-    return Training(tmp_path, capsys)
+def training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Training:
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    return Training(tmp_path, caplog)
 
 
 def test_only_who_beats_the_champion_takes_its_place(training: Training) -> None:
@@ -210,11 +214,12 @@ def test_a_kill_between_the_checkpoint_and_the_ledger_loses_no_decision(training
         if not has_best:
             (training.folder / checkpoint.BEST).unlink()
         for _ in range(2):
-            champion.settle(training.folder, record, pytest.fail)
+            champion.settle(training.folder, record)
             assert path.read_bytes() == whole
             assert training.best == (1, 1)
-    champion.settle(training.folder, {}, pytest.fail)
+    champion.settle(training.folder, {})
     assert path.read_bytes() == whole
+    assert "Warning" not in training.output
 
 
 def test_a_folder_with_one_name_per_file_gets_a_copy(
@@ -263,19 +268,19 @@ def test_what_a_full_disk_kept_off_the_record_follows_in_order(
     for what in ("long", "short"):
         training.holds(what)
         records.append(training.examined().record)
-    path, owed, warnings = training.folder / ledger.NAME, [], []
+    path, owed = training.folder / ledger.NAME, []
     whole = path.read_bytes()
     path.unlink()
     (training.folder / checkpoint.BEST).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "append", full)
         for record in (records[0], records[0]):
-            champion.settle(training.folder, record, warnings.append, owed)
-    assert len(warnings) == 2 and "tried again with the next checkpoint" in warnings[0]
+            champion.settle(training.folder, record, owed)
+    assert training.output.count("it is tried again with the next checkpoint") == 2
     assert not path.exists() and training.best == (1, 1)
-    champion.settle(training.folder, records[1], pytest.fail, owed)
+    champion.settle(training.folder, records[1], owed)
     assert path.read_bytes() == whole
-    assert owed == []
+    assert owed == [] and "Warning" not in training.output
 
 
 def test_a_disk_is_not_thought_to_gain_room_from_a_second_name(
@@ -288,8 +293,9 @@ def test_a_disk_is_not_thought_to_gain_room_from_a_second_name(
     old_state = training.folder / checkpoint.RESUME / "run1_epoch1.pt"
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(OSError, match="the disk is full"):
-        checkpoint._make_room(training.folder, old_state.stat().st_size + 1, pytest.fail)
+        checkpoint._make_room(training.folder, old_state.stat().st_size + 1)
     assert sorted(path for path in training.folder.rglob("*.pt")) == before
+    assert "Warning" not in training.output
 
 
 def test_a_wish_to_stop_now_breaks_an_exam_off(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +314,7 @@ def test_a_ledger_that_cannot_be_read_is_a_warning(
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     training.holds("long")
-    monkeypatch.setattr(champion, "read", refused)
+    monkeypatch.setattr(ledger, "read", refused)
     assert training.examined() == Exam()
     told = training.output
     assert "Warning: No exam: " in told and "ledger.jsonl cannot be read: Input/output error" in told
@@ -325,7 +331,7 @@ def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_no
         monkeypatch.setattr(
             training.session, "checkpoint", lambda _, at=step: (weights | {"step": at}, resume)
         )
-        with BackgroundWriter(training.folder, 2, training.console, True) as writer:
+        with BackgroundWriter(training.folder, 2, True) as writer:
             assembly.save(SETTINGS, training.clock, training.session, "d", {}, writer, exam)
         assert checkpoint.load(training.folder / checkpoint.name_of(1, 1, step))["exam"] == record
 

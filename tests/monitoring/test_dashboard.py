@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import os
 import re
 import subprocess
@@ -401,7 +402,7 @@ def test_lines_of_the_level_that_is_wanted_are_told(
     with Console(tmp_path, log_level=level) as console:
         console.epoch(row(1, **{"ppo/approx_kl": 0.3}), 200)
         console.epoch(row(2, **{"ppo/approx_kl": 0.3}), 200)
-        console.line("\u2192 \u00e9")
+        logging.getLogger("continuous_training").info("\u2192 \u00e9")
     told = capsys.readouterr().out
     assert told.isascii() and "\x1b" not in told
     assert told.count("run 1 epoch   2/200") == lines

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from monitoring.console import Console
 from tests.drill.programs import kill_while_writing
 from tests.program import ALONE, SUPERVISED, Start, checkpoint, is_same, tiny_flags
 from training import checkpoint as files
@@ -48,7 +47,7 @@ def test_training_goes_on_during_a_write_and_the_next_save_waits_for_it(
         return write(folder, weights, *rest)
 
     monkeypatch.setattr(checkpoint_writer.checkpoint, "save", slow)
-    with BackgroundWriter(tmp_path, 16, Console(None), wanted=True) as writer:
+    with BackgroundWriter(tmp_path, 16, wanted=True) as writer:
         weights, resume = state(1, 1)
         writer.save(weights, resume)
         weights["model"]["w"] += 1  # training goes on
@@ -62,13 +61,14 @@ def test_training_goes_on_during_a_write_and_the_next_save_waits_for_it(
 
 
 def test_a_save_that_fails_is_a_warning_and_is_owed_until_one_succeeds(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "checkpoints"
     folder.write_text("in the way")
-    with BackgroundWriter(folder, 16, Console(None), wanted=True) as writer:
+    with BackgroundWriter(folder, 16, wanted=True) as writer:
         writer.save(*state(1, 1))
         assert writer.finish().startswith("not saved: ") and writer.owes
+        assert len(caplog.messages) == 1 and "run1_epoch1.pt was not saved: " in caplog.text
         folder.unlink()
         writer.save(*state(1, 2))
         assert writer.finish() == str(folder / "run1_epoch2.pt") and not writer.owes
@@ -89,9 +89,9 @@ def test_what_killed_writers_left_is_swept_by_the_next_start(tmp_path: Path) -> 
     leftovers = [tmp_path / ".run1_epoch2.pt.1-ab.tmp", tmp_path / "resume" / ".run1_epoch2.pt.1-cd.tmp"]
     for path in leftovers:
         path.write_bytes(b"half")
-    with BackgroundWriter(tmp_path, 16, Console(None), wanted=False):
+    with BackgroundWriter(tmp_path, 16, wanted=False):
         assert all(path.exists() for path in leftovers)  # not this rank's business
-    with BackgroundWriter(tmp_path, 16, Console(None), wanted=True):
+    with BackgroundWriter(tmp_path, 16, wanted=True):
         assert not any(path.exists() for path in leftovers)
 
 
@@ -112,29 +112,33 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_on_a_full_disk_older_files_go_first_and_the_last_of_each_run_stays(small_disk: Path) -> None:
-    told: list[str] = []
+def test_on_a_full_disk_older_files_go_first_and_the_last_of_each_run_stays(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for run, epoch in [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]:
-        files.save(small_disk, *state(run, epoch, mebibytes=2.8), keep=16, warn=told.append)
+        files.save(small_disk, *state(run, epoch, mebibytes=2.8), keep=16)
     assert [path.name for path in files.existing(small_disk)] == [
         "run2_epoch3.pt",
         "run2_epoch2.pt",
         "run1_epoch2.pt",
     ]
-    assert told and all("the disk is full: " in line and "was removed to make room" in line for line in told)
+    assert caplog.messages
+    for line in caplog.messages:
+        assert "the disk is full: " in line and "was removed to make room" in line
     found, warnings = files.newest(small_disk)
     assert found is not None and found.resume is not None
     assert (found.weights["epoch"], warnings) == (3, [])
 
 
-def test_where_even_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(small_disk: Path) -> None:
+def test_where_even_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     files.save(small_disk, *state(1, 1, mebibytes=2), keep=16)
     files.save(small_disk, *state(1, 2, mebibytes=2), keep=16)
     before = sorted(path.name for path in small_disk.rglob("*"))
-    told: list[str] = []
     with pytest.raises(files.CheckpointError, match=r"the disk is full\. Training goes on\."):
-        files.save(small_disk, *state(1, 3, mebibytes=20), keep=16, warn=told.append)
-    assert (sorted(path.name for path in small_disk.rglob("*")), told) == (before, [])
+        files.save(small_disk, *state(1, 3, mebibytes=20), keep=16)
+    assert (sorted(path.name for path in small_disk.rglob("*")), caplog.messages) == (before, [])
 
 
 def test_training_on_a_full_disk_goes_on_and_saves_when_there_is_room(

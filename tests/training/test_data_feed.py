@@ -18,7 +18,7 @@ import torch
 from continuous_training import Settings
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData
-from monitoring.console import Console
+from data_sources.progress import NullProgress
 from runtime.control import Control
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.drill.programs import living
@@ -46,12 +46,12 @@ def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bar
     settings = Settings(
         sources=("binance",), binance_pairs=("BTCUSDT",), history_days=2, data_dir=str(tmp_path / "data")
     )
-    lake, console = Lake(tmp_path / "data"), Console(None)
+    lake = Lake(tmp_path / "data")
     ranks, control = Ranks(0, 1, torch.device("cpu")), Control()
 
     def bars_of(clock: Clock, ready_ns: int) -> LoadedData:
         prefetch = cast(Prefetch, Taken(ready_ns))
-        data = fresh_bars(lake, settings, clock, ranks, control, console, prefetch)
+        data = fresh_bars(lake, settings, clock, ranks, control, NullProgress(), prefetch)
         assert data is not None
         return data
 
@@ -108,8 +108,8 @@ def test_a_machine_that_waits_for_the_download_of_another_shows_life(
 
     settings = Settings(sources=("simulated",), simulated_symbols=2, simulated_bars=3_000)
     ranks = Second(1, 2, torch.device("cpu"))
-    lake, console, prefetch = Lake(tmp_path), Console(None), cast(Prefetch, Taken(0))
-    assert fresh_bars(lake, settings, Clock(), ranks, Waiting(), console, prefetch) is not None
+    lake, prefetch = Lake(tmp_path), cast(Prefetch, Taken(0))
+    assert fresh_bars(lake, settings, Clock(), ranks, Waiting(), NullProgress(), prefetch) is not None
     assert len(waits) == expected and all(seconds > 3600 for seconds in waits)
 
 

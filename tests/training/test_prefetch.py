@@ -32,16 +32,11 @@ def command(code: str) -> list[str]:
 
 
 @pytest.fixture
-def warned() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def start(warned: list[str]) -> Iterator[Callable[[str], Prefetch]]:
+def start() -> Iterator[Callable[[str], Prefetch]]:
     made: list[Prefetch] = []
 
     def begin(code: str) -> Prefetch:
-        made.append(Prefetch(command(code), warned.append))
+        made.append(Prefetch(command(code)))
         return made[-1]
 
     yield begin
@@ -59,13 +54,13 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def test_what_it_brought_is_taken_once_with_its_warnings(
-    start: Callable[[str], Prefetch], warned: list[str]
+    start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture
 ) -> None:
     ahead = start(TELL)
     ahead.after_epoch(5)
     child_of(ahead).wait(60)
     assert ahead.take() == 42
-    assert warned == ["Yahoo failed: no"]
+    assert caplog.messages == ["Yahoo failed: no"]
     assert ahead.take() == 0
 
 
@@ -81,7 +76,7 @@ def test_the_process_has_the_lowest_priority_and_a_session_of_its_own(
 
 
 def test_a_source_that_hangs_costs_the_next_run_seconds_and_is_said(
-    start: Callable[[str], Prefetch], warned: list[str], monkeypatch: pytest.MonkeyPatch
+    start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_feed, "PICK_UP_SECONDS", 0.2)
     ahead = start(HANG)
@@ -90,7 +85,9 @@ def test_a_source_that_hangs_costs_the_next_run_seconds_and_is_said(
     before = time.time_ns()
     assert before <= ahead.take() <= time.time_ns()
     assert is_gone(child)
-    assert warned == ["the refresh in the background is not done; this run takes the bars that have arrived"]
+    assert caplog.messages == [
+        "the refresh in the background is not done; this run takes the bars that have arrived"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -98,21 +95,21 @@ def test_a_source_that_hangs_costs_the_next_run_seconds_and_is_said(
     [("raise KeyError('x')", "KeyError: 'x'"), ("", "it said nothing"), ("print('{}')", "{}")],
 )
 def test_a_failure_is_one_warning_and_the_caller_refreshes_itself(
-    start: Callable[[str], Prefetch], warned: list[str], code: str, told: str
+    start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture, code: str, told: str
 ) -> None:
     ahead = start(code)
     ahead.after_epoch(5)
     child_of(ahead).wait(60)
     assert ahead.take() == 0
-    assert warned == [f"the refresh in the background failed: {told}"]
+    assert caplog.messages == [f"the refresh in the background failed: {told}"]
 
 
-def test_a_program_that_cannot_be_started_is_a_warning(warned: list[str]) -> None:
-    with Prefetch(["/nowhere/python"], warned.append) as ahead:
+def test_a_program_that_cannot_be_started_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with Prefetch(["/nowhere/python"]) as ahead:
         ahead.after_epoch(5)
         assert ahead.take() == 0
-    assert len(warned) == 1
-    assert "No such file" in warned[0]
+    assert len(caplog.messages) == 1
+    assert "No such file" in caplog.text
 
 
 def test_leaving_ends_it(start: Callable[[str], Prefetch]) -> None:
@@ -125,7 +122,7 @@ def test_leaving_ends_it(start: Callable[[str], Prefetch]) -> None:
 def test_it_dies_with_a_training_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom training.data_feed import Prefetch\n"
-        "ahead = Prefetch(sys.argv[1:], print)\nahead.after_epoch(5)\n"
+        "ahead = Prefetch(sys.argv[1:])\nahead.after_epoch(5)\n"
         "print(ahead._child.pid, flush=True)\ntime.sleep(1000)"
     )
     parent = subprocess.Popen(
@@ -139,11 +136,11 @@ def test_it_dies_with_a_training_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_it_starts_with_the_run_and_once_more_shortly_before_the_end(
-    monkeypatch: pytest.MonkeyPatch, warned: list[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
     starts: list[float] = []
-    ahead = Prefetch(["unused"], warned.append, clock=lambda: now)
+    ahead = Prefetch(["unused"], clock=lambda: now)
     monkeypatch.setattr(ahead, "_start", lambda at: (starts.append(at), ahead._starts.append(at)))
     for epoch in range(1, 201):
         now = epoch * 30.0  # a run of 100 minutes
@@ -154,8 +151,8 @@ def test_it_starts_with_the_run_and_once_more_shortly_before_the_end(
     assert len(starts) == 2
 
 
-def test_other_ranks_and_the_simulated_market_fetch_nothing_ahead(warned: list[str]) -> None:
-    with Prefetch(None, warned.append) as ahead:
+def test_other_ranks_and_the_simulated_market_fetch_nothing_ahead(caplog: pytest.LogCaptureFixture) -> None:
+    with Prefetch(None) as ahead:
         ahead.after_epoch(5)
         assert ahead.take() == 0
-    assert warned == []
+    assert caplog.messages == []
