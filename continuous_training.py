@@ -42,6 +42,7 @@ from runtime.control import (
     STOP_NOW,
     Control,
     Leave,
+    heartbeat_thread,
 )
 from training import checkpoint, distributed, validation
 from training.assembly import (
@@ -194,7 +195,6 @@ def train(settings: Settings, control: Control) -> None:
         console = on_leaving.enter_context(
             Console(
                 Path(settings.log_dir) if ranks.is_first else None,
-                control.beat,
                 log_level=settings.log_level,
                 prometheus_port=settings.prometheus_port,
             )
@@ -220,7 +220,7 @@ def train(settings: Settings, control: Control) -> None:
                 market = market_on_device(settings, data, session, saved, ranks)
             clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data.bars))
             if session is None:
-                with control.beating(COMPILER_SECONDS):
+                with heartbeat_thread(COMPILER_SECONDS):
                     session = new_session(settings, market, saved, ranks)
                 saved = None  # gigabytes
             else:
@@ -235,11 +235,11 @@ def train(settings: Settings, control: Control) -> None:
                 watch = Stopwatch(ranks.device)
                 cost_scale = clock.cost_scale(settings.cost_ramp, settings.epochs)
                 phases.now("rollout")
-                rollout = session.collect(cost_scale, control.beat)  # one trunk forward, horizon steps
+                rollout = session.collect(cost_scale)  # one trunk forward, horizon steps
                 watch.mark()
                 stop_now = partial(agreed_stop, STOP_NOW, ranks, control)  # asked before every optimizer step
                 phases.now("update")
-                statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now, control.beat)
+                statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now)
                 if statistics is None:  # stopped between two steps: the next start takes the others
                     stopping = True
                     save(settings, clock, session, fingerprint, {}, writer, exam)
@@ -401,7 +401,7 @@ def train_command(settings: Settings) -> None:
     try:
         validation.check_batch(settings, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
-        control.leave(EXIT_SETTING)
+        control.report_exit_code(EXIT_SETTING)
         complain(EXIT_SETTING, f"Wrong setting: {error}")
     try:
         train(settings, control)
@@ -417,7 +417,7 @@ def train_command(settings: Settings) -> None:
         message = f"The GPU's memory is full: lower envs_per_gpu, then d_model. {str(error).splitlines()[0]}"
     except KeyboardInterrupt:
         code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is whole"
-    control.leave(code)
+    control.report_exit_code(code)
     complain(code, message)
 
 

@@ -54,7 +54,7 @@ def examine(
     end_ns: int,
     cost_scale: float = 1.0,
     chunk_segments: int = 64,
-    beat: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     flat_costs_bps: Sequence[float] = (),
     on_segment: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Walk]]:
@@ -74,7 +74,7 @@ def examine(
         cost_scale: share of all costs that is charged.
         chunk_segments: segments per forward of the trunk, to bound memory; the last one is filled up, so that
             a compiled trunk sees one shape only.
-        beat: called again and again, as a sign of life.
+        check_stop: called before every segment and chunk; what it raises ends the exam.
         flat_costs_bps: costs of traded value, in place of all fees and slippage, at which the first policy walks
             once more, as another contestant each: ``at_flat_cost(name, bps)``.
         on_segment: told after each segment how many are walked, and of how many.
@@ -110,11 +110,12 @@ def examine(
 
     played = []
     for number in range(env.num_segments):
-        beat()
+        check_stop()
         if number % at_once == 0:
             rows = schedule[number : number + at_once]
             projected = [
-                _encoded(policy, market, rows, horizon, chunk_segments, beat) for policy in policies.values()
+                _encoded(policy, market, rows, horizon, chunk_segments, check_stop)
+                for policy in policies.values()
             ]
         env.begin_segment()
         bars = env.cursor[:num_symbols] + ahead[:, None]  # (H, S); whoever is out stands at some bar, in cash
@@ -150,7 +151,7 @@ def _encoded(
     rows: Tensor,
     horizon: int,
     chunk_segments: int,
-    beat: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> Tensor:
     """Encode segments that begin at bars ``rows`` (r, S), -1 where there is none: (r, H, S, W)."""
     places = rows.flatten()
@@ -158,7 +159,7 @@ def _encoded(
     length = market.context_bars + horizon + 1
     result = None
     for part in wanted.split(chunk_segments):
-        beat()
+        check_stop()
         first = places.new_zeros(chunk_segments)
         first[: len(part)] = places[part] - market.context_bars
         encoded = policy.encode(market.windows(first, length), horizon + 1)[: len(part), :horizon]

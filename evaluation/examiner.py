@@ -21,7 +21,7 @@ from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
 from evaluation.measures import Measures, measure
 from evaluation.verdict import Verdict, beats, verdict
 from models.policy import Policy
-from runtime.control import STOP_NOW, Control
+from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waiting
 from training import checkpoint
 from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
@@ -85,7 +85,7 @@ class Examiner:
         """
         policy = session.policy_to_ask()
         if not self._ranks.is_first:
-            with self._control.waiting():
+            with heartbeat_while_waiting():
                 self._ranks.any(False)
             return Exam()
         writer.finish()
@@ -99,8 +99,8 @@ class Examiner:
         self._ranks.any(False)
         return exam
 
-    def _beat(self) -> None:
-        self._control.beat()
+    def _check_stop(self) -> None:
+        heartbeat()
         if self._control.stop_level >= STOP_NOW:
             raise _BrokenOff
 
@@ -129,7 +129,7 @@ class Examiner:
                 start_ns,
                 NEVER_NS,
                 chunk_segments=min(session.config.learner.micro_batch_segments, session.config.env.num_envs),
-                beat=self._beat,
+                check_stop=self._check_stop,
             )
         except (NoSegment, torch.OutOfMemoryError) as error:
             self._tell_once(_why_none(error, start_ns, session))

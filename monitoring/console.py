@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from monitoring.exporters import Telemetry, recorded
 from monitoring.machine import Disk, Gauges, disk
 from monitoring.screen import Screen
 from monitoring.state import Cockpit, Loading, Plan
-from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control
+from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control, heartbeat
 from training.progress import Clock
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ class Console:
 
     Args:
         log_dir: where metrics are recorded; None for ranks that neither print nor record.
-        on_activity: called with every sign of life, for a watchdog.
         to_stderr: leave standard output to ``emit``.
         log_level: a level of ``logging`` in lower case; less urgent records are not shown.
         prometheus_port: where the newest metrics can be asked for; None: nowhere.
@@ -67,14 +66,12 @@ class Console:
     def __init__(
         self,
         log_dir: Path | None,
-        on_activity: Callable[[], None] | None = None,
         to_stderr: bool = False,
         log_level: str = "info",
         prometheus_port: int | None = None,
     ) -> None:
         self.quiet = log_dir is None
         self._log_dir = log_dir
-        self._on_activity = on_activity or (lambda: None)
         self._level = logging.getLevelNamesMapping()[log_level.upper()]
         # Redirected, tables may be wide, and a line stays one line however long it is.
         self._stream = sys.stderr if to_stderr else sys.stdout
@@ -113,7 +110,7 @@ class Console:
 
     def line(self, text: str, style: str = "", level: int = logging.INFO) -> None:
         """Print one line, unless its level is below that of the console."""
-        self._on_activity()
+        heartbeat()
         if level < self._level or self.quiet:
             return
         on_screen = self._on_screen()
@@ -186,7 +183,7 @@ class Console:
             log.warning(f"dropped, {reason}: {', '.join(symbols)}")
 
     def _print(self, thing: Any, style: str = "") -> None:
-        self._on_activity()
+        heartbeat()
         if self.quiet:
             return
         try:
@@ -274,7 +271,7 @@ class Console:
 
     def advance(self, source: str, units: int = 1, num_bytes: int = 0) -> None:
         """Show that more is done."""
-        self._on_activity()
+        heartbeat()
         told = None
         with self._lock:
             task = self._tasks.get(source)
@@ -314,14 +311,14 @@ class Console:
     def epoch(self, metrics: Row, epochs: int) -> None:
         """Record one epoch's metrics and tell them: a line, or the dashboard; what is newly wrong is a warning."""
         if self.quiet and self._telemetry is None:
-            self._on_activity()
+            heartbeat()
             return
         self.record(metrics)
         found = health.findings([*self._cockpit.recent()[-HEALTH_EPOCHS:], metrics])
         self._cockpit.epoch(metrics, found)
         new = self._watch.new(found)
         if self._on_screen():
-            self._on_activity()
+            heartbeat()
             for finding in new:  # the figures are on the dashboard, and what is wrong for as long as it is
                 self._cockpit.line(str(finding))
             return

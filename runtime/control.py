@@ -113,6 +113,66 @@ class SupervisorControl:
         return (self.folder / _PROGRESS).stat().st_mtime_ns
 
 
+class _Heartbeat:
+    """The heartbeat of this process. The Control made last owns it; without a supervisor there is none."""
+
+    def __init__(self) -> None:
+        self.start(None)
+
+    def start(self, file: Path | None) -> None:
+        self._file = file
+        self._last = -math.inf
+
+    def record(self) -> None:
+        now = time.monotonic()
+        if self._file is not None and now - self._last >= 1.0:
+            os.utime(self._file)
+            self._last = now
+
+
+_heartbeat = _Heartbeat()
+
+
+def heartbeat() -> None:
+    """Record a heartbeat, at most once a second.
+
+    Does nothing in a process that made no Control, such as one that refreshes bars in the background, or that
+    has no supervisor.
+    """
+    _heartbeat.record()
+
+
+@contextlib.contextmanager
+def heartbeat_thread(max_seconds: float) -> Iterator[None]:
+    """Record heartbeats from a thread during one long call, such as a compiler's.
+
+    They end after ``max_seconds``, so that a longer call counts as a hang in the end.
+    """
+    done = Event()
+
+    def keep_beating() -> None:
+        end = time.monotonic() + max_seconds
+        while time.monotonic() < end and not done.wait(1.0):
+            heartbeat()
+
+    thread = Thread(target=keep_beating, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def heartbeat_while_waiting() -> contextlib.AbstractContextManager[None]:
+    """Record heartbeats while this machine waits for rank 0's, which downloads or runs an exam.
+
+    Not on rank 0's own machine: there, silence means that rank 0 hangs.
+    """
+    is_elsewhere = os.environ.get("LOCAL_RANK") == "0" and os.environ.get("RANK", "0") != "0"
+    return heartbeat_thread(math.inf) if is_elsewhere else contextlib.nullcontext()
+
+
 class Control:
     """A worker's side; works without a supervisor too (``python continuous_training.py``, bare torchrun).
 
@@ -123,9 +183,9 @@ class Control:
     def __init__(self) -> None:
         name = os.environ.get(CONTROL_DIR)
         self.folder: Path | None = Path(name) if name else None
+        _heartbeat.start(self.folder / _HEARTBEAT if self.folder else None)
         self._signalled = RUN
         self._first_signal = 0.0
-        self._last_beat = -1.0
         self.has_progressed = False  # an epoch was finished since the start
         self._screen_taken = False
         if self.folder is not None:
@@ -159,45 +219,11 @@ class Control:
             commanded = int((self.folder / _STOP).read_bytes() or b"0")
         return max(self._signalled, commanded)
 
-    def beat(self) -> None:
-        """Show a sign of life, at most once a second; call it as often as you like, from any long work."""
-        if self.folder is not None and time.monotonic() - self._last_beat >= 1.0:
-            self._touch(_HEARTBEAT)
-            self._last_beat = time.monotonic()
-
-    @contextlib.contextmanager
-    def beating(self, at_most_seconds: float) -> Iterator[None]:
-        """Show signs of life meanwhile from a thread: for one long call that cannot, such as a compiler's.
-
-        What takes longer than ``at_most_seconds`` is silent from then on, and so counts as hanging in the end.
-        """
-        done = Event()
-
-        def keep_beating() -> None:
-            end = time.monotonic() + at_most_seconds
-            while time.monotonic() < end and not done.wait(1.0):
-                self.beat()
-
-        thread = Thread(target=keep_beating, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Show signs of life while this machine waits for another one, where rank 0 downloads or examines.
-
-        Not beside rank 0: there, silence means that rank 0 hangs.
-        """
-        is_elsewhere = os.environ.get("LOCAL_RANK") == "0" and os.environ.get("RANK", "0") != "0"
-        return self.beating(math.inf) if is_elsewhere else contextlib.nullcontext()
-
     def progressed(self) -> None:
         """Tell that an epoch is finished; a crash afterwards counts as the first one again."""
         self.has_progressed = True
-        self._touch(_PROGRESS)
+        if self.folder is not None:
+            os.utime(self.folder / _PROGRESS)
 
     def screen(self, taken: bool) -> None:
         """Tell that the dashboard takes the terminal, or has given it back."""
@@ -205,8 +231,8 @@ class Control:
         if self.folder is not None:
             _overwrite(self.folder / _SCREEN, b"1" if taken else b"0")
 
-    def leave(self, code: int) -> None:
-        """Say which exit code is meant, just before leaving with it."""
+    def report_exit_code(self, code: int) -> None:
+        """Report the exit code to the supervisor, just before exiting with it."""
         if self.folder is not None:
             _overwrite(self.folder / _EXIT_CODE, f"{code:<4}".encode())
 
@@ -216,10 +242,6 @@ class Control:
                 time.sleep(LAUNCHER_SECONDS)
                 if self.stop_level == RUN:
                     os._exit(128 + signal.SIGTERM)
-
-    def _touch(self, name: str) -> None:
-        if self.folder is not None:
-            os.utime(self.folder / name)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # Only a flag: no I/O and no collective belongs into a handler.

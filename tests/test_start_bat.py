@@ -98,8 +98,8 @@ def without_probes(outcome: Outcome) -> list[str]:
     return [call for call in outcome.calls if "[-c]" not in call]
 
 
-INSTALL = "[-m] [training.install] [requirements_simple.txt]"
-TRAIN = "venv [-m] [training.supervisor]"
+INSTALL = "[-m] [runtime.install] [requirements_simple.txt]"
+TRAIN = "venv [-m] [runtime.supervisor]"
 
 
 def test_the_first_start_and_the_next_ones_install_and_become_the_supervisor(

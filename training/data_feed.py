@@ -20,7 +20,14 @@ from data_sources.lake.lake import READY_FOLDER, Lake
 from data_sources.progress import Progress
 from data_sources.refresh import DataRequest, LoadedData, load, refresh
 from runtime import background_process
-from runtime.control import EXIT_CRASH, EXIT_NO_DATA, STOP_AT_EPOCH_END, Control, Leave
+from runtime.control import (
+    EXIT_CRASH,
+    EXIT_NO_DATA,
+    STOP_AT_EPOCH_END,
+    Control,
+    Leave,
+    heartbeat_while_waiting,
+)
 from training.distributed import Ranks, agreed_stop
 from training.progress import Clock
 
@@ -65,14 +72,14 @@ def fresh_bars(
             # A stop is agreed on by the ranks below.
             with contextlib.suppress(StopRequested), _leaving_without_lake(clock):
                 refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, interruptible)
-        with control.waiting():
+        with heartbeat_while_waiting():
             cutoff_ns = ranks.from_first(cutoff_ns)
         if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
             return None
         clock.cutoff_ns = cutoff_ns
     request = data_request(settings, clock.cutoff_ns)
     with _leaving_without_lake(clock):
-        data = _shared(lake, request, ranks, control)
+        data = _shared(lake, request, ranks)
     if len(set(ranks.gather(data.fingerprint))) > 1:
         raise Leave(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
@@ -113,7 +120,7 @@ def _leaving_without_lake(clock: Clock) -> Iterator[None]:
         raise Leave(code, f"{error}: look at the disk, or use another --data-dir") from error
 
 
-def _shared(lake: Lake, request: DataRequest, ranks: Ranks, control: Control) -> LoadedData:
+def _shared(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:
     """Map the one copy of the run's bars; without room for a copy every rank reads the lake for itself."""
     name = ""
     if ranks.is_first and request.needs_lake:
@@ -121,7 +128,7 @@ def _shared(lake: Lake, request: DataRequest, ranks: Ranks, control: Control) ->
             name = snapshot.provide(lake, request).name
         except LakeError as error:
             log.warning(f"every rank and restart reads all of the lake: {error}")
-    with control.waiting():
+    with heartbeat_while_waiting():
         name = ranks.from_first(name)
     if not name:
         return load(lake, request)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as torch_distributed
 from torch import Tensor
 
-from runtime.control import Control
+from runtime.control import Control, heartbeat
 
 # Rank 0 may download for hours on a first start while the others wait for its word.
 PATIENCE = timedelta(hours=24)
@@ -121,5 +121,5 @@ def start(meeting: timedelta = MEETING) -> Iterator[Ranks]:
 
 def agreed_stop(level: int, ranks: Ranks, control: Control) -> bool:
     """Tell whether any rank is asked to stop at ``level`` or more urgently (all ranks take part)."""
-    control.beat()
+    heartbeat()
     return ranks.any(control.stop_level >= level)

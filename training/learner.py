@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.control import heartbeat
 from training.distributed import Ranks
 from training.hindsight import hindsight_advantages
 from training.losses import Losses, Objective, Targets, advantages_and_returns
@@ -84,7 +85,6 @@ class Learner:
         rollout: Rollout,
         run_fraction: float,
         stop_now: Callable[[], bool] = lambda: False,
-        beat: Callable[[], None] = lambda: None,
         go_on: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor | float] | None:
         """Improve the policy on one rollout (all ranks take part).
@@ -93,7 +93,6 @@ class Learner:
             rollout: this rank's N segments.
             run_fraction: how far the run is, 0 to 1, for the learning rate.
             stop_now: asked before every optimizer step; True stops the update there, on all ranks together.
-            beat: called for every micro-batch, as a sign of life.
             go_on: what ``stopped`` was when this update was stopped; it takes the steps that are left.
 
         Returns:
@@ -120,7 +119,7 @@ class Learner:
                 }
                 return None
             rate = self.learning_rate(run_fraction)
-            self._step(rollout, targets, rows, rate, statistics, beat)
+            self._step(rollout, targets, rows, rate, statistics)
             if number == 0:
                 statistics.freeze_first()
         return {
@@ -142,13 +141,12 @@ class Learner:
         rows: Tensor,
         rate: float,
         statistics: _Statistics,
-        beat: Callable[[], None],
     ) -> None:
         """Take one optimizer step on the segments ``rows`` (M,), accumulated over micro-batches."""
         num_decisions = rows.numel() * rollout.horizon
         micro_batches = rows.split(self.config.micro_batch_segments)
         for number, micro in enumerate(micro_batches):
-            beat()
+            heartbeat()
             with self.parallel.micro_batch(is_last=number == len(micro_batches) - 1):
                 losses = self.parallel.objective(
                     rollout.bars[micro], rollout.accounts[micro], targets[micro], num_decisions

@@ -8,7 +8,7 @@ features, W = width of the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from envs.counterfactuals import accounts_in_every_position, growth_of_every_choice, what_is_held
 from envs.trading_env import TradingEnv
 from models.policy import Policy
+from runtime.control import heartbeat
 from training.hindsight import Hindsight
 
 
@@ -80,7 +81,6 @@ def collect(
     greedy: bool = False,
     hindsight: bool = False,
     reward_scale: float = 1.0,
-    beat: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Play one segment in every environment.
 
@@ -92,7 +92,6 @@ def collect(
         greedy: take the most likely position instead of drawing one.
         hindsight: value the choices that were not made, too.
         reward_scale: of rewards that are in units of each symbol's volatility per bar.
-        beat: called for every chunk, as a sign of life: a large model takes minutes for a rollout on a CPU.
     """
     config = env.config
     horizon = config.horizon
@@ -100,7 +99,7 @@ def collect(
     # T decisions, and the bar after the last one for the bootstrap value.
     parts = []
     for part in bars.split(chunk_segments):
-        beat()
+        heartbeat()  # a large model takes minutes for a rollout on a CPU
         parts.append(policy.encode(part, horizon + 1))
     projected = torch.cat(parts)
     del parts  # the same once more

@@ -129,7 +129,7 @@ class Session:
         """Go on with fresh bars; accounts whose place is still there keep it."""
         self.env.use(market)
 
-    def collect(self, cost_scale: float, beat: Callable[[], None] = lambda: None) -> Rollout:
+    def collect(self, cost_scale: float) -> Rollout:
         """Play one segment in every environment, at this share of all trading costs.
 
         The segment of a stopped update was played before, and is returned as it was.
@@ -146,7 +146,6 @@ class Session:
             hindsight=config.ppo.advantages == "hindsight",
             # Discounted sums of unit noise have this deviation: the critic's targets are about one.
             reward_scale=math.sqrt(1.0 - config.ppo.gamma**2),
-            beat=beat,
         )
 
     def _own_state(self) -> dict[str, Any]:
@@ -186,15 +185,11 @@ class Session:
         return (rollout + self.config.learner.update_passes * update) / env.horizon
 
     def update(
-        self,
-        rollout: Rollout,
-        run_fraction: float,
-        stop_now: Callable[[], bool],
-        beat: Callable[[], None] = lambda: None,
+        self, rollout: Rollout, run_fraction: float, stop_now: Callable[[], bool]
     ) -> dict[str, Tensor | float] | None:
         """Learn from it; see Learner.update. None when stopped: a checkpoint now holds what is left to do."""
         go_on = self._under_way[1] if self._under_way else None
-        statistics = self.learner.update(rollout, run_fraction, stop_now, beat, go_on)
+        statistics = self.learner.update(rollout, run_fraction, stop_now, go_on)
         self._under_way = (rollout, self.learner.stopped) if self.learner.stopped else None
         return statistics
 

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from runtime.control import ENTER, STOP_NOW, Control
+from runtime.control import ENTER, STOP_NOW, Control, heartbeat
 
 FOLDER = Path(os.environ["FAKE_FOLDER"])
 EPOCHS = FOLDER / "epochs"
@@ -41,7 +41,7 @@ def mishap(control: Control, now: str) -> None:
     if MISHAP_DETAIL.startswith(
         "means "
     ):  # says what it means to end with, and ends otherwise, as under torchrun
-        control.leave(int(MISHAP_DETAIL.split()[1]))
+        control.report_exit_code(int(MISHAP_DETAIL.split()[1]))
         sys.exit(1)
     if MISHAP_DETAIL == "screen":  # dies under its dashboard, with a last word
         control.screen(True)
@@ -67,11 +67,11 @@ def train(rank: int) -> None:
         while time.monotonic() < end:
             time.sleep(0.02)
             if rank == 0:
-                control.beat()
+                heartbeat()
             mishap(control, "step")
             if control.stop_level == STOP_NOW:
                 log(f"safe point rank={rank}")
-                control.leave(0)
+                control.report_exit_code(0)
                 return
         if rank == 0:
             save(epochs() + 1)
@@ -80,7 +80,7 @@ def train(rank: int) -> None:
         mishap(control, "epoch")
         if control.stop_level:
             log(f"epoch end rank={rank}")
-            control.leave(0)
+            control.report_exit_code(0)
             return
 
 

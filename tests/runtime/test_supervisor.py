@@ -26,7 +26,7 @@ IMPATIENT = {"first_delay_seconds": 0.05, "longest_delay_seconds": 0.1}
 DRIVER = """
 import json, sys
 from pathlib import Path
-from training.supervisor import Limits, main
+from runtime.supervisor import Limits, main
 sys.exit(main(sys.argv[3:], script=Path(sys.argv[1]), limits=Limits(**json.loads(sys.argv[2]))))
 """
 
@@ -288,17 +288,20 @@ def test_a_machine_that_was_frozen_as_a_whole_is_no_hang(daemon):
 
 LONG_CALL = """
 import os, time
-from training.control import CONTROL_DIR, Control, SupervisorControl
+from runtime.control import CONTROL_DIR, Control, SupervisorControl, heartbeat, heartbeat_thread
 with SupervisorControl() as supervisor:
+    start = supervisor.heartbeat()
     os.environ[CONTROL_DIR] = str(supervisor.folder)
-    control = Control()
+    heartbeat()  # without a Control: none
+    assert supervisor.heartbeat() == start
+    Control()
     for _ in range(2):
         before = supervisor.heartbeat()
-        with control.beating(600.0):  # a compiler at work
+        with heartbeat_thread(600.0):  # a compiler at work
             while supervisor.heartbeat() == before:
                 time.sleep(0.01)
     before = supervisor.heartbeat()
-    with control.beating(0.0):  # one that takes longer than it may
+    with heartbeat_thread(0.0):  # one that takes longer than it may
         time.sleep(2.5)
     time.sleep(2.5)  # and nothing goes on beating behind it
     assert supervisor.heartbeat() == before

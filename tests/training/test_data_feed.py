@@ -100,16 +100,16 @@ def test_a_machine_that_waits_for_the_download_of_another_shows_life(
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     waits: list[float] = []
 
-    class Waiting(Control):
-        @contextlib.contextmanager
-        def beating(self, at_most_seconds: float) -> Iterator[None]:
-            waits.append(at_most_seconds)
-            yield
+    @contextlib.contextmanager
+    def thread(max_seconds: float) -> Iterator[None]:
+        waits.append(max_seconds)
+        yield
 
+    monkeypatch.setattr("runtime.control.heartbeat_thread", thread)
     settings = Settings(sources=("simulated",), simulated_symbols=2, simulated_bars=3_000)
     ranks = Second(1, 2, torch.device("cpu"))
     lake, prefetch = Lake(tmp_path), cast(Prefetch, Taken(0))
-    assert fresh_bars(lake, settings, Clock(), ranks, Waiting(), NullProgress(), prefetch) is not None
+    assert fresh_bars(lake, settings, Clock(), ranks, Control(), NullProgress(), prefetch) is not None
     assert len(waits) == expected and all(seconds > 3600 for seconds in waits)
 
 

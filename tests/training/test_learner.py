@@ -111,11 +111,12 @@ def test_state_goes_on_where_it_was_and_settings_win_over_the_file() -> None:
         assert torch.equal(value, resumed.policy.state_dict()[name]), name
 
 
-def test_every_micro_batch_of_the_update_is_a_sign_of_life() -> None:
+def test_every_micro_batch_of_the_update_is_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = small_policy()
     beats: list[None] = []
+    monkeypatch.setattr("training.learner.heartbeat", lambda: beats.append(None))
     learner = small_learner(policy, minibatch=8, micro=2, passes=3)
-    learner.update(made_up_rollout(policy, 16), 0.0, beat=lambda: beats.append(None))
+    learner.update(made_up_rollout(policy, 16), 0.0)
     assert len(beats) == 3 * 16 / 2
 
 

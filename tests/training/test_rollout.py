@@ -86,11 +86,12 @@ def test_rewards_are_the_environments_in_units_of_the_markets_volatility() -> No
     assert rewards.abs().max() > 0
 
 
-def test_every_chunk_of_the_rollout_is_a_sign_of_life() -> None:
+def test_every_chunk_of_the_rollout_is_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     env = env_of(market_of(walk()), num_envs=16)
     beats: list[None] = []
+    monkeypatch.setattr("training.rollout.heartbeat", lambda: beats.append(None))
     generator = torch.Generator().manual_seed(0)
-    collect(env, policy_for(env), generator, 4, beat=lambda: beats.append(None))
+    collect(env, policy_for(env), generator, 4)
     assert len(beats) == 4
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import training.session
+import training.trainer
 from continuous_training import Settings, train
 from data_sources.simulated import simulated_bars
 from envs.market import Market
@@ -83,21 +84,16 @@ def test_a_stopped_update_that_does_not_fit_any_more_is_played_anew(tmp_path: Pa
     assert resumed.learner.optimizer_steps == steps + 2
 
 
-class CountingControl(Control):
-    """Counts the signs of life."""
-
-    beats = 0
-
-    def beat(self) -> None:
-        self.beats += 1
-
+class DeafControl(Control):
     def listen(self) -> None:
         """Leave the signals alone."""
 
 
-def test_the_watchdog_hears_of_every_chunk_and_micro_batch_of_an_epoch(tmp_path: Path) -> None:
+def test_every_chunk_and_micro_batch_of_an_epoch_is_a_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # One rollout, or one optimizer step, may take longer than HANG_SECONDS.
-    beats = []
+    counts = []
     for micro in (8, 1):
         folder = tmp_path / str(micro)
         settings = Settings(
@@ -121,10 +117,11 @@ def test_the_watchdog_hears_of_every_chunk_and_micro_batch_of_an_epoch(tmp_path:
             data_dir=str(folder / "data"),
             log_dir=str(folder / "logs"),
         )
-        control = CountingControl()
-        train(settings, control)
-        beats.append(control.beats)
-    assert beats[1] - beats[0] == 7 + settings.update_passes * 7
+        beats: list[None] = []
+        monkeypatch.setattr("runtime.control._heartbeat.record", partial(beats.append, None))
+        train(settings, DeafControl())
+        counts.append(len(beats))
+    assert counts[1] - counts[0] == 7 + settings.update_passes * 7
 
 
 def test_a_random_state_of_another_kind_of_device_is_left_out() -> None:
