@@ -25,7 +25,7 @@ import typer
 from dotenv import load_dotenv
 
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
-from commands.cli import checkpoint_command_from, command_from, complain
+from commands.cli import checkpoint_command_from, command_from, exit_with
 from data_sources.lake.lake import Lake
 from envs.market import Market
 from evaluation import champion
@@ -41,7 +41,7 @@ from runtime.control import (
     STOP_AT_EPOCH_END,
     STOP_NOW,
     Control,
-    Leave,
+    ExitProgram,
     heartbeat_thread,
 )
 from training import checkpoint, distributed, validation
@@ -284,7 +284,7 @@ def train(settings: Settings, control: Control) -> None:
         for line in summary.lines(clock, writer.finish()):
             log.info(line)
         if ranks.any(writer.owes):
-            raise Leave(
+            raise ExitProgram(
                 EXIT_DOES_NOT_FIT,
                 f"The end of this training is not saved: make room in {settings.checkpoint_dir}; the next start "
                 "goes on from the checkpoint before and trains it again",
@@ -297,7 +297,7 @@ def restored(settings: Settings, ranks: Ranks) -> tuple[Clock, checkpoint.Restor
     Every rank reads it from the disk; where one cannot, the folder is not shared, and rank 0 sends its own.
 
     Raises:
-        Leave: the checkpoint is of another model; nothing is overwritten.
+        ExitProgram: the checkpoint is of another model; nothing is overwritten.
     """
     saved = None
     if ranks.is_first:
@@ -313,7 +313,7 @@ def restored(settings: Settings, ranks: Ranks) -> tuple[Clock, checkpoint.Restor
         saved = ranks.from_first(saved)
     assert saved is not None
     if reason := unlike(settings, saved):
-        raise Leave(EXIT_SETTING, reason)
+        raise ExitProgram(EXIT_SETTING, reason)
     clock = Clock(saved.weights["run"], saved.weights["epoch"], saved.weights["transitions"])
     if saved.resume:
         clock = Clock(**saved.resume["clock"])
@@ -336,12 +336,12 @@ def rolled_back(
     """Return to the newest checkpoint, to go on at half the learning rate until the run ends (all ranks).
 
     Raises:
-        Leave: that was done MOST_ROLLBACKS times in this run already.
+        ExitProgram: that was done MOST_ROLLBACKS times in this run already.
     """
     rollbacks = clock.rollbacks + 1
     lost = f"run {clock.run} epoch {clock.epoch}: most gradients are not finite"
     if rollbacks > MOST_ROLLBACKS:
-        raise Leave(EXIT_SETTING, f"{lost}, after {MOST_ROLLBACKS} rollbacks: lower learning_rate")
+        raise ExitProgram(EXIT_SETTING, f"{lost}, after {MOST_ROLLBACKS} rollbacks: lower learning_rate")
     log.warning(f"{lost}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate")
     writer.finish()
     clock, saved = restored(settings, ranks)
@@ -355,7 +355,7 @@ def new_session(
     """Make this rank's environment and learner from the settings, and take back what a checkpoint saved.
 
     Raises:
-        Leave: they do not fit into the GPU's memory.
+        ExitProgram: they do not fit into the GPU's memory.
     """
     memory, others = memory_plan(settings, market.num_bytes, ranks)
     if others:
@@ -366,7 +366,7 @@ def new_session(
     try:
         session = Session(market, config, ranks, saved)
     except DoesNotFit as error:
-        raise Leave(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
+        raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
     if session.memory != memory:
         log.warning(f"the GPU's memory was full with {memory}; trains with {session.memory}")
     elif memory.memory_bytes:
@@ -402,10 +402,10 @@ def train_command(settings: Settings) -> None:
         validation.check_batch(settings, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         control.report_exit_code(EXIT_SETTING)
-        complain(EXIT_SETTING, f"Wrong setting: {error}")
+        exit_with(EXIT_SETTING, f"Invalid setting: {error}")
     try:
         train(settings, control)
-    except Leave as reason:
+    except ExitProgram as reason:
         code, message = reason.code, str(reason)
     except checkpoint.FolderInUse as reason:
         code, message = EXIT_LOCKED, str(reason)
@@ -418,7 +418,8 @@ def train_command(settings: Settings) -> None:
     except KeyboardInterrupt:
         code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is whole"
     control.report_exit_code(code)
-    complain(code, message)
+    if code != EXIT_OK:
+        exit_with(code, message)
 
 
 def main() -> None:
@@ -427,7 +428,7 @@ def main() -> None:
         load_dotenv()
     except (OSError, UnicodeDecodeError):
         typer.echo(
-            "Wrong setting: .env must be a readable text file in UTF-8: save it again as one", err=True
+            "Invalid setting: .env must be a readable text file in UTF-8: save it again as one", err=True
         )
         sys.exit(EXIT_SETTING)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commands import check, data, episode, export, signals
-from commands.cli import complain
+from commands.cli import exit_with
 from commands.selftest import TRIALS, Sizes, lookahead, report, selftest
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
 from evaluation.trained_policy import TrainedPolicy
 from monitoring.console import Console
-from runtime.control import EXIT_ABORTED, EXIT_NO_DATA, EXIT_OK, Leave
+from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, ExitProgram
 from training import distributed
 from training.assembly import uses_bf16
 from training.data_feed import data_request
@@ -36,7 +36,7 @@ def preflight_command(settings: Settings) -> None:
     is_first = os.environ.get("NODE_RANK") in (None, "", "0")
     for line in check.folder.before_a_start(settings, world_size, is_first):
         if line.code:
-            complain(line.code, line.text)
+            exit_with(line.code, line.text)
 
 
 def check_command(
@@ -47,7 +47,8 @@ def check_command(
     """Check everything that can be known before a start: settings, keys, sources, GPUs, memory, disk."""
     with Console(Path(settings.log_dir), to_stderr=as_json) as console:
         code = check.tell(check.lines(settings, os.environ, offline), console, as_json)
-    complain(code, "")
+    if code:
+        exit_with(code)
 
 
 def data_command(
@@ -65,9 +66,9 @@ def data_command(
             if background:
                 console.emit(data.in_background(lake, request, now_ns))
             elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
-                complain(code, "There are no bars." if code == EXIT_NO_DATA else "")
+                exit_with(code, "There are no bars." if code == EXIT_NO_DATA else "")
         except DataError as error:
-            complain(EXIT_NO_DATA, str(error))
+            exit_with(EXIT_NO_DATA, str(error))
 
 
 def selftest_command(
@@ -84,7 +85,8 @@ def selftest_command(
     failures += [
         f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
     ]
-    complain(1 if failures else EXIT_OK, "\n".join(failures))
+    if failures:
+        exit_with(EXIT_CRASH, "\n".join(failures))
 
 
 def episode_command(
@@ -123,12 +125,12 @@ def evaluate_command(
     try:
         with Console(Path(trained.settings.log_dir)) as console:
             evaluate.command(trained, asked, console)
-    except Leave as reason:
-        complain(reason.code, str(reason))
+    except ExitProgram as reason:
+        exit_with(reason.code, str(reason))
     except OSError as error:
-        complain(1, f"The report was not written: {error}")
+        exit_with(EXIT_CRASH, f"The report was not written: {error}")
     except KeyboardInterrupt:
-        complain(EXIT_ABORTED, "Aborted; no report was written")
+        exit_with(EXIT_ABORTED, "Aborted; no report was written")
 
 
 def signals_command(
@@ -153,9 +155,9 @@ def signals_command(
             if watch:
                 signals.watch(trained, wishes, console)
             elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
-                complain(EXIT_NO_DATA, "There is no signal.")
+                exit_with(EXIT_NO_DATA, "There is no signal.")
         except DataError as error:
-            complain(EXIT_NO_DATA, str(error))
+            exit_with(EXIT_NO_DATA, str(error))
 
 
 def export_command(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -53,7 +53,7 @@ def command_from(
             chosen = {name: _parsed(name, types[name], v) for name, v in given.items() if v is not None}
             settings = settings_class(**{**presets[preset], **chosen})
         except ValueError as error:
-            complain(EXIT_SETTING, f"Wrong setting: {error}")
+            exit_with(EXIT_SETTING, f"Invalid setting: {error}")
         else:
             run(settings, **extra)
 
@@ -90,7 +90,7 @@ def checkpoint_command_from(settings_class: type, run: Callable[..., None]) -> C
             changes = {name: _parsed(name, types[name], v) for name, v in given.items() if v is not None}
             run(TrainedPolicy.read(checkpoint, settings_class, device_for_use(), **changes), **extra)
         except (ValueError, CheckpointError) as error:
-            complain(EXIT_SETTING, str(error))
+            exit_with(EXIT_SETTING, str(error))
 
     path = inspect.Parameter("checkpoint", KEYWORD, annotation=Annotated[Path, typer.Argument()])
     rest = (each.replace(kind=KEYWORD, annotation=hints[each.name]) for each in own)
@@ -150,8 +150,8 @@ def _parsed(name: str, hint: Any, value: Any) -> Any:
         raise ValueError(f"{name}={value!r} must be {kind}") from None
 
 
-def complain(code: int, message: str) -> None:
-    """End the program with a code; a message is told once, not per rank."""
+def exit_with(code: int, message: str = "") -> NoReturn:
+    """End the program with an exit code; rank 0 alone prints the message, to standard error."""
     if message and os.environ.get("RANK", "0") == "0":
         typer.echo(message, err=True)
     raise typer.Exit(code)

@@ -35,7 +35,7 @@ from evaluation.report import Report, file_name, json_bytes, write_folder
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import verdict
 from models.policy import Policy
-from runtime.control import EXIT_NO_DATA, Leave
+from runtime.control import EXIT_NO_DATA, ExitProgram
 from training.data_feed import data_request
 
 log = logging.getLogger("continuous_training")
@@ -98,7 +98,7 @@ def command(trained: TrainedPolicy, asked: Asked, progress: Progress) -> Path:
 
     Raises:
         ValueError: what is asked for cannot be: names it, and what can.
-        Leave: there are no bars at all.
+        ExitProgram: there are no bars at all.
         OSError: the report cannot be written.
     """
     began = time.monotonic()
@@ -167,18 +167,18 @@ def _bars(
 
     Raises:
         ValueError: no bars in these days, or a symbol is unknown.
-        Leave: no bars at all.
+        ExitProgram: no bars at all.
     """
     try:
         data = load(lake, request)
     except LakeError as error:
-        raise Leave(EXIT_NO_DATA, f"{error}: look at the disk, or use another --data-dir") from error
+        raise ExitProgram(EXIT_NO_DATA, f"{error}: look at the disk, or use another --data-dir") from error
     start_ns, end_ns = span
     days = f"from {minute_of(start_ns)} to {minute_of(end_ns)} UTC"
     there = {one.symbol for one in data.bars if one.open_time[-1] >= start_ns}
     if not there:
         if not data.bars and not _has_bars(lake, request):
-            raise Leave(
+            raise ExitProgram(
                 EXIT_NO_DATA,
                 f"No bars are in {lake.root}: fetch them with --refresh, or give the --data-dir of the training",
             )

@@ -254,8 +254,8 @@ class Control:
         self._signalled = max(self._signalled, STOP_AT_EPOCH_END if number == signal.SIGINT else STOP_NOW)
 
 
-class Leave(Exception):
-    """The program cannot go on: the exit code, and one line that says what to do."""
+class ExitProgram(Exception):
+    """End the program with an exit code and a one-line message that says what to do."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)

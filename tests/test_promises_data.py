@@ -384,6 +384,6 @@ def test_a_wrong_setting_is_told_once_before_any_request(story: Story) -> None:
         start = story.starts[f"wrong {name}"]
         assert start.process.returncode == 2
         (line,) = start.lines  # with NPROC=2
-        assert line.startswith(f"Wrong setting: {name}={value}") and "use " in line
+        assert line.startswith(f"Invalid setting: {name}={value}") and "use " in line
         assert not (story.folder / f"wrong {name}" / "data").exists()
     assert story.num_requests_of_wrong_settings == 0

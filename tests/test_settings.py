@@ -153,7 +153,7 @@ def test_wrong_settings_on_the_command_line_exit_2_with_one_line() -> None:
         assert result.stdout == ""
         lines = result.stderr.strip().splitlines()
         assert len(lines) == 1, result.stderr
-        assert lines[0].startswith("Wrong setting: ")
+        assert lines[0].startswith("Invalid setting: ")
         assert arguments[1] in lines[0]
 
 
@@ -166,7 +166,7 @@ def test_an_env_file_that_is_no_utf_8_is_told_in_one_line_without_its_content(tm
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines() == [
-        "Wrong setting: .env must be a readable text file in UTF-8: save it again as one"
+        "Invalid setting: .env must be a readable text file in UTF-8: save it again as one"
     ]
 
 
@@ -184,7 +184,9 @@ def test_only_rank_0_tells_and_preflight_counts_the_planned_ranks(tmp_path: Path
     assert (fine.returncode, fine.stdout, fine.stderr) == (0, "", "")
     wrong = run("preflight", "--preset", "small", *folder, WORLD_SIZE_PLANNED="3")
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("Wrong setting: batch_size=8192 must be a multiple of horizon x processes")
+    assert wrong.stderr.startswith(
+        "Invalid setting: batch_size=8192 must be a multiple of horizon x processes"
+    )
 
 
 def test_every_setting_has_a_comment_which_is_its_help() -> None:

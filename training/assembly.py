@@ -16,7 +16,7 @@ from envs.market import Market
 from evaluation.examiner import Exam
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from runtime.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, Leave
+from runtime.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, ExitProgram
 from training import checkpoint, validation
 from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
@@ -40,10 +40,10 @@ def market_on_device(
     """Put this run's bars on the device; features keep the scale that the training began with.
 
     Raises:
-        Leave: there are no bars to train on, or the checkpoint is of other features.
+        ExitProgram: there are no bars to train on, or the checkpoint is of other features.
     """
     if not data.bars:
-        raise Leave(
+        raise ExitProgram(
             EXIT_NO_DATA,
             f"No symbol has {settings.min_bars:,} bars: set the keys in .env (see .env.example), check the "
             "network, or try it offline with --demo",
@@ -52,7 +52,7 @@ def market_on_device(
     if saved and statistics is None:
         statistics = FeatureStatistics.from_state_dict(saved.weights["features"])
     if statistics and (reason := other_features(settings, statistics)):
-        raise Leave(EXIT_SETTING, reason)
+        raise ExitProgram(EXIT_SETTING, reason)
     try:
         return Market.from_bars(
             data.bars,
@@ -63,7 +63,7 @@ def market_on_device(
             statistics=statistics,
         )
     except ValueError as error:
-        raise Leave(EXIT_NO_DATA, str(error)) from error
+        raise ExitProgram(EXIT_NO_DATA, str(error)) from error
 
 
 def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:
@@ -118,14 +118,14 @@ def memory_plan(settings: Settings, market_bytes: int, ranks: Ranks) -> tuple[Me
     """Plan this rank's memory; return the plan, and a warning where others use the GPU, or "".
 
     Raises:
-        Leave: the training does not fit.
+        ExitProgram: the training does not fit.
     """
     memory_bytes, warning = gpu_memory(ranks.device) if ranks.device.type == "cuda" else (None, "")
     demand = demand_of(settings, market_bytes, ranks.world_size, uses_bf16(settings, ranks))
     try:
         return plan(demand, memory_bytes, settings.micro_batch_segments), warning
     except DoesNotFit as error:
-        raise Leave(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
+        raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
 
 
 def demand_of(settings: Settings, market_bytes: int, world_size: int, bf16: bool) -> Demand:

@@ -25,7 +25,7 @@ from runtime.control import (
     EXIT_NO_DATA,
     STOP_AT_EPOCH_END,
     Control,
-    Leave,
+    ExitProgram,
     heartbeat_while_waiting,
 )
 from training.distributed import Ranks, agreed_stop
@@ -62,7 +62,7 @@ def fresh_bars(
         prefetch: what was refreshed in the background.
 
     Raises:
-        Leave: the lake cannot be read, or ranks read different bars.
+        ExitProgram: the lake cannot be read, or ranks read different bars.
     """
     if clock.cutoff_ns == 0:
         cutoff_ns = prefetch.take() if ranks.is_first else 0
@@ -81,7 +81,7 @@ def fresh_bars(
     with _leaving_without_lake(clock):
         data = _shared(lake, request, ranks)
     if len(set(ranks.gather(data.fingerprint))) > 1:
-        raise Leave(
+        raise ExitProgram(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
         )
     return data
@@ -117,7 +117,7 @@ def _leaving_without_lake(clock: Clock) -> Iterator[None]:
         yield
     except LakeError as error:
         code = EXIT_CRASH if clock.transitions else EXIT_NO_DATA
-        raise Leave(code, f"{error}: look at the disk, or use another --data-dir") from error
+        raise ExitProgram(code, f"{error}: look at the disk, or use another --data-dir") from error
 
 
 def _shared(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:

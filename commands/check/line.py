@@ -23,7 +23,7 @@ class Line:
     @staticmethod
     def setting(text: str) -> Line:
         """Return the error of a setting."""
-        return Line("settings", "error", f"Wrong setting: {text}", EXIT_SETTING)
+        return Line("settings", "error", f"Invalid setting: {text}", EXIT_SETTING)
 
 
 def size(num_bytes: float) -> str:

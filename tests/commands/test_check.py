@@ -222,8 +222,8 @@ def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
 @pytest.mark.parametrize(
     ("num_processes", "told"),
     [
-        ("3", "Wrong setting: batch_size=8192 must be a multiple of horizon x processes = 128 x 3"),
-        ("some", "Wrong setting: NPROC must be a whole number of at least 1, was 'some'"),
+        ("3", "Invalid setting: batch_size=8192 must be a multiple of horizon x processes = 128 x 3"),
+        ("some", "Invalid setting: NPROC must be a whole number of at least 1, was 'some'"),
     ],
 )
 def test_what_the_start_scripts_would_refuse_is_an_error(
