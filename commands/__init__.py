@@ -13,7 +13,7 @@ import typer
 
 from commands import check, data, episode, export, signals
 from commands.cli import exit_with
-from commands.selftest import TRIALS, Sizes, lookahead, report, selftest
+from commands.selftest import TRIALS, Sizes, lookahead, report, run_trials
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
 from evaluation.trained_policy import TrainedPolicy
@@ -79,7 +79,7 @@ def selftest_command(
     with distributed.start() as ranks, Console(Path(settings.log_dir)):
         failures = lookahead.run(settings, ranks)
         seed_list = range(settings.seed, settings.seed + seeds)
-        results = selftest(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks))
+        results = run_trials(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks))
         for path in report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
             log.info(f"Wrote {path}")
     failures += [

@@ -7,6 +7,8 @@ bar is the same numbers (up to the symbol's price scale) whichever window it is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -68,15 +70,25 @@ def simulated_bars(
     return result
 
 
+def draw_regimes(
+    generator: np.random.Generator, shape: tuple[int, ...], strength: float, persistence: float
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
+    """Return the drift and the noise of bars, both of ``shape`` (..., T) and in sigma.
+
+    The drift is +strength or -strength with equal chance, and keeps its sign with ``persistence`` from bar to bar.
+    """
+    flips = generator.random(shape) > persistence
+    flips[..., 0] = generator.random(shape[:-1]) > 0.5  # the first bar has either sign
+    regime = 1.0 - 2.0 * (np.cumsum(flips, axis=-1) % 2)
+    return strength * regime, generator.standard_normal(shape)
+
+
 def _one_day(
     seed: int, index: int, day: int, sigma: float, strength: float, persistence: float
 ) -> NDArray[np.float64]:
     """Return (4, 1440): log returns, upper and lower wicks as log distances, volumes."""
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index, day))))
-    flips = generator.random(BARS_PER_DAY) > persistence
-    flips[0] = generator.random() > 0.5  # the day starts in either regime
-    regime = 1.0 - 2.0 * (np.cumsum(flips) % 2)
-    noise = generator.standard_normal(BARS_PER_DAY)
+    drift, noise = draw_regimes(generator, (BARS_PER_DAY,), strength, persistence)
     wicks = _WICK * sigma * generator.standard_exponential((2, BARS_PER_DAY))
     volume = 100.0 * np.exp(_LOG_VOLUME_SIGMA * generator.standard_normal(BARS_PER_DAY))
-    return np.stack([sigma * (strength * regime + noise), *wicks, volume])
+    return np.stack([sigma * (drift + noise), *wicks, volume])

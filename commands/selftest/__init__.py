@@ -1,8 +1,8 @@
-"""The proof on demand that the program learns and does not cheat: ``python continuous_training.py selftest``.
+"""The self-test: proves that the program learns and does not cheat (``python continuous_training.py selftest``).
 
-The production trunk, environment, rollout and update are trained on markets whose best policy is known, then
-examined on fresh paths against it. Figures are in sigma per bar, net of costs; the noise that nobody could expect
-is left out of both, so that a few hundred thousand bars tell policies apart.
+The production trunk, environment, rollout and update train on markets whose best policy is known, and are then
+compared with it on fresh paths. Figures are in sigma per bar, net of costs. The unpredictable noise is left out of
+both, so that a few hundred thousand bars suffice to rank policies.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from commands.selftest.known_markets import (
     Array,
     KnownMarket,
     Paths,
-    best_rule,
-    draw,
+    apply_rule,
+    draw_paths,
+    find_best_rule,
     mean_reversion,
     persistent_sign,
-    positions_of,
     pure_noise,
 )
 from data_sources.bars import MINUTE_NS
@@ -48,20 +48,20 @@ Judge = Callable[["Result"], str]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and examined."""
+    """Sizes of the training and of the exam."""
 
-    # 5.8 M bars: hardly one is trained on twice. With a sixth of them a weak edge was learnt to 83 % of the
-    # reference instead of 89 %, since the policy also learnt the noise of those paths (docs/LOG.md).
+    # 5.8 M bars: hardly any is trained on twice. With a sixth of them a weak edge was learnt to 83 % of the
+    # reference instead of 89 %, because the policy also learnt the noise of those paths (docs/LOG.md).
     num_symbols: int = 96
     num_bars: int = 60_000
     exam_symbols: int = 16
     num_envs: int = 256
-    context_bars: int = 128  # the best filter of a weak edge looks back as far
+    context_bars: int = 128  # as far as the best filter of a weak edge looks back
     horizon: int = 128
     d_model: int = 64
     num_layers: int = 2
-    # One pass over each rollout and more rollouts: three passes and as much time stay 5 % under the reference,
-    # since what the policy learns of a market this noisy is bounded by the bars that it has seen (docs/LOG.md).
+    # One pass over more rollouts: three passes in the same time end 5 % below the reference, because in a market
+    # this noisy the number of bars seen limits what the policy can learn (docs/LOG.md).
     update_passes: int = 1
     minibatch_segments: int = 32
     exam_segments: int = 24
@@ -69,7 +69,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Trial:
-    """One market, what trading costs there, and what the trained policy must show."""
+    """One market, its trading costs, and the criterion that the trained policy must meet."""
 
     name: str
     title: str
@@ -81,34 +81,34 @@ class Trial:
     gae_lambda: float = 0.95
     entropy_coef: float = 0.01
     learning_rate: float = 2.5e-3
-    with_noise: bool = False  # judge what was earned in full: what nobody could expect is the point
+    with_noise: bool = False  # judge full rewards: here the unpredictable part is the point
 
 
 @dataclass
 class Result:
-    """What one trained policy showed on fresh paths."""
+    """How one trained policy did on fresh paths."""
 
     trial: str
     seed: int
     policy: float  # sigma per bar, net
     reference: float
-    foresight: float  # of one who knows the next bar
+    foresight: float  # with the next bar known
     random: float
     buy_and_hold: float
     time_flat: float
-    standard_error: float  # of ``policy`` where there is nothing but noise
+    standard_error: float  # of ``policy`` in a market of pure noise
     seconds: float
     curve: list[float] = field(default_factory=list)  # net reward of every training epoch, noise included
     failure: str = ""
 
     @property
     def share(self) -> float:
-        """Of the reference, what the policy earned."""
+        """Earnings as a fraction of the reference's."""
         return self.policy / self.reference if self.reference > 0 else 0.0
 
 
 def earns(least_share: float) -> Judge:
-    """Demand a share of what the reference earns."""
+    """Require a fraction of what the reference earns."""
 
     def judge(result: Result) -> str:
         if result.share >= least_share:
@@ -119,46 +119,48 @@ def earns(least_share: float) -> Judge:
 
 
 def stays_flat(result: Result) -> str:
-    """Demand that nothing is traded where nothing can be earned."""
+    """Require that nothing is traded where nothing can be earned."""
     if result.time_flat >= 0.95 and result.policy > -0.002:
         return ""
     return f"was flat {result.time_flat:.0%} of the time and earned {result.policy:+.4f}: must stay flat"
 
 
 def foresees_nothing(result: Result) -> str:
-    """Demand that a market which only pays for the future pays nothing."""
+    """Require zero earnings in a market that can only be predicted by looking ahead."""
     if abs(result.policy) < 5 * result.standard_error:
         return ""
     return (
-        f"earned {result.policy:+.4f} +- {result.standard_error:.4f} where only the future pays "
+        f"earned {result.policy:+.4f} +- {result.standard_error:.4f} where only foresight pays "
         f"({result.foresight:+.2f} with foresight): something looks ahead"
     )
 
 
 TRIALS = (
     Trial("persistent_sign", "a drift that keeps its sign", persistent_sign(0.2, 0.98), 0.2, 80, earns(0.95)),
-    Trial("mean_reversion", "a price that comes back", mean_reversion(3.0, 0.95), 0.1, 80, earns(0.95)),
-    Trial("pure_noise", "nothing to find, at a cost", pure_noise(), 0.2, 60, stays_flat),
-    Trial("foresight", "only the future pays", pure_noise(), 0.0, 40, foresees_nothing, with_noise=True),
+    Trial(
+        "mean_reversion", "a price that reverts to its mean", mean_reversion(3.0, 0.95), 0.1, 80, earns(0.95)
+    ),
+    Trial("pure_noise", "nothing to learn, at a cost", pure_noise(), 0.2, 60, stays_flat),
+    Trial("foresight", "only foresight pays", pure_noise(), 0.0, 40, foresees_nothing, with_noise=True),
     Trial(
         "weak_edge",
-        "a drift that hardly shows",
+        "a weak drift",
         persistent_sign(0.1, 0.99),
         0.1,
         160,
         earns(0.90),
         gamma=0.99,
         gae_lambda=0.98,
-        learning_rate=1e-3,  # quicker ones end up flat for a fifth of the time
+        learning_rate=1e-3,  # with higher rates the policy ends up flat a fifth of the time
     ),
 )
 
 
 def run_trial(trial: Trial, sizes: Sizes, seed: int, ranks: Ranks, bf16: bool = False) -> Result:
     """Train on the trial's market, then examine on fresh paths of it."""
-    began = time.monotonic()
-    paths = draw(trial.market, sizes.num_symbols, sizes.num_bars, seed=1_000 + seed)
-    session = Session(_market(paths, sizes, ranks), _config(trial, sizes, seed, bf16), ranks, saved=None)
+    start = time.monotonic()
+    paths = draw_paths(trial.market, sizes.num_symbols, sizes.num_bars, seed=1_000 + seed)
+    session = Session(_make_market(paths, sizes, ranks), _config(trial, sizes, seed, bf16), ranks, saved=None)
     clock, curve = Clock(), []
     for _ in range(trial.epochs):
         rollout = session.collect(clock.cost_scale(COST_RAMP, trial.epochs))
@@ -166,7 +168,7 @@ def run_trial(trial: Trial, sizes: Sizes, seed: int, ranks: Ranks, bf16: bool = 
         clock.tick(rollout.num_segments * rollout.horizon)
         totals = session.env.episode_statistics()
         curve.append(float(totals["rewards"] / totals["decisions"]) / SIGMA)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     result = examine(trial, session, sizes, seed)
     result.seconds, result.curve = seconds, curve
     result.failure = trial.judge(result)
@@ -174,33 +176,33 @@ def run_trial(trial: Trial, sizes: Sizes, seed: int, ranks: Ranks, bf16: bool = 
 
 
 def examine(trial: Trial, session: Session, sizes: Sizes, seed: int) -> Result:
-    """Let the policy, the reference and the others trade the same fresh paths from the same places."""
-    paths = draw(trial.market, sizes.exam_symbols, sizes.num_bars, seed=2_000 + seed)
-    market = _market(paths, sizes, session.ranks, session.env.market)
-    signal = trial.market.foresee(paths.returns)
-    rule = best_rule(trial.market, trial.cost)
-    ahead = np.append(paths.returns[:, 1:], np.zeros((len(paths.returns), 1)), axis=1)
+    """Let the policy, the reference and the baselines trade the same fresh paths from the same bars."""
+    paths = draw_paths(trial.market, sizes.exam_symbols, sizes.num_bars, seed=2_000 + seed)
+    market = _make_market(paths, sizes, session.ranks, session.env.market)
+    forecast = trial.market.forecast(paths.returns)
+    rule = find_best_rule(trial.market, trial.cost)
+    next_return = np.append(paths.returns[:, 1:], np.zeros((len(paths.returns), 1)), axis=1)
     random = np.random.default_rng(seed)
-    players = {
-        "reference": positions_of(rule, signal),
-        "foresight": np.sign(np.where(np.abs(ahead) > 2 * trial.cost, ahead, 0.0)),
-        "random": random.integers(-1, 2, signal.shape),
-        "buy_and_hold": np.ones(signal.shape),
+    strategies = {
+        "reference": apply_rule(rule, forecast),
+        "foresight": np.sign(np.where(np.abs(next_return) > 2 * trial.cost, next_return, 0.0)),
+        "random": random.integers(-1, 2, forecast.shape),
+        "buy_and_hold": np.ones(forecast.shape),
     }
     earned: dict[str, float] = {}
-    for name, positions in players.items():
+    for name, positions in strategies.items():
         env = TradingEnv(market, session.config.env, session.ranks.device, seed=seed)
-        table = torch.from_numpy(positions.astype(np.int64) + 1).to(env.device)
+        actions = torch.from_numpy(positions.astype(np.int64) + 1).to(env.device)
         with_noise = trial.with_noise or name == "foresight"
-        segments = [_play(env, table) for _ in range(sizes.exam_segments)]
-        earned[name] = _net(segments, None if with_noise else paths.noise)
+        segments = [_play_actions(env, actions) for _ in range(sizes.exam_segments)]
+        earned[name] = _mean_reward(segments, None if with_noise else paths.noise)
     env = TradingEnv(market, session.config.env, session.ranks.device, seed=seed)
-    segments = [_act(env, session) for _ in range(sizes.exam_segments)]
+    segments = [_play_policy(env, session) for _ in range(sizes.exam_segments)]
     flat = [float((segment.actions == POSITIONS.index(0.0)).double().mean()) for segment in segments]
     return Result(
         trial=trial.name,
         seed=seed,
-        policy=_net(segments, None if trial.with_noise else paths.noise),
+        policy=_mean_reward(segments, None if trial.with_noise else paths.noise),
         time_flat=float(np.mean(flat)),
         standard_error=sum(segment.actions.numel() for segment in segments) ** -0.5,
         seconds=0.0,
@@ -213,44 +215,44 @@ def examine(trial: Trial, session: Session, sizes: Sizes, seed: int) -> Result:
 
 @dataclass
 class _Segment:
-    """One played segment of N accounts."""
+    """One segment of N accounts."""
 
     rewards: Tensor  # (N, H) log returns of equity
     actions: Tensor  # (N, H)
     symbol: Tensor  # (N,) row of the paths
-    bar: Tensor  # (N,) bar of the first decision
+    bar: Tensor  # (N,) index of the first decision's bar
 
 
-def _play(env: TradingEnv, table: Tensor) -> _Segment:
-    """Play one segment from a table (S, T) of actions."""
+def _play_actions(env: TradingEnv, table: Tensor) -> _Segment:
+    """Play one segment with the actions of a table (S, T)."""
     env.begin_segment()
-    symbol, bar = _places(env)
+    symbol, bar = _find_bars(env)
     horizon = torch.arange(env.config.horizon)
     actions = table[symbol[:, None], bar[:, None] + horizon]
     rewards = torch.stack([env.step(actions[:, t])[0] for t in range(env.config.horizon)], dim=1)
     return _Segment(rewards, actions, symbol, bar)
 
 
-def _act(env: TradingEnv, session: Session) -> _Segment:
+def _play_policy(env: TradingEnv, session: Session) -> _Segment:
     """Play one segment with the policy's most likely actions."""
     learner = session.learner
     chunk = learner.config.micro_batch_segments
     rollout = collect(env, session.policy, learner.generator, chunk, greedy=True)
-    symbol, end = _places(env)
+    symbol, end = _find_bars(env)
     rewards = rollout.rewards * env.volatility[:, None]
     return _Segment(rewards, rollout.actions, symbol, end - env.config.horizon)
 
 
-def _places(env: TradingEnv) -> tuple[Tensor, Tensor]:
-    """Return symbol and newest closed bar of every account, counted within the symbol: bars come every minute."""
+def _find_bars(env: TradingEnv) -> tuple[Tensor, Tensor]:
+    """Return each account's symbol and the index of its newest closed bar there; no minute is missing."""
     state = env.state_dict()
     symbol = torch.tensor([env.market.symbols.index(name) for name in state["symbols"]])
     first = env.market.open_time[env.market.offsets[:-1]].cpu()
     return symbol, (state["open_time"] - first[symbol]) // MINUTE_NS
 
 
-def _net(segments: Sequence[_Segment], noise: Array | None) -> float:
-    """Return the mean reward in sigma, less what this noise (S, T) did to it."""
+def _mean_reward(segments: Sequence[_Segment], noise: Array | None) -> float:
+    """Return the mean reward in sigma, without the part that this noise (S, T) contributed."""
     total = 0.0
     for segment in segments:
         earned = segment.rewards.cpu().double() / SIGMA
@@ -262,7 +264,7 @@ def _net(segments: Sequence[_Segment], noise: Array | None) -> float:
     return total / len(segments)
 
 
-def _market(paths: Paths, sizes: Sizes, ranks: Ranks, known: Market | None = None) -> Market:
+def _make_market(paths: Paths, sizes: Sizes, ranks: Ranks, known: Market | None = None) -> Market:
     return Market.from_bars(
         paths.bars,
         device=ranks.device,
@@ -305,14 +307,14 @@ def _config(trial: Trial, sizes: Sizes, seed: int, bf16: bool) -> SessionConfig:
     return SessionConfig(env, ppo, learner, sizes.d_model, sizes.num_layers, 4, bf16, seed)
 
 
-def selftest(
+def run_trials(
     trials: Sequence[Trial],
     sizes: Sizes,
     seeds: Sequence[int],
     ranks: Ranks,
     bf16: bool,
 ) -> list[Result]:
-    """Run every trial with every seed, and tell each as it is done."""
+    """Run every trial with every seed, and log each result."""
     results = []
     for trial in trials:
         for seed in seeds:

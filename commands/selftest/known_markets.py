@@ -1,7 +1,7 @@
-"""Markets whose best policy is known, for proving that the learner finds it: see ``selftest.py``.
+"""Markets whose best policy is known, for the self-test.
 
-Returns are drawn with a hidden expectation; a Bayesian filter of the true model says at each bar what the next
-one can be expected to do, and the best threshold rule on it says what that is worth net of costs.
+Returns are drawn around a hidden expectation. A Bayesian filter of the true model forecasts the next bar's return,
+and the best threshold rule on that forecast is the reference for what can be earned net of costs.
 Shapes: S = symbols, T = bars. Everything is in units of sigma, the noise of one bar.
 """
 
@@ -16,41 +16,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sources.bars import MINUTE_NS, Bars
+from data_sources.simulated import draw_regimes
 
 Array = NDArray[np.floating[Any]]
 SIGMA = 1e-3  # noise of one bar, as a log return
 FIRST_OPEN_NS = 1_577_836_800 * 10**9  # 2020-01-01
-Rule = tuple[float, float]
+Rule = tuple[float, float]  # enter, leave: see apply_rule
 
 
 @dataclass(frozen=True)
 class KnownMarket:
-    """How returns are drawn, and the filter that knows it.
+    """A model of returns, and the filter that knows the model.
 
-    ``draw(random, S, T)`` gives the expectation of every bar's return and the noise around it; ``foresee`` the
-    expectation of the next bar's return given the returns up to each bar.
+    ``draw(random, S, T)`` returns the expectation of every bar's return and the noise around it, both (S, T);
+    ``forecast`` turns returns (S, T) into the expectation of the next bar's return, given those up to each bar.
     """
 
     draw: Callable[[np.random.Generator, int, int], tuple[Array, Array]]
-    foresee: Callable[[Array], Array]
+    forecast: Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Drawn paths (S, T) as bars, with what is hidden in them."""
+    """Simulated paths (S, T) as bars, with their hidden parts."""
 
     bars: list[Bars]
     returns: Array
-    noise: Array  # the part of the returns that nobody could expect
+    noise: Array  # the unpredictable part of the returns
 
     @property
     def expectation(self) -> Array:
-        """What a bar's return could be expected to be by someone who knows the hidden state."""
+        """The predictable part of the returns, given the hidden state."""
         return self.returns - self.noise
 
 
-def draw(market: KnownMarket, num_symbols: int, num_bars: int, seed: int) -> Paths:
-    """Draw paths; another seed gives fresh ones of the same market."""
+def draw_paths(market: KnownMarket, num_symbols: int, num_bars: int, seed: int) -> Paths:
+    """Draw paths; another seed gives fresh paths of the same market."""
     random = np.random.default_rng(seed)
     expectation, noise = market.draw(random, num_symbols, num_bars)
     returns = expectation + noise
@@ -67,15 +68,12 @@ def draw(market: KnownMarket, num_symbols: int, num_bars: int, seed: int) -> Pat
 
 
 def persistent_sign(strength: float, persistence: float) -> KnownMarket:
-    """Return a market whose drift is +strength or -strength and keeps its sign with ``persistence``."""
+    """Return the simulated market: a drift of +strength or -strength that keeps its sign with ``persistence``."""
 
-    def drawn(random: np.random.Generator, num_symbols: int, num_bars: int) -> tuple[Array, Array]:
-        flips = random.random((num_symbols, num_bars)) > persistence
-        flips[:, 0] = random.random(num_symbols) > 0.5
-        sign = 1.0 - 2.0 * (np.cumsum(flips, axis=1) % 2)
-        return strength * sign, random.standard_normal((num_symbols, num_bars))
+    def draw(random: np.random.Generator, num_symbols: int, num_bars: int) -> tuple[Array, Array]:
+        return draw_regimes(random, (num_symbols, num_bars), strength, persistence)
 
-    def foreseen(returns: Array) -> Array:
+    def forecast(returns: Array) -> Array:
         # Hamilton 1989, in log odds of the sign being positive.
         result = np.empty_like(returns)
         chance = np.full(len(returns), 0.5)
@@ -86,19 +84,19 @@ def persistent_sign(strength: float, persistence: float) -> KnownMarket:
             result[:, t] = strength * (2.0 * chance - 1.0)
         return result
 
-    return KnownMarket(drawn, foreseen)
+    return KnownMarket(draw, forecast)
 
 
 def mean_reversion(spread: float, persistence: float) -> KnownMarket:
-    """Return a market around a wandering fair price, from which it strays and to which it comes back.
+    """Return a market whose price strays from a wandering fair price and comes back to it.
 
-    The distance has deviation ``spread`` and keeps the share ``persistence`` of itself per bar; the fair price
-    is hidden, so that only the price's own past tells how far it has strayed.
+    The log distance between the two is an AR(1) process with standard deviation ``spread`` and coefficient
+    ``persistence``. The fair price is hidden: the distance can only be inferred from past prices.
     """
     shock = spread * np.sqrt(1.0 - persistence**2)  # moves the distance
-    fair = np.sqrt(1.0 - shock**2)  # moves the fair price; together 1
+    fair = np.sqrt(1.0 - shock**2)  # moves the fair price; the total variance is 1
 
-    def drawn(random: np.random.Generator, num_symbols: int, num_bars: int) -> tuple[Array, Array]:
+    def draw(random: np.random.Generator, num_symbols: int, num_bars: int) -> tuple[Array, Array]:
         shocks = shock * random.standard_normal((num_symbols, num_bars))
         distance = np.empty((num_symbols, num_bars + 1))
         distance[:, 0] = spread * random.standard_normal(num_symbols)
@@ -107,8 +105,8 @@ def mean_reversion(spread: float, persistence: float) -> KnownMarket:
         noise = shocks + fair * random.standard_normal((num_symbols, num_bars))
         return (persistence - 1.0) * distance[:, :-1], noise
 
-    def foreseen(returns: Array) -> Array:
-        # Kalman 1960: the state is the distance; a return shows its change, blurred by the fair price's.
+    def forecast(returns: Array) -> Array:
+        # Kalman 1960: the state is the distance; a return observes its change, plus the fair price's move.
         result = np.empty_like(returns)
         mean, variance = np.zeros(len(returns)), spread**2
         back = persistence - 1.0
@@ -120,30 +118,30 @@ def mean_reversion(spread: float, persistence: float) -> KnownMarket:
             result[:, t] = back * mean
         return result
 
-    return KnownMarket(drawn, foreseen)
+    return KnownMarket(draw, forecast)
 
 
 def pure_noise() -> KnownMarket:
-    """Return a market in which there is nothing to find."""
+    """Return a market with nothing to predict."""
 
-    def drawn(random: np.random.Generator, num_symbols: int, num_bars: int) -> tuple[Array, Array]:
+    def draw(random: np.random.Generator, num_symbols: int, num_bars: int) -> tuple[Array, Array]:
         return np.zeros((num_symbols, num_bars)), random.standard_normal((num_symbols, num_bars))
 
-    return KnownMarket(drawn, np.zeros_like)
+    return KnownMarket(draw, np.zeros_like)
 
 
-def positions_of(rule: Rule, signal: Array) -> NDArray[np.int8]:
-    """Trade a signal (S, T) by thresholds: -1, 0 or 1 at every bar.
+def apply_rule(rule: Rule, forecast: Array) -> NDArray[np.int8]:
+    """Turn a forecast (S, T) of the next bar's return into positions (S, T): -1, 0 or 1.
 
     Args:
-        rule: (enter, leave). Beyond ``enter`` the position follows the signal; a position is held while the
-            signal on its side is above ``leave``, which may be negative, else it is closed.
-        signal: what the next bar can be expected to do.
+        rule: (enter, leave). Beyond ``enter`` the position follows the forecast. It is held as long as the
+            forecast in its direction stays above ``leave``, which may be negative, and closed otherwise.
+        forecast: of the next bar's return, in sigma.
     """
     enter, leave = rule
-    result = np.empty(signal.shape, np.int8)
-    position = np.zeros(len(signal), np.int8)
-    for t, now in enumerate(signal.T):
+    result = np.empty(forecast.shape, np.int8)
+    position = np.zeros(len(forecast), np.int8)
+    for t, now in enumerate(forecast.T):
         position = np.where(position * now > leave, position, 0).astype(np.int8)
         position[now > enter] = 1
         position[now < -enter] = -1
@@ -151,20 +149,20 @@ def positions_of(rule: Rule, signal: Array) -> NDArray[np.int8]:
     return result
 
 
-def worth(positions: NDArray[np.int8], expectation: Array, cost: float) -> float:
-    """Return what positions (S, T) earn per bar net of ``cost`` per unit traded, noise left out."""
+def expected_profit(positions: NDArray[np.int8], expectation: Array, cost: float) -> float:
+    """Return what positions (S, T) earn per bar, net of ``cost`` per unit traded and without the noise."""
     held = positions[:, :-1].astype(np.float64)
     traded = np.abs(np.diff(held, axis=1, prepend=0.0))
     return float((held * expectation[:, 1:]).mean() - cost * traded.mean())
 
 
-def best_rule(market: KnownMarket, cost: float, seed: int = 1, num_symbols: int = 64) -> Rule:
-    """Search the threshold rule that earns most on paths of its own."""
-    paths = draw(market, num_symbols, 5_000, seed)
-    signal = market.foresee(paths.returns)
-    scale = float(np.abs(signal).max())
+def find_best_rule(market: KnownMarket, cost: float, seed: int = 1, num_symbols: int = 64) -> Rule:
+    """Grid-search the threshold rule that earns most, on paths of its own."""
+    paths = draw_paths(market, num_symbols, 5_000, seed)
+    forecast = market.forecast(paths.returns)
+    scale = float(np.abs(forecast).max())
     if scale == 0.0:
         return np.inf, 0.0
     grid = np.linspace(0.0, 0.6, 13), np.linspace(-0.6, 0.6, 13)
     rules = [(scale * enter, scale * leave) for enter, leave in itertools.product(*grid) if leave <= enter]
-    return max(rules, key=lambda rule: worth(positions_of(rule, signal), paths.expectation, cost))
+    return max(rules, key=lambda rule: expected_profit(apply_rule(rule, forecast), paths.expectation, cost))

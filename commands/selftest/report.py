@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from commands.selftest import Result, Trial
 
-LINES = (("reference", "C2"), ("buy_and_hold", "C7"), ("random", "C3"))
+BASELINES = (("reference", "C2"), ("buy_and_hold", "C7"), ("random", "C3"))
 
 
 def write(folder: Path, trials: Sequence[Trial], results: Sequence[Result]) -> list[Path]:
@@ -24,20 +24,20 @@ def write(folder: Path, trials: Sequence[Trial], results: Sequence[Result]) -> l
     table, picture = folder / "selftest.json", folder / "selftest.png"
     rows = [asdict(result) | {"share": result.share, "passed": not result.failure} for result in results]
     table.write_text(json.dumps(rows, indent=1) + "\n")
-    _drawn(trials, results).savefig(picture, dpi=110)
+    _plot(trials, results).savefig(picture, dpi=110)
     return [table, picture]
 
 
-def _drawn(trials: Sequence[Trial], results: Sequence[Result]) -> Figure:
-    """Draw one panel per trial: each seed's curve, what it showed on fresh paths, and whom it is held to."""
+def _plot(trials: Sequence[Trial], results: Sequence[Result]) -> Figure:
+    """Draw one panel per trial: each seed's learning curve, its result on fresh paths, and the baselines."""
     figure = Figure(figsize=(11, 3.1 * ((len(trials) + 1) // 2)), layout="constrained")
     panels = figure.subplots((len(trials) + 1) // 2, 2, squeeze=False).flat
-    for trial, panel in zip(trials, panels, strict=False):  # panels last: those left over go on
+    for trial, panel in zip(trials, panels, strict=False):  # trials first, so that no panel is lost
         own = [result for result in results if result.trial == trial.name]
         for result in own:
-            panel.plot(_smoothed(result.curve), color="C0", alpha=0.7, label="policy, while it trains")
+            panel.plot(_running_mean(result.curve), color="C0", alpha=0.7, label="policy, in training")
             panel.plot(len(result.curve), result.policy, "o", color="C0", label="policy, on fresh paths")
-        for name, colour in LINES:
+        for name, colour in BASELINES:
             mean = sum(getattr(result, name) for result in own) / len(own)
             panel.axhline(mean, color=colour, linestyle="--", label=name.replace("_", " "))
         panel.set_title(trial.title)
@@ -54,6 +54,6 @@ def _drawn(trials: Sequence[Trial], results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _smoothed(values: Sequence[float], width: int = 5) -> list[float]:
-    """Return running means over the last ``width`` values."""
+def _running_mean(values: Sequence[float], width: int = 5) -> list[float]:
+    """Average over the last ``width`` values."""
     return [sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))]

@@ -1,4 +1,4 @@
-"""The self-test: its references are right, the policy learns, and whoever looks ahead is caught."""
+"""The self-test: its references are right, the policy learns, and look-ahead is caught."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from commands.selftest import (
     stays_flat,
 )
 from commands.selftest.known_markets import (
-    best_rule,
-    draw,
+    apply_rule,
+    draw_paths,
+    expected_profit,
+    find_best_rule,
     mean_reversion,
     persistent_sign,
-    positions_of,
-    worth,
 )
 from continuous_training import Settings
 from data_sources.simulated import simulated_bars
@@ -57,11 +57,11 @@ SMALL = Sizes(
 
 
 def trial(name: str) -> Trial:
-    return next(each for each in TRIALS if each.name == name)
+    return next(trial for trial in TRIALS if trial.name == name)
 
 
-def shown(**figures: float) -> Result:
-    given = dict.fromkeys(
+def make_result(**figures: float) -> Result:
+    zeros = dict.fromkeys(
         (
             "policy",
             "reference",
@@ -74,13 +74,13 @@ def shown(**figures: float) -> Result:
         ),
         0.0,
     )
-    return Result("any", 0, **(given | figures))
+    return Result("any", 0, **(zeros | figures))
 
 
-def test_the_filter_of_signs_is_bayes_rule_over_all_hidden_paths() -> None:
+def test_the_filter_of_signs_equals_bayes_rule_over_all_hidden_paths() -> None:
     strength, persistence = 0.7, 0.8
     returns = np.random.default_rng(0).standard_normal((1, 6))
-    foreseen = persistent_sign(strength, persistence).foresee(returns)[0]
+    forecast = persistent_sign(strength, persistence).forecast(returns)[0]
     for known in range(1, 7):
         up = total = 0.0
         for path in itertools.product((-1, 1), repeat=known + 1):
@@ -91,10 +91,10 @@ def test_the_filter_of_signs_is_bayes_rule_over_all_hidden_paths() -> None:
                 chance *= math.exp(-0.5 * (seen - strength * sign) ** 2)
             total += chance
             up += chance * path[-1]
-        assert foreseen[known - 1] == pytest.approx(strength * up / total, rel=1e-9)
+        assert forecast[known - 1] == pytest.approx(strength * up / total, rel=1e-9)
 
 
-def test_the_filter_of_distances_is_what_normal_variables_tell_of_each_other() -> None:
+def test_the_filter_of_distances_equals_the_conditional_mean_of_normal_variables() -> None:
     # All quantities are linear in independent normals: distance 0, then a shock and a fair move per bar.
     spread, persistence, num_bars = 2.0, 0.9, 5
     shock = spread * math.sqrt(1 - persistence**2)
@@ -108,46 +108,46 @@ def test_the_filter_of_distances_is_what_normal_variables_tell_of_each_other() -
         ahead.append((persistence - 1) * distance)
     seen = np.stack(rows)
     returns = np.random.default_rng(1).standard_normal((1, num_bars))
-    foreseen = mean_reversion(spread, persistence).foresee(returns)[0]
+    forecast = mean_reversion(spread, persistence).forecast(returns)[0]
     for t in range(num_bars):
         known = seen[: t + 1]
         expected = ahead[t] @ known.T @ np.linalg.solve(known @ known.T, returns[0, : t + 1])
-        assert foreseen[t] == pytest.approx(expected, rel=1e-9)
+        assert forecast[t] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("market", [persistent_sign(0.2, 0.98), mean_reversion(3.0, 0.95)])
-def test_returns_have_unit_noise_and_what_is_foreseen_comes_true_on_average(market) -> None:  # type: ignore[no-untyped-def]
-    paths = draw(market, 20, 5_000, seed=0)
+def test_returns_have_unit_noise_and_the_forecast_is_calibrated(market) -> None:  # type: ignore[no-untyped-def]
+    paths = draw_paths(market, 20, 5_000, seed=0)
     assert paths.noise.std() == pytest.approx(1.0, abs=0.01)
-    foreseen = market.foresee(paths.returns)[:, :-1]
-    # A calibrated forecast: regressing what came on what was foreseen gives a slope of one.
-    slope = (foreseen * paths.expectation[:, 1:]).sum() / (foreseen**2).sum()
+    forecast = market.forecast(paths.returns)[:, :-1]
+    # Calibrated: regressing the expectation on the forecast gives a slope of one.
+    slope = (forecast * paths.expectation[:, 1:]).sum() / (forecast**2).sum()
     assert slope == pytest.approx(1.0, abs=0.06)
 
 
 def test_positions_follow_the_thresholds() -> None:
-    signal = np.array([[0.0, 0.6, 0.3, 0.1, -0.6, -0.3, 0.2, 0.4, 0.9]])
-    assert positions_of((0.5, 0.2), signal).tolist() == [[0, 1, 1, 0, -1, -1, 0, 0, 1]]
-    assert positions_of((0.5, -0.25), signal).tolist() == [[0, 1, 1, 1, -1, -1, -1, 0, 1]]
+    forecast = np.array([[0.0, 0.6, 0.3, 0.1, -0.6, -0.3, 0.2, 0.4, 0.9]])
+    assert apply_rule((0.5, 0.2), forecast).tolist() == [[0, 1, 1, 0, -1, -1, 0, 0, 1]]
+    assert apply_rule((0.5, -0.25), forecast).tolist() == [[0, 1, 1, 1, -1, -1, -1, 0, 1]]
 
 
-def test_worth_counts_expectations_and_turnover() -> None:
+def test_expected_profit_counts_expectations_and_turnover() -> None:
     positions = np.array([[1, 1, -1, 0]], dtype=np.int8)
     expectation = np.array([[9.0, 0.1, 0.2, -0.3]])
     # Held over the next bar: 0.1 + 0.2 + 0.3; traded 1 + 0 + 2.
-    assert worth(positions, expectation, cost=0.05) == pytest.approx((0.6 - 0.15) / 3)
+    assert expected_profit(positions, expectation, cost=0.05) == pytest.approx((0.6 - 0.15) / 3)
 
 
-def test_the_best_rule_beats_its_neighbours_and_knows_when_not_to_trade() -> None:
+def test_the_best_rule_beats_its_neighbours_and_never_trades_in_pure_noise() -> None:
     market = persistent_sign(0.2, 0.98)
-    rule = best_rule(market, 0.2, num_symbols=8)
-    paths = draw(market, 32, 5_000, seed=9)
-    signal = market.foresee(paths.returns)
-    best = worth(positions_of(rule, signal), paths.expectation, 0.2)
+    rule = find_best_rule(market, 0.2, num_symbols=8)
+    paths = draw_paths(market, 32, 5_000, seed=9)
+    forecast = market.forecast(paths.returns)
+    best = expected_profit(apply_rule(rule, forecast), paths.expectation, 0.2)
     assert best > 0.07
     for enter, leave in ((0.0, 0.0), (0.15, 0.1), (0.19, -0.19)):
-        assert best > worth(positions_of((enter, leave), signal), paths.expectation, 0.2)
-    assert best_rule(trial("pure_noise").market, 0.2)[0] == math.inf
+        assert best > expected_profit(apply_rule((enter, leave), forecast), paths.expectation, 0.2)
+    assert find_best_rule(trial("pure_noise").market, 0.2)[0] == math.inf
 
 
 @pytest.mark.slow
@@ -177,15 +177,15 @@ def test_a_feature_that_knows_the_next_bar_is_caught(monkeypatch: pytest.MonkeyP
 
 
 def test_verdicts() -> None:
-    assert earns(0.95)(shown(policy=0.096, reference=0.1)) == ""
-    assert "earned 94% of the reference" in earns(0.95)(shown(policy=0.094, reference=0.1))
-    assert stays_flat(shown(policy=-0.001, time_flat=0.99)) == ""
-    assert "must stay flat" in stays_flat(shown(policy=-0.02, time_flat=0.8))
-    assert foresees_nothing(shown(policy=0.01, standard_error=0.003)) == ""
-    assert "looks ahead" in foresees_nothing(shown(policy=0.02, standard_error=0.003))
+    assert earns(0.95)(make_result(policy=0.096, reference=0.1)) == ""
+    assert "earned 94% of the reference" in earns(0.95)(make_result(policy=0.094, reference=0.1))
+    assert stays_flat(make_result(policy=-0.001, time_flat=0.99)) == ""
+    assert "must stay flat" in stays_flat(make_result(policy=-0.02, time_flat=0.8))
+    assert foresees_nothing(make_result(policy=0.01, standard_error=0.003)) == ""
+    assert "looks ahead" in foresees_nothing(make_result(policy=0.02, standard_error=0.003))
 
 
-def test_the_command_ends_with_1_and_the_reason_where_a_trial_fails(
+def test_the_command_exits_with_1_and_the_reason_if_a_trial_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = replace(SMALL, num_envs=16, minibatch_segments=8, context_bars=8, horizon=16, exam_segments=1)
@@ -197,25 +197,27 @@ def test_the_command_ends_with_1_and_the_reason_where_a_trial_fails(
     settings = Settings(report_dir=report_dir, log_dir=log_dir, holdout_days=1, horizon=16, episode_bars=64)
     with pytest.raises(typer.Exit) as end:
         commands.selftest_command(settings, seeds=2)
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert end.value.exit_code == 1
-    assert "no look-ahead on SIM000: passed" in told.out
-    assert told.err.count("persistent_sign, seed ") == 2
-    assert "% of the reference" in told.err
+    assert "no look-ahead on SIM000: passed" in printed.out
+    assert printed.err.count("persistent_sign, seed ") == 2
+    assert "% of the reference" in printed.err
     results = json.loads((tmp_path / "reports" / "selftest" / "selftest.json").read_text())
     assert len(results) == 4
     assert all(
-        str(path) in told.out.replace("\n", "") for path in (tmp_path / "reports" / "selftest").iterdir()
+        str(path) in printed.out.replace("\n", "") for path in (tmp_path / "reports" / "selftest").iterdir()
     )
 
 
 def test_the_report_holds_every_result_and_draws_every_trial(tmp_path: Path) -> None:
     results = [
-        replace(shown(policy=0.05, reference=0.1, seconds=3.0), trial=each.name, curve=[-0.1, 0.0, 0.04])
-        for each in TRIALS
+        replace(
+            make_result(policy=0.05, reference=0.1, seconds=3.0), trial=trial.name, curve=[-0.1, 0.0, 0.04]
+        )
+        for trial in TRIALS
     ]
     table, picture = report.write(tmp_path / "new", TRIALS, results)
     rows = json.loads(table.read_text())
-    assert [row["trial"] for row in rows] == [each.name for each in TRIALS]
+    assert [row["trial"] for row in rows] == [trial.name for trial in TRIALS]
     assert all(row["share"] == 0.5 and row["passed"] for row in rows)
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
