@@ -26,7 +26,7 @@ from data_sources.bars import MINUTE_NS
 from data_sources.refresh import LoadedData
 from monitoring import health, state
 from monitoring.dashboard import Painter
-from monitoring.exporters import Telemetry, recorded
+from monitoring.exporters import Telemetry, read_metrics
 from monitoring.machine import Disk, Gauges, disk
 from monitoring.screen import Screen
 from monitoring.state import Cockpit, Loading, Plan
@@ -88,7 +88,7 @@ class Console:
         log.addHandler(self._handler)
         log.setLevel(logging.DEBUG)
         log.propagate = False  # a library that configures the root logger would print every line again
-        self._telemetry = Telemetry(log_dir, prometheus_port, log.warning) if log_dir else None
+        self._telemetry = Telemetry(log_dir, prometheus_port) if log_dir else None
 
     def __enter__(self) -> Console:
         return self
@@ -205,7 +205,7 @@ class Console:
             return
         history: list[Row] = []
         if not self._cockpit.recent():  # a start that goes on shows what was before
-            history = list(recorded(self._log_dir, state.KEPT_EPOCHS, clock.transitions))
+            history = list(read_metrics(self._log_dir, state.KEPT_EPOCHS, clock.transitions))
         self._cockpit.begin(clock.run, clock.epoch, clock.transitions, history)
         is_able = self._stream.isatty() and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
         if not settings.dashboard or self.quiet or self._screen or not is_able:

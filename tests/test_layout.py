@@ -44,6 +44,7 @@ STILL_UP = {
 ONLY_IN = {
     "rich": {"monitoring/console.py", "monitoring/dashboard.py"},
     "tensorboard": {"monitoring/exporters.py"},
+    "prometheus_client": {"monitoring/exporters.py"},
     "pynvml": {"monitoring/machine.py", "training/metrics.py"},
     "psutil": {"monitoring/machine.py"},
     "typer": {"commands/cli.py", "commands/__init__.py", "continuous_training.py"},

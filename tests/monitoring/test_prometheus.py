@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.exporters import CONTENT_TYPE, Endpoint, Telemetry, exposition
+from monitoring.exporters import Endpoint, Telemetry
 
 FIGURES = {
     "run": 2,
@@ -52,8 +52,8 @@ def test_the_newest_figures_are_served() -> None:
         endpoint.show({"epoch": 6})
         endpoint.show(FIGURES)
         status, kind, text = get(endpoint.port)
-        assert get(endpoint.port, "/favicon.ico")[0] == 404
-    assert (status, kind) == (200, CONTENT_TYPE) and "version=0.0.4" in kind
+        assert get(endpoint.port, "/") == (status, kind, text)
+    assert status == 200 and "version=0.0.4" in kind
     found = samples(text)
     assert found.pop(("continuous_training_last_epoch_timestamp_seconds", "")) > 1.7e9
     not_finite = {name for (name, _), value in found.items() if math.isnan(value)}
@@ -71,7 +71,9 @@ def test_the_newest_figures_are_served() -> None:
 
 
 def test_every_line_is_as_the_format_says() -> None:
-    text = exposition(FIGURES, 1.5e9)
+    with Endpoint(0) as endpoint:
+        endpoint.show(FIGURES)
+        text = get(endpoint.port)[2]
     assert text.endswith("\n")
     announced = ""
     for line in text.splitlines():
@@ -104,14 +106,13 @@ def test_a_caller_that_says_nothing_holds_up_nobody() -> None:
             assert get(endpoint.port)[0] == 200
 
 
-def test_a_port_that_is_taken_is_a_warning(tmp_path: Path) -> None:
-    warnings: list[str] = []
+def test_a_port_that_is_taken_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Endpoint(0) as first:
-        telemetry = Telemetry(tmp_path, first.port, warnings.append)
+        telemetry = Telemetry(tmp_path, first.port)
         telemetry.record({"epoch": 1, "transitions": 64})
         telemetry.close()
         assert samples(get(first.port)[2]) == {}
-    (warning,) = warnings
+    (warning,) = caplog.messages
     assert str(first.port) in warning
     assert (tmp_path / "metrics.jsonl").exists()
 

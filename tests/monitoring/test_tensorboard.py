@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from monitoring import exporters as telemetry_room
-from monitoring.exporters import EventFile, Telemetry, recorded
+from monitoring import exporters
+from monitoring.exporters import EventFile, Telemetry, read_metrics
 from tests.program import ALONE, Start, metrics, tiny_flags
 
 
@@ -64,7 +64,7 @@ def test_a_return_to_a_checkpoint_within_one_start_takes_back_what_was_after_it(
     assert curves(tmp_path) == {"reward": [(10, 1.0), (20, 4.0), (30, 5.0)]}
 
 
-def test_figures_are_in_the_file_when_they_were_recorded(tmp_path: Path) -> None:
+def test_figures_are_in_the_file_when_they_were_read_metrics(tmp_path: Path) -> None:
     events = EventFile(tmp_path)
     events.write(10, {"reward": 1.0})
     assert curves(tmp_path) == {"reward": [(10, 1.0)]}  # not closed: as after kill -9
@@ -72,32 +72,34 @@ def test_figures_are_in_the_file_when_they_were_recorded(tmp_path: Path) -> None
 
 
 def test_what_is_not_finite_or_no_number_has_no_point(tmp_path: Path) -> None:
-    telemetry = Telemetry(tmp_path, None, pytest.fail)
+    telemetry = Telemetry(tmp_path, None)
     figures = {"transitions": 8, "a": math.nan, "b": math.inf, "c": None, "d": "text", "e": 2}
     telemetry.record(figures)
     telemetry.close()
     assert curves(tmp_path) == {"e": [(8, 2.0)]}
 
 
-def test_a_folder_that_cannot_be_written_is_told_once_and_tried_again(tmp_path: Path) -> None:
-    warnings: list[str] = []
+def test_a_folder_that_cannot_be_written_is_told_once_and_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "logs"
     folder.write_text("a file where the folder should be")
-    telemetry = Telemetry(folder, None, warnings.append)
+    telemetry = Telemetry(folder, None)
     for epoch in (1, 2):
         telemetry.record({"epoch": epoch, "transitions": 64 * epoch})
-    assert len(warnings) == 2 and all(str(folder) in warning for warning in warnings)
+    assert len(caplog.messages) == 2 and all(str(folder) in warning for warning in caplog.messages)
     folder.unlink()
     telemetry.record({"epoch": 3, "transitions": 192})
     telemetry.close()
-    assert len(warnings) == 2
+    assert len(caplog.messages) == 2
     assert curves(folder) == {"epoch": [(192, 3.0)]}
-    assert [row["epoch"] for row in recorded(folder, 10, 192)] == [3]
+    assert [row["epoch"] for row in read_metrics(folder, 10, 192)] == [3]
 
 
-def test_a_full_disk_is_told_once_and_leaves_whole_files(tmp_path: Path, monkeypatch: Any) -> None:
-    warnings: list[str] = []
-    telemetry = Telemetry(tmp_path, None, warnings.append)
+def test_a_full_disk_is_told_once_and_leaves_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    telemetry = Telemetry(tmp_path, None)
     telemetry.record({"epoch": 1, "transitions": 64})
     events = telemetry._events
     write = events._append
@@ -113,19 +115,19 @@ def test_a_full_disk_is_told_once_and_leaves_whole_files(tmp_path: Path, monkeyp
     monkeypatch.setattr(events, "_append", write)
     telemetry.record({"epoch": 4, "transitions": 256})
     telemetry.close()
-    (warning,) = warnings
+    (warning,) = caplog.messages
     assert "TensorBoard" in warning and "No space left" in warning
     assert curves(tmp_path)["epoch"] == [(64, 1.0), (256, 4.0)]
 
 
 def test_a_start_that_goes_on_reads_what_was_recorded_up_to_there(tmp_path: Path) -> None:
-    telemetry = Telemetry(tmp_path, None, pytest.fail)
+    telemetry = Telemetry(tmp_path, None)
     for epoch, transitions in ((1, 64), (2, 128), (3, 192), (2, 128), (3, 192), (4, 256)):
         telemetry.record({"epoch": epoch, "transitions": transitions, "tried": transitions})
     telemetry.close()
-    path = tmp_path / telemetry_room.NAME
+    path = tmp_path / exporters.NAME
     with path.open("a", encoding="utf-8") as file:
         file.write('{"epoch": 5, "trans\n[1]\n\n')
-    assert [row["epoch"] for row in recorded(tmp_path, 10, 192)] == [1, 2, 3]
-    assert [row["epoch"] for row in recorded(tmp_path, 2, 256)] == [3, 4]
-    assert recorded(tmp_path / "nowhere", 10, 64) == []
+    assert [row["epoch"] for row in read_metrics(tmp_path, 10, 192)] == [1, 2, 3]
+    assert [row["epoch"] for row in read_metrics(tmp_path, 2, 256)] == [3, 4]
+    assert read_metrics(tmp_path / "nowhere", 10, 64) == []
