@@ -1,8 +1,8 @@
-"""Public trading environments, one round at a time: the other side of env_throughput.py.
+"""Public trading environments: the other side of env_throughput.py.
 
-Runs in a virtual environment of its own (env_throughput.py --peers makes it). Every line on stdin is a
-contender's name and seconds; the answer is one line of JSON: steps, seconds, CPU seconds. The first line
-out lists the contenders, and those that could not be imported with their reason.
+Runs in a virtual environment of its own, made by env_throughput.py --peers. Each line on stdin is a contender's
+name and seconds; the answer is one line of JSON: steps, seconds, CPU seconds. The first line of output lists the
+contenders, and for those that failed the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 CONTEXT, EPISODE = 64, 1_280
-Round = Callable[[], int]  # takes some steps and returns how many
+Round = Callable[[], int]  # runs some steps and returns their number
 
 
 def prices(num_bars: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def gymnasium_round(make: Callable[[], object], num_envs: int, num_actions: int)
 
 
 def gym_trading_env(num_envs: int, num_bars: int) -> Round:
-    import gym_trading_env.environments as peer
+    import gym_trading_env.environments as trading
     import pandas as pd
 
     warnings.resetwarnings()  # importing it makes every warning of the process an error
@@ -55,11 +55,11 @@ def gym_trading_env(num_envs: int, num_bars: int) -> Round:
         },
         index=pd.date_range("2024-01-01", periods=num_bars, freq="min"),
     )
-    for number in range(5):  # and two of its own
+    for number in range(5):  # the environment adds two
         frame[f"feature_{number}"] = frame["close"].pct_change(number + 1).fillna(0.0)
 
     def make() -> object:
-        return peer.TradingEnv(
+        return trading.TradingEnv(
             df=frame,
             positions=[-1, 0, 1],
             windows=CONTEXT,
@@ -115,7 +115,7 @@ CONTENDERS: dict[str, Callable[[], Round]] = {
 
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the peers print goes elsewhere
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the peers print must not mix with answers
     playing: dict[str, Round] = {}
     failed: dict[str, str] = {}
     for name, make in CONTENDERS.items():

@@ -1,17 +1,17 @@
-"""Where an epoch's time goes, how much of the device it uses, and whether the memory plan was right.
+"""Profile an epoch: where its time goes, how much of the device it uses, whether the memory plan was right.
 
     python benchmarks/epoch.py                                   # the full preset
-    python benchmarks/epoch.py --preset small --compile on       # any setting of a training, by its flag
+    python benchmarks/epoch.py --preset small --compile on       # any flag of the training
     torchrun --nproc-per-node 2 benchmarks/epoch.py --parallel fsdp
 
-The production session on a market of 32 random walks: rollouts and updates as a training calls them, nothing else.
-Times are taken on the device's own timeline (CUDA events), so nothing waits that would not wait in a training;
-told are rank 0's medians over epochs, after one that is not counted.
+It runs the rollouts and updates of a real training on a market of 32 random walks, and nothing else. Times come
+from the device's own timeline (CUDA events), so measuring adds no waits. The report shows rank 0's medians over
+epochs, after a warm-up epoch.
 
-The rollout's trunk and the forward and backward of the update (its losses included) are matrix work; all else is
-what a trainer had better do without. The account loop is ``env.play``: the head's decisions and the accounts'
-steps. MFU counts the trunk's operations (``Trunk.forward_flops``), beside a square product of this run, and
-beside the data sheet's peak where the device is known.
+The rollout's trunk and the update's forward and backward (losses included) are matrix work; everything else is
+overhead. The account loop is ``env.play``: the head's decisions and the accounts' steps. MFU counts the trunk's
+operations (``Trunk.forward_flops``), relative to a square matrix product in the same run, and to the data sheet's
+peak if the device is known.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from training.assembly import memory_plan, session_config
 from training.metrics import Stopwatch, matmul_rate
 from training.trainer import Session
 
-# Dense bf16 operations per second by NVIDIA's data sheets (A100: 2021-06, H100 and H200: 2024-11), by name:
-# devices of other forms have other clocks.
+# Dense bf16 operations per second according to NVIDIA's data sheets (A100: 2021-06, H100 and H200: 2024-11). By
+# full name: other form factors have other clocks.
 PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -49,14 +49,14 @@ EPOCHS_OF_A_RUN = 200
 
 
 class Spans:
-    """Marks the begin and end of calls on the device's timeline."""
+    """Measures calls of methods on the device's timeline."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.watches: dict[str, list[Stopwatch]] = {}
 
     def watch(self, owner: object, method: str, name: str) -> None:
-        """Have all calls of a method measured."""
+        """Measure all calls of a method."""
         original: Callable[..., Any] = getattr(owner, method)
 
         def measured(*arguments: Any, **named: Any) -> Any:
@@ -69,23 +69,25 @@ class Spans:
         setattr(owner, method, measured)
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of each since the last call, and start anew."""
-        seconds = {name: sum(sum(one.seconds()) for one in watches) for name, watches in self.watches.items()}
+        """Return the seconds of each name since the last call, and reset."""
+        seconds = {
+            name: sum(sum(watch.seconds()) for watch in watches) for name, watches in self.watches.items()
+        }
         self.watches.clear()
         return seconds
 
 
 def measure(
     settings: Settings,
-    measured_epochs: Annotated[int, typer.Option(help="epochs that are measured, after one that is not")] = 5,
+    measured_epochs: Annotated[int, typer.Option(help="epochs to measure, after a warm-up")] = 5,
 ) -> None:
-    """Train some epochs and tell where the time went."""
+    """Train some epochs and report where the time went."""
     with distributed.start() as ranks:
         market = market_of(60_000, 32, ranks.device, settings.horizon, settings.context_bars)
         memory, _ = memory_plan(settings, market.num_bytes, ranks)
-        began = time.perf_counter()
+        start = time.perf_counter()
         session = Session(market, session_config(settings, memory, ranks), ranks, saved=None)
-        prepared = time.perf_counter() - began
+        prepared = time.perf_counter() - start
         spans = Spans(ranks.device)
         spans.watch(session, "collect", "rollout")
         spans.watch(session, "update", "update")
@@ -101,13 +103,13 @@ def measure(
             session.update(rollout, number / EPOCHS_OF_A_RUN, lambda: False)
             epochs.append(spans.take() | spent)
         if ranks.is_first:
-            report(settings, session, epochs[1:], prepared)
+            print_report(settings, session, epochs[1:], prepared)
 
 
-def report(
+def print_report(
     settings: Settings, session: Session, epochs: Sequence[Mapping[str, float]], prepared: float
 ) -> None:
-    """Print the table and what follows from it."""
+    """Print the table and the figures derived from it."""
     ranks, trunk, config = session.ranks, session.policy.trunk, session.config
     seconds = {name: statistics.median(epoch[name] for epoch in epochs) for name in epochs[0]}
     total = seconds["rollout"] + seconds["update"]
@@ -152,8 +154,8 @@ def report(
         figures["memory, planned GiB"] = f"{session.memory.needed_bytes / 2**30:.1f}"
         figures["memory, measured peak GiB"] = f"{peak_memory / 2**30:.1f}"
     print("\n| figure | is |\n|---|---|")
-    for told, value in figures.items():
-        print(f"| {told} | {value} |")
+    for figure, value in figures.items():
+        print(f"| {figure} | {value} |")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""From the lake to float32 tensors: the mapped copy beside reading its bytes, and beside decoding Parquet.
+"""From the lake to float32 tensors: mapping the snapshot, compared with reading its bytes and decoding Parquet.
 
     python benchmarks/lake_to_tensors.py [--symbols 42] [--bars 1000000] [--rounds 3]
 
-The lake is made up, one part of a month after the other per symbol, as Binance's. Every measurement is a
-fresh process that has done the same on one small symbol before the clock starts; the ways take turns, and
-the files are in the page cache (a warm start). ``read`` reads the bytes of the copy into memory and does
-nothing with them. ``copy`` maps the copy and fills ragged tensors: open_time int64 (bars,) and open, high,
-low, close, volume float32 (5, bars). ``lake`` fills the same tensors from Parquet, every checksum verified,
-as the first rank does when it makes the copy. Memory is the peak of anonymous memory over what the imports
-take, in units of the tensors: pages of the mapped file are the page cache's, one copy for all processes of
-the machine. The goals: copy at most 1.5 times read, at most 1.3 times the memory of the tensors.
+The lake is simulated, with one part per month and symbol, like Binance's. Every measurement is a fresh process
+that has done the same on one small symbol before the clock starts; the ways take turns, and the files are in the
+page cache (a warm start). ``read`` reads the bytes of the snapshot into memory and does nothing with them.
+``copy`` maps the snapshot and fills ragged tensors: open_time int64 (bars,) and open, high, low, close, volume
+float32 (5, bars). ``lake`` fills the same tensors from Parquet, verifying every checksum, as the first rank does
+when it writes the snapshot. Memory is the peak of anonymous memory above the imports, in units of the tensors:
+pages of the mapped file belong to the page cache, one copy for all processes of the machine. The goals: copy
+takes at most 1.5 times as long as read, and at most 1.3 times the memory of the tensors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def request_for(num_symbols: int, num_bars: int):
 
 
 def make(folder: Path, num_symbols: int, num_bars: int) -> str:
-    """Fill a lake with random walks, and make its copy."""
+    """Fill a lake with random walks; return the path of its snapshot."""
     import numpy as np
     import pyarrow as pa
 
@@ -80,8 +80,8 @@ def make(folder: Path, num_symbols: int, num_bars: int) -> str:
     return str(snapshot.provide(lake, request))
 
 
-def room_for(way: str, copy: Path, symbols: int, bars: int) -> tuple:
-    """Allocate what a way fills, every page touched: how fast a machine hands out pages is not the question."""
+def allocate(way: str, copy: Path, symbols: int, bars: int) -> tuple:
+    """Allocate the tensors of a way and touch every page, so that page faults are not measured."""
     import torch
 
     if way == "read":
@@ -90,14 +90,14 @@ def room_for(way: str, copy: Path, symbols: int, bars: int) -> tuple:
 
 
 def fill(bars: list, first: int, times, values) -> int:
-    """Fill the ragged tensors from ``first`` on, symbol by symbol; return where the next symbol goes."""
+    """Fill the ragged tensors from ``first`` on, symbol by symbol; return the index after the last."""
     import torch
 
-    for one in bars:
-        last = first + len(one)
-        times[first:last] = torch.from_numpy(one.open_time)
+    for series in bars:
+        last = first + len(series)
+        times[first:last] = torch.from_numpy(series.open_time)
         for row, name in enumerate(("open", "high", "low", "close", "volume")):
-            values[row, first:last] = torch.from_numpy(getattr(one, name))
+            values[row, first:last] = torch.from_numpy(getattr(series, name))
         first = last
     return first
 
@@ -120,8 +120,8 @@ def with_lake(folder: Path, copy: Path, symbols: int, bars: int, times, values) 
     from data_sources.load import each_symbol
 
     first = 0
-    for one, _ in each_symbol(Lake(folder), request_for(symbols, bars)):
-        first = fill([one], first, times, values)
+    for series, _ in each_symbol(Lake(folder), request_for(symbols, bars)):
+        first = fill([series], first, times, values)
 
 
 def anonymous_megabytes() -> float:
@@ -129,7 +129,7 @@ def anonymous_megabytes() -> float:
 
 
 class Peak:
-    """Watches this process's anonymous memory while a block runs."""
+    """Measures the peak of this process's anonymous memory during a block."""
 
     def __enter__(self) -> Peak:
         self.megabytes = self.before = anonymous_megabytes()
@@ -159,10 +159,10 @@ def measure(way: str, small: list[str], large: list[str]) -> None:
             while file.read(1 << 24):  # a warm start
                 pass
         with Peak() as peak:
-            room = room_for(way, *places[1:])
-            began = time.perf_counter_ns()
-            job(*places, *room)
-            seconds = (time.perf_counter_ns() - began) / 1e9
+            buffers = allocate(way, *places[1:])
+            start = time.perf_counter_ns()
+            job(*places, *buffers)
+            seconds = (time.perf_counter_ns() - start) / 1e9
     print(json.dumps({"seconds": seconds, "megabytes": peak.megabytes}))
 
 
@@ -190,8 +190,8 @@ def main() -> None:
                 figures[way].append(
                     json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
                 )
-    seconds = {way: statistics.median(each["seconds"] for each in figures[way]) for way in WAYS}
-    megabytes = {way: max(each["megabytes"] for each in figures[way]) for way in WAYS}
+    seconds = {way: statistics.median(figure["seconds"] for figure in figures[way]) for way in WAYS}
+    megabytes = {way: max(figure["megabytes"] for figure in figures[way]) for way in WAYS}
     tensors = symbols * bars * (8 + 5 * 4) / 1e6
     print(
         f"{symbols} symbols x {bars:,} bars, copy of {size:,.0f} MB, tensors of {tensors:,.0f} MB, "
