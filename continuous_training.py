@@ -416,7 +416,7 @@ def train_command(settings: Settings) -> None:
         code = EXIT_CRASH if control.has_progressed else EXIT_DOES_NOT_FIT
         message = f"The GPU's memory is full: lower envs_per_gpu, then d_model. {str(error).splitlines()[0]}"
     except KeyboardInterrupt:
-        code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is whole"
+        code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is intact"
     control.report_exit_code(code)
     if code != EXIT_OK:
         exit_with(code, message)

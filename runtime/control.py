@@ -1,13 +1,13 @@
-"""The folder through which the supervisor and its workers talk: five small files, no sockets, no signals.
+"""How the supervisor and its workers communicate: five small files in one folder, no sockets, no signals.
 
 * ``stop``: one byte, supervisor to workers: 0 run, 1 stop at the end of the epoch, 2 at the next safe point
-* ``heartbeat``: its time of change says that the workers live (LOCAL_RANK 0 of each machine, once a second)
-* ``progress``: its time of change says that an epoch is finished (LOCAL_RANK 0)
-* ``screen``: one byte, 1 while a worker's dashboard has the terminal; the supervisor gives back what the dead left
-* ``exit_code``: what the workers mean to end with, as text; torchrun does not pass it on reliably
+* ``heartbeat``: touched by workers while they make progress, by each at most once a second
+* ``progress``: touched when an epoch is finished
+* ``screen``: one byte, 1 while a worker's dashboard has the terminal; if it dies, the supervisor restores that
+* ``exit_code``: the workers' exit code as text; torchrun does not pass it on reliably
 
-All exist, with content, before a worker starts, and are written over in place: that works on a full disk,
-where a new file would not. The environment variable CONTROL_DIR names the folder. Standard library only.
+All exist, with content, before a worker starts, and are overwritten in place: that works on a full disk, where
+a new file would not. The environment variable CONTROL_DIR names the folder. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
@@ -29,42 +29,75 @@ from runtime.processes import die_with_parent, hold_folder
 
 CONTROL_DIR = "CONTROL_DIR"
 
-# The terminal's alternate screen, which a dashboard takes and its supervisor gives back when a rank died.
+# The terminal's alternate screen: a dashboard enters it, and the supervisor leaves it when a rank died there.
 ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"
 LEAVE = "\x1b[?25h\x1b[?1049l"
 
+# Stop levels, in order of urgency.
 RUN = 0
 STOP_AT_EPOCH_END = 1
 STOP_NOW = 2  # at the next safe point
+ABORT = 3  # without saving; never sent to workers
 
 EXIT_OK = 0
-EXIT_CRASH = 1  # the supervisor starts the training again
+EXIT_CRASH = 1  # the supervisor restarts the training
 EXIT_SETTING = 2
 EXIT_NO_DATA = 3
 EXIT_DOES_NOT_FIT = 4
 EXIT_LOCKED = 75
 EXIT_ABORTED = 130
-FINAL_CODES = frozenset(
-    {EXIT_OK, EXIT_SETTING, EXIT_NO_DATA, EXIT_DOES_NOT_FIT, EXIT_LOCKED}
-)  # no use retrying
+# A restart would not help.
+FINAL_CODES = frozenset({EXIT_OK, EXIT_SETTING, EXIT_NO_DATA, EXIT_DOES_NOT_FIT, EXIT_LOCKED})
 
-LAUNCHER_SECONDS = 1.0  # the supervisor needs a tenth of it to pass a SIGTERM on
-KEY_BOUNCE_SECONDS = (
-    1.0  # a second Ctrl+C within it is the same one: a bouncing key, or a launcher that repeats it
-)
+# The supervisor needs a tenth of it to forward a SIGTERM.
+LAUNCHER_SECONDS = 1.0
+# A second Ctrl+C within it counts as the first: a bouncing key, or a launcher that repeats it.
+KEY_BOUNCE_SECONDS = 1.0
 
 _STOP, _HEARTBEAT, _PROGRESS, _SCREEN = "stop", "heartbeat", "progress", "screen"
 _EXIT_CODE = "exit_code"
 _NO_CODE = b"none"
 
 
-def _overwrite(path: Path, content: bytes) -> None:
-    with path.open("r+b", buffering=0) as file:
-        file.write(content)
+class StopRequest:
+    """The stop that signals request: set by their handler, polled by the program.
+
+    The first Ctrl+C requests STOP_AT_EPOCH_END, another one ABORT; every other signal STOP_NOW.
+
+    Args:
+        on_abort: called from the handler, for a program that may be too busy to poll.
+    """
+
+    def __init__(self, on_abort: Callable[[], None] = lambda: None) -> None:
+        self.level = RUN
+        self.signal_name = ""  # of the signal that raised the level
+        self._first = 0.0
+        self._on_abort = on_abort
+
+    def listen(self, *signals: str) -> None:
+        """Handle these signals, except those that this platform lacks, and SIGHUP under nohup."""
+        for name in signals:
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        # No I/O and no collective: they do not belong into a handler.
+        now = time.monotonic()
+        level = STOP_AT_EPOCH_END if number == signal.SIGINT else STOP_NOW
+        if number == signal.SIGINT and self.level and now - self._first > KEY_BOUNCE_SECONDS:
+            level = ABORT
+        self._first = self._first or now
+        if level > self.level:
+            self.level = level
+            self.signal_name = signal.Signals(number).name
+        if level == ABORT:
+            self._on_abort()
 
 
 class SupervisorControl:
-    """The supervisor's side. A context manager: makes the folder, holds it, and removes it."""
+    """The supervisor's side. A context manager: creates the folder, holds it, and removes it."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="continuous_training_"))
@@ -81,31 +114,31 @@ class SupervisorControl:
         if self._held >= 0:
             os.close(self._held)
 
-    def command(self, level: int) -> None:
-        """Tell the workers to stop: STOP_AT_EPOCH_END or STOP_NOW."""
+    def request_stop(self, level: int) -> None:
+        """Ask the workers to stop: STOP_AT_EPOCH_END or STOP_NOW."""
         _overwrite(self.folder / _STOP, b"%d" % level)
 
-    def forget_exit_code(self) -> None:
-        """Before a new group starts: what the last one meant to end with does not count for it."""
+    def clear_exit_code(self) -> None:
+        """Forget the exit code of the last group before a new one starts."""
         _overwrite(self.folder / _EXIT_CODE, _NO_CODE)
 
     def exit_code(self) -> int | None:
-        """Read the code that the workers mean to end with; None when they have not said."""
+        """Return the exit code that the workers reported, if any."""
         text = (self.folder / _EXIT_CODE).read_bytes().strip()
         return int(text) if text.isdigit() else None
 
-    def screen_is_taken(self) -> bool:
-        """Tell whether a worker's dashboard has the terminal."""
+    def is_screen_taken(self) -> bool:
+        """Return whether a worker's dashboard has the terminal."""
         return (self.folder / _SCREEN).read_bytes() == b"1"
 
-    def screen_is_left(self) -> bool:
-        """Tell, once, whether a worker that is dead now had the terminal."""
-        taken = self.screen_is_taken()
+    def reset_screen(self) -> bool:
+        """Return, once, whether a worker that is dead now had the terminal."""
+        was_taken = self.is_screen_taken()
         _overwrite(self.folder / _SCREEN, b"0")
-        return taken
+        return was_taken
 
     def heartbeat(self) -> int:
-        """Return a number that changes with every sign of life. No time of day: clocks may jump."""
+        """Return a number that changes with every heartbeat. Not a time of day: clocks may jump."""
         return (self.folder / _HEARTBEAT).stat().st_mtime_ns
 
     def progress(self) -> int:
@@ -113,33 +146,94 @@ class SupervisorControl:
         return (self.folder / _PROGRESS).stat().st_mtime_ns
 
 
-class _Heartbeat:
-    """The heartbeat of this process. The Control made last owns it; without a supervisor there is none."""
+class Control:
+    """A worker's side; works without a supervisor too (``python continuous_training.py``, bare torchrun).
+
+    Create it first, before torch is imported: from then on the worker dies with its launcher, and a SIGTERM
+    during start-up ends it at once. Call ``listen`` once the process group exists.
+    """
 
     def __init__(self) -> None:
-        self.start(None)
+        global _heartbeat_file
+        name = os.environ.get(CONTROL_DIR)
+        self.folder: Path | None = Path(name) if name else None
+        self.has_progressed = False  # an epoch was finished since the start
+        self._screen_taken = False
+        self._stop = StopRequest(on_abort=self._abort)
+        _heartbeat_file = self.folder / _HEARTBEAT if self.folder else None
+        if self.folder is not None:
+            die_with_parent(self.folder)
+            # Inherited as ignored from the supervisor. torchrun ends the other ranks of a broken group with
+            # SIGTERM; one that ignores it while it waits for its peers delays the restart by 30 s.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def start(self, file: Path | None) -> None:
-        self._file = file
-        self._last = -math.inf
+    def listen(self) -> None:
+        """Handle signals as stop requests, unless a supervisor does. Call after init_process_group."""
+        if self.folder is None:
+            self._stop.listen("SIGINT", "SIGTERM")
+            return
+        if sys.platform == "win32":
+            return
+        # A worker's SIGTERM is either meant for the whole service (systemd), and then the supervisor gets it
+        # too and sets the stop byte, or comes from torchrun, which ends the ranks whose peer died. A thread
+        # tells them apart: the main thread may be stuck in a collective, and torchrun would wait 30 s.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        Thread(target=self._exit_on_launchers_sigterm, args=(reader,), daemon=True).start()
 
-    def record(self) -> None:
-        now = time.monotonic()
-        if self._file is not None and now - self._last >= 1.0:
-            os.utime(self._file)
-            self._last = now
+    @property
+    def stop_level(self) -> int:
+        """The stop level of this rank: RUN, STOP_AT_EPOCH_END or STOP_NOW. Act on the ranks' maximum."""
+        requested = RUN
+        if self.folder is not None:
+            requested = int((self.folder / _STOP).read_bytes() or b"0")
+        return max(self._stop.level, requested)
+
+    def progressed(self) -> None:
+        """Report a finished epoch; the supervisor then counts crashes from zero."""
+        self.has_progressed = True
+        if self.folder is not None:
+            os.utime(self.folder / _PROGRESS)
+
+    def screen(self, taken: bool) -> None:
+        """Report that the dashboard takes the terminal, or has restored it."""
+        self._screen_taken = taken
+        if self.folder is not None:
+            _overwrite(self.folder / _SCREEN, b"1" if taken else b"0")
+
+    def report_exit_code(self, code: int) -> None:
+        """Report the exit code to the supervisor, just before exiting with it."""
+        if self.folder is not None:
+            _overwrite(self.folder / _EXIT_CODE, f"{code:<4}".encode())
+
+    def _exit_on_launchers_sigterm(self, signals: int) -> None:
+        while True:
+            if os.read(signals, 1)[0] == signal.SIGTERM:
+                time.sleep(LAUNCHER_SECONDS)
+                if self.stop_level == RUN:
+                    os._exit(128 + signal.SIGTERM)
+
+    def _abort(self) -> None:
+        if self._screen_taken:
+            os.write(1, LEAVE.encode())
+        os._exit(EXIT_ABORTED)
 
 
-_heartbeat = _Heartbeat()
+_heartbeat_file: Path | None = None  # of the Control that this process made last
+_last_heartbeat = -math.inf
 
 
 def heartbeat() -> None:
     """Record a heartbeat, at most once a second.
 
-    Does nothing in a process that made no Control, such as one that refreshes bars in the background, or that
-    has no supervisor.
+    Does nothing without a supervisor, and in a process that made no Control, such as a background refresh.
     """
-    _heartbeat.record()
+    global _last_heartbeat
+    if _heartbeat_file is not None and time.monotonic() - _last_heartbeat >= 1.0:
+        os.utime(_heartbeat_file)
+        _last_heartbeat = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -173,85 +267,9 @@ def heartbeat_while_waiting() -> contextlib.AbstractContextManager[None]:
     return heartbeat_thread(math.inf) if is_elsewhere else contextlib.nullcontext()
 
 
-class Control:
-    """A worker's side; works without a supervisor too (``python continuous_training.py``, bare torchrun).
-
-    Make it first of all, before torch is imported: from then on the worker dies with its launcher, and at
-    once when told to end while it still starts. ``listen`` follows when the process group stands.
-    """
-
-    def __init__(self) -> None:
-        name = os.environ.get(CONTROL_DIR)
-        self.folder: Path | None = Path(name) if name else None
-        _heartbeat.start(self.folder / _HEARTBEAT if self.folder else None)
-        self._signalled = RUN
-        self._first_signal = 0.0
-        self.has_progressed = False  # an epoch was finished since the start
-        self._screen_taken = False
-        if self.folder is not None:
-            die_with_parent(self.folder)
-            # It came ignored from the supervisor. torchrun ends the other ranks of a broken group with
-            # SIGTERM; one that ignores it while it waits for its peers holds up the restart for 30 s.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def listen(self) -> None:
-        """Take signals as wishes to stop, where no supervisor does. Call after init_process_group."""
-        if self.folder is None:
-            signal.signal(signal.SIGINT, self._on_signal)
-            signal.signal(signal.SIGTERM, self._on_signal)
-            return
-        if sys.platform == "win32":
-            return
-        # A SIGTERM that reaches a worker is either for the whole service (systemd), and then the supervisor
-        # has it too and sets the stop byte, or it is torchrun's, which ends the ranks whose peer died. A
-        # thread tells them apart: the main thread may be stuck in a collective, and torchrun would wait 30 s.
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        Thread(target=self._leave_when_told_by_launcher, args=(reader,), daemon=True).start()
-
-    @property
-    def stop_level(self) -> int:
-        """What this rank is asked for now: RUN, STOP_AT_EPOCH_END or STOP_NOW. Act on the ranks' maximum."""
-        commanded = RUN
-        if self.folder is not None:
-            commanded = int((self.folder / _STOP).read_bytes() or b"0")
-        return max(self._signalled, commanded)
-
-    def progressed(self) -> None:
-        """Tell that an epoch is finished; a crash afterwards counts as the first one again."""
-        self.has_progressed = True
-        if self.folder is not None:
-            os.utime(self.folder / _PROGRESS)
-
-    def screen(self, taken: bool) -> None:
-        """Tell that the dashboard takes the terminal, or has given it back."""
-        self._screen_taken = taken
-        if self.folder is not None:
-            _overwrite(self.folder / _SCREEN, b"1" if taken else b"0")
-
-    def report_exit_code(self, code: int) -> None:
-        """Report the exit code to the supervisor, just before exiting with it."""
-        if self.folder is not None:
-            _overwrite(self.folder / _EXIT_CODE, f"{code:<4}".encode())
-
-    def _leave_when_told_by_launcher(self, signals: int) -> None:
-        while True:
-            if os.read(signals, 1)[0] == signal.SIGTERM:
-                time.sleep(LAUNCHER_SECONDS)
-                if self.stop_level == RUN:
-                    os._exit(128 + signal.SIGTERM)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        # Only a flag: no I/O and no collective belongs into a handler.
-        now = time.monotonic()
-        if number == signal.SIGINT and self._signalled and now - self._first_signal > KEY_BOUNCE_SECONDS:
-            if self._screen_taken:
-                os.write(1, LEAVE.encode())
-            os._exit(EXIT_ABORTED)
-        self._first_signal = self._first_signal or now
-        self._signalled = max(self._signalled, STOP_AT_EPOCH_END if number == signal.SIGINT else STOP_NOW)
+def _overwrite(path: Path, content: bytes) -> None:
+    with path.open("r+b", buffering=0) as file:
+        file.write(content)
 
 
 class ExitProgram(Exception):

@@ -1,17 +1,17 @@
-"""Own the training from outside: launch it, pass on the wish to stop, start it again when it dies.
+"""Supervise training: launch it, forward stop requests, restart it after a crash or hang.
 
-``python -m runtime.supervisor [command] [--flag value ...]`` is what the start scripts become. ``train``
-(the default) is supervised; any other command, and ``--help``, just runs as one process.
+The start scripts become ``python -m runtime.supervisor [command] [--flag value ...]``. It supervises ``train``
+(the default); any other command, and ``--help``, just runs as one process.
 
-    Ctrl+C             finish the epoch, save, exit 0; again, over a second later: end at once, exit 130
-    SIGTERM, SIGHUP    save at the next safe point, exit 0 (SIGHUP is left alone under nohup)
-    crash, hang        sweep, and start again from the newest checkpoint, later each time; after five crashes
-                       without a finished epoch in between: give up, exit 1
-    exit 0 2 3 4 75    the workers' final word, passed on
+    Ctrl+C             finish the epoch, save, exit 0; again, over a second later: abort, exit 130
+    SIGTERM, SIGHUP    save at the next safe point, exit 0 (SIGHUP stays ignored under nohup)
+    crash, hang        sweep, and restart from the newest checkpoint, after a delay that grows; after five
+                       crashes without a finished epoch in between: give up, exit 1
+    exit 0 2 3 4 75    final, passed on
 
 Environment: NPROC (ranks on this machine; default one per GPU), NNODES, NODE_RANK and RDZV_ENDPOINT (many
-machines), LAUNCHER (torchrun or direct), START_SECONDS and HANG_SECONDS (how long training may show no sign
-of life before and after its first one). Standard library only, a dozen megabytes, no thread.
+machines), LAUNCHER (torchrun or direct), START_SECONDS and HANG_SECONDS (how long training may run without a
+heartbeat before and after its first one). Standard library only, a dozen megabytes, no thread.
 """
 
 from __future__ import annotations
@@ -25,100 +25,91 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from runtime.control import (
+    ABORT,
     CONTROL_DIR,
     EXIT_ABORTED,
     EXIT_OK,
     EXIT_SETTING,
     FINAL_CODES,
-    KEY_BOUNCE_SECONDS,
     LEAVE,
     STOP_AT_EPOCH_END,
-    STOP_NOW,
+    StopRequest,
     SupervisorControl,
 )
 from runtime.launch import Launch, program_environment
 from runtime.processes import WINDOWS, Processes
 
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 EXIT_GAVE_UP = 1
 POLL_SECONDS = 0.1
-LONGEST_LOOK_SECONDS = 1.0  # between two looks; if more has passed, this process did not run either
-
-
-def say(line: str) -> None:
-    """Tell the user one line. A terminal or a ``| tee`` that is gone never ends the training."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+MAX_POLL_SECONDS = 1.0  # counted per poll; if more has passed, this process did not run either
+MAX_SHOWN_BYTES = 200_000  # of held errors, the newest
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How patient the supervisor is."""
+    """When training counts as hung, and how often and how soon it is restarted."""
 
-    start_seconds: float = 900.0  # to the first sign of life: imports, rendezvous, a slow data source
-    hang_seconds: float = 600.0  # between signs of life
+    start_seconds: float = 900.0  # to the first heartbeat: imports, rendezvous, a slow data source
+    hang_seconds: float = 600.0  # between heartbeats
     crashes: int = 5  # without a finished epoch in between
     first_delay_seconds: float = 1.0  # doubles with each crash
     longest_delay_seconds: float = 15.0
 
     def delay_seconds(self, crashes: int) -> float:
-        """Return how long to wait before the start that follows the given number of crashes in a row."""
+        """Return the delay of the restart after this many crashes in a row."""
         return min(self.longest_delay_seconds, self.first_delay_seconds * 2 ** (crashes - 1))
 
 
-class StopWish:
-    """What the user wants, as told by signals. The handler only keeps notes; the supervisor acts on them."""
+class WorkerErrors:
+    """The workers' standard error, held in a file while their dashboard has the terminal. A context manager.
 
-    def __init__(self) -> None:
-        self.level = 0
-        self.aborted = False
-        self.signal_name = ""
-        self._first = 0.0
+    Args:
+        folder: holds the file; the caller removes it.
+    """
 
-    def listen(self) -> None:
-        """Take over the stopping signals of this platform."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
-                continue
-            signal.signal(number, self._note)
+    def __init__(self, folder: Path) -> None:
+        path = folder / "errors"
+        self.file: BinaryIO = path.open("ab")
+        self._reader = path.open("rb")
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self.level and now - self._first > KEY_BOUNCE_SECONDS:
-            self.aborted = True
-        if not self.level:
-            self._first = now
-        level = STOP_AT_EPOCH_END if number == signal.SIGINT else STOP_NOW
-        if level > self.level:
-            self.level = level
-            self.signal_name = signal.Signals(number).name
+    def __enter__(self) -> WorkerErrors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.show()
+        self.file.close()
+        self._reader.close()
+
+    def show(self) -> None:
+        """Write what is new to the terminal; call it while no dashboard has that."""
+        if text := self._reader.read():
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.buffer.write(text[-MAX_SHOWN_BYTES:])
+                sys.stderr.flush()
 
 
 class GroupDiedError(Exception):
-    """The workers crashed or hang; the text tells how."""
+    """The workers crashed or hang; the text says how."""
 
 
 class Supervisor:
-    """One start of the program: the check, then groups of workers until one leaves for good."""
+    """One start of the program: the preflight, then groups of workers until one exits with a final code."""
 
     def __init__(
         self,
         launch: Launch,
         limits: Limits,
-        stop: StopWish,
+        stop: StopRequest,
         control: SupervisorControl,
         worker: Sequence[str],
-        errors: HeldErrors | None = None,
+        errors: WorkerErrors | None = None,
     ) -> None:
-        """``worker`` is the command line after python: the script, its command, and the user's flags.
-
-        ``errors``: what the workers write to standard error, held while their dashboard has the terminal.
-        """
+        """``worker`` is the command line after python: the script, its command, and the user's flags."""
         self._launch = launch
         self._limits = limits
         self._stop = stop
@@ -127,47 +118,36 @@ class Supervisor:
         self._script, _, *self._flags = worker
         self._worker = worker
         self._processes = Processes(run_id=control.folder.name)
-        self._obeyed = 0
+        self._forwarded = 0  # the stop level that the workers know of
         self._environment = program_environment(launch)
         self._environment[CONTROL_DIR] = str(control.folder)
 
     def run(self) -> int:
-        """Check the settings in one process, train until it ends for good, and leave no process behind.
-
-        Returns:
-            The exit code of the program.
-        """
+        """Train until a final exit code, which is returned, and leave no process behind."""
         try:
-            refusal = self._refused()
-            code = self._train() if refusal is None else refusal
+            code = self._preflight()
+            if code is None:
+                code = self._train()
         finally:
             stuck = self._processes.sweep()
             self._restore_terminal()
             if stuck:
-                say(f"These processes of the training do not die, look at the GPU driver: {stuck}")
+                say(f"Could not kill processes {stuck}; check the GPU driver.")
         return code
 
-    def _restore_terminal(self) -> None:
-        """Give the terminal back where a dashboard died with it, and show what it would have hidden."""
-        if self._control.screen_is_left() and sys.stdout.isatty():
-            with contextlib.suppress(OSError, ValueError):
-                print(LEAVE, end="", flush=True)
-        if self._errors is not None:
-            self._errors.show()
-
-    def _refused(self) -> int | None:
-        """Let one process read the settings, so that a mistake is told once and not by every rank."""
+    def _preflight(self) -> int | None:
+        """Validate the settings in one process, so an error is printed once and not per rank."""
         self._processes.start(
             [sys.executable, self._script, "preflight", *self._flags], program_environment(self._launch)
         )
         while (code := self._processes.exit_codes()[0]) is None:
             if self._stop.level:
-                say("Stopped before the training began.")
+                say("Stopped before training started.")
                 return EXIT_OK
             time.sleep(POLL_SECONDS / 2)
         self._processes.sweep()
         if code < 0:
-            say(f"The check of the settings was ended: {_told(code)}.")
+            say(f"The check of the settings failed: {_describe_exit(code)}.")
             return EXIT_GAVE_UP
         return code or None
 
@@ -177,101 +157,114 @@ class Supervisor:
         crashes = 0
         while True:
             progress, heartbeat = self._control.progress(), self._control.heartbeat()
-            self._control.forget_exit_code()
+            self._control.clear_exit_code()
             for command, additions in self._launch.commands(self._worker):
                 errors = self._errors.file if self._errors else None
                 self._processes.start(command, self._environment | additions, errors)
             try:
                 return self._watch()
-            except GroupDiedError as death:
+            except GroupDiedError as error:
                 stuck = self._processes.sweep()
                 self._restore_terminal()
                 crashes = 1 if self._control.progress() != progress else crashes + 1
                 if self._stop.level and self._control.heartbeat() == heartbeat:
-                    say("Stopped before the training went on.")
+                    say("Stopped before training resumed.")
                     return EXIT_OK
                 if self._stop.level:
-                    say(f"Training died while it stopped: {death}. The newest checkpoint on disk is whole.")
+                    say(f"Training died while stopping: {error}. The newest checkpoint on disk is intact.")
                     return EXIT_GAVE_UP
                 if stuck or crashes >= self._limits.crashes:
-                    why = (
-                        f"processes {stuck} do not die"
-                        if stuck
-                        else f"{crashes} crashes without a finished epoch"
-                    )
-                    say(f"Giving up: {why}. The last: {death}. The newest checkpoint on disk is whole.")
+                    reason = f"{crashes} crashes without a finished epoch"
+                    if stuck:
+                        reason = f"could not kill processes {stuck}"
+                    say(f"Giving up: {reason}. The last: {error}. The newest checkpoint on disk is intact.")
                     return EXIT_GAVE_UP
                 delay = self._limits.delay_seconds(crashes)
-                if self._launch.num_nodes > 1:  # whoever is back sooner meets the others' old group
+                if self._launch.num_nodes > 1:  # a machine that is back sooner meets the others' old group
                     delay = self._limits.longest_delay_seconds
-                say(f"Training died: {death}. It goes on from the newest checkpoint in {delay:.0f} s.")
+                say(f"Training died: {error}. Resuming from the newest checkpoint in {delay:.0f} s.")
             if not self._wait(delay):
-                say("Stopped. The newest checkpoint on disk is the state of the training.")
-                return EXIT_ABORTED if self._stop.aborted else EXIT_OK
+                say("Stopped. The next start resumes from the newest checkpoint on disk.")
+                return EXIT_ABORTED if self._stop.level == ABORT else EXIT_OK
 
     def _watch(self) -> int:
-        """Wait for the group's end.
+        """Wait until the group ends, and return its exit code.
 
         Raises:
-            GroupDiedError: it crashed, or shows no sign of life for too long.
+            GroupDiedError: it crashed, or recorded no heartbeat for too long.
         """
-        beat = self._control.heartbeat()
+        heartbeat = self._control.heartbeat()
         silence, limit = 0.0, self._limits.start_seconds
-        looked = time.monotonic()
+        polled = time.monotonic()
         while True:
             time.sleep(POLL_SECONDS)
-            # While the whole machine was frozen (a snapshot, a paused container) nobody could show life.
-            silence += min(time.monotonic() - looked, LONGEST_LOOK_SECONDS)
-            looked = time.monotonic()
-            if self._stop.aborted:
+            # While the whole machine is frozen (a snapshot, a paused container) no heartbeat is possible.
+            silence += min(time.monotonic() - polled, MAX_POLL_SECONDS)
+            polled = time.monotonic()
+            if self._stop.level == ABORT:
                 self._processes.sweep()
                 self._restore_terminal()
-                say("Aborted. The newest checkpoint on disk is whole.")
+                say("Aborted. The newest checkpoint on disk is intact.")
                 return EXIT_ABORTED
-            self._pass_on_stop()
-            if self._errors is not None and not self._control.screen_is_taken():
+            self._forward_stop()
+            if self._errors is not None and not self._control.is_screen_taken():
                 self._errors.show()
             codes = self._processes.exit_codes()
             if any(codes) or None not in codes:
-                return self._verdict(codes)
+                return self._final_code(codes)
             newest = self._control.heartbeat()
-            if newest != beat:
-                beat, silence, limit = newest, 0.0, self._limits.hang_seconds
+            if newest != heartbeat:
+                heartbeat, silence, limit = newest, 0.0, self._limits.hang_seconds
             elif silence > limit:
-                raise GroupDiedError(f"no sign of life for {limit:.0f} s")
+                raise GroupDiedError(f"no heartbeat for {limit:.0f} s")
 
-    def _verdict(self, codes: Sequence[int | None]) -> int:
-        meant = self._control.exit_code()
-        if meant in FINAL_CODES:
-            return meant
+    def _forward_stop(self) -> None:
+        level = self._stop.level
+        if not self._forwarded < level < ABORT:
+            return
+        self._forwarded = level
+        self._control.request_stop(level)
+        if level == STOP_AT_EPOCH_END:
+            say("\nStopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.")
+        else:
+            say(f"\n{self._stop.signal_name}: saving at the next safe point, then exit.")
+
+    def _final_code(self, codes: Sequence[int | None]) -> int:
+        """Return the exit code that the workers reported, or the first bad one.
+
+        Raises:
+            GroupDiedError: it is not final.
+        """
+        reported = self._control.exit_code()
+        if reported in FINAL_CODES:
+            return reported
         first_bad = next((code for code in codes if code), EXIT_OK)
         if first_bad in FINAL_CODES:
             return first_bad
-        raise GroupDiedError(_told(first_bad))
-
-    def _pass_on_stop(self) -> None:
-        if self._stop.level > self._obeyed:
-            self._obeyed = self._stop.level
-            self._control.command(self._obeyed)
-            if self._obeyed == STOP_AT_EPOCH_END:
-                say("\nStopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.")
-            else:
-                say(f"\n{self._stop.signal_name}: saving at the next safe point, then exit.")
+        raise GroupDiedError(_describe_exit(first_bad))
 
     def _wait(self, seconds: float) -> bool:
-        """Wait; False when a stop was asked for meanwhile."""
+        """Wait; return False as soon as a stop is requested."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._stop.level:
             time.sleep(POLL_SECONDS / 2)
         return not self._stop.level
+
+    def _restore_terminal(self) -> None:
+        """Leave the alternate screen of a dead dashboard, and show the errors that it would have hidden."""
+        if self._control.reset_screen() and sys.stdout.isatty():
+            with contextlib.suppress(OSError, ValueError):
+                print(LEAVE, end="", flush=True)
+        if self._errors is not None:
+            self._errors.show()
 
 
 def main(arguments: Sequence[str], *, script: Path = SCRIPT, limits: Limits | None = None) -> int:
     """Run one command of the program and return its exit code."""
     if "--help" in arguments or (arguments and arguments[0] != "train" and not arguments[0].startswith("-")):
         return _run_alone([sys.executable, str(script), *arguments])
-    stop = StopWish()
-    stop.listen()
+    stop = StopRequest()
+    stop.listen(*STOP_SIGNALS)
     flags = arguments[1:] if arguments[:1] == ["train"] else arguments
     try:
         launch = Launch.from_environment(os.environ)
@@ -283,13 +276,24 @@ def main(arguments: Sequence[str], *, script: Path = SCRIPT, limits: Limits | No
         say(str(error))
         return EXIT_SETTING
     try:
-        with SupervisorControl() as control, contextlib.ExitStack() as on_leaving:
-            errors = on_leaving.enter_context(HeldErrors(control.folder)) if are_wanted() else None
+        with SupervisorControl() as control, contextlib.ExitStack() as on_exit:
+            errors = on_exit.enter_context(WorkerErrors(control.folder)) if is_interactive() else None
             worker = [str(script), "train", *flags]
             return Supervisor(launch, limits, stop, control, worker, errors).run()
     except OSError as error:
-        say(f"The training cannot be started or watched: {error}")
+        say(f"Cannot start or supervise training: {error}")
         return EXIT_GAVE_UP
+
+
+def is_interactive() -> bool:
+    """Return whether both outputs are a terminal, so that workers may show a dashboard."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def say(line: str) -> None:
+    """Print one line to the user. A terminal or a ``| tee`` that is gone never ends the training."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _run_alone(command: list[str]) -> int:
@@ -298,67 +302,23 @@ def _run_alone(command: list[str]) -> int:
     return subprocess.call(command)
 
 
-def _told(code: int) -> str:
-    number = -code if code < 0 else code - 128
-    if number <= 0:
-        return (
-            "the workers ended without a word" if code == EXIT_OK else f"a worker ended with exit code {code}"
-        )
+def _describe_exit(code: int) -> str:
     try:
-        name = signal.Signals(number).name
+        name = signal.Signals(-code if code < 0 else code - 128).name
     except ValueError:
-        return f"a worker ended with exit code {code}"
-    hint = " (from outside, or the system was out of memory)" if name == "SIGKILL" else ""
-    return f"a worker was ended by {name}{hint}"
+        return f"a worker exited with code {code}"
+    hint = " (from outside, or the system ran out of memory)" if name == "SIGKILL" else ""
+    return f"a worker was killed by {name}{hint}"
 
 
 def _seconds(environment: Mapping[str, str], name: str, default: float) -> float:
     text = environment.get(name, "").strip()
     if not text:
         return default
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise ValueError(f"{name} must be a number of seconds above 0, was {text!r}")
-    return seconds
-
-
-MOST_SHOWN = 200_000  # bytes at a time, the newest
-
-
-class HeldErrors:
-    """A file that stands in for the terminal, and what was not yet shown of it. A context manager.
-
-    Args:
-        folder: where the file lies; the caller removes it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "errors"
-        self.file: BinaryIO = path.open("ab")  # what workers get as their standard error
-        self._reader = path.open("rb")
-
-    def __enter__(self) -> HeldErrors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.show()
-        self.file.close()
-        self._reader.close()
-
-    def show(self) -> None:
-        """Write what has come since the last time to the terminal; nobody else may have it now."""
-        if text := self._reader.read():
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.buffer.write(text[-MOST_SHOWN:])
-                sys.stderr.flush()
-
-
-def are_wanted() -> bool:
-    """Tell whether a dashboard may come between: both outputs are a terminal."""
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    with contextlib.suppress(ValueError):
+        if (seconds := float(text)) > 0:
+            return seconds
+    raise ValueError(f"{name} must be a number of seconds above 0, was {text!r}")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ class Soak:
         self.start.process.send_signal(STOPS[name])
         code = self.start.ends()
         # A rank that was killed just before cannot save any more, and that is not exit 0.
-        cannot_save = self.killed_last and "Training died while it stopped" in self.start.output
+        cannot_save = self.killed_last and "Training died while stopping" in self.start.output
         if code and not (code == 1 and cannot_save):
             self.faults.append(f"{name} ended it with {code}: {self.start.output[-500:]}")
         self.kills[name] += 1

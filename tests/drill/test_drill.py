@@ -80,7 +80,7 @@ def test_a_stopped_rank_is_noticed_and_swept(unbroken: Path, tmp_path: Path) -> 
         start.ends_well()
     finally:
         start.kill()
-    assert "no sign of life for 30 s" in start.output
+    assert "no heartbeat for 30 s" in start.output
     assert_ends_like(unbroken, tmp_path)
 
 

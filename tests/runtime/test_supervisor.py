@@ -192,7 +192,7 @@ def test_a_second_ctrl_c_ends_at_once_with_130(daemon):
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
     code, errors = run.ends()
-    assert code == 130 and "newest checkpoint on disk is whole" in errors
+    assert code == 130 and "newest checkpoint on disk is intact" in errors
     assert run.has_left_nothing()
 
 
@@ -203,6 +203,36 @@ def test_a_bouncing_ctrl_c_counts_once(daemon):
     run.process.send_signal(signal.SIGINT)
     assert run.ends()[0] == 0
     assert "epoch end rank=0" in run.log()
+
+
+BARE_WORKER = """
+import time
+from runtime.control import RUN, Control
+control = Control()
+control.listen()
+level = RUN
+print(level, flush=True)
+while True:
+    time.sleep(0.01)
+    if control.stop_level != level:
+        print(level := control.stop_level, flush=True)
+"""
+
+
+def test_a_worker_without_a_supervisor_takes_signals_in_the_same_way():
+    environment = {name: value for name, value in os.environ.items() if name != "CONTROL_DIR"}
+    words = [sys.executable, "-c", BARE_WORKER]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGINT)  # bounces
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "2\n"
+    time.sleep(1.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    process.stdout.close()
 
 
 def test_sigterm_saves_at_the_next_safe_point(daemon):
@@ -240,7 +270,7 @@ def test_a_stop_while_workers_start_exits_0(daemon, sent):
 
 def test_a_stop_between_a_crash_and_the_restart_exits_0(daemon):
     run = daemon(MISHAP="step:1", limits={"first_delay_seconds": 30.0, "longest_delay_seconds": 30.0}).start()
-    assert "goes on from the newest checkpoint" in run.process.stderr.readline()
+    assert "Resuming from the newest checkpoint" in run.process.stderr.readline()
     run.process.send_signal(signal.SIGTERM)
     assert run.ends()[0] == 0
     assert len(run.starts()) == 1 and run.has_left_nothing()
@@ -256,7 +286,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(daemon, num_ranks, victim)
     run.process.send_signal(signal.SIGINT)
     code, errors = run.ends()
     assert code == 0 and resumed_at >= 2
-    assert "Training died: a worker was ended by SIGKILL" in errors
+    assert "Training died: a worker was killed by SIGKILL" in errors
     assert run.has_left_nothing()
 
 
@@ -267,7 +297,7 @@ def test_a_hanging_worker_is_swept_and_started_again(daemon):
     run.train()
     run.process.send_signal(signal.SIGINT)
     code, errors = run.ends()
-    assert code == 0 and "no sign of life for 2 s" in errors
+    assert code == 0 and "no heartbeat for 2 s" in errors
     assert run.has_left_nothing()
 
 
@@ -319,7 +349,7 @@ def test_a_worker_that_never_shows_life_has_the_longer_start_limit(daemon):
     limits = {"start_seconds": 1.5, "hang_seconds": 0.1, "crashes": 2}
     run = daemon(MISHAP="start:sleep", limits=limits).start()
     code, errors = run.ends()
-    assert code == 1 and "no sign of life for 2 s" in errors and len(run.starts()) == 2
+    assert code == 1 and "no heartbeat for 2 s" in errors and len(run.starts()) == 2
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 75])

@@ -118,7 +118,8 @@ def test_every_chunk_and_micro_batch_of_an_epoch_is_a_heartbeat(
             log_dir=str(folder / "logs"),
         )
         beats: list[None] = []
-        monkeypatch.setattr("runtime.control._heartbeat.record", partial(beats.append, None))
+        for module in ("rollout", "learner"):
+            monkeypatch.setattr(f"training.{module}.heartbeat", partial(beats.append, None))
         train(settings, DeafControl())
         counts.append(len(beats))
     assert counts[1] - counts[0] == 7 + settings.update_passes * 7
