@@ -42,9 +42,7 @@ GOALS = (
     ("stepped", "gym-trading-env", 150.0),
     ("stepped", "gym-anytrading", 25.0),
     ("stepped", "ElegantRL", 5.0),
-    ("compiled", "ElegantRL", 5.0),
     ("played", "ElegantRL", 5.0),
-    ("replayed", "ElegantRL", 20.0),
 )
 Round = Callable[[float], tuple[int, float, float]]  # seconds -> steps, seconds and CPU seconds it took
 
@@ -74,13 +72,10 @@ def market_of(
 def ours(market: Market, num_envs: int, device: str, way: str = "stepped", **costs: float) -> Round:
     """Return rounds of whole segments with given random actions."""
     config = EnvConfig(num_envs=num_envs, **costs)
-    env = TradingEnv(market, config, device, seed=0, compiled=way in ("compiled", "played"))
+    env = TradingEnv(market, config, device, seed=0, compiled=way == "played")
     actions = torch.randint(0, 3, (HORIZON, num_envs), device=device)
 
     def segment() -> None:
-        if way == "replayed":
-            env.replay(actions)
-            return
         env.begin_segment()
         if way == "played":  # as a rollout does: asked at every step, with the observations of that step
             env.play(lambda observations, action: (action,), actions)
@@ -128,11 +123,8 @@ def contenders(device: str) -> dict[str, Round]:
     return {
         "ours stepped, 512 envs": ours(many, 512, device, **EVERY_COST),
         "ours stepped, 512 envs, plain costs": ours(many, 512, device),
-        "ours compiled, 512 envs": ours(many, 512, device, "compiled", **EVERY_COST),
         "ours played, 512 envs": ours(many, 512, device, "played", **EVERY_COST),
-        "ours replayed, 512 envs": ours(many, 512, device, "replayed", **EVERY_COST),
         "ours stepped, 4,096 envs": ours(many, 4_096, device, **EVERY_COST),
-        "ours compiled, 4,096 envs": ours(many, 4_096, device, "compiled", **EVERY_COST),
         "ours, one symbol of 100 k bars": ours(short, 512, device),
         "ours, one symbol of 2 M bars": ours(long, 512, device),
         "ours as a Gymnasium VectorEnv, 512": in_gymnasium(512),

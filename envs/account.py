@@ -43,8 +43,8 @@ class AccountState:
         """Return views of the seven amounts, (7, N), and whether alive, (N,)."""
         return AccountState(*[*amounts.unbind(), alive])
 
-    def become(self, other: AccountState) -> None:
-        """Take over another one's values, in the same memory."""
+    def copy_(self, other: AccountState) -> None:
+        """Copy another state's values into this one's memory."""
         for ours, theirs in zip(self.tensors(), other.tensors(), strict=True):
             ours.copy_(theirs)
 

@@ -1,4 +1,4 @@
-"""Steps by torch.compile: one at a time, or many in one call. The same functions as without."""
+"""Decisions and their steps by torch.compile, several in one call: the functions are those of a plain step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch import Tensor
 from envs.account import AccountState, Fill, advance, observe
 from envs.segment import Segment
 
-# Of account observations (N, A) and whatever else it is given: actions (N,) int64, and what it tells beside them.
-# To be compiled it must be tensor operations alone, and hold no numbers that change from call to call.
+# Takes the account observations (N, A) and the inputs of this step; returns actions (N,) int64 and any further
+# outputs. To be compiled it must be tensor operations alone, and hold no numbers that change from call to call.
 Decide = Callable[..., tuple[Tensor, ...]]
-# Steps of given actions in one compiled call: 16 take 15 seconds to compile, 32 twice as long, and gain a sixth.
-UNROLLED = 16
 # Decisions with their steps in one compiled call: by fours they take a fifth longer.
 UNROLLED_DECISIONS = 8
-# Every number of environments and every policy is a variant of its own, of which torch allows 8 in a process.
+# Each number of environments and each policy compiles a variant of its own, and torch allows 8 in a process.
 MOST_VARIANTS = 64
 
 
@@ -27,8 +25,8 @@ MOST_VARIANTS = 64
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     options: dict[str, str | int | bool | Callable[..., Any]] = {
         "size_asserts": False,
-        # One loop over the accounts for all that a step does: by default it is cut after 64 operations, and what
-        # lies between goes through memory.
+        # One loop over the accounts for a whole step: by default it is split after 64 operations, and what passes
+        # between the parts goes through memory.
         "max_fusion_size": 1_000_000,
         "cpp_wrapper": device == "cpu",  # the call is half of a step's time
     }
@@ -38,13 +36,13 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 
 class CompiledSteps:
-    """One environment's steps, which change its account in place.
+    """Compiled steps of one environment; they change its account in place.
 
     Args:
         amounts: (7, N) of the account, see ``AccountState.of``.
         alive: (N,) bool.
-        segment: what is played.
-        shared: index of cash, targets, decisions played and sums of what was done (both counted up), fee and
+        segment: the segment to play.
+        shared: index of cash, targets, decisions played and sums of ``last_fill`` (both counted up), fee and
             slippage, and the constants of ``observe``.
         rules: ruin_equity, with_impact and impact_limit.
     """
@@ -62,49 +60,20 @@ class CompiledSteps:
         self._terms = shared, rules
         self._device = amounts.device.type
 
-    def step(self, actions: Tensor, number: int) -> tuple[Tensor, ...]:
-        """Take step ``number`` with actions (N,).
-
-        Returns:
-            What was done, (4, N); ruined; rewards; and the next observations.
-        """
-        run = _compiled(_step, self._device)
-        done: tuple[Tensor, ...] = run(*self._account, actions, *self._segment.views[number], *self._terms)
-        return done
-
-    @torch.no_grad()
-    def replay(self, wanted: Tensor, by_compiler: bool) -> Tensor:
-        """Take all steps with given targets.
-
-        Args:
-            wanted: (H, N) targets; those of the ruined do not count.
-            by_compiler: whether by torch.compile, in pieces of UNROLLED steps.
-
-        Returns:
-            (H, N) log returns, float32.
-        """
-        parts = []
-        for number, targets in enumerate(wanted.split(UNROLLED)):
-            whole = by_compiler and len(targets) == UNROLLED
-            run = _compiled(_steps, self._device) if whole else _steps
-            quotes = self._quotes(number * UNROLLED, len(targets))
-            parts.append(run(*self._account, targets, quotes, *self._terms))
-        return torch.cat(parts)
-
     @torch.no_grad()
     def play(
-        self, decide: Decide, given: tuple[Tensor, ...], observed: Tensor
+        self, decide: Decide, inputs: tuple[Tensor, ...], observed: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Take all decisions and their steps.
+        """Take all decisions of the segment and their steps.
 
         Args:
             decide: see ``Decide``.
-            given: (H, N, ...) each, what it is given beside the observations.
+            inputs: (H, N, ...) each, one step's values go to each call of ``decide``.
             observed: (N, A), at the first decision.
 
         Returns:
-            The observations after the last step, (N, A); and observations, (H, A, N), log equity and rewards,
-            (H, N), and what ``decide`` told, (H, N, ...) each.
+            The observations after the last step, (N, A); and columns: observations (H, A, N), log equity and
+            rewards (H, N), then the outputs of ``decide``, (H, N, ...) each.
         """
         segment, parts = self._segment, []
         horizon = len(segment.held)
@@ -114,72 +83,21 @@ class CompiledSteps:
             rows = slice(first, first + length)
             observed, columns = run(
                 decide,
-                tuple(each[rows] for each in given),
+                tuple(values[rows] for values in inputs),
                 observed,
                 *self._account,
-                self._quotes(first, length),
+                # (5, length + 2, N): of the newest closed bar, and of those that the decisions need beyond it.
+                segment.quotes[:, first : first + length + 2],
                 None if segment.allowed is None else segment.allowed[rows],
                 *self._terms,
             )
             parts.append(columns)
         return observed, [torch.cat(column) for column in zip(*parts, strict=True)]
 
-    def _quotes(self, first: int, length: int) -> Tensor:
-        # (5, length + 2, N): of the newest closed bar, and of those that the decisions need beyond it.
-        return self._segment.quotes[:, first : first + length + 2]
-
-
-@torch.no_grad()
-def _step(
-    amounts: Tensor,
-    alive: Tensor,
-    wanted: Tensor,
-    quotes: Tensor,
-    allowed: Tensor | None,
-    counted: Tensor,
-    shared: tuple[Tensor, ...],
-    rules: dict[str, Any],
-) -> tuple[Tensor, ...]:
-    # Few tensors in and out: each costs a check per call.
-    in_cash, targets, played, flows, base_rate, *constants = shared
-    now = AccountState.of(amounts, alive)
-    action = torch.where(alive if allowed is None else alive & allowed, wanted, in_cash)
-    new, fill = _advance(now, targets[action], quotes, 0, rules)
-    played.add_(alive)
-    counted.copy_(action)
-    done = torch.stack(_done(fill, new))
-    flows.add_(done)
-    observed = observe(new, quotes[1, 1], played, base_rate, tuple(constants))
-    _write(new, amounts, alive)
-    return done, fill.ruined, fill.log_return.float(), observed
-
-
-def _steps(
-    amounts: Tensor,
-    alive: Tensor,
-    wanted: Tensor,
-    quotes: Tensor,
-    shared: tuple[Tensor, ...],
-    rules: dict[str, Any],
-) -> Tensor:
-    _, _, played, flows, *_ = shared
-    now, lived, sums = AccountState.of(amounts, alive), played, flows.unbind()
-    rows = []
-    for t, target in enumerate(wanted.unbind()):
-        # Numbers of this width alone: what is stored as bool takes longer than the rest of the step.
-        lived = torch.where(now.alive, lived + 1, lived)
-        now, fill = _advance(now, torch.where(now.alive, target, 0.0), quotes, t, rules)
-        sums = _added(sums, _done(fill, now))
-        rows.append(fill.log_return)
-    played.copy_(lived)
-    flows.copy_(torch.stack(sums))
-    _write(now, amounts, alive)
-    return torch.stack([row.float() for row in rows])
-
 
 def _decisions(
     decide: Decide,
-    given: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
     observed: Tensor,
     amounts: Tensor,
     alive: Tensor,
@@ -192,20 +110,24 @@ def _decisions(
     now, lived, sums = AccountState.of(amounts, alive), played, flows.unbind()
     rows = []
     for t in range(quotes.shape[1] - 2):
-        # Account by account, as they lie in memory; and nothing of type bool, see ``_steps``.
-        known = observed.t().contiguous(), now.log_equity
-        told = decide(observed, *(each[t] for each in given))
-        action = torch.where(now.alive if allowed is None else now.alive & allowed[t], told[0], in_cash)
+        # Accounts side by side, as in memory. No bool is stored: that would take longer than the rest of a step.
+        before = observed.t().contiguous(), now.log_equity
+        outputs = decide(observed, *(values[t] for values in inputs))
+        action = torch.where(now.alive if allowed is None else now.alive & allowed[t], outputs[0], in_cash)
         lived = torch.where(now.alive, lived + 1, lived)
         now, fill = _advance(now, targets[action], quotes, t, rules)
-        sums = _added(sums, _done(fill, now))
+        last_fill = fill.log_return, fill.traded, fill.costs, now.owed
+        sums = tuple(total + part for total, part in zip(sums, last_fill, strict=True))
         observed = observe(now, quotes[1, t + 1], lived, base_rate, tuple(constants))
-        rows.append((*known, fill.log_return.float(), *told))
-    # Before the account changes under what was known.
+        rows.append((*before, fill.log_return.float(), *outputs))
+    # Copied before the account changes in place.
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     played.copy_(lived)
     flows.copy_(torch.stack(sums))
-    _write(now, amounts, alive)
+    # All rows in one write: the compiler turns each row written into a loop over all of them.
+    *values, living = now.tensors()
+    amounts.copy_(torch.stack(values))
+    alive.copy_(living)
     return observed, columns
 
 
@@ -224,18 +146,3 @@ def _advance(
         ruin_equity=rules["ruin_equity"],
         **large,
     )
-
-
-def _done(fill: Fill, after: AccountState) -> tuple[Tensor, ...]:
-    return fill.log_return, fill.traded, fill.costs, after.owed
-
-
-def _added(sums: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(total + part for total, part in zip(sums, parts, strict=True))
-
-
-def _write(account: AccountState, amounts: Tensor, alive: Tensor) -> None:
-    # Whole, not row by row: the compiler makes a loop over all of them of each row that is written.
-    *rows, living = account.tensors()
-    amounts.copy_(torch.stack(rows))
-    alive.copy_(living)

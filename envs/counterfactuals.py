@@ -1,8 +1,8 @@
-"""What every choice would have led to: growth and account, had another position been held.
+"""Counterfactuals: growth of equity and account observations, had another position been held or chosen.
 
-For valuing decisions after the segment is known (``training/hindsight.py``), never for making them.
-Shapes: N = environments, H = horizon, A = account features, K = target positions, J = what can be held: the
-targets and, where 0 is not among them, cash.
+Use them only to value decisions once the segment is known (``training/hindsight.py``), never to make them.
+Shapes: N = environments, H = horizon, A = account features, K = target positions, J = positions that can be held:
+the targets and, where 0 is not among them, cash.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from envs.account import AccountState, advance
 def growth_of_every_choice(
     fills: Mapping[str, Tensor], positions: Sequence[float], log_equity: Tensor
 ) -> Tensor:
-    """Return log growth of equity for every held and every chosen target, (N, H, J, K) float32.
+    """Return log growth of equity for every held position and every chosen target, (N, H, J, K) float32.
 
-    The same ledger as ``TradingEnv.step``, from exactly the held target and without ruin.
+    The same ledger as ``TradingEnv.step``, but starting from the exact held position and without ruin.
 
     Args:
         fills: of ``Segment.fills_ahead``, (N, H) each.
         positions: the K targets, as fractions of equity.
-        log_equity: (N, H) before each fill, in start equities: the same share of a larger account is a larger
-            order, which matters where orders have an impact.
+        log_equity: (N, H) before each fill, in start equities: orders scale with the account, which matters where
+            they have an impact.
     """
     if "impact" in fills:
         fills = {**fills, "impact": fills["impact"] * log_equity.exp()}
     price = fills["price"]
-    held = torch.tensor(_what_can_be_held(positions), dtype=price.dtype, device=price.device)
+    held = torch.tensor(_holdable(positions), dtype=price.dtype, device=price.device)
     shape = (*price.shape, len(held), len(positions))
     exposure = held[:, None].expand(shape)
     state = AccountState.fresh(1, price.dtype, price.device)
@@ -48,12 +48,12 @@ def growth_of_every_choice(
 
 
 def accounts_in_every_position(accounts: Tensor, positions: Sequence[float]) -> Tensor:
-    """Return what each account would know of itself if it held another target: (..., A) -> (..., J, A).
+    """Return each account's observations, had it held every position: (..., A) -> (..., J, A).
 
-    What is held is the account as it is; another target is held as if it had been reached just now and for
-    nothing: no drift, no gain since.
+    At the position held they are unchanged. Any other position counts as reached just now, at no cost: no drift,
+    no gain since.
     """
-    num_targets, num_held = len(positions), len(_what_can_be_held(positions))
+    num_targets, num_held = len(positions), len(_holdable(positions))
     one_hot = torch.eye(num_held, num_targets, dtype=accounts.dtype, device=accounts.device)
     same = (accounts[..., None, :num_targets] == one_hot).all(-1, keepdim=True)
     drift_and_gain = accounts[..., None, num_targets : num_targets + 2]
@@ -62,11 +62,11 @@ def accounts_in_every_position(accounts: Tensor, positions: Sequence[float]) -> 
     return torch.cat((one_hot, torch.where(same, drift_and_gain, 0.0), rest), dim=-1)
 
 
-def what_is_held(accounts: Tensor, positions: Sequence[float]) -> Tensor:
-    """Return the index of what each account holds: (..., A) -> (...) int64, below J."""
+def held_index(accounts: Tensor, positions: Sequence[float]) -> Tensor:
+    """Return the index of the position that each account holds: (..., A) -> (...) int64, below J."""
     one_hot = accounts[..., : len(positions)]
     return one_hot.argmax(-1).masked_fill(~one_hot.any(-1), len(positions))
 
 
-def _what_can_be_held(positions: Sequence[float]) -> list[float]:
+def _holdable(positions: Sequence[float]) -> list[float]:
     return [*positions] if 0.0 in positions else [*positions, 0.0]

@@ -7,17 +7,17 @@ K = target positions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from envs import env_state
 from envs.account import AccountState, advance, observation_constants, observe
 from envs.compiled import CompiledSteps, Decide
 from envs.config import EnvConfig
 from envs.market import Market
-from envs.segment import Played, Segment, Statistics
+from envs.segment import Segment, Statistics, Trajectory
 
 
 class TradingEnv:
@@ -25,13 +25,13 @@ class TradingEnv:
 
     An epoch is one segment: ``bars = env.begin_segment()``, then H times ``env.account_observations()`` and
     ``env.step(actions)``, or ``env.play(decide)`` once. None of these waits for the device, all shapes are fixed
-    and memory is used again. ``env.replay(actions)`` is a whole segment in one call. Sizes and rates are fields of
-    :class:`EnvConfig`; ``seed`` decides all places, so the same seed gives the same numbers on a device.
-    ``compiled`` steps by torch.compile, quicker on a CPU after some ten seconds of compiling.
+    and memory is reused. Sizes and rates are fields of :class:`EnvConfig`; ``seed`` decides all symbols and
+    starts, so the same seed gives the same numbers on a device. With ``compiled``, ``play`` runs by
+    torch.compile, faster on a CPU after some ten seconds of compiling.
 
     ``segment`` holds everything that does not react to the accounts, see :class:`Segment`. ``last_fill``, (4, N),
     holds log_return, traded, costs and borrow_cost of the last ``step``, in start equities. ``account`` has the
-    rest, and changes in place where steps are compiled.
+    rest, and changes in place where ``play`` is compiled.
 
     ## Action
 
@@ -41,8 +41,8 @@ class TradingEnv:
 
     ## Observation
 
-    The market, ``(N, C + H + 1, F)`` float32 from ``begin_segment()``: token C + h is the bar of decision h, the
-    newest one that has closed; see ``docs/features.md``. The policy may use tokens 0 to C + h at decision h.
+    The market, ``(N, C + H + 1, F)`` float32 from ``begin_segment()``: token C + h is the newest closed bar at
+    decision h, see ``docs/features.md``. The policy may use tokens 0 to C + h at decision h.
 
     The account, ``(N, A)`` float32 from ``account_observations()``, marked at that bar's close:
 
@@ -54,7 +54,7 @@ class TradingEnv:
     | K + 1 | 50 x log return of equity since the last trade, its cost included     | -8  | 8   |
     | K + 2 | 10 x log of equity over its peak at earlier fills                     | -8  | 8   |
     | K + 3 | 10 x log of equity over the episode's start                           | -8  | 8   |
-    | K + 4 | share of the episode that is left                                     | 0   | 1   |
+    | K + 4 | fraction of the episode that is left                                  | 0   | 1   |
     | K + 5 | 1,000 x cost rate of a trade (fee + slippage) on this symbol          | 0   | 8   |
 
     ## Reward
@@ -67,7 +67,7 @@ class TradingEnv:
     Of the value traded at the open, a trade costs the sum of
 
     - the fee of its asset class, ``stock_fee_bps`` or ``crypto_fee_bps``, and ``slippage_bps``;
-    - ``range_slippage`` times the range, (high - low) / open, of the bar that it fills in;
+    - ``range_slippage`` times the range, (high - low) / open, of the bar in which it fills;
     - ``volume_slippage`` times the order over the bar's traded value, at most 1. The order is the wanted less the
       held position at the open, before costs, of an account that began with ``account_value``.
 
@@ -78,18 +78,18 @@ class TradingEnv:
 
     ## Timing
 
-    Decision t sees bars up to t, which have closed, fills at the open of bar t + 1, and holds until the open of
-    bar t + 2, where the next decision fills. Nothing that decision t sees depends on a later bar, but for
-    one thing: that the account is not ruined at the open of t + 1 is known by its being alive.
+    Decision t sees bars up to t, all closed, fills at the open of bar t + 1, and holds until the open of bar
+    t + 2, where the next decision fills. Nothing that decision t sees depends on a later bar, with one exception:
+    an account that is alive is known not to be ruined at the open of t + 1.
 
-    Bars are what came: after a missing minute, a halt or a night, the next bar there is fills, and a position is
+    After a missing minute, a halt or a night, an order fills at the next bar that exists, and a position is
     carried until then, at its borrowing cost. With ``flat_before_close`` m, orders of stocks that fill within m
-    minutes of the scheduled close (half days known), or outside the regular session, fill as the order to
-    be in cash, whatever the action; the calendar decides, never which bars came.
+    minutes of the scheduled close (half days known), or outside the regular session, fill as the order to be in
+    cash, whatever the action. The calendar decides this, not the bars that exist.
 
     ## Start
 
-    Equity 1, in cash. The first episodes are of all ages, so that later ones do not end together. The symbol is
+    Equity 1, in cash. The first episodes begin at all ages, so that later ones do not end together. The symbol is
     drawn with weight sqrt(valid starts), the start uniformly within it: a bar t0 with bars t0 - C to t0 + H + 1
     in one stretch, free of holes and before the holdout.
 
@@ -99,9 +99,10 @@ class TradingEnv:
        usual cost. Until the segment ends the account stays in cash, rewards are 0 and ``alive`` is False.
        Equity is never below 1e-6, so rewards are finite.
     2. Truncation, at the last step of a segment only: ``episode_bars`` are played, or the next segment
-       does not fit into the stretch. The value at token C + H is the one to bootstrap from.
+       does not fit into the stretch. Bootstrap from the value at token C + H.
 
-    Whoever ended starts anew with the next segment; everyone else goes on, one bar after the last.
+    An account whose episode ended starts a new one with the next segment; the others continue one bar after the
+    last.
     """
 
     def __init__(
@@ -115,13 +116,13 @@ class TradingEnv:
     ) -> None:
         self.config = config
         self.compiled = compiled
-        self._observed: Tensor | None = None  # of the next decision, where the step has computed it
+        self._observed: Tensor | None = None  # at the next decision, where `play` has computed it
         self.device = torch.device(device)
         self.dtype = dtype
         self.generator = torch.Generator(self.device).manual_seed(seed)
         n, positions = config.num_envs, config.positions
         self._targets = torch.tensor([*positions, 0.0], dtype=dtype, device=self.device)
-        # The index of cash; without 0 among the targets one more index stands for "nothing yet".
+        # The index of cash; without 0 among the targets, one index more means that nothing is held yet.
         cash_index = positions.index(0.0) if 0.0 in positions else len(positions)
         self._in_cash = torch.full((n,), cash_index, device=self.device)
         self._constants = observation_constants(positions, config.episode_bars, dtype, self.device)
@@ -133,13 +134,13 @@ class TradingEnv:
         number = torch.arange(n, device=self.device)
         self._symbol = torch.zeros_like(number)
         self._cursor = torch.zeros_like(number)  # newest closed bar when the segment began
-        # Decisions of the living in this episode. The first episodes are of all ages, so that later ones do
-        # not all end at once.
+        # Decisions of this episode while alive. The first episodes begin at all ages, so that later ones do not
+        # end together.
         self._played = (number % (config.episode_bars // config.horizon) * config.horizon).to(dtype)
         self._begun = False
-        self._over = torch.ones(n, dtype=torch.bool, device=self.device)  # draws anew at the next segment
+        self._over = torch.ones(n, dtype=torch.bool, device=self.device)  # a new episode at the next segment
         self._cost_rate = torch.zeros(n, dtype=dtype, device=self.device)  # fee and slippage
-        self.cost_scale = 1.0  # share of all costs that is charged; set between segments by a curriculum
+        self.cost_scale = 1.0  # fraction of all costs that is charged; set between segments by a curriculum
         self.segment = Segment(config, dtype, self.device)
         self.last_fill = torch.zeros(4, 1, dtype=dtype, device=self.device)
         self._none = torch.zeros(n, dtype=torch.bool, device=self.device)  # truncated, within a segment
@@ -178,7 +179,7 @@ class TradingEnv:
 
     @property
     def volatility(self) -> Tensor:
-        """(N,) float32: typical log return of a bar of the symbol that each account trades."""
+        """(N,) float32: typical log return of one bar of each account's symbol."""
         return self.market.volatility.index_select(0, self._symbol)
 
     def _attach(self, market: Market) -> None:
@@ -196,11 +197,11 @@ class TradingEnv:
     def begin_segment(self) -> Tensor:
         """Return the bars of the next segment, (N, C + H + 1, F) float32.
 
-        Token C + h is the newest closed bar at decision h; token C + H serves the bootstrap value.
-        An environment whose episode ended draws a new one; the others go on with the same account.
+        Token C + h is the newest closed bar at decision h; token C + H is for the bootstrap value.
+        An environment whose episode ended draws a new one; the others continue with the same account.
 
         Raises:
-            RuntimeError: the segment before was left in the middle.
+            RuntimeError: the previous segment was not played to its end.
         """
         self._begin()
         return self.market.windows(
@@ -208,7 +209,7 @@ class TradingEnv:
         )
 
     def restart(self, seed: int | None = None) -> None:
-        """Leave every episode: the next segment draws all of them anew, from ``seed`` where it is given."""
+        """End every episode: the next segment draws new ones, from ``seed`` if it is given."""
         self._over.fill_(True)
         self._begun, self._step = True, self.config.horizon
         if seed is not None:
@@ -235,25 +236,25 @@ class TradingEnv:
         self._observed, self._step = None, 0
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        # Symbol and first bar of each account whose episode is over, (N,) int64; the others' do not count.
+        # Symbol and first bar for each account whose episode is over, (N,) int64; the others' are ignored.
         return self.market.draw_starts(self.config.num_envs, self.generator)
 
     def account_observations(self) -> Tensor:
-        """Return what each account knows of itself at the current decision, (N, A) float32."""
+        """Return the account part of the observation at the current decision, (N, A) float32."""
         if self._observed is not None:
             return self._observed
         close = self.segment.closes[self._step]
         return observe(self.account, close, self._played, self._cost_rate, self._constants)
 
     @torch.no_grad()
-    def play(self, decide: Decide, *given: Tensor) -> Played:
-        """Play the segment that has begun to its end; in few calls, where steps are compiled.
+    def play(self, decide: Decide, *inputs: Tensor) -> Trajectory:
+        """Play the segment that has begun to its end; in few calls, where it is compiled.
 
         Args:
-            decide: a function of the account observations, (N, A), and of what is given at that step, (N, ...);
-                the first tensor that it returns are the actions, (N,) int64. Where steps are compiled it is, too:
-                tensor operations alone, no numbers that change from call to call, and no look at this object.
-            given: (H, N, ...) each.
+            decide: a function of the account observations, (N, A), and of this step's inputs, (N, ...); the
+                first tensor that it returns is the actions, (N,) int64. It is compiled, too, where ``play`` is:
+                then it must be tensor operations alone, and hold no numbers that change from call to call.
+            inputs: (H, N, ...) each.
 
         Raises:
             RuntimeError: no segment has just begun.
@@ -261,24 +262,24 @@ class TradingEnv:
         if self._step:
             raise RuntimeError(f"{self._step} steps of the segment are taken: call begin_segment()")
         if self.compiled:
-            before = self._played.clone()
-            self._observed, columns = self._compiled_steps.play(decide, given, self.account_observations())
-            by_account, log_equity, rewards, *told = columns
-            alive, terminated, truncated = self._played_to_the_end(told[0], before)
-            known = by_account.transpose(1, 2), alive, log_equity
-            return Played(*known, rewards, terminated, truncated, tuple(told))
-        rows = []
-        for t in range(self.config.horizon):
-            known = self.account_observations(), self.alive.clone(), self.account.log_equity.clone()
-            decided = decide(known[0], *(each[t] for each in given))
-            rewards, terminated, truncated = self.step(decided[0])
-            rows.append((*known, rewards, terminated, *decided))
-        played = [torch.stack(column) for column in zip(*rows, strict=True)]
-        observations, alive, log_equity, rewards, terminated, *told = played
-        return Played(observations, alive, log_equity, rewards, terminated, truncated, tuple(told))
+            played = self._played.clone()
+            self._observed, columns = self._compiled_steps.play(decide, inputs, self.account_observations())
+            by_account, log_equity, rewards, *outputs = columns
+            alive, terminated, truncated = self._finish_compiled(outputs[0], played)
+            observations = by_account.transpose(1, 2)
+        else:
+            rows = []
+            for t in range(self.config.horizon):
+                before = self.account_observations(), self.alive.clone(), self.account.log_equity.clone()
+                decision = decide(before[0], *(values[t] for values in inputs))
+                reward, ruined, truncated = self.step(decision[0])
+                rows.append((*before, reward, ruined, *decision))
+            columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+            observations, alive, log_equity, rewards, terminated, *outputs = columns
+        return Trajectory(observations, alive, log_equity, rewards, terminated, truncated, tuple(outputs))
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill one decision per environment and go to the next bar.
+        """Fill one decision per environment and move to the next bar.
 
         Args:
             actions: (N,) int64, index of the wanted target position.
@@ -286,7 +287,7 @@ class TradingEnv:
         Returns:
             rewards: (N,) float32.
             terminated: (N,) bool, ruined by this decision.
-            truncated: (N,) bool, the episode ends here for want of bars; only at the last step of a segment.
+            truncated: (N,) bool, the episode ends by age or lack of bars; only at the last step of a segment.
 
         Raises:
             RuntimeError: the segment is over.
@@ -295,15 +296,6 @@ class TradingEnv:
         if h >= self.config.horizon:
             raise RuntimeError(f"all {h} steps of the segment are taken: call begin_segment()")
         self._step += 1
-        if self.compiled:
-            self.last_fill, ruined, rewards, self._observed = self._compiled_steps.step(actions, h)
-        else:
-            ruined, rewards = self._fill(actions, h)
-        truncated = self._end_segment() if self._step == self.config.horizon else self._none
-        return rewards, ruined, truncated
-
-    def _fill(self, actions: Tensor, h: int) -> tuple[Tensor, Tensor]:
-        # Returns who is ruined, and the rewards.
         account, segment = self._account, self.segment
         self._played.add_(account.alive)
         actions = torch.where(account.alive, actions, self._in_cash)
@@ -323,55 +315,26 @@ class TradingEnv:
         segment.helds[h].copy_(actions)
         self.last_fill = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
         self.statistics.flows.add_(self.last_fill)
-        return fill.ruined, fill.log_return.float()
+        truncated = self._end_segment() if self._step == self.config.horizon else self._none
+        return fill.log_return.float(), fill.ruined, truncated
 
-    def replay(self, actions: Tensor, by_compiler: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Play the next segment with given actions in one call; the same as stepping through it.
-
-        Args:
-            actions: (H, N) int64.
-            by_compiler: with torch.compile, which takes 15 seconds the first time and needs a C++ compiler
-                on CPUs; else step by step.
-
-        Returns:
-            rewards: (H, N) float32.
-            terminated: (H, N) bool.
-            truncated: (N,) bool, at the last step.
-
-        Raises:
-            ValueError: the actions have another shape.
-        """
-        shape = (self.config.horizon, self.config.num_envs)
-        if actions.shape != shape:
-            raise ValueError(
-                f"actions must have shape {shape} (horizon, num_envs), was {tuple(actions.shape)}"
-            )
-        self._begin()
-        before = self._played.clone()
-        targets = self._targets.index_select(0, actions.reshape(-1)).view(shape)
-        if self.segment.allowed is not None:
-            targets.masked_fill_(~self.segment.allowed, 0.0)
-        rewards = self._compiled_steps.replay(targets, by_compiler)
-        _, terminated, truncated = self._played_to_the_end(actions, before)
-        return rewards, terminated, truncated
-
-    def _played_to_the_end(self, actions: Tensor, played: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Who was alive at which decision and ruined by which, (H, N), follows from how many decisions counted.
+    def _finish_compiled(self, actions: Tensor, played: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Who was alive at each decision and ruined by it, (H, N), follows from how many decisions counted.
         decision = torch.arange(len(actions), device=self.device, dtype=self.dtype)[:, None]
         alive = decision < self._played - played
         terminated = alive & ~torch.cat((alive[1:], self._kept.alive[None]))
         counts = alive if self.segment.allowed is None else alive & self.segment.allowed
         cash = self.statistics.cash_index
-        # Cash where it does not count; bytes wrap around, and a masked fill of them takes twenty times as long.
+        # Cash where an action does not count. Bytes wrap around; a masked fill of them takes twenty times as long.
         self.segment.held.copy_(actions).sub_(cash).mul_(counts).add_(cash)
         self._step = self.config.horizon
         return alive, terminated, self._end_segment()
 
     def _end_segment(self) -> Tensor:
-        # Decides which episodes end here, adds up their statistics, and returns which ones were truncated.
-        # The state moves back to where it was at the segment's begin, where compiled steps find it.
+        # Decides which episodes end here, adds up their statistics, and returns which are truncated.
+        # The state moves back to the memory of the segment's begin, which compiled steps use.
         if self._account is not self._kept:
-            self._kept.become(self._account)
+            self._kept.copy_(self._account)
         self._account = account = self._kept
         config = self.config
         self._cursor.add_(config.horizon)
@@ -381,26 +344,25 @@ class TradingEnv:
         return truncated
 
     def _cut(self) -> Tensor:
-        # Which episodes end with this segment, for age or for want of bars.
+        # Which episodes end with this segment, by age or for lack of bars.
         return (self._played + self.config.horizon > self.config.episode_bars) | self._does_not_fit()
 
     def _does_not_fit(self) -> Tensor:
         return self._cursor + self.config.horizon + 1 > self.market.last_bar(self._cursor)
 
     def episode_statistics(self) -> dict[str, Tensor]:
-        """Return sums over whole segments since the last call, float64 scalars on the device, and start anew.
+        """Return sums over whole segments since the last call, float64 scalars on the device, and reset them.
 
-        Sums, so that ranks may be added before anything is divided: ``decisions`` by living accounts and
-        their ``rewards``; of the ``episodes`` that ended, the ``episode_log_returns`` and ``ruins``; ``costs``
-        (fees and slippage), ``borrow_costs`` and value ``traded``, in start equities; and the decisions
-        spent ``in_position_<target>``.
+        Sums, so that ranks can be added before dividing: ``decisions`` by living accounts and their ``rewards``;
+        of the ``episodes`` that ended, the ``episode_log_returns`` and ``ruins``; ``costs`` (fees and slippage),
+        ``borrow_costs`` and value ``traded``, in start equities; and the decisions spent
+        ``in_position_<target>``.
         """
         return self.statistics.take()
 
     def bytes_per_environment(self) -> tuple[float, float]:
-        """Return what an environment keeps, and what the bars of the segment that it plays take beside it."""
-        counted = self.statistics
-        kept = [*vars(self).values(), *self._kept.tensors(), *vars(counted).values()]
+        """Return the memory that an environment keeps, and that of its current segment's quotes."""
+        kept = [*vars(self).values(), *self._kept.tensors(), *vars(self.statistics).values()]
         sizes = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in kept
@@ -411,7 +373,7 @@ class TradingEnv:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next segment depends on, as plain types and CPU tensors.
 
-        Places are told by symbol and time, so the state fits a market that was refreshed since.
+        Bars are stored by symbol and time, so the state fits a refreshed market.
 
         Raises:
             RuntimeError: a segment is in the middle.
@@ -420,19 +382,62 @@ class TradingEnv:
             raise RuntimeError(
                 f"the state can be kept between segments only, this is after step {self._step}"
             )
-        return env_state.capture(self)
+        market = self.market
+        return {
+            "positions": list(self.config.positions),
+            "symbols": [market.symbols[number] for number in self._symbol.tolist()],
+            "open_time": market.open_time[self._cursor].cpu(),
+            # A split changes past prices; `_place` rescales the units so that they are worth the same.
+            "next_open": market.quotes[self._cursor + 1, 0].cpu(),
+            "account": {f.name: getattr(self.account, f.name).cpu().clone() for f in fields(self.account)},
+            "played": self._played.cpu().clone(),
+            "over": self._over.cpu().clone(),
+            "begun": self._begun,
+            "totals": self.statistics.totals.cpu().clone(),
+            "time_in": self.statistics.time_in.cpu().clone(),
+            "generator": self.generator.get_state().clone(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken.
+        """Resume where ``state_dict`` was taken.
 
-        An environment whose symbol or bar is gone, or that has no bars left for a segment, starts a new
-        episode. So does one beyond the state's number of environments, if that was smaller. A generator's
-        state goes on only on the same kind of device.
+        An environment whose symbol or bar is gone, or that has too few bars left for a segment, starts a new
+        episode, as does one beyond the state's number of environments, if that was smaller. The generator resumes
+        only on the same kind of device.
         """
-        env_state.restore(self, state)
+        self._place(state)
+        self._begun = state["begun"]
+        self.statistics.totals.copy_(state["totals"])
+        if list(state["positions"]) == list(self.config.positions):
+            self.statistics.time_in.copy_(state["time_in"])
+        if len(state["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(state["generator"].cpu())
 
     def use(self, market: Market) -> None:
-        """Go over to a refreshed market with the same accounts; what is gone from it starts anew."""
+        """Switch to a refreshed market with the same accounts; those whose bar is gone start a new episode."""
         state = self.state_dict()
         self._attach(market)
-        env_state.place(self, state)
+        self._place(state)
+
+    def _place(self, state: Mapping[str, Any]) -> None:
+        # Takes over the accounts alone. Runs between segments, so it may wait for the device.
+        n, market = min(self.config.num_envs, len(state["symbols"])), self.market
+        symbol, cursor, found = market.find(state["symbols"][:n], state["open_time"][:n])
+        ratio = state["next_open"][:n].to(self.device) / market.quotes[cursor + 1, 0]
+        for field in fields(self.account):
+            value, ours = state["account"][field.name][:n].to(self.device), getattr(self.account, field.name)
+            if field.name == "units":
+                value = value * ratio
+            if field.name == "target":
+                # Targets are compared by value, so take this environment's own bits, whatever its precision.
+                nearest = self._targets[(value[:, None] - self._targets).abs().argmin(1)]
+                value = torch.where((nearest - value).abs() < 1e-6, nearest, value.to(self.dtype))
+            ours[:n] = value.to(ours.dtype)
+        self._symbol[:n], self._cursor[:n] = symbol, cursor
+        self._played[:n] = state["played"][:n].to(self.device)
+        # Beyond the state, any bar will do until the next draw.
+        self._symbol[n:], self._cursor[n:] = 0, 0
+        self._over.fill_(True)
+        self._over[:n] = state["over"][:n].to(self.device) | ~found
+        self._over |= self._does_not_fit()
+        self._step = self.config.horizon

@@ -100,8 +100,7 @@ def test_imports_point_one_way(source: Path) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_only_the_settings_are_imported_for_their_type_alone(source: Path) -> None:
-    circle = {"envs"} if name_of(source) == "envs/env_state.py" else set()  # to be folded into trading_env
-    assert imports(source, for_types=True) & OURS.keys() <= {"continuous_training"} | circle
+    assert imports(source, for_types=True) & OURS.keys() <= {"continuous_training"}
 
 
 def test_settings_have_a_type_everywhere() -> None:

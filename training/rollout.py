@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.counterfactuals import accounts_in_every_position, growth_of_every_choice, what_is_held
+from envs.counterfactuals import accounts_in_every_position, growth_of_every_choice, held_index
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from runtime.control import heartbeat
@@ -110,8 +110,8 @@ def collect(
     noise = torch.rand(shape, generator=generator, device=bars.device)
     noise = torch.zeros_like(noise) if greedy else -(-noise.clamp_(1e-7, 1 - 1e-7).log()).log()
     by_time = (each.transpose(0, 1).contiguous() for each in (projected[:, :-1], noise))
-    played = env.play(policy.head.choose, *by_time)
-    columns = (*played[:5], *played.told)
+    trajectory = env.play(policy.head.choose, *by_time)
+    columns = (*trajectory[:5], *trajectory.outputs)
     accounts, valid, log_equity, rewards, terminated, actions, log_policy, values = (
         column.transpose(0, 1).contiguous() for column in columns
     )
@@ -126,7 +126,7 @@ def collect(
         growth = (growth * scale[:, None, None, None]).float()
         accounts_and_after = torch.cat((accounts, after[:, None]), dim=1)
         log_policies, critic = _in_every_position(env, policy, projected, accounts_and_after, chunk_segments)
-        held = what_is_held(accounts, config.positions)
+        held = held_index(accounts, config.positions)
         seen = Hindsight(growth, ends, log_policies, critic, held)
         if env.segment.allowed is not None:
             seen.only_cash = ~env.segment.allowed.t()
