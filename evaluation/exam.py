@@ -39,6 +39,12 @@ class Walk:
     log_returns: NDArray[np.float64]  # (T,) reward of each decision, up to the next open, net of all costs
     costs: NDArray[np.float64]  # (T,) paid for it: fees, slippage, borrowing, as a fraction of equity
     traded: NDArray[np.float64]  # (T,) value bought or sold, as a fraction of equity
+    borrowing: NDArray[np.float64]  # (T,) the part of ``costs`` that was paid for borrowing
+
+    @property
+    def equity_before(self) -> NDArray[np.float64]:
+        """(T,) equity right before each fill, 1 at the start."""
+        return np.exp(np.cumsum(self.log_returns) - self.log_returns)
 
 
 Contestants = Mapping[str, list[Walk]]  # name -> one walk per symbol, the same symbols and bars for everybody
@@ -57,6 +63,7 @@ def examine(
     check_stop: Callable[[], None] = lambda: None,
     flat_costs_bps: Sequence[float] = (),
     on_segment: Callable[[int, int], None] = lambda done, total: None,
+    max_segments: int | None = None,
 ) -> dict[str, list[Walk]]:
     """Let policies and baselines walk the bars from ``start_ns`` to ``end_ns``; greedy, nothing is drawn.
 
@@ -78,6 +85,7 @@ def examine(
         flat_costs_bps: costs of traded value, in place of all fees and slippage, at which the first policy walks
             once more, as another contestant each: ``at_flat_cost(name, bps)``.
         on_segment: told after each segment how many are walked, and of how many.
+        max_segments: stop after this many segments; None: at the end of the bars.
 
     Returns:
         Walks of the policies, then of the baselines.
@@ -102,14 +110,14 @@ def examine(
     heads = [policy.head for policy in policies.values()]
     accounts_of = [1 + len(flat_costs_bps), *(1 for _ in others)]  # of each head, on every symbol
     horizon, num_symbols = config.horizon, len(symbols)
-    schedule = env.schedule[:, :num_symbols]  # (R, S)
+    schedule = env.schedule[:max_segments, :num_symbols]  # (R, S)
     numbers = [market.symbols.index(symbol) for symbol in symbols]
     first_bars = market.offsets[torch.tensor(numbers, device=env.device)]
     ahead = torch.arange(horizon, device=env.device)
     at_once = max(1, ENCODED_SEGMENTS // num_symbols)
 
     played = []
-    for number in range(env.num_segments):
+    for number in range(len(schedule)):
         check_stop()
         if number % at_once == 0:
             rows = schedule[number : number + at_once]
@@ -123,7 +131,7 @@ def examine(
         shares = [share[number % at_once] for share in projected]
         with _one_thread(env.device):
             played.append(_played(env, shares, heads, accounts_of, torch.cat(rules, dim=1)))
-        on_segment(number + 1, env.num_segments)
+        on_segment(number + 1, len(schedule))
     columns = [np.concatenate(column) for column in zip(*played, strict=True)]  # (R x H, N) each
     return _walks(names, symbols, market, schedule, ahead, columns)
 
@@ -177,7 +185,7 @@ def _played(
     accounts_of: Sequence[int],
     rules: Tensor,
 ) -> list[NDArray[np.float64]]:
-    """Play one segment: position, log return, costs and value traded of every decision, (H, N) each."""
+    """Play one segment: position, log return, costs, value traded and borrowing per decision, (H, N) each."""
     before, fills = [], []
     for h in range(env.config.horizon):
         account = env.account
@@ -198,7 +206,7 @@ def _played(
     targets = torch.tensor([*env.config.positions, 0.0], dtype=env.dtype, device=env.device)
     chosen = targets[env.segment.held.long()]
     position = torch.where(chosen == held, units * env.segment.price[:-1] / equity, chosen)
-    columns = (position, log_return, (costs + owed) / equity, traded / equity)
+    columns = (position, log_return, (costs + owed) / equity, traded / equity, owed / equity)
     return [column.cpu().numpy() for column in columns]
 
 

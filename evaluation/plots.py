@@ -25,6 +25,7 @@ from evaluation.exam import CHAMPION, POLICY, Contestants, Walk
 from evaluation.measures import equity_curve
 
 ACCENT, SECOND, INK, MUTED, FAINT = "#0072B2", "#D55E00", "#1f2328", "#6b7280", "#e3e6ea"
+BOUGHT = "#009E73"
 # In the page a colour is a variable of its style sheet, which has another value in the dark.
 VARIABLES = {ACCENT: "accent", SECOND: "second", INK: "ink", MUTED: "muted", FAINT: "faint"}
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -36,6 +37,7 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 }
 WIDTHS = (8.6, 3.6)  # inches, of the two widths
 NARROW = 5.0  # below this it is a phone
+LEAST_TRADE = 0.2  # a smaller change of the position is drift, not a trade
 
 
 def equity(contestants: Contestants, width: float) -> Figure:
@@ -129,32 +131,38 @@ def cost_curve(
 
 
 def symbol(walk: Walk, width: float) -> Figure:
-    """Draw one symbol's price, the position held over it, and what it earned; closed hours take no room."""
-    figure = Figure(figsize=(width, 3.7), layout="constrained")
-    figure.patch.set_alpha(0)
-    prices, positions, earned = figure.subplots(3, sharex=True, height_ratios=(3, 1.1, 1.6))
-    for axes in (prices, positions, earned):
-        _plain(axes)
-        axes.margins(x=0)
-    place = stretches(len(walk.time))
-    prices.plot(place, means(walk.price), color=INK, linewidth=0.9)
-    prices.set_ylabel("price")
-    positions.fill_between(place, means(walk.position), step="post", color=ACCENT, alpha=0.65, linewidth=0)
-    positions.axhline(0, color=MUTED, linewidth=0.6)
-    limit = max(1.0, float(np.abs(walk.position).max())) * 1.1
-    positions.set_ylim(-limit, limit)
-    positions.set_ylabel("position")
-    grown = 100 * np.expm1(np.cumsum(walk.log_returns))
-    earned.plot(place, means(grown), color=ACCENT, linewidth=1.4)
-    _zero_line(earned)
-    earned.set_ylabel("net, %")
-    count = 4 if width < NARROW else 8
-    ticks = np.unique(np.linspace(0, len(walk.time) - 1, count).round().astype(int))
-    form = "%m-%d\n%H:%M"
-    earned.set_xticks(
-        ticks, [walk.time[tick].astype("datetime64[s]").item().strftime(form) for tick in ticks]
+    """Draw one symbol's price, the position held over it, and its return."""
+    figure, (*_, net) = _walk_panels(walk, (width, 3.7), (3, 1.1, 1.6))
+    net.set_ylabel("net, %")
+    return figure
+
+
+def episode(walk: Walk, title: str) -> Figure:
+    """Draw what :func:`symbol` draws, with every trade, buying and holding, and the costs paid so far."""
+    figure, (prices, _, net, paid) = _walk_panels(walk, (10, 8), (3, 1, 3, 2))
+    bars = np.arange(len(walk.time))
+    change = np.diff(walk.position.round(2), prepend=0.0)
+    for name, marker, color, where in (
+        ("bought", "^", BOUGHT, change > LEAST_TRADE),
+        ("sold", "v", SECOND, change < -LEAST_TRADE),
+    ):
+        prices.scatter(bars[where], walk.price[where], s=18, c=color, marker=marker, label=name, zorder=3)
+    prices.set_title(title, loc="left", color=INK, fontsize=10)
+
+    held = 100 * (walk.price / walk.price[0] - 1)
+    net.plot(bars, held, label="buy and hold, without costs", **STYLES[BUY_AND_HOLD])
+    net.set_ylabel("net return, %")
+
+    # As fractions of the equity at the start they add up.
+    fees, borrowing = (
+        100 * part * walk.equity_before for part in (walk.costs - walk.borrowing, walk.borrowing)
     )
-    figure.align_ylabels()
+    labels = ("fees and slippage", "borrowing")
+    paid.stackplot(bars, fees.cumsum(), borrowing.cumsum(), labels=labels, colors=(SECOND, ACCENT))
+    paid.set_ylabel("paid so far, %")
+    paid.set_xlabel("decisions, by the time of their fill, UTC; closed hours are left out")
+    for axes in (prices, net, paid):
+        axes.legend(loc="upper left", frameon=False, ncols=2, labelcolor=INK, fontsize=8.5)
     return figure
 
 
@@ -196,10 +204,10 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
 # --- as files ---------------------------------------------------------------------------------------------
 
 
-def as_png(figure: Figure) -> bytes:
-    """Return the picture at twice the resolution of a page."""
+def as_png(figure: Figure, dpi: int = 200) -> bytes:
+    """Return the picture on white, by default at twice the resolution of a page."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", pil_kwargs={"optimize": True})
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", pil_kwargs={"optimize": True})
     return buffer.getvalue()
 
 
@@ -257,6 +265,39 @@ def _plain(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "\N{MINUS SIGN}"))
     )
+
+
+def _walk_panels(
+    walk: Walk, size: tuple[float, float], heights: Sequence[float]
+) -> tuple[Figure, Sequence[Axes]]:
+    """Return panels above each other: price, position, net return, and what else there is room for.
+
+    They share an axis of decisions: closed hours take no room.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    figure.patch.set_alpha(0)
+    panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
+    for axes in panels:
+        _plain(axes)
+        axes.margins(x=0)
+    prices, positions, net, *_ = panels
+    place = stretches(len(walk.time))
+    prices.plot(place, means(walk.price), color=INK, linewidth=0.9)
+    prices.set_ylabel("price")
+    positions.fill_between(place, means(walk.position), step="post", color=ACCENT, alpha=0.65, linewidth=0)
+    positions.axhline(0, color=MUTED, linewidth=0.6)
+    limit = max(1.0, float(np.abs(walk.position).max())) * 1.1
+    positions.set_ylim(-limit, limit)
+    positions.set_ylabel("position")
+    percent = 100 * np.expm1(np.cumsum(walk.log_returns))
+    net.plot(place, means(percent), color=ACCENT, linewidth=1.4, label="policy")
+    _zero_line(net)
+    count = 4 if size[0] < NARROW else 8
+    ticks = np.unique(np.linspace(0, len(walk.time) - 1, count).round().astype(int))
+    times = (walk.time[tick].astype("datetime64[s]").item() for tick in ticks)
+    panels[-1].set_xticks(ticks, [f"{time:%m-%d\n%H:%M}" for time in times])
+    figure.align_ylabels()
+    return figure, panels
 
 
 def _zero_line(axes: Axes) -> None:

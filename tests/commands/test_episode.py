@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from commands.episode import command, draw, play
+from commands.episode import command, play
 from continuous_training import Settings
 from envs.config import EnvConfig
+from evaluation import plots
 from evaluation.trained_policy import TrainedPolicy
 from models.policy import Policy
 from models.transformer import TransformerConfig
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_what_is_drawn_is_what_the_account_did(tmp_path: Path) -> None:
+def test_what_is_drawn_is_what_the_account_did() -> None:
     bars = walk("AAA", 400, "stock", gaps={100: 1050})
     market = market_of(bars)
     config = EnvConfig(9, context_bars=CONTEXT, horizon=HORIZON, episode_bars=4 * HORIZON)
@@ -39,17 +40,23 @@ def test_what_is_drawn_is_what_the_account_did(tmp_path: Path) -> None:
     assert np.array_equal(episode.price, bars.open[filled].astype(np.float32))
     assert len({round(position) for position in episode.position}) > 1
     # Equity from the drawn positions and costs alone: value gained less what was paid.
-    before = np.concatenate([[1.0], episode.equity[:-1]])
+    before = episode.equity_before
+    equity = np.append(before[1:], np.exp(episode.log_returns.sum()))
     after = bars.open[start + 2 : start + 2 + length].astype(np.float32) / episode.price
-    paid = np.diff(episode.costs, prepend=0.0)
-    borrowed = np.diff(episode.borrow_costs, prepend=0.0)
+    paid, borrowed = (episode.costs - episode.borrowing) * before, episode.borrowing * before
     invested = episode.position * (before - paid)
-    np.testing.assert_allclose(episode.equity - before, invested * (after - 1) - paid - borrowed, atol=1e-6)
-    assert episode.costs[-1] > 0
-    draw(episode, "AAA", tmp_path / "episode.png")
-    assert (tmp_path / "episode.png").read_bytes().startswith(PNG)
-    with pytest.raises(ValueError, match="cannot be written: No such file or directory"):
-        draw(episode, "AAA", tmp_path / "nowhere" / "episode.png")
+    np.testing.assert_allclose(equity - before, invested * (after - 1) - paid - borrowed, atol=1e-6)
+    assert paid.sum() > 0 and borrowed.sum() > 0
+
+    prices, positions, net, costs = plots.episode(episode, "AAA").axes
+    assert prices.get_title("left") == "AAA"
+    trades = sum(len(points.get_offsets()) for points in prices.collections)
+    assert trades == (np.abs(np.diff(episode.position.round(2), prepend=0.0)) > 0.2).sum() > 0
+    np.testing.assert_array_equal(prices.lines[0].get_ydata(), episode.price)
+    np.testing.assert_allclose(net.lines[0].get_ydata(), 100 * (equity - 1))
+    assert positions.collections
+    highest = max(path.vertices[:, 1].max() for part in costs.collections for path in part.get_paths())
+    assert highest == pytest.approx(100 * (paid + borrowed).sum())
 
 
 def test_the_command_draws_any_symbol_of_a_checkpoint(tmp_path: Path) -> None:
@@ -73,6 +80,8 @@ def test_the_command_draws_any_symbol_of_a_checkpoint(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"^{told}"):
             command(TrainedPolicy.read(path, Settings), "", start, output)
+    with pytest.raises(ValueError, match="cannot be written: No such file or directory"):
+        command(TrainedPolicy.read(path, Settings), "", "", tmp_path / "nowhere" / "episode.png")
     gone = run("episode", str(tmp_path / "gone.pt"))
     told = f"{tmp_path / 'gone.pt'} cannot be read: No such file or directory\n"
     assert (gone.returncode, gone.stdout, gone.stderr) == (2, "", told)

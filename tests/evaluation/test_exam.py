@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from commands.episode import play
 from envs.config import EnvConfig
 from envs.market import YEAR_NS, Market, NoSegment
+from envs.walk_env import ExamEnv
 from evaluation import baselines
 from evaluation.exam import Walk, examine
 from models.policy import Policy
@@ -108,19 +108,46 @@ def test_the_laws_of_the_baselines(walks: dict[str, list[Walk]]) -> None:
     assert (stock.traded > 0).sum() == 1
 
 
-def test_the_policy_does_what_it_does_in_an_episode(walks: dict[str, list[Walk]]) -> None:
+@torch.no_grad()
+def step_by_step(policy: Policy, market: Market, symbol: str, start_ns: int) -> np.ndarray:
+    """Rows of an account's time, position, equity after it, fees and borrowing: one env, one step at a time."""
+    env = ExamEnv(market, CONFIG, market.device, [(symbol, start_ns)])
+    rows = []
+    for _ in range(env.num_segments):
+        projected = policy.encode(env.begin_segment(), HORIZON + 1)
+        times = market.open_time[env.cursor + torch.arange(1, HORIZON + 1)]
+        for h in range(HORIZON):
+            logits, _ = policy.head.decide(projected[:, h], env.account_observations())
+            price = env.segment.prices[h].clone()
+            env.step(logits.argmax(-1))
+            account = env.account
+            value = account.units * price
+            exposure = value / (account.cash + value)  # the cash is what is left after this fill
+            equity = account.log_equity.exp()
+            rows.append(torch.cat((times[h : h + 1], exposure, equity, env.last_fill[2], account.owed)))
+    return torch.stack(rows).double().numpy().T
+
+
+def test_the_policy_does_what_it_does_step_by_step(walks: dict[str, list[Walk]]) -> None:
     policy, market = policy_of(MARKET), MARKET.until(NEVER)
     for played, start in ((walks["policy"][1], TRAINED_UNTIL),):
-        alone = play(policy, market, CONFIG, played.symbol, start)
-        assert len(alone.price) == len(played.price)
-        assert np.array_equal(alone.time, played.time)
-        np.testing.assert_allclose(played.position, alone.position, atol=1e-6)
-        np.testing.assert_allclose(np.cumsum(played.log_returns), np.log(alone.equity), atol=1e-6)
-        before = np.exp(np.cumsum(played.log_returns) - played.log_returns)
-        np.testing.assert_allclose(
-            np.cumsum(played.costs * before), alone.costs + alone.borrow_costs, atol=1e-6
-        )
+        time, position, equity, fees, borrowed = step_by_step(policy, market, played.symbol, start)
+        assert np.array_equal(played.time.astype(np.int64), time.astype(np.int64))
+        np.testing.assert_allclose(played.position, position, atol=1e-6)
+        np.testing.assert_allclose(np.cumsum(played.log_returns), np.log(equity), atol=1e-6)
+        before = played.equity_before
+        np.testing.assert_allclose(played.costs * before, fees + borrowed, atol=1e-6)
+        np.testing.assert_allclose(played.borrowing * before, borrowed, atol=1e-9)
+        assert borrowed.sum() > 0
         assert len(set(played.position.round(1))) > 1
+
+
+def test_an_exam_may_end_after_so_many_segments(walks: dict[str, list[Walk]]) -> None:
+    for name, contestant in exam(max_segments=2).items():
+        for short, full in zip(contestant, walks[name], strict=True):
+            assert len(short.time) == 2 * HORIZON
+            np.testing.assert_array_equal(short.time, full.time[: 2 * HORIZON])
+            np.testing.assert_allclose(short.log_returns, full.log_returns[: 2 * HORIZON], atol=1e-9)
 
 
 def test_everybody_walks_the_same_bars_after_the_training_and_before_the_end(

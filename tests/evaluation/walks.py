@@ -17,6 +17,7 @@ def walk_of(
     position: Sequence[float] | None = None,
     costs: Sequence[float] | None = None,
     traded: Sequence[float] | None = None,
+    borrowing: Sequence[float] | None = None,
 ) -> Walk:
     """A walk; decisions fill ``hours`` after 2026-01-05 00:00 UTC, or once a day at noon."""
     length = len(log_returns)
@@ -35,6 +36,7 @@ def walk_of(
         np.asarray(log_returns, dtype=np.float64),
         column(costs, 0.0),
         column(traded, 0.0),
+        column(borrowing, 0.0),
     )
 
 
