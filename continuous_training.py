@@ -50,7 +50,6 @@ from training.assembly import (
     market_on_device,
     memory_plan,
     save,
-    session_config,
     unlike,
 )
 from training.checkpoint_writer import BackgroundWriter
@@ -58,8 +57,8 @@ from training.data_feed import Prefetch, fresh_bars, refresh_ahead
 from training.distributed import Ranks, agreed_stop
 from training.memory import DoesNotFit
 from training.metrics import Phases, Stopwatch
-from training.progress import Clock, Summary
-from training.trainer import Session
+from training.progress import Summary, TrainingProgress
+from training.trainer import Trainer, compile_is_on
 
 log = logging.getLogger("continuous_training")
 
@@ -201,64 +200,64 @@ def train(settings: Settings, control: Control) -> None:
         )
         phases = Phases(console.phase)
         prefetch = on_leaving.enter_context(Prefetch(refresh_ahead(settings, ranks)))
-        clock, saved = restored(settings, ranks)
+        progress, saved = restored(settings, ranks)
         writer = on_leaving.enter_context(
             BackgroundWriter(Path(settings.checkpoint_dir), settings.keep_checkpoints, ranks.is_first)
         )
         examiner = Examiner(Path(settings.checkpoint_dir), ranks, control)
-        summary = Summary(clock.transitions)
-        session: Session | None = None
-        stopping = clock.is_past(settings.runs)
+        summary = Summary(progress.transitions)
+        trainer: Trainer | None = None
+        stopping = progress.is_past(settings.runs)
         while not stopping:
             # once a run: new bars, same training (all ranks; rank 0 downloads)
             lake = Lake(Path(settings.data_dir), console)
             with phases.during("data"):
-                data = fresh_bars(lake, settings, clock, ranks, control, console, prefetch)
+                data = fresh_bars(lake, settings, progress, ranks, control, console, prefetch)
                 if data is None:
                     break  # asked to stop while bars were loading
                 console.data(data)
-                market = market_on_device(settings, data, session, saved, ranks)
-            clock.trained_until_ns = max(clock.trained_until_ns, holdout_start_ns(settings, data.bars))
-            if session is None:
+                market = market_on_device(settings, data, trainer, saved, ranks)
+            progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))
+            if trainer is None:
                 with heartbeat_thread(COMPILER_SECONDS):
-                    session = new_session(settings, market, saved, ranks)
+                    trainer = new_trainer(settings, market, saved, ranks)
                 saved = None  # gigabytes
             else:
-                session.use(market)
+                trainer.set_market(market)
             fingerprint, data = data.fingerprint, None  # the bars are on the device
-            session.learner.rate_scale = clock.rate_scale
-            log.info(f"Run {clock.run}: epochs {clock.epoch + 1} to {settings.epochs}")
-            console.begin(settings, clock, f"{ranks.world_size} x {ranks.device.type}", control)
+            trainer.learner.rate_scale = progress.rate_scale
+            log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
+            console.begin(settings, progress, f"{ranks.world_size} x {ranks.device.type}", control)
             exam = None  # of the weights as they are
 
-            while clock.epoch < settings.epochs and not stopping:
+            while progress.epoch < settings.epochs and not stopping:
                 watch = Stopwatch(ranks.device)
-                cost_scale = clock.cost_scale(settings.cost_ramp, settings.epochs)
+                cost_scale = progress.cost_scale(settings.cost_ramp, settings.epochs)
                 phases.now("rollout")
-                rollout = session.collect(cost_scale)  # one trunk forward, horizon steps
+                rollout = trainer.collect(cost_scale)  # one trunk forward, horizon steps
                 watch.mark()
                 stop_now = partial(agreed_stop, STOP_NOW, ranks, control)  # asked before every optimizer step
                 phases.now("update")
-                statistics = session.update(rollout, clock.epoch / settings.epochs, stop_now)
+                statistics = trainer.update(rollout, progress.epoch / settings.epochs, stop_now)
                 if statistics is None:  # stopped between two steps: the next start takes the others
                     stopping = True
-                    save(settings, clock, session, fingerprint, {}, writer, exam)
+                    save(settings, progress, trainer, fingerprint, {}, writer, exam)
                     break
                 watch.mark()
-                clock.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
+                progress.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
 
                 # a signal to one rank stops all of them
                 stopping = agreed_stop(STOP_AT_EPOCH_END, ranks, control)
                 # the one place where the host waits for the GPU (all ranks)
-                metrics = session.metrics(clock, statistics, watch)
-                is_lost = session.is_lost(metrics) and not stopping
+                metrics = trainer.metrics(progress, statistics, watch)
+                is_lost = trainer.has_diverged(metrics) and not stopping
                 # once in a while, at the end, and when the last one failed: a checkpoint, with its exam
-                due = clock.epoch % settings.checkpoint_every == 0 or clock.epoch == settings.epochs
+                due = progress.epoch % settings.checkpoint_every == 0 or progress.epoch == settings.epochs
                 saving = not is_lost and (due or stopping or ranks.any(writer.owes))
                 exam = None
                 if saving and not stop_now():
                     with phases.during("evaluation"):
-                        exam = examiner.examine(session, clock, fingerprint, writer)
+                        exam = examiner.examine(trainer, progress, fingerprint, writer)
                     metrics |= exam.figures
                 metrics |= phases.figures()
                 console.epoch(metrics, settings.epochs)
@@ -266,22 +265,22 @@ def train(settings: Settings, control: Control) -> None:
                     log.info(line)
                 summary.count(metrics["rollout/reward_bps"])
                 if is_lost:
-                    clock, saved = rolled_back(settings, clock, writer, ranks)
-                    session = None  # made anew from the checkpoint
+                    progress, saved = rolled_back(settings, progress, writer, ranks)
+                    trainer = None  # made anew from the checkpoint
                     break
                 if saving:  # all ranks hand in their state
                     stopping = stopping or stop_now()  # one that came during the exam, which was broken off
                     with phases.during("checkpoint"):
-                        save(settings, clock, session, fingerprint, metrics, writer, exam)
+                        save(settings, progress, trainer, fingerprint, metrics, writer, exam)
                 control.progressed()
-                is_last = stopping or clock.run == settings.runs
-                prefetch.after_epoch(0 if is_last else settings.epochs - clock.epoch)
+                is_last = stopping or progress.run == settings.runs
+                prefetch.after_epoch(0 if is_last else settings.epochs - progress.epoch)
 
-            if clock.epoch == settings.epochs:
-                log.info(f"Run {clock.run} is complete")
-                clock.next_run()
-                stopping = stopping or clock.is_past(settings.runs)
-        for line in summary.lines(clock, writer.finish()):
+            if progress.epoch == settings.epochs:
+                log.info(f"Run {progress.run} is complete")
+                progress.next_run()
+                stopping = stopping or progress.is_past(settings.runs)
+        for line in summary.lines(progress, writer.finish()):
             log.info(line)
         if ranks.any(writer.owes):
             raise ExitProgram(
@@ -291,7 +290,7 @@ def train(settings: Settings, control: Control) -> None:
             )
 
 
-def restored(settings: Settings, ranks: Ranks) -> tuple[Clock, checkpoint.Restored | None]:
+def restored(settings: Settings, ranks: Ranks) -> tuple[TrainingProgress, checkpoint.Restored | None]:
     """Find where the training stands; rank 0 chooses the checkpoint, since ranks could see different ones.
 
     Every rank reads it from the disk; where one cannot, the folder is not shared, and rank 0 sends its own.
@@ -304,91 +303,91 @@ def restored(settings: Settings, ranks: Ranks) -> tuple[Clock, checkpoint.Restor
         saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
         for warning in warnings:
             log.warning(warning)
-    name = ranks.from_first(saved.path.name if saved else "")
+    name = ranks.broadcast(saved.path.name if saved else "")
     if not name:
-        return Clock(), None
+        return TrainingProgress(), None
     if not ranks.is_first:
         saved = checkpoint.named(Path(settings.checkpoint_dir), name)
     if len(set(ranks.gather(saved.weights["transitions"] if saved else None))) > 1:
-        saved = ranks.from_first(saved)
+        saved = ranks.broadcast(saved)
     assert saved is not None
     if reason := unlike(settings, saved):
         raise ExitProgram(EXIT_SETTING, reason)
-    clock = Clock(saved.weights["run"], saved.weights["epoch"], saved.weights["transitions"])
+    progress = TrainingProgress(saved.weights["run"], saved.weights["epoch"], saved.weights["transitions"])
     if saved.resume:
-        clock = Clock(**saved.resume["clock"])
+        progress = TrainingProgress(**saved.resume["clock"])
     # Written before exams were: its own bars, and those of all before it, end where its data does.
     trained_until_ns = saved.weights.get("trained_until_ns", saved.weights["data_cutoff_ns"])
-    clock.trained_until_ns = max(clock.trained_until_ns, trained_until_ns)
+    progress.trained_until_ns = max(progress.trained_until_ns, trained_until_ns)
     if ranks.is_first:  # the last start may have ended between its checkpoint and the ledger
         champion.settle(Path(settings.checkpoint_dir), saved.weights.get("exam", {}))
-    if clock.epoch >= settings.epochs:
-        clock.next_run()
-    log.info(f"Going on from {saved.path}, {clock.transitions:,} transitions so far")
-    if clock.is_past(settings.runs):
+    if progress.epoch >= settings.epochs:
+        progress.next_run()
+    log.info(f"Going on from {saved.path}, {progress.transitions:,} transitions so far")
+    if progress.is_past(settings.runs):
         log.info(f"All of --runs {settings.runs} are done: raise it, or use another --checkpoint-dir")
-    return clock, saved
+    return progress, saved
 
 
 def rolled_back(
-    settings: Settings, clock: Clock, writer: BackgroundWriter, ranks: Ranks
-) -> tuple[Clock, checkpoint.Restored | None]:
+    settings: Settings, progress: TrainingProgress, writer: BackgroundWriter, ranks: Ranks
+) -> tuple[TrainingProgress, checkpoint.Restored | None]:
     """Return to the newest checkpoint, to go on at half the learning rate until the run ends (all ranks).
 
     Raises:
         ExitProgram: that was done MOST_ROLLBACKS times in this run already.
     """
-    rollbacks = clock.rollbacks + 1
-    lost = f"run {clock.run} epoch {clock.epoch}: most gradients are not finite"
+    rollbacks = progress.rollbacks + 1
+    lost = f"run {progress.run} epoch {progress.epoch}: most gradients are not finite"
     if rollbacks > MOST_ROLLBACKS:
         raise ExitProgram(EXIT_SETTING, f"{lost}, after {MOST_ROLLBACKS} rollbacks: lower learning_rate")
     log.warning(f"{lost}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate")
     writer.finish()
-    clock, saved = restored(settings, ranks)
-    clock.rollbacks = rollbacks
-    return clock, saved
+    progress, saved = restored(settings, ranks)
+    progress.rollbacks = rollbacks
+    return progress, saved
 
 
-def new_session(
+def new_trainer(
     settings: Settings, market: Market, saved: checkpoint.Restored | None, ranks: Ranks
-) -> Session:
+) -> Trainer:
     """Make this rank's environment and learner from the settings, and take back what a checkpoint saved.
 
     Raises:
         ExitProgram: they do not fit into the GPU's memory.
     """
-    memory, others = memory_plan(settings, market.num_bytes, ranks)
+    plan, others = memory_plan(settings, market.num_bytes, ranks)
     if others:
         log.warning(others)
-    config = session_config(settings, memory, ranks)
-    if config.compile:
+    compiles = compile_is_on(settings, ranks.device)
+    if compiles:
         log.info("Compiling the update and the accounts' steps, which takes a minute or two once")
     try:
-        session = Session(market, config, ranks, saved)
+        trainer = Trainer(market, settings, ranks, plan, saved)
     except DoesNotFit as error:
         raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
-    if session.memory != memory:
-        log.warning(f"the GPU's memory was full with {memory}; trains with {session.memory}")
-    elif memory.memory_bytes:
-        log.info(f"GPU memory: {memory}")
-    if config.compile and session.not_compiled:
-        log.warning(f"not all is compiled, so training is somewhat slower: {session.not_compiled}")
-    step = config.learner.minibatch_segments * settings.horizon * ranks.world_size
-    precision = "bf16" if config.bf16 else "fp32"
+    if trainer.memory_plan != plan:
+        log.warning(f"the GPU's memory was full with {plan}; trains with {trainer.memory_plan}")
+    elif plan.memory_bytes:
+        log.info(f"GPU memory: {plan}")
+    if compiles and trainer.not_compiled:
+        log.warning(f"not all is compiled, so training is somewhat slower: {trainer.not_compiled}")
+    step = trainer.learner.minibatch_segments * settings.horizon * ranks.world_size
+    precision = "bf16" if trainer.policy.bf16 else "fp32"
     log.info(
-        f"Policy: {session.policy.num_parameters():,} parameters, trunk in {precision}, on {ranks.world_size} x "
+        f"Policy: {trainer.policy.num_parameters():,} parameters, trunk in {precision}, on {ranks.world_size} x "
         f"{ranks.device.type}; {settings.envs_per_gpu * ranks.world_size:,} accounts; {step:,} transitions per "
-        f"optimizer step, {session.config.learner.micro_batch_segments} segments per micro-batch; "
-        f"{session.flops_per_transition() / 1e9:.3g} GFLOP per transition"
+        f"optimizer step, {trainer.learner.micro_batch_segments} segments per micro-batch; "
+        f"{trainer.flops_per_transition() / 1e9:.3g} GFLOP per transition"
     )
-    if ranks.device.type == "cpu" and session.policy.num_parameters() > 50_000_000:
+    if ranks.device.type == "cpu" and trainer.policy.num_parameters() > 50_000_000:
         log.warning("no GPU was found: a model of this size takes hours per epoch; try --preset small")
     if step < settings.batch_size:
         log.warning(
             f"batch_size={settings.batch_size:,} is more than the {step:,} transitions of an epoch, which make "
             "one step; raise envs_per_gpu for a larger one"
         )
-    return session
+    return trainer
 
 
 # --- command line -----------------------------------------------------------------------------------------

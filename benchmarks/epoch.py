@@ -33,9 +33,9 @@ from benchmarks.env_throughput import market_of
 from commands.cli import command_from
 from continuous_training import PRESETS, Settings
 from training import distributed
-from training.assembly import memory_plan, session_config
+from training.assembly import memory_plan
 from training.metrics import Stopwatch, matmul_rate
-from training.trainer import Session
+from training.trainer import Trainer
 
 # Dense bf16 operations per second according to NVIDIA's data sheets (A100: 2021-06, H100 and H200: 2024-11). By
 # full name: other form factors have other clocks.
@@ -84,33 +84,33 @@ def measure(
     """Train some epochs and report where the time went."""
     with distributed.start() as ranks:
         market = market_of(60_000, 32, ranks.device, settings.horizon, settings.context_bars)
-        memory, _ = memory_plan(settings, market.num_bytes, ranks)
+        plan, _ = memory_plan(settings, market.num_bytes, ranks)
         start = time.perf_counter()
-        session = Session(market, session_config(settings, memory, ranks), ranks, saved=None)
+        trainer = Trainer(market, settings, ranks, plan)
         prepared = time.perf_counter() - start
         spans = Spans(ranks.device)
-        spans.watch(session, "collect", "rollout")
-        spans.watch(session, "update", "update")
-        spans.watch(session.policy, "encode", "trunk")
-        spans.watch(session.env, "begin_segment", "new bars")
-        spans.watch(session.env, "play", "account loop")
-        spans.watch(session.learner, "_targets", "advantages")
-        spans.watch(session.learner, "_apply_gradients", "optimizer")
+        spans.watch(trainer, "collect", "rollout")
+        spans.watch(trainer, "update", "update")
+        spans.watch(trainer.policy, "encode", "trunk")
+        spans.watch(trainer.env, "begin_segment", "new bars")
+        spans.watch(trainer.env, "play", "account loop")
+        spans.watch(trainer.learner, "_targets", "advantages")
+        spans.watch(trainer.learner, "_apply_gradients", "optimizer")
         epochs = []
         for number in range(measured_epochs + 1):
-            rollout = session.collect(1.0)
+            rollout = trainer.collect(1.0)
             spent = spans.take()
-            session.update(rollout, number / EPOCHS_OF_A_RUN, lambda: False)
+            trainer.update(rollout, number / EPOCHS_OF_A_RUN, lambda: False)
             epochs.append(spans.take() | spent)
         if ranks.is_first:
-            print_report(settings, session, epochs[1:], prepared)
+            print_report(settings, trainer, epochs[1:], prepared)
 
 
 def print_report(
-    settings: Settings, session: Session, epochs: Sequence[Mapping[str, float]], prepared: float
+    settings: Settings, trainer: Trainer, epochs: Sequence[Mapping[str, float]], prepared: float
 ) -> None:
     """Print the table and the figures derived from it."""
-    ranks, trunk, config = session.ranks, session.policy.trunk, session.config
+    ranks, trunk, bf16 = trainer.ranks, trainer.policy.trunk, trainer.policy.bf16
     seconds = {name: statistics.median(epoch[name] for epoch in epochs) for name in epochs[0]}
     total = seconds["rollout"] + seconds["update"]
     parts = {
@@ -123,23 +123,23 @@ def print_report(
         "update: advantages": seconds["advantages"],
         "update: optimizer": seconds["optimizer"],
     }
-    is_cuda, micro_batch = ranks.device.type == "cuda", config.learner.micro_batch_segments
+    is_cuda, micro_batch = ranks.device.type == "cuda", trainer.learner.micro_batch_segments
     name = torch.cuda.get_device_name(ranks.device) if is_cuda else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{ranks.world_size} x {name}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}; {len(epochs)} "
-        f"epochs; {session.policy.num_parameters():,} parameters, trunk in {'bf16' if config.bf16 else 'fp32'}, "
+        f"epochs; {trainer.policy.num_parameters():,} parameters, trunk in {'bf16' if bf16 else 'fp32'}, "
         f"{settings.envs_per_gpu} accounts per device, {micro_batch} segments per micro-batch, "
-        f"not compiled: {session.not_compiled or 'nothing'}; prepared in {prepared:.0f} s\n"
+        f"not compiled: {trainer.not_compiled or 'nothing'}; prepared in {prepared:.0f} s\n"
     )
     print("| part of an epoch | seconds | share |\n|---|---|---|")
     for part, spent in parts.items():
         print(f"| {part} | {spent:.4g} | {spent / total:.1%} |")
     matrix_work = parts["rollout: trunk"] + parts["update: forward and backward"]
     transitions = settings.envs_per_gpu * settings.horizon * ranks.world_size
-    segments = settings.envs_per_gpu * config.learner.update_passes
+    segments = settings.envs_per_gpu * settings.update_passes
     flops = 3 * segments * trunk.forward_flops(settings.context_bars + settings.horizon, settings.horizon)
     rate = flops / seconds["update"]
-    product = matmul_rate(ranks.device, torch.bfloat16 if config.bf16 else torch.float32)
+    product = matmul_rate(ranks.device, torch.bfloat16 if bf16 else torch.float32)
     figures = {
         "transitions per second": f"{transitions / total:,.0f}",
         "rollout, share of the epoch": f"{seconds['rollout'] / total:.1%}",
@@ -147,11 +147,11 @@ def print_report(
         "update, share of a square product's rate": f"{rate / product:.1%}",
         f"a run of {EPOCHS_OF_A_RUN} epochs, hours": f"{EPOCHS_OF_A_RUN * total / 3_600:.2f}",
     }
-    if config.bf16 and name in PEAKS:
+    if bf16 and name in PEAKS:
         figures["update, MFU by the data sheet"] = f"{rate / PEAKS[name]:.1%}"
-    if is_cuda and session.memory:
+    if is_cuda and trainer.memory_plan.memory_bytes:
         peak_memory = torch.cuda.max_memory_allocated(ranks.device)
-        figures["memory, planned GiB"] = f"{session.memory.needed_bytes / 2**30:.1f}"
+        figures["memory, planned GiB"] = f"{trainer.memory_plan.needed_bytes / 2**30:.1f}"
         figures["memory, measured peak GiB"] = f"{peak_memory / 2**30:.1f}"
     print("\n| figure | is |\n|---|---|")
     for figure, value in figures.items():

@@ -35,15 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import peers
 from benchmarks.env_throughput import market_of
-from envs.config import EnvConfig
+from continuous_training import Settings
 from models.linear import Linear
 from models.transformer import TransformerConfig
 from tests.training.reencoding import WindowLearner, collect_by_windows
 from training.compilation import compile_accounts, compile_objective
 from training.distributed import Ranks
-from training.learner import Learner, LearnerConfig
-from training.losses import PPOConfig
-from training.trainer import Session, SessionConfig
+from training.learner import Learner
+from training.memory import MemoryNeeds, MemoryPlan
+from training.trainer import Trainer
 
 MATMUL_SIZE, MATMUL_REPEATS = 1_024, 12
 RANKS = Ranks(0, 1, torch.device("cpu"))
@@ -79,85 +79,91 @@ class WindowMLP(nn.Module):
         return tanh(self.second(tanh(self.window(windows))))
 
 
-def make_session(
+def make_trainer(
     advantages: str = "gae", horizon: int = peers.HORIZON, micro_batch: int = MICRO_BATCH
-) -> Session:
+) -> Trainer:
     market = market_of(60_000, 32, "cpu", horizon)
-    env = EnvConfig(
-        num_envs=peers.NUM_ENVS,
+    settings = Settings(
+        envs_per_gpu=peers.NUM_ENVS,
         context_bars=peers.CONTEXT,
         horizon=horizon,
         episode_bars=10 * peers.HORIZON,
         positions=peers.POSITIONS,
         crypto_fee_bps=1e4 * peers.FEE,
         slippage_bps=0.0,
-    )
-    ppo = PPOConfig(peers.GAMMA, peers.LAMBDA, peers.CLIP, peers.ENTROPY, peers.VALUE, advantages)
-    learner = LearnerConfig(
+        d_model=peers.WIDTH,
+        num_layers=peers.LAYERS,
+        num_heads=peers.HEADS,
+        compile="off",
+        batch_size=peers.MINIBATCH,
         update_passes=peers.PASSES,
-        minibatch_segments=peers.MINIBATCH // horizon,
-        micro_batch_segments=micro_batch,
         learning_rate=peers.LEARNING_RATE,
         warmup_steps=1,
         final_learning_rate_fraction=1.0,
         weight_decay=0.0,
         max_grad_norm=peers.MAX_GRAD_NORM,
+        gamma=peers.GAMMA,
+        gae_lambda=peers.LAMBDA,
+        advantages=advantages,
+        clip_coef=peers.CLIP,
+        entropy_coef=peers.ENTROPY,
+        value_coef=peers.VALUE,
     )
-    config = SessionConfig(env, ppo, learner, peers.WIDTH, peers.LAYERS, peers.HEADS, bf16=False, seed=0)
-    return Session(market, config, RANKS, saved=None)
+    needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, bf16=False)
+    return Trainer(market, settings, RANKS, MemoryPlan(needs, None, micro_batch))
 
 
-def production(session: Session, compiled: bool) -> peers.Contender:
-    if compiled:  # as a session does that was given a plan of its memory
-        sizes = session.config.learner.micro_batch_segments, peers.CONTEXT, peers.HORIZON
-        reason = compile_objective(session.objective, *sizes, RANKS) or compile_accounts(
-            session.env, session.policy, RANKS
+def production(trainer: Trainer, compiled: bool) -> peers.Contender:
+    if compiled:  # as a trainer does that was given a plan of its memory
+        sizes = trainer.learner.micro_batch_segments, peers.CONTEXT, peers.HORIZON
+        reason = compile_objective(trainer.objective, *sizes, RANKS) or compile_accounts(
+            trainer.env, trainer.policy, RANKS
         )
         if reason:
             raise SystemExit(f"not compiled: {reason}")
 
     def iterate() -> tuple[float, float]:
         start = time.perf_counter()
-        rollout = session.collect(1.0)
+        rollout = trainer.collect(1.0)
         middle = time.perf_counter()
-        session.update(rollout, 0.0, lambda: False)
+        trainer.update(rollout, 0.0, lambda: False)
         return middle - start, time.perf_counter() - middle
 
     return peers.Contender(
         iterate,
         peers.NUM_ENVS * peers.HORIZON,
-        session.policy.num_parameters(),
-        session.flops_per_transition(),
+        trainer.policy.num_parameters(),
+        trainer.flops_per_transition(),
     )
 
 
 def transformer(advantages: str = "gae", compiled: bool = False) -> peers.Contender:
-    return production(make_session(advantages), compiled)
+    return production(make_trainer(advantages), compiled)
 
 
 def mlp(num_features: int, compiled: bool = False) -> peers.Contender:
     micro_batch = MICRO_BATCH_OF_WINDOWS if num_features > peers.FEW_FEATURES else MICRO_BATCH
-    session = make_session(micro_batch=micro_batch)
-    session.policy.trunk = WindowMLP(session.policy.trunk.config, num_features)
-    session.learner = Learner(session.objective, session.config.learner, RANKS, seed=0)
-    return production(session, compiled)
+    trainer = make_trainer(micro_batch=micro_batch)
+    trainer.policy.trunk = WindowMLP(trainer.policy.trunk.config, num_features)
+    trainer.learner = Learner(trainer.objective, RANKS, micro_batch)
+    return production(trainer, compiled)
 
 
 def encoded_anew() -> peers.Contender:
-    session = make_session(horizon=peers.SHORT_HORIZON)
-    learner = WindowLearner(session.objective, session.config.learner, RANKS, seed=0)
+    trainer = make_trainer(horizon=peers.SHORT_HORIZON)
+    learner = WindowLearner(trainer.objective, RANKS, MICRO_BATCH)
 
     def iterate() -> tuple[float, float]:
         start = time.perf_counter()
         scale = math.sqrt(1.0 - peers.GAMMA**2)
-        rollout = collect_by_windows(session.env, session.policy, learner.generator, reward_scale=scale)
+        rollout = collect_by_windows(trainer.env, trainer.policy, learner.generator, reward_scale=scale)
         middle = time.perf_counter()
         learner.update_by_windows(rollout, peers.MINIBATCH)
         return middle - start, time.perf_counter() - middle
 
-    per_decision = (1 + 3 * peers.PASSES) * session.policy.trunk.forward_flops(peers.CONTEXT, 1)
+    per_decision = (1 + 3 * peers.PASSES) * trainer.policy.trunk.forward_flops(peers.CONTEXT, 1)
     transitions = peers.NUM_ENVS * peers.SHORT_HORIZON
-    return peers.Contender(iterate, transitions, session.policy.num_parameters(), per_decision)
+    return peers.Contender(iterate, transitions, trainer.policy.num_parameters(), per_decision)
 
 
 OURS: dict[str, Callable[[], peers.Contender]] = {

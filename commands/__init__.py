@@ -20,7 +20,6 @@ from evaluation.trained_policy import TrainedPolicy
 from monitoring.console import Console
 from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, ExitProgram
 from training import distributed
-from training.assembly import uses_bf16
 from training.data_feed import data_request
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def selftest_command(
     with distributed.start() as ranks, Console(Path(settings.log_dir)):
         failures = lookahead.run(settings, ranks)
         seed_list = range(settings.seed, settings.seed + seeds)
-        results = run_trials(TRIALS, Sizes(), seed_list, ranks, uses_bf16(settings, ranks))
+        results = run_trials(settings, TRIALS, Sizes(), seed_list, ranks)
         for path in report.write(Path(settings.report_dir) / "selftest", TRIALS, results):
             log.info(f"Wrote {path}")
     failures += [

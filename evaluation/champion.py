@@ -23,7 +23,7 @@ from models.policy import Policy
 from models.transformer import TransformerConfig
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
 from training import checkpoint
-from training.trainer import Session
+from training.trainer import Trainer
 
 log = logging.getLogger("continuous_training")
 
@@ -76,15 +76,15 @@ def _carried_out(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
     return line
 
 
-def read(path: Path, session: Session) -> Champion:
-    """Read ``best.pt`` for an exam on the session's market.
+def read(path: Path, trainer: Trainer) -> Champion:
+    """Read ``best.pt`` for an exam on the trainer's market.
 
     Raises:
-        CheckpointError: it is damaged, or of another model or feature scale than the session's.
+        CheckpointError: it is damaged, or of another model or feature scale than the trainer's.
     """
     weights = checkpoint.load(path)
     checkpoint.require_format(path, weights)
-    env, market = session.config.env, session.env.market
+    env, market = trainer.env.config, trainer.env.market
     theirs, ours = weights["features"], market.statistics.state_dict()
     same_features = list(theirs["names"]) == ours["names"] and all(
         torch.equal(theirs[name], ours[name]) for name in ("mean", "std")
@@ -104,7 +104,7 @@ def read(path: Path, session: Session) -> Champion:
         raise checkpoint.CheckpointError(f"{path} was trained with other {', '.join(other)}")
     sizes = weights["model_config"]
     with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are not kept
-        policy = Policy(trunk, sizes["num_account_features"], sizes["num_positions"], session.config.bf16)
+        policy = Policy(trunk, sizes["num_account_features"], sizes["num_positions"], trainer.policy.bf16)
     policy.load_state_dict(weights["model"])
     name = checkpoint.name_of(weights["run"], weights["epoch"])
     trained_until_ns = weights.get("trained_until_ns", weights["data_cutoff_ns"])

@@ -25,8 +25,8 @@ from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waitin
 from training import checkpoint
 from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
-from training.progress import Clock
-from training.trainer import Session
+from training.progress import TrainingProgress
+from training.trainer import Trainer
 
 log = logging.getLogger("continuous_training")
 
@@ -74,16 +74,18 @@ class Examiner:
         self._told: set[str] = set()
         self._best: _Best | None = None
 
-    def examine(self, session: Session, clock: Clock, fingerprint: str, writer: BackgroundWriter) -> Exam:
-        """Score the session's policy on the bars that it was never trained on (all ranks).
+    def examine(
+        self, trainer: Trainer, progress: TrainingProgress, fingerprint: str, writer: BackgroundWriter
+    ) -> Exam:
+        """Score the trainer's policy on the bars that it was never trained on (all ranks).
 
         Args:
-            session: its policy and market.
-            clock: where the training stands.
+            trainer: its policy and market.
+            progress: where the training stands.
             fingerprint: of the run's bars.
             writer: the exam before this one is on record once it is done.
         """
-        policy = session.policy_to_ask()
+        policy = trainer.full_policy()
         if not self._ranks.is_first:
             with heartbeat_while_waiting():
                 self._ranks.any(False)
@@ -91,7 +93,7 @@ class Examiner:
         writer.finish()
         exam = Exam()
         try:
-            exam = self._held(session, policy, clock, fingerprint)
+            exam = self._held(trainer, policy, progress, fingerprint)
         except _BrokenOff:
             log.info("No exam: asked to stop meanwhile")
         except OSError as error:
@@ -104,10 +106,10 @@ class Examiner:
         if self._control.stop_level >= STOP_NOW:
             raise _BrokenOff
 
-    def _held(self, session: Session, policy: Policy, clock: Clock, fingerprint: str) -> Exam:
+    def _held(self, trainer: Trainer, policy: Policy, progress: TrainingProgress, fingerprint: str) -> Exam:
         began = time.monotonic()
         path = self._folder / checkpoint.BEST
-        file, obstacle, read, start_ns = _identity(path), "", None, clock.trained_until_ns
+        file, obstacle, read, start_ns = _identity(path), "", None, progress.trained_until_ns
         best = self._best if self._best and self._best.file == file else None
         if best:
             start_ns = max(start_ns, best.trained_until_ns)
@@ -116,43 +118,43 @@ class Examiner:
         try:
             if file and not best:
                 try:
-                    read = champion.read(path, session)
+                    read = champion.read(path, trainer)
                     start_ns = max(start_ns, read.trained_until_ns)
                 except checkpoint.CheckpointError as error:
                     obstacle = f"{error}; move it away to let another one take its place"
             policies = {POLICY: policy} | ({CHAMPION: read.policy} if read else {})
             walks = examine(
                 policies,
-                session.env.market,
-                session.config.env,
-                session.env.market.symbols,
+                trainer.env.market,
+                trainer.env.config,
+                trainer.env.market.symbols,
                 start_ns,
                 NEVER_NS,
-                chunk_segments=min(session.config.learner.micro_batch_segments, session.config.env.num_envs),
+                chunk_segments=min(trainer.learner.micro_batch_segments, trainer.env.config.num_envs),
                 check_stop=self._check_stop,
             )
         except (NoSegment, torch.OutOfMemoryError) as error:
-            self._tell_once(_why_none(error, start_ns, session))
+            self._tell_once(_why_none(error, start_ns, trainer))
             return Exam()
         if read and file:
             name, until_ns = read.name, read.trained_until_ns
             best = self._best = _Best(file, fingerprint, start_ns, name, until_ns, walks[CHAMPION])
         if best:
             walks = {POLICY: walks[POLICY], CHAMPION: best.walks} | walks
-        return self._judged(walks, clock, fingerprint, best.name if best else "", obstacle, began)
+        return self._judged(walks, progress, fingerprint, best.name if best else "", obstacle, began)
 
     def _judged(
         self,
         walks: Contestants,
-        clock: Clock,
+        progress: TrainingProgress,
         fingerprint: str,
         champion_name: str,
         obstacle: str,
         began: float,
     ) -> Exam:
         """Turn walks into figures, a verdict, and a decision about the champion."""
-        name = checkpoint.name_of(clock.run, clock.epoch)
-        key = {"run": clock.run, "epoch": clock.epoch, "data": fingerprint}
+        name = checkpoint.name_of(progress.run, progress.epoch)
+        key = {"run": progress.run, "epoch": progress.epoch, "data": fingerprint}
         on_record = set(map(ledger.key_of, ledger.read(self._folder / ledger.NAME)))
         num_trials = len(on_record | {ledger.key_of(key)})
         pooled = {who: measure(own) for who, own in walks.items()}
@@ -252,10 +254,10 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _why_none(error: Exception, start_ns: int, session: Session) -> str:
+def _why_none(error: Exception, start_ns: int, trainer: Trainer) -> str:
     if not isinstance(error, NoSegment):
         return f"No exam: the GPU's memory is full. {str(error).splitlines()[0]}"
-    bars = session.config.env.horizon + 2
+    bars = trainer.env.config.horizon + 2
     since = np.datetime64(start_ns, "ns").astype("datetime64[m]")
     return (
         f"No exam: no symbol has {bars} bars in a row after {since} UTC, up to where these weights or the best "

@@ -73,6 +73,11 @@ class Head(nn.Module):
         return (log_policy + noise).argmax(dim=-1), log_policy, value
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether a trunk of this ``precision`` ("auto", "bf16" or "fp32") computes in bf16 on the device."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
 class Policy(nn.Module):
     """Actor and critic of one trading account: logits over target positions, and value."""
 

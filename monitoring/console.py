@@ -31,7 +31,7 @@ from monitoring.machine import Disk, Gauges, disk
 from monitoring.screen import Screen
 from monitoring.state import Cockpit, Loading, Plan
 from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control, heartbeat
-from training.progress import Clock
+from training.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -199,14 +199,14 @@ class Console:
 
     # -------------------------------------------------------------------------------------- dashboard
 
-    def begin(self, settings: Settings, clock: Clock, device: str, control: Control) -> None:
+    def begin(self, settings: Settings, progress: TrainingProgress, device: str, control: Control) -> None:
         """Begin a run; on a terminal the dashboard opens with the first one, unless it is not wanted."""
         if self._log_dir is None:
             return
         history: list[Row] = []
         if not self._cockpit.recent():  # a start that goes on shows what was before
-            history = list(read_metrics(self._log_dir, state.KEPT_EPOCHS, clock.transitions))
-        self._cockpit.begin(clock.run, clock.epoch, clock.transitions, history)
+            history = list(read_metrics(self._log_dir, state.KEPT_EPOCHS, progress.transitions))
+        self._cockpit.begin(progress.run, progress.epoch, progress.transitions, history)
         is_able = self._stream.isatty() and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
         if not settings.dashboard or self.quiet or self._screen or not is_able:
             return

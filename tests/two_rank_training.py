@@ -39,30 +39,30 @@ if __name__ == "__main__":
         return attention(query, key, value, **how)
 
     torch.nn.functional.scaled_dot_product_attention = watched_attention
-    sessions = []
-    new_session = program.new_session
+    trainers = []
+    new_trainer = program.new_trainer
 
-    def kept_session(*arguments):
-        sessions.append(new_session(*arguments))
-        return sessions[-1]
+    def kept_trainer(*arguments):
+        trainers.append(new_trainer(*arguments))
+        return trainers[-1]
 
-    program.new_session = kept_session
+    program.new_trainer = kept_trainer
     code = None
     try:
         program.main()
     except SystemExit as end:
         code = end.code
-    (session,) = sessions
+    (trainer,) = trainers
     weights = {
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        for name, tensor in session.policy.state_dict().items()
+        for name, tensor in trainer.policy.state_dict().items()
     }
     seen = {
         "code": code,
         "allocator": allocator[0],
         "weights": weights,
         "attention": sorted(lengths),
-        "accounts": session.env.state_dict()["open_time"].tolist(),
-        "optimizer_steps": session.learner.optimizer_steps,
+        "accounts": trainer.env.state_dict()["open_time"].tolist(),
+        "optimizer_steps": trainer.learner.optimizer_steps,
     }
-    (folder / f"rank{session.ranks.rank}.json").write_text(json.dumps(seen))
+    (folder / f"rank{trainer.ranks.rank}.json").write_text(json.dumps(seen))

@@ -6,25 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from data_sources.bars import Bars
 from data_sources.refresh import LoadedData
-from envs.config import EnvConfig
 from envs.features import FEATURES, FeatureStatistics
 from envs.market import Market
 from evaluation.examiner import Exam
-from models.policy import Policy
-from models.transformer import TransformerConfig
+from models.policy import uses_bf16
 from runtime.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, ExitProgram
-from training import checkpoint, validation
+from training import checkpoint
 from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
-from training.learner import LearnerConfig
-from training.losses import PPOConfig
-from training.memory import Demand, DoesNotFit, MemoryPlan, gpu_memory, plan
-from training.progress import Clock
-from training.trainer import Session, SessionConfig
+from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan, gpu_memory, plan
+from training.progress import TrainingProgress
+from training.trainer import Trainer
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -33,7 +27,7 @@ if TYPE_CHECKING:
 def market_on_device(
     settings: Settings,
     data: LoadedData,
-    session: Session | None,
+    trainer: Trainer | None,
     saved: checkpoint.Restored | None,
     ranks: Ranks,
 ) -> Market:
@@ -48,7 +42,7 @@ def market_on_device(
             f"No symbol has {settings.min_bars:,} bars: set the keys in .env (see .env.example), check the "
             "network, or try it offline with --demo",
         )
-    statistics = session.env.market.statistics if session else None
+    statistics = trainer.env.market.statistics if trainer else None
     if saved and statistics is None:
         statistics = FeatureStatistics.from_state_dict(saved.weights["features"])
     if statistics and (reason := other_features(settings, statistics)):
@@ -72,48 +66,6 @@ def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:
     return newest_ns - settings.holdout_days * 86_400 * 10**9
 
 
-def session_config(settings: Settings, memory: MemoryPlan, ranks: Ranks) -> SessionConfig:
-    """Say what this rank's session is made of."""
-    device = ranks.device
-    env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
-    ppo = PPOConfig(
-        gamma=settings.gamma,
-        gae_lambda=settings.gae_lambda,
-        clip_coef=settings.clip_coef,
-        entropy_coef=settings.entropy_coef,
-        value_coef=settings.value_coef,
-        advantages=settings.advantages,
-    )
-    learner = LearnerConfig(
-        update_passes=settings.update_passes,
-        minibatch_segments=validation.minibatch_segments(settings, ranks.world_size),
-        micro_batch_segments=memory.micro_batch_segments,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        final_learning_rate_fraction=settings.final_learning_rate_fraction,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        sharded=settings.parallel == "fsdp",
-    )
-    return SessionConfig(
-        env=env,
-        ppo=ppo,
-        learner=learner,
-        d_model=settings.d_model,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        bf16=uses_bf16(settings, ranks),
-        seed=settings.seed,
-        compile=settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"),
-        memory=memory,
-    )
-
-
-def uses_bf16(settings: Settings, ranks: Ranks) -> bool:
-    """Tell whether the trunk computes in bf16."""
-    return settings.precision == "bf16" or (settings.precision == "auto" and ranks.device.type == "cuda")
-
-
 def memory_plan(settings: Settings, market_bytes: int, ranks: Ranks) -> tuple[MemoryPlan, str]:
     """Plan this rank's memory; return the plan, and a warning where others use the GPU, or "".
 
@@ -121,43 +73,12 @@ def memory_plan(settings: Settings, market_bytes: int, ranks: Ranks) -> tuple[Me
         ExitProgram: the training does not fit.
     """
     memory_bytes, warning = gpu_memory(ranks.device) if ranks.device.type == "cuda" else (None, "")
-    demand = demand_of(settings, market_bytes, ranks.world_size, uses_bf16(settings, ranks))
+    bf16 = uses_bf16(settings.precision, ranks.device)
+    needs = MemoryNeeds.of(settings, market_bytes, ranks.world_size, bf16)
     try:
-        return plan(demand, memory_bytes, settings.micro_batch_segments), warning
+        return plan(needs, memory_bytes, settings.micro_batch_segments), warning
     except DoesNotFit as error:
         raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
-
-
-def demand_of(settings: Settings, market_bytes: int, world_size: int, bf16: bool) -> Demand:
-    """Say what a training with these settings asks of one GPU's memory."""
-    of_bars = "start_date" if settings.start_date else "history_days"
-    if "simulated" in settings.sources:
-        of_bars = "simulated_symbols"
-    return Demand(
-        num_parameters=num_parameters(settings),
-        d_model=settings.d_model,
-        num_layers=settings.num_layers,
-        context_bars=settings.context_bars,
-        horizon=settings.horizon,
-        envs_per_gpu=settings.envs_per_gpu,
-        minibatch_segments=validation.minibatch_segments(settings, world_size),
-        num_positions=len(settings.positions),
-        bf16=bf16,
-        market_bytes=market_bytes,
-        num_heads=settings.num_heads,
-        shares=world_size if settings.parallel == "fsdp" else 1,
-        bars_setting=(of_bars, getattr(settings, of_bars) if of_bars != "start_date" else 0),
-    )
-
-
-def num_parameters(settings: Settings) -> int:
-    """Count the policy's weights without making them."""
-    length = settings.context_bars + settings.horizon + 1
-    sizes = settings.d_model, settings.num_layers, settings.num_heads
-    with torch.device("meta"):
-        trunk = TransformerConfig(len(FEATURES), *sizes, length)
-        env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
-        return Policy(trunk, env.num_account_features, len(env.positions)).num_parameters()
 
 
 def unlike(settings: Settings, saved: checkpoint.Restored) -> str:
@@ -184,20 +105,20 @@ def other_features(settings: Settings, statistics: FeatureStatistics) -> str:
 
 def save(
     settings: Settings,
-    clock: Clock,
-    session: Session,
+    progress: TrainingProgress,
+    trainer: Trainer,
     fingerprint: str,
     metrics: Mapping[str, Any],
     writer: BackgroundWriter,
     exam: Exam | None = None,
 ) -> None:
     """Have a checkpoint written in the background (all ranks hand in their state, rank 0 writes)."""
-    weights, resume = session.checkpoint(clock)
+    weights, resume = trainer.checkpoint(progress)
     weights |= {
         "config": asdict(settings),
         "data_fingerprint": fingerprint,
-        "data_cutoff_ns": clock.cutoff_ns,
-        "trained_until_ns": clock.trained_until_ns,
+        "data_cutoff_ns": progress.cutoff_ns,
+        "trained_until_ns": progress.trained_until_ns,
         "metrics": dict(metrics),
         "exam": exam.record if exam and not weights["step"] else {},  # it is of whole epochs
     }

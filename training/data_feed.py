@@ -29,7 +29,7 @@ from runtime.control import (
     heartbeat_while_waiting,
 )
 from training.distributed import Ranks, agreed_stop
-from training.progress import Clock
+from training.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -40,10 +40,10 @@ log = logging.getLogger("continuous_training")
 def fresh_bars(
     lake: Lake,
     settings: Settings,
-    clock: Clock,
+    progress: TrainingProgress,
     ranks: Ranks,
     control: Control,
-    progress: Progress,
+    reporter: Progress,
     prefetch: Prefetch,
 ) -> LoadedData | None:
     """Refresh the lake on rank 0, then load this run's bars on every rank; None when asked to stop meanwhile.
@@ -55,30 +55,30 @@ def fresh_bars(
     Args:
         lake: the downloaded bars.
         settings: which bars are wanted.
-        clock: its ``cutoff_ns`` is set where this run has none yet.
+        progress: its ``cutoff_ns`` is set where this run has none yet.
         ranks: all take part.
         control: where a stop is asked for.
-        progress: for the refresh.
+        reporter: shows how the refresh goes.
         prefetch: what was refreshed in the background.
 
     Raises:
         ExitProgram: the lake cannot be read, or ranks read different bars.
     """
-    if clock.cutoff_ns == 0:
+    if progress.cutoff_ns == 0:
         cutoff_ns = prefetch.take() if ranks.is_first else 0
         if ranks.is_first and not cutoff_ns:
             cutoff_ns = time.time_ns()
-            interruptible = Interruptible(progress, lambda: control.stop_level > 0)
+            interruptible = Interruptible(reporter, lambda: control.stop_level > 0)
             # A stop is agreed on by the ranks below.
-            with contextlib.suppress(StopRequested), _leaving_without_lake(clock):
+            with contextlib.suppress(StopRequested), _leaving_without_lake(progress):
                 refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, interruptible)
         with heartbeat_while_waiting():
-            cutoff_ns = ranks.from_first(cutoff_ns)
+            cutoff_ns = ranks.broadcast(cutoff_ns)
         if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
             return None
-        clock.cutoff_ns = cutoff_ns
-    request = data_request(settings, clock.cutoff_ns)
-    with _leaving_without_lake(clock):
+        progress.cutoff_ns = cutoff_ns
+    request = data_request(settings, progress.cutoff_ns)
+    with _leaving_without_lake(progress):
         data = _shared(lake, request, ranks)
     if len(set(ranks.gather(data.fingerprint))) > 1:
         raise ExitProgram(
@@ -111,12 +111,12 @@ def data_request(settings: Settings, now_ns: int) -> DataRequest:
 
 
 @contextlib.contextmanager
-def _leaving_without_lake(clock: Clock) -> Iterator[None]:
+def _leaving_without_lake(progress: TrainingProgress) -> Iterator[None]:
     """End the program where the lake cannot be read; one that has trained from it before tries again soon."""
     try:
         yield
     except LakeError as error:
-        code = EXIT_CRASH if clock.transitions else EXIT_NO_DATA
+        code = EXIT_CRASH if progress.transitions else EXIT_NO_DATA
         raise ExitProgram(code, f"{error}: look at the disk, or use another --data-dir") from error
 
 
@@ -129,7 +129,7 @@ def _shared(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:
         except LakeError as error:
             log.warning(f"every rank and restart reads all of the lake: {error}")
     with heartbeat_while_waiting():
-        name = ranks.from_first(name)
+        name = ranks.broadcast(name)
     if not name:
         return load(lake, request)
     try:

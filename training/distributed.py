@@ -20,13 +20,14 @@ from torch import Tensor
 
 from runtime.control import Control, heartbeat
 
-# Rank 0 may download for hours on a first start while the others wait for its word.
-PATIENCE = timedelta(hours=24)
-# Training steps take seconds; a rank that is silent for so long is dead.
+# Rank 0 may download for hours on a first start while the others wait.
+OBJECT_TIMEOUT = timedelta(hours=24)
+# Training steps take seconds; a rank that is silent for this long is dead.
 STEP_TIMEOUT = timedelta(minutes=15)
-# Launchers start their ranks when all machines have met. A rank that waits for longer came to the meeting before,
-# with a machine whose group was about to end; it must be back while that one waits (launch.MEETING_SECONDS).
-MEETING = timedelta(minutes=5)
+# Launchers start their ranks when all machines have joined. A rank that waits longer joined the previous
+# rendezvous, with a machine whose group was about to end; it must be back while that one waits
+# (launch.MEETING_SECONDS).
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    patient: Any = None  # a gloo group on the CPU: flags and objects, which never wait for the GPU
+    cpu_group: Any = None  # a gloo group on the CPU: flags and objects, which never wait for the GPU
 
     @property
     def is_first(self) -> bool:
@@ -44,7 +45,7 @@ class Ranks:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Tell whether the flag is set on any rank (all ranks take part)."""
+        """Whether the flag is set on any rank (all ranks take part)."""
         return self.max(int(flag)) > 0
 
     def max(self, number: int) -> int:
@@ -52,7 +53,7 @@ class Ranks:
         if self.world_size == 1:
             return number
         shared = torch.tensor(number)
-        torch_distributed.all_reduce(shared, op=torch_distributed.ReduceOp.MAX, group=self.patient)
+        torch_distributed.all_reduce(shared, op=torch_distributed.ReduceOp.MAX, group=self.cpu_group)
         return int(shared)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -61,12 +62,12 @@ class Ranks:
             torch_distributed.all_reduce(tensor)
         return tensor
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; plain picklable types (all ranks take part)."""
         if self.world_size == 1:
             return value
         box = [value]
-        torch_distributed.broadcast_object_list(box, src=0, group=self.patient)
+        torch_distributed.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -74,21 +75,21 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        torch_distributed.all_gather_object(values, value, group=self.patient)
+        torch_distributed.all_gather_object(values, value, group=self.cpu_group)
         return values
 
 
 @contextmanager
-def start(meeting: timedelta = MEETING) -> Iterator[Ranks]:
-    """Join the ranks that torchrun (or the supervisor) started; a single process joins nobody.
+def start(timeout: timedelta = RENDEZVOUS_TIMEOUT) -> Iterator[Ranks]:
+    """Join the ranks that torchrun (or the supervisor) started; a single process needs no group.
 
     NCCL with one GPU per local rank where there are GPUs, gloo on CPUs.
 
     Args:
-        meeting: how long the ranks wait for each other.
+        timeout: how long the ranks wait for each other.
 
     Raises:
-        torch.distributed.DistStoreError: one of them did not come.
+        torch.distributed.DistStoreError: one of them did not join.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -101,9 +102,9 @@ def start(meeting: timedelta = MEETING) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(0, 1, device)
         return
-    store, rank, _ = next(torch_distributed.rendezvous("env://", timeout=meeting))
+    store, rank, _ = next(torch_distributed.rendezvous("env://", timeout=timeout))
     store.set(f"rank {rank} is here", "")
-    store.wait([f"rank {number} is here" for number in range(world_size)], meeting)
+    store.wait([f"rank {number} is here" for number in range(world_size)], timeout)
     torch_distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -112,10 +113,10 @@ def start(meeting: timedelta = MEETING) -> Iterator[Ranks]:
         timeout=STEP_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    patient = torch_distributed.new_group(backend="gloo", timeout=PATIENCE)
-    yield Ranks(torch_distributed.get_rank(), world_size, device, patient)
+    cpu_group = torch_distributed.new_group(backend="gloo", timeout=OBJECT_TIMEOUT)
+    yield Ranks(torch_distributed.get_rank(), world_size, device, cpu_group)
     # Not in a finally: after an error the other ranks may never arrive, and the launcher ends the group.
-    torch_distributed.barrier(group=patient)
+    torch_distributed.barrier(group=cpu_group)
     torch_distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Learner: turns a rollout into an update of the policy, in micro-batches, the same on every rank.
+"""Learner: updates the policy from a rollout, in micro-batches, identically on every rank.
 
 Shapes: N = segments of this rank's rollout, T = horizon, M = segments of one minibatch on this rank.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,21 +19,7 @@ from training.hindsight import hindsight_advantages
 from training.losses import Losses, Objective, Targets, advantages_and_returns
 from training.parallel import parallel
 from training.rollout import Rollout
-
-
-@dataclass(frozen=True)
-class LearnerConfig:
-    """How the optimizer walks. Sizes are in segments (horizon decisions each) of one rank."""
-
-    update_passes: int  # passes over each rollout
-    minibatch_segments: int  # M: segments per optimizer step on this rank
-    micro_batch_segments: int  # segments per forward and backward
-    learning_rate: float
-    warmup_steps: int  # optimizer steps until the full learning rate
-    final_learning_rate_fraction: float  # of learning_rate, at the end of each run
-    weight_decay: float
-    max_grad_norm: float
-    sharded: bool = False  # ranks hold shares of the weights instead of copies
+from training.validation import minibatch_segments
 
 
 class Learner:
@@ -44,29 +29,31 @@ class Learner:
     is not finite is skipped on all ranks alike, since they all see the same all-reduced gradient.
     """
 
-    def __init__(self, objective: Objective, config: LearnerConfig, ranks: Ranks, seed: int) -> None:
+    def __init__(self, objective: Objective, ranks: Ranks, micro_batch_segments: int) -> None:
+        """``micro_batch_segments``: segments of one forward and backward."""
         self.policy = objective.policy
-        self.ppo = objective.config
-        self.config = config
+        self.settings = settings = objective.settings
         self.ranks = ranks
-        self.parallel = parallel(objective, ranks, config.sharded)
+        self.micro_batch_segments = micro_batch_segments
+        self.minibatch_segments = minibatch_segments(settings, ranks.world_size)
+        self.parallel = parallel(objective, ranks, settings.parallel == "fsdp")
         # Matrices decay, gains and biases do not (the usual rule of transformer training).
         matrices = [p for p in self.parallel.parameters if p.dim() >= 2]
         vectors = [p for p in self.parallel.parameters if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": matrices, "weight_decay": settings.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
             ],
-            lr=config.learning_rate,
+            lr=settings.learning_rate,
             betas=(0.9, 0.95),
             fused=True,
         )
         self.optimizer_steps = 0
-        self.rate_scale = 1.0  # lowered when training had to go back to a checkpoint
+        self.rate_scale = 1.0  # lowered by a rollback to a checkpoint
         # One stream per rank: ranks shuffle and sample differently.
-        self.generator = torch.Generator(ranks.device).manual_seed(seed * 1_000_003 + ranks.rank)
-        self.stopped: dict[str, Any] | None = None  # where, when an update was stopped on its way
+        self.generator = torch.Generator(ranks.device).manual_seed(settings.seed * 1_000_003 + ranks.rank)
+        self.stopped: dict[str, Any] | None = None  # where an update was stopped
 
     def learning_rate(self, run_fraction: float) -> float:
         """Return the rate now: linear warm-up once, then a cosine down over each run, and up again.
@@ -74,18 +61,18 @@ class Learner:
         A function of counters only (warm restarts: Loshchilov and Hutter 2017, arXiv:1608.03983), so that
         it survives restarts.
         """
-        config = self.config
-        warmup = min(1.0, (self.optimizer_steps + 1) / max(1, config.warmup_steps))
-        floor = config.final_learning_rate_fraction
+        settings = self.settings
+        warmup = min(1.0, (self.optimizer_steps + 1) / max(1, settings.warmup_steps))
+        floor = settings.final_learning_rate_fraction
         cosine = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, run_fraction)))
-        return config.learning_rate * warmup * cosine * self.rate_scale
+        return settings.learning_rate * warmup * cosine * self.rate_scale
 
     def update(
         self,
         rollout: Rollout,
         run_fraction: float,
         stop_now: Callable[[], bool] = lambda: False,
-        go_on: Mapping[str, Any] | None = None,
+        resume_from: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor | float] | None:
         """Improve the policy on one rollout (all ranks take part).
 
@@ -93,19 +80,19 @@ class Learner:
             rollout: this rank's N segments.
             run_fraction: how far the run is, 0 to 1, for the learning rate.
             stop_now: asked before every optimizer step; True stops the update there, on all ranks together.
-            go_on: what ``stopped`` was when this update was stopped; it takes the steps that are left.
+            resume_from: what ``stopped`` was when this update was stopped; it takes the steps that are left.
 
         Returns:
             Diagnostics averaged over ranks and steps, as device scalars (nothing waits for the device); None
-            when it was stopped: ``stopped`` says where, and the same rollout is needed to go on.
+            when it was stopped: ``stopped`` holds where, and resuming needs the same rollout.
         """
         targets, explained_variance = self._targets(rollout)
         statistics = _Statistics(rollout.actions.device)
         self.stopped, steps = None, 0
-        if go_on:
-            steps = go_on["steps"]
-            statistics.load_state_dict(go_on["statistics"])
-            self.generator.set_state(go_on["generator"].cpu())
+        if resume_from:
+            steps = resume_from["steps"]
+            statistics.load_state_dict(resume_from["statistics"])
+            self.generator.set_state(resume_from["generator"].cpu())
         before_shuffles = self.generator.get_state()
         rate = self.learning_rate(run_fraction)
         for number, rows in enumerate(self._minibatches(rollout.num_segments)):
@@ -129,10 +116,10 @@ class Learner:
         }
 
     def _minibatches(self, num_segments: int) -> Iterator[Tensor]:
-        """Shuffle the segments anew for every pass and deal them out, (M,) at a time."""
-        for _ in range(self.config.update_passes):
+        """Yield the segments (M,) at a time, shuffled again for every pass."""
+        for _ in range(self.settings.update_passes):
             order = torch.randperm(num_segments, generator=self.generator, device=self.ranks.device)
-            yield from order.split(self.config.minibatch_segments)
+            yield from order.split(self.minibatch_segments)
 
     def _step(
         self,
@@ -144,7 +131,7 @@ class Learner:
     ) -> None:
         """Take one optimizer step on the segments ``rows`` (M,), accumulated over micro-batches."""
         num_decisions = rows.numel() * rollout.horizon
-        micro_batches = rows.split(self.config.micro_batch_segments)
+        micro_batches = rows.split(self.micro_batch_segments)
         for number, micro in enumerate(micro_batches):
             heartbeat()
             with self.parallel.micro_batch(is_last=number == len(micro_batches) - 1):
@@ -159,7 +146,7 @@ class Learner:
         """Clip, step unless something is not finite, clear; return (gradient norm, 1.0 if skipped)."""
         gradients, norm = self.parallel.gradients()
         skipped = (~torch.isfinite(norm)).float()
-        torch._foreach_mul_(gradients, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # The fused kernel leaves weights and moments alone where found_inf is 1: a skip without a host sync.
@@ -170,22 +157,22 @@ class Learner:
         return norm, skipped
 
     def _targets(self, rollout: Rollout) -> tuple[Targets, Tensor]:
-        """Value the rollout; return the targets of its update and how much the critic foresaw."""
-        config = self.ppo
+        """Return the targets of the update, and the explained variance of the critic."""
+        settings = self.settings
         if rollout.hindsight is None:
             advantages, returns = advantages_and_returns(
                 rollout.rewards,
                 rollout.values,
                 rollout.next_value,
                 rollout.terminated,
-                config.gamma,
-                config.gae_lambda,
+                settings.gamma,
+                settings.gae_lambda,
             )
             advantages = self._normalised(advantages, rollout.valid)[..., None].expand_as(rollout.log_policy)
             weights = F.one_hot(rollout.actions, advantages.shape[-1]).to(advantages.dtype)
         else:
             advantages, returns = hindsight_advantages(
-                rollout.hindsight, rollout.valid, config.gamma, config.gae_lambda
+                rollout.hindsight, rollout.valid, settings.gamma, settings.gae_lambda
             )
             advantages = self._scaled(advantages, rollout.valid)
             weights = rollout.log_policy.exp()
@@ -196,7 +183,7 @@ class Learner:
         """Give advantages (N, T, K) a mean square of 1 over all choices, likely or not, of all ranks.
 
         Their mean under the policy is 0 already. Weighted by the policy instead, they would grow without
-        end as it makes up its mind.
+        bound as it becomes deterministic.
         """
         weight = valid.to(torch.float64)
         sums = torch.stack((weight.sum(), (weight * advantages.double().square().mean(-1)).sum()))
@@ -226,31 +213,31 @@ class Learner:
         return 1.0 - error_variance / target_variance.clamp(min=1e-12)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a restart needs beside the weights, the same however ranks share the model (all ranks).
+        """Return what a restart needs beside the weights, the same for replicated and sharded models (all ranks).
 
         The generator is this rank's own and not in it.
         """
         optimizer = self.optimizer.state_dict()
-        optimizer["state"] = self._moments(optimizer["state"], self.parallel.whole)
+        optimizer["state"] = self._moments(optimizer["state"], self.parallel.unshard)
         return {"optimizer": optimizer, "optimizer_steps": self.optimizer_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back ``state_dict``. Rates and decay come from the settings, not from the file."""
+        """Restore ``state_dict``. Rates and decay come from the settings, not from the file."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         optimizer = state["optimizer"]
-        moments = self._moments(optimizer["state"], self.parallel.share)
+        moments = self._moments(optimizer["state"], self.parallel.shard)
         self.optimizer.load_state_dict({**optimizer, "state": moments})
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
         self.optimizer_steps = int(state["optimizer_steps"])
 
     def _moments(
-        self, state: Mapping[int, Mapping[str, Tensor]], turned: Callable[[Tensor, Tensor], Tensor]
+        self, state: Mapping[int, Mapping[str, Tensor]], convert: Callable[[Tensor, Tensor], Tensor]
     ) -> dict[int, dict[str, Tensor]]:
-        """Turn every tensor of the optimizer's state that is shaped like its parameter."""
+        """Convert every tensor of the optimizer's state that is shaped like its parameter."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {
-            number: {name: turned(parameters[number], v) if v.dim() else v for name, v in values.items()}
+            number: {name: convert(parameters[number], v) if v.dim() else v for name, v in values.items()}
             for number, values in state.items()
         }
 
@@ -272,7 +259,7 @@ class _Statistics:
         return {name: v.cpu() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back ``state_dict``."""
+        """Restore ``state_dict``."""
         device = self.sums.device
         vars(self).update((name, v.to(device) if isinstance(v, Tensor) else v) for name, v in state.items())
 

@@ -7,24 +7,15 @@ Shapes: N = environments on this GPU, T = horizon (decisions per rollout), K = t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from models.policy import Policy
 
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """Coefficients of the objective, in the words of Schulman et al. 2017 (arXiv:1707.06347)."""
-
-    gamma: float
-    gae_lambda: float  # of hindsight values, too
-    clip_coef: float
-    entropy_coef: float
-    value_coef: float
-    advantages: Literal["hindsight", "gae"]
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 
 def advantages_and_returns(
@@ -90,7 +81,7 @@ class Targets:
 
 
 def ppo_losses(
-    logits: Tensor, values: Tensor, targets: Targets, num_decisions: int | Tensor, config: PPOConfig
+    logits: Tensor, values: Tensor, targets: Targets, num_decisions: int | Tensor, settings: Settings
 ) -> Losses:
     """Clipped surrogate, value and entropy losses (Schulman et al. 2017, eq. 9), in float32.
 
@@ -99,22 +90,22 @@ def ppo_losses(
         values: (...) of the critic now.
         targets: of the same decisions.
         num_decisions: decisions of the whole minibatch on this rank, the divisor of every sum.
-        config: coefficients.
+        settings: its coefficients, in the words of the paper.
     """
     weight = targets.valid.to(logits.dtype) / num_decisions
     log_policy = torch.log_softmax(logits, dim=-1)
     log_ratio = log_policy - targets.log_policy
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - config.clip_coef, 1.0 + config.clip_coef)
+    clipped = ratio.clamp(1.0 - settings.clip_coef, 1.0 + settings.clip_coef)
     gain = torch.minimum(ratio * targets.advantages, clipped * targets.advantages)
     policy = -((gain * targets.weights).sum(-1) * weight).sum()
     value = 0.5 * ((values - targets.returns).square() * weight).sum()
     entropy = -((log_policy.exp() * log_policy).sum(-1) * weight).sum()
     with torch.no_grad():
         approx_kl = (-(targets.log_policy.exp() * log_ratio).sum(-1) * weight).sum()
-        outside = ((ratio - 1.0).abs() > config.clip_coef) * targets.weights
+        outside = ((ratio - 1.0).abs() > settings.clip_coef) * targets.weights
         clip_fraction = (outside.sum(-1) * weight).sum()
-    total = policy + config.value_coef * value - config.entropy_coef * entropy
+    total = policy + settings.value_coef * value - settings.entropy_coef * entropy
     return Losses(total, policy.detach(), value.detach(), entropy.detach(), approx_kl, clip_fraction)
 
 
@@ -124,10 +115,10 @@ class Objective(nn.Module):
     Shapes: B = segments of a micro-batch, S = bars of a segment, T = decisions, F, A, D as in models/policy.py.
     """
 
-    def __init__(self, policy: Policy, config: PPOConfig) -> None:
+    def __init__(self, policy: Policy, settings: Settings) -> None:
         super().__init__()
         self.policy = policy
-        self.config = config
+        self.settings = settings
 
     def forward(self, bars: Tensor, accounts: Tensor, targets: Targets, num_decisions: int) -> Losses:
         """Evaluate one micro-batch.
@@ -150,4 +141,4 @@ class Objective(nn.Module):
         """Judge the decisions that follow from the trunk's output (B, T, D); ``divisor`` of every sum is ()."""
         head = self.policy.head
         logits, values = head.decide(head.project(hidden), accounts)
-        return ppo_losses(logits, values, targets, divisor, self.config)
+        return ppo_losses(logits, values, targets, divisor, self.settings)

@@ -8,8 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+
+from envs.config import EnvConfig
+from envs.features import FEATURES
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from training.validation import minibatch_segments
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 STATE_BYTES = 16  # per parameter: float32 weight, gradient and the optimizer's two moments
 BF16_COPY_BYTES = 2  # per parameter, while a forward and backward use it
@@ -27,8 +37,8 @@ class DoesNotFit(Exception):
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a training asks for, on one rank."""
+class MemoryNeeds:
+    """What training needs of one rank's memory."""
 
     num_parameters: int
     d_model: int
@@ -41,22 +51,47 @@ class Demand:
     bf16: bool
     market_bytes: int
     num_heads: int = 1
-    shares: int = 1  # ranks among which the trunk's weights are divided
+    shards: int = 1  # ranks among which the trunk's weights are divided
     # The setting that decides how many bars there are, and its value.
     bars_setting: tuple[str, int] = ("history_days", 1)
 
-    def as_wide_as(self, d_model: int) -> Demand:
-        """Return the demand of a model of another width."""
+    @staticmethod
+    def of(settings: Settings, market_bytes: int, world_size: int, bf16: bool) -> MemoryNeeds:
+        """Add up what training with these settings needs of one GPU."""
+        bars_setting = "start_date" if settings.start_date else "history_days"
+        if "simulated" in settings.sources:
+            bars_setting = "simulated_symbols"
+        return MemoryNeeds(
+            num_parameters=num_parameters(settings),
+            d_model=settings.d_model,
+            num_layers=settings.num_layers,
+            context_bars=settings.context_bars,
+            horizon=settings.horizon,
+            envs_per_gpu=settings.envs_per_gpu,
+            minibatch_segments=minibatch_segments(settings, world_size),
+            num_positions=len(settings.positions),
+            bf16=bf16,
+            market_bytes=market_bytes,
+            num_heads=settings.num_heads,
+            shards=world_size if settings.parallel == "fsdp" else 1,
+            bars_setting=(
+                bars_setting,
+                getattr(settings, bars_setting) if bars_setting != "start_date" else 0,
+            ),
+        )
+
+    def with_width(self, d_model: int) -> MemoryNeeds:
+        """Return the needs with a model of another width."""
         less = 12 * self.num_layers * (self.d_model**2 - d_model**2)
         return replace(self, d_model=d_model, num_parameters=self.num_parameters - less)
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and moments; with shares also two whole blocks, on their way."""
+        """Weights, gradients and moments; with shards also two whole blocks, on their way."""
         block = 12 * self.d_model**2
-        trunk = self.num_layers * block if self.shares > 1 else 0
-        held = (self.num_parameters - trunk) + trunk // self.shares + (2 * block if self.shares > 1 else 0)
-        copied = 2 * block if self.shares > 1 else self.num_parameters
+        trunk = self.num_layers * block if self.shards > 1 else 0
+        held = (self.num_parameters - trunk) + trunk // self.shards + (2 * block if self.shards > 1 else 0)
+        copied = 2 * block if self.shards > 1 else self.num_parameters
         return held * STATE_BYTES + copied * BF16_COPY_BYTES * self.bf16
 
     @property
@@ -89,7 +124,7 @@ class Demand:
 class MemoryPlan:
     """How a training fits."""
 
-    demand: Demand
+    needs: MemoryNeeds
     memory_bytes: int | None  # to be shared out; None on a CPU, where nothing is planned
     micro_batch_segments: int
     recompute: bool = False  # blocks are computed again in the backward instead of kept
@@ -97,12 +132,12 @@ class MemoryPlan:
     @property
     def activation_bytes(self) -> int:
         """Of one micro-batch."""
-        return self.micro_batch_segments * self.demand.segment_bytes(self.recompute)
+        return self.micro_batch_segments * self.needs.segment_bytes(self.recompute)
 
     @property
     def needed_bytes(self) -> int:
         """All of it."""
-        return self.demand.fixed_bytes + self.activation_bytes
+        return self.needs.fixed_bytes + self.activation_bytes
 
     def smaller(self) -> MemoryPlan:
         """Return the plan with half the micro-batch, after it did not fit.
@@ -111,62 +146,62 @@ class MemoryPlan:
             DoesNotFit: it is one segment already.
         """
         if self.micro_batch_segments == 1:
-            raise DoesNotFit(self.advice())
-        fewer = _largest_divisor(_common(self.demand), self.micro_batch_segments // 2)
+            raise DoesNotFit(self.suggest_fix())
+        fewer = _largest_divisor(_common(self.needs), self.micro_batch_segments // 2)
         return replace(self, micro_batch_segments=fewer)
 
     def __str__(self) -> str:
-        demand = self.demand
+        needs = self.needs
         text = (
-            f"{_gib(self.needed_bytes)}: weights and optimizer {_gib(demand.state_bytes)}, bars "
-            f"{_gib(demand.bars_bytes)}, rollout {_gib(demand.rollout_bytes)}, activations "
+            f"{_gib(self.needed_bytes)}: weights and optimizer {_gib(needs.state_bytes)}, bars "
+            f"{_gib(needs.bars_bytes)}, rollout {_gib(needs.rollout_bytes)}, activations "
             f"{_gib(self.activation_bytes)} for {self.micro_batch_segments} segments"
         )
         return text + (", computed twice to save memory" if self.recompute else "")
 
-    def advice(self, place: str = "GPU") -> str:
+    def suggest_fix(self, place: str = "GPU") -> str:
         """Say what takes how much, and which one setting to change, with a value that would do."""
-        demand, have = self.demand, self.memory_bytes or 0
+        needs, have = self.needs, self.memory_bytes or 0
         parts = {
-            "bars": demand.bars_bytes,
-            "rollout": demand.rollout_bytes,
+            "bars": needs.bars_bytes,
+            "rollout": needs.rollout_bytes,
             "activations": self.activation_bytes,
-            "state": demand.state_bytes,
+            "state": needs.state_bytes,
         }
         largest = max(parts, key=lambda name: parts[name])
         left = USABLE * have - (self.needed_bytes - parts[largest])
         # Where the others alone are too much, a step in the right direction.
         share = left / parts[largest] if left > 0 else 0.5 * have / self.needed_bytes
-        name, value = demand.bars_setting
+        name, value = needs.bars_setting
         if largest == "bars" and name == "start_date":
             fix = f"choose a later start_date, so that {share:.0%} of the days are left"
         elif largest == "bars":
             fix = f"set {name} to {max(1, int(value * share))}"
         elif largest == "rollout":
-            fix = f"set envs_per_gpu to {max(1, int(demand.envs_per_gpu * share))}"
+            fix = f"set envs_per_gpu to {max(1, int(needs.envs_per_gpu * share))}"
         elif largest == "activations" and self.micro_batch_segments > 1:
             fix = f"set micro_batch_segments to {max(1, int(self.micro_batch_segments * share))}"
         elif largest == "activations":
-            fix = f"set horizon to {max(1, int(demand.horizon * share))}"
+            fix = f"set horizon to {max(1, int(needs.horizon * share))}"
         else:
             fix = f"set d_model to {self._widest()}"
-            if demand.shares == 1 and place == "GPU":
+            if needs.shards == 1 and place == "GPU":
                 fix += ", or with several GPUs parallel to fsdp"
         return f"it needs {self}; the {place} has {_gib(have)}: {fix}"
 
     def _widest(self) -> int:
         """Return the widest model that fits, of as many layers and heads."""
-        step, room = 2 * self.demand.num_heads, USABLE * (self.memory_bytes or 0)
-        narrower = range(self.demand.d_model - step, step, -step)
-        plans = (replace(self, demand=self.demand.as_wide_as(width)) for width in narrower)
-        return next((each.demand.d_model for each in plans if each.needed_bytes <= room), step)
+        step, room = 2 * self.needs.num_heads, USABLE * (self.memory_bytes or 0)
+        narrower = range(self.needs.d_model - step, step, -step)
+        plans = (replace(self, needs=self.needs.with_width(width)) for width in narrower)
+        return next((plan.needs.d_model for plan in plans if plan.needed_bytes <= room), step)
 
 
-def plan(demand: Demand, memory_bytes: int | None, micro_batch_segments: int | None = None) -> MemoryPlan:
+def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int | None = None) -> MemoryPlan:
     """Choose the largest micro-batch that fits, and recompute blocks where only a few segments would.
 
     Args:
-        demand: of the training.
+        needs: of training.
         memory_bytes: of the GPU; None on a CPU, where larger micro-batches only fall out of the cache.
         micro_batch_segments: what people set; kept as long as it fits.
 
@@ -175,16 +210,27 @@ def plan(demand: Demand, memory_bytes: int | None, micro_batch_segments: int | N
     """
     most = micro_batch_segments or (MOST_SEGMENTS if memory_bytes else 16)
     if memory_bytes is None:
-        return MemoryPlan(demand, None, micro_batch_segments or _largest_divisor(_common(demand), most))
-    left = USABLE * memory_bytes - demand.fixed_bytes
+        return MemoryPlan(needs, None, micro_batch_segments or _largest_divisor(_common(needs), most))
+    left = USABLE * memory_bytes - needs.fixed_bytes
     for recompute in (False, True):
-        fitting = int(left // demand.segment_bytes(recompute))
+        fitting = int(left // needs.segment_bytes(recompute))
         if fitting >= min(most, FEWEST_SEGMENTS) or (recompute and fitting >= 1):
             if micro_batch_segments and fitting >= micro_batch_segments:
-                return MemoryPlan(demand, memory_bytes, micro_batch_segments, recompute)
-            segments = _largest_divisor(_common(demand), min(most, fitting))
-            return MemoryPlan(demand, memory_bytes, segments, recompute)
-    raise DoesNotFit(MemoryPlan(demand, memory_bytes, 1, recompute=True).advice())
+                return MemoryPlan(needs, memory_bytes, micro_batch_segments, recompute)
+            segments = _largest_divisor(_common(needs), min(most, fitting))
+            return MemoryPlan(needs, memory_bytes, segments, recompute)
+    raise DoesNotFit(MemoryPlan(needs, memory_bytes, 1, recompute=True).suggest_fix())
+
+
+def num_parameters(settings: Settings) -> int:
+    """Count the policy's weights without allocating them."""
+    max_length = settings.context_bars + settings.horizon + 1
+    env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
+    with torch.device("meta"):
+        trunk = TransformerConfig(
+            len(FEATURES), settings.d_model, settings.num_layers, settings.num_heads, max_length
+        )
+        return Policy(trunk, env.num_account_features, len(env.positions)).num_parameters()
 
 
 def gpu_memory(device: torch.device) -> tuple[int, str]:
@@ -199,9 +245,9 @@ def gpu_memory(device: torch.device) -> tuple[int, str]:
     return int(free / USABLE), warning
 
 
-def _common(demand: Demand) -> int:
+def _common(needs: MemoryNeeds) -> int:
     """Return what micro-batches should divide: what is compiled knows one size."""
-    return math.gcd(demand.minibatch_segments, demand.envs_per_gpu)
+    return math.gcd(needs.minibatch_segments, needs.envs_per_gpu)
 
 
 def _largest_divisor(number: int, most: int) -> int:

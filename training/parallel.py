@@ -1,7 +1,7 @@
-"""How ranks share a model: each holds all of it (DDP), or each holds a share (FSDP2).
+"""Data-parallel training: the model is replicated on every rank (DDP) or sharded over the ranks (FSDP2).
 
 Either way every rank plays and learns from its own accounts, gradients are averaged over ranks before every
-optimizer step, and the optimizer walks over plain tensors of this rank: weights that it holds alone, or its share.
+optimizer step, and the optimizer sees plain tensors of this rank: full weights, or its shards.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from training.losses import Objective
 
 
 class Parallel(Protocol):
-    """What the learner asks of either way."""
+    """The interface of both, as the learner uses it."""
 
-    objective: nn.Module  # called as an Objective is
-    parameters: list[nn.Parameter]  # what this rank's optimizer walks over, in the policy's order
+    objective: nn.Module  # called like an Objective
+    parameters: list[nn.Parameter]  # of this rank's optimizer, in the policy's order
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of one forward and backward; gradients are averaged after the last."""
 
     def gradients(self) -> tuple[list[Tensor], Tensor]:
-        """Hand the averaged gradients of ``parameters`` to the optimizer (all ranks).
+        """Set the averaged gradients of ``parameters`` (all ranks).
 
         Returns:
-            The gradients, and the norm () of the whole one, which is the same on every rank.
+            The gradients, and the norm () of the full gradient, which is the same on every rank.
         """
 
-    def whole(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """Return what this rank's ``tensor``, shaped like one of ``parameters``, is a share of (all ranks)."""
+    def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Return the full tensor of which ``tensor`` is this rank's shard (all ranks)."""
 
-    def share(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """Return this rank's share of a whole tensor; the inverse of ``whole``."""
+    def shard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Return this rank's shard of a full tensor; the inverse of ``unshard``."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the whole policy's weights by name (all ranks)."""
+        """Return all weights of the policy, unsharded, by name (all ranks)."""
 
 
 def parallel(objective: Objective, ranks: Ranks, sharded: bool) -> Parallel:
-    """Prepare an objective's policy for training on these ranks; one alone needs neither way."""
-    return Shares(objective, ranks) if sharded and ranks.world_size > 1 else Copies(objective, ranks)
+    """Prepare an objective's policy for training on these ranks."""
+    return Sharded(objective, ranks) if sharded and ranks.world_size > 1 else Replicated(objective, ranks)
 
 
-class Copies:
+class Replicated:
     """Every rank holds all weights, gradients and moments: DistributedDataParallel, or a single rank."""
 
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
@@ -77,16 +77,16 @@ class Copies:
         return self.objective.no_sync()
 
     def gradients(self) -> tuple[list[Tensor], Tensor]:
-        """They are where the optimizer looks for them, and whole."""
+        """DDP has averaged them in place."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return gradients, nn.utils.get_total_norm(gradients)
 
-    def whole(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """It is whole."""
+    def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Return it unchanged."""
         return tensor
 
-    def share(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """All of it."""
+    def shard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Return it unchanged."""
         return tensor
 
     def weights(self) -> dict[str, Tensor]:
@@ -94,12 +94,12 @@ class Copies:
         return self.policy.state_dict()
 
 
-class Shares:
-    """Every rank holds its share of the trunk's weights, gradients and moments (FSDP2, ``fully_shard``).
+class Sharded:
+    """Every rank holds a shard of the trunk's weights, gradients and moments (FSDP2, ``fully_shard``).
 
-    A block's weights are whole only while it computes. The head, which a rollout asks at every bar, stays
-    whole on every rank; it is a thousandth of a large model. Weights travel and add up in float32, as in
-    Copies, so that both ways learn the same (Zhao et al. 2023, arXiv:2304.11277).
+    A block's weights are unsharded only while it computes. The head, which a rollout uses at every bar, is
+    replicated: it is a thousandth of a large model. Weights are gathered and gradients reduced in float32, as in
+    Replicated, so that both learn the same (Zhao et al. 2023, arXiv:2304.11277).
     """
 
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
@@ -110,52 +110,52 @@ class Shares:
         for block in self.policy.trunk.blocks:
             fully_shard(block, mesh=self._mesh)
         fully_shard(self.policy.trunk, mesh=self._mesh)
-        held = list(self.policy.parameters())
-        # The optimizer gets plain tensors over the same memory: its fused kernel knows no others.
-        self.parameters = [nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in held]
-        pairs = list(zip(self.parameters, held, strict=True))
-        self._shared = {id(own): (own, p) for own, p in pairs if isinstance(p, DTensor)}
-        self._head = [p for p in held if not isinstance(p, DTensor)]
+        parameters = list(self.policy.parameters())
+        # The optimizer gets plain tensors over the same memory: its fused kernel takes no others.
+        self.parameters = [nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in parameters]
+        pairs = list(zip(self.parameters, parameters, strict=True))
+        self._sharded = {id(local): (local, p) for local, p in pairs if isinstance(p, DTensor)}
+        self._head = [p for p in parameters if not isinstance(p, DTensor)]
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
-        """Every backward scatters its gradients: to keep them whole up to the last one would take their memory."""
+        """Every backward reduces and scatters: to keep full gradients until the last one takes their memory."""
         return nullcontext()
 
     def gradients(self) -> tuple[list[Tensor], Tensor]:
-        """Trunk: this rank's share, averaged by the last backward. Head: averaged here."""
-        shares = []
-        for own, held in self._shared.values():
-            assert isinstance(held.grad, DTensor)
-            own.grad, held.grad = held.grad.to_local(), None
-            shares.append(own.grad)
+        """Trunk: this rank's shard, averaged by FSDP. Head: averaged here."""
+        trunk = []
+        for local, parameter in self._sharded.values():
+            assert isinstance(parameter.grad, DTensor)
+            local.grad, parameter.grad = parameter.grad.to_local(), None
+            trunk.append(local.grad)
         head = [p.grad for p in self._head if p.grad is not None]
-        mean = self._ranks.sum(torch.cat([each.flatten() for each in head])) / self._ranks.world_size
-        for gradient, part in zip(head, mean.split([each.numel() for each in head]), strict=True):
+        mean = self._ranks.sum(torch.cat([gradient.flatten() for gradient in head])) / self._ranks.world_size
+        for gradient, part in zip(head, mean.split([gradient.numel() for gradient in head]), strict=True):
             gradient.copy_(part.view_as(gradient))
-        # Squares of shares add up over ranks, those of the head count once.
-        of_shares = self._ranks.sum(nn.utils.get_total_norm(shares).square())
-        of_head = nn.utils.get_total_norm(head).square()
-        return [*shares, *head], (of_shares + of_head).sqrt()
+        # Squares of shards add up over ranks, those of the replicated head count once.
+        trunk_square = self._ranks.sum(nn.utils.get_total_norm(trunk).square())
+        head_square = nn.utils.get_total_norm(head).square()
+        return [*trunk, *head], (trunk_square + head_square).sqrt()
 
-    def whole(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """Gather it; on the host, since together they may be more than a GPU has to spare."""
-        if id(parameter) not in self._shared:
+    def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Gather it to the host: all of them together may be more than a GPU has to spare."""
+        if id(parameter) not in self._sharded:
             return tensor
-        held = self._shared[id(parameter)][1]
-        shape, stride = held.shape, held.stride()
-        share = DTensor.from_local(
+        sharded = self._sharded[id(parameter)][1]
+        shape, stride = sharded.shape, sharded.stride()
+        shard = DTensor.from_local(
             tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )
-        return share.full_tensor().cpu()
+        return shard.full_tensor().cpu()
 
-    def share(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """Cut it as the weight is cut; every rank has the whole, nothing travels."""
-        if id(parameter) not in self._shared:
+    def shard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Cut it as the weight is cut; every rank has the full tensor, so nothing is communicated."""
+        if id(parameter) not in self._sharded:
             return tensor
         on_device = tensor.to(self._ranks.device)
         return distribute_tensor(on_device, self._mesh, [Shard(0)], src_data_rank=None).to_local()
 
     def weights(self) -> dict[str, Tensor]:
-        """Gather them one by one, on the host."""
-        whole = self.policy.state_dict()
-        return {name: w.full_tensor().cpu() if isinstance(w, DTensor) else w for name, w in whole.items()}
+        """Gather them one by one, to the host."""
+        weights = self.policy.state_dict()
+        return {name: w.full_tensor().cpu() if isinstance(w, DTensor) else w for name, w in weights.items()}

@@ -1,4 +1,4 @@
-"""Where the training stands: run, epoch, and what the whole of it has seen."""
+"""Training progress: run, epoch, and totals since the first start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass
-class Clock:
+class TrainingProgress:
     """Counters that survive restarts. ``epoch`` counts finished epochs of ``run``."""
 
     run: int = 1
@@ -34,11 +34,11 @@ class Clock:
         return min(1.0, self.epoch / (cost_ramp * epochs))
 
     def is_past(self, runs: int | None) -> bool:
-        """Tell whether all of so many runs are done; without a number they never are."""
+        """Whether this many runs are done; never, when no number is set."""
         return runs is not None and self.run > runs
 
     def next_run(self) -> None:
-        """Turn to the next run, which chooses new bars."""
+        """Begin the next run, which chooses fresh bars."""
         self.run += 1
         self.epoch = 0
         self.cutoff_ns = 0
@@ -46,7 +46,7 @@ class Clock:
 
     @property
     def rate_scale(self) -> float:
-        """What the learning rate is multiplied with: half of it after each rollback, all of it in a new run."""
+        """Factor of the learning rate: halved by each rollback, 1 again in a new run."""
         return 0.5**self.rollbacks
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,12 +68,12 @@ class Summary:
         self.epochs += 1
         self.rewards.append(reward_bps)
 
-    def lines(self, clock: Clock, newest_checkpoint: str) -> list[str]:
+    def lines(self, progress: TrainingProgress, newest_checkpoint: str) -> list[str]:
         """Tell it in a few lines."""
         hours, rest = divmod(int(time.monotonic() - self.began), 3600)
         lines = [
             f"Summary: {self.epochs} epochs in {hours}:{rest // 60:02d}:{rest % 60:02d}, "
-            f"{clock.transitions - self.first_transitions:,} transitions, now at run {clock.run}"
+            f"{progress.transitions - self.first_transitions:,} transitions, now at run {progress.run}"
         ]
         if self.rewards:
             tenth = max(1, len(self.rewards) // 10)

@@ -23,8 +23,7 @@ from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch
 from runtime.processes import memory_bytes
 from training import checkpoint
-from training.assembly import demand_of, num_parameters
-from training.memory import USABLE, DoesNotFit, plan
+from training.memory import USABLE, DoesNotFit, MemoryNeeds, num_parameters, plan
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -97,9 +96,9 @@ def memory(machine: Machine, settings: Settings, request: DataRequest, launch: L
     """Compare what one process needs with its GPU's memory, or with its share of the RAM."""
     gpu = min(machine.gpus, key=lambda each: each.num_bytes, default=None)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu is not None)
-    demand = demand_of(settings, num_bars(request) * BAR_BYTES, launch.num_ranks, bf16)
+    needs = MemoryNeeds.of(settings, num_bars(request) * BAR_BYTES, launch.num_ranks, bf16)
     try:
-        chosen = plan(demand, gpu.num_bytes if gpu else None, settings.micro_batch_segments)
+        chosen = plan(needs, gpu.num_bytes if gpu else None, settings.micro_batch_segments)
     except DoesNotFit as error:
         return Line("memory", "error", str(error), EXIT_DOES_NOT_FIT)
     if gpu:
@@ -116,10 +115,10 @@ def memory(machine: Machine, settings: Settings, request: DataRequest, launch: L
     place = "machine" if launch.num_ranks == 1 else shared
     if chosen.needed_bytes <= USABLE * have:
         return Line("memory", "OK", f"{chosen}; the {place} has {have / 2**30:.1f} GiB")
-    advice = replace(chosen, memory_bytes=have).advice(place)
+    fix = replace(chosen, memory_bytes=have).suggest_fix(place)
     if chosen.needed_bytes <= have:
-        return Line("memory", "warning", f"it is close: {advice}")
-    return Line("memory", "error", advice, EXIT_DOES_NOT_FIT)
+        return Line("memory", "warning", f"it is close: {fix}")
+    return Line("memory", "error", fix, EXIT_DOES_NOT_FIT)
 
 
 def num_bars(request: DataRequest) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,14 +31,16 @@ from commands.selftest.known_markets import (
 )
 from data_sources.bars import MINUTE_NS
 from envs.market import Market
-from envs.trading_env import EnvConfig, TradingEnv
+from envs.trading_env import TradingEnv
 from evaluation.trained_policy import NEVER_NS
 from training.distributed import Ranks
-from training.learner import LearnerConfig
-from training.losses import PPOConfig
-from training.progress import Clock
+from training.memory import MemoryNeeds, plan
+from training.progress import TrainingProgress
 from training.rollout import collect
-from training.trainer import Session, SessionConfig
+from training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 log = logging.getLogger("continuous_training")
 
@@ -156,29 +159,32 @@ TRIALS = (
 )
 
 
-def run_trial(trial: Trial, sizes: Sizes, seed: int, ranks: Ranks, bf16: bool = False) -> Result:
+def run_trial(settings: Settings, trial: Trial, sizes: Sizes, seed: int, ranks: Ranks) -> Result:
     """Train on the trial's market, then examine on fresh paths of it."""
     start = time.monotonic()
     paths = draw_paths(trial.market, sizes.num_symbols, sizes.num_bars, seed=1_000 + seed)
-    session = Session(_make_market(paths, sizes, ranks), _config(trial, sizes, seed, bf16), ranks, saved=None)
-    clock, curve = Clock(), []
+    market = _make_market(paths, sizes, ranks)
+    settings = _settings(settings, trial, sizes, seed, ranks.world_size)
+    needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, bf16=False)
+    trainer = Trainer(market, settings, ranks, plan(needs, None, settings.micro_batch_segments))
+    progress, curve = TrainingProgress(), []
     for _ in range(trial.epochs):
-        rollout = session.collect(clock.cost_scale(COST_RAMP, trial.epochs))
-        session.update(rollout, clock.epoch / trial.epochs, lambda: False)
-        clock.tick(rollout.num_segments * rollout.horizon)
-        totals = session.env.episode_statistics()
+        rollout = trainer.collect(progress.cost_scale(COST_RAMP, trial.epochs))
+        trainer.update(rollout, progress.epoch / trial.epochs, lambda: False)
+        progress.tick(rollout.num_segments * rollout.horizon)
+        totals = trainer.env.episode_statistics()
         curve.append(float(totals["rewards"] / totals["decisions"]) / SIGMA)
     seconds = time.monotonic() - start
-    result = examine(trial, session, sizes, seed)
+    result = examine(trial, trainer, sizes, seed)
     result.seconds, result.curve = seconds, curve
     result.failure = trial.judge(result)
     return result
 
 
-def examine(trial: Trial, session: Session, sizes: Sizes, seed: int) -> Result:
+def examine(trial: Trial, trainer: Trainer, sizes: Sizes, seed: int) -> Result:
     """Let the policy, the reference and the baselines trade the same fresh paths from the same bars."""
     paths = draw_paths(trial.market, sizes.exam_symbols, sizes.num_bars, seed=2_000 + seed)
-    market = _make_market(paths, sizes, session.ranks, session.env.market)
+    market = _make_market(paths, sizes, trainer.ranks, trainer.env.market)
     forecast = trial.market.forecast(paths.returns)
     rule = find_best_rule(trial.market, trial.cost)
     next_return = np.append(paths.returns[:, 1:], np.zeros((len(paths.returns), 1)), axis=1)
@@ -191,13 +197,13 @@ def examine(trial: Trial, session: Session, sizes: Sizes, seed: int) -> Result:
     }
     earned: dict[str, float] = {}
     for name, positions in strategies.items():
-        env = TradingEnv(market, session.config.env, session.ranks.device, seed=seed)
+        env = TradingEnv(market, trainer.env.config, trainer.ranks.device, seed=seed)
         actions = torch.from_numpy(positions.astype(np.int64) + 1).to(env.device)
         with_noise = trial.with_noise or name == "foresight"
         segments = [_play_actions(env, actions) for _ in range(sizes.exam_segments)]
         earned[name] = _mean_reward(segments, None if with_noise else paths.noise)
-    env = TradingEnv(market, session.config.env, session.ranks.device, seed=seed)
-    segments = [_play_policy(env, session) for _ in range(sizes.exam_segments)]
+    env = TradingEnv(market, trainer.env.config, trainer.ranks.device, seed=seed)
+    segments = [_play_policy(env, trainer) for _ in range(sizes.exam_segments)]
     flat = [float((segment.actions == POSITIONS.index(0.0)).double().mean()) for segment in segments]
     return Result(
         trial=trial.name,
@@ -233,11 +239,11 @@ def _play_actions(env: TradingEnv, table: Tensor) -> _Segment:
     return _Segment(rewards, actions, symbol, bar)
 
 
-def _play_policy(env: TradingEnv, session: Session) -> _Segment:
+def _play_policy(env: TradingEnv, trainer: Trainer) -> _Segment:
     """Play one segment with the policy's most likely actions."""
-    learner = session.learner
-    chunk = learner.config.micro_batch_segments
-    rollout = collect(env, session.policy, learner.generator, chunk, greedy=True)
+    learner = trainer.learner
+    chunk = learner.micro_batch_segments
+    rollout = collect(env, trainer.policy, learner.generator, chunk, greedy=True)
     symbol, end = _find_bars(env)
     rewards = rollout.rewards * env.volatility[:, None]
     return _Segment(rewards, rollout.actions, symbol, end - env.config.horizon)
@@ -275,50 +281,58 @@ def _make_market(paths: Paths, sizes: Sizes, ranks: Ranks, known: Market | None 
     )
 
 
-def _config(trial: Trial, sizes: Sizes, seed: int, bf16: bool) -> SessionConfig:
-    env = EnvConfig(
-        num_envs=sizes.num_envs,
+def _settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, world_size: int) -> Settings:
+    """Return the settings of one training: only the precision is the user's."""
+    return replace(
+        settings,
+        envs_per_gpu=sizes.num_envs,
         context_bars=sizes.context_bars,
         horizon=sizes.horizon,
         episode_bars=10 * sizes.horizon,
         positions=POSITIONS,
+        stock_fee_bps=0.5,
         crypto_fee_bps=trial.cost * SIGMA * 1e4,
         slippage_bps=0.0,
+        range_slippage=0.0,
+        volume_slippage=0.0,
+        flat_before_close=0,
         borrow_rate=0.0,
-    )
-    ppo = PPOConfig(
-        gamma=trial.gamma,
-        gae_lambda=trial.gae_lambda,
-        clip_coef=0.2,
-        entropy_coef=trial.entropy_coef,
-        value_coef=0.5,
-        advantages="hindsight",
-    )
-    learner = LearnerConfig(
-        update_passes=sizes.update_passes,
-        minibatch_segments=sizes.minibatch_segments,
+        ruin_fraction=0.2,
+        d_model=sizes.d_model,
+        num_layers=sizes.num_layers,
+        num_heads=4,
+        compile="off",
+        parallel="ddp",
+        batch_size=sizes.minibatch_segments * sizes.horizon * world_size,
         micro_batch_segments=16,
+        update_passes=sizes.update_passes,
         learning_rate=trial.learning_rate,
         warmup_steps=20,
         final_learning_rate_fraction=0.1,
         weight_decay=0.01,
         max_grad_norm=1.0,
+        gamma=trial.gamma,
+        gae_lambda=trial.gae_lambda,
+        advantages="hindsight",
+        clip_coef=0.2,
+        entropy_coef=trial.entropy_coef,
+        value_coef=0.5,
+        seed=seed,
     )
-    return SessionConfig(env, ppo, learner, sizes.d_model, sizes.num_layers, 4, bf16, seed)
 
 
 def run_trials(
+    settings: Settings,
     trials: Sequence[Trial],
     sizes: Sizes,
     seeds: Sequence[int],
     ranks: Ranks,
-    bf16: bool,
 ) -> list[Result]:
     """Run every trial with every seed, and log each result."""
     results = []
     for trial in trials:
         for seed in seeds:
-            result = run_trial(trial, sizes, seed, ranks, bf16)
+            result = run_trial(settings, trial, sizes, seed, ranks)
             results.append(result)
             verdict = f"FAILED: {result.failure}" if result.failure else "passed"
             figures = f"{result.policy:+.4f} sigma per bar, reference {result.reference:+.4f}"

@@ -29,9 +29,9 @@ from envs.features import FEATURES, WARM_UP_BARS, FeatureFunction, compute
 from envs.market import Market, NoSegment
 from envs.trading_env import EnvConfig, TradingEnv
 from evaluation.provenance import minute_of
-from models.policy import Policy
+from models.policy import Policy, uses_bf16
 from models.transformer import TransformerConfig
-from training.assembly import holdout_start_ns, uses_bf16
+from training.assembly import holdout_start_ns
 from training.data_feed import data_request
 from training.distributed import Ranks
 from training.rollout import Rollout, collect
@@ -181,7 +181,7 @@ class _RolloutChecks:
 
     def __init__(self, bars: Sequence[Bars], settings: Settings, holdout_ns: int, ranks: Ranks) -> None:
         self.bars, self.settings, self.device = bars, settings, ranks.device
-        self.bf16 = uses_bf16(settings, ranks)
+        self.bf16 = uses_bf16(settings.precision, ranks.device)
         self.holdout_ns = holdout_ns
         self.market = self._make_market(bars)
         self.played: list[str] = []  # symbols on which decisions were checked

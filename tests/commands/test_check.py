@@ -35,9 +35,8 @@ from tests.program import NAMES_IN_ENV, PATIENCE, ROOT, environment
 from tests.training.checkpoints import NOW, untrained
 from tests.vendors import KEY_ID, SECRET, Vendors, closed_port
 from training import checkpoint
-from training.assembly import demand_of, num_parameters
 from training.data_feed import data_request
-from training.memory import plan
+from training.memory import MemoryNeeds, num_parameters, plan
 
 GB, GIB = 10**9, 2**30
 FULL = Settings()
@@ -302,7 +301,7 @@ def test_memory_that_is_too_small_is_an_error_and_its_fix_fits() -> None:
 def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
     simulated = replace(SMALL, sources=("simulated",))
     need = plan(
-        demand_of(simulated, machine.num_bars(request_of(simulated)) * machine.BAR_BYTES, 1, False), None
+        MemoryNeeds.of(simulated, machine.num_bars(request_of(simulated)) * machine.BAR_BYTES, 1, False), None
     )
     ram = Machine(ram_bytes=int(1.5 * need.needed_bytes))
     assert machine.memory(ram, simulated, request_of(simulated), Launch()).level == "OK"

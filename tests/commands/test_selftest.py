@@ -153,7 +153,7 @@ def test_the_best_rule_beats_its_neighbours_and_never_trades_in_pure_noise() -> 
 @pytest.mark.slow
 def test_the_program_learns_a_known_market_on_fresh_paths() -> None:
     short = replace(trial("persistent_sign"), cost=0.05, epochs=30, judge=earns(0.6))
-    result = run_trial(short, SMALL, 0, ALONE)
+    result = run_trial(Settings(), short, SMALL, 0, ALONE)
     assert result.failure == "", result
     assert result.foresight > 0.5 > result.reference > 0.08
     assert result.random < -0.03
@@ -163,7 +163,7 @@ def test_the_program_learns_a_known_market_on_fresh_paths() -> None:
 @pytest.mark.slow
 def test_a_feature_that_knows_the_next_bar_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     short = replace(trial("foresight"), epochs=8)
-    honest = run_trial(short, SMALL, 0, ALONE)
+    honest = run_trial(Settings(), short, SMALL, 0, ALONE)
     assert honest.failure == "", honest
 
     def next_move(history) -> torch.Tensor:  # type: ignore[no-untyped-def]
@@ -172,7 +172,7 @@ def test_a_feature_that_knows_the_next_bar_is_caught(monkeypatch: pytest.MonkeyP
         return move.float()
 
     monkeypatch.setitem(FEATURES, "next_move", next_move)
-    leaking = run_trial(short, SMALL, 0, ALONE)
+    leaking = run_trial(Settings(), short, SMALL, 0, ALONE)
     assert "something looks ahead" in leaking.failure
 
 

@@ -24,8 +24,8 @@ from tests.envs.markets import market_of, walk
 from training import assembly, checkpoint
 from training.checkpoint_writer import BackgroundWriter
 from training.distributed import Ranks
-from training.progress import Clock
-from training.trainer import Session
+from training.progress import TrainingProgress
+from training.trainer import Trainer
 
 DAY_NS = 86_400 * 10**9
 LOGGER = "continuous_training"
@@ -63,20 +63,21 @@ class Training:
         ranks = Ranks(0, 1, torch.device("cpu"))
         market = market_of(*self.bars, holdout_start_ns=self.trained_until_ns, context_bars=4, horizon=8)
         memory, _ = assembly.memory_plan(SETTINGS, market.num_bytes, ranks)
-        config = assembly.session_config(SETTINGS, memory, ranks)
-        self.session = Session(market, config, ranks, None)
+        self.trainer = Trainer(market, SETTINGS, ranks, memory)
         self.examiner = Examiner(folder, ranks, Control())
-        self.clock = Clock(trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns)
+        self.progress = TrainingProgress(
+            trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns
+        )
 
     def holds(self, what: str) -> None:
         with torch.no_grad():
-            self.session.policy.head.logits.bias.zero_()[HOLDS[what]] = 9.0
+            self.trainer.policy.head.logits.bias.zero_()[HOLDS[what]] = 9.0
 
     def examined(self, data: str = "d") -> Exam:
-        self.clock.tick(1)
+        self.progress.tick(1)
         with BackgroundWriter(self.folder, 2, True) as writer:
-            exam = self.examiner.examine(self.session, self.clock, data, writer)
-            assembly.save(SETTINGS, self.clock, self.session, data, exam.figures, writer, exam)
+            exam = self.examiner.examine(self.trainer, self.progress, data, writer)
+            assembly.save(SETTINGS, self.progress, self.trainer, data, exam.figures, writer, exam)
             writer.finish()
         for line in exam.lines:
             logging.getLogger(LOGGER).info(line)
@@ -161,7 +162,7 @@ def test_the_dates_are_fresh_to_both(training: Training) -> None:
     training.holds("long")
     training.examined()
     # Weights that were trained for longer: of this training, and of the champion.
-    training.clock.trained_until_ns += 2 * DAY_NS
+    training.progress.trained_until_ns += 2 * DAY_NS
     training.examined()
     days = [line["days"] for line in training.ledger]
     assert days[1] == days[0] - 2
@@ -181,7 +182,7 @@ def test_the_champion_is_played_again_only_when_something_changed(
 ) -> None:
     read: list[Path] = []
     original = champion.read
-    monkeypatch.setattr(champion, "read", lambda path, session: read.append(path) or original(path, session))
+    monkeypatch.setattr(champion, "read", lambda path, trainer: read.append(path) or original(path, trainer))
     training.holds("long")
     figures = [training.examined().figures for _ in range(4)]
     assert len(read) == 1
@@ -195,7 +196,7 @@ def test_an_epoch_that_is_played_again_is_one_trial(training: Training) -> None:
     training.examined()
     training.examined()
     before = (training.folder / ledger.NAME).read_bytes()
-    training.clock.epoch -= 1  # its checkpoint was damaged
+    training.progress.epoch -= 1  # its checkpoint was damaged
     training.holds("short")
     exam = training.examined()
     assert exam.figures["exam/trials"] == 2
@@ -326,13 +327,13 @@ def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_no
 ) -> None:
     training.holds("long")
     exam = training.examined()
-    weights, resume = training.session.checkpoint(training.clock)
+    weights, resume = training.trainer.checkpoint(training.progress)
     for step, record in ((0, exam.record), (1, {})):
         monkeypatch.setattr(
-            training.session, "checkpoint", lambda _, at=step: (weights | {"step": at}, resume)
+            training.trainer, "checkpoint", lambda _, at=step: (weights | {"step": at}, resume)
         )
         with BackgroundWriter(training.folder, 2, True) as writer:
-            assembly.save(SETTINGS, training.clock, training.session, "d", {}, writer, exam)
+            assembly.save(SETTINGS, training.progress, training.trainer, "d", {}, writer, exam)
         assert checkpoint.load(training.folder / checkpoint.name_of(1, 1, step))["exam"] == record
 
 
@@ -372,18 +373,18 @@ def test_what_cannot_be_compared_is_left_alone(training: Training) -> None:
 def test_an_exam_draws_nothing_and_moves_no_account(training: Training) -> None:
     training.holds("long")
     training.examined()
-    training.session.env.cost_scale = 0.25
-    state, accounts = torch.get_rng_state(), training.session.env.state_dict()
+    training.trainer.env.cost_scale = 0.25
+    state, accounts = torch.get_rng_state(), training.trainer.env.state_dict()
     training.examined()
     assert torch.equal(torch.get_rng_state(), state)
-    after = training.session.env.state_dict()
+    after = training.trainer.env.state_dict()
     assert torch.equal(after["generator"], accounts["generator"]) and after["symbols"] == accounts["symbols"]
     assert torch.equal(after["totals"], accounts["totals"])
-    assert training.session.env.cost_scale == 0.25
+    assert training.trainer.env.cost_scale == 0.25
 
 
 def test_nothing_held_out_is_one_line(training: Training) -> None:
-    training.clock.trained_until_ns = int(training.bars[0].open_time[-1])
+    training.progress.trained_until_ns = int(training.bars[0].open_time[-1])
     assert training.examined() == training.examined() == Exam()
     assert training.output.count("No exam: ") == 1
     assert training.ledger == []

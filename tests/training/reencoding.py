@@ -76,10 +76,10 @@ class WindowLearner(Learner):
     def update_by_windows(self, rollout: Rollout, minibatch: int) -> None:
         """Improve the policy on one rollout, ``minibatch`` decisions per optimizer step."""
         targets, windows, accounts = self.decisions(rollout)
-        for _ in range(self.config.update_passes):
+        for _ in range(self.settings.update_passes):
             order = torch.randperm(len(accounts), generator=self.generator)
             for rows in order.split(minibatch):
                 logits, values = self.policy(windows[rows], accounts[rows])
-                losses = ppo_losses(logits[:, 0], values[:, 0], targets[rows], len(rows), self.ppo)
+                losses = ppo_losses(logits[:, 0], values[:, 0], targets[rows], len(rows), self.settings)
                 losses.total.backward()
                 self._apply_gradients(self.config.learning_rate)

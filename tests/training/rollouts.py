@@ -1,7 +1,10 @@
 """Rollouts, made-up and played, with small policies and learners; the two-rank script uses them, too."""
 
+from dataclasses import replace
+
 import torch
 
+from continuous_training import Settings
 from envs.market import Market
 from envs.trading_env import TradingEnv
 from models.policy import Policy
@@ -9,8 +12,8 @@ from models.transformer import TransformerConfig
 from tests.envs.markets import market_of, walk
 from training.distributed import Ranks
 from training.hindsight import Hindsight
-from training.learner import Learner, LearnerConfig
-from training.losses import Objective, PPOConfig
+from training.learner import Learner
+from training.losses import Objective
 from training.rollout import Rollout, collect
 
 CONTEXT, HORIZON, FEATURES, ACCOUNT, POSITIONS = 4, 8, 5, 6, 3
@@ -28,13 +31,20 @@ def small_policy(bf16: bool = False, num_layers: int = 2) -> Policy:
     return policy
 
 
-PPO = PPOConfig(
+SETTINGS = Settings(
+    envs_per_gpu=64,
+    context_bars=CONTEXT,
+    horizon=HORIZON,
+    episode_bars=2 * HORIZON,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    batch_size=4 * HORIZON,
+    update_passes=2,
+    learning_rate=1e-3,
+    warmup_steps=1,
     gamma=0.97,
     gae_lambda=0.9,
-    clip_coef=0.2,
-    entropy_coef=0.01,
-    value_coef=0.5,
-    advantages="hindsight",
 )
 
 
@@ -47,19 +57,15 @@ def small_learner(
     passes: int = 2,
     sharded: bool = False,
 ) -> Learner:
-    config = LearnerConfig(
+    settings = replace(
+        SETTINGS,
+        batch_size=minibatch * HORIZON * ranks.world_size,
         update_passes=passes,
-        minibatch_segments=minibatch,
-        micro_batch_segments=micro,
-        learning_rate=1e-3,
-        warmup_steps=1,
-        final_learning_rate_fraction=0.1,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        sharded=sharded,
+        parallel="fsdp" if sharded else "ddp",
     )
-    objective = of if isinstance(of, Objective) else Objective(of, PPO)
-    return Learner(objective, config, ranks, seed=0)
+    objective = of if isinstance(of, Objective) else Objective(of, settings)
+    objective.settings = settings
+    return Learner(objective, ranks, micro)
 
 
 @torch.no_grad()

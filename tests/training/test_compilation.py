@@ -14,7 +14,7 @@ from tests.training.rollouts import (
     CONTEXT,
     FEATURES,
     HORIZON,
-    PPO,
+    SETTINGS,
     made_up_rollout,
     policy_for,
     rollout_of,
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:
 
 @pytest.mark.slow
 def test_a_compiled_objective_gives_the_same_update() -> None:
-    plain, compiled = (Objective(small_policy(num_layers=1), PPO) for _ in range(2))
+    plain, compiled = (Objective(small_policy(num_layers=1), SETTINGS) for _ in range(2))
     assert compile_objective(compiled, 2, CONTEXT, HORIZON, ALONE) == ""
     assert list(plain.state_dict()) == list(compiled.state_dict())
     rollout = made_up_rollout(plain.policy, 4)
@@ -52,7 +52,7 @@ def without_compiler() -> AbstractContextManager[None]:
 
 def test_without_a_compiler_the_objective_is_left_as_it_was_and_the_reason_is_told() -> None:
     policy = small_policy()
-    objective = Objective(policy, PPO)
+    objective = Objective(policy, SETTINGS)
     bars = torch.randn(2, CONTEXT + HORIZON, FEATURES)
     before = policy.encode(bars, HORIZON)
     with without_compiler():
@@ -71,7 +71,7 @@ def test_a_rollout_of_compiled_accounts_is_the_plain_one(monkeypatch: pytest.Mon
     policy = policy_for(quick)
     before = quick.generator.get_state()
     lengths = quick.config.context_bars, quick.config.horizon
-    assert compile_objective(Objective(policy, PPO), 2, *lengths, ALONE) == ""
+    assert compile_objective(Objective(policy, SETTINGS), 2, *lengths, ALONE) == ""
     assert compile_accounts(quick, policy, ALONE) == ""
     assert quick.compiled and torch.equal(quick.generator.get_state(), before)
     for _ in range(3):
@@ -98,7 +98,7 @@ def test_the_rehearsal_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compiled, "UNROLLED_DECISIONS", 2)
     env = env_of(mixed_market())
     policy = policy_for(env)
-    objective = Objective(policy, PPO)
+    objective = Objective(policy, SETTINGS)
     assert compile_objective(objective, 2, env.config.context_bars, env.config.horizon, ALONE) == ""
     assert compile_accounts(env, policy, ALONE) == ""
     # The last minibatch of a pass is one of 4.

@@ -26,7 +26,7 @@ from tests.program import ALONE, PATIENCE, SUPERVISED, Start, environment, tiny_
 from tests.vendors import BinanceNow
 from training.data_feed import Prefetch, fresh_bars
 from training.distributed import Ranks
-from training.progress import Clock
+from training.progress import TrainingProgress
 
 
 class Taken:
@@ -49,30 +49,30 @@ def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bar
     lake = Lake(tmp_path / "data")
     ranks, control = Ranks(0, 1, torch.device("cpu")), Control()
 
-    def bars_of(clock: Clock, ready_ns: int) -> LoadedData:
+    def bars_of(progress: TrainingProgress, ready_ns: int) -> LoadedData:
         prefetch = cast(Prefetch, Taken(ready_ns))
-        data = fresh_bars(lake, settings, clock, ranks, control, NullProgress(), prefetch)
+        data = fresh_bars(lake, settings, progress, ranks, control, NullProgress(), prefetch)
         assert data is not None
         return data
 
     with BinanceServer(time.time_ns()) as server:
         monkeypatch.setenv("BINANCE_API_URL", server.url)
         monkeypatch.setenv("BINANCE_ARCHIVE_URL", server.url)
-        clock = Clock()
-        first = bars_of(clock, 0)
+        progress = TrainingProgress()
+        first = bars_of(progress, 0)
         assert server.requests
-        assert clock.cutoff_ns > server.now_ns
+        assert progress.cutoff_ns > server.now_ns
 
         server.requests.clear()
-        ahead_ns = clock.cutoff_ns + 1
-        second_clock = Clock(run=2)
+        ahead_ns = progress.cutoff_ns + 1
+        second_clock = TrainingProgress(run=2)
         bars_of(second_clock, ahead_ns)
         assert server.requests == []
         assert second_clock.cutoff_ns == ahead_ns
 
     part = max(lake.parts("binance", "BTCUSDT").values(), key=lambda each: each.rows)
     lake.remove(part)  # the lake is another one by now
-    resumed = bars_of(clock, 0)
+    resumed = bars_of(progress, 0)
     assert resumed.fingerprint == first.fingerprint
     np.testing.assert_array_equal(resumed.bars[0].close, first.bars[0].close)
 
@@ -80,7 +80,7 @@ def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bar
 class Second(Ranks):
     """Rank 1 of two, whose first one has all to itself."""
 
-    def from_first(self, value: object) -> object:
+    def broadcast(self, value: object) -> object:
         return time.time_ns() if value == 0 else value
 
     def any(self, flag: bool) -> bool:
@@ -109,7 +109,9 @@ def test_a_machine_that_waits_for_the_download_of_another_shows_life(
     settings = Settings(sources=("simulated",), simulated_symbols=2, simulated_bars=3_000)
     ranks = Second(1, 2, torch.device("cpu"))
     lake, prefetch = Lake(tmp_path), cast(Prefetch, Taken(0))
-    assert fresh_bars(lake, settings, Clock(), ranks, Control(), NullProgress(), prefetch) is not None
+    assert (
+        fresh_bars(lake, settings, TrainingProgress(), ranks, Control(), NullProgress(), prefetch) is not None
+    )
     assert len(waits) == expected and all(seconds > 3600 for seconds in waits)
 
 

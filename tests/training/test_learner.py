@@ -131,7 +131,7 @@ def test_a_stopped_update_goes_on_at_the_very_step(steps: int) -> None:
     assert first.optimizer_steps == steps and first.stopped is not None
     second.policy.load_state_dict(first.policy.state_dict())
     second.load_state_dict(first.state_dict())
-    figures = second.update(rollout, 0.5, go_on=first.stopped)
+    figures = second.update(rollout, 0.5, resume_from=first.stopped)
     assert second.stopped is None and expected is not None and figures is not None
     assert {name: float(value) for name, value in figures.items()} == {
         name: float(value) for name, value in expected.items()

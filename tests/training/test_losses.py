@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.losses import PPOConfig, Targets, advantages_and_returns, ppo_losses
+from continuous_training import Settings
+from training.losses import Targets, advantages_and_returns, ppo_losses
 
-CONFIG = PPOConfig(0.9, 0.8, clip_coef=0.2, entropy_coef=0.01, value_coef=0.5, advantages="gae")
+SETTINGS = Settings(gamma=0.9, gae_lambda=0.8, clip_coef=0.2, entropy_coef=0.01, value_coef=0.5)
 
 
 def test_gae_by_hand() -> None:
@@ -88,7 +89,7 @@ def batch(drawn: bool) -> tuple[Tensor, Tensor, Targets]:
 @pytest.mark.parametrize("drawn", [True, False])
 def test_losses_equal_a_scalar_reference(drawn: bool) -> None:
     logits, values, targets = batch(drawn)
-    losses = ppo_losses(logits, values, targets, num_decisions=35, config=CONFIG)
+    losses = ppo_losses(logits, values, targets, num_decisions=35, settings=SETTINGS)
     policy = value = entropy = kl = clipped = 0.0
     for n in range(5):
         for t in range(7):
@@ -115,9 +116,9 @@ def test_losses_equal_a_scalar_reference(drawn: bool) -> None:
 
 def test_micro_batches_add_up_to_the_minibatch() -> None:
     logits, values, targets = batch(drawn=False)
-    whole = ppo_losses(logits, values, targets, num_decisions=35, config=CONFIG).total
+    whole = ppo_losses(logits, values, targets, num_decisions=35, settings=SETTINGS).total
     parts = [
-        ppo_losses(logits[rows], values[rows], targets[rows], num_decisions=35, config=CONFIG).total
+        ppo_losses(logits[rows], values[rows], targets[rows], num_decisions=35, settings=SETTINGS).total
         for rows in torch.tensor([0, 1, 2, 3, 4]).split([1, 3, 1])
     ]
     torch.testing.assert_close(whole, torch.stack(parts).sum(), rtol=1e-12, atol=1e-12)
@@ -126,7 +127,7 @@ def test_micro_batches_add_up_to_the_minibatch() -> None:
 def test_what_happened_after_a_ruin_has_no_gradient() -> None:
     logits, values, targets = batch(drawn=False)
     leaves = (logits.requires_grad_(), values.requires_grad_())
-    ppo_losses(logits, values, targets, num_decisions=35, config=CONFIG).total.backward()
+    ppo_losses(logits, values, targets, num_decisions=35, settings=SETTINGS).total.backward()
     for leaf in leaves:
         assert leaf.grad is not None
         assert (leaf.grad[~targets.valid] == 0).all()
@@ -145,7 +146,7 @@ def test_clipping_takes_the_gradient_away_only_where_the_step_went_too_far() -> 
         valid=torch.ones(1, 2, dtype=torch.bool),
     )
     values = torch.zeros(1, 2, dtype=torch.float64)
-    ppo_losses(logits, values, targets, 2, replace(CONFIG, entropy_coef=0.0)).total.backward()
+    ppo_losses(logits, values, targets, 2, replace(SETTINGS, entropy_coef=0.0)).total.backward()
     assert logits.grad is not None
     assert (logits.grad[0, 0] == 0).all()
     assert logits.grad[0, 1, 0] > 0  # descent lowers the bad action's logit

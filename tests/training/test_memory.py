@@ -11,15 +11,22 @@ import torch
 from continuous_training import PRESETS, Settings
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from tests.training.rollouts import ALONE, CONTEXT, HORIZON, PPO, made_up_rollout, small_policy
+from tests.training.rollouts import ALONE, CONTEXT, HORIZON, SETTINGS, made_up_rollout, small_policy
 from training import compilation, memory
-from training.assembly import demand_of
 from training.losses import Objective
-from training.memory import ACTIVATION_BYTES, INPUT_BYTES, DoesNotFit, MemoryPlan, gpu_memory, plan
+from training.memory import (
+    ACTIVATION_BYTES,
+    INPUT_BYTES,
+    DoesNotFit,
+    MemoryNeeds,
+    MemoryPlan,
+    gpu_memory,
+    plan,
+)
 
 GIB = 2**30
-FULL = demand_of(Settings(), market_bytes=2 * GIB, world_size=1, bf16=True)
-SMALL = demand_of(Settings(**PRESETS["small"]), market_bytes=2 * GIB, world_size=1, bf16=True)
+FULL = MemoryNeeds.of(Settings(), market_bytes=2 * GIB, world_size=1, bf16=True)
+SMALL = MemoryNeeds.of(Settings(**PRESETS["small"]), market_bytes=2 * GIB, world_size=1, bf16=True)
 
 
 def kept_for_the_backward(num_layers: int, bf16: bool, recompute: bool) -> int:
@@ -95,7 +102,7 @@ def test_shares_make_room_for_what_one_gpu_cannot_hold() -> None:
     large = replace(FULL, num_parameters=2_500_000_000, d_model=4_096)
     with pytest.raises(DoesNotFit, match="parallel to fsdp"):
         plan(large, 40 * GIB)
-    assert plan(replace(large, shares=8), 40 * GIB).micro_batch_segments >= 1
+    assert plan(replace(large, shards=8), 40 * GIB).micro_batch_segments >= 1
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_what_cannot_fit_is_refused_with_the_one_setting_to_change(changes: dict
     assert "the GPU has 8.0 GiB" in str(refusal.value) and "\n" not in str(refusal.value)
     if not changes:
         width = int(str(refusal.value).split("d_model to ")[1].split(",")[0])
-        fitting = demand_of(Settings(d_model=width), 2 * GIB, 1, bf16=True)
+        fitting = MemoryNeeds.of(Settings(d_model=width), 2 * GIB, 1, bf16=True)
         assert plan(fitting, 8 * GIB).micro_batch_segments >= 1
 
 
@@ -144,7 +151,7 @@ def test_a_half_micro_batch_is_tried_once_and_then_it_does_not_fit() -> None:
 
 def test_a_rehearsal_leaves_no_gradient_and_tells_of_too_little_memory(monkeypatch) -> None:
     policy = small_policy()
-    objective = Objective(policy, PPO)
+    objective = Objective(policy, SETTINGS)
     compilation.rehearse(objective, 2, CONTEXT, HORIZON, ALONE)
     assert all(p.grad is None for p in policy.parameters())
 
@@ -156,4 +163,4 @@ def test_a_rehearsal_leaves_no_gradient_and_tells_of_too_little_memory(monkeypat
         compilation.rehearse(objective, 2, CONTEXT, HORIZON, ALONE)
     other = SimpleNamespace(device=ALONE.device, any=lambda flag: True)  # a rank beside us ran out
     with pytest.raises(torch.OutOfMemoryError, match="another rank"):
-        compilation.rehearse(Objective(small_policy(), PPO), 2, CONTEXT, HORIZON, other)
+        compilation.rehearse(Objective(small_policy(), SETTINGS), 2, CONTEXT, HORIZON, other)

@@ -9,7 +9,7 @@ import torch
 
 from tests.program import is_same
 from tests.training.rollouts import CONTEXT, FEATURES, HORIZON, small_policy
-from tests.training.test_trainer import small_session
+from tests.training.test_trainer import small_trainer
 from training.metrics import (
     BARS_OF_EACH,
     NUM_SEGMENTS,
@@ -83,10 +83,10 @@ def test_weights_that_are_not_finite_are_told_as_such() -> None:
 
 
 def test_the_batch_is_the_same_every_time_and_spread_over_the_market() -> None:
-    market = small_session().env.market
+    market = small_trainer().env.market
     batch = fixed_batch(market)
     assert batch.shape == (NUM_SEGMENTS, market.context_bars + market.horizon, market.num_features)
-    assert torch.equal(batch, fixed_batch(small_session().env.market))
+    assert torch.equal(batch, fixed_batch(small_trainer().env.market))
     assert len(batch.flatten(1).unique(dim=0)) == NUM_SEGMENTS
     assert BARS_OF_EACH * NUM_SEGMENTS == 256  # as docs/metrics.md says
 
@@ -94,19 +94,19 @@ def test_the_batch_is_the_same_every_time_and_spread_over_the_market() -> None:
 def test_asking_for_it_changes_no_number_of_the_training() -> None:
     ends = []
     for asks in (False, True):
-        session = small_session()
+        trainer = small_trainer()
         for _ in range(3):
-            rollout = session.collect(1.0)
-            session.update(rollout, 0.0, lambda: False)
+            rollout = trainer.collect(1.0)
+            trainer.update(rollout, 0.0, lambda: False)
             if asks:
-                told = plasticity(session.policy, fixed_batch(session.env.market))
+                told = plasticity(trainer.policy, fixed_batch(trainer.env.market))
                 assert all(math.isfinite(value) for value in told.values())
         state = {
-            "model": session.policy.state_dict(),
-            "learner": session.learner.state_dict(),
-            "own": session._own_state(),
+            "model": trainer.policy.state_dict(),
+            "learner": trainer.learner.state_dict(),
+            "own": trainer._own_state(),
             "global": torch.get_rng_state(),
-            "gradients": [weight.grad for weight in session.policy.parameters()],
+            "gradients": [weight.grad for weight in trainer.policy.parameters()],
         }
         ends.append(state)
     assert is_same(*ends)

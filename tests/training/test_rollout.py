@@ -9,7 +9,7 @@ from envs.market import Market
 from envs.trading_env import EnvConfig, TradingEnv
 from tests.envs.markets import CONTEXT, HORIZON, NEVER, env_of, market_of, walk
 from tests.training.reencoding import WindowLearner, collect_by_windows
-from tests.training.rollouts import ALONE, PPO, calm_and_wild, policy_for, rollout_of, small_learner
+from tests.training.rollouts import ALONE, SETTINGS, calm_and_wild, policy_for, rollout_of, small_learner
 from training.compilation import compile_accounts, compile_objective
 from training.distributed import Ranks
 from training.losses import Objective
@@ -63,9 +63,7 @@ def test_it_is_what_encoding_every_window_anew_gives() -> None:
 
 def test_of_windows_alone_the_policy_that_acted_is_the_one_that_learns() -> None:
     env = env_of(market_of(walk()))
-    learner = WindowLearner(
-        Objective(policy_for(env), PPO), small_learner(policy_for(env)).config, ALONE, seed=0
-    )
+    learner = WindowLearner(Objective(policy_for(env), SETTINGS), ALONE, micro_batch_segments=2)
     rollout = collect_by_windows(env, learner.policy, learner.generator)
     flat, seen, accounts = learner.decisions(rollout)
     with torch.no_grad():
@@ -160,7 +158,7 @@ def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool) -> None:
     env = TradingEnv(market, config, device, seed=0)
     policy = policy_for(env, bf16=True).to(device)
     ranks = Ranks(0, 1, device)
-    objective = Objective(policy, PPO)
+    objective = Objective(policy, SETTINGS)
     if compiled:
         assert compile_objective(objective, 16, CONTEXT, HORIZON, ranks) == ""
         assert compile_accounts(env, policy, ranks) == ""

@@ -1,4 +1,4 @@
-"""A session goes on in the middle of an update, and takes up states of other devices as far as they fit."""
+"""A trainer goes on in the middle of an update, and takes up states of other devices as far as they fit."""
 
 from __future__ import annotations
 
@@ -16,44 +16,49 @@ import training.trainer
 from continuous_training import Settings, train
 from data_sources.simulated import simulated_bars
 from envs.market import Market
-from envs.trading_env import EnvConfig
 from runtime.control import Control
-from tests.training.rollouts import ALONE, PPO, small_learner, small_policy
+from tests.training.rollouts import ALONE, SETTINGS
 from training.checkpoint import Restored, newest, save
 from training.losses import Objective
-from training.memory import Demand, DoesNotFit, MemoryPlan
+from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan
 from training.metrics import Stopwatch
-from training.progress import Clock
-from training.trainer import Session, SessionConfig
+from training.progress import TrainingProgress
+from training.trainer import Trainer
 
 NEVER = 2**62
 
 
-def small_session(saved: Restored | None = None, memory: MemoryPlan | None = None, **changes: int) -> Session:
-    env = EnvConfig(**({"num_envs": 8, "context_bars": 8, "horizon": 8, "episode_bars": 16} | changes))
+def small_trainer(
+    saved: Restored | None = None, memory: MemoryPlan | None = None, envs_per_gpu: int = 8
+) -> Trainer:
+    """Make a trainer; what has a memory plan is compiled, or seems to be."""
     bars = simulated_bars(2, 600, 0, 1_767_225_600 * 10**9)
     market = Market.from_bars(bars, device="cpu", holdout_start_ns=NEVER, context_bars=8, horizon=8)
-    learner = small_learner(small_policy()).config
-    config = SessionConfig(env, PPO, learner, 16, 1, 2, False, 0, compile=memory is not None, memory=memory)
-    return Session(market, config, ALONE, saved)
+    settings = replace(
+        SETTINGS, d_model=16, num_layers=1, num_heads=2, envs_per_gpu=envs_per_gpu, context_bars=8
+    )
+    if memory:
+        settings = replace(settings, compile="on")
+    needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, bf16=False)
+    return Trainer(market, settings, ALONE, memory or MemoryPlan(needs, None, micro_batch_segments=2), saved)
 
 
-def an_epoch(session: Session, stop_at: int = -1) -> dict[str, Any] | None:
+def an_epoch(trainer: Trainer, stop_at: int = -1) -> dict[str, Any] | None:
     """Play and learn; return the figures, unless it is stopped before that optimizer step."""
     asked = itertools.count()
     watch = Stopwatch(ALONE.device)
-    rollout = session.collect(0.5)
+    rollout = trainer.collect(0.5)
     watch.mark()
-    statistics = session.update(rollout, 0.1, lambda: next(asked) == stop_at)
+    statistics = trainer.update(rollout, 0.1, lambda: next(asked) == stop_at)
     watch.mark()
     if statistics is None:
         return None
-    figures = session.metrics(Clock(), statistics, watch)
+    figures = trainer.metrics(TrainingProgress(), statistics, watch)
     return {name: value for name, value in figures.items() if not name.startswith("perf/")}
 
 
-def saved_and_loaded(session: Session, folder: Path) -> Restored:
-    path = save(folder, *session.checkpoint(Clock()), keep=16)
+def saved_and_loaded(trainer: Trainer, folder: Path) -> Restored:
+    path = save(folder, *trainer.checkpoint(TrainingProgress()), keep=16)
     found, warnings = newest(folder)
     assert found is not None and (found.path, warnings) == (path, [])
     return found
@@ -61,13 +66,13 @@ def saved_and_loaded(session: Session, folder: Path) -> Restored:
 
 @pytest.mark.parametrize("stop_at", [0, 3])
 def test_a_stopped_update_is_saved_and_finished_by_the_next_start(tmp_path: Path, stop_at: int) -> None:
-    unbroken, stopped = small_session(), small_session()
-    for session in (unbroken, stopped):
-        an_epoch(session)  # so that accounts are under way
+    unbroken, stopped = small_trainer(), small_trainer()
+    for trainer in (unbroken, stopped):
+        an_epoch(trainer)  # so that accounts are under way
     assert an_epoch(stopped, stop_at) is None
     saved = saved_and_loaded(stopped, tmp_path)
     assert saved.path.name == ("run1_epoch0_step3.pt" if stop_at else "run1_epoch0.pt")
-    resumed = small_session(saved)
+    resumed = small_trainer(saved)
     assert an_epoch(resumed) == an_epoch(unbroken)
     assert an_epoch(resumed) == an_epoch(unbroken)  # and the segment after it is a new one
     for name, weights in unbroken.policy.state_dict().items():
@@ -75,9 +80,9 @@ def test_a_stopped_update_is_saved_and_finished_by_the_next_start(tmp_path: Path
 
 
 def test_a_stopped_update_that_does_not_fit_any_more_is_played_anew(tmp_path: Path) -> None:
-    stopped = small_session()
+    stopped = small_trainer()
     assert an_epoch(stopped, 3) is None
-    resumed = small_session(saved_and_loaded(stopped, tmp_path), num_envs=4)
+    resumed = small_trainer(saved_and_loaded(stopped, tmp_path), envs_per_gpu=4)
     assert resumed.collect(0.5).num_segments == 4
     steps = resumed.learner.optimizer_steps
     assert an_epoch(resumed) is not None
@@ -126,10 +131,10 @@ def test_every_chunk_and_micro_batch_of_an_epoch_is_a_heartbeat(
 
 
 def test_a_random_state_of_another_kind_of_device_is_left_out() -> None:
-    session = small_session()
-    before = session.learner.generator.get_state()
-    session._restore_generator(torch.zeros(16, dtype=torch.uint8))  # a CUDA generator's
-    assert torch.equal(session.learner.generator.get_state(), before)
+    trainer = small_trainer()
+    before = trainer.learner.generator.get_state()
+    trainer._restore_generator(torch.zeros(16, dtype=torch.uint8))  # a CUDA generator's
+    assert torch.equal(trainer.learner.generator.get_state(), before)
 
 
 def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeypatch) -> None:
@@ -144,25 +149,29 @@ def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeyp
 
         return compile_objective
 
-    demand = Demand(1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0)
+    demand = MemoryNeeds(
+        1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0
+    )
     plan = MemoryPlan(demand, 2**30, 8)
     monkeypatch.setattr(training.trainer, "compile_accounts", lambda env, policy, ranks: "")
     monkeypatch.setattr(training.trainer, "compile_objective", out_of_memory_above(4))
-    session = small_session(memory=plan)
+    trainer = small_trainer(memory=plan)
     assert tried == [8, 4]
-    assert session.memory == replace(plan, micro_batch_segments=4)
-    assert session.learner.config.micro_batch_segments == 4
+    assert trainer.memory_plan == replace(plan, micro_batch_segments=4)
+    assert trainer.learner.micro_batch_segments == 4
     monkeypatch.setattr(training.trainer, "compile_objective", out_of_memory_above(2))
     with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
-        small_session(memory=plan)
+        small_trainer(memory=plan)
 
 
 def test_accounts_for_which_no_memory_is_left_are_a_training_that_does_not_fit(monkeypatch) -> None:
     def out_of_memory(*others: object) -> str:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    demand = Demand(1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0)
+    demand = MemoryNeeds(
+        1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0
+    )
     monkeypatch.setattr(training.trainer, "compile_objective", lambda *sizes: "")
     monkeypatch.setattr(training.trainer, "compile_accounts", out_of_memory)
     with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
-        small_session(memory=MemoryPlan(demand, 2**30, 8))
+        small_trainer(memory=MemoryPlan(demand, 2**30, 8))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.training.rollouts import (
     CONTEXT,
     HORIZON,
-    PPO,
+    SETTINGS,
     made_up_rollout,
     part_of,
     small_learner,
@@ -46,7 +46,7 @@ if __name__ == "__main__":
     sharded = "sharded" in sys.argv
     with distributed.start() as ranks:
         policy = small_policy()
-        objective = Objective(policy, PPO)
+        objective = Objective(policy, SETTINGS)
         if "compiled" in sys.argv:
             assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks, by_block=sharded) == ""
         learner = small_learner(objective, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
