@@ -29,7 +29,7 @@ from commands.cli import checkpoint_command_from, command_from, exit_with
 from data_sources.lake.lake import Lake
 from envs.market import Market
 from evaluation import champion
-from evaluation.examiner import Examiner
+from evaluation.examiner import Exam, Examiner
 from monitoring.console import Console
 from runtime.control import (
     EXIT_ABORTED,
@@ -49,10 +49,9 @@ from training.assembly import (
     holdout_start_ns,
     market_on_device,
     memory_plan,
-    save,
     unlike,
 )
-from training.checkpoint_writer import BackgroundWriter
+from training.checkpoint_writer import CheckpointWriter
 from training.data_feed import Prefetch, fresh_bars, refresh_ahead
 from training.distributed import Ranks, agreed_stop
 from training.memory import DoesNotFit
@@ -202,7 +201,12 @@ def train(settings: Settings, control: Control) -> None:
         prefetch = on_leaving.enter_context(Prefetch(refresh_ahead(settings, ranks)))
         progress, saved = restored(settings, ranks)
         writer = on_leaving.enter_context(
-            BackgroundWriter(Path(settings.checkpoint_dir), settings.keep_checkpoints, ranks.is_first)
+            CheckpointWriter(
+                Path(settings.checkpoint_dir),
+                settings.keep_checkpoints,
+                ranks.is_first,
+                partial(champion.apply_decision, pending=[]),
+            )
         )
         examiner = Examiner(Path(settings.checkpoint_dir), ranks, control)
         summary = Summary(progress.transitions)
@@ -228,7 +232,7 @@ def train(settings: Settings, control: Control) -> None:
             trainer.learner.rate_scale = progress.rate_scale
             log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
             console.begin(settings, progress, f"{ranks.world_size} x {ranks.device.type}", control)
-            exam = None  # of the weights as they are
+            exam = Exam()  # of the weights as they are
 
             while progress.epoch < settings.epochs and not stopping:
                 watch = Stopwatch(ranks.device)
@@ -241,7 +245,7 @@ def train(settings: Settings, control: Control) -> None:
                 statistics = trainer.update(rollout, progress.epoch / settings.epochs, stop_now)
                 if statistics is None:  # stopped between two steps: the next start takes the others
                     stopping = True
-                    save(settings, progress, trainer, fingerprint, {}, writer, exam)
+                    writer.save(trainer.checkpoint(progress, fingerprint, {}, exam.record))
                     break
                 watch.mark()
                 progress.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
@@ -253,15 +257,15 @@ def train(settings: Settings, control: Control) -> None:
                 is_lost = trainer.has_diverged(metrics) and not stopping
                 # once in a while, at the end, and when the last one failed: a checkpoint, with its exam
                 due = progress.epoch % settings.checkpoint_every == 0 or progress.epoch == settings.epochs
-                saving = not is_lost and (due or stopping or ranks.any(writer.owes))
-                exam = None
+                saving = not is_lost and (due or stopping or ranks.any(writer.last_save_failed))
+                exam = Exam()
                 if saving and not stop_now():
                     with phases.during("evaluation"):
                         exam = examiner.examine(trainer, progress, fingerprint, writer)
                     metrics |= exam.figures
                 metrics |= phases.figures()
                 console.epoch(metrics, settings.epochs)
-                for line in exam.lines if exam else ():
+                for line in exam.lines:
                     log.info(line)
                 summary.count(metrics["rollout/reward_bps"])
                 if is_lost:
@@ -271,7 +275,7 @@ def train(settings: Settings, control: Control) -> None:
                 if saving:  # all ranks hand in their state
                     stopping = stopping or stop_now()  # one that came during the exam, which was broken off
                     with phases.during("checkpoint"):
-                        save(settings, progress, trainer, fingerprint, metrics, writer, exam)
+                        writer.save(trainer.checkpoint(progress, fingerprint, metrics, exam.record))
                 control.progressed()
                 is_last = stopping or progress.run == settings.runs
                 prefetch.after_epoch(0 if is_last else settings.epochs - progress.epoch)
@@ -282,7 +286,7 @@ def train(settings: Settings, control: Control) -> None:
                 stopping = stopping or progress.is_past(settings.runs)
         for line in summary.lines(progress, writer.finish()):
             log.info(line)
-        if ranks.any(writer.owes):
+        if ranks.any(writer.last_save_failed):
             raise ExitProgram(
                 EXIT_DOES_NOT_FIT,
                 f"The end of this training is not saved: make room in {settings.checkpoint_dir}; the next start "
@@ -290,7 +294,7 @@ def train(settings: Settings, control: Control) -> None:
             )
 
 
-def restored(settings: Settings, ranks: Ranks) -> tuple[TrainingProgress, checkpoint.Restored | None]:
+def restored(settings: Settings, ranks: Ranks) -> tuple[TrainingProgress, checkpoint.Checkpoint | None]:
     """Find where the training stands; rank 0 chooses the checkpoint, since ranks could see different ones.
 
     Every rank reads it from the disk; where one cannot, the folder is not shared, and rank 0 sends its own.
@@ -308,19 +312,17 @@ def restored(settings: Settings, ranks: Ranks) -> tuple[TrainingProgress, checkp
         return TrainingProgress(), None
     if not ranks.is_first:
         saved = checkpoint.named(Path(settings.checkpoint_dir), name)
-    if len(set(ranks.gather(saved.weights["transitions"] if saved else None))) > 1:
+    if len(set(ranks.gather(saved.transitions if saved else None))) > 1:
         saved = ranks.broadcast(saved)
     assert saved is not None
     if reason := unlike(settings, saved):
         raise ExitProgram(EXIT_SETTING, reason)
-    progress = TrainingProgress(saved.weights["run"], saved.weights["epoch"], saved.weights["transitions"])
+    progress = TrainingProgress(saved.run, saved.epoch, saved.transitions)
     if saved.resume:
-        progress = TrainingProgress(**saved.resume["clock"])
-    # Written before exams were: its own bars, and those of all before it, end where its data does.
-    trained_until_ns = saved.weights.get("trained_until_ns", saved.weights["data_cutoff_ns"])
-    progress.trained_until_ns = max(progress.trained_until_ns, trained_until_ns)
+        progress = TrainingProgress(**saved.resume.clock)
+    progress.trained_until_ns = max(progress.trained_until_ns, saved.trained_until_ns)
     if ranks.is_first:  # the last start may have ended between its checkpoint and the ledger
-        champion.settle(Path(settings.checkpoint_dir), saved.weights.get("exam", {}))
+        champion.apply_decision(saved)
     if progress.epoch >= settings.epochs:
         progress.next_run()
     log.info(f"Going on from {saved.path}, {progress.transitions:,} transitions so far")
@@ -330,8 +332,8 @@ def restored(settings: Settings, ranks: Ranks) -> tuple[TrainingProgress, checkp
 
 
 def rolled_back(
-    settings: Settings, progress: TrainingProgress, writer: BackgroundWriter, ranks: Ranks
-) -> tuple[TrainingProgress, checkpoint.Restored | None]:
+    settings: Settings, progress: TrainingProgress, writer: CheckpointWriter, ranks: Ranks
+) -> tuple[TrainingProgress, checkpoint.Checkpoint | None]:
     """Return to the newest checkpoint, to go on at half the learning rate until the run ends (all ranks).
 
     Raises:
@@ -349,7 +351,7 @@ def rolled_back(
 
 
 def new_trainer(
-    settings: Settings, market: Market, saved: checkpoint.Restored | None, ranks: Ranks
+    settings: Settings, market: Market, saved: checkpoint.Checkpoint | None, ranks: Ranks
 ) -> Trainer:
     """Make this rank's environment and learner from the settings, and take back what a checkpoint saved.
 

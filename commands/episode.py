@@ -34,13 +34,13 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     """
     from evaluation import plots  # matplotlib takes a second to import
 
-    request = data_request(trained.settings, trained.weights["data_cutoff_ns"])
+    request = data_request(trained.settings, trained.checkpoint.data_cutoff_ns)
     try:
         loaded = load(Lake(Path(trained.settings.data_dir)), request).bars
     except LakeError as error:
         raise ValueError(str(error)) from error
     bars = {series.symbol: series for series in loaded}
-    symbol = symbol or trained.weights["symbols"][0]
+    symbol = symbol or trained.checkpoint.symbols[0]
     if symbol not in bars:
         raise ValueError(f"--symbol {symbol} has no bars here; there are: {', '.join(bars) or 'none'}")
     config, market = trained.env_config(1), trained.market([bars[symbol]])
@@ -48,7 +48,8 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     start_ns = _time_ns(start) if start else int(bars[symbol].open_time[newest])
     walk = play(trained.policy, market, config, symbol, start_ns)
     line = (
-        f"{symbol}, {len(walk.time):,} decisions from {str(walk.time[0])[:16]} UTC, {trained.path.name}: "
+        f"{symbol}, {len(walk.time):,} decisions from {str(walk.time[0])[:16]} UTC, "
+        f"{trained.checkpoint.path.name}: "
         f"equity {math.expm1(walk.log_returns.sum()):+.2%}, costs {walk.costs @ walk.equity_before:.2%}"
     )
     try:

@@ -28,14 +28,13 @@ from evaluation.provenance import (
     how_it_was_made,
     minute_of,
     num_trials,
-    trained_until,
     training_rows,
 )
 from evaluation.report import Report, file_name, json_bytes, write_folder
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import verdict
-from models.policy import Policy
 from runtime.control import EXIT_NO_DATA, ExitProgram
+from training.checkpoint import Checkpoint
 from training.data_feed import data_request
 
 log = logging.getLogger("continuous_training")
@@ -106,11 +105,11 @@ def command(trained: TrainedPolicy, asked: Asked, progress: Progress) -> Path:
     most = 1e4 * trained.env_config(1).max_rate
     if any(cost >= most for cost in asked.costs_bps):
         raise ValueError(f"--costs {max(asked.costs_bps):g} must be under {most:g} bps")
-    trained_until_ns = trained_until(trained)
+    trained_until_ns = trained.checkpoint.trained_until_ns
     newest_ns = data_request(
-        trained.settings, now_ns if asked.refresh else trained.weights["data_cutoff_ns"]
+        trained.settings, now_ns if asked.refresh else trained.checkpoint.data_cutoff_ns
     ).end_ns
-    start_ns, end_ns = interval(asked, trained_until_ns, newest_ns, trained.path.name)
+    start_ns, end_ns = interval(asked, trained_until_ns, newest_ns, trained.checkpoint.path.name)
     lake = Lake(Path(trained.settings.data_dir), progress)
     if asked.refresh:
         refresh(lake, data_request(trained.settings, now_ns), now_ns, progress)
@@ -124,10 +123,10 @@ def command(trained: TrainedPolicy, asked: Asked, progress: Progress) -> Path:
     champion, told = champion_beside(trained, start_ns)
     notes += told
     days = f"{minute_of(start_ns)} to {minute_of(end_ns)} UTC"
-    log.info(f"Evaluating {trained.path.name} on {count_of(len(symbols), 'symbol')}, {days}")
+    log.info(f"Evaluating {trained.checkpoint.path.name} on {count_of(len(symbols), 'symbol')}, {days}")
     report = _held(trained, champion, data, symbols, asked, (start_ns, end_ns), notes, progress)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
-    folder = Path(trained.settings.report_dir) / f"{file_name(trained.path.stem)}_{first}_{last}"
+    folder = Path(trained.settings.report_dir) / f"{file_name(trained.checkpoint.path.stem)}_{first}_{last}"
     write_folder(folder, files_of(report, progress))
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
@@ -183,7 +182,7 @@ def _bars(
                 f"No bars are in {lake.root}: fetch them with --refresh, or give the --data-dir of the training",
             )
         raise ValueError(f"there are no bars {days}: give other --from and --to, or --refresh for newer ones")
-    known = [symbol for symbol in trained.weights["symbols"] if symbol in there]
+    known = [symbol for symbol in trained.checkpoint.symbols if symbol in there]
     unknown = [symbol for symbol in asked.symbols if symbol not in there]
     if unknown:
         some = sorted(there)
@@ -199,10 +198,10 @@ def _bars(
     notes = []
     if "simulated" in trained.settings.sources:
         notes.append("The bars are simulated, with something to find in them: no market is like that.")
-    strange = [symbol for symbol in symbols if symbol not in trained.weights["symbols"]]
+    strange = [symbol for symbol in symbols if symbol not in trained.checkpoint.symbols]
     if strange:
         notes.append(f"Not among the symbols of the training: {', '.join(strange)}.")
-    missing = [symbol for symbol in trained.weights["symbols"] if symbol not in there]
+    missing = [symbol for symbol in trained.checkpoint.symbols if symbol not in there]
     if missing and not asked.symbols:
         notes.append(f"Symbols of the training without bars in these days: {', '.join(missing)}.")
     chosen = [one for one in data.bars if one.symbol in set(symbols)]
@@ -220,7 +219,7 @@ def _has_bars(lake: Lake, request: DataRequest) -> bool:
 
 def _held(
     trained: TrainedPolicy,
-    champion: TrainedPolicy | None,
+    champion: Checkpoint | None,
     data: LoadedData,
     symbols: Sequence[str],
     asked: Asked,
@@ -231,7 +230,9 @@ def _held(
     """Hold the exam and judge it."""
     start_ns, end_ns = span
     settings, device = trained.settings, trained.device
-    policies: dict[str, Policy] = {POLICY: trained.policy} | ({CHAMPION: champion.policy} if champion else {})
+    policies = {POLICY: trained.policy}
+    if champion:
+        policies[CHAMPION] = champion.policy(device, trained.policy.bf16)
     try:
         walks = examine(
             policies,
@@ -255,9 +256,9 @@ def _held(
     if missing:
         notes.append(f"Without bars enough for a segment of {settings.horizon}: {', '.join(missing)}.")
     pooled = {name: measure(own) for name, own in walks.items()}
-    trials = num_trials(trained, data.fingerprint)
+    trials = num_trials(trained.checkpoint, data.fingerprint)
     judgement = verdict(pooled[POLICY], {n: m for n, m in pooled.items() if n != POLICY}, trials)
-    until_ns = trained_until(trained)
+    until_ns = trained.checkpoint.trained_until_ns
     if start_ns < until_ns:
         judgement = replace(
             judgement, edge=False, reason="nothing can be told from days that it was trained on"
@@ -266,9 +267,9 @@ def _held(
     by_return = sorted(walks[POLICY], key=lambda walk: -walk.log_returns.sum())
     ends = [*by_return[:NUM_PLOTTED], *by_return[NUM_PLOTTED:][-NUM_PLOTTED:]]
     return Report(
-        checkpoint=trained.path.name,
-        run=trained.weights["run"],
-        epoch=trained.weights["epoch"],
+        checkpoint=trained.checkpoint.path.name,
+        run=trained.checkpoint.run,
+        epoch=trained.checkpoint.epoch,
         first=min(walk.time[0] for walk in walks[POLICY]),
         last=max(walk.time[-1] for walk in walks[POLICY]),
         trained_until=np.datetime64(until_ns, "ns"),

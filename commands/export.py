@@ -46,9 +46,9 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path.cwd()))
-from data_sources.frames import bars_of_frame
+from data_sources.bars import bars_of_frame
+from evaluation.trained_policy import Actor
 from models import load_policy
-from training.acting import Actor
 
 file, symbol, asset_class = sys.argv[1:]  # the class: crypto or stock
 frame = pd.read_csv(file)  # open_time (UTC), open, high, low, close, volume: closed minutes, oldest first
@@ -103,7 +103,7 @@ def command(
         ValueError: the folder is something else's or cannot be written, a library is missing, or what was written
             does not compute what the checkpoint does.
     """
-    output = output or Path("exports") / trained.path.stem
+    output = output or Path("exports") / trained.checkpoint.path.stem
     if (
         output.exists()
         and not (output / CARD).is_file()
@@ -142,7 +142,7 @@ def _write(
         sizes = card["model"] | {"num_features": network.num_features, "longest": network.max_length}
         positions = ", ".join(f"{each:g}" for each in card["accounts"]["positions"])
         graph_rows = GRAPH_ROWS.format(**sizes, positions=positions)
-    name = f"{trained.path.stem}, exported {card['exported'][:10]}"
+    name = f"{trained.checkpoint.path.stem}, exported {card['exported'][:10]}"
     (folder / "README.md").write_text(README.format(name=name, graphs=graph_rows), encoding="utf-8")
     (folder / "example.py").write_text(EXAMPLE.format(folder=_as_typed(output)), encoding="utf-8")
     again = Actor.with_card(load_policy(folder), folder).policy  # as a user's program will
@@ -161,9 +161,8 @@ def _as_typed(output: Path) -> str:
 
 def _on_cpu(trained: TrainedPolicy) -> Policy:
     """Return the policy in float32 on the CPU, which every runtime can be compared with."""
-    source = trained.policy
-    policy = Policy(source.trunk.config, source.head.account.in_features, source.head.logits.out_features)
-    policy.load_state_dict({name: each.cpu() for name, each in source.state_dict().items()})
+    policy = Policy.from_sizes(trained.policy.sizes)
+    policy.load_state_dict(trained.policy.state_dict())
     return policy.eval()
 
 
@@ -178,11 +177,11 @@ def _take_the_place(temporary: Path, output: Path) -> None:
 
 def card_of(trained: TrainedPolicy) -> dict[str, Any]:
     """Return all that is known of a policy as plain types."""
-    weights, settings, statistics = trained.weights, trained.settings, trained.statistics
+    checkpoint, settings, statistics = trained.checkpoint, trained.settings, trained.statistics
     accounts = asdict(trained.env_config(1))
     del accounts["num_envs"]
-    figures = {name: value for name, value in weights["metrics"].items() if name.startswith("exam/")}
-    cutoff = datetime.fromtimestamp(weights["data_cutoff_ns"] // 10**9, UTC)
+    figures = {name: value for name, value in checkpoint.metrics.items() if name.startswith("exam/")}
+    cutoff = datetime.fromtimestamp(checkpoint.data_cutoff_ns // 10**9, UTC)
     return {
         "format": FORMAT,
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -191,11 +190,11 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": str(torch.__version__),
         },
-        "checkpoint": trained.path.name,
-        "run": weights["run"],
-        "epoch": weights["epoch"],
-        "transitions": weights["transitions"],
-        "model": weights["model_config"] | {"precision": settings.precision},
+        "checkpoint": checkpoint.path.name,
+        "run": checkpoint.run,
+        "epoch": checkpoint.epoch,
+        "transitions": checkpoint.transitions,
+        "model": checkpoint.model_config | {"precision": settings.precision},
         "accounts": accounts,
         "features": {
             "schema_sha256": feature_schema(),
@@ -204,10 +203,10 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
             "std": statistics.std.tolist(),
             "probe": feature_probe(),
         },
-        "symbols": list(weights["symbols"]),
-        "data": {"fingerprint": weights["data_fingerprint"], "cutoff": cutoff.isoformat()},
-        "exam": _plain(weights.get("exam") or figures) or None,
-        "settings": {name: value for name, value in weights["config"].items() if name not in FOLDERS},
+        "symbols": list(checkpoint.symbols),
+        "data": {"fingerprint": checkpoint.data_fingerprint, "cutoff": cutoff.isoformat()},
+        "exam": _plain(checkpoint.exam or figures) or None,
+        "settings": {name: value for name, value in checkpoint.config.items() if name not in FOLDERS},
     }
 
 

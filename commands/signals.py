@@ -124,7 +124,7 @@ def signals_of(
     ]:
         if name not in asked:
             raise ValueError(f"{flag} {name} is unknown; there are: {', '.join(sorted(asked)) or 'none'}")
-    trained_on = set(trained.weights["symbols"])
+    trained_on = set(trained.checkpoint.symbols)
     wanted = set(wishes.symbols) or asked & trained_on
     missing = {symbol: why for symbol, why in data.dropped.items() if symbol in wanted}
     if not wishes.symbols:
@@ -235,9 +235,9 @@ def report(
     """Return all that is known as plain types; times are ISO 8601 in UTC. docs/use.md explains the fields."""
     return {
         "time": _iso(now_ns),
-        "checkpoint": trained.path.name,
-        "run": trained.weights["run"],
-        "epoch": trained.weights["epoch"],
+        "checkpoint": trained.checkpoint.path.name,
+        "run": trained.checkpoint.run,
+        "epoch": trained.checkpoint.epoch,
         "data_fingerprint": fingerprint,
         "signals": [_entry(each, now_ns) for each in signals],
         "no_signal": dict(missing),
@@ -277,7 +277,7 @@ def table(
     trained: TrainedPolicy, signals: Sequence[Signal], now_ns: int, width: int
 ) -> tuple[str, list[str], list[list[str]]]:
     """Return title, columns and rows for people; where they are too wide, without what can be missed first."""
-    title = f"{trained.path.name} at {_utc(now_ns)} UTC; no orders are sent"
+    title = f"{trained.checkpoint.path.name} at {_utc(now_ns)} UTC; no orders are sent"
     from_each = [f"from {_signed(position)}" for position in trained.env_config(1).positions]
     rows = [_row(each, now_ns) | dict(zip(from_each, _targets(each), strict=True)) for each in signals]
     columns = list(rows[0])

@@ -1,8 +1,8 @@
-"""The champion: ``checkpoints/best.pt``, which changes only when the exam's line in the ledger says so.
+"""The champion: ``checkpoints/best.pt``, which changes only by the decision of an exam.
 
-A checkpoint carries its own exam with the decision in it. Only when the checkpoint is on disk is the decision
-carried out, and only then is its line appended; a start that follows a kill in between does it again, from the
-newest checkpoint, with the same outcome.
+A checkpoint carries its own exam with the decision in it. The decision is applied, and its line appended to the
+ledger, only once the checkpoint is on disk; after a kill in between, the next start applies it from the newest
+checkpoint, with the same outcome.
 """
 
 from __future__ import annotations
@@ -12,111 +12,90 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from envs.config import EnvConfig
+from envs.features import FeatureStatistics
 from evaluation import ledger
-from models.policy import Policy
-from models.transformer import TransformerConfig
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
-from training import checkpoint
-from training.trainer import Trainer
+from training.checkpoint import BEST, Checkpoint, CheckpointError, same_version
 
 log = logging.getLogger("continuous_training")
 
 PROMOTED, REFUSED = "promoted", "refused"
 
 
-@dataclass(frozen=True)
-class Champion:
-    """The weights of ``best.pt``, ready to play the exam."""
+def apply_decision(checkpoint: Checkpoint, pending: list[dict[str, Any]] | None = None) -> None:
+    """Apply the decision of a checkpoint's exam, once: replace ``best.pt`` or not, and record it in the ledger.
 
-    name: str  # of the checkpoint that it is
-    trained_until_ns: int
-    policy: Policy
-
-
-def settle(folder: Path, exam: Mapping[str, Any], owed: list[dict[str, Any]] | None = None) -> None:
-    """Carry out what a checkpoint's exam decided, once: replace ``best.pt`` or leave it, and put it on record.
-
-    Whatever the disk refuses is a warning.
+    Disk errors are warnings.
 
     Args:
-        folder: the checkpoint folder; holds the checkpoint.
-        exam: what its "exam" says; nothing to do when empty, or when it is on record.
-        owed: lines that the disk refused before, which go first; those that it refuses now stay in it.
+        checkpoint: on disk; nothing happens if it has no exam, or if its exam is in the ledger.
+        pending: ledger lines that could not be written before. They go first; those that fail again stay in it.
     """
-    owed, path = [] if owed is None else owed, folder / ledger.NAME
+    folder = checkpoint.path.parent
+    pending, path = [] if pending is None else pending, folder / ledger.NAME
     try:
-        if exam and ledger.key_of(exam["line"]) not in map(ledger.key_of, [*owed, *ledger.read(path)]):
-            owed.append(_carried_out(folder, exam["line"]))
+        if checkpoint.exam:
+            line = checkpoint.exam["line"]
+            if ledger.key_of(line) not in map(ledger.key_of, [*pending, *ledger.read(path)]):
+                pending.append(_replace_best(folder, line))
     except OSError as error:
         log.warning(f"{path} cannot be read: {error.strerror}; nothing is promoted without it")
         return
     try:
-        while owed:
-            ledger.append(path, owed[0])
-            del owed[0]
+        while pending:
+            ledger.append(path, pending[0])
+            del pending[0]
     except OSError as error:
         log.warning(f"{path} was not written: {error.strerror}; it is tried again with the next checkpoint")
 
 
-def _carried_out(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
-    # Returns the line as it is to be put on record.
+def _replace_best(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace ``best.pt`` if that was decided; return the line for the ledger."""
     line = dict(line)
     if line["decision"] == PROMOTED:
         try:
-            _put_in_place(folder / line["checkpoint"], folder / checkpoint.BEST)
+            _put_in_place(folder / line["checkpoint"], folder / BEST)
         except OSError as error:
-            line |= {"decision": REFUSED, "reason": f"{checkpoint.BEST} was not written: {error.strerror}"}
+            line |= {"decision": REFUSED, "reason": f"{BEST} was not written: {error.strerror}"}
             log.warning(f"{line['checkpoint']} was to become the champion, but {line['reason']}")
     return line
 
 
-def read(path: Path, trainer: Trainer) -> Champion:
-    """Read ``best.pt`` for an exam on the trainer's market.
+def read(path: Path, statistics: FeatureStatistics, env: EnvConfig) -> Checkpoint:
+    """Read ``best.pt`` to compare it with a policy that has these feature statistics and accounts.
 
     Raises:
-        CheckpointError: it is damaged, or of another model or feature scale than the trainer's.
+        CheckpointError: it is damaged, or cannot be compared.
     """
-    weights = checkpoint.load(path)
-    checkpoint.require_format(path, weights)
-    env, market = trainer.env.config, trainer.env.market
-    theirs, ours = weights["features"], market.statistics.state_dict()
-    same_features = list(theirs["names"]) == ours["names"] and all(
-        torch.equal(theirs[name], ours[name]) for name in ("mean", "std")
-    )
-    trunk = TransformerConfig(**weights["model_config"]["trunk"])
-    other = [
-        name
-        for name, same in (
-            ("features", same_features),
-            ("positions", tuple(weights["config"]["positions"]) == env.positions),
-            ("context_bars", weights["config"]["context_bars"] == env.context_bars),
-            ("horizon", trunk.max_length > env.context_bars + env.horizon),
-        )
-        if not same
-    ]
-    if other:
-        raise checkpoint.CheckpointError(f"{path} was trained with other {', '.join(other)}")
-    sizes = weights["model_config"]
-    with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are not kept
-        policy = Policy(trunk, sizes["num_account_features"], sizes["num_positions"], trainer.policy.bf16)
-    policy.load_state_dict(weights["model"])
-    name = checkpoint.name_of(weights["run"], weights["epoch"])
-    trained_until_ns = weights.get("trained_until_ns", weights["data_cutoff_ns"])
-    return Champion(name, trained_until_ns, policy.to(market.device).eval())
+    best = Checkpoint.read(path)
+    theirs = best.statistics
+    with same_version(path):
+        same = {
+            "features": theirs.names == statistics.names
+            and torch.equal(theirs.mean, statistics.mean.cpu())
+            and torch.equal(theirs.std, statistics.std.cpu()),
+            "positions": tuple(best.config["positions"]) == env.positions,
+            "context_bars": best.config["context_bars"] == env.context_bars,
+            "horizon": best.max_length > env.context_bars + env.horizon,
+        }
+    if not all(same.values()):
+        other = ", ".join(name for name, is_same in same.items() if not is_same)
+        raise CheckpointError(f"{path} was trained with other {other}")
+    return best
 
 
 def _put_in_place(path: Path, best: Path) -> None:
-    # A second name for the same file takes no room, and outlives the first one.
+    # A second name for the same file takes no room and outlives the first one.
     temporary = best.with_name(f".{best.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         os.link(path, temporary)
-    except OSError:  # this file system has one name per file
+    except OSError:  # a file system without links
         with path.open("rb") as source:
             write_atomically(best, lambda file: shutil.copyfileobj(source, file))
         return

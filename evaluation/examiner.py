@@ -23,7 +23,7 @@ from evaluation.verdict import Verdict, beats, verdict
 from models.policy import Policy
 from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waiting
 from training import checkpoint
-from training.checkpoint_writer import BackgroundWriter
+from training.checkpoint_writer import CheckpointWriter
 from training.distributed import Ranks
 from training.progress import TrainingProgress
 from training.trainer import Trainer
@@ -75,7 +75,7 @@ class Examiner:
         self._best: _Best | None = None
 
     def examine(
-        self, trainer: Trainer, progress: TrainingProgress, fingerprint: str, writer: BackgroundWriter
+        self, trainer: Trainer, progress: TrainingProgress, fingerprint: str, writer: CheckpointWriter
     ) -> Exam:
         """Score the trainer's policy on the bars that it was never trained on (all ranks).
 
@@ -110,6 +110,7 @@ class Examiner:
         began = time.monotonic()
         path = self._folder / checkpoint.BEST
         file, obstacle, read, start_ns = _identity(path), "", None, progress.trained_until_ns
+        policies, market = {POLICY: policy}, trainer.env.market
         best = self._best if self._best and self._best.file == file else None
         if best:
             start_ns = max(start_ns, best.trained_until_ns)
@@ -118,16 +119,16 @@ class Examiner:
         try:
             if file and not best:
                 try:
-                    read = champion.read(path, trainer)
+                    read = champion.read(path, market.statistics, trainer.env.config)
+                    policies[CHAMPION] = read.policy(market.device, policy.bf16)
                     start_ns = max(start_ns, read.trained_until_ns)
                 except checkpoint.CheckpointError as error:
-                    obstacle = f"{error}; move it away to let another one take its place"
-            policies = {POLICY: policy} | ({CHAMPION: read.policy} if read else {})
+                    read, obstacle = None, f"{error}; move it away to let another one take its place"
             walks = examine(
                 policies,
-                trainer.env.market,
+                market,
                 trainer.env.config,
-                trainer.env.market.symbols,
+                market.symbols,
                 start_ns,
                 NEVER_NS,
                 chunk_segments=min(trainer.learner.micro_batch_segments, trainer.env.config.num_envs),

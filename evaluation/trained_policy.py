@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,8 @@ from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compu
 from envs.latest import latest_decisions
 from envs.market import Market
 from models.exported import ExportError, read_card
-from models.policy import Policy
-from models.transformer import TransformerConfig
-from training import checkpoint
+from models.policy import Policy, uses_bf16
+from training.checkpoint import Checkpoint, CheckpointError, same_version
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -196,10 +195,9 @@ def feature_probe() -> list[float]:
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """What a checkpoint holds, ready for use. ``weights`` is the file as ``training.checkpoint`` wrote it."""
+    """A checkpoint ready for use."""
 
-    path: Path
-    weights: Mapping[str, Any]
+    checkpoint: Checkpoint
     settings: Settings
     policy: Policy
     statistics: FeatureStatistics
@@ -208,7 +206,7 @@ class TrainedPolicy:
     def read(
         cls,
         path: Path,
-        settings_class: Callable[..., Any],
+        settings_class: type[Settings],
         device: torch.device | str = "cpu",
         **changes: Any,
     ) -> TrainedPolicy:
@@ -218,7 +216,7 @@ class TrainedPolicy:
             path: a file that the training wrote.
             settings_class: the settings dataclass; settings that it no longer has are left out.
             device: where the policy is to be.
-            **changes: settings that are to be others than those of the training.
+            **changes: settings that differ from those of the training.
 
         Raises:
             CheckpointError: it is missing or damaged, of another format or version, or of other features than
@@ -226,47 +224,27 @@ class TrainedPolicy:
             ValueError: a changed setting is wrong, or one that the weights depend on.
         """
         device = torch.device(device)
-        weights = checkpoint.load(path, device)
-        checkpoint.require_format(path, weights)
-        try:
-            return cls._from_weights(path, weights, settings_class, device, changes)
-        except KeyError as error:
-            reason = f"it has no {error.args[0]}"
-        except (TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-        raise checkpoint.CheckpointError(f"{path} is of another version of this program: {reason}")
-
-    @classmethod
-    def _from_weights(
-        cls,
-        path: Path,
-        weights: Mapping[str, Any],
-        settings_class: Callable[..., Any],
-        device: torch.device,
-        changes: dict[str, Any],
-    ) -> TrainedPolicy:
-        config = weights["config"]
-        for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars"):
-            if changes.get(name, config[name]) != config[name]:
-                raise ValueError(f"{name}={changes[name]}, but {path} was trained with {name}={config[name]}")
-        known = {field.name for field in fields(settings_class)}  # type: ignore[arg-type]
-        settings = settings_class(**{k: v for k, v in config.items() if k in known} | changes)
-        statistics = FeatureStatistics.from_state_dict(weights["features"])
+        checkpoint = Checkpoint.read(path, device)
+        config = checkpoint.config
+        with same_version(path):
+            for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars"):
+                if changes.get(name, config[name]) != config[name]:
+                    raise ValueError(
+                        f"{name}={changes[name]}, but {path} was trained with {name}={config[name]}"
+                    )
+            known = {field.name for field in fields(settings_class)}
+            settings = settings_class(**{k: v for k, v in config.items() if k in known} | changes)
+        statistics = checkpoint.statistics
         if statistics.names != tuple(FEATURES):
             other = sorted(set(statistics.names) ^ set(FEATURES)) or ["their order"]
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{path} was trained on other features than this program computes: {', '.join(other)}"
             )
-        model = weights["model_config"]
-        longest = model["trunk"]["max_length"] - settings.context_bars - 1
+        longest = checkpoint.max_length - settings.context_bars - 1
         if settings.horizon > longest:
             raise ValueError(f"horizon={settings.horizon} must be at most {longest} with {path}")
-        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
-        policy = Policy(
-            TransformerConfig(**model["trunk"]), model["num_account_features"], model["num_positions"], bf16
-        )
-        policy.load_state_dict(weights["model"])
-        return cls(path, weights, settings, policy.to(device).eval(), statistics)
+        policy = checkpoint.policy(device, uses_bf16(settings.precision, device))
+        return cls(checkpoint, settings, policy, statistics)
 
     @property
     def device(self) -> torch.device:

@@ -11,8 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from models.policy import Policy
-from models.transformer import TransformerConfig
+from models.policy import Policy, uses_bf16
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
 FORMAT = 1
@@ -58,10 +57,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
     if digest != card["weights_sha256"]:
         raise ExportError(f"{weights} is damaged: its SHA-256 is not the card's; export again")
     sizes = card["model"]
-    bf16 = sizes["precision"] == "bf16" or (sizes["precision"] == "auto" and device.type == "cuda")
-    policy = Policy(
-        TransformerConfig(**sizes["trunk"]), sizes["num_account_features"], sizes["num_positions"], bf16
-    )
+    policy = Policy.from_sizes(sizes, uses_bf16(sizes["precision"], device))
     try:
         policy.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:

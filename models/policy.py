@@ -10,7 +10,10 @@ D = d_model, A = account features, K = target positions, W = width of the head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +91,21 @@ class Policy(nn.Module):
         self.trunk = Trunk(config)
         self.head = Head(config.d_model, num_account_features, num_positions)
         self.bf16 = bf16
+
+    @classmethod
+    def from_sizes(cls, sizes: Mapping[str, Any], bf16: bool = False) -> Policy:
+        """Build a policy with fresh weights from what ``sizes`` returned; other entries are ignored."""
+        trunk = TransformerConfig(**sizes["trunk"])
+        return cls(trunk, sizes["num_account_features"], sizes["num_positions"], bf16)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes as plain types, for checkpoints and exports."""
+        return {
+            "trunk": asdict(self.trunk.config),
+            "num_account_features": self.head.account.in_features,
+            "num_positions": self.head.logits.out_features,
+        }
 
     def precision(self, device: torch.device) -> AbstractContextManager[None]:
         """Return the context in which the trunk computes: bf16 autocast, weights and head stay float32."""

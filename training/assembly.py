@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from data_sources.bars import Bars
 from data_sources.refresh import LoadedData
 from envs.features import FEATURES, FeatureStatistics
 from envs.market import Market
-from evaluation.examiner import Exam
 from models.policy import uses_bf16
 from runtime.control import EXIT_DOES_NOT_FIT, EXIT_NO_DATA, EXIT_SETTING, ExitProgram
-from training import checkpoint
-from training.checkpoint_writer import BackgroundWriter
+from training.checkpoint import Checkpoint
 from training.distributed import Ranks
 from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan, gpu_memory, plan
-from training.progress import TrainingProgress
 from training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -28,7 +24,7 @@ def market_on_device(
     settings: Settings,
     data: LoadedData,
     trainer: Trainer | None,
-    saved: checkpoint.Restored | None,
+    saved: Checkpoint | None,
     ranks: Ranks,
 ) -> Market:
     """Put this run's bars on the device; features keep the scale that the training began with.
@@ -44,7 +40,7 @@ def market_on_device(
         )
     statistics = trainer.env.market.statistics if trainer else None
     if saved and statistics is None:
-        statistics = FeatureStatistics.from_state_dict(saved.weights["features"])
+        statistics = saved.statistics
     if statistics and (reason := other_features(settings, statistics)):
         raise ExitProgram(EXIT_SETTING, reason)
     try:
@@ -81,9 +77,9 @@ def memory_plan(settings: Settings, market_bytes: int, ranks: Ranks) -> tuple[Me
         raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
 
 
-def unlike(settings: Settings, saved: checkpoint.Restored) -> str:
+def unlike(settings: Settings, saved: Checkpoint) -> str:
     """Say why a checkpoint cannot go on with these settings, "" where it can."""
-    before = saved.weights["config"]
+    before = saved.config
     for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
         if before[name] != getattr(settings, name):
             return (
@@ -101,25 +97,3 @@ def other_features(settings: Settings, statistics: FeatureStatistics) -> str:
         f"the training in {settings.checkpoint_dir} began with other features: "
         f"{', '.join(statistics.names)}; use those, or start anew with another --checkpoint-dir"
     )
-
-
-def save(
-    settings: Settings,
-    progress: TrainingProgress,
-    trainer: Trainer,
-    fingerprint: str,
-    metrics: Mapping[str, Any],
-    writer: BackgroundWriter,
-    exam: Exam | None = None,
-) -> None:
-    """Have a checkpoint written in the background (all ranks hand in their state, rank 0 writes)."""
-    weights, resume = trainer.checkpoint(progress)
-    weights |= {
-        "config": asdict(settings),
-        "data_fingerprint": fingerprint,
-        "data_cutoff_ns": progress.cutoff_ns,
-        "trained_until_ns": progress.trained_until_ns,
-        "metrics": dict(metrics),
-        "exam": exam.record if exam and not weights["step"] else {},  # it is of whole epochs
-    }
-    writer.save(weights, resume)

@@ -1,12 +1,12 @@
-"""Checkpoints: written whole or not at all, found again, and never loaded as code.
+"""Checkpoints: written whole or not at all, checked when read, and never loaded as code.
 
 ``checkpoints/run1_epoch25.pt`` is for people: weights, configuration, symbols, run and epoch.
 ``checkpoints/resume/run1_epoch25.pt`` is for the next start: optimizer, random streams, accounts. It is
-written first; the weights beside it are the sign that both are there.
+written first, so weights in place mean that both files are complete.
 
 Both are torch's zip files, whose entries carry a CRC32. ``torch.load`` does not check it, so every file is
-checked before it is trusted: 60 of 60 random bit flips were found by it and none by torch.load
-(docs/LOG.md). Files hold plain types and tensors only and are loaded with ``weights_only=True``.
+checked before it is trusted: that found 60 of 60 random bit flips, torch.load none (docs/LOG.md).
+Files hold plain types and tensors only and are loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from envs.features import FeatureStatistics
+from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 
@@ -33,31 +36,173 @@ log = logging.getLogger("continuous_training")
 FORMAT = 1
 NAME = re.compile(r"run(\d+)_epoch(\d+)(?:_step(\d+))?\.pt")
 RESUME = "resume"
-BEST = "best.pt"  # the champion; no part of the series, so that it is neither pruned nor gone on from
-# The newest two: should the newest file turn out damaged, the one before still goes on exactly.
+BEST = "best.pt"  # the champion; outside the series, so it is neither pruned nor resumed from
+# The newest two: should the newest file be damaged, training resumes exactly from the one before.
 NUM_RESUME_STATES = 2
 SPARE_BYTES = 1 << 20  # what a file takes beside its tensors
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; the text says which file, why, and what happens next."""
+    """A checkpoint cannot be written or read; the text names the file and the reason."""
 
 
 class FolderInUse(Exception):
-    """Another daemon trains in this folder; the text says which."""
+    """Another daemon trains in this folder; the text names it."""
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A checkpoint read back. ``resume`` is None where only the weights are left."""
+class ResumeState:
+    """What the next start needs beside the weights: one attribute per key of the file."""
+
+    clock: dict[str, Any]  # counters
+    learner: dict[str, Any]  # optimizer moments and step count
+    ranks: list[dict[str, Any]]  # per rank: accounts, random streams, an interrupted update
+
+    @staticmethod
+    def read(path: Path) -> ResumeState:
+        """Read a file of the folder ``resume``.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another version.
+        """
+        contents = _load(path, "cpu")
+        with same_version(path):
+            return ResumeState(**{key: contents[key] for key in _keys(ResumeState)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A training between two optimizer steps: one attribute per key of the file (docs/checkpoints.md).
+
+    ``resume`` is None where only the weights are read, or left.
+    """
 
     path: Path
-    weights: dict[str, Any]
-    resume: dict[str, Any] | None
+    run: int
+    epoch: int  # finished epochs of the run
+    step: int = 0  # optimizer steps of the next epoch, if its update was interrupted
+    transitions: int
+    model: dict[str, Tensor]
+    model_config: dict[str, Any]  # Policy.sizes
+    symbols: list[str]
+    features: dict[str, Any]  # see statistics
+    config: dict[str, Any]  # the settings
+    data_fingerprint: str
+    data_cutoff_ns: int
+    trained_until_ns: int  # no bar that opens at or after it was ever trained on
+    metrics: dict[str, Any]
+    exam: dict[str, Any] = field(default_factory=dict)
+    resume: ResumeState | None = None
+
+    @property
+    def name(self) -> str:
+        """The file name in the series, also of a champion."""
+        return name_of(self.run, self.epoch, self.step)
+
+    @staticmethod
+    def read(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+        """Read a checkpoint without its resume state.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or of another format or version.
+        """
+        contents = _load(path, device)
+        if contents.get("format") != FORMAT:
+            raise CheckpointError(f"{path} has format {contents.get('format')}, this program reads {FORMAT}")
+        # Files written before exams existed: all of their bars count as trained on.
+        contents = {"step": 0, "exam": {}, "trained_until_ns": contents.get("data_cutoff_ns")} | contents
+        with same_version(path):
+            return Checkpoint(path=path, **{key: contents[key] for key in _WEIGHTS_KEYS})
+
+    def with_resume(self) -> Checkpoint:
+        """Read the resume state, too.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return replace(self, resume=ResumeState.read(self._resume_path))
+
+    def save(self, keep: int) -> None:
+        """Write both files, make their folder where missing, and prune old checkpoints (rank 0 only).
+
+        If the disk has no room, files that pruning would remove sooner or later go first.
+
+        Args:
+            keep: how many checkpoints stay, beside the last one of every older run.
+
+        Raises:
+            CheckpointError: the disk is full or refuses, or a weight is not finite; nothing torn is left, and
+                everything that a restart needs is untouched.
+        """
+        path = self.path
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(self.model)):
+            raise CheckpointError(f"{path} was not saved: its weights are not finite. Training goes on.")
+        assert self.resume is not None
+        weights = {"format": FORMAT} | {key: getattr(self, key) for key in _WEIGHTS_KEYS}
+        resume = {key: getattr(self.resume, key) for key in _keys(ResumeState)}
+        try:
+            self._resume_path.parent.mkdir(parents=True, exist_ok=True)
+            _make_room(path.parent, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES)
+            write_atomically(self._resume_path, lambda file: torch.save(resume, file))
+            write_atomically(path, lambda file: torch.save(weights, file))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path} was not saved: {_reason(error)}. Training goes on.") from error
+        try:
+            prune(path.parent, keep)
+        except OSError as error:
+            log.warning(f"old checkpoints stay: {_reason(error)}")
+
+    def policy(self, device: torch.device, bf16: bool) -> Policy:
+        """Build the policy with these weights, in evaluation mode; random streams are left as they are.
+
+        Raises:
+            CheckpointError: the weights are of another version's network.
+        """
+        # The fresh weights drawn here are replaced at once.
+        with same_version(self.path), torch.random.fork_rng(devices=[]):
+            policy = Policy.from_sizes(self.model_config, bf16)
+            policy.load_state_dict(self.model)
+        return policy.to(device).eval()
+
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """The scale of the features."""
+        with same_version(self.path):
+            return FeatureStatistics.from_state_dict(self.features)
+
+    @property
+    def max_length(self) -> int:
+        """The longest segment that the network takes, in bars."""
+        with same_version(self.path):
+            return int(self.model_config["trunk"]["max_length"])
+
+    @property
+    def _resume_path(self) -> Path:
+        return self.path.parent / RESUME / self.path.name
+
+
+def _keys(record: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(record))
+
+
+_WEIGHTS_KEYS = tuple(key for key in _keys(Checkpoint) if key not in ("path", "resume"))
+
+
+@contextmanager
+def same_version(path: Path) -> Iterator[None]:
+    """Turn the errors of contents that do not fit this program into a CheckpointError."""
+    try:
+        yield
+        return
+    except KeyError as error:
+        reason = f"it has no {error.args[0]}"
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise CheckpointError(f"{path} is of another version of this program: {reason}")
 
 
 def name_of(run: int, epoch: int, step: int = 0) -> str:
-    """Return the file name of a checkpoint after so many epochs, and optimizer steps of one more."""
+    """Return the file name of a checkpoint; one between two epochs never replaces another."""
     return f"run{run}_epoch{epoch}_step{step}.pt" if step else f"run{run}_epoch{epoch}.pt"
 
 
@@ -67,40 +212,6 @@ def existing(folder: Path) -> list[Path]:
     return sorted((path for path in files if NAME.fullmatch(path.name)), key=_numbers, reverse=True)
 
 
-def save(folder: Path, weights: dict[str, Any], resume: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint and prune old ones (rank 0 only).
-
-    Where the disk has no room for it, files that the policy would drop sooner or later go first, each told.
-
-    Args:
-        folder: the checkpoint folder; made where missing.
-        weights: what people use; must hold "run", "epoch" and "model". A "step" above 0 says that the save
-            came before the end of an epoch; it gets a name of its own, so that it never replaces another.
-        resume: what the next start needs beside the weights.
-        keep: how many checkpoints stay; the last one of every older run stays besides.
-
-    Raises:
-        CheckpointError: the disk is full or refuses, or a weight is not finite; nothing torn is left, and
-            whatever a restart needs is untouched.
-    """
-    name = name_of(weights["run"], weights["epoch"], weights.get("step", 0))
-    path = folder / name
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(weights["model"])):
-        raise CheckpointError(f"{path} was not saved: its weights are not finite. Training goes on.")
-    try:
-        (folder / RESUME).mkdir(parents=True, exist_ok=True)
-        _make_room(folder, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES)
-        write_atomically(folder / RESUME / name, lambda file: torch.save(resume, file))
-        write_atomically(path, lambda file: torch.save({"format": FORMAT, **weights}, file))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} was not saved: {_reason(error)}. Training goes on.") from error
-    try:
-        prune(folder, keep)
-    except OSError as error:
-        log.warning(f"old checkpoints stay: {_reason(error)}")
-    return path
-
-
 def prune(folder: Path, keep: int) -> None:
     """Delete old checkpoints: the newest ``keep`` stay, and the last of every run before them."""
     for path in _surplus(folder, keep, NUM_RESUME_STATES):
@@ -108,7 +219,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Delete what writers that were killed left behind; call it while nobody writes into the folder.
+    """Delete the temporary files of writers that were killed; call it while no process writes into the folder.
 
     Raises:
         OSError: a file cannot be removed.
@@ -120,26 +231,26 @@ def sweep_unfinished(folder: Path) -> None:
 
 
 def _surplus(folder: Path, keep: int, num_resume_states: int) -> list[Path]:
-    """List what exceeds a policy, in the order in which it should go: resume states first, then oldest first."""
+    """List the files beyond what is kept, in order of removal: resume states first, then oldest first."""
     paths = existing(folder)
     last_of_run = {_numbers(path)[0]: path for path in reversed(paths)}
-    wanted = {path.name for path in paths[:num_resume_states]}
+    kept = {path.name for path in paths[:num_resume_states]}
     states = sorted(
-        path for path in (folder / RESUME).glob("*.pt") if path.name not in wanted and path.is_file()
+        path for path in (folder / RESUME).glob("*.pt") if path.name not in kept and path.is_file()
     )
     return states + [path for path in reversed(paths[keep:]) if last_of_run[_numbers(path)[0]] != path]
 
 
 def _make_room(folder: Path, num_bytes: int) -> None:
-    """See to it that the disk has ``num_bytes`` free, at the cost of files that no restart needs.
+    """Make sure that the disk has ``num_bytes`` free, at the cost of files that no restart needs.
 
     Raises:
-        OSError: even then there is too little room (ENOSPC); nothing was deleted.
+        OSError: that would not free enough (ENOSPC); nothing was deleted.
     """
     missing = num_bytes - shutil.disk_usage(folder).free
     if missing <= 0:
         return
-    # The champion is a second name of a checkpoint: to remove the first one would free nothing.
+    # The champion is a second name of a checkpoint: removing the first one would free nothing.
     surplus = [path for path in _surplus(folder, 1, 1) if path.stat().st_nlink == 1]
     if sum(path.stat().st_size for path in surplus) < missing:
         raise OSError(errno.ENOSPC, "the disk is full")
@@ -150,8 +261,8 @@ def _make_room(folder: Path, num_bytes: int) -> None:
         log.warning(f"the disk is full: {path} was removed to make room for a newer checkpoint")
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read one file that ``save`` wrote.
+def _load(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """Read one file.
 
     Raises:
         CheckpointError: it is missing, damaged, or not one of ours.
@@ -171,47 +282,33 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return loaded
 
 
-def require_format(path: Path, weights: dict[str, Any]) -> None:
-    """Refuse what ``load`` has read from ``path`` unless this program wrote it, in the format of today.
-
-    Raises:
-        CheckpointError: it is of another format, or no checkpoint's weights at all.
-    """
-    if weights.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {weights.get('format')}, this program reads {FORMAT}")
-
-
-def named(folder: Path, name: str) -> Restored | None:
-    """Read one checkpoint with its resume state; None where either is missing or damaged."""
+def named(folder: Path, name: str) -> Checkpoint | None:
+    """Read one checkpoint with its resume state; None if either is missing or damaged."""
     try:
-        return Restored(folder / name, load(folder / name), load(folder / RESUME / name))
+        return Checkpoint.read(folder / name).with_resume()
     except (CheckpointError, OSError):
         return None
 
 
-def newest(folder: Path) -> tuple[Restored | None, list[str]]:
-    """Find the newest checkpoint that can be trusted, and say what was wrong with newer ones.
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Find the newest checkpoint that can be trusted; return it, and warnings about newer ones.
 
-    One with its resume state is preferred to a newer one without: going on exactly beats a few epochs.
+    One with its resume state is preferred to a newer one without: an exact continuation beats a few epochs.
     """
     warnings: list[str] = []
-    weights_only: Restored | None = None
+    weights_only: Checkpoint | None = None
     for path in existing(folder):
         try:
-            weights = load(path)
-            require_format(path, weights)
+            checkpoint = Checkpoint.read(path)
         except CheckpointError as error:
             warnings.append(f"{error}; the one before it is used")
-            continue
-        resume_path = folder / RESUME / path.name
-        if not resume_path.exists():
-            weights_only = weights_only or Restored(path, weights, None)
             continue
         try:
-            return Restored(path, weights, load(resume_path)), warnings
+            if checkpoint._resume_path.exists():
+                return checkpoint.with_resume(), warnings
         except CheckpointError as error:
             warnings.append(f"{error}; the one before it is used")
-            weights_only = weights_only or Restored(path, weights, None)
+        weights_only = weights_only or checkpoint
     if weights_only:
         warnings.append(
             f"{weights_only.path} has no resume state left: its weights are used, "
@@ -241,7 +338,7 @@ def _numbers(path: Path) -> tuple[int, int, int]:
 
 
 def _reason(error: BaseException) -> str:
-    """Say what lies beneath: torch.save hides a full disk in a RuntimeError's context."""
+    """Return the root cause: torch.save hides a full disk in a RuntimeError's context."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
@@ -253,7 +350,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
-    """Hold the folder for one daemon; the operating system's lock ends with the process, however that ends.
+    """Lock the folder for one daemon; the operating system releases the lock however the process ends.
 
     Args:
         folder: the checkpoint folder; made where missing.

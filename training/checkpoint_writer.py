@@ -1,43 +1,52 @@
-"""Checkpoints in the background: training waits for a copy in host memory, a thread does the rest.
+"""Checkpoints in the background: training waits only for a copy in host memory, a thread writes it.
 
-The copy is what a checkpoint holds at that moment, so the numbers of a resumed training do not depend on how
-long the disk takes. One checkpoint is written at a time, and the last one is on disk before the program ends.
+The copy is the state at that moment, so the numbers of a resumed training do not depend on the speed of the
+disk. One checkpoint is written at a time, and the last one is on disk before the program ends.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from evaluation import champion
-from training import checkpoint
+from training.checkpoint import Checkpoint, CheckpointError, sweep_unfinished
 
 log = logging.getLogger("continuous_training")
 
+Nest = TypeVar("Nest")
+
 
 class Snapshot:
-    """Copies nests of tensors to host memory that is kept for the next time: pinned, where a GPU is read."""
+    """Copies nests of tensors to host memory that is kept for the next copy: pinned, if a GPU is read."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
-    def take(self, nest: Any) -> Any:
-        """Return the nest with every tensor copied; valid until the next call."""
-        copied = self._copied(nest, ())
+    def take(self, nest: Nest) -> Nest:
+        """Return the nest of dicts, lists, tuples and dataclasses with every tensor copied.
+
+        It is valid until the next call.
+        """
+        copied: Nest = self._copy(nest, ())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copied
 
-    def _copied(self, nest: Any, place: tuple[Any, ...]) -> Any:
+    def _copy(self, nest: Any, place: tuple[Any, ...]) -> Any:
         if isinstance(nest, dict):
-            return {key: self._copied(part, (*place, key)) for key, part in nest.items()}
+            return {key: self._copy(part, (*place, key)) for key, part in nest.items()}
         if isinstance(nest, list | tuple):
-            return type(nest)(self._copied(part, (*place, number)) for number, part in enumerate(nest))
+            return type(nest)(self._copy(part, (*place, number)) for number, part in enumerate(nest))
+        if is_dataclass(nest) and not isinstance(nest, type):
+            names = [field.name for field in fields(nest)]
+            return replace(nest, **{name: self._copy(getattr(nest, name), (*place, name)) for name in names})
         if not isinstance(nest, Tensor):
             return nest
         buffer = self._buffers.get(place)
@@ -47,56 +56,68 @@ class Snapshot:
         return buffer.copy_(nest, non_blocking=True)
 
 
-class BackgroundWriter:
-    """Writes checkpoints one after the other (rank 0; on others it does nothing). A context manager.
+class CheckpointWriter:
+    """Writes checkpoints one after the other (rank 0; does nothing on others). A context manager.
 
-    A checkpoint that cannot be written is a warning, and ``owes`` one until the next is written.
+    A checkpoint that cannot be written is a warning; ``last_save_failed`` then asks for another one soon.
     """
 
-    def __init__(self, folder: Path, keep: int, wanted: bool) -> None:
-        """``wanted`` is False on ranks that do not write. The folder is held by this process."""
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        wanted: bool,
+        on_saved: Callable[[Checkpoint], None] = lambda _: None,
+    ) -> None:
+        """Remove what a killed writer left in the folder, which this process has locked.
+
+        Args:
+            folder: the checkpoint folder.
+            keep: see Checkpoint.save.
+            wanted: False on ranks that do not write.
+            on_saved: called in the writing thread with every checkpoint that is on disk.
+        """
         self._keep = keep
         self._wanted = wanted
+        self._on_saved = on_saved
         self._snapshot = Snapshot()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.newest = "none"
-        self.owes = False
-        self._owed_lines: list[dict[str, Any]] = []
+        self.last_save_failed = False
         if wanted:
             try:
-                checkpoint.sweep_unfinished(folder)
+                sweep_unfinished(folder)
             except OSError as error:
                 log.warning(f"leftovers of a killed start stay in {folder}: {error.strerror}")
 
-    def __enter__(self) -> BackgroundWriter:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def save(self, weights: dict[str, Any], resume: dict[str, Any]) -> None:
-        """Copy the state, and write it while training goes on; waits for the one before it."""
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy the state and write it while training continues; waits for the save before it."""
         if not self._wanted:
             return
         self.finish()
-        self._writing = self._thread.submit(self._write, *self._snapshot.take((weights, resume)))
+        self._writing = self._thread.submit(self._write, self._snapshot.take(checkpoint))
 
     def finish(self) -> str:
-        """Wait until all is on disk; return where the newest checkpoint is, or why there is none."""
+        """Wait until all is on disk; return the path of the newest checkpoint, or why there is none."""
         if self._writing:
             self._writing.result()
             self._writing = None
         return self.newest
 
-    def _write(self, weights: dict[str, Any], resume: dict[str, Any]) -> None:
+    def _write(self, checkpoint: Checkpoint) -> None:
         try:
-            path = checkpoint.save(self._folder, weights, resume, self._keep)
-        except checkpoint.CheckpointError as error:
+            checkpoint.save(self._keep)
+        except CheckpointError as error:
             log.warning(str(error))
-            self.newest, self.owes = f"not saved: {error}", True
+            self.newest, self.last_save_failed = f"not saved: {error}", True
             return
-        log.info(f"Saved {path}")
-        champion.settle(self._folder, weights.get("exam", {}), self._owed_lines)
-        self.newest, self.owes = str(path), False
+        log.info(f"Saved {checkpoint.path}")
+        self._on_saved(checkpoint)
+        self.newest, self.last_save_failed = str(checkpoint.path), False

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from envs.market import Market
 from envs.trading_env import TradingEnv
 from models.policy import Policy, uses_bf16
 from models.transformer import TransformerConfig
-from training.checkpoint import Restored
+from training.checkpoint import Checkpoint, ResumeState, name_of
 from training.compilation import compile_accounts, compile_objective, rehearse
 from training.distributed import Ranks
 from training.learner import Learner
@@ -45,7 +46,7 @@ class Trainer:
         settings: Settings,
         ranks: Ranks,
         plan: MemoryPlan,
-        saved: Restored | None = None,
+        saved: Checkpoint | None = None,
     ) -> None:
         """Make everything, try it out within the memory plan, then restore what was saved.
 
@@ -66,11 +67,11 @@ class Trainer:
         self._pending_update: tuple[Rollout, dict[str, Any]] | None = None
         self._matmul_rate = matmul_rate(ranks.device, torch.bfloat16 if self.policy.bf16 else torch.float32)
         if saved:
-            self.policy.load_state_dict(saved.weights["model"])
+            self.policy.load_state_dict(saved.model)
         self.learner = Learner(self.objective, ranks, self.memory_plan.micro_batch_segments)
         if saved and saved.resume:
-            self.learner.load_state_dict(saved.resume["learner"])
-            states = saved.resume["ranks"]
+            self.learner.load_state_dict(saved.resume.learner)
+            states = saved.resume.ranks
             if ranks.rank < len(states):  # a rank that was not there before starts with fresh accounts
                 self.env.load_state_dict(states[ranks.rank]["env"])
                 self._restore_generator(states[ranks.rank]["generator"])
@@ -123,7 +124,7 @@ class Trainer:
         weights = learner.parallel.weights()  # gathered from all ranks
         if not self.ranks.is_first:
             return self.policy
-        policy = self._new_policy().to(self.ranks.device)
+        policy = Policy.from_sizes(self.policy.sizes, self.policy.bf16).to(self.ranks.device)
         policy.load_state_dict(weights)
         return policy
 
@@ -251,25 +252,42 @@ class Trainer:
             figures |= gpu_figures(self.ranks.device)
         return figures
 
-    def checkpoint(self, progress: TrainingProgress) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Gather what people use and what the next start needs (all ranks take part)."""
-        weights = {
-            "run": progress.run,
-            "epoch": progress.epoch,
-            "step": self._pending_update[1]["steps"] if self._pending_update else 0,
-            "transitions": progress.transitions,
-            "model": self.learner.parallel.weights(),
-            "model_config": {
-                "trunk": asdict(self.policy.trunk.config),
-                "num_account_features": self.env.num_account_features,
-                "num_positions": len(self.settings.positions),
-            },
-            "symbols": list(self.env.market.symbols),
-            "features": self.env.market.statistics.state_dict(),
-        }
-        resume = {
-            "clock": progress.state_dict(),
-            "learner": self.learner.state_dict(),
-            "ranks": self.ranks.gather(self._own_state()),
-        }
-        return weights, resume
+    def checkpoint(
+        self,
+        progress: TrainingProgress,
+        fingerprint: str,
+        metrics: Mapping[str, Any],
+        exam: Mapping[str, Any],
+    ) -> Checkpoint:
+        """Gather what people use and what the next start needs (all ranks take part).
+
+        Args:
+            progress: of the training.
+            fingerprint: digest of the run's bars.
+            metrics: of the last epoch.
+            exam: record of the exam of these weights; dropped in the middle of an update, since exams are of
+                whole epochs.
+        """
+        step = self._pending_update[1]["steps"] if self._pending_update else 0
+        return Checkpoint(
+            path=Path(self.settings.checkpoint_dir) / name_of(progress.run, progress.epoch, step),
+            run=progress.run,
+            epoch=progress.epoch,
+            step=step,
+            transitions=progress.transitions,
+            model=self.learner.parallel.weights(),
+            model_config=self.policy.sizes,
+            symbols=list(self.env.market.symbols),
+            features=self.env.market.statistics.state_dict(),
+            config=asdict(self.settings),
+            data_fingerprint=fingerprint,
+            data_cutoff_ns=progress.cutoff_ns,
+            trained_until_ns=progress.trained_until_ns,
+            metrics=dict(metrics),
+            exam={} if step else dict(exam),
+            resume=ResumeState(
+                clock=progress.state_dict(),
+                learner=self.learner.state_dict(),
+                ranks=self.ranks.gather(self._own_state()),
+            ),
+        )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.check.line import Line
-from envs.features import FeatureStatistics
 from runtime.control import EXIT_LOCKED, EXIT_SETTING
 from training import checkpoint, validation
 from training.assembly import other_features, unlike
@@ -50,10 +49,8 @@ def newest_checkpoint(settings: Settings) -> Iterator[Line]:
         )
         return
     reason = unlike(settings, saved)
-    reason = reason or other_features(settings, FeatureStatistics.from_state_dict(saved.weights["features"]))
+    reason = reason or other_features(settings, saved.statistics)
     if reason:
         yield Line("checkpoint", "error", reason, EXIT_SETTING)
     else:
-        yield Line(
-            "checkpoint", "OK", f"goes on from {saved.path}, {saved.weights['transitions']:,} transitions"
-        )
+        yield Line("checkpoint", "OK", f"goes on from {saved.path}, {saved.transitions:,} transitions")

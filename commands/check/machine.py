@@ -19,6 +19,7 @@ from commands.check.sources import rows_held
 from data_sources.load import DataRequest
 from data_sources.universe import named, top_of
 from envs.features import FEATURES
+from models.policy import uses_bf16
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch
 from runtime.processes import memory_bytes
@@ -95,7 +96,7 @@ def devices(machine: Machine, settings: Settings) -> Iterator[Line]:
 def memory(machine: Machine, settings: Settings, request: DataRequest, launch: Launch) -> Line:
     """Compare what one process needs with its GPU's memory, or with its share of the RAM."""
     gpu = min(machine.gpus, key=lambda each: each.num_bytes, default=None)
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu is not None)
+    bf16 = uses_bf16(settings.precision, torch.device("cuda" if gpu else "cpu"))
     needs = MemoryNeeds.of(settings, num_bars(request) * BAR_BYTES, launch.num_ranks, bf16)
     try:
         chosen = plan(needs, gpu.num_bytes if gpu else None, settings.micro_batch_segments)

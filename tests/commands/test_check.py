@@ -35,6 +35,7 @@ from tests.program import NAMES_IN_ENV, PATIENCE, ROOT, environment
 from tests.training.checkpoints import NOW, untrained
 from tests.vendors import KEY_ID, SECRET, Vendors, closed_port
 from training import checkpoint
+from training.checkpoint import Checkpoint
 from training.data_feed import data_request
 from training.memory import MemoryNeeds, num_parameters, plan
 
@@ -237,8 +238,8 @@ def test_what_the_start_scripts_would_refuse_is_an_error(
 
 
 def of_checkpoint(folder: Path, **changes: Any) -> list[tuple[str, str, str, int]]:
-    weights = checkpoint.load(folder / "checkpoints" / "run1_epoch2.pt")
-    settings = Settings(**weights["config"])
+    saved = Checkpoint.read(folder / "checkpoints" / "run1_epoch2.pt")
+    settings = Settings(**saved.config)
     settings = replace(
         settings, sources=("simulated",), checkpoint_dir=str(folder / "checkpoints"), **changes
     )
@@ -256,12 +257,12 @@ def test_the_folder_is_looked_at_as_a_start_would(tmp_path: Path, monkeypatch: p
     ((topic, level, text, code),) = of_checkpoint(tmp_path, d_model=64)
     assert (topic, level, code) == ("checkpoint", "error", 2)
     assert text.startswith("d_model=64, but ") and "was trained with d_model=32: set it back" in text
-    saved = checkpoint.load(path)
-    older = saved["features"] | {"names": ["moon", *saved["features"]["names"][1:]]}
-    checkpoint.save(path.parent, saved | {"epoch": 3, "features": older}, {}, keep=9)
+    saved = Checkpoint.read(path).with_resume()
+    older = saved.features | {"names": ["moon", *saved.statistics.names[1:]]}
+    newer = path.with_name("run1_epoch3.pt")
+    replace(saved, path=newer, epoch=3, features=older).save(keep=9)
     ((_, level, text, code),) = of_checkpoint(tmp_path)
     assert (level, code) == ("error", 2) and "began with other features: moon" in text
-    newer = path.with_name("run1_epoch3.pt")
     newer.write_bytes(newer.read_bytes()[:-100])
     ((_, level, text, code),) = of_checkpoint(tmp_path)
     assert level == "warning" and "run1_epoch3.pt" in text and text.endswith("the one before it is used")
@@ -331,9 +332,8 @@ def test_gpus_are_named_and_their_absence_explained(
 
 
 def test_the_parameters_are_those_of_the_policy(tmp_path: Path) -> None:
-    weights = checkpoint.load(untrained(tmp_path))
-    settings = Settings(**weights["config"])
-    assert num_parameters(settings) == sum(each.numel() for each in weights["model"].values())
+    saved = Checkpoint.read(untrained(tmp_path))
+    assert num_parameters(Settings(**saved.config)) == sum(each.numel() for each in saved.model.values())
     assert num_parameters(FULL) == pytest.approx(604e6, rel=0.01)
 
 

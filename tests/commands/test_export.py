@@ -15,6 +15,7 @@ import torch
 
 from commands import export
 from continuous_training import Settings
+from data_sources import frames
 from data_sources.bars import COLUMNS, Bars, bars_of_frame
 from envs import features
 from evaluation.trained_policy import Actor, TrainedPolicy
@@ -24,6 +25,7 @@ from runtime.files import sha256_of
 from tests.envs.markets import walk
 from tests.program import PATIENCE, ROOT, environment, is_same
 from tests.training.checkpoints import untrained
+from training import acting
 
 
 @pytest.fixture
@@ -78,6 +80,10 @@ def test_the_example_acts_on_a_frame_of_bars(trained: TrainedPolicy, exported: P
     told = f"BTCUSDT: {target:+g} of equity from the next open on, probability {probability:.3f}\n"
     assert (shown.stdout, shown.stderr) == (told, "")
     assert len((exported / "example.py").read_text().splitlines()) <= 27
+
+
+def test_examples_exported_before_find_what_they_import() -> None:
+    assert acting.Actor is Actor and frames.bars_of_frame is bars_of_frame
 
 
 def test_a_frame_is_taken_as_bars_or_refused_in_a_line() -> None:

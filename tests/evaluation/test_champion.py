@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,8 @@ from evaluation.trained_policy import TrainedPolicy
 from runtime.control import STOP_NOW, Control
 from tests.envs.markets import market_of, walk
 from training import assembly, checkpoint
-from training.checkpoint_writer import BackgroundWriter
+from training.checkpoint import Checkpoint
+from training.checkpoint_writer import CheckpointWriter
 from training.distributed import Ranks
 from training.progress import TrainingProgress
 from training.trainer import Trainer
@@ -75,13 +78,20 @@ class Training:
 
     def examined(self, data: str = "d") -> Exam:
         self.progress.tick(1)
-        with BackgroundWriter(self.folder, 2, True) as writer:
+        with self.writer() as writer:
             exam = self.examiner.examine(self.trainer, self.progress, data, writer)
-            assembly.save(SETTINGS, self.progress, self.trainer, data, exam.figures, writer, exam)
+            writer.save(self.checkpoint(exam, data))
             writer.finish()
         for line in exam.lines:
             logging.getLogger(LOGGER).info(line)
         return exam
+
+    def writer(self) -> CheckpointWriter:
+        return CheckpointWriter(self.folder, 2, True, partial(champion.apply_decision, pending=[]))
+
+    def checkpoint(self, exam: Exam, data: str = "d") -> Checkpoint:
+        saved = self.trainer.checkpoint(self.progress, data, exam.figures, exam.record)
+        return replace(saved, path=self.folder / saved.name)
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
@@ -92,8 +102,8 @@ class Training:
         path = self.folder / checkpoint.BEST
         if not path.exists():
             return None
-        weights = checkpoint.load(path)
-        return weights["run"], weights["epoch"]
+        best = Checkpoint.read(path)
+        return best.run, best.epoch
 
     @property
     def output(self) -> str:
@@ -152,10 +162,10 @@ def test_the_champion_is_a_checkpoint_like_others_and_outlives_them(training: Tr
     assert trained.policy.head.logits.bias.tolist() == [0.0, 0.0, 9.0]
     saved, warnings = checkpoint.newest(training.folder)
     assert saved is not None and saved.path.name == "run1_epoch4.pt" and not warnings
-    assert saved.weights["exam"]["line"]["decision"] == "refused"
-    assert set(saved.weights["exam"]["symbols"]) == {"AAA", "BBB"}
-    assert saved.weights["trained_until_ns"] == training.trained_until_ns
-    assert saved.weights["metrics"]["exam/champion_percent"] == exam.figures["exam/champion_percent"] > 0
+    assert saved.exam["line"]["decision"] == "refused"
+    assert set(saved.exam["symbols"]) == {"AAA", "BBB"}
+    assert saved.trained_until_ns == training.trained_until_ns
+    assert saved.metrics["exam/champion_percent"] == exam.figures["exam/champion_percent"] > 0
 
 
 def test_the_dates_are_fresh_to_both(training: Training) -> None:
@@ -167,11 +177,11 @@ def test_the_dates_are_fresh_to_both(training: Training) -> None:
     days = [line["days"] for line in training.ledger]
     assert days[1] == days[0] - 2
     path = training.folder / checkpoint.BEST
-    weights = checkpoint.load(path) | {"trained_until_ns": training.trained_until_ns + 3 * DAY_NS}
-    torch.save(weights, path)
+    contents = torch.load(path, weights_only=True)
+    torch.save(contents | {"trained_until_ns": training.trained_until_ns + 3 * DAY_NS}, path)
     training.examined()
     assert training.ledger[2]["days"] == days[0] - 3
-    torch.save(weights | {"trained_until_ns": training.trained_until_ns + 8 * DAY_NS}, path)
+    torch.save(contents | {"trained_until_ns": training.trained_until_ns + 8 * DAY_NS}, path)
     assert training.examined() == training.examined() == Exam()
     assert training.output.count("No exam: no symbol has 10 bars in a row after") == 1
     assert len(training.ledger) == 3
@@ -182,7 +192,7 @@ def test_the_champion_is_played_again_only_when_something_changed(
 ) -> None:
     read: list[Path] = []
     original = champion.read
-    monkeypatch.setattr(champion, "read", lambda path, trainer: read.append(path) or original(path, trainer))
+    monkeypatch.setattr(champion, "read", lambda path, *others: read.append(path) or original(path, *others))
     training.holds("long")
     figures = [training.examined().figures for _ in range(4)]
     assert len(read) == 1
@@ -207,7 +217,7 @@ def test_an_epoch_that_is_played_again_is_one_trial(training: Training) -> None:
 
 def test_a_kill_between_the_checkpoint_and_the_ledger_loses_no_decision(training: Training) -> None:
     training.holds("long")
-    record = training.examined().record
+    saved = training.checkpoint(training.examined())
     path = training.folder / ledger.NAME
     whole = path.read_bytes()
     for on_disk, has_best in ((whole[:-40], True), (b"", True), (b"", False)):
@@ -215,10 +225,10 @@ def test_a_kill_between_the_checkpoint_and_the_ledger_loses_no_decision(training
         if not has_best:
             (training.folder / checkpoint.BEST).unlink()
         for _ in range(2):
-            champion.settle(training.folder, record)
+            champion.apply_decision(saved)
             assert path.read_bytes() == whole
             assert training.best == (1, 1)
-    champion.settle(training.folder, {})
+    champion.apply_decision(replace(saved, exam={}))
     assert path.read_bytes() == whole
     assert "Warning" not in training.output
 
@@ -265,23 +275,23 @@ def test_what_a_full_disk_kept_off_the_record_follows_in_order(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    records = []
+    saved = []
     for what in ("long", "short"):
         training.holds(what)
-        records.append(training.examined().record)
-    path, owed = training.folder / ledger.NAME, []
+        saved.append(training.checkpoint(training.examined()))
+    path, pending = training.folder / ledger.NAME, []
     whole = path.read_bytes()
     path.unlink()
     (training.folder / checkpoint.BEST).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "append", full)
-        for record in (records[0], records[0]):
-            champion.settle(training.folder, record, owed)
+        for _ in range(2):
+            champion.apply_decision(saved[0], pending)
     assert training.output.count("it is tried again with the next checkpoint") == 2
     assert not path.exists() and training.best == (1, 1)
-    champion.settle(training.folder, records[1], owed)
+    champion.apply_decision(saved[1], pending)
     assert path.read_bytes() == whole
-    assert owed == [] and "Warning" not in training.output
+    assert pending == [] and "Warning" not in training.output
 
 
 def test_a_disk_is_not_thought_to_gain_room_from_a_second_name(
@@ -305,7 +315,7 @@ def test_a_wish_to_stop_now_breaks_an_exam_off(training: Training, monkeypatch: 
     assert training.examined() == Exam()
     assert "No exam: asked to stop meanwhile" in training.output
     assert training.ledger == [] and training.best is None
-    assert checkpoint.load(training.folder / "run1_epoch1.pt")["exam"] == {}
+    assert Checkpoint.read(training.folder / "run1_epoch1.pt").exam == {}
 
 
 def test_a_ledger_that_cannot_be_read_is_a_warning(
@@ -323,39 +333,39 @@ def test_a_ledger_that_cannot_be_read_is_a_warning(
 
 
 def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_none(
-    training: Training, monkeypatch: pytest.MonkeyPatch
+    training: Training,
 ) -> None:
     training.holds("long")
     exam = training.examined()
-    weights, resume = training.trainer.checkpoint(training.progress)
+    asked = itertools.count()
     for step, record in ((0, exam.record), (1, {})):
-        monkeypatch.setattr(
-            training.trainer, "checkpoint", lambda _, at=step: (weights | {"step": at}, resume)
-        )
-        with BackgroundWriter(training.folder, 2, True) as writer:
-            assembly.save(SETTINGS, training.progress, training.trainer, "d", {}, writer, exam)
-        assert checkpoint.load(training.folder / checkpoint.name_of(1, 1, step))["exam"] == record
+        if step:
+            rollout = training.trainer.collect(1.0)
+            assert training.trainer.update(rollout, 0.0, lambda: next(asked) == 1) is None
+        with training.writer() as writer:
+            writer.save(training.checkpoint(exam))
+        assert Checkpoint.read(training.folder / checkpoint.name_of(1, 1, step)).exam == record
 
 
 def test_what_cannot_be_compared_is_left_alone(training: Training) -> None:
     training.holds("long")
     training.examined()
     best = training.folder / checkpoint.BEST
-    weights = checkpoint.load(best)
-    features = weights["features"] | {"mean": weights["features"]["mean"] + 1}
+    contents = torch.load(best, weights_only=True)
+    features = contents["features"] | {"mean": contents["features"]["mean"] + 1}
     for change, told in (
         ({"features": features}, "was trained with other features"),
-        ({"config": weights["config"] | {"context_bars": 5}}, "was trained with other context_bars"),
+        ({"config": contents["config"] | {"context_bars": 5}}, "was trained with other context_bars"),
         ({"format": 0}, "has format 0"),
     ):
-        torch.save(weights | change, best)
+        torch.save(contents | change, best)
         before = best.read_bytes()
         training.examined()
         assert best.read_bytes() == before
         assert told in training.ledger[-1]["reason"]
         assert "move it away to let another one take its place" in training.ledger[-1]["reason"]
     # Damaged on the disk after it was read, so that only other bars make it be read again.
-    torch.save(weights, best)
+    torch.save(contents, best)
     training.examined()
     status = best.stat()
     with best.open("r+b") as file:
@@ -388,4 +398,4 @@ def test_nothing_held_out_is_one_line(training: Training) -> None:
     assert training.examined() == training.examined() == Exam()
     assert training.output.count("No exam: ") == 1
     assert training.ledger == []
-    assert checkpoint.load(training.folder / "run1_epoch2.pt")["exam"] == {}
+    assert Checkpoint.read(training.folder / "run1_epoch2.pt").exam == {}

@@ -1,4 +1,4 @@
-"""A checkpoint of random weights, as the training writes it, in a second."""
+"""Checkpoints of random weights, and of hardly any, in a second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models.policy import Policy
 from models.transformer import TransformerConfig
 from tests.data_sources.vendors.loopback import ns
 from tests.envs.markets import market_of, walk
-from training import checkpoint
+from training.checkpoint import Checkpoint, ResumeState, name_of
 
 NOW = ns("2026-11-20T12:00:31")
 PAIRS = ("BTCUSDT", "ETHUSDT")
@@ -29,20 +29,30 @@ def untrained(folder: Path, **changes: Any) -> Path:
     settings = replace(settings, **changes)
     market = market_of(walk("AAA", 3000))
     torch.manual_seed(1)
-    trunk = TransformerConfig(market.num_features, 32, 1, 4, 25)
-    policy = Policy(trunk, 9, 3)
+    policy = Policy(TransformerConfig(market.num_features, 32, 1, 4, 25), 9, 3)
     torch.nn.init.normal_(policy.head.logits.weight, std=0.5)
-    weights = {
-        "run": 1,
-        "epoch": 2,
-        "transitions": 2048,
-        "model": policy.state_dict(),
-        "model_config": {"trunk": asdict(trunk), "num_account_features": 9, "num_positions": 3},
-        "config": asdict(settings),
-        "symbols": list(PAIRS),
-        "features": market.statistics.state_dict(),
-        "data_fingerprint": "0123456789abcdef",
-        "data_cutoff_ns": NOW,
-        "metrics": {"exam/return_percent": 1.5, "ppo/kl": 0.01},
-    }
-    return checkpoint.save(folder / "checkpoints", weights, {}, keep=1)
+    saved = replace(
+        small(folder / "checkpoints", 1, 2),
+        transitions=2048,
+        model=policy.state_dict(),
+        model_config=policy.sizes,
+        config=asdict(settings),
+        symbols=list(PAIRS),
+        features=market.statistics.state_dict(),
+        data_cutoff_ns=NOW,
+        trained_until_ns=NOW,
+        metrics={"exam/return_percent": 1.5, "ppo/kl": 0.01},
+    )
+    saved.save(keep=1)
+    return saved.path
+
+
+def small(folder: Path, run: int, epoch: int, num_values: int = 1000) -> Checkpoint:
+    """A checkpoint of no policy, whose values are the epoch."""
+    values = torch.full((num_values,), float(epoch))
+    return Checkpoint(
+        path=folder / name_of(run, epoch), run=run, epoch=epoch, transitions=0, model={"w": values},
+        model_config={}, symbols=["AAPL"], features={}, config={}, data_fingerprint="0123456789abcdef",
+        data_cutoff_ns=0, trained_until_ns=0, metrics={},
+        resume=ResumeState(clock={"epoch": epoch}, learner={"moments": values.clone()}, ranks=[]),
+    )  # fmt: skip

@@ -13,24 +13,17 @@ import pytest
 import torch
 
 from data_sources.errors import LakeError
+from tests.training.checkpoints import small
 from training import checkpoint
-from training.checkpoint import CheckpointError
+from training.checkpoint import Checkpoint, CheckpointError
 
 ROOT = Path(__file__).parents[2]
 
 
-def weights(run: int, epoch: int) -> dict[str, Any]:
-    return {
-        "run": run,
-        "epoch": epoch,
-        "model": {"w": torch.full((1000,), float(epoch))},
-        "symbols": ["AAPL"],
-    }
-
-
 def save(folder: Path, run: int, epoch: int, keep: int = 16) -> Path:
-    resume = {"clock": {"epoch": epoch}, "moments": torch.full((1000,), float(epoch))}
-    return checkpoint.save(folder, weights(run, epoch), resume, keep)
+    saved = small(folder, run, epoch)
+    saved.save(keep)
+    return saved.path
 
 
 def test_what_was_saved_is_found_again(tmp_path: Path) -> None:
@@ -39,10 +32,10 @@ def test_what_was_saved_is_found_again(tmp_path: Path) -> None:
     found, warnings = checkpoint.newest(tmp_path)
     assert found is not None
     assert (found.path, warnings) == (path, [])
-    assert found.weights["symbols"] == ["AAPL"]
-    assert torch.equal(found.weights["model"]["w"], torch.full((1000,), 10.0))
+    assert found.symbols == ["AAPL"]
+    assert torch.equal(found.model["w"], torch.full((1000,), 10.0))
     assert found.resume is not None
-    assert found.resume["clock"] == {"epoch": 10}
+    assert found.resume.clock == {"epoch": 10}
 
 
 def test_an_empty_or_missing_folder_holds_nothing(tmp_path: Path) -> None:
@@ -89,12 +82,12 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         path.write_bytes(bytes(content))
         try:
-            loaded = checkpoint.load(path)
+            loaded = Checkpoint.read(path)
         except CheckpointError:
             continue
         # A flip in the zip's own padding or dates touches nothing that is loaded.
-        assert torch.equal(loaded["model"]["w"], weights(1, 1)["model"]["w"])
-        assert (loaded["run"], loaded["epoch"]) == (1, 1)
+        assert torch.equal(loaded.model["w"], torch.ones(1000))
+        assert (loaded.run, loaded.epoch) == (1, 1)
 
 
 def test_weights_without_resume_state_are_the_last_resort(tmp_path: Path) -> None:
@@ -116,7 +109,7 @@ def test_a_strangers_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     path = tmp_path / "run1_epoch1.pt"
     torch.save({"format": 1, "model": Evil()}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of this program"):
-        checkpoint.load(path)
+        Checkpoint.read(path)
     assert not canary.exists()
 
 
@@ -199,11 +192,9 @@ def test_what_goes_wrong_while_the_folder_is_held_stays_what_it_is(tmp_path: Pat
 
 def test_kill_at_any_moment_of_a_save_leaves_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from pathlib import Path; from training import checkpoint\n"
-        "big = torch.randn(300_000)\n"
+        "from pathlib import Path; from tests.training.checkpoints import small\n"
         "for epoch in range(1, 10_000):\n"
-        "    weights, resume = {'run': 1, 'epoch': epoch, 'model': big}, {'e': epoch}\n"
-        f"    checkpoint.save(Path({str(tmp_path)!r}), weights, resume, 3)\n"
+        f"    small(Path({str(tmp_path)!r}), 1, epoch, 300_000).save(3)\n"
         "    print(epoch, flush=True)"
     )
     acknowledged, chance = 0, random.Random(1)
@@ -219,13 +210,44 @@ def test_kill_at_any_moment_of_a_save_leaves_the_last_acknowledged_checkpoint(tm
         assert found is not None
         assert warnings == []
         assert found.resume is not None
-        assert found.weights["epoch"] >= acknowledged
-        assert found.resume["e"] == found.weights["epoch"]
+        assert found.epoch >= acknowledged
+        assert found.resume.clock == {"epoch": found.epoch}
         for path in checkpoint.existing(tmp_path):
             path.unlink()
 
 
 def test_the_manifest_of_a_checkpoint_is_plain(tmp_path: Path) -> None:
-    loaded = torch.load(save(tmp_path, 1, 2), weights_only=True)
+    path = save(tmp_path, 1, 2)
+    loaded = torch.load(path, weights_only=True)
     del loaded["model"]
-    assert json.loads(json.dumps(loaded)) == {"format": 1, "run": 1, "epoch": 2, "symbols": ["AAPL"]}
+    assert list(json.loads(json.dumps(loaded)).items()) == [
+        ("format", 1), ("run", 1), ("epoch", 2), ("step", 0), ("transitions", 0), ("model_config", {}),
+        ("symbols", ["AAPL"]), ("features", {}), ("config", {}), ("data_fingerprint", "0123456789abcdef"),
+        ("data_cutoff_ns", 0), ("trained_until_ns", 0), ("metrics", {}), ("exam", {}),
+    ]  # fmt: skip
+    assert list(torch.load(tmp_path / "resume" / path.name, weights_only=True)) == [
+        "clock",
+        "learner",
+        "ranks",
+    ]
+
+
+def test_a_file_of_before_there_were_exams_still_loads(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, 2)
+    contents = torch.load(path, weights_only=True) | {"data_cutoff_ns": 5}
+    for key in ("step", "trained_until_ns", "exam"):
+        del contents[key]
+    torch.save(contents, path)
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found is not None and found.resume is not None and not warnings
+    assert (found.step, found.trained_until_ns, found.exam) == (0, 5, {})
+
+
+def test_a_newest_checkpoint_that_lacks_a_part_is_passed_over(tmp_path: Path) -> None:
+    older, path = save(tmp_path, 1, 1), save(tmp_path, 1, 2)
+    contents = torch.load(path, weights_only=True)
+    del contents["symbols"]
+    torch.save(contents, path)
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found is not None and found.path == older
+    assert f"{path} is of another version of this program: it has no symbols" in warnings[0]

@@ -11,16 +11,16 @@ import torch
 
 from tests.drill.programs import kill_while_writing
 from tests.program import ALONE, SUPERVISED, Start, checkpoint, is_same, tiny_flags
+from tests.training.checkpoints import small
 from training import checkpoint as files
-from training import checkpoint_writer
-from training.checkpoint_writer import BackgroundWriter, Snapshot
+from training.checkpoint import Checkpoint
+from training.checkpoint_writer import CheckpointWriter, Snapshot
 
 MEBIBYTE = 1 << 20
 
 
-def state(run: int, epoch: int, mebibytes: float = 0.01) -> tuple[dict, dict]:
-    values = torch.full((int(mebibytes * MEBIBYTE / 4),), float(epoch))
-    return {"run": run, "epoch": epoch, "model": {"w": values}}, {"moments": values.clone()}
+def state(folder: Path, run: int, epoch: int, mebibytes: float = 0.01) -> Checkpoint:
+    return small(folder, run, epoch, int(mebibytes * MEBIBYTE / 4))
 
 
 def test_a_snapshot_does_not_follow_what_training_does_to_the_weights() -> None:
@@ -38,50 +38,50 @@ def test_training_goes_on_during_a_write_and_the_next_save_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed, order = threading.Event(), []
-    write = files.save
+    write = Checkpoint.save
 
-    def slow(folder, weights, *rest):
-        order.append(f"begins {weights['epoch']}")
+    def slow(saved: Checkpoint, keep: int) -> None:
+        order.append(f"begins {saved.epoch}")
         allowed.wait(60)
-        order.append(f"ends {weights['epoch']}")
-        return write(folder, weights, *rest)
+        order.append(f"ends {saved.epoch}")
+        write(saved, keep)
 
-    monkeypatch.setattr(checkpoint_writer.checkpoint, "save", slow)
-    with BackgroundWriter(tmp_path, 16, wanted=True) as writer:
-        weights, resume = state(1, 1)
-        writer.save(weights, resume)
-        weights["model"]["w"] += 1  # training goes on
+    monkeypatch.setattr(Checkpoint, "save", slow)
+    with CheckpointWriter(tmp_path, 16, True, lambda saved: order.append(f"saved {saved.name}")) as writer:
+        first = state(tmp_path, 1, 1)
+        writer.save(first)
+        first.model["w"] += 1  # training goes on
         assert "ends 1" not in order
         threading.Timer(0.2, allowed.set).start()
-        writer.save(*state(1, 2))
-        assert order[:2] == ["begins 1", "ends 1"]
+        writer.save(state(tmp_path, 1, 2))
+        assert order[:3] == ["begins 1", "ends 1", "saved run1_epoch1.pt"]
     # Leaving waits for the last one.
-    assert order == ["begins 1", "ends 1", "begins 2", "ends 2"]
-    assert torch.equal(files.load(tmp_path / "run1_epoch1.pt")["model"]["w"], state(1, 1)[0]["model"]["w"])
+    assert order[3:] == ["begins 2", "ends 2", "saved run1_epoch2.pt"]
+    assert is_same(Checkpoint.read(tmp_path / "run1_epoch1.pt").model, state(tmp_path, 1, 1).model)
 
 
-def test_a_save_that_fails_is_a_warning_and_is_owed_until_one_succeeds(
+def test_a_save_that_fails_is_a_warning_and_remembered_until_one_succeeds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "checkpoints"
     folder.write_text("in the way")
-    with BackgroundWriter(folder, 16, wanted=True) as writer:
-        writer.save(*state(1, 1))
-        assert writer.finish().startswith("not saved: ") and writer.owes
+    with CheckpointWriter(folder, 16, wanted=True) as writer:
+        writer.save(state(folder, 1, 1))
+        assert writer.finish().startswith("not saved: ") and writer.last_save_failed
         assert len(caplog.messages) == 1 and "run1_epoch1.pt was not saved: " in caplog.text
         folder.unlink()
-        writer.save(*state(1, 2))
-        assert writer.finish() == str(folder / "run1_epoch2.pt") and not writer.owes
+        writer.save(state(folder, 1, 2))
+        assert writer.finish() == str(folder / "run1_epoch2.pt") and not writer.last_save_failed
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    files.save(tmp_path, *state(1, 1), keep=16)
-    weights, resume = state(1, 2)
-    weights["model"]["w"][7] = float("nan")
+    state(tmp_path, 1, 1).save(keep=16)
+    broken = state(tmp_path, 1, 2)
+    broken.model["w"][7] = float("nan")
     with pytest.raises(files.CheckpointError, match="not finite"):
-        files.save(tmp_path, weights, resume, keep=16)
+        broken.save(keep=16)
     found, warnings = files.newest(tmp_path)
-    assert found is not None and (found.weights["epoch"], warnings) == (1, [])
+    assert found is not None and (found.epoch, warnings) == (1, [])
 
 
 def test_what_killed_writers_left_is_swept_by_the_next_start(tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_what_killed_writers_left_is_swept_by_the_next_start(tmp_path: Path) -> 
     leftovers = [tmp_path / ".run1_epoch2.pt.1-ab.tmp", tmp_path / "resume" / ".run1_epoch2.pt.1-cd.tmp"]
     for path in leftovers:
         path.write_bytes(b"half")
-    with BackgroundWriter(tmp_path, 16, wanted=False):
+    with CheckpointWriter(tmp_path, 16, wanted=False):
         assert all(path.exists() for path in leftovers)  # not this rank's business
-    with BackgroundWriter(tmp_path, 16, wanted=True):
+    with CheckpointWriter(tmp_path, 16, wanted=True):
         assert not any(path.exists() for path in leftovers)
 
 
@@ -116,7 +116,7 @@ def test_on_a_full_disk_older_files_go_first_and_the_last_of_each_run_stays(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for run, epoch in [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]:
-        files.save(small_disk, *state(run, epoch, mebibytes=2.8), keep=16)
+        state(small_disk, run, epoch, mebibytes=2.8).save(keep=16)
     assert [path.name for path in files.existing(small_disk)] == [
         "run2_epoch3.pt",
         "run2_epoch2.pt",
@@ -127,17 +127,17 @@ def test_on_a_full_disk_older_files_go_first_and_the_last_of_each_run_stays(
         assert "the disk is full: " in line and "was removed to make room" in line
     found, warnings = files.newest(small_disk)
     assert found is not None and found.resume is not None
-    assert (found.weights["epoch"], warnings) == (3, [])
+    assert (found.epoch, warnings) == (3, [])
 
 
 def test_where_even_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files.save(small_disk, *state(1, 1, mebibytes=2), keep=16)
-    files.save(small_disk, *state(1, 2, mebibytes=2), keep=16)
+    for epoch in (1, 2):
+        state(small_disk, 1, epoch, mebibytes=2).save(keep=16)
     before = sorted(path.name for path in small_disk.rglob("*"))
     with pytest.raises(files.CheckpointError, match=r"the disk is full\. Training goes on\."):
-        files.save(small_disk, *state(1, 3, mebibytes=20), keep=16)
+        state(small_disk, 1, 3, mebibytes=20).save(keep=16)
     assert (sorted(path.name for path in small_disk.rglob("*")), caplog.messages) == (before, [])
 
 
@@ -160,7 +160,7 @@ def test_training_on_a_full_disk_goes_on_and_saves_when_there_is_room(
     assert "run1_epoch3.pt was not saved: the disk is full" in start.output
     assert "run1_epoch60.pt" in start.lines[-1]
     assert not list(checkpoints.rglob("*.tmp"))
-    assert files.load(checkpoints / "run1_epoch60.pt")["epoch"] == 60
+    assert Checkpoint.read(checkpoints / "run1_epoch60.pt").epoch == 60
 
 
 def test_a_last_save_without_room_is_exit_4_and_not_tried_again(small_disk: Path, tmp_path: Path) -> None:

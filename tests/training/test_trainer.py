@@ -18,7 +18,7 @@ from data_sources.simulated import simulated_bars
 from envs.market import Market
 from runtime.control import Control
 from tests.training.rollouts import ALONE, SETTINGS
-from training.checkpoint import Restored, newest, save
+from training.checkpoint import Checkpoint, newest
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan
 from training.metrics import Stopwatch
@@ -29,7 +29,7 @@ NEVER = 2**62
 
 
 def small_trainer(
-    saved: Restored | None = None, memory: MemoryPlan | None = None, envs_per_gpu: int = 8
+    saved: Checkpoint | None = None, memory: MemoryPlan | None = None, envs_per_gpu: int = 8
 ) -> Trainer:
     """Make a trainer; what has a memory plan is compiled, or seems to be."""
     bars = simulated_bars(2, 600, 0, 1_767_225_600 * 10**9)
@@ -57,10 +57,13 @@ def an_epoch(trainer: Trainer, stop_at: int = -1) -> dict[str, Any] | None:
     return {name: value for name, value in figures.items() if not name.startswith("perf/")}
 
 
-def saved_and_loaded(trainer: Trainer, folder: Path) -> Restored:
-    path = save(folder, *trainer.checkpoint(TrainingProgress()), keep=16)
+def saved_and_loaded(trainer: Trainer, folder: Path) -> Checkpoint:
+    saved = trainer.checkpoint(TrainingProgress(), "", {}, {"line": {}})
+    assert saved.exam == ({} if saved.step else {"line": {}})
+    saved = replace(saved, path=folder / saved.name)
+    saved.save(keep=16)
     found, warnings = newest(folder)
-    assert found is not None and (found.path, warnings) == (path, [])
+    assert found is not None and (found.path, warnings) == (saved.path, [])
     return found
 
 
