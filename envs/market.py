@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ import envs.own_features  # noqa: F401  # registers them
 from data_sources.bars import Bars
 from data_sources.calendar import minutes_left
 from envs.features import FEATURES, VOLATILITY_FLOOR, FeatureFunction, FeatureStatistics, compute
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 HOUR_NS = 3_600_000_000_000
 YEAR_NS = 365.25 * 24 * HOUR_NS
@@ -142,6 +145,24 @@ class Market:
             context_bars=context_bars,
             horizon=horizon,
             **{name: torch.from_numpy(array).to(device) for name, array in starts.items()},
+        )
+
+    @staticmethod
+    def from_settings(
+        bars: Sequence[Bars],
+        settings: Settings,
+        device: torch.device,
+        holdout_start_ns: int,
+        statistics: FeatureStatistics | None = None,
+    ) -> Market:
+        """Call ``from_bars`` with the context and the horizon of the settings."""
+        return Market.from_bars(
+            bars,
+            device=device,
+            holdout_start_ns=holdout_start_ns,
+            context_bars=settings.context_bars,
+            horizon=settings.horizon,
+            statistics=statistics,
         )
 
     def until(self, end_ns: int) -> Market:

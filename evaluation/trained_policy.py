@@ -266,14 +266,7 @@ class TrainedPolicy:
         Raises:
             ValueError: no symbol has enough bars for a segment.
         """
-        return Market.from_bars(
-            bars,
-            device=self.device,
-            holdout_start_ns=NEVER_NS,
-            context_bars=self.settings.context_bars,
-            horizon=self.settings.horizon,
-            statistics=self.statistics,
-        )
+        return Market.from_settings(bars, self.settings, self.device, NEVER_NS, self.statistics)
 
 
 def device_for_use() -> torch.device:

@@ -44,14 +44,8 @@ def market_on_device(
     if statistics and (reason := other_features(settings, statistics)):
         raise ExitProgram(EXIT_SETTING, reason)
     try:
-        return Market.from_bars(
-            data.bars,
-            device=ranks.device,
-            holdout_start_ns=holdout_start_ns(settings, data.bars),
-            context_bars=settings.context_bars,
-            horizon=settings.horizon,
-            statistics=statistics,
-        )
+        holdout_ns = holdout_start_ns(settings, data.bars)
+        return Market.from_settings(data.bars, settings, ranks.device, holdout_ns, statistics)
     except ValueError as error:
         raise ExitProgram(EXIT_NO_DATA, str(error)) from error
 

@@ -21,7 +21,6 @@ from commands.selftest.known_markets import (
     SIGMA,
     Array,
     KnownMarket,
-    Paths,
     apply_rule,
     draw_paths,
     find_best_rule,
@@ -163,8 +162,8 @@ def run_trial(settings: Settings, trial: Trial, sizes: Sizes, seed: int, ranks: 
     """Train on the trial's market, then examine on fresh paths of it."""
     start = time.monotonic()
     paths = draw_paths(trial.market, sizes.num_symbols, sizes.num_bars, seed=1_000 + seed)
-    market = _make_market(paths, sizes, ranks)
-    settings = _settings(settings, trial, sizes, seed, ranks.world_size)
+    settings = _trial_settings(settings, trial, sizes, seed, ranks.world_size)
+    market = Market.from_settings(paths.bars, settings, ranks.device, NEVER_NS)
     needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, bf16=False)
     trainer = Trainer(market, settings, ranks, plan(needs, None, settings.micro_batch_segments))
     progress, curve = TrainingProgress(), []
@@ -184,7 +183,8 @@ def run_trial(settings: Settings, trial: Trial, sizes: Sizes, seed: int, ranks: 
 def examine(trial: Trial, trainer: Trainer, sizes: Sizes, seed: int) -> Result:
     """Let the policy, the reference and the baselines trade the same fresh paths from the same bars."""
     paths = draw_paths(trial.market, sizes.exam_symbols, sizes.num_bars, seed=2_000 + seed)
-    market = _make_market(paths, sizes, trainer.ranks, trainer.env.market)
+    statistics = trainer.env.market.statistics
+    market = Market.from_settings(paths.bars, trainer.settings, trainer.ranks.device, NEVER_NS, statistics)
     forecast = trial.market.forecast(paths.returns)
     rule = find_best_rule(trial.market, trial.cost)
     next_return = np.append(paths.returns[:, 1:], np.zeros((len(paths.returns), 1)), axis=1)
@@ -270,19 +270,8 @@ def _mean_reward(segments: Sequence[_Segment], noise: Array | None) -> float:
     return total / len(segments)
 
 
-def _make_market(paths: Paths, sizes: Sizes, ranks: Ranks, known: Market | None = None) -> Market:
-    return Market.from_bars(
-        paths.bars,
-        device=ranks.device,
-        holdout_start_ns=NEVER_NS,
-        context_bars=sizes.context_bars,
-        horizon=sizes.horizon,
-        statistics=known.statistics if known else None,
-    )
-
-
-def _settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, world_size: int) -> Settings:
-    """Return the settings of one training: only the precision is the user's."""
+def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, world_size: int) -> Settings:
+    """Return the settings of one training, which keep only the user's precision."""
     return replace(
         settings,
         envs_per_gpu=sizes.num_envs,

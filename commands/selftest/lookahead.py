@@ -240,14 +240,8 @@ class _RolloutChecks:
                 yield f"training's {name} depend on the holdout"
 
     def _make_market(self, bars: Sequence[Bars], known: Market | None = None) -> Market:
-        return Market.from_bars(
-            bars,
-            device=self.device,
-            holdout_start_ns=self.holdout_ns,
-            context_bars=self.settings.context_bars,
-            horizon=self.settings.horizon,
-            statistics=known.statistics if known else None,
-        )
+        statistics = known.statistics if known else None
+        return Market.from_settings(bars, self.settings, self.device, self.holdout_ns, statistics)
 
     def _roll_out(self, market: Market, num_envs: int, seed: int) -> tuple[Rollout, int]:
         """Play one segment per account; return it, and the bar after the first account's last decision."""
