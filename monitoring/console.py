@@ -7,13 +7,13 @@ lines. A terminal that goes away never ends the training.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from rich.table import Table
 
 from data_sources.bars import MINUTE_NS
 from data_sources.refresh import LoadedData
-from monitoring import health, state
+from monitoring import health
 from monitoring.dashboard import Painter
 from monitoring.exporters import Telemetry, read_metrics
-from monitoring.machine import Disk, Gauges, disk
+from monitoring.machine import Gauges, read_disk
 from monitoring.screen import Screen
-from monitoring.state import Cockpit, Loading, Plan
+from monitoring.state import KEPT_EPOCHS, DashboardState, Task
 from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control, heartbeat
 from training.progress import TrainingProgress
 
@@ -40,27 +40,26 @@ log = logging.getLogger("continuous_training")
 
 Row = Mapping[str, Any]
 
-GAUGES_SECONDS = 1.0
 DISK_SECONDS = 10.0
-HEALTH_EPOCHS = 50  # that say what is usual
+HEALTH_EPOCHS = 50  # that define what is usual
 STOPPING = {
     STOP_AT_EPOCH_END: "Stopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.",
     STOP_NOW: "Saving at the next safe point, then exit.",
 }
-# A redirected refresh tells where it is every so often, not at every file.
+# Redirected, a refresh logs its progress now and then, not at every file.
 PLAIN_PROGRESS_SECONDS = 15.0
 
 
 class Console:
     """Log records, tables, progress, metrics and the dashboard. Implements data_sources.progress.Progress.
 
-    A context manager: on exit, the terminal is restored, files are closed, and records are shown no longer.
+    A context manager: on exit it restores the terminal, closes files, and no longer shows log records.
 
     Args:
         log_dir: where metrics are recorded; None for ranks that neither print nor record.
         to_stderr: leave standard output to ``emit``.
         log_level: a level of ``logging`` in lower case; less urgent records are not shown.
-        prometheus_port: where the newest metrics can be asked for; None: nowhere.
+        prometheus_port: serves the newest metrics; None: no endpoint.
     """
 
     def __init__(
@@ -78,10 +77,8 @@ class Console:
         width = None if self._stream.isatty() else 200
         self._rich = RichConsole(highlight=False, width=width, stderr=to_stderr)
         self._bars: Progress | None = None
-        self._tasks: dict[str, Loading] = {}
-        self._lock = threading.Lock()
         self._data_shown = False
-        self._cockpit = Cockpit()
+        self._state = DashboardState()
         self._screen: Screen | None = None
         self._watch = health.Watch()
         self._handler = _Handler(self)
@@ -95,18 +92,16 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self._leave_screen()
-        with self._lock:  # bars of work that failed or was interrupted
-            self._tasks.clear()
-            if self._bars is not None:
-                self._bars.stop()
-                self._bars = None
+        with self._state.lock:  # work that failed or was interrupted
+            self._state.tasks.clear()
+            self._stop_bars()
         if self._telemetry:
             self._telemetry.close()
         log.removeHandler(self._handler)
         log.setLevel(logging.NOTSET)
         log.propagate = True
 
-    # ------------------------------------------------------------------------------------------ lines
+    # ------------------------------------------------------------------------------- lines and tables
 
     def line(self, text: str, style: str = "", level: int = logging.INFO) -> None:
         """Print one line, unless its level is below that of the console."""
@@ -114,7 +109,7 @@ class Console:
         if level < self._level or self.quiet:
             return
         on_screen = self._on_screen()
-        self._cockpit.line(text, is_warning=level >= logging.WARNING)
+        self._state.add_line(text, is_warning=level >= logging.WARNING)
         if on_screen:
             return
         if self._rich.is_terminal:
@@ -128,28 +123,29 @@ class Console:
 
     @property
     def width(self) -> int:
-        """How many characters a line of a table can have."""
+        """Columns that a table can have."""
         return self._rich.width
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-        """Print a table; numbers to the right."""
+        """Print a table, numbers aligned right; only the title where the dashboard is on."""
         if self._on_screen():
             log.info(title)
             return
         table = Table(
             title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, header_style="bold"
         )
-        listed = [[str(cell) for cell in row] for row in rows]
+        cells = [[str(cell) for cell in row] for row in rows]
         for number, column in enumerate(columns):
-            numeric = all(_is_number(row[number]) for row in listed)
-            table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-        for row in listed:
+            is_numeric = all(_is_number(row[number]) for row in cells)
+            table.add_column(column, justify="right" if is_numeric else "left", no_wrap=True)
+        for row in cells:
             table.add_row(*map(escape, row))
         self._print(table)
 
     def data(self, data: LoadedData) -> None:
-        """Show what was loaded: one row per symbol the first time, then a line; what was dropped, and why."""
+        """Show what was loaded, as a table the first time, then as a line; and warnings about it."""
         columns = ("symbol", "sources", "bars", "first", "last, UTC", "coverage", "gaps", "rejected")
+        used = [row for row in data.rows if not row.dropped]
         rows = [
             (
                 row.symbol,
@@ -161,10 +157,16 @@ class Console:
                 row.num_gaps,
                 sum(row.rejected.values()),
             )
-            for row in data.rows
-            if not row.dropped
+            for row in used
         ]
-        self._cockpit.sources(*_newest(data))
+        newest_ns: dict[str, int] = {}
+        symbols: Counter[str] = Counter()
+        for extent in (extent for row in used for extent in row.by_source):
+            if extent.last_ns is not None:
+                end_ns = extent.last_ns + MINUTE_NS
+                newest_ns[extent.source] = max(newest_ns.get(extent.source, 0), end_ns)
+                symbols[extent.source] += 1
+        self._state.newest_ns, self._state.symbols = newest_ns, symbols
         title = f"{len(rows)} symbols, {sum(map(len, data.bars)):,} bars, data {data.fingerprint}"
         if rows and not self._data_shown:
             self.table(title, columns, rows)
@@ -174,7 +176,7 @@ class Console:
         self.data_warnings(data)
 
     def data_warnings(self, data: LoadedData) -> None:
-        """Tell what was noticed about the bars, and which symbols were dropped."""
+        """Warn about flags of symbols, and list the symbols that were dropped."""
         for row in data.rows:
             for flag in row.flags:
                 log.warning(f"{row.symbol}: {flag}")
@@ -187,52 +189,49 @@ class Console:
         if self.quiet:
             return
         try:
-            one_line = isinstance(thing, str) and not self._rich.is_terminal
-            self._rich.print(thing, style=style, soft_wrap=one_line)
+            is_one_line = isinstance(thing, str) and not self._rich.is_terminal
+            self._rich.print(thing, style=style, soft_wrap=is_one_line)
         except OSError:
             self._fall_silent()
 
     def _fall_silent(self) -> None:
-        """The terminal or the pipe is gone. Training goes on; metrics.jsonl still tells."""
+        """Print nothing more, since the terminal or the pipe is gone. Training and metrics.jsonl continue."""
         self.quiet = True
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - for the rest of its life
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until the process ends
 
     # -------------------------------------------------------------------------------------- dashboard
 
     def begin(self, settings: Settings, progress: TrainingProgress, device: str, control: Control) -> None:
-        """Begin a run; on a terminal the dashboard opens with the first one, unless it is not wanted."""
+        """Begin a run. On a terminal the first one opens the dashboard, unless the settings disable it."""
         if self._log_dir is None:
             return
-        history: list[Row] = []
-        if not self._cockpit.recent():  # a start that goes on shows what was before
-            history = list(read_metrics(self._log_dir, state.KEPT_EPOCHS, progress.transitions))
-        self._cockpit.begin(progress.run, progress.epoch, progress.transitions, history)
+        state = self._state
+        history: list[dict[str, Any]] = []
+        if not state.history:  # a resumed training shows the epochs before
+            history = read_metrics(self._log_dir, KEPT_EPOCHS, progress.transitions)
+        state.begin(progress.run, progress.epoch, progress.transitions, history)
         is_able = self._stream.isatty() and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
         if not settings.dashboard or self.quiet or self._screen or not is_able:
             return
-        self._cockpit.plan = Plan(
-            settings.epochs, settings.runs, settings.checkpoint_every, settings.keep_checkpoints, device
-        )
-        self._cockpit.stopping = lambda: STOPPING.get(control.stop_level, "")
-        draw = _Drawing(self._cockpit, Painter(self._rich), Path(settings.checkpoint_dir))
-        self._screen = Screen(self._stream, draw, self._cockpit.changed, control.screen)
-        try:
-            self._screen.open()
-        except OSError:
-            self._fall_silent()
+        state.epochs, state.runs, state.device = settings.epochs, settings.runs, device
+        state.checkpoint_every = settings.checkpoint_every
+        state.keep_checkpoints = settings.keep_checkpoints
+        frame = _Frame(state, Painter(self._rich), control, Path(settings.checkpoint_dir))
+        self._screen = Screen(self._stream, frame, control.screen)
+        self._screen.open()
 
     def phase(self, name: str) -> None:
-        """Show on the dashboard what the training does now."""
-        self._cockpit.phase(name)
+        """Show the training's phase on the dashboard."""
+        self._state.phase = name
 
     def _on_screen(self) -> bool:
-        """Tell whether the dashboard is up; one that has died gives the terminal back first."""
+        """Return whether the dashboard is on; restore the terminal of one that has died."""
         if self._screen is not None and not self._screen.is_on:
             self._leave_screen()
         return self._screen is not None
 
     def _leave_screen(self) -> None:
-        """Give the terminal back, with all that was told meanwhile."""
+        """Close the dashboard, and print the lines that were logged meanwhile."""
         screen, self._screen = self._screen, None
         if screen is None:
             return
@@ -240,87 +239,88 @@ class Console:
             screen.close()
         except OSError:
             self._fall_silent()
-        for line in self._cockpit.view().lines:
+        for line in self._state.snapshot().lines:
             if line.at > screen.opened:
                 self._print(escape(line.text), "yellow" if line.is_warning else "")
 
     # --------------------------------------------------------------------------------------- progress
 
     def start(self, source: str, what: str, total: int | None) -> None:
-        """Begin to show the progress of one source."""
-        with self._lock:
-            old = self._tasks.pop(source, None)
-            task = self._tasks[source] = Loading(what, total)
-            if self._screen is not None:
-                self._cockpit.task(source, task.shown(source))
-            elif self._rich.is_terminal and not self.quiet:
-                if self._bars is None:
-                    self._bars = Progress(
-                        TextColumn("{task.description:<10}"),
-                        BarColumn(bar_width=30),
-                        MofNCompleteColumn(),
-                        TextColumn("{task.fields[what]}"),
-                        TimeRemainingColumn(),
-                        console=self._rich,
-                        transient=True,
-                    )
-                    self._bars.start()
-                if old and old.bar is not None:
-                    self._bars.remove_task(old.bar)
-                task.bar = self._bars.add_task(source, total=total, what=what)
+        """Show the progress of a source."""
+        task = Task(source, what, total)
+        with self._state.lock:
+            previous = self._state.tasks.get(source)
+            self._state.tasks[source] = task
+            if self._screen is not None or self.quiet or not self._rich.is_terminal:
+                return
+            if self._bars is None:
+                self._bars = Progress(
+                    TextColumn("{task.description:<10}"),
+                    BarColumn(bar_width=30),
+                    MofNCompleteColumn(),
+                    TextColumn("{task.fields[what]}"),
+                    TimeRemainingColumn(),
+                    console=self._rich,
+                    transient=True,
+                )
+                self._bars.start()
+            if previous and previous.bar is not None:
+                self._bars.remove_task(previous.bar)
+            task.bar = self._bars.add_task(source, total=total, what=what)
 
     def advance(self, source: str, units: int = 1, num_bytes: int = 0) -> None:
-        """Show that more is done."""
+        """Count work that is done."""
         heartbeat()
-        told = None
-        with self._lock:
-            task = self._tasks.get(source)
+        text = ""
+        with self._state.lock:
+            task = self._state.tasks.get(source)
             if task is None:
                 return
             task.done += units
             task.num_bytes += num_bytes
-            if self._screen is not None:
-                self._cockpit.task(source, task.shown(source))
-            elif self._bars is not None and task.bar is not None:
+            if self._bars is not None and task.bar is not None:
                 size = f", {task.num_bytes / 1e6:.1f} MB" if task.num_bytes else ""
-                self._bars.update(task.bar, completed=task.done, what=task.what + size)
-            elif time.monotonic() - task.told > PLAIN_PROGRESS_SECONDS:
-                task.told = time.monotonic()
-                told = task.line()
-        if told:
-            log.info(f"{source}: {told}")
+                self._bars.update(task.bar, completed=task.done, what=task.unit + size)
+            elif self._screen is None and time.monotonic() - task.last_line > PLAIN_PROGRESS_SECONDS:
+                task.last_line = time.monotonic()
+                text = task.text
+        if text:
+            log.info(f"{source}: {text}")
 
     def finish(self, source: str, summary: str) -> None:
-        """Take the source's bar away and say how it went."""
-        with self._lock:
-            task = self._tasks.pop(source, None)
-            self._cockpit.task(source, None)
+        """Replace a source's progress by its summary."""
+        with self._state.lock:
+            task = self._state.tasks.pop(source, None)
             if self._bars is not None and task is not None and task.bar is not None:
                 self._bars.remove_task(task.bar)
-            if self._bars is not None and not self._tasks:
-                self._bars.stop()
-                self._bars = None
+            if not self._state.tasks:
+                self._stop_bars()
         log.info(f"{source}: {summary}")
 
     def warn(self, source: str, message: str) -> None:
-        """Say that something was skipped; a message may begin with the source's name itself."""
+        """Log a source's warning, with its name in front unless the message begins with it."""
         log.warning(message if message.lower().startswith(source) else f"{source}: {message}")
+
+    def _stop_bars(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
 
     # ---------------------------------------------------------------------------------------- metrics
 
     def epoch(self, metrics: Row, epochs: int) -> None:
-        """Record one epoch's metrics and tell them: a line, or the dashboard; what is newly wrong is a warning."""
+        """Record an epoch's metrics, show them as a line or on the dashboard, and warn about new findings."""
         if self.quiet and self._telemetry is None:
             heartbeat()
             return
         self.record(metrics)
-        found = health.findings([*self._cockpit.recent()[-HEALTH_EPOCHS:], metrics])
-        self._cockpit.epoch(metrics, found)
+        found = health.findings([*self._state.history[-HEALTH_EPOCHS:], metrics])
+        self._state.add_epoch(metrics, found)
         new = self._watch.new(found)
         if self._on_screen():
             heartbeat()
-            for finding in new:  # the figures are on the dashboard, and what is wrong for as long as it is
-                self._cockpit.line(str(finding))
+            for finding in new:  # no warnings: the dashboard shows a finding for as long as it lasts
+                self._state.add_line(str(finding))
             return
         log.info(_line_of(metrics, epochs))
         log.debug("  ".join(f"{k}={_short(v)}" for k, v in metrics.items() if "/" in k))
@@ -328,7 +328,7 @@ class Console:
             log.warning(str(finding))
 
     def record(self, metrics: Row) -> None:
-        """Keep one epoch's figures where programs read them."""
+        """Write an epoch's metrics to the exporters."""
         if self._telemetry:
             self._telemetry.record(metrics)
 
@@ -346,6 +346,29 @@ class _Handler(logging.Handler):
             self._console.line(f"Warning: {text}", "yellow", record.levelno)
         else:
             self._console.line(text, "", record.levelno)
+
+
+class _Frame:
+    """Draws one frame of the dashboard; called by the screen's thread only."""
+
+    def __init__(
+        self, state: DashboardState, painter: Painter, control: Control, checkpoint_dir: Path
+    ) -> None:
+        self._state, self._painter, self._control = state, painter, control
+        self._checkpoint_dir = checkpoint_dir
+        self._disk_due = 0.0
+
+    @cached_property
+    def _gauges(self) -> Gauges:
+        return Gauges()
+
+    def __call__(self, width: int, height: int) -> list[str]:
+        state, now = self._state, time.monotonic()
+        state.stopping = STOPPING.get(self._control.stop_level, "")
+        state.machine = self._gauges.read()
+        if now >= self._disk_due:
+            state.disk, self._disk_due = read_disk(self._checkpoint_dir), now + DISK_SECONDS
+        return self._painter(state.snapshot(), width, height)
 
 
 def _line_of(metrics: Row, epochs: int) -> str:
@@ -369,40 +392,6 @@ def _line_of(metrics: Row, epochs: int) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else str(value)
-
-
-class _Drawing:
-    """Looks at the machine now and then, and paints the cockpit; called by the screen's thread alone."""
-
-    def __init__(self, cockpit: Cockpit, painter: Painter, checkpoint_dir: Path) -> None:
-        self._cockpit = cockpit
-        self._painter = painter
-        self._checkpoint_dir = checkpoint_dir
-        self._gauges: Gauges | None = None
-        self._disk = Disk()
-        self._read = self._read_disk = -math.inf
-
-    def __call__(self, width: int, height: int) -> list[str]:
-        now = time.monotonic()
-        if now - self._read >= GAUGES_SECONDS:
-            if now - self._read_disk >= DISK_SECONDS:
-                self._disk, self._read_disk = disk(self._checkpoint_dir), now
-            self._gauges = self._gauges or Gauges()
-            self._cockpit.gauges(self._gauges.read(), self._disk)
-            self._read = now
-        return self._painter(self._cockpit.view(), width, height)
-
-
-def _newest(data: LoadedData) -> tuple[dict[str, int], dict[str, int]]:
-    """Return, by source, the end of its newest bar and how many symbols it has bars of."""
-    newest: dict[str, int] = {}
-    symbols: dict[str, int] = {}
-    for row in data.rows:
-        for each in () if row.dropped else row.by_source:
-            if each.last_ns is not None:
-                newest[each.source] = max(newest.get(each.source, 0), each.last_ns + MINUTE_NS)
-                symbols[each.source] = symbols.get(each.source, 0) + 1
-    return newest, symbols
 
 
 def _utc(time_ns: int | None, form: str) -> str:

@@ -1,7 +1,7 @@
-"""The dashboard: one view of the cockpit as lines of a given width and height. Pure: draws nothing by itself.
+"""The layout of the dashboard: a snapshot of its state as lines of a given width and height. Does no output.
 
-Two columns from 76 columns on, one below. What does not fit a small terminal is left out row by row, the least
-important first; no line is ever longer than the terminal is wide.
+Sections lie in two columns from 76 columns on. What does not fit a small terminal is dropped row by row, the
+least important first; no line is ever longer than the terminal is wide.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import zip_longest
 
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from monitoring.format import age, clock, size, sparkline
+from monitoring.format import age, duration, size, sparkline
 from monitoring.health import HOTTEST_CELSIUS
 from monitoring.machine import Gpu
-from monitoring.state import View
+from monitoring.state import DashboardState
 
 TWO_COLUMNS = 76
 GAP = 3
@@ -25,23 +26,20 @@ LABEL, VALUE = 18, 11  # columns
 FEWEST_LOG_LINES = 3
 MOST_ATTENTION_LINES = 6
 MOST_EXAM_ROWS = 8
-# What of an exam comes before the rest of its figures.
-EXAM_FIRST = tuple(
-    f"exam/{name}"
-    for name in (
-        "return_percent",
-        "buy_and_hold_percent",
-        "momentum_percent",
-        "champion_percent",
-        "sharpe",
-        "max_drawdown_percent",
-        "edge",
-    )
+# Of an exam's metrics these come first.
+EXAM_FIRST = (
+    "exam/return_percent",
+    "exam/buy_and_hold_percent",
+    "exam/momentum_percent",
+    "exam/champion_percent",
+    "exam/sharpe",
+    "exam/max_drawdown_percent",
+    "exam/edge",
 )
 ACCENT, DIM, WARNING, STRONG = "cyan", "dim", "yellow", "bold"
-PHASES = {
+PHASE_LABELS = {
     "data": "loading bars",
-    "rollout": "playing",
+    "rollout": "collecting",
     "update": "learning",
     "evaluation": "evaluating",
     "checkpoint": "saving",
@@ -50,7 +48,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Glyphs:
-    """What bars and curves are made of."""
+    """The characters of bars, curves and marks."""
 
     full: str
     track: str
@@ -66,26 +64,26 @@ ASCII = Glyphs("#", "-", "_.-:=+*#", "-", ", ", "!")
 
 @dataclass
 class Section:
-    """A title and its rows, the most important first; ``weight`` says how dear the section is."""
+    """A title and its rows, the most important first; the section of the lowest ``weight`` is dropped first."""
 
     title: str
     weight: int
     rows: list[Text] = field(default_factory=list)
 
 
-def render(view: View, width: int, height: int, glyphs: Glyphs = UNICODE) -> list[Text]:
-    """Lay the view out: at most ``height`` lines of at most ``width`` columns."""
+def render(state: DashboardState, width: int, height: int, glyphs: Glyphs = UNICODE) -> list[Text]:
+    """Return at most ``height`` lines of at most ``width`` columns."""
     width, height = max(1, width), max(1, height)
     inner = max(1, width - 2)
-    page = _Page(view, inner, glyphs)
+    page = _Page(state, inner, glyphs)
     head, attention = page.head(), page.attention()
     room = height - len(head) - len(attention) - FEWEST_LOG_LINES - 1
     if inner < TWO_COLUMNS:
-        body = _stacked([*page.left(inner), *page.right(inner)], inner, room, glyphs)
+        body = _stack([*page.left(inner), *page.right(inner)], inner, room, glyphs)
     else:
         column = (inner - GAP) // 2
-        left = _stacked(page.left(column), column, room, glyphs)
-        right = _stacked(page.right(inner - GAP - column), inner - GAP - column, room, glyphs)
+        left = _stack(page.left(column), column, room, glyphs)
+        right = _stack(page.right(inner - GAP - column), inner - GAP - column, room, glyphs)
         body = _beside(left, right, column)
     if len(head) + len(body) + len(attention) + FEWEST_LOG_LINES + 2 < height:
         head.append(Text())
@@ -98,14 +96,14 @@ def render(view: View, width: int, height: int, glyphs: Glyphs = UNICODE) -> lis
 
 
 class Painter:
-    """Turns views into strings for a terminal of a given kind."""
+    """Renders the state as strings for a terminal: its colours, its character set."""
 
     def __init__(self, terminal: RichConsole) -> None:
         self._color_system = terminal.color_system
         self._glyphs = UNICODE if (terminal.encoding or "").lower().startswith("utf") else ASCII
 
-    def __call__(self, view: View, width: int, height: int) -> list[str]:
-        """Return the lines, with colours, without line ends."""
+    def __call__(self, state: DashboardState, width: int, height: int) -> list[str]:
+        """Return the lines, without line ends."""
         text = io.StringIO()
         console = RichConsole(
             file=text,
@@ -116,78 +114,76 @@ class Painter:
             legacy_windows=False,
             highlight=False,
         )
-        console.print(Text("\n").join(render(view, width, height, self._glyphs)), no_wrap=True, end="")
+        console.print(Text("\n").join(render(state, width, height, self._glyphs)), no_wrap=True, end="")
         return text.getvalue().split("\n")
 
 
 class _Page:
-    """The parts of one view."""
+    """The parts of one frame."""
 
-    def __init__(self, view: View, width: int, glyphs: Glyphs) -> None:
-        self.view = view
+    def __init__(self, state: DashboardState, width: int, glyphs: Glyphs) -> None:
+        self.state = state
         self.width = width
         self.glyphs = glyphs
-        self.alarming = {finding.metric for finding in view.findings}
+        self.alarming = {finding.metric for finding in state.findings}
 
     # ------------------------------------------------------------------------------------- above and below
 
     def head(self) -> list[Text]:
-        """What it is, how far, and for how long still."""
-        view, dot = self.view, self.glyphs.dot
-        name = Text("Continuous Training", STRONG)
-        about = Text(dot.join(each for each in (view.plan.device, f"up {clock(view.now - view.began)}")), DIM)
-        share = min(1.0, view.epoch / view.plan.epochs)
+        """Title, progress of the run, and the time left."""
+        state = self.state
+        title = Text("Continuous Training", STRONG)
+        about = Text(f"{state.device}{self.glyphs.dot}up {duration(state.now - state.began)}", DIM)
+        share = min(1.0, state.epoch / state.epochs)
         percent = f" {share:4.0%}"
-        of_runs = f" of {view.plan.runs}" if view.plan.runs else ""
-        where = [
-            Text(f"run {view.run}{of_runs}", STRONG),
-            Text(f"epoch {view.epoch}/{view.plan.epochs}", STRONG),
-            Text(f"{view.transitions:,} transitions"),
+        position = [
+            Text(f"run {state.run}{f' of {state.runs}' if state.runs else ''}", STRONG),
+            Text(f"epoch {state.epoch}/{state.epochs}", STRONG),
+            Text(f"{state.transitions:,} transitions"),
         ]
-        left = view.plan.epochs - view.epoch
-        ahead = [Text(PHASES.get(view.phase, view.phase) or "starting", ACCENT)]
-        if left and view.pace is not None:
-            ahead += [
-                Text(f"epoch {clock(view.epoch_left)} left"),
-                Text(f"run {clock(view.seconds_for(left))} left"),
-            ]
-            to_save = view.epochs_to_checkpoint
+        ahead = [Text(PHASE_LABELS.get(state.phase, state.phase) or "starting", ACCENT)]
+        left, to_save = state.epochs - state.epoch, state.epochs_to_checkpoint
+        if left and state.pace is not None:
             epochs = "1 epoch" if to_save == 1 else f"{to_save} epochs"
-            ahead.append(Text(f"checkpoint in {epochs}, {clock(view.seconds_for(to_save))}"))
+            ahead += [
+                Text(f"epoch {duration(state.seconds_for(1))} left"),
+                Text(f"run {duration(state.seconds_for(left))} left"),
+                Text(f"checkpoint in {epochs}, {duration(state.seconds_for(to_save))}"),
+            ]
         lines = [
-            _spread(name, about, self.width),
+            _spread(title, about, self.width),
             self.bar(share, self.width - len(percent)).append(percent),
-            *self._flowing(where),
-            *self._flowing(ahead),
+            *self._flow(position),
+            *self._flow(ahead),
         ]
-        if view.stopping:
-            lines.append(Text(view.stopping, f"{STRONG} {WARNING}"))
+        if state.stopping:
+            lines.append(Text(state.stopping, f"{STRONG} {WARNING}"))
         return lines
 
     def attention(self) -> list[Text]:
-        """Findings of health, then warnings of the last hour: the newest, each once."""
-        told = [str(finding) for finding in self.view.findings]
-        newest_first = (line.text.removeprefix("Warning: ") for line in reversed(self.view.warnings))
-        warned = list(dict.fromkeys(newest_first))
-        told += [text for text in warned if text not in told]
-        if self.view.disk.is_short:
-            told.insert(0, "the disk is nearly full: two more checkpoints do not fit; lower keep_checkpoints")
+        """Findings about the training's health, then the warnings of the last hour, the newest first."""
+        texts = [str(finding) for finding in self.state.findings]
+        texts += [line.text.removeprefix("Warning: ") for line in reversed(self.state.warnings)]
+        if self.state.disk.is_short:
+            texts.insert(
+                0, "the disk is nearly full: no room for two more checkpoints; lower keep_checkpoints"
+            )
         lines: list[Text] = []
-        for text in told:
-            wrapped = _wrapped(text, self.width - 2)[:2]
+        for text in dict.fromkeys(texts):
+            wrapped = _wrap(text, self.width - 2)[:2]
             if len(lines) + len(wrapped) > MOST_ATTENTION_LINES:
                 break
             marks = (f"{self.glyphs.alert} ", *["  "] * len(wrapped))
             lines += [Text(mark + part, WARNING) for mark, part in zip(marks, wrapped, strict=False)]
-        return [self._titled("Attention", self.width), *lines] if lines else []
+        return [_title("Attention", self.width, self.glyphs), *lines] if lines else []
 
     def log(self, height: int) -> list[Text]:
-        """The newest lines, as many as there is room for."""
+        """The newest lines that fit."""
         if height < 2:
             return []
-        lines = [self._titled("Log", self.width)]
-        for line in self.view.lines[-(height - 1) :]:
-            seconds = self.view.now_ns / 1e9 - (self.view.now - line.at)
+        lines = [_title("Log", self.width, self.glyphs)]
+        for line in self.state.lines[-(height - 1) :]:
+            seconds = self.state.now_ns / 1e9 - (self.state.now - line.at)
             at = datetime.fromtimestamp(seconds).strftime("%H:%M:%S")  # noqa: DTZ006 - the reader's clock
             style = WARNING if line.is_warning else ""
             lines.append(Text.assemble((f"{at}  ", DIM), (_printable(line.text), style)))
@@ -210,72 +206,64 @@ class _Page:
     def _rows(self, width: int, figures: Sequence[Figure]) -> list[Text]:
         rows = []
         for figure in figures:
-            if figure.metric not in self.view.metrics:
+            if figure.metric not in self.state.metrics:
                 continue
-            values = self.view.values(figure.metric)
-            newest = values[-1] if values else None
-            value = "not finite" if newest is None else figure.form(newest)
+            values = self.state.values(figure.metric)
+            value = "not finite" if values[-1] is None else figure.form(values[-1])
             style = WARNING if figure.metric in self.alarming else ""
             rows.append(self.row(figure.label, value, self.curve(values, width - LABEL - VALUE - 2), style))
         return rows
 
     def _exam(self, width: int) -> Section:
-        """Held-out figures; they come with checkpoints only, so the newest that there are."""
-        examined = [row for row in self.view.history if any(name.startswith("exam/") for name in row)]
-        names = [name for name in examined[-1] if name.startswith("exam/")] if examined else []
-        first = [name for name in EXAM_FIRST if name in names]
+        """Metrics on held-out days, of the newest epoch that has them: they come with checkpoints only."""
+        exams = ([name for name in row if name.startswith("exam/")] for row in reversed(self.state.history))
+        names = next(filter(None, exams), [])
         rows = []
-        for name in [*first, *(name for name in names if name not in first)]:
-            values = [value for value in self.view.values(name) if value is not None]
+        for name in dict.fromkeys([*(name for name in EXAM_FIRST if name in names), *names]):
+            values = [value for value in self.state.values(name) if value is not None]
             if values:
-                label = (
-                    name.removeprefix("exam/").replace("_percent", " %").replace("_", " ").replace("/", " ")
-                )
-                rows.append(
-                    self.row(label, f"{values[-1]:+.4g}", self.curve(values, width - LABEL - VALUE - 2))
-                )
+                label = name.removeprefix("exam/").replace("_percent", " %").replace("_", " ")
+                curve = self.curve(values, width - LABEL - VALUE - 2)
+                rows.append(self.row(label, f"{values[-1]:+.4g}", curve))
         return Section("Exam, on held-out days", 4, rows[:MOST_EXAM_ROWS])
 
     def _time(self, width: int) -> Section:
-        spent = self.view.time_use()
-        whole = sum(spent.values())
-        if not whole:
+        spent = self.state.time_use()
+        total, epochs = sum(spent.values()), len(self.state.history)
+        if not total:
             return Section("Time", 3)
-        epochs = len(self.view.history)
         rows = []
         for name, seconds in spent.items():
-            share = seconds / whole
+            share = seconds / total
             bar = self.bar(share, width - LABEL - VALUE - 8)
             rows.append(self.row(name, f"{seconds / epochs:.2f} s", Text(f"{share:5.0%} ").append_text(bar)))
         return Section(f"Time per epoch, mean of {epochs}", 3, rows)
 
     def _machine(self, width: int) -> Section:
-        machine = self.view.machine
+        machine = self.state.machine
         if not machine.memory_total:
             return Section("Machine", 2)
         rows = [self._gpu(gpu, width) for gpu in machine.gpus]
-        shares = {
-            "CPU": (machine.cpu, f"{machine.num_cores} cores"),
-            "memory": (
-                machine.memory_used / machine.memory_total,
-                f"{machine.memory_used / 1e9:.0f}/{machine.memory_total / 1e9:.0f} GB",
-            ),
-        }
-        for label, (share, told) in shares.items():
-            rest = Text(f"  {told:>9}", DIM)
+        memory = f"{machine.memory_used / 1e9:.0f}/{machine.memory_total / 1e9:.0f} GB"
+        for label, share, note in (
+            ("CPU", machine.cpu, f"{machine.num_cores} cores"),
+            ("memory", machine.memory_used / machine.memory_total, memory),
+        ):
+            rest = Text(f"  {note:>9}", DIM)
             bar = self.bar(share, width - LABEL - VALUE - 2 - rest.cell_len)
             rows.append(self.row(label, f"{share:.0%}", bar.append_text(rest)))
         return Section("Machine", 2, rows)
 
     def _gpu(self, gpu: Gpu, width: int) -> Text:
-        told = []
+        notes = []
         if gpu.memory_used is not None and gpu.memory_total is not None:
-            told.append((f"{gpu.memory_used / 1e9:.0f}/{gpu.memory_total / 1e9:.0f} GB", ""))
+            notes.append(Text(f"{gpu.memory_used / 1e9:.0f}/{gpu.memory_total / 1e9:.0f} GB"))
         if gpu.power is not None:
-            told.append((f"{gpu.power:.0f} W", ""))
+            notes.append(Text(f"{gpu.power:.0f} W"))
         if gpu.temperature is not None:
-            told.append((f"{gpu.temperature:.0f} C", WARNING if gpu.temperature > HOTTEST_CELSIUS else ""))
-        rest = Text("  ").join(Text(text, style) for text, style in told)
+            style = WARNING if gpu.temperature > HOTTEST_CELSIUS else ""
+            notes.append(Text(f"{gpu.temperature:.0f} C", style))
+        rest = Text("  ").join(notes)
         room = width - LABEL - VALUE - 4 - rest.cell_len
         if room >= 4 and gpu.utilization is not None:
             rest = self.bar(gpu.utilization, room).append("  ").append_text(rest)
@@ -285,53 +273,48 @@ class _Page:
 
     def _data(self, width: int) -> Section:
         rows = []
-        for source, newest_ns in self.view.newest_ns.items():
-            old = age((self.view.now_ns - newest_ns) / 1e9)
-            symbols = f"old, {self.view.symbols.get(source, 0)} symbols"
+        for source, newest_ns in self.state.newest_ns.items():
+            old = age((self.state.now_ns - newest_ns) / 1e9)
+            symbols = f"old, {self.state.symbols.get(source, 0)} symbols"
             rows.append(self.row(source, old, Text(symbols, DIM)))
-        disk = self.view.disk
+        disk = self.state.disk
         if disk.free is not None:
-            needed = disk.needed(self.view.plan.keep_checkpoints)
+            needed = disk.needed(self.state.keep_checkpoints)
             is_tight = disk.free + disk.checkpoints < needed
             style = WARNING if disk.is_short or is_tight else ""
-            saved = (
-                f"{disk.num_checkpoints}, up to {size(max(needed, disk.checkpoints))}"
-                if needed
-                else "none yet"
-            )
+            saved = "none yet"
+            if needed:
+                saved = f"{disk.num_checkpoints}, up to {size(max(needed, disk.checkpoints))}"
             rows.append(self.row("disk free", size(disk.free), None, style))
             rows.append(self.row("checkpoints", size(disk.checkpoints), Text(saved, DIM)))
         return Section("Newest bars, disk", 2, rows)
 
     def _tasks(self, width: int) -> Section:
         rows = []
-        for task in self.view.tasks:
-            value = "" if task.share is None else f"{task.share:.0%}"
+        for task in self.state.tasks.values():
+            value = f"{task.done / task.total:.0%}" if task.total else ""
             rows.append(self.row(task.source, value, Text(task.text, DIM)))
         return Section("Refreshing", 5, rows)
 
     # ---------------------------------------------------------------------------------------------- pieces
 
     def row(self, label: str, value: str, rest: Text | None = None, style: str = "") -> Text:
-        """Label, value to the right, and what illustrates it."""
+        """A label, a value aligned right, and a bar, curve or note."""
         text = Text.assemble((f"{label[: LABEL - 1]:<{LABEL}}", style or DIM), (f"{value:>{VALUE}}", style))
         return text.append("  ").append_text(rest) if rest is not None else text
 
     def bar(self, share: float, width: int) -> Text:
-        """A share, 0 to 1, of ``width`` columns."""
+        """A bar of ``width`` columns, filled up to a share of 0 to 1."""
         width = max(0, width)
         full = min(width, max(0, round(share * width)))
         return Text.assemble((self.glyphs.full * full, ACCENT), (self.glyphs.track * (width - full), DIM))
 
     def curve(self, values: Sequence[float | None], width: int) -> Text:
-        """The course of a figure in at most ``width`` columns, from its lowest to its highest."""
+        """A sparkline in at most ``width`` columns."""
         return Text(sparkline(values, min(60, width), self.glyphs.curve), ACCENT)
 
-    def _titled(self, title: str, width: int) -> Text:
-        return _title(title, width, self.glyphs)
-
-    def _flowing(self, parts: Iterable[Text]) -> list[Text]:
-        """Set parts one after the other, in as many lines as they need."""
+    def _flow(self, parts: Iterable[Text]) -> list[Text]:
+        """Join parts into lines, as few as they fit in."""
         lines: list[Text] = []
         for part in parts:
             if lines and lines[-1].cell_len + len(self.glyphs.dot) + part.cell_len <= self.width:
@@ -343,7 +326,7 @@ class _Page:
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric on the dashboard: its name in metrics.jsonl, its label, how it is written."""
+    """A metric of metrics.jsonl on the dashboard."""
 
     metric: str
     label: str
@@ -376,21 +359,20 @@ SPEED = (
 )
 
 
-def _stacked(sections: list[Section], width: int, height: int, glyphs: Glyphs) -> list[Text]:
-    """Set sections under each other in at most ``height`` lines: rows go first, then whole sections."""
-    sections = [Section(each.title, each.weight, list(each.rows)) for each in sections]
+def _stack(sections: list[Section], width: int, height: int, glyphs: Glyphs) -> list[Text]:
+    """Stack sections in at most ``height`` lines: rows are dropped first, then whole sections."""
 
-    def lines() -> int:
+    def num_lines() -> int:
         return sum(len(section.rows) + 1 for section in sections)
 
-    while sections and lines() > height:
+    while sections and num_lines() > height:
         long = [section for section in sections if len(section.rows) > 3]
         if long:
             max(long, key=lambda section: (len(section.rows), -section.weight)).rows.pop()
         else:
             sections.remove(min(sections, key=lambda section: section.weight))
     stacked: list[Text] = []
-    spare = height - lines() >= len(sections)
+    spare = height - num_lines() >= len(sections)
     for section in sections:
         stacked += [_title(section.title, width, glyphs), *section.rows]
         if spare:
@@ -400,10 +382,10 @@ def _stacked(sections: list[Section], width: int, height: int, glyphs: Glyphs) -
 
 def _beside(left: list[Text], right: list[Text], column: int) -> list[Text]:
     lines = []
-    for number in range(max(len(left), len(right))):
-        line = left[number].copy() if number < len(left) else Text()
+    for ours, theirs in zip_longest(left, right, fillvalue=Text()):
+        line = ours.copy()
         line.truncate(column, pad=True)
-        lines.append(line.append(" " * GAP).append_text(right[number] if number < len(right) else Text()))
+        lines.append(line.append(" " * GAP).append_text(theirs))
     return lines
 
 
@@ -418,10 +400,10 @@ def _spread(left: Text, right: Text, width: int) -> Text:
 
 
 def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else " " for each in text.strip())
+    return "".join(char if char.isprintable() else " " for char in text.strip())
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> list[str]:
     lines = [""]
     for word in _printable(text).split():
         if lines[-1] and len(lines[-1]) + 1 + len(word) > max(1, width):

@@ -1,6 +1,6 @@
-"""What the machine does: its NVIDIA GPUs (NVML), CPU, memory and disk. For the eye, never for a decision.
+"""Load of this machine: NVIDIA GPUs (NVML), CPU, memory and disk. Shown only; no decision depends on it.
 
-Without an NVIDIA driver there are no GPUs here and no message about it; what a card does not tell is None.
+Without an NVIDIA driver there are no GPUs, and no message about it. What a GPU does not report is None.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.checkpoint import NUM_RESUME_STATES, RESUME
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of this machine."""
+    """One GPU."""
 
     index: int
     name: str
@@ -28,16 +28,15 @@ class Gpu:
     memory_used: float | None  # bytes
     memory_total: float | None  # bytes
     power: float | None  # W
-    power_limit: float | None  # W
     temperature: float | None  # Celsius
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One look at the machine."""
+    """One reading."""
 
     gpus: tuple[Gpu, ...] = ()
-    cpu: float = 0.0  # 0 to 1, over all cores since the look before
+    cpu: float = 0.0  # 0 to 1, over all cores since the last reading
     num_cores: int = 1
     memory_used: float = 0.0  # bytes
     memory_total: float = 0.0  # bytes
@@ -45,16 +44,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Disk:
-    """Room for checkpoints, bytes. ``newest`` is the size of the newest checkpoint with its resume state."""
+    """Disk space for checkpoints, in bytes."""
 
     free: float | None = None
     checkpoints: float = 0.0
     num_checkpoints: int = 0
-    newest: float = 0.0
-    newest_state: float = 0.0  # the share of it that is the resume state
+    newest: float = 0.0  # the newest checkpoint with its resume state
+    newest_state: float = 0.0  # the resume state alone
 
     def needed(self, keep: int) -> float:
-        """Return the bytes of ``keep`` such checkpoints, with the resume states that stay beside them."""
+        """Return the bytes of ``keep`` checkpoints like the newest, and the resume states kept beside them."""
         return keep * (self.newest - self.newest_state) + NUM_RESUME_STATES * self.newest_state
 
     @property
@@ -64,7 +63,7 @@ class Disk:
 
 
 class Gauges:
-    """Looks at the machine. ``nvml`` is the module pynvml, or one that speaks like it."""
+    """Reads the machine's load. ``nvml`` is the module pynvml or a stand-in."""
 
     def __init__(self, nvml: Any = pynvml) -> None:
         self._nvml = nvml
@@ -74,12 +73,12 @@ class Gauges:
             nvml.nvmlInit()
             self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
             self._names = [_text(nvml.nvmlDeviceGetName(handle)) for handle in self._handles]
-        except nvml.NVMLError:  # no driver, or no right to ask it
+        except nvml.NVMLError:  # no driver, or no permission
             self._handles = []
-        psutil.cpu_percent()  # begins to count
+        psutil.cpu_percent()  # starts its interval
 
     def read(self) -> Machine:
-        """Look now; takes about a millisecond per GPU."""
+        """Take a reading; about a millisecond per GPU."""
         memory = psutil.virtual_memory()
         return Machine(
             gpus=tuple(self._gpu(i, handle) for i, handle in enumerate(self._handles)),
@@ -90,7 +89,7 @@ class Gauges:
         )
 
     def close(self) -> None:
-        """Let NVML go."""
+        """Shut NVML down."""
         if self._handles:
             with contextlib.suppress(self._nvml.NVMLError):
                 self._nvml.nvmlShutdown()
@@ -98,10 +97,9 @@ class Gauges:
 
     def _gpu(self, index: int, handle: Any) -> Gpu:
         nvml = self._nvml
-        memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        rates = self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)
-        power = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        limit = self._ask(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        memory = self._query(nvml.nvmlDeviceGetMemoryInfo, handle)
+        rates = self._query(nvml.nvmlDeviceGetUtilizationRates, handle)
+        power = self._query(nvml.nvmlDeviceGetPowerUsage, handle)
         return Gpu(
             index=index,
             name=self._names[index],
@@ -109,20 +107,19 @@ class Gauges:
             memory_used=None if memory is None else float(memory.used),
             memory_total=None if memory is None else float(memory.total),
             power=None if power is None else power / 1000,
-            power_limit=None if limit is None else limit / 1000,
-            temperature=self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+            temperature=self._query(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
         )
 
-    def _ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the answer; None where the card (a MIG slice, an old one) does not tell."""
+    def _query(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call NVML; None where the GPU (a MIG slice, an old one) does not support it."""
         try:
-            return question(*arguments)
+            return function(*arguments)
         except self._nvml.NVMLError:
             return None
 
 
-def disk(checkpoint_dir: Path) -> Disk:
-    """Look at the folder of checkpoints and at the room left beside it."""
+def read_disk(checkpoint_dir: Path) -> Disk:
+    """Measure the checkpoint folder and the free space of its disk."""
     sizes: dict[str, float] = {}
     states: dict[str, float] = {}
     newest, newest_time = "", -1.0
@@ -135,7 +132,7 @@ def disk(checkpoint_dir: Path) -> Disk:
                 states[path.name] = status.st_size
             elif status.st_mtime > newest_time:
                 newest, newest_time = path.name, status.st_mtime
-    except OSError:  # the folder is not there yet, or a file was removed between two looks
+    except OSError:  # the folder does not exist yet, or a file was removed meanwhile
         return Disk()
     return Disk(free, sum(sizes.values()), len(sizes), sizes.get(newest, 0.0), states.get(newest, 0.0))
 

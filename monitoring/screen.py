@@ -1,10 +1,8 @@
-"""The terminal while the dashboard is on it: an alternate screen, drawn by a thread that nobody waits for.
-
-Knows neither what is drawn nor by which library. A terminal that is gone ends the drawing and nothing else.
-"""
+"""The alternate screen of the terminal, drawn by its own thread: a stopped terminal blocks nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -15,39 +13,32 @@ from typing import TextIO
 
 from runtime.control import ENTER, LEAVE
 
-FRAME_SECONDS = 0.25  # at least, between two frames
-IDLE_SECONDS = 1.0  # at most: clocks go on
-REPAINT_SECONDS = 2.0  # what others wrote on the screen goes away
-CLOSE_SECONDS = 2.0  # a terminal that was stopped with Ctrl+S takes nothing
-
-Draw = Callable[[int, int], Sequence[str]]
+FRAME_SECONDS = 0.5
+REPAINT_SECONDS = 2.0  # then what other programs wrote on the screen is gone
+CLOSE_SECONDS = 2.0
 
 
 class Screen:
-    """Shows what ``draw`` returns, from a thread of its own.
+    """Draws lines on a terminal until it is closed. A terminal that is gone ends the drawing and nothing else.
 
     Args:
         stream: a terminal.
-        draw: (width, height) -> at most so many lines, each no wider, colours included.
-        changed: set by others when there is something new to see.
-        on_taken: told whether the alternate screen is on, before it is and after it was.
+        draw: (width, height) -> at most ``height`` lines, each at most ``width`` columns, colours included.
+        on_taken: called with True before the alternate screen is on, with False when it is off again.
     """
 
     def __init__(
-        self,
-        stream: TextIO,
-        draw: Draw,
-        changed: threading.Event,
-        on_taken: Callable[[bool], None] = lambda _: None,
+        self, stream: TextIO, draw: Callable[[int, int], Sequence[str]], on_taken: Callable[[bool], None]
     ) -> None:
         self._stream = stream
+        # Without Python's buffer: a thread stuck in a write holds its lock, and the interpreter aborts at exit.
+        self._raw = getattr(stream.buffer, "raw", stream.buffer)
         self._draw = draw
-        self._changed = changed
         self._on_taken = on_taken
         self._shown: list[str] = []
         self._shown_size = (0, 0)
         self._painted = 0.0
-        self.opened = math.inf  # when, by time.monotonic
+        self.opened = math.inf  # by time.monotonic
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
 
@@ -57,39 +48,36 @@ class Screen:
         return self._thread.is_alive()
 
     def open(self) -> None:
-        """Take the terminal.
-
-        Raises:
-            OSError: it is gone.
-        """
+        """Take the terminal."""
         self._on_taken(True)
-        self._write(ENTER)
         self.opened = time.monotonic()
         self._thread.start()
 
     def close(self) -> None:
-        """Give the terminal back as it was.
+        """Restore the terminal.
 
         Raises:
-            OSError: it is gone.
+            OSError: it takes no output, having been stopped with Ctrl+S.
         """
         self._over.set()
-        self._changed.set()
         self._thread.join(CLOSE_SECONDS)
-        self._write(LEAVE)
+        if self.is_on:
+            raise OSError("the terminal takes no output")
         self._on_taken(False)
 
     def _run(self) -> None:
         try:
+            self._write(ENTER)
             while not self._over.is_set():
-                self._changed.clear()
-                self._frame()
+                self._draw_frame()
                 self._over.wait(FRAME_SECONDS)
-                self._changed.wait(IDLE_SECONDS - FRAME_SECONDS)
         except OSError:
-            return  # the terminal is gone; whoever prints next finds out, too
+            return  # the terminal is gone, as the next print will notice, too
+        finally:
+            with contextlib.suppress(OSError):
+                self._write(LEAVE)
 
-    def _frame(self) -> None:
+    def _draw_frame(self) -> None:
         width, height = size = terminal_size(self._stream)
         lines = list(self._draw(width, height))
         lines += [""] * (height - len(lines))
@@ -107,16 +95,20 @@ class Screen:
         self._shown, self._shown_size = lines, size
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        rest = text.encode(self._stream.encoding, "replace")
+        while rest:
+            count = self._raw.write(rest)
+            if count is None:
+                raise BlockingIOError("the terminal does not block")
+            rest = rest[count:]
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
-    """Return columns and lines as the terminal tells them now; where it does not, COLUMNS and LINES, or 80 x 24.
+    """Return the terminal's columns and lines; where it reports none, COLUMNS and LINES, or 80 x 24.
 
     Raises:
         OSError: the terminal is gone.
     """
     size = os.get_terminal_size(stream.fileno())
-    told = shutil.get_terminal_size((80, 24))
-    return size.columns or told.columns, size.lines or told.lines
+    fallback = shutil.get_terminal_size((80, 24))
+    return size.columns or fallback.columns, size.lines or fallback.lines

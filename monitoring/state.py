@@ -1,269 +1,175 @@
-"""What the dashboard shows, kept by the training and read by whoever draws: any thread may write or read.
-
-Knows no terminal. ``Cockpit.view`` returns an unchanging picture of the moment.
-"""
+"""What the dashboard shows: written by the training and the data sources, drawn from snapshots."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from monitoring import health
+from monitoring.health import Finding, number
 from monitoring.machine import Disk, Machine
 
 Row = Mapping[str, Any]
 
 KEPT_EPOCHS = 500
-KEPT_LINES = 1_000  # told on leaving
+KEPT_LINES = 1_000  # printed when the dashboard closes
 PACE_EPOCHS = 25
-WARNING_SECONDS = 3_600.0  # a warning stays in sight for so long
+WARNING_SECONDS = 3_600.0  # a warning stays visible for this long
 PHASES = ("data", "rollout", "update", "evaluation", "checkpoint")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the settings say about the way ahead."""
-
-    epochs: int  # per run
-    runs: int | None
-    checkpoint_every: int
-    keep_checkpoints: int
-    device: str  # such as "4 x cuda"
-
-
-@dataclass(frozen=True)
 class Line:
-    """One line that was told. ``at``: seconds of time.monotonic."""
+    """A logged line. ``at``: seconds of time.monotonic."""
 
     at: float
     text: str
     is_warning: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """A source's work under way."""
+    """Work of a data source in progress."""
 
     source: str
-    text: str
-    share: float | None  # 0 to 1
-
-
-@dataclass
-class Loading:
-    """A source's work as it goes on."""
-
-    what: str
+    unit: str  # such as "month files"
     total: int | None
     done: int = 0
     num_bytes: int = 0
     began: float = field(default_factory=time.monotonic)
-    told: float = field(default_factory=time.monotonic)
-    bar: Any = None  # its progress bar, where it has one
+    last_line: float = field(default_factory=time.monotonic)  # redirected output has a line now and then
+    bar: Any = None  # of rich, where one is shown
 
-    def line(self) -> str:
-        """Say how far it is."""
+    @property
+    def text(self) -> str:
+        """How far it is."""
         total = f" of {self.total:,}" if self.total is not None else ""
         size = f", {self.num_bytes / 1e6:.1f} MB" if self.num_bytes else ""
         left = ""
         if self.total and self.done:
             seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
             left = f", {seconds:.0f} s left"
-        return f"{self.done:,}{total} {self.what}{size}{left}"
-
-    def shown(self, source: str) -> Task:
-        """Return it as the dashboard shows it now."""
-        return Task(source, self.line(), self.done / self.total if self.total else None)
+        return f"{self.done:,}{total} {self.unit}{size}{left}"
 
 
-@dataclass(frozen=True)
-class View:
-    """One moment of the training. Times are seconds of time.monotonic, but for ``newest_ns``."""
+@dataclass
+class DashboardState:
+    """Any thread may write: in plain assignments, or under ``lock`` where a list or dict changes in place.
 
-    now: float
-    now_ns: int  # time of day, for the age of bars
-    plan: Plan
-    began: float
-    run: int
-    epoch: int  # finished epochs of the run
-    transitions: int
-    phase: str
-    epoch_began: float
-    stopping: str  # what was asked for, in words; "" while nothing was
-    history: tuple[Row, ...]  # metrics of the newest epochs, the newest last
-    findings: tuple[health.Finding, ...]
-    lines: tuple[Line, ...]
-    warnings: tuple[Line, ...]  # those of the last hour
-    tasks: tuple[Task, ...]
-    newest_ns: Mapping[str, int]  # source -> end of its newest bar
-    symbols: Mapping[str, int]  # source -> symbols
+    Times are seconds of time.monotonic, except those in nanoseconds, which are UTC.
+    """
+
+    epochs: int = 1  # per run
+    runs: int | None = None
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 1
+    device: str = ""  # such as "4 x cuda"
+    run: int = 0
+    epoch: int = 0  # finished epochs of the run
+    transitions: int = 0
+    phase: str = ""  # one of PHASES
+    stopping: str = ""  # the stop request, in words
+    history: list[Row] = field(default_factory=list)  # metrics of the newest epochs, the newest last
+    findings: Sequence[Finding] = ()
+    lines: list[Line] = field(default_factory=list)
+    tasks: dict[str, Task] = field(default_factory=dict)  # by source
+    newest_ns: Mapping[str, int] = field(default_factory=dict)  # source -> end of its newest bar
+    symbols: Mapping[str, int] = field(default_factory=dict)  # source -> number of symbols
     machine: Machine = field(default_factory=Machine)
     disk: Disk = field(default_factory=Disk)
+    began: float = field(default_factory=time.monotonic)
+    epoch_began: float = field(default_factory=time.monotonic)
+    now: float = field(default_factory=time.monotonic)
+    now_ns: int = field(default_factory=time.time_ns)
+    lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def begin(self, run: int, epoch: int, transitions: int, history: Iterable[Row] = ()) -> None:
+        """Set the training's position, and the metrics recorded up to there."""
+        with self.lock:
+            self.run, self.epoch, self.transitions = run, epoch, transitions
+            self.history += history
+            self.epoch_began = time.monotonic()
+
+    def add_epoch(self, metrics: Row, findings: Sequence[Finding]) -> None:
+        """Add a finished epoch; after a return to a checkpoint it replaces the epochs that are done again."""
+        with self.lock:
+            self.run, self.epoch = int(metrics["run"]), int(metrics["epoch"])
+            self.transitions = int(metrics["transitions"])
+            while self.history and self.history[-1]["transitions"] >= self.transitions:
+                self.history.pop()
+            self.history.append(dict(metrics))
+            del self.history[:-KEPT_EPOCHS]
+            self.findings = findings
+            self.epoch_began = time.monotonic()
+
+    def add_line(self, text: str, is_warning: bool = False) -> None:
+        """Add a logged line."""
+        with self.lock:
+            self.lines.append(Line(time.monotonic(), text, is_warning))
+            del self.lines[:-KEPT_LINES]
+
+    def snapshot(self) -> DashboardState:
+        """Return a copy of this moment, which nothing else changes."""
+        with self.lock:
+            return replace(
+                self,
+                history=[*self.history],
+                lines=[*self.lines],
+                tasks={source: replace(task) for source, task in self.tasks.items()},
+                now=time.monotonic(),
+                now_ns=time.time_ns(),
+            )
 
     @property
     def metrics(self) -> Row:
-        """The newest epoch's figures; empty before there are any."""
+        """The newest epoch's metrics; empty before the first one."""
         return self.history[-1] if self.history else {}
 
+    @property
+    def warnings(self) -> list[Line]:
+        """Warnings of the last hour."""
+        return [line for line in self.lines if line.is_warning and self.now - line.at < WARNING_SECONDS]
+
     def values(self, name: str) -> list[float | None]:
-        """Return one figure over the epochs that are kept."""
-        return [health.number(row, name) for row in self.history]
+        """Return one metric over the epochs in ``history``."""
+        return [number(row, name) for row in self.history]
 
     @property
     def pace(self) -> float | None:
-        """Seconds that an epoch takes of late, evaluations and checkpoints included; None before the first one."""
+        """Seconds per recent epoch, evaluations and checkpoints included; None before the first epoch."""
         seconds = []
         for row in self.history[-PACE_EPOCHS:]:
-            whole, data = (health.number(row, f"perf/{name}_seconds") for name in ("epoch", "data"))
-            if whole is not None and not data:  # an epoch that waited for bars waited for compilers, too
-                seconds.append(whole)
-        if not seconds:
-            rollout, update = (health.number(self.metrics, f"perf/{name}_seconds") for name in PHASES[1:3])
-            return None if rollout is None or update is None else rollout + update
-        return sum(seconds) / len(seconds)
-
-    @property
-    def epoch_left(self) -> float | None:
-        """Seconds to the end of this epoch, as far as one can tell."""
-        return None if self.pace is None else max(0.0, self.pace - (self.now - self.epoch_began))
+            total, data = number(row, "perf/epoch_seconds"), number(row, "perf/data_seconds")
+            if total is not None and not data:  # an epoch that waited for bars waited for compilers, too
+                seconds.append(total)
+        if seconds:
+            return sum(seconds) / len(seconds)
+        rollout, update = (number(self.metrics, f"perf/{name}_seconds") for name in ("rollout", "update"))
+        return None if rollout is None or update is None else rollout + update
 
     def seconds_for(self, epochs: int) -> float | None:
-        """Return how long it takes until so many more epochs are finished."""
-        if self.pace is None or self.epoch_left is None:
+        """Estimate the seconds until this many more epochs are finished."""
+        if self.pace is None:
             return None
-        return self.epoch_left + max(0, epochs - 1) * self.pace
+        return max(0.0, self.pace - (self.now - self.epoch_began)) + (epochs - 1) * self.pace
 
     @property
     def epochs_to_checkpoint(self) -> int:
-        """Epochs until the next one is saved."""
-        every = self.plan.checkpoint_every
-        return min(every - self.epoch % every, max(1, self.plan.epochs - self.epoch))
+        """Epochs until the next checkpoint."""
+        every = self.checkpoint_every
+        return min(every - self.epoch % every, max(1, self.epochs - self.epoch))
 
     def time_use(self) -> dict[str, float]:
-        """Return the seconds per phase and ``other`` over the epochs that are kept and tell their whole time."""
+        """Return the seconds per phase, and ``other``, over the epochs whose total was recorded."""
         spent = dict.fromkeys((*PHASES, "other"), 0.0)
         for row in self.history:
-            whole = health.number(row, "perf/epoch_seconds")
-            if whole is None:
+            total = number(row, "perf/epoch_seconds")
+            if total is None:
                 continue
-            parts = {name: health.number(row, f"perf/{name}_seconds") or 0.0 for name in PHASES}
+            parts = {name: number(row, f"perf/{name}_seconds") or 0.0 for name in PHASES}
             for name, seconds in parts.items():
                 spent[name] += seconds
-            spent["other"] += max(0.0, whole - sum(parts.values()))
+            spent["other"] += max(0.0, total - sum(parts.values()))
         return spent
-
-
-class Cockpit:
-    """The training's side. Every method may be called from any thread and returns at once.
-
-    ``plan`` and ``stopping`` (which returns what was asked for, in words, or "") are set before somebody looks.
-
-    Args:
-        clock: seconds, for tests.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan = Plan(1, None, 1, 1, "")
-        self.stopping: Callable[[], str] = lambda: ""
-        self.changed = threading.Event()
-        self._lock = threading.Lock()
-        self._clock = clock
-        self._began = self._epoch_began = clock()
-        self._run = self._epoch = self._transitions = 0
-        self._phase = ""
-        self._history: deque[Row] = deque(maxlen=KEPT_EPOCHS)
-        self._findings: tuple[health.Finding, ...] = ()
-        self._lines: deque[Line] = deque(maxlen=KEPT_LINES)
-        self._tasks: dict[str, Task] = {}
-        self._newest_ns: dict[str, int] = {}
-        self._symbols: dict[str, int] = {}
-        self._machine, self._disk = Machine(), Disk()
-
-    def begin(self, run: int, epoch: int, transitions: int, history: Iterable[Row] = ()) -> None:
-        """Say where the training stands, and what was recorded up to there."""
-        with self._lock:
-            self._run, self._epoch, self._transitions = run, epoch, transitions
-            self._history.extend(history)
-            self._epoch_began = self._clock()
-        self.changed.set()
-
-    def phase(self, name: str) -> None:
-        """Say what the training does now."""
-        with self._lock:
-            self._phase = name
-        self.changed.set()
-
-    def epoch(self, metrics: Row, findings: Sequence[health.Finding]) -> None:
-        """Show a finished epoch."""
-        with self._lock:
-            self._run, self._epoch = int(metrics["run"]), int(metrics["epoch"])
-            self._transitions = int(metrics["transitions"])
-            while self._history and self._history[-1]["transitions"] >= self._transitions:
-                self._history.pop()  # taken back by a return to a checkpoint
-            self._history.append(dict(metrics))
-            self._findings = tuple(findings)
-            self._epoch_began = self._clock()
-        self.changed.set()
-
-    def line(self, text: str, is_warning: bool = False) -> None:
-        """Show a line."""
-        with self._lock:
-            self._lines.append(Line(self._clock(), text, is_warning))
-        self.changed.set()
-
-    def task(self, source: str, task: Task | None) -> None:
-        """Show how far a source's work is; None: it is over."""
-        with self._lock:
-            if task is None:
-                self._tasks.pop(source, None)
-            else:
-                self._tasks[source] = task
-        self.changed.set()
-
-    def sources(self, newest_ns: Mapping[str, int], symbols: Mapping[str, int]) -> None:
-        """Show what each source has."""
-        with self._lock:
-            self._newest_ns, self._symbols = dict(newest_ns), dict(symbols)
-        self.changed.set()
-
-    def gauges(self, machine: Machine, disk: Disk) -> None:
-        """Show what the machine does."""
-        with self._lock:
-            self._machine, self._disk = machine, disk
-
-    def recent(self) -> list[Row]:
-        """Return the metrics that are kept, the newest last."""
-        with self._lock:
-            return list(self._history)
-
-    def view(self, now_ns: int | None = None) -> View:
-        """Return the picture of this moment."""
-        stopping = self.stopping()
-        with self._lock:
-            now = self._clock()
-            warnings = [line for line in self._lines if line.is_warning and now - line.at < WARNING_SECONDS]
-            return View(
-                now=now,
-                now_ns=time.time_ns() if now_ns is None else now_ns,
-                plan=self.plan,
-                began=self._began,
-                run=self._run,
-                epoch=self._epoch,
-                transitions=self._transitions,
-                phase=self._phase,
-                epoch_began=self._epoch_began,
-                stopping=stopping,
-                history=tuple(self._history),
-                findings=self._findings,
-                lines=tuple(self._lines),
-                warnings=tuple(warnings),
-                tasks=tuple(self._tasks.values()),
-                newest_ns=self._newest_ns,
-                symbols=self._symbols,
-                machine=self._machine,
-                disk=self._disk,
-            )

@@ -45,9 +45,6 @@ class Nvml:
     def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
         return 412_300
 
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: int) -> int:
-        return 700_000
-
     def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
         if handle == 1:
             raise NVMLError("Not Supported")

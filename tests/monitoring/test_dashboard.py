@@ -22,9 +22,10 @@ from continuous_training import Settings
 from monitoring import health
 from monitoring.console import Console
 from monitoring.dashboard import ASCII, UNICODE, Painter, render
-from monitoring.format import age, clock, size, sparkline
+from monitoring.exporters import read_metrics
+from monitoring.format import age, duration, size, sparkline
 from monitoring.machine import Disk, Gauges, Machine
-from monitoring.state import Cockpit, Plan, Task, View
+from monitoring.state import DashboardState, Task
 from runtime.control import ENTER, LEAVE, Control
 from tests.monitoring.nvml import Nvml
 from tests.monitoring.test_health import HEALTHY
@@ -63,33 +64,30 @@ def row(epoch: int, **changes: Any) -> dict[str, Any]:
     return figures | changes
 
 
-def full_view(epochs: int = 37, **changes: Any) -> View:
+def full_state(epochs: int = 37) -> DashboardState:
     """A training with everything that can be shown."""
-    seconds = iter(range(10_000))
-    cockpit = Cockpit(clock=lambda: float(next(seconds)))
-    cockpit.plan = Plan(epochs=200, runs=None, checkpoint_every=25, keep_checkpoints=16, device="2 x cuda")
-    cockpit.begin(3, 0, 0)
-    cockpit.sources(
-        {"polygon": NOW_NS - 3_600 * 10**9, "binance": NOW_NS - 90 * 10**9}, {"polygon": 32, "binance": 26}
-    )
+    state = DashboardState(epochs=200, checkpoint_every=25, keep_checkpoints=16, device="2 x cuda")
+    state.begin(3, 0, 0)
+    state.newest_ns = {"polygon": NOW_NS - 3_600 * 10**9, "binance": NOW_NS - 90 * 10**9}
+    state.symbols = {"polygon": 32, "binance": 26}
     for epoch in range(1, epochs + 1):
-        cockpit.epoch(row(epoch, run=3), [])
+        state.add_epoch(row(epoch, run=3), [])
     ill = row(epochs + 1, run=3, **{"ppo/approx_kl": 0.31, "exam/sharpe": 1.25})
-    cockpit.epoch(ill, health.findings([ill]))
-    cockpit.line("Saved checkpoints/run3_epoch25.pt")
-    cockpit.line(
+    state.add_epoch(ill, health.findings([ill]))
+    state.add_line("Saved checkpoints/run3_epoch25.pt")
+    state.add_line(
         "Warning: yahoo: limits its rates for now, and this is a line that goes on for very long " * 3, True
     )
-    cockpit.line("\x1b[31mno colours\x07 of others")
-    cockpit.task("binance", Task("binance", "12 of 26 month files, 4.5 MB", 12 / 26))
-    machine = Machine(Gauges(Nvml()).read().gpus, cpu=0.5, num_cores=16, memory_used=9e9, memory_total=1e11)
-    cockpit.gauges(machine, Disk(5e9, 21e9, 4, 5e9, 3e9))
-    cockpit.phase("update")
-    return replace(cockpit.view(NOW_NS), **changes)
+    state.add_line("\x1b[31mno colours\x07 of others")
+    state.tasks["binance"] = Task("binance", "month files", 26, 12, 4_500_000)
+    gpus = Gauges(Nvml()).read().gpus
+    state.machine = Machine(gpus, cpu=0.5, num_cores=16, memory_used=9e9, memory_total=1e11)
+    state.disk, state.phase = Disk(5e9, 21e9, 4, 5e9, 3e9), "update"
+    return replace(state.snapshot(), now_ns=NOW_NS)
 
 
-def text_of(view: View, width: int = 100, height: int = 50) -> list[str]:
-    return [line.plain for line in render(view, width, height)]
+def text_of(state: DashboardState, width: int = 100, height: int = 50) -> list[str]:
+    return [line.plain for line in render(state, width, height)]
 
 
 def value_of(lines: list[str], label: str) -> str:
@@ -104,25 +102,25 @@ def value_of(lines: list[str], label: str) -> str:
 @pytest.mark.parametrize("glyphs", [UNICODE, ASCII])
 @pytest.mark.parametrize("epochs", [0, 1, 37, 600])
 def test_it_fits_every_terminal(epochs: int, glyphs: Any) -> None:
-    view = full_view(epochs)
+    state = full_state(epochs)
     for width, height in SIZES:
-        lines = render(view, width, height, glyphs)
+        lines = render(state, width, height, glyphs)
         assert 1 <= len(lines) <= height
         assert max(line.cell_len for line in lines) <= width, (width, height)
 
 
 def test_it_fits_before_there_is_anything_to_show() -> None:
-    cockpit = Cockpit()
+    state = DashboardState()
     for width, height in SIZES:
-        lines = render(cockpit.view(), width, height)
+        lines = render(state, width, height)
         assert 1 <= len(lines) <= height and max(line.cell_len for line in lines) <= width
-    assert "starting" in "\n".join(text_of(cockpit.view()))
+    assert "starting" in "\n".join(text_of(state))
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 50), (60, 80), (200, 50)])
 def test_the_figures_are_those_of_the_metrics(width: int, height: int) -> None:
-    view = full_view()
-    figures, lines = view.metrics, text_of(view, width, height)
+    state = full_state()
+    figures, lines = state.metrics, text_of(state, width, height)
     assert value_of(lines, "reward bp/bar") == f"{figures['rollout/reward_bps']:+.3f}"
     assert value_of(lines, "KL") == "0.3100"
     assert value_of(lines, "clip fraction") == "0.100"
@@ -148,18 +146,18 @@ def test_the_figures_are_those_of_the_metrics(width: int, height: int) -> None:
 
 
 def test_every_gpu_has_its_line() -> None:
-    lines = [line for line in text_of(full_view(), 200, 50) if "GPU " in line]
+    lines = [line for line in text_of(full_state(), 200, 50) if "GPU " in line]
     assert len(lines) == 2
     assert "GPU 0 H200" in lines[0] and "62/141 GB" in lines[0] and "412 W" in lines[0] and "61 C" in lines[0]
     assert "98%" in lines[1] and "412 W" in lines[1] and not re.search(r"\d C\b", lines[1])
 
 
 def test_what_is_wrong_is_told_in_words_and_in_yellow() -> None:
-    view = full_view()
+    state = full_state()
     for width in (100, 60):
-        lines = render(view, width, 40)
+        lines = render(state, width, 40)
         words = " ".join(line.plain for line in lines)
-        assert "KL 0.31 is above 0.1" in re.sub(r"\s+", " ", words)
+        assert "large policy update, approx_kl 0.31 is above 0.1" in re.sub(r"\s+", " ", words)
         yellow = [
             line.plain
             for line in lines
@@ -167,78 +165,77 @@ def test_what_is_wrong_is_told_in_words_and_in_yellow() -> None:
         ]
         assert any("KL" in line for line in yellow)
         assert any("yahoo" in line for line in yellow)
-    short = replace(view, disk=Disk(9e9, 21e9, 4, 5e9))
+    short = replace(state, disk=Disk(9e9, 21e9, 4, 5e9))
     assert "the disk is nearly full" in "\n".join(text_of(short))
-    assert "Attention" not in "\n".join(text_of(replace(view, findings=(), warnings=(), disk=Disk())))
+    assert "Attention" not in "\n".join(text_of(replace(state, findings=(), lines=[], disk=Disk())))
 
 
 def test_a_small_terminal_keeps_what_matters() -> None:
-    page = "\n".join(text_of(full_view(), 80, 24))
+    page = "\n".join(text_of(full_state(), 80, 24))
     for word in ("epoch 38/200", "reward bp/bar", "KL", "Attention", "rollout", "Log"):
         assert word in page
 
 
 def test_times_left_follow_from_the_pace() -> None:
-    view = replace(full_view(), epoch_began=100.0, now=104.0)
-    assert view.pace == 10.0
-    page = "\n".join(text_of(view))
+    state = replace(full_state(), epoch_began=100.0, now=104.0)
+    assert state.pace == 10.0
+    page = "\n".join(text_of(state))
     assert "epoch 0:06 left" in page
-    assert f"run {clock(6 + 161 * 10)} left" in page  # of 200 epochs 38 are done
-    assert f"checkpoint in 12 epochs, {clock(6 + 11 * 10)}" in page
-    late = replace(view, now=130.0)
+    assert f"run {duration(6 + 161 * 10)} left" in page  # of 200 epochs 38 are done
+    assert f"checkpoint in 12 epochs, {duration(6 + 11 * 10)}" in page
+    late = replace(state, now=130.0)
     assert "epoch 0:00 left" in "\n".join(text_of(late))
-    last = replace(view, epoch=199)
+    last = replace(state, epoch=199)
     assert "checkpoint in 1 epoch, 0:06" in "\n".join(text_of(last))
 
 
 def test_the_first_epoch_of_a_start_sets_no_pace() -> None:
     slow_first = [row(1, **{"perf/epoch_seconds": 300.0, "perf/data_seconds": 200.0}), row(2), row(3)]
-    assert replace(full_view(), history=tuple(slow_first)).pace == 10.0
-    assert replace(full_view(), history=tuple(slow_first[:1])).pace == 9.0  # at least rollout and update
+    assert replace(full_state(), history=slow_first).pace == 10.0
+    assert replace(full_state(), history=slow_first[:1]).pace == 9.0  # at least rollout and update
 
 
 def test_of_a_long_exam_the_figures_that_decide_are_shown() -> None:
     figures = {f"exam/figure_{number}": 1.0 for number in range(20)}
     examined = row(3, **figures, **{"exam/sharpe": 0.5, "exam/return_percent": -1.5})
-    lines = text_of(replace(full_view(), history=(examined, row(4))), 100, 60)
+    lines = text_of(replace(full_state(), history=[examined, row(4)]), 100, 60)
     assert value_of(lines, "return %") == "-1.5" and value_of(lines, "sharpe") == "+0.5"
     assert sum(" figure " in line for line in lines) == 6
 
 
-def test_a_stop_is_seen_at_once() -> None:
-    cockpit = Cockpit()
-    cockpit.stopping = lambda: "Stopping after this epoch"
-    assert "Stopping after this epoch" in "\n".join(text_of(cockpit.view()))
+def test_a_stop_request_is_shown() -> None:
+    state = DashboardState(stopping="Stopping after this epoch")
+    assert "Stopping after this epoch" in "\n".join(text_of(state))
 
 
 def test_epochs_that_were_taken_back_are_not_shown_twice() -> None:
-    cockpit = Cockpit()
+    state = DashboardState()
     for epoch in (1, 2, 3, 2, 3):
-        cockpit.epoch(row(epoch), [])
-    assert [each["epoch"] for each in cockpit.recent()] == [1, 2, 3]
+        state.add_epoch(row(epoch), [])
+    assert [metrics["epoch"] for metrics in state.history] == [1, 2, 3]
 
 
 def test_figures_that_are_missing_or_not_finite_are_told_as_such() -> None:
     broken = row(4, **{"loss/entropy": float("nan"), "ppo/approx_kl": None})
     del broken["perf/mfu"], broken["perf/epoch_seconds"]
-    lines = text_of(replace(full_view(), history=(row(3), broken)))
+    lines = text_of(replace(full_state(), history=[row(3), broken]))
     assert value_of(lines, "KL") == value_of(lines, "entropy") == "not finite"
     assert not [line for line in lines if "MFU" in line]
 
 
 def test_without_unicode_all_of_it_is_ascii() -> None:
     terminal = RichConsole(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), force_terminal=True)
-    lines = Painter(terminal)(full_view(), 100, 50)
+    lines = Painter(terminal)(full_state(), 100, 50)
     assert all(line.isascii() for line in lines)
     terminal = RichConsole(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), force_terminal=True)
-    assert not all(line.isascii() for line in Painter(terminal)(full_view(), 100, 50))
+    assert not all(line.isascii() for line in Painter(terminal)(full_state(), 100, 50))
 
 
 def test_painted_lines_are_those_that_were_laid_out() -> None:
     terminal = RichConsole(file=io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), force_terminal=True)
-    painted = Painter(terminal)(full_view(), 100, 50)
+    painted = Painter(terminal)(full_state(), 100, 50)
     assert [CONTROL_SEQUENCE.sub("", line).rstrip() for line in painted] == [
-        line.rstrip() for line in text_of(full_view())
+        line.rstrip() for line in text_of(full_state())
     ]
     assert not any("\x07" in line or "\x1b[31mno" in line for line in painted)
 
@@ -255,7 +252,7 @@ def test_curves_run_from_lowest_to_highest() -> None:
 
 
 def test_times_ages_and_sizes_are_told_in_one_unit() -> None:
-    assert [clock(s) for s in (None, 0, 59.6, 3_599, 3_600, 90_061)] == [
+    assert [duration(s) for s in (None, 0, 59.6, 3_599, 3_600, 90_061)] == [
         "?",
         "0:00",
         "1:00",
@@ -395,6 +392,45 @@ def test_a_terminal_on_which_none_is_wanted_gets_lines(
     assert ("run 1 epoch   1/200" in written) != wanted
 
 
+@POSIX
+def test_a_terminal_stopped_with_ctrl_s_blocks_neither_the_training_nor_its_end(tmp_path: Path) -> None:
+    code = (
+        "import logging, sys, termios, time\n"
+        "from pathlib import Path\n"
+        "from continuous_training import Settings\n"
+        "from monitoring import screen\n"
+        "from monitoring.console import Console\n"
+        "from runtime.control import Control\n"
+        "from tests.monitoring.test_dashboard import row\n"
+        "from training.progress import TrainingProgress\n"
+        "screen.CLOSE_SECONDS = 1.0\n"
+        "folder = Path(sys.argv[1])\n"
+        "with Console(folder) as console:\n"
+        "    console.begin(Settings(checkpoint_dir=str(folder)), TrainingProgress(), '1 x cpu', Control())\n"
+        "    time.sleep(1.0)\n"
+        "    termios.tcflow(1, termios.TCOOFF)\n"
+        "    for epoch in range(1, 200):\n"
+        "        console.epoch(row(epoch), 200)\n"
+        "        logging.getLogger('continuous_training').warning(f'warning {epoch}')\n"
+        "        time.sleep(0.01)\n"
+        "(folder / 'ended').touch()\n"
+    )
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env=environment(TERM="xterm"),
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+    )
+    os.close(theirs)
+    _, errors = process.communicate(timeout=PATIENCE)  # nothing reads the terminal meanwhile
+    os.close(ours)
+    assert (process.returncode, errors) == (0, b"")
+    assert (tmp_path / "ended").exists() and read_metrics(tmp_path, 1, 10**9)[-1]["epoch"] == 199
+
+
 @pytest.mark.parametrize(("level", "lines", "figures"), [("debug", 1, 1), ("info", 1, 0), ("warning", 0, 0)])
 def test_lines_of_the_level_that_is_wanted_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str, lines: int, figures: int
@@ -407,4 +443,4 @@ def test_lines_of_the_level_that_is_wanted_are_told(
     assert told.isascii() and "\x1b" not in told
     assert told.count("run 1 epoch   2/200") == lines
     assert told.count("perf/checkpoint_seconds=") == 2 * figures
-    assert told.count("Warning: the policy moves far") == 1  # not told again in the next epoch
+    assert told.count("Warning: large policy update") == 1  # not told again in the next epoch

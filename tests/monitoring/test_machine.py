@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from monitoring.machine import Disk, Gauges, Gpu, disk
+from monitoring.machine import Disk, Gauges, Gpu, read_disk
 from tests.monitoring.nvml import Nvml
 from training.metrics import gpu_figures
 
@@ -18,8 +18,8 @@ def test_every_gpu_is_read_in_plain_units() -> None:
     gauges = Gauges(nvml)
     machine = gauges.read()
     assert machine.gpus == (
-        Gpu(0, "NVIDIA H200", 0.98, 62e9, 141e9, 412.3, 700.0, 61),
-        Gpu(1, "NVIDIA A100-SXM4-80GB", 0.98, 62e9, 141e9, 412.3, 700.0, None),
+        Gpu(0, "NVIDIA H200", 0.98, 62e9, 141e9, 412.3, 61),
+        Gpu(1, "NVIDIA A100-SXM4-80GB", 0.98, 62e9, 141e9, 412.3, None),
     )
     assert nvml.is_up
     gauges.close()
@@ -40,7 +40,7 @@ def test_the_real_library_is_spoken_to_as_it_wants() -> None:
 
 def test_the_disk_is_told_with_what_lies_on_it(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    assert disk(folder) == Disk()
+    assert read_disk(folder) == Disk()
     (folder / "resume").mkdir(parents=True)
     for name, length in (
         ("run1_epoch1.pt", 10),
@@ -49,7 +49,7 @@ def test_the_disk_is_told_with_what_lies_on_it(tmp_path: Path) -> None:
         ("best.pt", 7),
     ):
         (folder / name).write_bytes(b"x" * length)
-    found = disk(folder)
+    found = read_disk(folder)
     assert (found.checkpoints, found.num_checkpoints, found.newest) == (330, 2, 320)
     assert found.needed(keep=16) == 16 * 20 + 2 * 300
     assert found.free is not None and found.free > 0 and not found.is_short
