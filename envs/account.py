@@ -1,8 +1,8 @@
 """The ledger of N accounts as tensors: fills, fees, slippage, borrow cost, equity and ruin.
 
-Pure functions, no randomness, no market. ``account_reference.py`` is the same ledger in plain Python floats,
-and a test holds the two together. An account starts with equity 1: every cost is proportional, so the
-size does not matter. All tensors are (N,); money is float64 unless the environment is asked for less.
+Pure functions, without randomness or a market. ``tests/envs/account_reference.py`` is the same ledger in plain
+Python floats; a test holds the two together. An account starts with equity 1: every cost is proportional, so its
+size does not matter. All tensors are (N,); money is float64 unless the environment uses another dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What is left after a loss beyond everything: the log of equity stays finite (-13.8).
+# Equity after a loss of everything or more, so that its log stays finite (-13.8).
 EQUITY_FLOOR = 1e-6
 
 
@@ -22,13 +22,13 @@ EQUITY_FLOOR = 1e-6
 class AccountState:
     """N accounts between two fills."""
 
-    cash: Tensor  # after the newest fill, before `owed` is paid
+    cash: Tensor  # after the last fill, before `owed` is paid
     units: Tensor  # shares or coins held, negative when short
-    owed: Tensor  # borrow cost from the newest fill to the next one, paid there
+    owed: Tensor  # borrow cost from the last fill to the next one, paid there
     log_equity: Tensor  # log of equity at the next fill's price, before it; 0 at the start of an episode
     log_peak: Tensor  # highest log equity at any fill so far
-    log_at_trade: Tensor  # log equity right before the newest trade
-    target: Tensor  # target position that is held, as a fraction of equity; 0 before the first
+    log_at_trade: Tensor  # log equity right before the last trade
+    target: Tensor  # target position held, as a fraction of equity; 0 before the first
     alive: Tensor  # bool, not ruined
 
     @staticmethod
@@ -40,7 +40,7 @@ class AccountState:
 
     @staticmethod
     def of(amounts: Tensor, alive: Tensor) -> AccountState:
-        """Return views of the seven amounts, (7, N), and whether alive, (N,)."""
+        """Return a state of views of ``amounts``, (7, N), and of ``alive``, (N,)."""
         return AccountState(*[*amounts.unbind(), alive])
 
     def copy_(self, other: AccountState) -> None:
@@ -54,11 +54,11 @@ class AccountState:
 
 
 class Fill(NamedTuple):
-    """What one fill did, beside the new state."""
+    """The result of one fill, beside the new state."""
 
     log_return: Tensor  # log equity before the next fill less log equity before this one
     ruined: Tensor  # bool, by this step
-    traded: Tensor  # value bought or sold at the market's price, in start equities, liquidation included
+    traded: Tensor  # value bought or sold at the market price, in start equities, liquidation included
     costs: Tensor  # fee and slippage paid for it, in start equities
 
 
@@ -74,30 +74,30 @@ def advance(
     impact: Tensor | None = None,
     impact_limit: float | Tensor = 0.0,
 ) -> tuple[AccountState, Fill]:
-    """Fill one decision per account and hold it until the next fill.
+    """Fill one decision per account and hold the position until the next fill.
 
-    A new target is reached exactly: after the trade the position is worth ``target`` times the equity
-    that is left after ``cost_rate`` of the traded value is gone. The same target again trades nothing.
-    What is borrowed, shares or money, costs ``borrow`` until the next fill. Equity at or below
-    ``ruin_equity`` there closes the position, at the same costs, and freezes the account in cash.
+    A new target is reached exactly: after the trade the position is worth ``target`` times the equity that is left
+    after paying ``cost_rate`` of the traded value. The same target again trades nothing. Borrowed shares and
+    borrowed money cost ``borrow`` until the next fill. If equity there is ``ruin_equity`` or less, the position is
+    closed at the same costs, and the account stays in cash.
 
     Args:
         state: before the fill; not modified.
-        target: wanted fraction of equity; 0 for the ruined.
+        target: wanted fraction of equity; 0 for ruined accounts.
         price: open at which this decision fills.
-        next_price: open at which the next one does.
+        next_price: open at which the next decision fills.
         cost_rate: fee plus slippage, as a fraction of traded value.
-        borrow: cost of borrowing until the next fill, as a fraction of what is borrowed.
+        borrow: cost of borrowing until the next fill, as a fraction of the borrowed value.
         ruin_equity: in start equities.
-        impact: what a large order pays beside ``cost_rate``, per start equity of order value; the order is
-            what lies between the position held and the one wanted, before costs.
-        impact_limit: the most of it, as a fraction of traded value.
+        impact: added to ``cost_rate``, per start equity of order value; the order is the wanted position less the
+            one held, before costs.
+        impact_limit: upper limit of that addition, as a fraction of traded value.
     """
     unchanged = target == state.target
     cash = state.cash - state.owed
     value = state.units * price
-    # The trade after whose cost the position is `target` of what is left: with a = value - target * equity,
-    # bought = a / (rate * target * sign(a) - 1). Written in place: 40 kernels of this size are all launch.
+    # The trade after whose cost the position is `target` of the equity left: with a = value - target * equity,
+    # bought = a / (rate * target * sign(a) - 1). In place, since launches dominate 40 kernels of this size.
     excess = torch.addcmul(value, target, cash + value, value=-1)
     rate = cost_rate if impact is None else _rate(cost_rate, excess.abs(), impact, impact_limit)
     bought = excess.div_(rate.copysign(excess).mul_(target).sub_(1)).masked_fill_(unchanged, 0)
@@ -105,7 +105,7 @@ def advance(
     costs = traded * rate
     units = torch.addcdiv(state.units, bought, price)
     cash = cash.sub_(bought).sub_(costs)
-    # Short: the shares are borrowed. Cash below zero: the money is. Never both while equity is above zero.
+    # A short position borrows shares, negative cash is borrowed money; never both while equity is above zero.
     owed = torch.minimum(cash, value.add_(bought)).clamp_(max=0).mul_(borrow).neg_()
 
     next_value = units * next_price
@@ -116,7 +116,7 @@ def advance(
     rate = cost_rate if impact is None else _rate(cost_rate, liquidated, impact, impact_limit)
     traded.add_(liquidated)
     costs.addcmul_(liquidated, rate)
-    # The living are above ruin, so the floor is far below them.
+    # Living accounts are above ruin, far above the floor.
     equity.addcmul_(liquidated, rate, value=-1).clamp_(min=EQUITY_FLOOR)
     log_equity = equity.log()
     new_state = AccountState(
@@ -135,12 +135,12 @@ def advance(
 def observation_constants(
     positions: Sequence[float], episode_bars: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ``constants`` of ``observe`` for accounts of these targets and length of an episode."""
-    # Observations of the account beside the held target are offset + scale x its quantities.
-    observed = torch.tensor(
+    """Return the ``constants`` of ``observe`` for these targets and this episode length."""
+    # Observations beyond the held target are offset + scale x the account's quantities.
+    offset_scale = torch.tensor(
         [(0, 10), (0, 50), (0, 10), (0, 10), (1, -1 / episode_bars), (0, 1e3)], dtype=dtype
     )
-    offset, scale = observed.to(device).T[..., None].unbind()
+    offset, scale = offset_scale.to(device).T[..., None].unbind()
     return offset, scale, torch.tensor(positions, dtype=dtype, device=device)[:, None]
 
 
@@ -151,11 +151,11 @@ def observe(
     cost_rate: Tensor,
     constants: tuple[Tensor, ...],
 ) -> Tensor:
-    """Return what each account knows of itself, (N, A) float32; TradingEnv says what the columns are.
+    """Return the account observations, (N, A) float32; TradingEnv documents their columns.
 
     Args:
         account: between two fills.
-        close: the newest one, which marks the position.
+        close: newest close, which marks the position.
         played: decisions in this episode.
         cost_rate: fee and slippage.
         constants: offset and scale of the last 6 columns, (6, 1) each, and the targets, (K, 1).
@@ -175,7 +175,7 @@ def observe(
         )
     )
     columns = torch.addcmul(offset, columns, scale).clamp_(-8, 8)
-    # Put together with the accounts side by side in memory, as everything else of theirs is.
+    # Transposed last, so that accounts lie side by side in memory like all their other tensors.
     return torch.cat(((account.target == targets).float(), columns.float())).t()
 
 

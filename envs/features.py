@@ -1,11 +1,11 @@
 """Features: what the policy sees of a market, computed causally per symbol.
 
-A feature is a function of :class:`History` whose value at bar t depends on bars up to t and on nothing
-else, not even through rounding: rolling sums are built by doubling, never as differences of cumulative
-sums, so a bar's value depends on the bars in its window only and is the same to the bit after older bars are
-trimmed or newer ones arrive. Everything is scale-free: a symbol's price and volume level cancel out.
+A feature is a function of :class:`History` whose value at bar t depends on bars up to t alone, even in its
+rounding: rolling sums are built by doubling, never as differences of cumulative sums. So a value depends only
+on the bars in its window, and stays the same to the bit after older bars are trimmed or newer ones arrive.
+Features are scale-free: a symbol's price and volume level cancel out.
 
-``docs/features.md`` lists them and shows how to add one.
+``docs/features.md`` lists the features and shows how to add one.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ FeatureFunction = Callable[["History"], Tensor]
 FEATURES: dict[str, FeatureFunction] = {}
 
 CLIP = 8.0  # normalised features stay within this many standard deviations
-# A symbol's first bars have next to no history: their features are 0 and do not count in the statistics.
+# A symbol's first bars have almost no history: their features are 0 and not part of the statistics.
 WARM_UP_BARS = 15
 MINUTES_PER_DAY = 1_440
 SESSION_OPEN_MINUTE, SESSION_MINUTES = 570, 390  # 09:30 to 16:00 in New York
-# A tenth of a basis point per bar: a dead market's returns are not blown up beyond it.
+# A tenth of a basis point per bar: limits how far a dead market's returns are scaled up.
 VOLATILITY_FLOOR = 1e-5
 
 
 def feature(function: FeatureFunction) -> FeatureFunction:
     """Register a feature under its function's name; the order of registration is the order of columns."""
     if function.__name__ in FEATURES:
-        raise ValueError(f"feature {function.__name__} is registered already; choose another name")
+        raise ValueError(f"feature {function.__name__} is already registered; choose another name")
     FEATURES[function.__name__] = function
     return function
 
@@ -48,8 +48,8 @@ def feature(function: FeatureFunction) -> FeatureFunction:
 class History:
     """One symbol's bars as tensors (B,), with causal building blocks for features.
 
-    Prices and volume are float64 as delivered; derived series are float32. A window that reaches before
-    the first bar is shorter there, and a lag that does so gives 0.
+    Prices and volume are float64, derived series float32. A window that reaches before the first bar is shorter
+    there; a lag that does gives 0.
     """
 
     def __init__(self, bars: Bars, device: torch.device) -> None:
@@ -59,9 +59,7 @@ class History:
             for column in (bars.open, bars.high, bars.low, bars.close, bars.volume)
         )
         self.open_time = torch.from_numpy(np.ascontiguousarray(bars.open_time)).to(device)
-        # Minutes of the exchange's own day and week: UTC for crypto, New York for stocks.
-        minutes = local_minutes(bars.open_time, bars.asset_class)
-        self.local_minute = torch.from_numpy(minutes).to(device)
+        self.local_minute = torch.from_numpy(local_minutes(bars.open_time, bars.asset_class)).to(device)
         self._volatility: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -74,12 +72,12 @@ class History:
 
     @cached_property
     def log_close(self) -> Tensor:
-        """Log of the close, float64: differences of it are taken before rounding to float32."""
+        """Log of the close, float64: take differences before rounding to float32."""
         return self.close.log()
 
     @cached_property
     def log_range(self) -> Tensor:
-        """Log of high over low."""
+        """Log of high / low."""
         return (self.high / self.low).log().float()
 
     @cached_property
@@ -90,18 +88,18 @@ class History:
         return minutes.float()
 
     def log_return(self, bars: int) -> Tensor:
-        """Log return of the close over so many bars; 0 where the history is shorter."""
+        """Log return of the close over ``bars`` bars; 0 where the history is shorter."""
         change = (self.log_close - lagged(self.log_close, bars)).float()
         change[:bars] = 0.0
         return change
 
     def volatility(self, bars: int) -> Tensor:
-        """Volatility of one bar, from the high-low ranges of the last ``bars`` bars (Parkinson 1980).
+        """Volatility per bar, from the high-low ranges of the last ``bars`` bars (Parkinson 1980).
 
-        Ranges do not see the jump over a night, which would dominate the window for hours.
+        Ranges exclude overnight jumps, which would dominate the window for hours.
         """
         if not self._volatility:
-            # Everything that the built-in features ask for, in one pass.
+            # All windows of the built-in features in one pass.
             windows = sorted({15, 60, 240, 1440, bars})
         elif bars not in self._volatility:
             windows = [bars]
@@ -128,18 +126,18 @@ def lagged(series: Tensor, bars: int) -> Tensor:
 def rolling_means(series: Tensor, windows: Iterable[int]) -> dict[int, Tensor]:
     """Return the mean of the last w values, this one included, for each window w.
 
-    Sums of 2, 4, 8... values are doubled up and put together, so no rounding comes from outside a window.
+    Each is put together from sums of 2, 4, 8... values, so no rounding comes from outside its window.
     """
-    wanted = list(windows)
-    sums = {window: torch.zeros_like(series) for window in wanted}
-    covered = dict.fromkeys(wanted, 0)
+    sums = {window: torch.zeros_like(series) for window in windows}
+    covered = dict.fromkeys(sums, 0)
+    longest = max(sums, default=0)
     power, width = series, 1
-    while wanted and width <= max(wanted):
-        for window in wanted:
+    while width <= longest:
+        for window in sums:
             if window & width:
                 sums[window] += lagged(power, covered[window])
                 covered[window] += width
-        if 2 * width <= max(wanted):
+        if 2 * width <= longest:
             power = power + lagged(power, width)
         width *= 2
     count = torch.arange(1, len(series) + 1, device=series.device, dtype=series.dtype)
@@ -151,11 +149,10 @@ def rolling_max(series: Tensor, window: int) -> Tensor:
     best, width = series, 1
     while width < window:
         step = min(width, window - width)
-        best = (
-            torch.cat([best[:step], torch.maximum(best[step:], best[:-step])])
-            if step < len(best)
-            else (best.cummax(0).values)
-        )
+        if step < len(best):
+            best = torch.cat([best[:step], torch.maximum(best[step:], best[:-step])])
+        else:
+            best = best.cummax(0).values
         width += step
     return best
 
@@ -164,7 +161,7 @@ def local_minutes(open_time: NDArray[np.int64], asset_class: AssetClass) -> NDAr
     """Return minutes since a Monday 00:00 on the exchange's clock: UTC for crypto, New York for stocks."""
     minutes = open_time // MINUTE_NS
     if asset_class == "stock" and len(minutes):
-        # The clocks change on Sundays before dawn, when no exchange is open: noon speaks for the day.
+        # Clocks change early on Sundays, when no exchange is open: noon's offset holds for the day.
         days, inverse = np.unique(minutes // MINUTES_PER_DAY, return_inverse=True)
         zone = ZoneInfo("America/New_York")
         noons = [datetime.fromtimestamp((int(day) * 24 + 12) * 3600, UTC) for day in days]
@@ -197,7 +194,7 @@ for _bars in (1, 5, 15, 60, 240, 1440):
 
 @feature
 def jump(history: History) -> Tensor:
-    """Log of this open over the previous close: what happened between two bars, as over a night."""
+    """Log of this open / the previous close: the move between two bars, such as overnight."""
     change = (history.open.log() - lagged(history.log_close, 1)).float()
     change[:1] = 0.0
     return _volatility_scaled(history, change)
@@ -205,76 +202,76 @@ def jump(history: History) -> Tensor:
 
 @feature
 def volatility_quarter_hour(history: History) -> Tensor:
-    """Log volatility of 15 bars against that of 240."""
+    """Log of the volatility of 15 bars / that of 240."""
     return (history.volatility(15) / history.volatility(240)).log()
 
 
 @feature
 def volatility_hour(history: History) -> Tensor:
-    """Log volatility of 60 bars against that of 1,440."""
+    """Log of the volatility of 60 bars / that of 1,440."""
     return (history.volatility(60) / history.volatility(1440)).log()
 
 
 @feature
 def volatility_level(history: History) -> Tensor:
-    """Log volatility of 1,440 bars: quiet stock or wild coin."""
+    """Log of the volatility of 1,440 bars: a quiet stock or a wild coin."""
     return history.volatility(1440).log()
 
 
 @feature
 def bar_range(history: History) -> Tensor:
-    """Log of high over low, in volatilities."""
+    """Log of high / low, in volatilities."""
     return _volatility_scaled(history, history.log_range)
 
 
 @feature
 def close_in_bar(history: History) -> Tensor:
-    """Place of the close between this bar's low (-1) and high (+1); 0 where they are one."""
-    return _place(history.close, history.low, history.high)
+    """Position of the close between this bar's low (-1) and high (+1); 0 where they are equal."""
+    return _position_in_range(history.close, history.low, history.high)
 
 
-def _place(price: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _position_in_range(price: Tensor, low: Tensor, high: Tensor) -> Tensor:
     width = high - low
     return torch.where(width > 0, 2 * (price - low) / width - 1, torch.zeros_like(width)).float()
 
 
 @feature
 def close_in_hour(history: History) -> Tensor:
-    """Place of the close between the low (-1) and the high (+1) of the last 60 bars."""
-    return _place(history.close, -rolling_max(-history.low, 60), rolling_max(history.high, 60))
+    """Position of the close between the low (-1) and the high (+1) of the last 60 bars."""
+    return _position_in_range(history.close, -rolling_max(-history.low, 60), rolling_max(history.high, 60))
 
 
 @feature
 def close_in_four_hours(history: History) -> Tensor:
-    """Place of the close between the low (-1) and the high (+1) of the last 240 bars."""
-    return _place(history.close, -rolling_max(-history.low, 240), rolling_max(history.high, 240))
+    """Position of the close between the low (-1) and the high (+1) of the last 240 bars."""
+    return _position_in_range(history.close, -rolling_max(-history.low, 240), rolling_max(history.high, 240))
 
 
 def _log_ratio(volume: Tensor, usual: Tensor) -> Tensor:
-    # A twentieth of the usual volume stands in for none, so the log is finite; no volume at all gives 0.
+    # A twentieth of the usual volume is added, so the log is finite; 0 where the usual volume is 0.
     ratio = (volume + 0.05 * usual) / (1.05 * usual)
     return torch.where(usual > 0, ratio.log(), torch.zeros_like(usual))
 
 
 @feature
 def volume(history: History) -> Tensor:
-    """Log volume against the mean of the last 240 bars."""
+    """Log of the volume / its mean over the last 240 bars."""
     return _log_ratio(history.volume.float(), history.mean_volume)
 
 
 @feature
 def volume_trend(history: History) -> Tensor:
-    """Log mean volume of 15 bars against that of 240."""
+    """Log of the mean volume of 15 bars / that of 240."""
     return _log_ratio(rolling_means(history.volume.float(), [15])[15], history.mean_volume)
 
 
 @feature
 def volume_for_the_time_of_day(history: History) -> Tensor:
-    """Log volume against the mean of the last 300 earlier bars in the same half hour of the day."""
+    """Log of the volume / its mean over the last 300 earlier bars in the same half hour of the day."""
     volumes, window = history.volume.float(), 300
     half_hour = history.local_minute % MINUTES_PER_DAY // 30
     usual = torch.zeros_like(volumes)
-    # One half hour after the other: a shared running sum would carry rounding from the future.
+    # Each half hour separately: a shared running sum would carry rounding from the future.
     order = torch.argsort(half_hour, stable=True)
     for places in order.split(torch.bincount(half_hour, minlength=48).tolist()):
         usual[places] = lagged(rolling_means(volumes[places], [window])[window], 1)
@@ -283,7 +280,7 @@ def volume_for_the_time_of_day(history: History) -> Tensor:
 
 @feature
 def minutes_since_previous_bar(history: History) -> Tensor:
-    """Log minutes since the previous bar: 0 in a row of bars, 7 over a night."""
+    """Log of the minutes since the previous bar: 0 for consecutive bars, 7 overnight."""
     return history.minutes_since_previous.log()
 
 
@@ -335,7 +332,7 @@ def compute(
     """Return the raw features of one symbol, (B, F) float32, never NaN or infinite.
 
     Raises:
-        ValueError: a feature returned another shape; names it.
+        ValueError: a feature returned the wrong shape.
     """
     functions = FEATURES if functions is None else functions
     history = History(bars, device)
@@ -345,13 +342,13 @@ def compute(
         if values.shape != (len(bars),):
             raise ValueError(f"feature {name} must have shape ({len(bars)},), was {tuple(values.shape)}")
         raw[:, column] = values
-    # Beyond a thousand only a broken print is left, and the statistics should survive it.
+    # Only bad prints exceed a thousand; they must not ruin the statistics.
     return raw.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1e3, 1e3)
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and spread (F,) of every feature over the training range, fixed for the life of a training."""
+    """Mean and standard deviation (F,) of every feature before the holdout, fixed for the whole training."""
 
     names: tuple[str, ...]
     mean: Tensor
@@ -361,15 +358,15 @@ class FeatureStatistics:
     def measure(
         names: Sequence[str], raws: Iterable[Tensor], training_bars: Sequence[int]
     ) -> FeatureStatistics:
-        """Measure over the first ``training_bars[s]`` bars of each symbol, less its warm-up.
+        """Measure over the first ``training_bars[s]`` bars of each symbol, without its warm-up.
 
         Args:
             names: of the F features.
-            raws: per symbol, (B, F); asked for one after the other, so that only one need be there at a time.
-            training_bars: per symbol, how many bars lie before the holdout.
+            raws: per symbol, (B, F); consumed one at a time, so a generator saves memory.
+            training_bars: per symbol, the number of bars before the holdout.
 
         Raises:
-            ValueError: no symbol has a bar in the training range.
+            ValueError: no symbol has enough bars before the holdout.
         """
         count = 0
         total = squares = torch.zeros(len(names), dtype=torch.float64)
@@ -384,24 +381,24 @@ class FeatureStatistics:
                 "fetch older bars or lower holdout_days"
             )
         mean = total / count
-        # Raw features are a thousand at most: float64 has digits to spare for the difference of squares.
+        # Raw features are at most a thousand, so float64 is precise enough for the difference of squares.
         std = (squares / count - mean.square()).clamp_(min=0.0).sqrt()
-        # A feature that never varied is left as it is, less its mean.
+        # A feature that never varies is only centred.
         std = torch.where(std > 1e-6, std, torch.ones_like(std))
         return FeatureStatistics(tuple(names), mean.float(), std.float())
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Return a symbol's raw features (B, F) in standard deviations, clipped, float16."""
+        """Turn raw features (B, F) of a symbol into standard deviations, clipped, float16."""
         mean, std = self.mean.to(raw.device), self.std.to(raw.device)
         normalised = ((raw - mean) / std).clamp_(-CLIP, CLIP).half()
         normalised[:WARM_UP_BARS] = 0.0
         return normalised
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types and CPU tensors."""
+        """Return the statistics as plain types and CPU tensors."""
         return {"names": list(self.names), "mean": self.mean.cpu(), "std": self.std.cpu()}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> FeatureStatistics:
-        """Return the statistics that ``state_dict`` was taken of."""
+        """Restore from ``state_dict``."""
         return FeatureStatistics(tuple(state["names"]), state["mean"], state["std"])

@@ -1,6 +1,6 @@
-"""The environment in Gymnasium's clothes, NumPy in and out, for trainers that speak Gymnasium.
+"""Gymnasium adapter, with NumPy in and out.
 
-Slower than ``TradingEnv`` itself, since every step copies each account's window of bars.
+It is slower than ``TradingEnv`` itself, since every step copies each account's window of bars.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Step = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], NDArra
 class TradingVectorEnv(gymnasium.vector.VectorEnv):
     """N accounts as a ``gymnasium.vector.VectorEnv``; action, reward, costs and timing are those of TradingEnv.
 
-    An observation is a vector of float32 in [-8, 8]: the C + 1 newest bars, oldest first, F features each, then
-    the A observations of the account. So ``observation[: (C + 1) * F].reshape(C + 1, F)`` are the bars.
+    An observation is a float32 vector in [-8, 8]: the C + 1 newest bars, oldest first, with F features each, then
+    the A observations of the account. So ``observation[: (C + 1) * F].reshape(C + 1, F)`` is the bars.
 
-    Episodes begin anew in the step that ends them (``AutoresetMode.SAME_STEP``): the observation is the new
-    episode's first, and ``infos["final_obs"]`` holds the old one's last, where ``infos["_final_obs"]`` is true.
-    ``terminated`` is ruin; ``truncated`` means that time or bars were over, so bootstrap from ``final_obs``.
+    Episodes are reset in the step that ends them (``AutoresetMode.SAME_STEP``): the observation is the new
+    episode's first, and ``infos["final_obs"]`` holds the old one's last where ``infos["_final_obs"]`` is true.
+    ``terminated`` is ruin; ``truncated`` is the end of the time or the bars, so bootstrap from ``final_obs``.
 
     Args:
-        market: made for ``horizon=1``, since here every step may be an episode's last.
+        market: made for ``horizon=1``, since any step may be an episode's last.
         config: with ``horizon=1``; ``episode_bars`` counts steps.
-        device: where the market lives.
-        seed: of places, until ``reset`` is given one.
+        device: of the market.
+        seed: of symbols and starts, until ``reset`` is given one.
 
     Raises:
         ValueError: the horizon is not 1.
@@ -67,11 +67,11 @@ class TradingVectorEnv(gymnasium.vector.VectorEnv):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin a new episode in every environment; the same ``seed`` begins the same ones.
+        """Begin a new episode in every environment; the same ``seed`` begins the same episodes.
 
         Args:
-            seed: an integer; of a list, as SyncVectorEnv takes it, the first one.
-            options: none are known.
+            seed: an integer, or a list as for SyncVectorEnv, of which the first counts.
+            options: ignored.
         """
         if isinstance(seed, list):
             seed = seed[0]
@@ -107,7 +107,7 @@ class TradingVectorEnv(gymnasium.vector.VectorEnv):
 
 
 class SingleTradingEnv(gymnasium.Env):
-    """One account as a plain ``gymnasium.Env``, such as Stable-Baselines3 takes; see TradingVectorEnv."""
+    """One account as a plain ``gymnasium.Env``, for Stable-Baselines3 and others; see TradingVectorEnv."""
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
 
@@ -129,7 +129,7 @@ class SingleTradingEnv(gymnasium.Env):
         return observations[0], {}
 
     def step(self, action: int) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Take one action; after an episode's end ``reset`` comes next."""
+        """Take one action; call ``reset`` after the end of an episode."""
         observations, rewards, terminated, truncated, infos = self.accounts.step(np.array([action]))
         last = infos["final_obs"][0] if infos else observations[0]
         return last, float(rewards[0]), bool(terminated[0]), bool(truncated[0]), {}

@@ -1,4 +1,4 @@
-"""Market: the bars and features of all symbols on the device, and the places where a segment may start.
+"""Market: the bars and features of all symbols on the device, and where segments may start.
 
 Shapes: S = symbols, B = bars of all symbols, one symbol after the other, F = features, M = stretches.
 """
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 HOUR_NS = 3_600_000_000_000
 YEAR_NS = 365.25 * 24 * HOUR_NS
-# Longer silences are holes: a coin's is an outage; a stock's longest regular one is a four-day weekend.
+# Longer gaps are holes: for a coin an outage; for a stock the longest regular gap is a four-day weekend.
 HOLE_NS = {"crypto": HOUR_NS, "stock": 100 * HOUR_NS}
 
 
 class NoSegment(ValueError):
-    """Nowhere are enough bars in a row for a segment."""
+    """There are nowhere enough bars in a row for a segment."""
 
 
 @dataclass(frozen=True, eq=False)
 class Market:
-    """Everything that does not react to the accounts.
+    """Bars and features, which do not react to the accounts.
 
-    Holes (over 60 minutes for crypto, over 100 hours for stocks) split each symbol into stretches, and
-    the holdout cuts them off: a segment's bars t0 - C to t0 + H + 1 lie within one stretch.
+    Holes (over 60 minutes for crypto, over 100 hours for stocks) split each symbol into stretches, which end
+    before the holdout: a segment's bars t0 - C to t0 + H + 1 lie within one stretch.
     """
 
     symbols: tuple[str, ...]
@@ -47,19 +47,17 @@ class Market:
     open_time: Tensor  # (B,) int64, ns UTC
     # (B, 5) float32: open, close, years until the next bar opens, (high - low) / open, volume in money
     quotes: Tensor
-    minutes_left: (
-        Tensor  # (B,) int16, to the scheduled close when the bar opens; see data_sources/calendar.py
-    )
+    minutes_left: Tensor  # (B,) int16, from the bar's open to the scheduled close; see calendar.minutes_left
     features: Tensor  # (B, F) float16
     statistics: FeatureStatistics
     context_bars: int
     horizon: int
     playable: Tensor  # (P,) int64, symbols that have a valid start
-    playable_cdf: Tensor  # (P,) float64, cumulative share of episodes
+    playable_cdf: Tensor  # (P,) float64, cumulative probability of a new episode
     starts_before: Tensor  # (P,) int64, valid starts of the playable symbols before this one
     starts: Tensor  # (P,) int64, valid starts of each playable symbol
     stretch_first: Tensor  # (M,) int64, first bar of each stretch
-    stretch_last: Tensor  # (M,) int64, its last bar before the next hole or the holdout
+    stretch_last: Tensor  # (M,) int64, last bar before the next hole or the holdout
     stretch_starts_before: Tensor  # (M,) int64, valid starts in all stretches before this one
 
     @staticmethod
@@ -73,27 +71,27 @@ class Market:
         statistics: FeatureStatistics | None = None,
         features: Mapping[str, FeatureFunction] | None = None,
     ) -> Market:
-        """Put bars on the device and compute their features.
+        """Move bars to the device and compute their features.
 
         Args:
             bars: one entry per symbol.
-            device: where everything lives.
+            device: of all tensors.
             holdout_start_ns: no segment touches a bar that opens at or after it.
             context_bars: C.
             horizon: H.
-            statistics: of an earlier market of the same training; measured on the bars before
-                the holdout when not given.
-            features: name -> function; the registered ones when not given.
+            statistics: from an earlier market of the same training; default: measured on the bars before the
+                holdout.
+            features: name -> function; default: the registered ones.
 
         Raises:
             NoSegment: no segment fits.
-            ValueError: a symbol comes twice, or the statistics are of other features.
+            ValueError: a symbol appears twice, or the statistics are of other features.
         """
         device = torch.device(device)
         functions = dict(FEATURES if features is None else features)
-        names = tuple(one.symbol for one in bars)
-        if len(set(names)) != len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
+        symbols = tuple(series.symbol for series in bars)
+        if len(set(symbols)) != len(symbols):
+            twice = sorted({symbol for symbol in symbols if symbols.count(symbol) > 1})
             raise ValueError(
                 f"each symbol must come once, {', '.join(twice)} came twice: merge its sources first"
             )
@@ -102,26 +100,25 @@ class Market:
                 f"statistics must be of these features: {', '.join(functions)}; they are of "
                 f"{', '.join(statistics.names)}: start a new training, or use the features of the old one"
             )
-        sizes = [len(one) for one in bars]
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum([len(series) for series in bars])]).astype(np.int64)
 
-        training_bars = [int(np.searchsorted(one.open_time, holdout_start_ns)) for one in bars]
+        training_bars = [int(np.searchsorted(series.open_time, holdout_start_ns)) for series in bars]
         if statistics is None:
-            raws = (compute(one, device, functions) for one in bars)
+            raws = (compute(series, device, functions) for series in bars)
             statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
         table = torch.empty(int(offsets[-1]), len(functions), dtype=torch.float16, device=device)
-        # Computed again rather than kept: all symbols' float32 features would be twice the table.
-        for first, one in zip(offsets, bars, strict=False):
-            table[first : first + len(one)] = statistics.normalise(compute(one, device, functions))
+        # Computed twice rather than kept: float32 features of all symbols would take twice the table's memory.
+        for first, series in zip(offsets, bars, strict=False):
+            table[first : first + len(series)] = statistics.normalise(compute(series, device, functions))
 
-        steps = [np.diff(one.open_time, append=one.open_time[-1:]) for one in bars]
-        is_crypto = np.array([one.asset_class == "crypto" for one in bars])
+        steps = [np.diff(series.open_time, append=series.open_time[-1:]) for series in bars]
+        is_crypto = np.array([series.asset_class == "crypto" for series in bars])
 
         def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
         def joined(name: str) -> np.ndarray:
-            return np.concatenate([getattr(one, name) for one in bars])
+            return np.concatenate([getattr(series, name) for series in bars])
 
         opens, open_time = joined("open"), joined("open_time")
         starts = _starts(open_time, offsets, is_crypto, holdout_start_ns, context_bars, horizon)
@@ -133,13 +130,13 @@ class Market:
             joined("volume") * opens,
         )
         return Market(
-            symbols=names,
+            symbols=symbols,
             is_crypto=put(is_crypto, torch.bool),
             volatility=put(np.array(list(map(_volatility, bars, training_bars))), torch.float32),
             offsets=put(offsets, torch.int64),
             open_time=put(open_time, torch.int64),
             quotes=put(np.stack(quotes, axis=1), torch.float32),
-            minutes_left=put(np.concatenate([minutes_left(one) for one in bars]), torch.int16),
+            minutes_left=put(np.concatenate([minutes_left(series) for series in bars]), torch.int16),
             features=table,
             statistics=statistics,
             context_bars=context_bars,
@@ -166,13 +163,13 @@ class Market:
         )
 
     def until(self, end_ns: int) -> Market:
-        """Return the same bars with another holdout: no segment touches one that opens at or after ``end_ns``.
+        """Return the same market with another holdout: no segment touches a bar that opens at or after ``end_ns``.
 
-        For exams: the training's market ends before the bars that are held out, this one after them. Everything
-        but the places where segments may start is shared, not copied. Takes the host's time.
+        For exams: the market of a training ends before the held-out bars, this one after them. All tensors but
+        those of where segments may start are shared, not copied. Waits for the device.
 
         Raises:
-            NoSegment: none fits.
+            NoSegment: no segment fits.
         """
         arrays = (self.open_time, self.offsets, self.is_crypto)
         open_time, offsets, is_crypto = (array.cpu().numpy() for array in arrays)
@@ -184,7 +181,7 @@ class Market:
 
     @property
     def num_bytes(self) -> int:
-        """Count what all of it takes of the device's memory."""
+        """Device memory of all tensors."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     @property
@@ -199,24 +196,24 @@ class Market:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
+        """Device of the tensors."""
         return self.features.device
 
     def windows(self, first: Tensor, length: int) -> Tensor:
-        """Return the features of ``length`` bars from each bar on, (n, length, F) float32."""
+        """Return the features of ``length`` bars from each ``first`` bar on, (n, length, F) float32."""
         shape = len(first), length, self.num_features
         bars = torch.empty(shape, device=self.device)
-        # In parts: what they take before they are float32 would be half as much again.
-        for part, wanted in zip(bars.split(256), first.split(256), strict=True):
-            part.copy_(_windows(self.features, wanted, length))
+        # In parts: the float16 windows of all of them would take half as much memory again.
+        for part, starts in zip(bars.split(256), first.split(256), strict=True):
+            part.copy_(_windows(self.features, starts, length))
         return bars
 
     def quote_windows(self, first: Tensor, length: int) -> Tensor:
-        """Return the quotes of ``length`` bars from each bar on, (n, length, 5) float32."""
+        """Return the quotes of ``length`` bars from each ``first`` bar on, (n, length, 5) float32."""
         return _windows(self.quotes, first, length)
 
     def draw_starts(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw symbols with weight sqrt(valid starts) and a valid start each, without a host sync.
+        """Draw symbols with weight sqrt(valid starts), and a valid start of each, without a host sync.
 
         Returns:
             symbol: (count,) int64.
@@ -234,7 +231,7 @@ class Market:
         return self.playable[place], start
 
     def last_bar(self, bar: Tensor) -> Tensor:
-        """Return the last bar of each bar's stretch, (n,) int64; it is less than the bar in the holdout."""
+        """Return the last bar of each bar's stretch, (n,) int64; for a bar in the holdout, one before it."""
         return self.stretch_last[torch.searchsorted(self.stretch_first, bar, right=True) - 1]
 
     def find(self, symbols: Sequence[str], open_times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +244,7 @@ class Market:
         Returns:
             symbol: (n,) int64; 0 where not found.
             bar: (n,) int64, index of the bar; 0 where not found.
-            found: (n,) bool, the bar exists, with its context before and another bar after it in its stretch.
+            found: (n,) bool, the bar exists, and its stretch has its context before it and a bar after it.
         """
         number_of = {name: number for number, name in enumerate(self.symbols)}
         numbers = torch.tensor([number_of.get(name, -1) for name in symbols], dtype=torch.int64).reshape(-1)
@@ -268,8 +265,8 @@ class Market:
 
 
 def _volatility(bars: Bars, num_bars: int) -> float:
-    # The mean absolute log return, times what makes it a normal's standard deviation: gaps and broken prints
-    # count for what they are, not for their square.
+    # Mean absolute log return, scaled to a normal's standard deviation: gaps and bad prints count linearly, not
+    # squared.
     if num_bars < 2:
         return VOLATILITY_FLOOR
     mean = float(np.abs(np.diff(np.log(bars.close[:num_bars]))).mean())
@@ -277,7 +274,7 @@ def _volatility(bars: Bars, num_bars: int) -> float:
 
 
 def _windows(table: Tensor, first: Tensor, length: int) -> Tensor:
-    # Overlapping views of the table: each window is copied as one row, whatever the length of the history.
+    # Overlapping views of the table: each window is copied as one row, whatever the table's length.
     width = table.shape[1]
     views = table.as_strided((len(table) - length + 1, length * width), (width, 1))
     return views.index_select(0, first).view(len(first), length, width)
@@ -291,7 +288,7 @@ def _starts(
     context_bars: int,
     horizon: int,
 ) -> dict[str, np.ndarray]:
-    # The fields of Market that say where a segment may start.
+    # The fields of Market for where a segment may start.
     symbol, first, last = _stretches(open_time, offsets, is_crypto, end_ns)
     # t0 - C >= first and t0 + H + 1 <= last
     count = np.maximum(0, last - first - context_bars - horizon)

@@ -1,4 +1,4 @@
-"""Your own features go here: functions of a History under ``@feature``; docs/features.md shows one.
+"""Your own features: functions of a History with ``@feature``; docs/features.md shows an example.
 
-They become columns after the built-in ones, are normalised like them, and are tested for foresight like them.
+They become columns after the built-in ones, and are normalised and tested for look-ahead in the same way.
 """

@@ -1,4 +1,4 @@
-"""ExamEnv: accounts that walk given symbols over given bars in order, once."""
+"""ExamEnv: accounts that walk over given bars of given symbols in order, once."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from envs.trading_env import TradingEnv
 
 
 class ExamEnv(TradingEnv):
-    """One account per place, from its first bar to the newest one, in order, once; nothing is drawn.
+    """One account per place, from its first bar to the newest one, in order, once; nothing is random.
 
-        market = Market.from_bars(bars, device=device, holdout_start_ns=after_the_exam, context_bars=C, horizon=H,
-                                  statistics=those_of_the_training)
+        market = Market.from_bars(bars, device=device, holdout_start_ns=end_of_exam_ns, context_bars=C, horizon=H,
+                                  statistics=statistics_of_the_training)
         env = ExamEnv(market, config, device, [("AAPL", start_ns), ("BTCUSDT", start_ns)])
         rollouts = [collect(env, policy, generator, chunk, greedy=True) for _ in range(env.num_segments)]
 
-    Everything else is as :class:`TradingEnv` specifies, but for:
+    It differs from :class:`TradingEnv` as follows:
 
     - Account n makes its first decision at the first bar of ``places[n]``'s symbol that opens at or after the
-      place's time and has C bars in front of it; those may be older than the time. It goes on, segment after
-      segment, while H + 1 more bars follow; up to H bars at the end of a stretch are left over.
-    - The account is one all the way: where an episode of ``episode_bars`` ends, its position stays and only its
+      place's time and has C bars before it, which may be older than the time. It continues segment by segment
+      while H + 1 more bars follow; up to H bars at the end of a stretch are left over.
+    - It is one account throughout: where an episode of ``episode_bars`` ends, its position stays and only its
       equity counts from 1 again, so that the policy sees what it was trained on. Rewards add up to the log return
-      of the whole walk. Ruin, as in an episode, is final.
-    - Over a hole the account starts anew, in cash. ``truncated`` tells where a stretch ends.
-    - An account whose walk is over, or whose symbol has no bar to walk, is not ``alive``: it stays in cash,
-      earns 0 and counts nowhere.
+      of the whole walk. Ruin is final, as in an episode.
+    - After a hole the account starts again in cash. ``truncated`` marks the end of a stretch.
+    - An account whose walk is over, or whose symbol has no bar to walk, is not ``alive``: it stays in cash, earns
+      0 and counts nowhere.
 
-    ``num_envs`` of the configuration is replaced by the number of places. An account with ``flat_cost_bps`` (one
-    entry per place) pays so much of the value that it trades in place of fees and slippage of all kinds; None: as
-    the configuration says.
+    ``num_envs`` of the configuration is replaced by the number of places. ``flat_cost_bps`` (one entry per place)
+    replaces an account's fees and slippage of all kinds by this cost of traded value; None keeps those of the
+    configuration.
 
     Raises:
         ValueError: a symbol is not in the market, or a flat cost is out of range.
@@ -59,7 +59,7 @@ class ExamEnv(TradingEnv):
                 f"no place has the {market.horizon + 2} bars of a segment after its start: "
                 "take earlier starts, or a market with a shorter horizon"
             )
-        # First bar of every segment, -1 where there is none; (segments + 1, N).
+        # First bar of every segment, -1 for none; (segments + 1, N).
         schedule = torch.full((self.num_segments + 1, len(places)), -1, dtype=torch.int64)
         for number, walk in enumerate(walks):
             schedule[: len(walk), number] = torch.tensor(walk, dtype=torch.int64)
@@ -80,7 +80,7 @@ class ExamEnv(TradingEnv):
 
     @property
     def schedule(self) -> Tensor:
-        """(segments, N) int64: the newest closed bar at each segment's first decision, -1 where none is walked."""
+        """(segments, N) int64: newest closed bar at each segment's first decision, -1 for no segment."""
         return self._schedule[:-1]
 
     def _begin(self) -> None:
@@ -105,7 +105,7 @@ class ExamEnv(TradingEnv):
         account.cash.copy_(torch.where(out, account.log_equity.exp(), account.cash))
         for tensor in (account.units, account.owed, account.target):
             tensor.masked_fill_(out, 0)
-        # Those that are out stand at bars that exist, whatever they are.
+        # Accounts that are out still need a bar that exists; any will do.
         self._cursor.masked_fill_(out, self.config.context_bars)
         self._over.copy_((start != self._cursor) & ~out)
         self._count_from_one(self._played + self.config.horizon > self.config.episode_bars)
@@ -113,7 +113,7 @@ class ExamEnv(TradingEnv):
         return self._symbols, start
 
     def _count_from_one(self, old: Tensor) -> None:
-        # Another episode with the same position: money in units of today's equity.
+        # The next episode with the same position: rescale money so that equity is 1.
         account = self._kept
         scale = torch.where(old & account.alive, account.log_equity.neg().exp(), 1.0)
         for tensor in (account.cash, account.units, account.owed):
@@ -128,7 +128,7 @@ class ExamEnv(TradingEnv):
 
 
 def _walk(market: Market, symbol: str, start_ns: int) -> list[int]:
-    # First bars of the segments from start_ns on.
+    # First bar of each segment from start_ns on.
     if symbol not in market.symbols:
         raise ValueError(f"{symbol} is not among the {len(market.symbols)} symbols of the market")
     number = market.symbols.index(symbol)

@@ -174,7 +174,7 @@ def test_returns_are_told_in_volatilities():
 
 
 def test_a_name_cannot_be_registered_twice_and_shapes_are_checked():
-    with pytest.raises(ValueError, match="jump is registered already"):
+    with pytest.raises(ValueError, match="jump is already registered"):
         feature(FEATURES["jump"])
     with pytest.raises(ValueError, match=r"feature flat must have shape \(600,\), was \(1,\)"):
         compute(walk(), CPU, {"flat": lambda history: torch.zeros(1)})
