@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers import VENV, Process, make_venv
+from continuous_training import Settings
 from data_sources.bars import MINUTE_NS, Bars
 from envs import features
 from envs.config import EnvConfig
@@ -71,7 +72,7 @@ def market_of(
 
 def ours(market: Market, num_envs: int, device: str, way: str = "stepped", **costs: float) -> Round:
     """Return rounds of whole segments with given random actions."""
-    config = EnvConfig(num_envs=num_envs, **costs)
+    config = EnvConfig.from_settings(Settings(horizon=HORIZON, **costs), num_envs)
     env = TradingEnv(market, config, device, seed=0, compiled=way == "played")
     actions = torch.randint(0, 3, (HORIZON, num_envs), device=device)
 
@@ -102,7 +103,7 @@ def in_gymnasium(num_envs: int) -> Round:
     from envs.gymnasium_env import TradingVectorEnv
 
     market = market_of(60_000, 32, "cpu", horizon=1)
-    env = TradingVectorEnv(market, EnvConfig(num_envs=num_envs, horizon=1, **EVERY_COST))
+    env = TradingVectorEnv(market, EnvConfig.from_settings(Settings(horizon=1, **EVERY_COST), num_envs))
     env.reset()
     actions = np.random.default_rng(0).integers(0, 3, (16, num_envs))
 
@@ -225,7 +226,9 @@ def main() -> None:
     history = [results[f"ours, one symbol of {size} bars"] for size in ("100 k", "2 M")]
     pairs = [a / b for a, b in zip(*(one.by_cpu for one in history), strict=True)]
     print(f"| a step in 2 M bars : in 100 k bars, time | {statistics.median(pairs):.2f} | at most 1.1 |")
-    kept, segment = TradingEnv(market_of(2_000, 1, "cpu"), EnvConfig(512), "cpu", 0).bytes_per_environment()
+    kept, segment = TradingEnv(
+        market_of(2_000, 1, "cpu"), EnvConfig.from_settings(Settings(), 512), "cpu", 0
+    ).bytes_per_environment()
     print(
         f"\nMemory per environment beside the market: {kept:.0f} bytes kept; {segment:,.0f} for the quotes of the "
         f"segment that is played.\n{len(features.FEATURES)} features of a million bars: "

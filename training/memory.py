@@ -225,7 +225,7 @@ def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int
 def num_parameters(settings: Settings) -> int:
     """Count the policy's weights without allocating them."""
     max_length = settings.context_bars + settings.horizon + 1
-    env = EnvConfig.from_settings(settings, settings.envs_per_gpu)
+    env = EnvConfig.from_settings(settings)
     with torch.device("meta"):
         trunk = TransformerConfig(
             len(FEATURES), settings.d_model, settings.num_layers, settings.num_heads, max_length

@@ -56,7 +56,7 @@ class Trainer:
         self.settings = settings
         self.ranks = ranks
         # One stream per rank, so that the ranks' accounts differ.
-        env_config = EnvConfig.from_settings(settings, settings.envs_per_gpu)
+        env_config = EnvConfig.from_settings(settings)
         self.env = TradingEnv(market, env_config, ranks.device, seed=settings.seed * 1_000_003 + ranks.rank)
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
         self.policy = self._new_policy().to(ranks.device)

@@ -80,7 +80,7 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
         yield name, getattr(s, name) >= 1, "must be 1 or more"
     for name in ZERO_OR_MORE:
         yield name, getattr(s, name) >= 0, "must be 0 or more"
-    EnvConfig.from_settings(s, s.envs_per_gpu)  # raises by itself
+    EnvConfig.from_settings(s)  # raises by itself
     yield "positions", 0.0 in s.positions, "must have 0 among them"
     yield "seed", 0 <= s.seed < 2**31, "must be 0 or more and below 2147483648"
     for name in ("learning_rate", "max_grad_norm", "clip_coef"):

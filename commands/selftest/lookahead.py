@@ -25,9 +25,10 @@ from data_sources.lake.lake import Lake
 from data_sources.load import each_symbol
 from data_sources.refresh import DataRequest
 from data_sources.simulated import simulated_bars
+from envs.config import EnvConfig
 from envs.features import FEATURES, WARM_UP_BARS, FeatureFunction, compute
 from envs.market import Market, NoSegment
-from envs.trading_env import EnvConfig, TradingEnv
+from envs.trading_env import TradingEnv
 from evaluation.provenance import minute_of
 from models.policy import Policy, uses_bf16
 from models.transformer import TransformerConfig

@@ -12,12 +12,11 @@ import torch
 
 from commands.episode import command, play
 from continuous_training import Settings
-from envs.config import EnvConfig
 from evaluation import plots
 from evaluation.trained_policy import TrainedPolicy
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from tests.envs.markets import CONTEXT, HORIZON, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, config_of, market_of, walk
 from tests.program import environment, tiny_flags
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,7 +26,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def test_what_is_drawn_is_what_the_account_did() -> None:
     bars = walk("AAA", 400, "stock", gaps={100: 1050})
     market = market_of(bars)
-    config = EnvConfig(9, context_bars=CONTEXT, horizon=HORIZON, episode_bars=4 * HORIZON)
+    config = config_of(num_envs=9)
     torch.manual_seed(0)
     trunk = TransformerConfig(market.num_features, 32, 2, 4, CONTEXT + HORIZON + 1)
     policy = Policy(trunk, 9, 3)

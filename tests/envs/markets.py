@@ -1,15 +1,17 @@
-"""Small markets for the tests of the environment."""
+"""Small markets, configurations and environments for tests."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from data_sources.bars import MINUTE_NS, AssetClass, Bars
+from envs.config import EnvConfig
 from envs.market import Market
-from envs.trading_env import EnvConfig, TradingEnv
+from envs.trading_env import TradingEnv
 
 MONDAY = 26_297_280 * MINUTE_NS  # 2020-01-01 00:00 UTC
 NEVER = 2**62  # a holdout that does not begin
@@ -49,22 +51,35 @@ def market_of(*bars: Bars, holdout_start_ns: int = NEVER, **given: object) -> Ma
     return Market.from_bars(bars, device="cpu", holdout_start_ns=holdout_start_ns, **given)
 
 
-def env_of(market: Market, seed: int = 0, dtype: torch.dtype = torch.float64, **given: object) -> TradingEnv:
-    given = {
+def config_of(**changes: Any) -> EnvConfig:
+    settings = {
         "num_envs": 16,
         "context_bars": CONTEXT,
         "horizon": HORIZON,
         "episode_bars": 4 * HORIZON,
-        **given,
+        "positions": (-1.0, 0.0, 1.0),
+        "stock_fee_bps": 0.5,
+        "crypto_fee_bps": 5.0,
+        "slippage_bps": 1.0,
+        "borrow_rate": 0.05,
+        "ruin_fraction": 0.2,
+        "range_slippage": 0.0,
+        "volume_slippage": 0.0,
+        "account_value": 10_000.0,
+        "flat_before_close": 0,
     }
-    return TradingEnv(market, EnvConfig(**given), "cpu", seed, dtype)
+    return EnvConfig(**(settings | changes))
+
+
+def env_of(market: Market, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> TradingEnv:
+    return TradingEnv(market, config_of(**changes), "cpu", seed, dtype)
 
 
 FREE = {"stock_fee_bps": 0.0, "crypto_fee_bps": 0.0, "slippage_bps": 0.0, "borrow_rate": 0.0}
 
 
 def play_segment(env, actions=None, seed=0):
-    """Plays one segment; returns bars, observations (H + 1, N, A), rewards, terminated, truncated (H, N)."""
+    """Play one segment; return bars, observations (H + 1, N, A), rewards, terminated, truncated (H, N)."""
     bars = env.begin_segment()
     n, h = env.config.num_envs, env.config.horizon
     if actions is None:

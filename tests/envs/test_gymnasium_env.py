@@ -13,10 +13,9 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
-from envs.config import EnvConfig
 from envs.gymnasium_env import SingleTradingEnv, TradingVectorEnv
 from envs.trading_env import TradingEnv
-from tests.envs.markets import CONTEXT, market_of, walk
+from tests.envs.markets import CONTEXT, config_of, market_of, walk
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,8 +24,8 @@ def small_market(sigma=1e-3):
     return market_of(walk(num_bars=400, sigma=sigma), walk("BBB", 300, "stock", seed=1), horizon=1)
 
 
-def config(num_envs, episode_bars=20, **given):
-    return EnvConfig(num_envs, context_bars=CONTEXT, horizon=1, episode_bars=episode_bars, **given)
+def config(num_envs, **changes):
+    return config_of(num_envs=num_envs, horizon=1, episode_bars=20, **changes)
 
 
 def test_gymnasiums_checker_finds_nothing():
@@ -100,7 +99,7 @@ def test_the_same_seed_begins_the_same_episodes_and_wrappers_fit():
 def test_what_does_not_fit_is_told_in_a_line():
     market = market_of(walk())
     with pytest.raises(ValueError, match=r"^horizon must be 1 for Gymnasium, for market and config, was 16$"):
-        TradingVectorEnv(market, EnvConfig(2, context_bars=CONTEXT, horizon=16, episode_bars=32))
+        TradingVectorEnv(market, config_of(num_envs=2))
     with pytest.raises(ValueError, match="num_envs must be 1"):
         SingleTradingEnv(small_market(), config(2))
     code = "import sys; sys.modules['gymnasium'] = None; import envs.gymnasium_env"

@@ -14,13 +14,14 @@ from commands.selftest.lookahead import replace_bars_after
 from data_sources.bars import MINUTE_NS
 from data_sources.calendar import expected_minutes, minutes_left
 from envs.market import Market
-from envs.trading_env import EnvConfig, TradingEnv
+from envs.trading_env import TradingEnv
 from tests.envs.account_reference import ReferenceAccount
 from tests.envs.markets import (
     CONTEXT,
     FREE,
     HORIZON,
     NEVER,
+    config_of,
     constant,
     env_of,
     market_of,
@@ -372,7 +373,7 @@ def test_nothing_can_be_done_out_of_turn():
 )
 def test_a_setting_out_of_range_is_named(setting, value):
     with pytest.raises(ValueError, match=f"{setting}|fees and slippage"):
-        EnvConfig(**{"num_envs": 4, setting: value})
+        config_of(**{setting: value})
 
 
 def test_a_market_of_other_sizes_is_refused():
@@ -388,7 +389,7 @@ def test_a_rollout_never_waits_for_the_device():
     market = Market.from_bars(
         bars, device="cuda", holdout_start_ns=NEVER, context_bars=CONTEXT, horizon=HORIZON
     )
-    config = EnvConfig(num_envs=64, context_bars=CONTEXT, horizon=HORIZON, episode_bars=2 * HORIZON)
+    config = config_of(num_envs=64, episode_bars=2 * HORIZON)
     env = TradingEnv(market, config, "cuda", 0)
     actions = torch.randint(0, 3, (HORIZON, 64), device="cuda")
     torch.cuda.set_sync_debug_mode("error")

@@ -6,17 +6,16 @@ import pytest
 import torch
 
 from data_sources.bars import MINUTE_NS
-from envs.config import EnvConfig
 from envs.walk_env import ExamEnv
 from tests.envs.account_reference import ReferenceAccount
-from tests.envs.markets import CONTEXT, HORIZON, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, config_of, market_of, walk
 
 YEAR_MINUTES = 365.25 * 24 * 60
 
 
-def exam_of(market, places, **given):
-    given = {"context_bars": CONTEXT, "horizon": HORIZON, "episode_bars": 2 * HORIZON, **given}
-    return ExamEnv(market, EnvConfig(num_envs=1, **given), "cpu", places)
+def exam_of(market, places, **changes):
+    config = config_of(**{"episode_bars": 2 * HORIZON, **changes})
+    return ExamEnv(market, config, "cpu", places)
 
 
 def play(env, seed=0):

@@ -18,9 +18,9 @@ from envs.walk_env import ExamEnv
 from evaluation.trained_policy import Actor
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from tests.envs.markets import CONTEXT, HORIZON, MONDAY, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, MONDAY, config_of, market_of, walk
 
-CONFIG = EnvConfig(1, context_bars=CONTEXT, horizon=HORIZON, episode_bars=4 * HORIZON)
+CONFIG = config_of(num_envs=1)
 
 
 def first_bars(bars: Bars, count: int) -> Bars:

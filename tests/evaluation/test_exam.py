@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from envs.config import EnvConfig
 from envs.market import YEAR_NS, Market, NoSegment
 from envs.walk_env import ExamEnv
 from evaluation import baselines
@@ -16,11 +15,9 @@ from evaluation.exam import Walk, examine
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from tests.envs.account_reference import ReferenceAccount
-from tests.envs.markets import CONTEXT, HORIZON, NEVER, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, NEVER, config_of, market_of, walk
 
-CONFIG = EnvConfig(
-    9, context_bars=CONTEXT, horizon=HORIZON, episode_bars=64 * HORIZON, borrow_rate=5.0, range_slippage=0.05
-)
+CONFIG = config_of(num_envs=9, episode_bars=64 * HORIZON, borrow_rate=5.0, range_slippage=0.05)
 PAST = 20  # bars of the momentum rule, here
 
 

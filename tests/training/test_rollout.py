@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from envs.market import Market
-from envs.trading_env import EnvConfig, TradingEnv
-from tests.envs.markets import CONTEXT, HORIZON, NEVER, env_of, market_of, walk
+from envs.trading_env import TradingEnv
+from tests.envs.markets import CONTEXT, HORIZON, NEVER, config_of, env_of, market_of, walk
 from tests.training.reencoding import WindowLearner, collect_by_windows
 from tests.training.rollouts import ALONE, SETTINGS, calm_and_wild, policy_for, rollout_of, small_learner
 from training.compilation import compile_accounts, compile_objective
@@ -154,7 +154,7 @@ def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool) -> None:
     market = Market.from_bars(
         bars, device=device, holdout_start_ns=NEVER, context_bars=CONTEXT, horizon=HORIZON
     )
-    config = EnvConfig(num_envs=64, context_bars=CONTEXT, horizon=HORIZON, episode_bars=2 * HORIZON)
+    config = config_of(num_envs=64, episode_bars=2 * HORIZON)
     env = TradingEnv(market, config, device, seed=0)
     policy = policy_for(env, bf16=True).to(device)
     ranks = Ranks(0, 1, device)
