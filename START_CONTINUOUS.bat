@@ -1,14 +1,14 @@
 @echo off
 rem Train forever on every GPU of this machine, on fresh bars. Settings: the top of continuous_training.py.
 rem
-rem   START_CONTINUOUS.bat                      as set there
+rem   START_CONTINUOUS.bat                      with those settings
 rem   START_CONTINUOUS.bat --demo               simulated market, small model, no keys, no GPU
 rem   START_CONTINUOUS.bat --envs-per-gpu 256   one setting for this start
-rem   START_CONTINUOUS.bat data                 any other command, here: show what bars there are
+rem   START_CONTINUOUS.bat data                 any other command, such as data: show the bars in the lake
 rem
-rem Ctrl+C finishes the epoch, saves and exits; a second one ends at once. When Windows asks afterwards
-rem "Terminate batch job (Y/N)?", the training is saved already: either answer is fine.
-rem Works from any folder. set NOPAUSE=1 keeps the window from waiting for a key after an error.
+rem Ctrl+C finishes the epoch, saves and exits; a second one aborts. When Windows then asks "Terminate batch
+rem job (Y/N)?", training is already saved: either answer is fine.
+rem Works from any folder. With "set NOPAUSE=1" the window does not wait for a key after an error.
 setlocal EnableExtensions DisableDelayedExpansion
 cd /d "%~dp0"
 set "PYTHONUTF8=1"
@@ -36,8 +36,8 @@ if not "%RC%"=="0" echo Ended with exit code %RC%.
 if not "%RC%"=="0" if not defined NOPAUSE pause
 endlocal & exit /b %RC%
 
-rem :try PROGRAM [ARGUMENT] takes it for PY if it is a Python that is new enough. The Microsoft Store's
-rem placeholder fails here and is passed over.
+rem :try PROGRAM [ARGUMENT] sets PY and PYARGS if it is a Python that is new enough. The Microsoft Store's
+rem placeholder fails here and is skipped.
 :try
 "%~1" %~2 -c "import sys; sys.exit(sys.version_info[:2] in [(3, minor) for minor in range(11)])" >nul 2>nul
 if errorlevel 1 exit /b 0

@@ -17,6 +17,8 @@ import pynvml
 
 from training.checkpoint import NUM_RESUME_STATES, RESUME
 
+CGROUP = Path("/sys/fs/cgroup")
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -139,3 +141,13 @@ def read_disk(checkpoint_dir: Path) -> Disk:
 
 def _text(name: str | bytes) -> str:
     return name.decode() if isinstance(name, bytes) else name
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine, or of the container around this process."""
+    total = psutil.virtual_memory().total
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, second and first version
+        with contextlib.suppress(OSError):
+            limit = (CGROUP / name).read_text().strip()
+            total = min(total, int(limit)) if limit.isdigit() else total
+    return int(total)

@@ -1,4 +1,4 @@
-"""The program as a child of low priority that ends with its parent; started as a script.
+"""Run the program as a low-priority child that exits with its parent; started as a script.
 
 A module of its own, so that the child watches its parent before anything large is imported.
 """
@@ -15,17 +15,14 @@ SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
 
 
 def be_background() -> None:
-    """Make this process the child: of the lowest priority, and gone as soon as its standard input ends.
-
-    Before anything large is imported, so that no second passes in which it could be left alone.
-    """
+    """Give this process the lowest priority, and let it exit as soon as its standard input ends."""
     if sys.platform != "win32":
         os.setpriority(os.PRIO_PROCESS, 0, 19)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock would be held when the interpreter ends
+def _exit_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held at interpreter exit
         pass
     os._exit(1)
 

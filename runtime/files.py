@@ -1,4 +1,4 @@
-"""Files that are written for keeps: whole or not at all, whatever kills the writer."""
+"""Durable files: written completely or not at all, whatever kills the writer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _COPY_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let ``write`` fill a new file that takes the place of ``path`` only when it is safe on disk.
+    """Let ``write`` fill a new file that replaces ``path`` once it is safe on disk.
 
-    Temp file in the same folder, fsync, rename, fsync of the folder: after this returns the file outlives
-    a power cut; before, ``path`` is what it was. A kill leaves at most a hidden ``.NAME.*.tmp`` beside it.
-    The folder is made when it is missing.
+    Temporary file in the same folder, fsync, rename, fsync of the folder: after this returns, the file survives
+    a power cut; until then, ``path`` is unchanged. A kill leaves at most a hidden ``.NAME.*.tmp`` beside it.
+    A missing folder is created.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; ``path`` is untouched.
@@ -33,14 +33,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # the first error matters
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` durable. Windows has no such call and does not need it."""
+    """Make renames and removals in ``folder`` durable. Windows has no such call and does not need one."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -51,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hex digits, reading it piece by piece."""
+    """Return the SHA-256 of a file as 64 hex digits, reading it in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_COPY_BYTES):

@@ -1,4 +1,4 @@
-"""How many ranks start, and the command lines that start them: alone, through torchrun, or one by one.
+"""How many ranks to start, and the command lines for it: a single process, torchrun, or one per rank.
 
 Standard library only: this runs in the supervisor.
 """
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.processes import LINUX, WINDOWS, usable_cores
+from runtime.processes import LINUX, WINDOWS
 
-# Whoever started us may itself be a rank of something (Slurm, another torchrun): its numbers are not ours.
+# The parent may itself be a rank of something (Slurm, another torchrun): its numbers are not ours.
 INHERITED_RANKS = (
     "RANK",
     "LOCAL_RANK",
@@ -24,12 +24,12 @@ INHERITED_RANKS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-MEETING_SECONDS = 600  # how long a machine waits for the others; within the supervisor's START_SECONDS
+MEETING_SECONDS = 600  # for all machines to join; less than the supervisor's START_SECONDS
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many ranks start, where, and by whom."""
+    """How many ranks to start, on which machines, with which launcher."""
 
     num_ranks: int = 1  # on this machine
     launcher: str = "torchrun"  # or "direct": this program starts each rank itself, as on Windows
@@ -42,7 +42,7 @@ class Launch:
         """Read NPROC, NNODES, NODE_RANK, RDZV_ENDPOINT and LAUNCHER; count the GPUs where NPROC is not set.
 
         Raises:
-            ValueError: one of them makes no sense; names it, its rule and what it was.
+            ValueError: one of them is invalid; the text has its name, the rule and the value.
         """
         launch = Launch(
             num_ranks=_count(environment, "NPROC", count_gpus),
@@ -69,21 +69,21 @@ class Launch:
 
     @property
     def world_size(self) -> int:
-        """Ranks over all machines."""
+        """The number of ranks on all machines."""
         return self.num_ranks * self.num_nodes
 
     def commands(self, worker: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
-        """Return what to start on this machine: command lines, each with its additions to the environment."""
+        """Return the command lines to start on this machine, each with its additions to the environment."""
         python = [sys.executable, "-u"]
         if self.world_size == 1:
             return [([*python, *worker], {})]
-        threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.num_ranks))}
+        threads = {"OMP_NUM_THREADS": str(max(1, _usable_cores() // self.num_ranks))}
         if self.launcher == "torchrun":
-            where = ["--standalone"]
+            nodes = ["--standalone"]
             if self.num_nodes > 1:
-                # static: rank 0, which downloads and saves, is on node 0 in every start. The c10d rendezvous
-                # numbers machines as they come.
-                where = [
+                # static: rank 0, which downloads and saves, is always on node 0. The c10d rendezvous numbers
+                # machines in the order in which they join.
+                nodes = [
                     f"--nnodes={self.num_nodes}",
                     f"--node-rank={self.node_rank}",
                     "--rdzv-backend=static",
@@ -93,11 +93,11 @@ class Launch:
                 ]
             flags = [
                 f"--nproc-per-node={self.num_ranks}",
-                "--max-restarts=0",  # a lifetime count in torchrun; ours starts anew with each finished epoch
+                "--max-restarts=0",  # torchrun never resets its count; the supervisor does after every epoch
                 "--signals-to-handle=SIGUSR2",  # none: stopping goes through the control folder
                 "--shutdown-timeout=10",
             ]
-            return [([*python, "-m", "runtime.torchrun", *where, *flags, *worker], threads)]
+            return [([*python, "-m", "runtime.torchrun", *nodes, *flags, *worker], threads)]
         common = threads | {
             "WORLD_SIZE": str(self.num_ranks),
             "LOCAL_WORLD_SIZE": str(self.num_ranks),
@@ -113,7 +113,7 @@ class Launch:
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:
-    """Count the NVIDIA GPUs that training may use, at least 1; without torch, whose import takes seconds."""
+    """Count the NVIDIA GPUs that training may use, at least 1. Not with torch, whose import takes seconds."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return 1
@@ -130,16 +130,17 @@ def count_gpus(environment: Mapping[str, str]) -> int:
         return 1
     installed = sum(line.startswith("GPU ") for line in listing.splitlines())
     if visible is not None:
-        named = [name.strip() for name in visible.split(",")]
-        usable = named[: named.index("-1")] if "-1" in named else named  # CUDA ignores all that follows a -1
-        installed = min(installed, len(usable))
+        names = [name.strip() for name in visible.split(",")]
+        if "-1" in names:  # CUDA ignores this and all that follows
+            names = names[: names.index("-1")]
+        installed = min(installed, len(names))
     return max(1, installed)
 
 
 def program_environment(launch: Launch) -> dict[str, str]:
-    """Return what every process of the program gets: the user's environment without foreign rank numbers."""
-    own = {name: value for name, value in os.environ.items() if name not in INHERITED_RANKS}
-    return own | {"WORLD_SIZE_PLANNED": str(launch.world_size)}
+    """Return the environment of every process of the program: the user's, without inherited rank numbers."""
+    inherited = {name: value for name, value in os.environ.items() if name not in INHERITED_RANKS}
+    return inherited | {"WORLD_SIZE_PLANNED": str(launch.world_size)}
 
 
 def _count(environment: Mapping[str, str], name: str, default: Callable[[Mapping[str, str]], int]) -> int:
@@ -149,6 +150,12 @@ def _count(environment: Mapping[str, str], name: str, default: Callable[[Mapping
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, was {text!r}")
     return int(text)
+
+
+def _usable_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Locks that the operating system drops when their holder dies, however it dies. Standard library only."""
+"""Locks that the operating system releases when their holder dies, however it dies. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK_NAME = ".lock"
-_LOCK_OFFSET = 1 << 30  # Windows locks bytes against reading too, so lock one behind the holder's name
+_LOCK_OFFSET = 1 << 30  # a locked byte cannot be read on Windows: lock one beyond the holder's name
 
 
 class FolderLockError(Exception):
-    """The folder cannot be locked. The text is one line that can be shown as it is."""
+    """The folder cannot be locked. The text is one line for the user."""
 
 
 class FolderHeld(FolderLockError):
@@ -23,13 +23,13 @@ class FolderHeld(FolderLockError):
 
 
 class FolderUnwritable(FolderLockError):
-    """The lock's file cannot be made or written."""
+    """The lock file cannot be created or written."""
 
 
 class FolderLock:
     """Excludes other writers of ``folder``: other processes, and other FolderLocks of this process.
 
-    Threads that share one FolderLock share the hold.
+    Threads that share a FolderLock hold it together.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,17 +56,14 @@ class FolderLock:
             with self._guard:
                 self._holds -= 1
                 if self._holds == 0:
-                    os.close(self._descriptor)  # drops the lock; the file stays, it means nothing by itself
+                    os.close(self._descriptor)  # releases the lock; the file stays and means nothing
 
     def _acquire(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            reason = error.strerror or error
-            raise FolderUnwritable(
-                f"cannot write to {self._path.parent}: {reason}; free or unlock it"
-            ) from error
+            raise self._unwritable(error) from error
         if not try_lock(descriptor):
             holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
             os.close(descriptor)
@@ -78,18 +75,21 @@ class FolderLock:
             os.write(descriptor, f"process {os.getpid()}\n".encode())
         except OSError as error:
             os.close(descriptor)
-            reason = error.strerror or error
-            raise FolderUnwritable(
-                f"cannot write to {self._path.parent}: {reason}; free or unlock it"
-            ) from error
+            raise self._unwritable(error) from error
         self._descriptor = descriptor
+
+    def _unwritable(self, error: OSError) -> FolderUnwritable:
+        reason = error.strerror or error
+        return FolderUnwritable(
+            f"cannot write to {self._path.parent}: {reason}; free space or check permissions"
+        )
 
 
 def try_lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Take the operating system's exclusive lock on an open file; it ends with the process, however that ends.
+    """Take an exclusive lock on an open file; the operating system releases it when the process ends.
 
     Returns:
-        Whether the lock is held now; with ``wait`` it always is.
+        Whether the lock was taken; with ``wait``, always True.
     """
     if sys.platform == "win32":
         import msvcrt

@@ -1,7 +1,7 @@
-"""torchrun without its noise: the same launcher, but a failed rank's own message is the last word.
+"""torchrun without its noise: the same launcher, but a failed rank's own message comes last.
 
-Plain torchrun follows a failure with its own traceback and a summary of dozens of lines, and always ends
-with 1. This ends with the exit code of the rank that failed first (128 + N when signal N ended it).
+After a failure, plain torchrun prints its own traceback and a summary of dozens of lines, and always exits
+with 1. This exits with the code of the rank that failed first (128 + N if signal N killed it).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.run import main
 
 def run(arguments: list[str]) -> int:
     """Launch as ``torchrun`` does and return the exit code of the group."""
-    logging.disable(logging.ERROR)  # in this process only; what stops a launch is raised, and so still seen
+    logging.disable(logging.ERROR)  # in this process only; errors that stop a launch are raised
     try:
         main(arguments)
     except ChildFailedError as error:

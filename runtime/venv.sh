@@ -1,7 +1,7 @@
 # Sourced by START_CONTINUOUS.sh and tests/run.sh, in the project's folder.
 # shellcheck shell=bash
 
-# prepare_venv FILE: find a Python, and have .venv hold what the requirements FILE asks for.
+# prepare_venv FILE: find a Python, and install the requirements FILE into .venv.
 prepare_venv() {
     local candidate
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python .venv/bin/python; do

@@ -99,7 +99,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     code, output, errors = made.run("check", "--name", "two words", "*")
     assert (code, output) == (7, "alone: check --name two words *\n"), errors
     assert [line.split()[0] for line in errors.splitlines()] == [
-        "Making",
+        "Creating",
         "Installing",
         "unpacking",
         "Installed.",
@@ -128,7 +128,7 @@ def test_a_changed_requirement_is_installed_and_a_failing_one_tells_why(project)
     project.require("tinypackage==3.0")
     code, _, errors = project.run("check")
     assert code == 1 and "No matching distribution found for tinypackage==3.0" in errors
-    assert errors.splitlines()[-1] == "Not installed. Nothing is lost; the next start tries again."
+    assert errors.splitlines()[-1] == "Installation failed. Nothing is lost; the next start tries again."
     assert project.installed() == "1.0"
     for version in ("2.0", "1.0"):
         project.require(f"tinypackage=={version}")

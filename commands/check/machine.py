@@ -20,9 +20,9 @@ from data_sources.load import DataRequest
 from data_sources.universe import named, top_of
 from envs.features import FEATURES
 from models.policy import uses_bf16
+from monitoring.machine import memory_bytes
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch
-from runtime.processes import memory_bytes
 from training import checkpoint
 from training.memory import USABLE, DoesNotFit, MemoryNeeds, num_parameters, plan
 
