@@ -1,4 +1,4 @@
-"""Baselines: what a policy must beat, as actions of the same ledger, at the same bars and costs."""
+"""Baselines that a policy must beat, as actions of the same ledger, on the same bars, at the same costs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MOMENTUM_BARS = 1_440
 def actions_after(
     name: str, market: Market, positions: Sequence[float], bars: Tensor, first_bars: Tensor
 ) -> Tensor:
-    """Return what a baseline does after given bars have closed, as indices of ``positions``.
+    """Return a baseline's actions after given bars have closed, as indices of ``positions``.
 
     - buy and hold: the largest position that is not above 1, from the first decision on;
     - always flat: cash;
-    - momentum: the position next to the sign of the return over the past ``MOMENTUM_BARS`` closed bars; cash
+    - momentum: the position closest to the sign of the return over the past ``MOMENTUM_BARS`` closed bars; cash
       while a symbol has fewer.
 
     Args:
         name: one of ``BASELINES``.
-        market: where the bars are.
+        market: has the bars.
         positions: the targets.
         bars: (H, S) int64, the newest closed bar at each decision.
         first_bars: (S,) int64, the first bar of each symbol.
@@ -40,15 +40,15 @@ def actions_after(
         raise ValueError(f"positions={','.join(map(str, positions))} must have 0 among them")
     if name == MOMENTUM:
         return _momentum(market, positions, bars, first_bars)
-    wanted = max(p for p in positions if p <= 1) if name == BUY_AND_HOLD else 0.0
-    return torch.full_like(bars, positions.index(wanted))
+    target = max(p for p in positions if p <= 1) if name == BUY_AND_HOLD else 0.0
+    return torch.full_like(bars, positions.index(target))
 
 
 def _momentum(market: Market, positions: Sequence[float], bars: Tensor, first_bars: Tensor) -> Tensor:
     close = market.quotes[:, 1]
     past = bars - MOMENTUM_BARS
     moved = torch.where(past < first_bars, 0.0, close[bars] - close[past.clamp(min=0)])
-    # Of two positions that are as near, the smaller one.
+    # Of two equally close positions, the smaller one.
     nearest = [
         positions.index(min(positions, key=lambda p: (abs(p - sign), abs(p)))) for sign in (-1.0, 0.0, 1.0)
     ]

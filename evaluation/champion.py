@@ -1,7 +1,7 @@
 """The champion: ``checkpoints/best.pt``, which changes only by the decision of an exam.
 
-A checkpoint carries its own exam with the decision in it. The decision is applied, and its line appended to the
-ledger, only once the checkpoint is on disk; after a kill in between, the next start applies it from the newest
+A checkpoint carries its own exam, and with it the decision. Only once the checkpoint is on disk is the decision
+applied and its line appended to the ledger; after a kill in between, the next start does both from the newest
 checkpoint, with the same outcome.
 """
 
@@ -52,7 +52,7 @@ def apply_decision(checkpoint: Checkpoint, pending: list[dict[str, Any]] | None 
             ledger.append(path, pending[0])
             del pending[0]
     except OSError as error:
-        log.warning(f"{path} was not written: {error.strerror}; it is tried again with the next checkpoint")
+        log.warning(f"{path} was not written: {error.strerror}; the next checkpoint tries again")
 
 
 def _replace_best(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _replace_best(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
             _put_in_place(folder / line["checkpoint"], folder / BEST)
         except OSError as error:
             line |= {"decision": REFUSED, "reason": f"{BEST} was not written: {error.strerror}"}
-            log.warning(f"{line['checkpoint']} was to become the champion, but {line['reason']}")
+            log.warning(f"{line['checkpoint']} should have become the champion, but {line['reason']}")
     return line
 
 

@@ -1,7 +1,7 @@
 """The exam: policies and baselines walk the same bars, one account per symbol, in order, once.
 
-Everybody is an account of one ``ExamEnv``, so all pay the same costs at the same opens. The trunk sees whole
-segments in parallel, many at once; what is left per bar is the ledger and the head.
+All contestants are accounts of one ``ExamEnv``, so they pay the same costs at the same opens. The trunk reads
+many whole segments in parallel; only the ledger and the head run bar by bar.
 Shapes: P = contestants, S = symbols, N = P x S accounts, H = horizon, R = segments of the longest walk.
 """
 
@@ -23,7 +23,7 @@ from evaluation.baselines import BASELINES, actions_after
 from models.policy import Head, Policy
 
 POLICY, CHAMPION = "policy", "champion"
-# Segments of so many accounts are encoded ahead: enough to fill a micro-batch, little enough to keep.
+# So many segments are encoded ahead: enough to fill a micro-batch, few enough to keep in memory.
 ENCODED_SEGMENTS = 512
 
 
@@ -33,13 +33,13 @@ class Walk:
 
     symbol: str
     asset_class: str  # "stock" or "crypto"
-    time: NDArray[np.datetime64]  # (T,) ns, when each decision filled: open of the filling bar
-    price: NDArray[np.float64]  # (T,) open of that bar
+    time: NDArray[np.datetime64]  # (T,) ns, when each decision filled: open of that bar
+    price: NDArray[np.float64]  # (T,) at which it filled
     position: NDArray[np.float64]  # (T,) value held after the fill, as a fraction of equity
     log_returns: NDArray[np.float64]  # (T,) reward of each decision, up to the next open, net of all costs
-    costs: NDArray[np.float64]  # (T,) paid for it: fees, slippage, borrowing, as a fraction of equity
+    costs: NDArray[np.float64]  # (T,) fees, slippage and borrowing, as a fraction of equity
     traded: NDArray[np.float64]  # (T,) value bought or sold, as a fraction of equity
-    borrowing: NDArray[np.float64]  # (T,) the part of ``costs`` that was paid for borrowing
+    borrowing: NDArray[np.float64]  # (T,) the part of ``costs`` paid for borrowing
 
     @property
     def equity_before(self) -> NDArray[np.float64]:
@@ -47,7 +47,7 @@ class Walk:
         return np.exp(np.cumsum(self.log_returns) - self.log_returns)
 
 
-Contestants = Mapping[str, list[Walk]]  # name -> one walk per symbol, the same symbols and bars for everybody
+Contestants = Mapping[str, list[Walk]]  # name -> one walk per symbol, on the same bars for all
 
 
 @torch.no_grad()
@@ -65,26 +65,26 @@ def examine(
     on_segment: Callable[[int, int], None] = lambda done, total: None,
     max_segments: int | None = None,
 ) -> dict[str, list[Walk]]:
-    """Let policies and baselines walk the bars from ``start_ns`` to ``end_ns``; greedy, nothing is drawn.
+    """Let policies and baselines walk the bars from ``start_ns`` to ``end_ns``, greedily: nothing is drawn.
 
     The first decision is made at the first bar that opens at or after the start; its context may be older. No
-    bar at or after the end is touched. Up to H bars at the end of a stretch without holes are left over. Neither
-    the market, nor a policy, nor any random stream is changed.
+    bar that opens at or after the end is touched. Up to H bars at the end of a stretch without holes are left
+    over. No random stream, policy or market is changed.
 
     Args:
-        policies: by name; a single one is called "policy". All read the market's features as they are scaled.
-        market: holds the bars; its own holdout does not count here.
+        policies: by name; a single one is called "policy". All read the market's features with its scale.
+        market: has the bars; its own holdout is ignored.
         config: of the accounts.
-        symbols: who is walked; those without bars for one segment are left out.
+        symbols: to walk; those without bars for one segment are skipped.
         start_ns: of the first decision.
-        end_ns: no bar that opens at or after it is touched.
-        cost_scale: share of all costs that is charged.
-        chunk_segments: segments per forward of the trunk, to bound memory; the last one is filled up, so that
+        end_ns: of the bars.
+        cost_scale: the share of all costs to charge.
+        chunk_segments: segments per forward of the trunk, to bound memory; the last chunk is padded, so that
             a compiled trunk sees one shape only.
-        check_stop: called before every segment and chunk; what it raises ends the exam.
-        flat_costs_bps: costs of traded value, in place of all fees and slippage, at which the first policy walks
-            once more, as another contestant each: ``at_flat_cost(name, bps)``.
-        on_segment: told after each segment how many are walked, and of how many.
+        check_stop: called before every segment and chunk; an exception from it ends the exam.
+        flat_costs_bps: costs of traded value, instead of all fees and slippage, at which the first policy walks
+            again, as further contestants named ``at_flat_cost(name, bps)``.
+        on_segment: called after every segment with how many are done, and of how many.
         max_segments: stop after this many segments; None: at the end of the bars.
 
     Returns:
@@ -108,29 +108,31 @@ def examine(
     )
     env.cost_scale = cost_scale
     heads = [policy.head for policy in policies.values()]
-    accounts_of = [1 + len(flat_costs_bps), *(1 for _ in others)]  # of each head, on every symbol
+    accounts_per_head = [1 + len(flat_costs_bps), *(1 for _ in others)]  # on every symbol
     horizon, num_symbols = config.horizon, len(symbols)
     schedule = env.schedule[:max_segments, :num_symbols]  # (R, S)
-    numbers = [market.symbols.index(symbol) for symbol in symbols]
-    first_bars = market.offsets[torch.tensor(numbers, device=env.device)]
+    indices = [market.symbols.index(symbol) for symbol in symbols]
+    first_bars = market.offsets[torch.tensor(indices, device=env.device)]
     ahead = torch.arange(horizon, device=env.device)
-    at_once = max(1, ENCODED_SEGMENTS // num_symbols)
+    num_ahead = max(1, ENCODED_SEGMENTS // num_symbols)
 
     played = []
     for number in range(len(schedule)):
         check_stop()
-        if number % at_once == 0:
-            rows = schedule[number : number + at_once]
+        if number % num_ahead == 0:
+            rows = schedule[number : number + num_ahead]
             projected = [
-                _encoded(policy, market, rows, horizon, chunk_segments, check_stop)
+                _encode(policy, market, rows, horizon, chunk_segments, check_stop)
                 for policy in policies.values()
             ]
         env.begin_segment()
-        bars = env.cursor[:num_symbols] + ahead[:, None]  # (H, S); whoever is out stands at some bar, in cash
+        bars = (
+            env.cursor[:num_symbols] + ahead[:, None]
+        )  # (H, S); accounts that have ended are in cash at some bar
         rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
-        shares = [share[number % at_once] for share in projected]
+        encoded = [segments[number % num_ahead] for segments in projected]
         with _one_thread(env.device):
-            played.append(_played(env, shares, heads, accounts_of, torch.cat(rules, dim=1)))
+            played.append(_play(env, encoded, heads, accounts_per_head, torch.cat(rules, dim=1)))
         on_segment(number + 1, len(schedule))
     columns = [np.concatenate(column) for column in zip(*played, strict=True)]  # (R x H, N) each
     return _walks(names, symbols, market, schedule, ahead, columns)
@@ -143,7 +145,7 @@ def at_flat_cost(name: str, bps: float) -> str:
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    # Steps of a few hundred accounts take longer to share among a CPU's threads than to do.
+    # Splitting a step of a few hundred accounts among a CPU's threads takes longer than the step.
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -153,7 +155,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _encoded(
+def _encode(
     policy: Policy,
     market: Market,
     rows: Tensor,
@@ -161,28 +163,28 @@ def _encoded(
     chunk_segments: int,
     check_stop: Callable[[], None],
 ) -> Tensor:
-    """Encode segments that begin at bars ``rows`` (r, S), -1 where there is none: (r, H, S, W)."""
-    places = rows.flatten()
-    wanted = (places >= 0).nonzero().flatten()
+    """Encode the segments that begin at bars ``rows`` (r, S), -1 for none: (r, H, S, W)."""
+    starts = rows.flatten()
+    existing = (starts >= 0).nonzero().flatten()
     length = market.context_bars + horizon + 1
     result = None
-    for part in wanted.split(chunk_segments):
+    for part in existing.split(chunk_segments):
         check_stop()
-        first = places.new_zeros(chunk_segments)
-        first[: len(part)] = places[part] - market.context_bars
+        first = starts.new_zeros(chunk_segments)
+        first[: len(part)] = starts[part] - market.context_bars
         encoded = policy.encode(market.windows(first, length), horizon + 1)[: len(part), :horizon]
         if result is None:
-            result = encoded.new_zeros(len(places), *encoded.shape[1:])
+            result = encoded.new_zeros(len(starts), *encoded.shape[1:])
         result[part] = encoded
     assert result is not None  # some symbol walks every segment
     return result.unflatten(0, rows.shape).transpose(1, 2).contiguous()
 
 
-def _played(
+def _play(
     env: ExamEnv,
     projected: Sequence[Tensor],
     heads: Sequence[Head],
-    accounts_of: Sequence[int],
+    accounts_per_head: Sequence[int],
     rules: Tensor,
 ) -> list[NDArray[np.float64]]:
     """Play one segment: position, log return, costs, value traded and borrowing per decision, (H, N) each."""
@@ -191,22 +193,22 @@ def _played(
         account = env.account
         before.append(torch.stack((account.units, account.log_equity, account.target)))
         accounts = env.account_observations()
-        parts, number = [], 0
-        for head, market_share, count in zip(heads, projected, accounts_of, strict=True):
+        actions, first = [], 0
+        for head, market_share, count in zip(heads, projected, accounts_per_head, strict=True):
             size = market_share.shape[1]
-            own = accounts[number : number + count * size].unflatten(0, (count, size))
-            parts.append(head.decide(market_share[h], own)[0].argmax(-1).flatten())
-            number += count * size
-        env.step(torch.cat((*parts, rules[h])))
+            own = accounts[first : first + count * size].unflatten(0, (count, size))
+            actions.append(head.decide(market_share[h], own)[0].argmax(-1).flatten())
+            first += count * size
+        env.step(torch.cat((*actions, rules[h])))
         fills.append(env.last_fill)
     units, equity, held = torch.stack(before, dim=1)
     equity = equity.exp()
-    log_return, traded, costs, owed = torch.stack(fills, dim=1)
-    # A new target is reached exactly; the same one again trades nothing, and the exposure has drifted.
+    log_return, traded, costs, borrowing = torch.stack(fills, dim=1)
+    # A new target is reached exactly; repeating a target trades nothing, so the exposure has drifted.
     targets = torch.tensor([*env.config.positions, 0.0], dtype=env.dtype, device=env.device)
     chosen = targets[env.segment.held.long()]
     position = torch.where(chosen == held, units * env.segment.price[:-1] / equity, chosen)
-    columns = (position, log_return, (costs + owed) / equity, traded / equity, owed / equity)
+    columns = (position, log_return, (costs + borrowing) / equity, traded / equity, borrowing / equity)
     return [column.cpu().numpy() for column in columns]
 
 

@@ -1,4 +1,4 @@
-"""The examiner: scores every checkpoint on the held-out days, and decides who is the champion."""
+"""The examiner: scores every checkpoint on the held-out days and chooses the champion."""
 
 from __future__ import annotations
 
@@ -35,20 +35,19 @@ NEVER_NS = 2**62
 
 @dataclass(frozen=True)
 class Exam:
-    """One checkpoint's exam; empty on ranks that did not hold it, and where none could be held."""
+    """One checkpoint's exam; empty on all ranks but 0, and if no exam was possible."""
 
     figures: dict[str, float] = field(default_factory=dict)  # metrics; see docs/metrics.md
-    record: dict[str, Any] = field(
-        default_factory=dict
-    )  # for the checkpoint: its ledger line, figures per symbol
-    lines: list[str] = field(default_factory=list)  # what people read
+    # For the checkpoint: its ledger line, and the measures per symbol.
+    record: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)  # for people
 
 
 @dataclass(frozen=True)
 class _Best:
-    """The champion's walks and what they hold for; they are played again only when that changes."""
+    """The champion's walks and what they depend on; they are repeated only when that changes."""
 
-    file: tuple[int, int, int]  # inode, time of change, size
+    file: tuple[int, int, int]  # inode, modification time, size
     fingerprint: str  # of the bars
     start_ns: int
     name: str
@@ -56,22 +55,22 @@ class _Best:
     walks: list[Walk]
 
 
-class _BrokenOff(Exception):
-    """The program is asked to stop now: what was learnt is saved without an exam."""
+class _Stopped(Exception):
+    """The program was asked to stop now: the checkpoint is saved without an exam."""
 
 
 class Examiner:
-    """Holds exams on rank 0 while the others wait; changes nothing that training depends on.
+    """Examines policies on rank 0 while the others wait; changes nothing that training depends on.
 
-    What keeps one from being held is a line, never an end of the training.
+    If no exam is possible, the reason is logged, and training continues.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, control: Control) -> None:
-        """``folder`` is that of the checkpoints."""
+        """``folder`` holds the checkpoints."""
         self._folder = folder
         self._ranks = ranks
         self._control = control
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._best: _Best | None = None
 
     def examine(
@@ -80,10 +79,10 @@ class Examiner:
         """Score the trainer's policy on the bars that it was never trained on (all ranks).
 
         Args:
-            trainer: its policy and market.
-            progress: where the training stands.
-            fingerprint: of the run's bars.
-            writer: the exam before this one is on record once it is done.
+            trainer: has the policy and the market.
+            progress: of the training.
+            fingerprint: digest of the run's bars.
+            writer: is waited for, so that the previous exam is in the ledger.
         """
         policy = trainer.full_policy()
         if not self._ranks.is_first:
@@ -93,9 +92,9 @@ class Examiner:
         writer.finish()
         exam = Exam()
         try:
-            exam = self._held(trainer, policy, progress, fingerprint)
-        except _BrokenOff:
-            log.info("No exam: asked to stop meanwhile")
+            exam = self._examine(trainer, policy, progress, fingerprint)
+        except _Stopped:
+            log.info("No exam: asked to stop")
         except OSError as error:
             log.warning(f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}")
         self._ranks.any(False)
@@ -104,9 +103,11 @@ class Examiner:
     def _check_stop(self) -> None:
         heartbeat()
         if self._control.stop_level >= STOP_NOW:
-            raise _BrokenOff
+            raise _Stopped
 
-    def _held(self, trainer: Trainer, policy: Policy, progress: TrainingProgress, fingerprint: str) -> Exam:
+    def _examine(
+        self, trainer: Trainer, policy: Policy, progress: TrainingProgress, fingerprint: str
+    ) -> Exam:
         began = time.monotonic()
         path = self._folder / checkpoint.BEST
         file, obstacle, read, start_ns = _identity(path), "", None, progress.trained_until_ns
@@ -135,16 +136,16 @@ class Examiner:
                 check_stop=self._check_stop,
             )
         except (NoSegment, torch.OutOfMemoryError) as error:
-            self._tell_once(_why_none(error, start_ns, trainer))
+            self._log_once(_reason_for_none(error, start_ns, trainer))
             return Exam()
         if read and file:
             name, until_ns = read.name, read.trained_until_ns
             best = self._best = _Best(file, fingerprint, start_ns, name, until_ns, walks[CHAMPION])
         if best:
             walks = {POLICY: walks[POLICY], CHAMPION: best.walks} | walks
-        return self._judged(walks, progress, fingerprint, best.name if best else "", obstacle, began)
+        return self._judge(walks, progress, fingerprint, best.name if best else "", obstacle, began)
 
-    def _judged(
+    def _judge(
         self,
         walks: Contestants,
         progress: TrainingProgress,
@@ -154,22 +155,22 @@ class Examiner:
         began: float,
     ) -> Exam:
         """Turn walks into figures, a verdict, and a decision about the champion."""
-        name = checkpoint.name_of(progress.run, progress.epoch)
+        challenger = checkpoint.name_of(progress.run, progress.epoch)
         key = {"run": progress.run, "epoch": progress.epoch, "data": fingerprint}
-        on_record = set(map(ledger.key_of, ledger.read(self._folder / ledger.NAME)))
-        num_trials = len(on_record | {ledger.key_of(key)})
-        pooled = {who: measure(own) for who, own in walks.items()}
-        others = {who: measures for who, measures in pooled.items() if who != POLICY}
+        recorded = set(map(ledger.key_of, ledger.read(self._folder / ledger.NAME)))
+        num_trials = len(recorded | {ledger.key_of(key)})
+        pooled = {name: measure(own) for name, own in walks.items()}
+        others = {name: measures for name, measures in pooled.items() if name != POLICY}
         judgement = verdict(pooled[POLICY], others, num_trials)
         promoted, reason = False, obstacle
         if not obstacle:
-            # The first champion has nobody to beat but cash.
+            # The first champion has only cash to beat.
             promoted, reason = beats(walks[POLICY], walks[CHAMPION if champion_name else ALWAYS_FLAT])
             reason = f"against {champion_name or 'always flat, as there is no champion'}: {reason}"
         line = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **key,
-            "checkpoint": name,
+            "checkpoint": challenger,
             "champion": champion_name or None,
             "first": str(min(walk.time[0] for walk in walks[POLICY]))[:16],
             "last": str(max(walk.time[-1] for walk in walks[POLICY]))[:16],
@@ -181,34 +182,34 @@ class Examiner:
             "sharpe_bar": judgement.sharpe_bar,
             "decision": champion.PROMOTED if promoted else champion.REFUSED,
             "reason": reason,
-            "pooled": {who: asdict(measures) for who, measures in pooled.items()},
+            "pooled": {name: asdict(measures) for name, measures in pooled.items()},
         }
         symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
         seconds = time.monotonic() - began
-        decision = f"{name} from now on" if promoted else f"still {champion_name or 'none'}"
-        if ledger.key_of(key) in on_record:
-            decision, reason = "decided before", "this exam is on record already"
+        decision = f"{challenger} from now on" if promoted else f"still {champion_name or 'none'}"
+        if ledger.key_of(key) in recorded:
+            decision, reason = "decided before", "this exam is already in the ledger"
         lines = [
-            f"Exam: {in_words(pooled, len(symbols))}, {judgement} ({seconds:.1f} s)",
+            f"Exam: {_summary(pooled, len(symbols))}, {judgement} ({seconds:.1f} s)",
             f"Champion: {decision}, {reason}",
         ]
         figures = _figures(pooled, judgement, num_trials, promoted)
         figures |= {"exam/symbols": len(symbols), "exam/seconds": seconds}
         return Exam(figures, {"line": line, "symbols": symbols}, lines)
 
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told:
+    def _log_once(self, text: str) -> None:
+        if text not in self._logged:
             log.info(text)
-            self._told.add(text)
+            self._logged.add(text)
 
 
-def in_words(pooled: Mapping[str, Measures], num_symbols: int) -> str:
-    """Say what an exam measured: days, symbols, returns of everybody, the policy's Sharpe ratio."""
+def _summary(pooled: Mapping[str, Measures], num_symbols: int) -> str:
+    """Put an exam into words: days, symbols, all returns, the policy's Sharpe ratio."""
     policy = pooled[POLICY]
     others = ", ".join(
-        f"{who} {measures.total_return:+.1%}"
-        for who, measures in pooled.items()
-        if who not in (POLICY, ALWAYS_FLAT)
+        f"{name} {measures.total_return:+.1%}"
+        for name, measures in pooled.items()
+        if name not in (POLICY, ALWAYS_FLAT)
     )
     days = "1 day" if policy.num_days == 1 else f"{policy.num_days} days"
     symbols = "1 symbol" if num_symbols == 1 else f"{num_symbols:,} symbols"
@@ -222,7 +223,7 @@ def in_words(pooled: Mapping[str, Measures], num_symbols: int) -> str:
 def _figures(
     pooled: Mapping[str, Measures], judgement: Verdict, num_trials: int, promoted: bool
 ) -> dict[str, float]:
-    # The names are explained in docs/metrics.md; what has no value is not a number there.
+    # docs/metrics.md explains the names; figures without a value are NaN.
     policy = pooled[POLICY]
     sharpe_low, sharpe_high = policy.sharpe_interval or (math.nan, math.nan)
     low, high = policy.mean_daily_interval or (math.nan, math.nan)
@@ -255,7 +256,7 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _why_none(error: Exception, start_ns: int, trainer: Trainer) -> str:
+def _reason_for_none(error: Exception, start_ns: int, trainer: Trainer) -> str:
     if not isinstance(error, NoSegment):
         return f"No exam: the GPU's memory is full. {str(error).splitlines()[0]}"
     bars = trainer.env.config.horizon + 2

@@ -1,8 +1,8 @@
-"""What a walk was worth: return, risk and how sure one can be, from the walks alone.
+"""What a walk was worth: return, risk and their uncertainty, from the walks alone.
 
-A pool of walks has equal money in every symbol at the start and moves none between them later. Its days are the
-UTC days of crypto and the New York sessions of stocks, each under its date; a decision counts on the day on which
-it filled, so the night after the last bar belongs to that bar. The first and last day may be parts of a day.
+A pool of walks starts with equal money in every symbol and never moves any between them. Its days are UTC days
+of crypto and New York sessions of stocks, by date; a decision counts on the day on which it filled, so the night
+after the last bar belongs to that bar. The first and last day may be partial.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from evaluation.exam import Walk
 
-# Fewer days say nothing about a Sharpe ratio or an interval: those are None then.
+# With fewer days, Sharpe ratios and intervals are None: they would mean nothing.
 LEAST_DAYS = 5
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
-# Days of a year on which returns come: of a pool with crypto in it, all; of stocks alone, the sessions.
+# Days per year with returns: all for a pool with crypto in it, only the sessions for one of stocks.
 CRYPTO_DAYS_PER_YEAR, STOCK_DAYS_PER_YEAR = 365, 252
-# New York is 4 or 5 hours behind UTC and its longest session lasts from 04:00 to 20:00 there: five hours before,
-# all of it lies in one UTC day, in summer and in winter.
+# New York is 4 or 5 hours behind UTC, and its longest session lasts from 04:00 to 20:00 there: shifted by five
+# hours, all of it lies in one UTC day, in summer and in winter.
 SESSION_SHIFT = np.timedelta64(5, "h")
 
 Interval = tuple[float, float]
@@ -31,19 +31,19 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Measures:
-    """Figures of a walk or a pool, net of all costs; None where days are too few or a figure has no value."""
+    """Figures of a walk or a pool, net of all costs; None with too few days or without a value."""
 
     total_return: float  # of the money at the start
     mean_daily_return: float
     mean_daily_interval: Interval | None  # 95 %, by bootstrap over days
-    sharpe: float | None  # per year; None without any variance, too
+    sharpe: float | None  # per year; None also without any variance
     sharpe_interval: Interval | None
-    sortino: float | None  # per year; None without a losing day, too
-    max_drawdown: float  # from a peak of equity down, 0 to 1, at the opens
+    sortino: float | None  # per year; None also without a losing day
+    max_drawdown: float  # from a peak of equity, 0 to 1, at the opens
     turnover: float  # value traded per day, in equities
-    time_in_market: float  # share of decisions after which something was held
+    time_in_market: float  # share of decisions that led to a position
     hit_rate: float  # share of days with a gain
-    costs: float  # all that was paid, as a fraction of equity at each payment, added up
+    costs: float  # sum of all payments, each as a fraction of equity at that time
     num_days: int
     days_per_year: int  # of Sharpe and Sortino
 
@@ -83,7 +83,7 @@ def measure(walks: Sequence[Walk]) -> Measures:
 
 
 def equity_curve(walks: Sequence[Walk]) -> tuple[NDArray[np.datetime64], NDArray[np.float64]]:
-    """Return the pool's equity after each decision of any walk, and the times at which those filled.
+    """Return the times at which decisions of any walk filled, and the pool's equity after each of them.
 
     Both begin with the start: equity 1 at the first fill.
 
@@ -100,7 +100,7 @@ def equity_curve(walks: Sequence[Walk]) -> tuple[NDArray[np.datetime64], NDArray
 
 
 def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:
-    """Return the pool's return on every day of any walk, and the days of a year.
+    """Return the pool's return on every day of any walk, and the number of such days per year.
 
     Raises:
         ValueError: there is no walk.
@@ -118,7 +118,7 @@ def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:
 
 
 def days_of_fills(walk: Walk) -> NDArray[np.datetime64]:
-    """Return the day on which each decision counts, (T,) dates: UTC days, of stocks New York sessions."""
+    """Return the day on which each decision counts, (T,) dates: UTC days, or New York sessions of stocks."""
     time = walk.time if walk.asset_class == "crypto" else walk.time - SESSION_SHIFT
     return time.astype("datetime64[D]")
 
@@ -126,8 +126,8 @@ def days_of_fills(walk: Walk) -> NDArray[np.datetime64]:
 def resampled_days(num_days: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
     """Draw days for a stationary bootstrap (Politis and Romano 1994), (resamples, num_days) indices.
 
-    Runs of neighbouring days of random length, cube root of ``num_days`` in the mean, keep what a day has to do
-    with the one before. Seeded: the same number of days gives the same draws, so that differences are paired.
+    Runs of neighbouring days, of random length with a mean of the cube root of ``num_days``, keep the dependence
+    of a day on the one before. Seeded: the same number of days gives the same draws, so differences are paired.
     """
     random = np.random.default_rng(seed)
     new_run = random.random((resamples, num_days)) < 1.0 / max(1.0, num_days ** (1 / 3))
@@ -143,7 +143,7 @@ def _sharpe(daily: NDArray[np.float64], year: float) -> NDArray[np.float64]:
     if daily.shape[1] < 2:
         return np.full(len(daily), np.nan)
     deviation = daily.std(axis=1, ddof=1)
-    # Equal returns differ by rounding when they come as quotients of equity.
+    # As quotients of equity, equal returns differ by rounding.
     deviation[deviation <= 1e-12] = np.nan
     return daily.mean(axis=1) / deviation * year
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: what it was trained on, how it learned, who is the champion beside it."""
+"""Where a checkpoint comes from: its data, its training curves, and the champion in its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DAY_NS = 86_400 * 10**9
 
 
 def champion_beside(trained: TrainedPolicy, start_ns: int) -> tuple[Checkpoint | None, list[str]]:
-    """Read the champion in the checkpoint's folder; return None if there is none to compare, and a note."""
+    """Read the champion in the checkpoint's folder; return it, or None if it cannot be compared, and a note."""
     path, this = trained.checkpoint.path.parent / BEST, trained.checkpoint
     if not path.exists():
         return None, [f"There is no champion beside it: {BEST} does not exist."]
@@ -44,30 +44,30 @@ def num_trials(checkpoint: Checkpoint, fingerprint: str) -> int:
 
 
 def training_rows(trained: TrainedPolicy) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the epochs up to the checkpoint from metrics.jsonl; where it cannot be, say why."""
+    """Read the epochs up to the checkpoint from metrics.jsonl; return them, and notes if that is impossible."""
     path = Path(trained.settings.log_dir) / "metrics.jsonl"
     rows: dict[tuple[int, int], dict[str, Any]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return [], [f"No training curves: {path} cannot be read; --log-dir says where it is."]
+        return [], [f"No training curves: {path} cannot be read; give its folder with --log-dir."]
     for line in lines:
         try:
             row = json.loads(line)
-            # An epoch that was played again counts as it was the last time.
+            # The last record of an epoch counts, should it have been repeated.
             rows[(row["run"], row["epoch"])] = row
         except (ValueError, TypeError, KeyError):
-            continue  # a line that a kill tore
+            continue  # torn by a kill
     here = (trained.checkpoint.run, trained.checkpoint.epoch)
     if rows.get(here, {}).get("transitions") != trained.checkpoint.transitions:
-        return [], [f"No training curves: {path} is not of the training that wrote this checkpoint."]
+        return [], [f"No training curves: {path} belongs to another training than this checkpoint."]
     return [rows[place] for place in sorted(rows) if place <= here], []
 
 
 def how_it_was_made(
     trained: TrainedPolicy, data: LoadedData, num_symbols: int, device: torch.device
 ) -> dict[str, str]:
-    """Say what a report should be repeated with."""
+    """Return what is needed to reproduce a report."""
     checkpoint, settings = trained.checkpoint, trained.settings
     slippage = f"{settings.slippage_bps:g} bps"
     if settings.range_slippage or settings.volume_slippage:

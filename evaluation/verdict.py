@@ -1,4 +1,4 @@
-"""The verdict: whether an exam shows an edge, or what luck, the market and enough trials would show as well."""
+"""The verdict: whether an exam shows an edge, or only what luck, the market or many trials would show too."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from evaluation.exam import CHAMPION, Walk
 from evaluation.measures import LEAST_DAYS, Measures, daily_returns, resampled_days
 
 EULER_GAMMA = 0.5772156649015329
-# A challenger must have earned more than the champion in so many of the resampled histories.
+# A challenger must have earned more than the champion in this share of the resampled histories.
 CERTAINTY = 0.95
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``edge``, or not and why."""
+    """Whether there is an edge, and why or why not."""
 
     edge: bool
     reason: str
-    sharpe_bar: float  # yearly; what the best of so many trials is expected to show without any edge
+    sharpe_bar: float  # per year; expected of the best of so many trials without any edge
 
     def __str__(self) -> str:
         return f"{'edge' if self.edge else 'no edge'}: {self.reason}"
 
 
 def expected_best_sharpe(num_trials: int, num_days: int, days_per_year: int) -> float:
-    """Return the yearly Sharpe ratio that the best of so many trials shows by luck alone; 0 for a single one.
+    """Return the yearly Sharpe ratio that the best of so many trials shows by luck alone; 0 for a single trial.
 
     The expected maximum of independent trials (Bailey and Lopez de Prado 2014, "The Deflated Sharpe Ratio",
-    equation 1), each a Sharpe ratio without edge: mean 0, variance 1 / num_days a day (Lo 2002). The trials of one
-    training resemble each other, so the bar is rather high than low.
+    equation 1), each with a Sharpe ratio without edge: mean 0, variance 1 / num_days a day (Lo 2002). The trials
+    of one training resemble each other, so the bar is too high rather than too low.
     """
     if num_trials < 2:
         return 0.0
@@ -50,8 +50,8 @@ def verdict(policy: Measures, others: Mapping[str, Measures], num_trials: int) -
     every baseline; the Sharpe ratio is above what the best of ``num_trials`` trials would show by luck.
 
     Args:
-        policy: its pooled figures.
-        others: of the baselines, by name; a champion among them does not count here.
+        policy: its pooled measures.
+        others: measures of the baselines, by name; those of a champion are ignored.
         num_trials: exams so far, this one included.
     """
     bar = expected_best_sharpe(num_trials, policy.num_days, policy.days_per_year)
@@ -79,9 +79,9 @@ def verdict(policy: Measures, others: Mapping[str, Measures], num_trials: int) -
 
 
 def beats(challenger: Sequence[Walk], other: Sequence[Walk]) -> tuple[bool, str]:
-    """Tell whether a challenger earned more than another one on the same days, surely enough, and say so in words.
+    """Return whether a challenger surely earned more than another contestant on the same days, and the reason.
 
-    Both are pooled; the differences of their days are resampled together.
+    Both are pooled; the differences of their days are resampled.
 
     Raises:
         ValueError: there is no walk.

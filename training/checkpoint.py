@@ -136,7 +136,7 @@ class Checkpoint:
         """
         path = self.path
         if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(self.model)):
-            raise CheckpointError(f"{path} was not saved: its weights are not finite. Training goes on.")
+            raise CheckpointError(f"{path} was not saved: its weights are not finite. Training continues.")
         assert self.resume is not None
         weights = {"format": FORMAT} | {key: getattr(self, key) for key in _WEIGHTS_KEYS}
         resume = {key: getattr(self.resume, key) for key in _keys(ResumeState)}
@@ -146,11 +146,11 @@ class Checkpoint:
             write_atomically(self._resume_path, lambda file: torch.save(resume, file))
             write_atomically(path, lambda file: torch.save(weights, file))
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} was not saved: {_reason(error)}. Training goes on.") from error
+            raise CheckpointError(f"{path} was not saved: {_reason(error)}. Training continues.") from error
         try:
             prune(path.parent, keep)
         except OSError as error:
-            log.warning(f"old checkpoints stay: {_reason(error)}")
+            log.warning(f"old checkpoints were not removed: {_reason(error)}")
 
     def policy(self, device: torch.device, bf16: bool) -> Policy:
         """Build the policy with these weights, in evaluation mode; random streams are left as they are.
@@ -312,7 +312,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     if weights_only:
         warnings.append(
             f"{weights_only.path} has no resume state left: its weights are used, "
-            "optimizer and accounts start anew"
+            "optimizer and accounts start afresh"
         )
     return weights_only, warnings
 

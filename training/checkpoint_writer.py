@@ -89,7 +89,7 @@ class CheckpointWriter:
             try:
                 sweep_unfinished(folder)
             except OSError as error:
-                log.warning(f"leftovers of a killed start stay in {folder}: {error.strerror}")
+                log.warning(f"temporary files of a killed start stay in {folder}: {error.strerror}")
 
     def __enter__(self) -> CheckpointWriter:
         return self

@@ -212,7 +212,7 @@ def test_an_epoch_that_is_played_again_is_one_trial(training: Training) -> None:
     assert exam.figures["exam/trials"] == 2
     assert (training.folder / ledger.NAME).read_bytes() == before
     assert training.best == (1, 1)
-    assert "decided before, this exam is on record already" in training.output
+    assert "decided before, this exam is already in the ledger" in training.output
 
 
 def test_a_kill_between_the_checkpoint_and_the_ledger_loses_no_decision(training: Training) -> None:
@@ -261,7 +261,7 @@ def test_a_full_disk_is_a_warning_and_a_refusal(training: Training, monkeypatch:
     )
     assert training.best is None
     told = training.output
-    assert "Warning: run1_epoch1.pt was to become the champion, but best.pt was not written" in told
+    assert "Warning: run1_epoch1.pt should have become the champion, but best.pt was not written" in told
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "append", full)
         training.examined()
@@ -287,7 +287,7 @@ def test_what_a_full_disk_kept_off_the_record_follows_in_order(
         patch.setattr(ledger, "append", full)
         for _ in range(2):
             champion.apply_decision(saved[0], pending)
-    assert training.output.count("it is tried again with the next checkpoint") == 2
+    assert training.output.count("the next checkpoint tries again") == 2
     assert not path.exists() and training.best == (1, 1)
     champion.apply_decision(saved[1], pending)
     assert path.read_bytes() == whole
@@ -313,7 +313,7 @@ def test_a_wish_to_stop_now_breaks_an_exam_off(training: Training, monkeypatch: 
     training.holds("long")
     monkeypatch.setattr(Control, "stop_level", STOP_NOW)
     assert training.examined() == Exam()
-    assert "No exam: asked to stop meanwhile" in training.output
+    assert "No exam: asked to stop" in training.output
     assert training.ledger == [] and training.best is None
     assert Checkpoint.read(training.folder / "run1_epoch1.pt").exam == {}
 

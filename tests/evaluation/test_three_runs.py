@@ -33,7 +33,7 @@ FLAGS = {
     "checkpoint_every": 2,
 }
 WITHOUT_EXAMS = (
-    "from training.evaluation import examiner as e; e.Examiner.examine = lambda *_: e.Exam()\n"
+    "from evaluation import examiner as e; e.Examiner.examine = lambda *_: e.Exam()\n"
     "import continuous_training; continuous_training.main()"
 )
 NEWEST = np.datetime64("2026-01-31T23:59", "ns").astype(np.int64)

@@ -152,7 +152,7 @@ def test_a_file_that_somebody_else_removes_meanwhile_is_gone_and_that_is_all(
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"was not saved: .*Training goes on\."):
+    with pytest.raises(CheckpointError, match=r"was not saved: .*Training continues\."):
         save(tmp_path / "file", 1, 1)
 
 

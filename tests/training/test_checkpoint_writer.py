@@ -136,7 +136,7 @@ def test_where_even_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(
     for epoch in (1, 2):
         state(small_disk, 1, epoch, mebibytes=2).save(keep=16)
     before = sorted(path.name for path in small_disk.rglob("*"))
-    with pytest.raises(files.CheckpointError, match=r"the disk is full\. Training goes on\."):
+    with pytest.raises(files.CheckpointError, match=r"the disk is full\. Training continues\."):
         state(small_disk, 1, 3, mebibytes=20).save(keep=16)
     assert (sorted(path.name for path in small_disk.rglob("*")), caplog.messages) == (before, [])
 
@@ -155,7 +155,7 @@ def test_training_on_a_full_disk_goes_on_and_saves_when_there_is_room(
         start.ends_well()
     finally:
         start.kill()
-    assert "run1_epoch2.pt was not saved: the disk is full. Training goes on." in start.output
+    assert "run1_epoch2.pt was not saved: the disk is full. Training continues." in start.output
     # The one that is owed does not wait for the next even epoch to try again.
     assert "run1_epoch3.pt was not saved: the disk is full" in start.output
     assert "run1_epoch60.pt" in start.lines[-1]
