@@ -42,7 +42,7 @@ from tests.program import (
     tiny_flags,
     written_to,
 )
-from training.progress import Clock
+from training.progress import TrainingProgress
 
 SIZES = list(itertools.product((200, 100, 60, 33, 12, 1), (60, 40, 24, 13, 5, 1)))
 NOW_NS = 1_767_225_600 * 10**9
@@ -384,7 +384,7 @@ def test_a_terminal_on_which_none_is_wanted_gets_lines(
         monkeypatch.setattr(sys, "stdout", terminal)
         with Console(tmp_path) as console:
             settings = Settings(dashboard=wanted, checkpoint_dir=str(tmp_path))
-            console.begin(settings, Clock(), "1 x cpu", Control())
+            console.begin(settings, TrainingProgress(), "1 x cpu", Control())
             console.epoch(row(1), 200)
     written = written_to(ours)
     os.close(ours)
