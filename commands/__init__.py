@@ -120,10 +120,12 @@ def evaluate_command(
     """Hold the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
     from commands import evaluate  # matplotlib takes a second, and no training needs it
 
-    asked = evaluate.Asked.read(first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh)
+    options = evaluate.EvaluateOptions.parse(
+        first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh
+    )
     try:
         with Console(Path(trained.settings.log_dir)) as console:
-            evaluate.command(trained, asked, console)
+            evaluate.command(trained, options, console)
     except ExitProgram as reason:
         exit_with(reason.code, str(reason))
     except OSError as error:

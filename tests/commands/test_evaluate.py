@@ -1,4 +1,4 @@
-"""``evaluate``: the exam on demand, for what was asked and nothing else; what is wrong is told in one line."""
+"""``evaluate``: an exam on demand, as the options say; a mistake is one line."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FLAGS = {
 }
 NAME = "run1_epoch2"
 FOLDER = "run1-epoch2_2026-01-31_2026-01-31"
-# Never ends by itself: whoever waits for its first segment finds it at work.
+# Never ends by itself: its first segment means that it is at work.
 FOR_EVER = """
 import sys, time
-from training.evaluation import evaluate
+from commands import evaluate
 def examine(*_, on_segment, **__):
     on_segment(1, 100)
     while True:
@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ask(trained: Path) -> Callable[..., Result]:
-    """Ask for an evaluation as on the command line, in this process."""
+    """Evaluate as on the command line, in this process."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(checkpoint_command_from(Settings, evaluate_command))
 
@@ -85,15 +85,15 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "as_svg", lambda figure, name: "")
 
 
-def told_of(folder: Path) -> dict[str, Any]:
-    """What the one report in a folder says."""
+def report_in(folder: Path) -> dict[str, Any]:
+    """Read the only report in a folder."""
     (path,) = folder.glob("*/report.json")
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return told
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
 
 
-def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+def is_same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 
 
 # --- what is written --------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_the_report_is_one_folder(reported: tuple[Path, Result]) -> None:
     assert "2 epochs up to this checkpoint" in page.text
 
 
-def test_the_terminal_says_what_came_out(reported: tuple[Path, Result]) -> None:
+def test_the_terminal_shows_the_result(reported: tuple[Path, Result]) -> None:
     folder, result = reported
     lines = result.output.splitlines()
     assert lines[0] == f"Evaluating {NAME}.pt on 2 symbols, 2026-01-30 23:59 to 2026-02-01 00:00 UTC"
@@ -124,21 +124,21 @@ def test_the_terminal_says_what_came_out(reported: tuple[Path, Result]) -> None:
 
 def test_it_is_the_exam_of_the_training(trained: Path, ask: Callable[..., Result], tmp_path: Path) -> None:
     assert ask(tmp_path, "--costs", "").exit_code == 0
-    told, exam = told_of(tmp_path), checkpoint(trained, f"{NAME}.pt")["exam"]["line"]
-    assert told["cost_ladder"] == []
-    assert told["trials"] == exam["trials"]
-    assert told["first"][:16] == exam["first"] and told["last"][:16] == exam["last"]
-    assert told["verdict"]["reason"] == exam["verdict_reason"]
+    report, exam = report_in(tmp_path), checkpoint(trained, f"{NAME}.pt")["exam"]["line"]
+    assert report["cost_ladder"] == []
+    assert report["trials"] == exam["trials"]
+    assert report["first"][:16] == exam["first"] and report["last"][:16] == exam["last"]
+    assert report["verdict"]["reason"] == exam["verdict_reason"]
     for name in ("policy", "buy and hold", "momentum"):
-        assert told["pooled"][name] == pytest.approx(exam["pooled"][name])
+        assert report["pooled"][name] == pytest.approx(exam["pooled"][name])
 
 
 def test_a_flat_cost_as_high_as_fee_and_slippage_gives_the_same_walk(reported: tuple[Path, Result]) -> None:
-    told = told_of(reported[0])
-    free, paid = told["cost_ladder"]
+    report = report_in(reported[0])
+    free, paid = report["cost_ladder"]
     assert (free["bps"], paid["bps"]) == (0.0, 6.0)  # 5 bps of fee and 1 of slippage
     assert {name: value for name, value in paid.items() if name != "bps"} == pytest.approx(
-        told["pooled"]["policy"]
+        report["pooled"]["policy"]
     )
     assert free["costs"] < paid["costs"]
 
@@ -154,25 +154,25 @@ def test_nothing_of_the_training_is_changed(
     assert state() == before
 
 
-def test_the_same_question_has_the_same_answer(
+def test_evaluating_twice_gives_the_same_report(
     reported: tuple[Path, Result], ask: Callable[..., Result], tmp_path: Path
 ) -> None:
     assert ask(tmp_path, "--costs", "0,6").exit_code == 0
-    again, told = told_of(tmp_path), told_of(reported[0])
-    assert again.pop("made") | {"made": ""} == told.pop("made") | {"made": ""}
-    assert is_same(again, told)
+    again, report = report_in(tmp_path), report_in(reported[0])
+    assert again.pop("made") | {"made": ""} == report.pop("made") | {"made": ""}
+    assert is_same(again, report)
 
 
 def test_symbols_dates_costs_and_fees_can_be_chosen(ask: Callable[..., Result], tmp_path: Path) -> None:
-    # Later days of the simulated market are there for who asks, as new bars of another source would be.
+    # The simulated market has later days too, as another source would have new bars.
     words = "--from 2026-02-02 --to 2026-02-02 --symbols SIM001 --plot-symbols SIM001 --costs 3 --crypto-fee-bps 0"
     result = ask(tmp_path, *words.split())
     assert result.exit_code == 0, result.output
-    told = told_of(tmp_path)
-    assert [row["symbol"] for row in told["symbols"]] == ["SIM001"]
-    assert told["first"][:10] == told["last"][:10] == "2026-02-02"
-    assert told["made"]["fees"] == "stocks 0.5 bps, crypto 0 bps of traded value"
-    assert [rung["bps"] for rung in told["cost_ladder"]] == [3.0]
+    report = report_in(tmp_path)
+    assert [row["symbol"] for row in report["symbols"]] == ["SIM001"]
+    assert report["first"][:10] == report["last"][:10] == "2026-02-02"
+    assert report["made"]["fees"] == "stocks 0.5 bps, crypto 0 bps of traded value"
+    assert [rung["bps"] for rung in report["cost_ladder"]] == [3.0]
     assert (tmp_path / "run1-epoch2_2026-02-02_2026-02-02" / "symbol1_SIM001.png").exists()
 
 
@@ -180,8 +180,8 @@ def test_days_of_the_training_are_shown_with_a_stamp_only(ask: Callable[..., Res
     result = ask(tmp_path, "--from", "2026-01-30", "--to", "2026-01-30", "--costs", "", "--allow-overlap")
     assert result.exit_code == 0, result.output
     assert "Not an exam: it was trained on some of these days." in result.output
-    told = told_of(tmp_path)
-    assert told["overlaps_training"] is True and told["verdict"]["edge"] is False
+    report = report_in(tmp_path)
+    assert report["overlaps_training"] is True and report["verdict"]["edge"] is False
     (page,) = tmp_path.glob("*/report.html")
     assert "OVERLAPS TRAINING" in Page(page.read_bytes()).text
 
@@ -221,7 +221,7 @@ def test_days_of_the_training_are_shown_with_a_stamp_only(ask: Callable[..., Res
         ("--crypto-fee-bps x", "crypto_fee_bps='x' must be a number"),
     ],
 )
-def test_what_cannot_be_asked_is_told_in_one_line(
+def test_an_invalid_option_is_reported_in_one_line(
     ask: Callable[..., Result], tmp_path: Path, words: str, message: str
 ) -> None:
     result = ask(tmp_path, *words.split())
@@ -231,7 +231,7 @@ def test_what_cannot_be_asked_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lake_without_bars_is_told(ask: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_lake_without_bars_is_reported(ask: Callable[..., Result], tmp_path: Path) -> None:
     result = ask(tmp_path / "reports", "--sources", "binance", "--data-dir", tmp_path / "lake")
     assert result.exit_code == 3
     assert result.output.startswith(f"No bars are in {tmp_path / 'lake'}: fetch them with --refresh")
@@ -267,7 +267,7 @@ def of_another_model(weights: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_a_checkpoint_of_another_program_is_told(
+def test_a_checkpoint_of_another_program_is_reported(
     trained: Path,
     ask: Callable[..., Result],
     tmp_path: Path,
@@ -285,11 +285,11 @@ def test_a_checkpoint_of_another_program_is_told(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99, None])
-def test_a_file_that_is_no_checkpoint_is_told(
+def test_a_file_that_is_no_checkpoint_is_reported(
     trained: Path, ask: Callable[..., Result], tmp_path: Path, share: float | None
 ) -> None:
     path = tmp_path / "torn.pt"
-    if share is not None:  # else there is none
+    if share is not None:  # else there is no file
         content = (trained / "checkpoints" / f"{NAME}.pt").read_bytes()
         path.write_bytes(content[: int(share * len(content))])
     result = ask(tmp_path / "reports", path=path)
@@ -305,17 +305,17 @@ def test_the_state_for_the_next_start_is_no_checkpoint(
     assert result.exit_code == 2 and "has format None, this program reads 1" in result.output
 
 
-def test_a_report_that_cannot_be_written_is_told(ask: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_reported(ask: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "reports").write_text("a file")
     result = ask(tmp_path / "reports", "--costs", "")
     assert result.exit_code == 1
     assert "The report was not written: " in result.output
 
 
-# --- broken off -------------------------------------------------------------------------------------------
+# --- aborted ---------------------------------------------------------------------------------------------
 
 
-def test_an_interrupt_leaves_the_report_before_as_it_was(
+def test_an_interrupt_keeps_the_previous_report(
     ask: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--costs", "", "--symbols", "SIM000")
@@ -337,7 +337,7 @@ def test_an_interrupt_leaves_the_report_before_as_it_was(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudoterminal")
-def test_ctrl_c_gives_the_terminal_back(trained: Path, tmp_path: Path) -> None:
+def test_ctrl_c_restores_the_terminal(trained: Path, tmp_path: Path) -> None:
     words = [trained / "checkpoints" / f"{NAME}.pt", "--report-dir", tmp_path / "reports"]
     start = Start(tmp_path / "out", ["-c", FOR_EVER, "evaluate", *words], terminal=True)
     try:
@@ -351,5 +351,5 @@ def test_ctrl_c_gives_the_terminal_back(trained: Path, tmp_path: Path) -> None:
     assert "Aborted; no report was written" in start.output
     assert "Traceback" not in start.output
     shown = (tmp_path / "out").read_bytes()
-    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")  # the cursor is there again
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")  # the cursor is visible again
     assert not (tmp_path / "reports").exists()

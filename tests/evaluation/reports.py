@@ -58,7 +58,7 @@ def report_of(
 
 def files_of(report: Report) -> dict[str, bytes]:
     """Everything that is written of a report, by name."""
-    return dict(evaluate.files_of(report, NullProgress()))
+    return dict(evaluate.render_files(report, NullProgress()))
 
 
 class Page(HTMLParser):
