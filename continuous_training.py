@@ -7,14 +7,10 @@ one for a single start, such as ``bash START_CONTINUOUS.sh --envs-per-gpu 256``.
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 # The allocator reads this when torch is first imported, hence the imports below it.
@@ -26,11 +22,7 @@ from dotenv import load_dotenv
 
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
 from commands.cli import checkpoint_command_from, command_from, exit_with
-from data_sources.lake.lake import Lake
-from envs.market import Market
-from evaluation import champion
-from evaluation.examiner import Exam, Examiner
-from monitoring.console import Console
+from commands.train import Job
 from runtime.control import (
     EXIT_ABORTED,
     EXIT_CRASH,
@@ -38,31 +30,11 @@ from runtime.control import (
     EXIT_LOCKED,
     EXIT_OK,
     EXIT_SETTING,
-    STOP_AT_EPOCH_END,
-    STOP_NOW,
     Control,
     ExitProgram,
-    heartbeat_thread,
 )
-from training import checkpoint, distributed, validation
-from training.assembly import (
-    holdout_start_ns,
-    market_on_device,
-    memory_plan,
-    unlike,
-)
-from training.checkpoint_writer import CheckpointWriter
-from training.data_feed import Prefetch, fresh_bars, refresh_ahead
-from training.distributed import Ranks, agreed_stop
-from training.memory import DoesNotFit
-from training.metrics import Phases, Stopwatch
-from training.progress import Summary, TrainingProgress
-from training.trainer import Trainer, compile_is_on
+from training import checkpoint, validation
 
-log = logging.getLogger("continuous_training")
-
-MOST_ROLLBACKS = 3  # in one run
-COMPILER_SECONDS = 3600.0  # a compiler that works for longer counts as hanging
 STOCKS = tuple(
     "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
 )
@@ -185,211 +157,36 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def train(settings: Settings, control: Control) -> None:
-    """Train until asked to stop, or until ``settings.runs`` runs are done (all ranks run this)."""
-    with ExitStack() as on_leaving:
-        ranks = on_leaving.enter_context(distributed.start())
-        on_leaving.enter_context(checkpoint.exclusive(Path(settings.checkpoint_dir), ranks.is_first))
-        control.listen()
-        console = on_leaving.enter_context(
-            Console(
-                Path(settings.log_dir) if ranks.is_first else None,
-                log_level=settings.log_level,
-                prometheus_port=settings.prometheus_port,
-            )
-        )
-        phases = Phases(console.phase)
-        prefetch = on_leaving.enter_context(Prefetch(refresh_ahead(settings, ranks)))
-        progress, saved = restored(settings, ranks)
-        writer = on_leaving.enter_context(
-            CheckpointWriter(
-                Path(settings.checkpoint_dir),
-                settings.keep_checkpoints,
-                ranks.is_first,
-                partial(champion.apply_decision, pending=[]),
-            )
-        )
-        examiner = Examiner(Path(settings.checkpoint_dir), ranks, control)
-        summary = Summary(progress.transitions)
-        trainer: Trainer | None = None
-        stopping = progress.is_past(settings.runs)
-        while not stopping:
-            # once a run: new bars, same training (all ranks; rank 0 downloads)
-            lake = Lake(Path(settings.data_dir), console)
-            with phases.during("data"):
-                data = fresh_bars(lake, settings, progress, ranks, control, console, prefetch)
-                if data is None:
-                    break  # asked to stop while bars were loading
-                console.data(data)
-                market = market_on_device(settings, data, trainer, saved, ranks)
-            progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))
-            if trainer is None:
-                with heartbeat_thread(COMPILER_SECONDS):
-                    trainer = new_trainer(settings, market, saved, ranks)
-                saved = None  # gigabytes
-            else:
-                trainer.set_market(market)
-            fingerprint, data = data.fingerprint, None  # the bars are on the device
-            trainer.learner.rate_scale = progress.rate_scale
-            log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
-            console.begin(settings, progress, f"{ranks.world_size} x {ranks.device.type}", control)
-            exam = Exam()  # of the weights as they are
-
-            while progress.epoch < settings.epochs and not stopping:
-                watch = Stopwatch(ranks.device)
-                cost_scale = progress.cost_scale(settings.cost_ramp, settings.epochs)
-                phases.now("rollout")
-                rollout = trainer.collect(cost_scale)  # one trunk forward, horizon steps
-                watch.mark()
-                stop_now = partial(agreed_stop, STOP_NOW, ranks, control)  # asked before every optimizer step
-                phases.now("update")
-                statistics = trainer.update(rollout, progress.epoch / settings.epochs, stop_now)
-                if statistics is None:  # stopped between two steps: the next start takes the others
-                    stopping = True
-                    writer.save(trainer.checkpoint(progress, fingerprint, {}, exam.record))
+    """Train until asked to stop, or until ``settings.runs`` runs are done (every rank runs this)."""
+    with Job(settings, control) as job:  # ranks, folder lock, console, checkpoint writer, prefetch, examiner
+        # once per run: fresh bars, same weights and optimizer (all ranks; rank 0 downloads)
+        while job.begin_run():
+            while job.progress.epoch < settings.epochs and not job.stopping:
+                rollout = job.trainer.collect()  # one trunk forward, then `horizon` account steps
+                losses = job.trainer.update(rollout, job.stop_now)  # asks before every optimizer step
+                if losses is None:  # stopped between two steps: the next start takes the others
+                    job.save(metrics={})
                     break
-                watch.mark()
-                progress.tick(rollout.num_segments * rollout.horizon * ranks.world_size)
+                job.agree_on_stop()  # a signal to one rank stops all of them
+                metrics = job.trainer.metrics(losses)  # the one place where the host waits for the GPU
 
-                # a signal to one rank stops all of them
-                stopping = agreed_stop(STOP_AT_EPOCH_END, ranks, control)
-                # the one place where the host waits for the GPU (all ranks)
-                metrics = trainer.metrics(progress, statistics, watch)
-                is_lost = trainer.has_diverged(metrics) and not stopping
-                # once in a while, at the end, and when the last one failed: a checkpoint, with its exam
-                due = progress.epoch % settings.checkpoint_every == 0 or progress.epoch == settings.epochs
-                saving = not is_lost and (due or stopping or ranks.any(writer.last_save_failed))
-                exam = Exam()
-                if saving and not stop_now():
-                    with phases.during("evaluation"):
-                        exam = examiner.examine(trainer, progress, fingerprint, writer)
-                    metrics |= exam.figures
-                metrics |= phases.figures()
-                console.epoch(metrics, settings.epochs)
-                for line in exam.lines:
-                    log.info(line)
-                summary.count(metrics["rollout/reward_bps"])
-                if is_lost:
-                    progress, saved = rolled_back(settings, progress, writer, ranks)
-                    trainer = None  # made anew from the checkpoint
+                # rare: most gradients were not finite
+                if job.trainer.has_diverged(metrics) and not job.stopping:
+                    job.log(metrics)
+                    job.roll_back()
                     break
-                if saving:  # all ranks hand in their state
-                    stopping = stopping or stop_now()  # one that came during the exam, which was broken off
-                    with phases.during("checkpoint"):
-                        writer.save(trainer.checkpoint(progress, fingerprint, metrics, exam.record))
-                control.progressed()
-                is_last = stopping or progress.run == settings.runs
-                prefetch.after_epoch(0 if is_last else settings.epochs - progress.epoch)
 
-            if progress.epoch == settings.epochs:
-                log.info(f"Run {progress.run} is complete")
-                progress.next_run()
-                stopping = stopping or progress.is_past(settings.runs)
-        for line in summary.lines(progress, writer.finish()):
-            log.info(line)
-        if ranks.any(writer.last_save_failed):
-            raise ExitProgram(
-                EXIT_DOES_NOT_FIT,
-                f"The end of this training is not saved: make room in {settings.checkpoint_dir}; the next start "
-                "goes on from the checkpoint before and trains it again",
-            )
+                # once in a while: exam on held-out days, then a checkpoint (all ranks take part)
+                is_due = job.checkpoint_is_due()
+                if is_due:
+                    metrics |= job.examine()
+                job.log(metrics)
+                if is_due:
+                    job.save(metrics)
+                job.end_epoch()
 
-
-def restored(settings: Settings, ranks: Ranks) -> tuple[TrainingProgress, checkpoint.Checkpoint | None]:
-    """Find where the training stands; rank 0 chooses the checkpoint, since ranks could see different ones.
-
-    Every rank reads it from the disk; where one cannot, the folder is not shared, and rank 0 sends its own.
-
-    Raises:
-        ExitProgram: the checkpoint is of another model; nothing is overwritten.
-    """
-    saved = None
-    if ranks.is_first:
-        saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
-        for warning in warnings:
-            log.warning(warning)
-    name = ranks.broadcast(saved.path.name if saved else "")
-    if not name:
-        return TrainingProgress(), None
-    if not ranks.is_first:
-        saved = checkpoint.named(Path(settings.checkpoint_dir), name)
-    if len(set(ranks.gather(saved.transitions if saved else None))) > 1:
-        saved = ranks.broadcast(saved)
-    assert saved is not None
-    if reason := unlike(settings, saved):
-        raise ExitProgram(EXIT_SETTING, reason)
-    progress = TrainingProgress(saved.run, saved.epoch, saved.transitions)
-    if saved.resume:
-        progress = TrainingProgress(**saved.resume.clock)
-    progress.trained_until_ns = max(progress.trained_until_ns, saved.trained_until_ns)
-    if ranks.is_first:  # the last start may have ended between its checkpoint and the ledger
-        champion.apply_decision(saved)
-    if progress.epoch >= settings.epochs:
-        progress.next_run()
-    log.info(f"Going on from {saved.path}, {progress.transitions:,} transitions so far")
-    if progress.is_past(settings.runs):
-        log.info(f"All of --runs {settings.runs} are done: raise it, or use another --checkpoint-dir")
-    return progress, saved
-
-
-def rolled_back(
-    settings: Settings, progress: TrainingProgress, writer: CheckpointWriter, ranks: Ranks
-) -> tuple[TrainingProgress, checkpoint.Checkpoint | None]:
-    """Return to the newest checkpoint, to go on at half the learning rate until the run ends (all ranks).
-
-    Raises:
-        ExitProgram: that was done MOST_ROLLBACKS times in this run already.
-    """
-    rollbacks = progress.rollbacks + 1
-    lost = f"run {progress.run} epoch {progress.epoch}: most gradients are not finite"
-    if rollbacks > MOST_ROLLBACKS:
-        raise ExitProgram(EXIT_SETTING, f"{lost}, after {MOST_ROLLBACKS} rollbacks: lower learning_rate")
-    log.warning(f"{lost}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate")
-    writer.finish()
-    progress, saved = restored(settings, ranks)
-    progress.rollbacks = rollbacks
-    return progress, saved
-
-
-def new_trainer(
-    settings: Settings, market: Market, saved: checkpoint.Checkpoint | None, ranks: Ranks
-) -> Trainer:
-    """Make this rank's environment and learner from the settings, and take back what a checkpoint saved.
-
-    Raises:
-        ExitProgram: they do not fit into the GPU's memory.
-    """
-    plan, others = memory_plan(settings, market.num_bytes, ranks)
-    if others:
-        log.warning(others)
-    compiles = compile_is_on(settings, ranks.device)
-    if compiles:
-        log.info("Compiling the update and the accounts' steps, which takes a minute or two once")
-    try:
-        trainer = Trainer(market, settings, ranks, plan, saved)
-    except DoesNotFit as error:
-        raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
-    if trainer.memory_plan != plan:
-        log.warning(f"the GPU's memory was full with {plan}; trains with {trainer.memory_plan}")
-    elif plan.memory_bytes:
-        log.info(f"GPU memory: {plan}")
-    if compiles and trainer.not_compiled:
-        log.warning(f"not all is compiled, so training is somewhat slower: {trainer.not_compiled}")
-    step = trainer.learner.minibatch_segments * settings.horizon * ranks.world_size
-    precision = "bf16" if trainer.policy.bf16 else "fp32"
-    log.info(
-        f"Policy: {trainer.policy.num_parameters():,} parameters, trunk in {precision}, on {ranks.world_size} x "
-        f"{ranks.device.type}; {settings.envs_per_gpu * ranks.world_size:,} accounts; {step:,} transitions per "
-        f"optimizer step, {trainer.learner.micro_batch_segments} segments per micro-batch; "
-        f"{trainer.flops_per_transition() / 1e9:.3g} GFLOP per transition"
-    )
-    if ranks.device.type == "cpu" and trainer.policy.num_parameters() > 50_000_000:
-        log.warning("no GPU was found: a model of this size takes hours per epoch; try --preset small")
-    if step < settings.batch_size:
-        log.warning(
-            f"batch_size={settings.batch_size:,} is more than the {step:,} transitions of an epoch, which make "
-            "one step; raise envs_per_gpu for a larger one"
-        )
-    return trainer
+            job.end_run()
+        job.finish()  # wait for the last checkpoint; summary
 
 
 # --- command line -----------------------------------------------------------------------------------------

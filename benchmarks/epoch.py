@@ -33,8 +33,9 @@ from benchmarks.env_throughput import market_of
 from commands.cli import command_from
 from continuous_training import PRESETS, Settings
 from training import distributed
-from training.assembly import memory_plan
+from training.memory import plan_memory
 from training.metrics import Stopwatch, matmul_rate
+from training.progress import TrainingProgress
 from training.trainer import Trainer
 
 # Dense bf16 operations per second according to NVIDIA's data sheets (A100: 2021-06, H100 and H200: 2024-11). By
@@ -84,9 +85,9 @@ def measure(
     """Train some epochs and report where the time went."""
     with distributed.start() as ranks:
         market = market_of(60_000, 32, ranks.device, settings.horizon, settings.context_bars)
-        plan, _ = memory_plan(settings, market.num_bytes, ranks)
+        plan = plan_memory(settings, market.num_bytes, ranks)
         start = time.perf_counter()
-        trainer = Trainer(market, settings, ranks, plan)
+        trainer = Trainer(market, settings, ranks, plan, TrainingProgress(run=2))
         prepared = time.perf_counter() - start
         spans = Spans(ranks.device)
         spans.watch(trainer, "collect", "rollout")
@@ -97,10 +98,10 @@ def measure(
         spans.watch(trainer.learner, "_targets", "advantages")
         spans.watch(trainer.learner, "_apply_gradients", "optimizer")
         epochs = []
-        for number in range(measured_epochs + 1):
-            rollout = trainer.collect(1.0)
+        for _ in range(measured_epochs + 1):
+            rollout = trainer.collect()
             spent = spans.take()
-            trainer.update(rollout, number / EPOCHS_OF_A_RUN, lambda: False)
+            trainer.update(rollout)
             epochs.append(spans.take() | spent)
         if ranks.is_first:
             print_report(settings, trainer, epochs[1:], prepared)

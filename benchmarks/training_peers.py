@@ -43,6 +43,7 @@ from training.compilation import compile_accounts, compile_objective
 from training.distributed import Ranks
 from training.learner import Learner
 from training.memory import MemoryNeeds, MemoryPlan
+from training.progress import TrainingProgress
 from training.trainer import Trainer
 
 MATMUL_SIZE, MATMUL_REPEATS = 1_024, 12
@@ -110,7 +111,7 @@ def make_trainer(
         value_coef=peers.VALUE,
     )
     needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, bf16=False)
-    return Trainer(market, settings, RANKS, MemoryPlan(needs, None, micro_batch))
+    return Trainer(market, settings, RANKS, MemoryPlan(needs, None, micro_batch), TrainingProgress(run=2))
 
 
 def production(trainer: Trainer, compiled: bool) -> peers.Contender:
@@ -124,9 +125,9 @@ def production(trainer: Trainer, compiled: bool) -> peers.Contender:
 
     def iterate() -> tuple[float, float]:
         start = time.perf_counter()
-        rollout = trainer.collect(1.0)
+        rollout = trainer.collect()
         middle = time.perf_counter()
-        trainer.update(rollout, 0.0, lambda: False)
+        trainer.update(rollout)
         return middle - start, time.perf_counter() - middle
 
     return peers.Contender(

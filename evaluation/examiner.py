@@ -73,14 +73,11 @@ class Examiner:
         self._logged: set[str] = set()
         self._best: _Best | None = None
 
-    def examine(
-        self, trainer: Trainer, progress: TrainingProgress, fingerprint: str, writer: CheckpointWriter
-    ) -> Exam:
+    def examine(self, trainer: Trainer, fingerprint: str, writer: CheckpointWriter) -> Exam:
         """Score the trainer's policy on the bars that it was never trained on (all ranks).
 
         Args:
             trainer: has the policy and the market.
-            progress: of the training.
             fingerprint: digest of the run's bars.
             writer: is waited for, so that the previous exam is in the ledger.
         """
@@ -92,7 +89,7 @@ class Examiner:
         writer.finish()
         exam = Exam()
         try:
-            exam = self._examine(trainer, policy, progress, fingerprint)
+            exam = self._examine(trainer, policy, fingerprint)
         except _Stopped:
             log.info("No exam: asked to stop")
         except OSError as error:
@@ -105,10 +102,8 @@ class Examiner:
         if self._control.stop_level >= STOP_NOW:
             raise _Stopped
 
-    def _examine(
-        self, trainer: Trainer, policy: Policy, progress: TrainingProgress, fingerprint: str
-    ) -> Exam:
-        began = time.monotonic()
+    def _examine(self, trainer: Trainer, policy: Policy, fingerprint: str) -> Exam:
+        began, progress = time.monotonic(), trainer.progress
         path = self._folder / checkpoint.BEST
         file, obstacle, read, start_ns = _identity(path), "", None, progress.trained_until_ns
         policies, market = {POLICY: policy}, trainer.env.market

@@ -34,10 +34,6 @@ WITHOUT = {
     "continuous_training": {*VENDORS, "pandas", "rich"},
 }
 EXEMPT = {"runtime/torchrun.py": {"torch"}}  # torch's own launcher
-# Imports that still point up, each to be turned round.
-STILL_UP = {
-    "training/data_feed.py": {"commands"},
-}
 # Old paths that exported examples import, for one release.
 ALIASES = {"training/acting.py": {"evaluation"}}
 # The one place of a library.
@@ -94,7 +90,7 @@ def test_there_is_something_to_look_at() -> None:
 def test_imports_point_one_way(source: Path) -> None:
     part = source.relative_to(ROOT).parts[0].removesuffix(".py")
     up = imports(source) & OURS.keys() - {part} - OURS[part]
-    assert up <= (STILL_UP | ALIASES).get(name_of(source), set())
+    assert up <= ALIASES.get(name_of(source), set())
     assert not imports(source) & WITHOUT[part] - EXEMPT.get(name_of(source), set())
 
 

@@ -252,7 +252,7 @@ def test_ranks_that_hold_shares_learn_what_copies_learn_and_either_goes_on_from_
         torch.testing.assert_close(checkpoint(tmp_path, last)["model"][name], weights, rtol=1e-2, atol=1e-4)
     run_again(tmp_path, **(TWO_RANKS | {"runs": 2}))  # one rank, which holds all
     with_shares(runs=3)
-    assert f"Going on from {tmp_path / 'checkpoints' / LAST}" in (tmp_path / "out").read_text()
+    assert f"Resuming from {tmp_path / 'checkpoints' / LAST}" in (tmp_path / "out").read_text()
     resume = checkpoint(tmp_path, f"resume/run3_epoch{EPOCHS}.pt")
     # Alone, half as many transitions make half as many steps of the same batch.
     assert resume["learner"]["optimizer_steps"] == EPOCHS * STEPS_PER_EPOCH * 5 // 2
@@ -278,7 +278,7 @@ def test_a_killed_rank_changes_nothing_in_the_end(two_ranks: tuple[Path, str], t
         start.ends_well()
     finally:
         start.kill()
-    assert "Training died" in start.output and "Going on from" in start.output
+    assert "Training died" in start.output and "Resuming from" in start.output
     last = f"run1_epoch{EPOCHS}.pt"
     assert is_same(checkpoint(tmp_path, last)["model"], checkpoint(two_ranks[0], last)["model"])
 
@@ -329,7 +329,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert epochs_of(folder)[-1] < (1, EPOCHS)
     again = run_again(folder, runs=1)
     assert again.process.returncode == 0, again.output
-    assert "Going on from" in again.output and "Run 1 is complete" in again.output
+    assert "Resuming from" in again.output and "Run 1 is complete" in again.output
     return folder
 
 
@@ -349,7 +349,7 @@ def test_sigterm_in_the_middle_of_an_update_changes_nothing_in_the_end(
     start = Start(tmp_path / "out", words, environment(TERM_AT=at_step_4_of_epoch_3)).ends_well()
     assert start.lines[-1].endswith("run1_epoch2_step4.pt") and epochs_of(tmp_path)[-1] == (1, 2)
     again = run_again(tmp_path, runs=1)
-    assert "Going on from" in again.output and "Run 1: epochs 3 to 8" in again.output
+    assert "Resuming from" in again.output and "Run 1: epochs 3 to 8" in again.output
     assert epochs_of(tmp_path) == [(1, epoch) for epoch in range(1, EPOCHS + 1)]
     last = f"run1_epoch{EPOCHS}.pt"
     assert is_same(checkpoint(tmp_path, last)["model"], checkpoint(unbroken[0], last)["model"])
@@ -362,7 +362,7 @@ def test_the_next_run_goes_on_with_weights_and_optimizer(unbroken: tuple[Path, s
     """One run, then a start for the second, is the same as two runs in one go: nothing begins anew."""
     again = run_again(killed, runs=2)
     end_of_run_1 = f"run1_epoch{EPOCHS}.pt"
-    assert f"Going on from {killed}/checkpoints/{end_of_run_1}, 512 transitions so far" in again.output
+    assert f"Resuming from {killed}/checkpoints/{end_of_run_1} (512 transitions)" in again.output
     assert "Run 2: epochs 1 to 8" in again.output
     assert_same_end(killed, unbroken[0])
 
@@ -380,7 +380,7 @@ def test_the_newest_checkpoint_being_corrupt_is_said_and_the_one_before_is_used(
     # Beside others, such as that a busy machine has become slow.
     (warning,) = [line for line in again.lines if line.startswith("Warning") and str(path) in line]
     assert warning.endswith("the one before it is used")
-    assert f"Going on from {folder}/checkpoints/run2_epoch6.pt" in again.output
+    assert f"Resuming from {folder}/checkpoints/run2_epoch6.pt" in again.output
     assert_same_end(folder, unbroken[0])
 
 
@@ -438,7 +438,7 @@ def test_a_start_after_ctrl_c_goes_on_from_there(interrupted: tuple[Path, Start,
     run, epoch = epochs_of(folder)[-1]
     again = run_again(folder, epochs=24, checkpoint_every=1000, runs=run + 1)
     assert again.process.returncode == 0, again.output
-    assert f"Going on from {folder}/checkpoints/run{run}_epoch{epoch}.pt" in again.output
+    assert f"Resuming from {folder}/checkpoints/run{run}_epoch{epoch}.pt" in again.output
     assert epoch == 24 or f"Run {run}: epochs {epoch + 1} to 24" in again.output
     last = run + 1
     assert epochs_of(folder) == [(each, number) for each in range(1, last + 1) for number in range(1, 25)]

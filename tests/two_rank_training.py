@@ -40,13 +40,13 @@ if __name__ == "__main__":
 
     torch.nn.functional.scaled_dot_product_attention = watched_attention
     trainers = []
-    new_trainer = program.new_trainer
+    make_trainer = program.Job._make_trainer
 
     def kept_trainer(*arguments):
-        trainers.append(new_trainer(*arguments))
+        trainers.append(make_trainer(*arguments))
         return trainers[-1]
 
-    program.new_trainer = kept_trainer
+    program.Job._make_trainer = kept_trainer
     code = None
     try:
         program.main()

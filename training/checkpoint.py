@@ -21,15 +21,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from envs.features import FeatureStatistics
+from envs.features import FEATURES, FeatureStatistics
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
+from training.distributed import Ranks
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 log = logging.getLogger("continuous_training")
 
@@ -169,6 +173,23 @@ class Checkpoint:
         """The scale of the features."""
         with same_version(self.path):
             return FeatureStatistics.from_state_dict(self.features)
+
+    def mismatch(self, settings: Settings) -> str:
+        """Return why training cannot resume from it with these settings and features, "" if it can."""
+        for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
+            if self.config[name] != getattr(settings, name):
+                return (
+                    f"{name}={getattr(settings, name)}, but {self.path} was trained with "
+                    f"{name}={self.config[name]}: set it back, or start a new training with another "
+                    "--checkpoint-dir"
+                )
+        names = self.statistics.names
+        if names != tuple(FEATURES):
+            return (
+                f"{self.path} was trained with other features: {', '.join(names)}; use those, or start a new "
+                "training with another --checkpoint-dir"
+            )
+        return ""
 
     @property
     def max_length(self) -> int:
@@ -315,6 +336,26 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             "optimizer and accounts start afresh"
         )
     return weights_only, warnings
+
+
+def newest_for_all(folder: Path, ranks: Ranks) -> Checkpoint | None:
+    """Find the newest checkpoint; rank 0 chooses, since ranks could see different files (all ranks take part).
+
+    Every rank reads it from the disk; where one cannot, the folder is not shared, and rank 0 sends its own.
+    """
+    saved = None
+    if ranks.is_first:
+        saved, warnings = newest(folder)
+        for warning in warnings:
+            log.warning(warning)
+    name = ranks.broadcast(saved.path.name if saved else "")
+    if not name:
+        return None
+    if not ranks.is_first:
+        saved = named(folder, name)
+    if len(set(ranks.gather(saved.transitions if saved else None))) > 1:
+        saved = ranks.broadcast(saved)
+    return saved
 
 
 def tensors_of(nest: Any) -> Iterator[torch.Tensor]:

@@ -13,12 +13,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING
 
+import torch
+
 from data_sources import snapshot
+from data_sources.bars import Bars
 from data_sources.calendar import date_ns
 from data_sources.errors import LakeError
 from data_sources.lake.lake import READY_FOLDER, Lake
 from data_sources.progress import Progress
 from data_sources.refresh import DataRequest, LoadedData, load, refresh
+from envs.features import FeatureStatistics
+from envs.market import Market
 from runtime import background_process
 from runtime.control import (
     EXIT_CRASH,
@@ -85,6 +90,38 @@ def fresh_bars(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
         )
     return data
+
+
+def make_market(
+    settings: Settings, bars: Sequence[Bars], device: torch.device, statistics: FeatureStatistics | None
+) -> Market:
+    """Put a run's bars on the device, their newest ``holdout_days`` held out.
+
+    Args:
+        settings: of the training.
+        bars: one series per symbol.
+        device: of this rank.
+        statistics: scale of the features that training began with; None: computed from these bars.
+
+    Raises:
+        ExitProgram: there are no bars, or too few to train on.
+    """
+    if not bars:
+        raise ExitProgram(
+            EXIT_NO_DATA,
+            f"No symbol has {settings.min_bars:,} bars: set the keys in .env (see .env.example), check the "
+            "network, or try it offline with --demo",
+        )
+    try:
+        return Market.from_settings(bars, settings, device, holdout_start_ns(settings, bars), statistics)
+    except ValueError as error:
+        raise ExitProgram(EXIT_NO_DATA, str(error)) from error
+
+
+def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:
+    """Return where the newest ``holdout_days`` begin; no bar that opens at or after it is trained on."""
+    newest_ns = max(int(series.open_time[-1]) for series in bars)
+    return newest_ns - settings.holdout_days * 86_400 * 10**9
 
 
 def data_request(settings: Settings, now_ns: int) -> DataRequest:
@@ -259,13 +296,14 @@ class Prefetch:
             output.close()
 
 
-def refresh_ahead(settings: Settings, ranks: Ranks) -> list[str] | None:
-    """Return the command that refreshes the bars of ``settings``; None on other ranks, or where none is needed."""
-    if not ranks.is_first or set(settings.sources) == {"simulated"}:
-        return None
-    from commands.cli import flags_of
+def refresh_command(settings: Settings, flags: Sequence[str]) -> list[str] | None:
+    """Return the command that refreshes the bars of these settings in the background; None if none is needed.
 
-    return [sys.executable, "-P", background_process.__file__, "data", "--background", *flags_of(settings)]
+    ``flags`` give the program the same settings.
+    """
+    if set(settings.sources) == {"simulated"}:
+        return None
+    return [sys.executable, "-P", background_process.__file__, "data", "--background", *flags]
 
 
 class StopRequested(KeyboardInterrupt):

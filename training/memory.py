@@ -6,6 +6,7 @@ micro-batch decides how gradients round.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,12 +15,15 @@ import torch
 
 from envs.config import EnvConfig
 from envs.features import FEATURES
-from models.policy import Policy
+from models.policy import Policy, uses_bf16
 from models.transformer import TransformerConfig
+from training.distributed import Ranks
 from training.validation import minibatch_segments
 
 if TYPE_CHECKING:
     from continuous_training import Settings
+
+log = logging.getLogger("continuous_training")
 
 STATE_BYTES = 16  # per parameter: float32 weight, gradient and the optimizer's two moments
 BF16_COPY_BYTES = 2  # per parameter, while a forward and backward use it
@@ -197,6 +201,18 @@ class MemoryPlan:
         return next((plan.needs.d_model for plan in plans if plan.needed_bytes <= room), step)
 
 
+def plan_memory(settings: Settings, market_bytes: int, ranks: Ranks) -> MemoryPlan:
+    """Plan this rank's memory; warns if other programs use its GPU.
+
+    Raises:
+        DoesNotFit: no micro-batch is small enough.
+    """
+    memory_bytes = gpu_memory(ranks.device) if ranks.device.type == "cuda" else None
+    bf16 = uses_bf16(settings.precision, ranks.device)
+    needs = MemoryNeeds.of(settings, market_bytes, ranks.world_size, bf16)
+    return plan(needs, memory_bytes, settings.micro_batch_segments)
+
+
 def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int | None = None) -> MemoryPlan:
     """Choose the largest micro-batch that fits, and recompute blocks where only a few segments would.
 
@@ -233,16 +249,16 @@ def num_parameters(settings: Settings) -> int:
         return Policy(trunk, env.num_account_features, len(env.positions)).num_parameters()
 
 
-def gpu_memory(device: torch.device) -> tuple[int, str]:
-    """Return the bytes of a GPU to plan with, and a warning where others hold some of them."""
+def gpu_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU to plan with; warns if other programs hold some of them."""
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device)
     if free >= USABLE * total:
-        return total, ""
-    warning = (
+        return total
+    log.warning(
         f"other programs hold {_gib(total - free)} of the GPU's {_gib(total)}: training gets by with less"
     )
-    return int(free / USABLE), warning
+    return int(free / USABLE)
 
 
 def _common(needs: MemoryNeeds) -> int:

@@ -6,6 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from training.checkpoint import Checkpoint
+
 
 @dataclass
 class TrainingProgress:
@@ -17,6 +19,15 @@ class TrainingProgress:
     cutoff_ns: int = 0  # this run's bars end here; 0: not chosen yet
     trained_until_ns: int = 0  # no bar that opens at or after it was ever trained on, in this run or before
     rollbacks: int = 0  # in this run: returns to a checkpoint since gradients were not finite
+
+    @staticmethod
+    def of(saved: Checkpoint) -> TrainingProgress:
+        """Return the progress that a checkpoint was saved with."""
+        progress = TrainingProgress(saved.run, saved.epoch, saved.transitions)
+        if saved.resume:
+            progress = TrainingProgress(**saved.resume.clock)
+        progress.trained_until_ns = max(progress.trained_until_ns, saved.trained_until_ns)
+        return progress
 
     def tick(self, transitions: int) -> None:
         """Count one finished epoch."""
@@ -56,7 +67,7 @@ class TrainingProgress:
 
 @dataclass
 class Summary:
-    """What this start of the program did, told at its end."""
+    """Totals of this start of the program, logged at its end."""
 
     first_transitions: int
     began: float = field(default_factory=time.monotonic)
@@ -69,7 +80,7 @@ class Summary:
         self.rewards.append(reward_bps)
 
     def lines(self, progress: TrainingProgress, newest_checkpoint: str) -> list[str]:
-        """Tell it in a few lines."""
+        """Return it as lines for the user."""
         hours, rest = divmod(int(time.monotonic() - self.began), 3600)
         lines = [
             f"Summary: {self.epochs} epochs in {hours}:{rest // 60:02d}:{rest % 60:02d}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -31,6 +32,10 @@ from training.rollout import Rollout, collect
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+log = logging.getLogger("continuous_training")
+
+LARGE_MODEL = 50_000_000  # parameters: hours per epoch on a CPU
+
 
 def compile_is_on(settings: Settings, device: torch.device) -> bool:
     """Whether the settings ask for a compiled update and compiled account steps on this device."""
@@ -46,6 +51,7 @@ class Trainer:
         settings: Settings,
         ranks: Ranks,
         plan: MemoryPlan,
+        progress: TrainingProgress,
         saved: Checkpoint | None = None,
     ) -> None:
         """Make everything, try it out within the memory plan, then restore what was saved.
@@ -55,6 +61,8 @@ class Trainer:
         """
         self.settings = settings
         self.ranks = ranks
+        self.progress = progress
+        self.on_phase: Callable[[str], None] = lambda _: None  # called as "rollout" and "update" begin
         # One stream per rank, so that the ranks' accounts differ.
         env_config = EnvConfig.from_settings(settings)
         self.env = TradingEnv(market, env_config, ranks.device, seed=settings.seed * 1_000_003 + ranks.rank)
@@ -62,6 +70,8 @@ class Trainer:
         self.policy = self._new_policy().to(ranks.device)
         self.objective = Objective(self.policy, settings)
         self.not_compiled = "not requested"
+        if compile_is_on(settings, ranks.device):
+            log.info("Compiling the update and the accounts' steps, which takes a minute or two once")
         self.memory_plan = self._dry_run(plan)
         # The rollout of an update that a stop request interrupted, and where; the next epoch begins there.
         self._pending_update: tuple[Rollout, dict[str, Any]] | None = None
@@ -76,6 +86,33 @@ class Trainer:
                 self.env.load_state_dict(states[ranks.rank]["env"])
                 self._restore_generator(states[ranks.rank]["generator"])
             self._restore_update(states)
+
+    @property
+    def transitions_per_step(self) -> int:
+        """Transitions of one optimizer step, over all ranks."""
+        return self.learner.minibatch_segments * self.settings.horizon * self.ranks.world_size
+
+    def log_sizes(self) -> None:
+        """Log what is trained and how, and warn of what slows it down."""
+        settings, ranks, num_parameters = self.settings, self.ranks, self.policy.num_parameters()
+        if self.memory_plan.memory_bytes:
+            log.info(f"GPU memory: {self.memory_plan}")
+        if compile_is_on(settings, ranks.device) and self.not_compiled:
+            log.warning(f"not all is compiled, so training is somewhat slower: {self.not_compiled}")
+        log.info(
+            f"Policy: {num_parameters:,} parameters, trunk in {'bf16' if self.policy.bf16 else 'fp32'}, on "
+            f"{ranks.world_size} x {ranks.device.type}; {settings.envs_per_gpu * ranks.world_size:,} accounts; "
+            f"{self.transitions_per_step:,} transitions per optimizer step, "
+            f"{self.learner.micro_batch_segments} segments per micro-batch; "
+            f"{self.flops_per_transition() / 1e9:.3g} GFLOP per transition"
+        )
+        if ranks.device.type == "cpu" and num_parameters > LARGE_MODEL:
+            log.warning("no GPU was found: a model of this size takes hours per epoch; try --preset small")
+        if self.transitions_per_step < settings.batch_size:
+            log.warning(
+                f"batch_size={settings.batch_size:,} is more than the {self.transitions_per_step:,} transitions "
+                "of an epoch, which make one step; raise envs_per_gpu for a larger one"
+            )
 
     def _new_policy(self) -> Policy:
         settings, env = self.settings, self.env
@@ -98,6 +135,7 @@ class Trainer:
         with contextlib.suppress(torch.OutOfMemoryError):  # gone with everything that its traceback holds
             self._compile_and_run(plan)
             return plan
+        log.warning(f"the GPU's memory was full with {plan}; half the micro-batch is tried")
         plan = plan.smaller()
         try:
             self._compile_and_run(plan)
@@ -132,15 +170,17 @@ class Trainer:
         """Continue on fresh bars; accounts whose place still exists keep it."""
         self.env.use(market)
 
-    def collect(self, cost_scale: float) -> Rollout:
-        """Play one segment in every environment, at this share of all trading costs.
+    def collect(self) -> Rollout:
+        """Play one segment in every environment: one trunk forward, then ``horizon`` account steps.
 
         The segment of an interrupted update was played before; it is returned unchanged.
         """
-        self.env.cost_scale = cost_scale
+        settings = self.settings
+        self._stopwatch = Stopwatch(self.ranks.device)
+        self.on_phase("rollout")
+        self.env.cost_scale = self.progress.cost_scale(settings.cost_ramp, settings.epochs)
         if self._pending_update:
             return self._pending_update[0]
-        settings = self.settings
         return collect(
             self.env,
             self.policy,
@@ -194,13 +234,25 @@ class Trainer:
         return (rollout + settings.update_passes * update) / horizon
 
     def update(
-        self, rollout: Rollout, run_fraction: float, stop_now: Callable[[], bool]
+        self, rollout: Rollout, stop_now: Callable[[], bool] = lambda: False
     ) -> dict[str, Tensor | float] | None:
-        """Learn from a rollout; see Learner.update. None when stopped: a checkpoint now holds the rest of it."""
+        """Learn from a rollout and count the epoch; see Learner.update (all ranks take part).
+
+        Returns:
+            Losses and diagnostics on the device; None if ``stop_now`` interrupted the update. A checkpoint then
+            holds the rest of it.
+        """
+        progress = self.progress
+        self._stopwatch.mark()
+        self.on_phase("update")
+        self.learner.rate_scale = progress.rate_scale
         resume_from = self._pending_update[1] if self._pending_update else None
-        statistics = self.learner.update(rollout, run_fraction, stop_now, resume_from)
+        losses = self.learner.update(rollout, progress.epoch / self.settings.epochs, stop_now, resume_from)
         self._pending_update = (rollout, self.learner.stopped) if self.learner.stopped else None
-        return statistics
+        if losses is not None:
+            self._stopwatch.mark()
+            progress.tick(rollout.num_segments * rollout.horizon * self.ranks.world_size)
+        return losses
 
     def has_diverged(self, metrics: Mapping[str, Any]) -> bool:
         """Whether most optimizer steps of the epoch were skipped because gradients were not finite."""
@@ -208,14 +260,13 @@ class Trainer:
         steps = settings.update_passes * math.ceil(settings.envs_per_gpu / self.learner.minibatch_segments)
         return bool(metrics["ppo/skipped_steps"] > steps / 2)
 
-    def metrics(
-        self, progress: TrainingProgress, statistics: Mapping[str, Any], watch: Stopwatch
-    ) -> dict[str, Any]:
-        """Bring one epoch's figures to the host; the names are explained in docs/metrics.md."""
+    def metrics(self, losses: Mapping[str, Any]) -> dict[str, Any]:
+        """Bring one epoch's metrics to the host; docs/metrics.md explains the names (all ranks take part)."""
+        progress = self.progress
         episodes = self.env.episode_statistics()
         sums = self.ranks.sum(torch.stack([value.double() for value in episodes.values()]))
         total = dict(zip(episodes, sums.tolist(), strict=True))
-        rollout_seconds, update_seconds = watch.seconds()
+        rollout_seconds, update_seconds = self._stopwatch.seconds()
         seconds = rollout_seconds + update_seconds
         settings = self.settings
         transitions = settings.envs_per_gpu * settings.horizon * self.ranks.world_size
@@ -235,7 +286,7 @@ class Trainer:
             **{
                 f"rollout/{name}": total[name] / decisions for name in total if name.startswith("in_position")
             },
-            **{name: float(value) for name, value in statistics.items()},
+            **{name: float(value) for name, value in losses.items()},
             "perf/rollout_seconds": rollout_seconds,
             "perf/update_seconds": update_seconds,
             "perf/transitions_per_second": transitions / seconds,
@@ -252,22 +303,16 @@ class Trainer:
             figures |= gpu_figures(self.ranks.device)
         return figures
 
-    def checkpoint(
-        self,
-        progress: TrainingProgress,
-        fingerprint: str,
-        metrics: Mapping[str, Any],
-        exam: Mapping[str, Any],
-    ) -> Checkpoint:
+    def checkpoint(self, fingerprint: str, metrics: Mapping[str, Any], exam: Mapping[str, Any]) -> Checkpoint:
         """Gather what people use and what the next start needs (all ranks take part).
 
         Args:
-            progress: of the training.
             fingerprint: digest of the run's bars.
             metrics: of the last epoch.
             exam: record of the exam of these weights; dropped in the middle of an update, since exams are of
                 whole epochs.
         """
+        progress = self.progress
         step = self._pending_update[1]["steps"] if self._pending_update else 0
         return Checkpoint(
             path=Path(self.settings.checkpoint_dir) / name_of(progress.run, progress.epoch, step),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from commands.check.line import Line
 from runtime.control import EXIT_LOCKED, EXIT_SETTING
 from training import checkpoint, validation
-from training.assembly import other_features, unlike
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -48,9 +47,7 @@ def newest_checkpoint(settings: Settings) -> Iterator[Line]:
             "checkpoint", "OK", f"none in {settings.checkpoint_dir} to go on from: training begins anew"
         )
         return
-    reason = unlike(settings, saved)
-    reason = reason or other_features(settings, saved.statistics)
-    if reason:
-        yield Line("checkpoint", "error", reason, EXIT_SETTING)
+    if mismatch := saved.mismatch(settings):
+        yield Line("checkpoint", "error", mismatch, EXIT_SETTING)
     else:
         yield Line("checkpoint", "OK", f"goes on from {saved.path}, {saved.transitions:,} transitions")

@@ -165,12 +165,11 @@ def run_trial(settings: Settings, trial: Trial, sizes: Sizes, seed: int, ranks: 
     settings = _trial_settings(settings, trial, sizes, seed, ranks.world_size)
     market = Market.from_settings(paths.bars, settings, ranks.device, NEVER_NS)
     needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, bf16=False)
-    trainer = Trainer(market, settings, ranks, plan(needs, None, settings.micro_batch_segments))
-    progress, curve = TrainingProgress(), []
+    memory_plan = plan(needs, None, settings.micro_batch_segments)
+    trainer, curve = Trainer(market, settings, ranks, memory_plan, TrainingProgress()), []
     for _ in range(trial.epochs):
-        rollout = trainer.collect(progress.cost_scale(COST_RAMP, trial.epochs))
-        trainer.update(rollout, progress.epoch / trial.epochs, lambda: False)
-        progress.tick(rollout.num_segments * rollout.horizon)
+        rollout = trainer.collect()
+        trainer.update(rollout)
         totals = trainer.env.episode_statistics()
         curve.append(float(totals["rewards"] / totals["decisions"]) / SIGMA)
     seconds = time.monotonic() - start
@@ -306,6 +305,8 @@ def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, w
         clip_coef=0.2,
         entropy_coef=trial.entropy_coef,
         value_coef=0.5,
+        epochs=trial.epochs,
+        cost_ramp=COST_RAMP,
         seed=seed,
     )
 

@@ -32,8 +32,7 @@ from envs.trading_env import TradingEnv
 from evaluation.provenance import minute_of
 from models.policy import Policy, uses_bf16
 from models.transformer import TransformerConfig
-from training.assembly import holdout_start_ns
-from training.data_feed import data_request
+from training.data_feed import data_request, holdout_start_ns
 from training.distributed import Ranks
 from training.rollout import Rollout, collect
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from commands import data
+from commands.cli import flags_of
 from continuous_training import Settings
 from data_sources.bars import MINUTE_NS, Bars
 from data_sources.coverage import Extent, Series, row_of
@@ -25,8 +25,7 @@ from data_sources.refresh import DataRequest
 from data_sources.snapshot import open_copy
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.program import ROOT, environment
-from training.data_feed import refresh_ahead
-from training.distributed import Ranks
+from training.data_feed import refresh_command
 
 DAY_NS = 86_400 * 10**9
 
@@ -107,7 +106,7 @@ def test_in_the_background_it_says_one_line_and_leaves_the_copy_that_the_next_ru
     settings = Settings(
         sources=("binance",), binance_pairs=("BTCUSDT",), history_days=2, data_dir=str(tmp_path / "data")
     )
-    command = refresh_ahead(settings, Ranks(0, 1, torch.device("cpu")))
+    command = refresh_command(settings, flags_of(settings))
     assert command is not None
     child = subprocess.Popen(
         command,

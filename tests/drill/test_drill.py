@@ -129,12 +129,12 @@ def test_a_machine_or_its_torchrun_that_dies_is_waited_for_and_a_stop_on_one_sto
         second.kill()
         first.wait_for("Training died")
         second = machine(1, "second again")
-        first.wait_for("Going on from")
+        first.wait_for("Resuming from")
         launcher = find(second, "launcher")
         assert launcher is not None
         launcher.kill()  # its torchrun alone: the supervisor beside it starts another
         second.wait_for("Training died")
-        wait_until(lambda: first.output.count("Going on from") == 2)
+        wait_until(lambda: first.output.count("Resuming from") == 2)
         second.process.send_signal(signal.SIGINT)
         second.ends_well()
         first.ends_well()
@@ -164,6 +164,6 @@ def test_losses_that_stay_not_finite_roll_back_with_half_the_learning_rate(
     folder, start = nan_on_rank_1
     back = [line for line in start.lines if "back to the newest checkpoint" in line]
     assert ["0.5 of" in back[0], "0.25 of" in back[1], len(back)] == [True, True, 2]
-    assert start.output.count("Going on from") == 2 and start.output.count("run1_epoch4.pt, 512") == 2
+    assert start.output.count("Resuming from") == 2 and start.output.count("run1_epoch4.pt (512") == 2
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint(folder, LAST)["model"].values())
     assert "Run 1 is complete" in start.output

@@ -23,10 +23,11 @@ from evaluation.examiner import Exam, Examiner
 from evaluation.trained_policy import TrainedPolicy
 from runtime.control import STOP_NOW, Control
 from tests.envs.markets import market_of, walk
-from training import assembly, checkpoint
+from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
 from training.distributed import Ranks
+from training.memory import plan_memory
 from training.progress import TrainingProgress
 from training.trainer import Trainer
 
@@ -65,8 +66,8 @@ class Training:
         self.trained_until_ns = int(self.bars[0].open_time[-1]) - 8 * DAY_NS
         ranks = Ranks(0, 1, torch.device("cpu"))
         market = market_of(*self.bars, holdout_start_ns=self.trained_until_ns, context_bars=4, horizon=8)
-        memory, _ = assembly.memory_plan(SETTINGS, market.num_bytes, ranks)
-        self.trainer = Trainer(market, SETTINGS, ranks, memory)
+        plan = plan_memory(SETTINGS, market.num_bytes, ranks)
+        self.trainer = Trainer(market, SETTINGS, ranks, plan, self.progress)
         self.examiner = Examiner(folder, ranks, Control())
         self.progress = TrainingProgress(
             trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns
@@ -90,7 +91,7 @@ class Training:
         return CheckpointWriter(self.folder, 2, True, partial(champion.apply_decision, pending=[]))
 
     def checkpoint(self, exam: Exam, data: str = "d") -> Checkpoint:
-        saved = self.trainer.checkpoint(self.progress, data, exam.figures, exam.record)
+        saved = self.trainer.checkpoint(data, exam.figures, exam.record)
         return replace(saved, path=self.folder / saved.name)
 
     @property
@@ -340,8 +341,8 @@ def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_no
     asked = itertools.count()
     for step, record in ((0, exam.record), (1, {})):
         if step:
-            rollout = training.trainer.collect(1.0)
-            assert training.trainer.update(rollout, 0.0, lambda: next(asked) == 1) is None
+            rollout = training.trainer.collect()
+            assert training.trainer.update(rollout, lambda: next(asked) == 1) is None
         with training.writer() as writer:
             writer.save(training.checkpoint(exam))
         assert Checkpoint.read(training.folder / checkpoint.name_of(1, 1, step)).exam == record

@@ -172,7 +172,9 @@ def test_a_last_save_without_room_is_exit_4_and_not_tried_again(small_disk: Path
     start = Start(tmp_path / "out", [*SUPERVISED, *flags])
     assert start.ends() == 4, start.output
     assert start.lines[-2].startswith("Newest checkpoint: not saved: ")
-    assert start.lines[-1].startswith(f"The end of this training is not saved: make room in {checkpoints}; ")
+    assert start.lines[-1].startswith(
+        f"The final checkpoint was not saved: free disk space in {checkpoints}; "
+    )
     assert start.output.count("Run 1: epochs 1 to 2") == 1
 
 
@@ -184,7 +186,7 @@ def test_kill_9_during_a_background_write_changes_nothing_in_the_end(tmp_path: P
     killed = kill_while_writing(tmp_path / "killed", epoch=4, d_model=128, runs=1)
     again = Start(tmp_path / "again", [*ALONE, *tiny_flags(killed, d_model=128, runs=1)]).ends_well()
     unbroken.ends_well()
-    assert "Going on from" in again.output and "run1_epoch2.pt" in again.output
+    assert "Resuming from" in again.output and "run1_epoch2.pt" in again.output
     assert not list((killed / "checkpoints").rglob("*.tmp"))
     ours, theirs = (checkpoint(tmp_path / name, "run1_epoch8.pt") for name in ("killed", "unbroken"))
     assert is_same(ours["model"], theirs["model"])

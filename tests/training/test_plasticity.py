@@ -96,8 +96,8 @@ def test_asking_for_it_changes_no_number_of_the_training() -> None:
     for asks in (False, True):
         trainer = small_trainer()
         for _ in range(3):
-            rollout = trainer.collect(1.0)
-            trainer.update(rollout, 0.0, lambda: False)
+            rollout = trainer.collect()
+            trainer.update(rollout)
             if asks:
                 told = plasticity(trainer.policy, fixed_batch(trainer.env.market))
                 assert all(math.isfinite(value) for value in told.values())

@@ -21,7 +21,6 @@ from tests.training.rollouts import ALONE, SETTINGS
 from training.checkpoint import Checkpoint, newest
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan
-from training.metrics import Stopwatch
 from training.progress import TrainingProgress
 from training.trainer import Trainer
 
@@ -40,25 +39,23 @@ def small_trainer(
     if memory:
         settings = replace(settings, compile="on")
     needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, bf16=False)
-    return Trainer(market, settings, ALONE, memory or MemoryPlan(needs, None, micro_batch_segments=2), saved)
+    plan = memory or MemoryPlan(needs, None, micro_batch_segments=2)
+    progress = TrainingProgress.of(saved) if saved else TrainingProgress()
+    return Trainer(market, settings, ALONE, plan, progress, saved)
 
 
 def an_epoch(trainer: Trainer, stop_at: int = -1) -> dict[str, Any] | None:
     """Play and learn; return the figures, unless it is stopped before that optimizer step."""
     asked = itertools.count()
-    watch = Stopwatch(ALONE.device)
-    rollout = trainer.collect(0.5)
-    watch.mark()
-    statistics = trainer.update(rollout, 0.1, lambda: next(asked) == stop_at)
-    watch.mark()
-    if statistics is None:
+    losses = trainer.update(trainer.collect(), lambda: next(asked) == stop_at)
+    if losses is None:
         return None
-    figures = trainer.metrics(TrainingProgress(), statistics, watch)
+    figures = trainer.metrics(losses)
     return {name: value for name, value in figures.items() if not name.startswith("perf/")}
 
 
 def saved_and_loaded(trainer: Trainer, folder: Path) -> Checkpoint:
-    saved = trainer.checkpoint(TrainingProgress(), "", {}, {"line": {}})
+    saved = trainer.checkpoint("", {}, {"line": {}})
     assert saved.exam == ({} if saved.step else {"line": {}})
     saved = replace(saved, path=folder / saved.name)
     saved.save(keep=16)
@@ -86,7 +83,7 @@ def test_a_stopped_update_that_does_not_fit_any_more_is_played_anew(tmp_path: Pa
     stopped = small_trainer()
     assert an_epoch(stopped, 3) is None
     resumed = small_trainer(saved_and_loaded(stopped, tmp_path), envs_per_gpu=4)
-    assert resumed.collect(0.5).num_segments == 4
+    assert resumed.collect().num_segments == 4
     steps = resumed.learner.optimizer_steps
     assert an_epoch(resumed) is not None
     assert resumed.learner.optimizer_steps == steps + 2

@@ -1,0 +1,253 @@
+"""Job: everything that one rank's training is wired from, and the steps of the loop in continuous_training.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from commands.cli import flags_of
+from data_sources.lake.lake import Lake
+from envs.market import Market
+from evaluation import champion
+from evaluation.examiner import Exam, Examiner
+from monitoring.console import Console
+from runtime.control import (
+    EXIT_DOES_NOT_FIT,
+    EXIT_SETTING,
+    STOP_AT_EPOCH_END,
+    STOP_NOW,
+    Control,
+    ExitProgram,
+    heartbeat_thread,
+)
+from training import checkpoint, distributed
+from training.checkpoint import Checkpoint
+from training.checkpoint_writer import CheckpointWriter
+from training.data_feed import Prefetch, fresh_bars, holdout_start_ns, make_market, refresh_command
+from training.distributed import agreed_stop
+from training.memory import DoesNotFit, plan_memory
+from training.metrics import Phases
+from training.progress import Summary, TrainingProgress
+from training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
+
+log = logging.getLogger("continuous_training")
+
+MAX_ROLLBACKS = 3  # in one run
+COMPILER_SECONDS = 3600.0  # a compiler that takes longer counts as hanging
+
+
+class Job:
+    """One rank's training: ranks, folder lock, console, data, trainer, examiner, checkpoint writer.
+
+    A context manager. Methods marked (all ranks) are collective: every rank calls them at the same point.
+    """
+
+    trainer: Trainer  # from the first ``begin_run`` on
+
+    def __init__(self, settings: Settings, control: Control) -> None:
+        self.settings = settings
+        self.control = control
+        self.stopping = False
+        self._folder = Path(settings.checkpoint_dir)
+        self._has_trainer = False
+        self._exam, self._exam_at = Exam(), (0, 0)  # the newest, and the run and epoch of its weights
+
+    def __enter__(self) -> Job:
+        """Join the ranks, lock the checkpoint folder, open the console, and find the newest checkpoint.
+
+        Raises:
+            FolderInUse: another daemon trains in this folder.
+            ExitProgram: the newest checkpoint does not fit the settings; nothing is overwritten.
+        """
+        settings = self.settings
+        with ExitStack() as stack:
+            self.ranks = ranks = stack.enter_context(distributed.start())
+            stack.enter_context(checkpoint.exclusive(self._folder, ranks.is_first))
+            self.control.listen()
+            log_dir = Path(settings.log_dir) if ranks.is_first else None
+            self.console = stack.enter_context(
+                Console(log_dir, log_level=settings.log_level, prometheus_port=settings.prometheus_port)
+            )
+            self._phases = Phases(self.console.phase)
+            command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
+            self._prefetch = stack.enter_context(Prefetch(command))
+            self.progress, self._saved = self._find_checkpoint()
+            on_saved = partial(champion.apply_decision, pending=[])
+            self._writer = stack.enter_context(
+                CheckpointWriter(self._folder, settings.keep_checkpoints, ranks.is_first, on_saved)
+            )
+            self._examiner = Examiner(self._folder, ranks, self.control)
+            self._summary = Summary(self.progress.transitions)
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    # --- runs ---------------------------------------------------------------------------------------------
+
+    def begin_run(self) -> bool:
+        """Put this run's bars on the device and hand them to the trainer; False when training ends (all ranks).
+
+        Raises:
+            ExitProgram: there are no bars, or the training does not fit into the GPU's memory.
+        """
+        settings, progress = self.settings, self.progress
+        if self.stopping or progress.is_past(settings.runs):
+            return False
+        lake = Lake(Path(settings.data_dir), self.console)
+        with self._phases.during("data"):
+            parts = self.ranks, self.control, self.console, self._prefetch
+            data = fresh_bars(lake, settings, progress, *parts)
+            if data is None:  # asked to stop while bars were loading
+                return False
+            self.console.data(data)
+            statistics = self._saved.statistics if self._saved else None
+            if self._has_trainer:
+                statistics = self.trainer.env.market.statistics
+            market = make_market(settings, data.bars, self.ranks.device, statistics)
+        progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))
+        self._fingerprint = data.fingerprint
+        if self._has_trainer:
+            self.trainer.set_market(market)
+        else:
+            with heartbeat_thread(COMPILER_SECONDS):
+                self.trainer = self._make_trainer(market)
+            self._has_trainer, self._saved = True, None  # the checkpoint takes gigabytes
+        log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
+        device = f"{self.ranks.world_size} x {self.ranks.device.type}"
+        self.console.begin(settings, progress, device, self.control)
+        return True
+
+    def end_run(self) -> None:
+        """Count the run if it is complete."""
+        if self.progress.epoch == self.settings.epochs:
+            log.info(f"Run {self.progress.run} is complete")
+            self.progress.next_run()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint and log the summary (all ranks).
+
+        Raises:
+            ExitProgram: the last checkpoint could not be written.
+        """
+        for line in self._summary.lines(self.progress, self._writer.finish()):
+            log.info(line)
+        if self.ranks.any(self._writer.last_save_failed):
+            raise ExitProgram(
+                EXIT_DOES_NOT_FIT,
+                f"The final checkpoint was not saved: free disk space in {self._folder}. "
+                "The next start resumes from the previous checkpoint.",
+            )
+
+    # --- epochs -------------------------------------------------------------------------------------------
+
+    def stop_now(self) -> bool:
+        """Return whether any rank was asked to stop at once (all ranks)."""
+        return self.agree_on_stop(STOP_NOW)
+
+    def agree_on_stop(self, level: int = STOP_AT_EPOCH_END) -> bool:
+        """Return whether any rank was asked to stop at this level or more urgently (all ranks).
+
+        The one place that sets ``stopping``.
+        """
+        stop = agreed_stop(level, self.ranks, self.control)
+        self.stopping = self.stopping or stop
+        return stop
+
+    def checkpoint_is_due(self) -> bool:
+        """Return whether to save now: once in a while, at the end, and after a failed save (all ranks)."""
+        epoch, settings = self.progress.epoch, self.settings
+        due = epoch % settings.checkpoint_every == 0 or epoch == settings.epochs
+        return due or self.stopping or self.ranks.any(self._writer.last_save_failed)
+
+    def examine(self) -> dict[str, float]:
+        """Score the policy on held-out days, unless asked to stop now; return its metrics (all ranks)."""
+        self._exam, self._exam_at = Exam(), (self.progress.run, self.progress.epoch)
+        if not self.stop_now():
+            with self._phases.during("evaluation"):
+                self._exam = self._examiner.examine(self.trainer, self._fingerprint, self._writer)
+            self.stop_now()  # a request that came meanwhile has interrupted the exam
+        return self._exam.figures
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Show and record one epoch; the seconds of its phases are added to ``metrics``."""
+        metrics |= self._phases.figures()
+        self.console.epoch(metrics, self.settings.epochs)
+        self._summary.count(metrics["rollout/reward_bps"])
+
+    def save(self, metrics: Mapping[str, Any]) -> None:
+        """Write a checkpoint in the background, with the exam of these weights if there was one (all ranks)."""
+        exam = self._exam if self._exam_at == (self.progress.run, self.progress.epoch) else Exam()
+        for line in exam.lines:
+            log.info(line)
+        with self._phases.during("checkpoint"):
+            self._writer.save(self.trainer.checkpoint(self._fingerprint, metrics, exam.record))
+
+    def end_epoch(self) -> None:
+        """Record that training progresses, and fetch the next run's bars ahead when it is time."""
+        progress, settings = self.progress, self.settings
+        self.control.progressed()
+        is_last_run = self.stopping or progress.run == settings.runs
+        self._prefetch.after_epoch(0 if is_last_run else settings.epochs - progress.epoch)
+
+    def roll_back(self) -> None:
+        """Resume from the newest checkpoint at half the learning rate, until the run ends (all ranks).
+
+        Raises:
+            ExitProgram: that was done MAX_ROLLBACKS times in this run already.
+        """
+        progress = self.progress
+        rollbacks = progress.rollbacks + 1
+        reason = f"run {progress.run} epoch {progress.epoch}: most gradients are not finite"
+        if rollbacks > MAX_ROLLBACKS:
+            raise ExitProgram(EXIT_SETTING, f"{reason}, after {MAX_ROLLBACKS} rollbacks: lower learning_rate")
+        log.warning(
+            f"{reason}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate"
+        )
+        self._writer.finish()
+        self.progress, self._saved = self._find_checkpoint()
+        self.progress.rollbacks = rollbacks
+        self._has_trainer = False
+        del self.trainer  # the next one needs its memory
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def _find_checkpoint(self) -> tuple[TrainingProgress, Checkpoint | None]:
+        """Return the training's progress and its newest checkpoint, None at its beginning (all ranks).
+
+        Raises:
+            ExitProgram: the checkpoint is of another model; nothing is overwritten.
+        """
+        settings = self.settings
+        saved = checkpoint.newest_for_all(self._folder, self.ranks)
+        if saved is None:
+            return TrainingProgress(), None
+        if mismatch := saved.mismatch(settings):
+            raise ExitProgram(EXIT_SETTING, mismatch)
+        progress = TrainingProgress.of(saved)
+        if self.ranks.is_first:  # the last start may have ended between its checkpoint and the ledger
+            champion.apply_decision(saved)
+        if progress.epoch >= settings.epochs:
+            progress.next_run()
+        log.info(f"Resuming from {saved.path} ({progress.transitions:,} transitions)")
+        if progress.is_past(settings.runs):
+            log.info(f"All of --runs {settings.runs} are done: raise it, or use another --checkpoint-dir")
+        return progress, saved
+
+    def _make_trainer(self, market: Market) -> Trainer:
+        try:
+            plan = plan_memory(self.settings, market.num_bytes, self.ranks)
+            trainer = Trainer(market, self.settings, self.ranks, plan, self.progress, self._saved)
+        except DoesNotFit as error:
+            raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
+        trainer.on_phase = self._phases.now
+        trainer.log_sizes()
+        return trainer
