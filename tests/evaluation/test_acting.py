@@ -41,19 +41,19 @@ def actor_of(*bars: Bars, config: EnvConfig = CONFIG) -> Actor:
 def batch(actor: Actor, bars: list[Bars], start_ns: int) -> dict[tuple[str, int], tuple[torch.Tensor, ...]]:
     """Walk an exam from ``start_ns`` on: by symbol and bar, log-probabilities (J, K), tokens, accounts."""
     market = market_of(*bars, statistics=actor.statistics)
-    env = ExamEnv(market, actor.config, "cpu", [(one.symbol, start_ns) for one in bars])
+    env = ExamEnv(market, actor.config, "cpu", [(series.symbol, start_ns) for series in bars])
     generator, seen = torch.Generator().manual_seed(0), {}
     for _ in range(env.num_segments):
         tokens = env.begin_segment()
         projected = actor.policy.encode(tokens, HORIZON + 1)
         for h in range(HORIZON):
             observed = accounts_in_every_position(env.account_observations(), env.config.positions)
-            # A new account: none of the drift, the gain and the age of the one that walks.
+            # A new account, without the drift, gain and age of the walking one.
             observed[..., 3:7], observed[..., 7] = 0.0, 1.0
             logits, _ = actor.policy.head.decide(projected[:, h, None], observed)
             for n in torch.nonzero(env.alive).flatten().tolist():
-                place = bars[n].symbol, int(market.open_time[env.cursor[n]])
-                seen[place] = (
+                key = bars[n].symbol, int(market.open_time[env.cursor[n]])
+                seen[key] = (
                     torch.log_softmax(logits[n], -1),
                     tokens[n, : CONTEXT + h + 1],
                     observed[n].clone(),
@@ -75,14 +75,16 @@ def test_bars_replayed_one_by_one_give_the_numbers_of_the_batch() -> None:
     compared: Counter[tuple[str, int]] = Counter()
     worst = 0.0
     for count in range(2 * CONTEXT, 700, 3):
-        market = market_of(*(first_bars(one, count) for one in bars), horizon=1, statistics=actor.statistics)
+        market = market_of(
+            *(first_bars(series, count) for series in bars), horizon=1, statistics=actor.statistics
+        )
         now = latest_decisions(market, CONFIG)
         live = actor.log_policy(now.bars, now.decision, now.accounts)
         for n, symbol in enumerate(now.symbols):
             time = int(market.open_time[now.bar[n]])
             day = time // DAY_NS * DAY_NS
             if (symbol, time) not in walked[day]:
-                continue  # an exam leaves the last bars of a stretch over, since nothing follows to be played
+                continue  # an exam leaves the last bars of a stretch over, since no fill follows
             log_policy, tokens, accounts = walked[day][symbol, time]
             seen = CONTEXT + int(now.decision[n]) + 1
             assert torch.equal(now.bars[n, :seen], tokens)
@@ -92,11 +94,11 @@ def test_bars_replayed_one_by_one_give_the_numbers_of_the_batch() -> None:
             compared[symbol, day] += 1
     assert set(compared) == {("AAA", MONDAY), ("BBB", MONDAY), ("CCC", MONDAY), ("CCC", days[1])}
     assert min(compared.values()) > 30 and compared.total() > 350
-    # Other rows in a matrix product may round otherwise on other processors; here they do not.
+    # On some processors, other rows in a matrix product round differently.
     assert worst < 1e-5
 
 
-def test_a_decision_is_the_likeliest_target_for_what_is_held() -> None:
+def test_a_decision_is_the_most_likely_target_for_the_position_held() -> None:
     bars = [walk("AAA", 300), walk("BBB", 200, "stock", seed=1)]
     actor = actor_of(*bars)
     decisions, unavailable = actor.decide(bars)
@@ -104,9 +106,9 @@ def test_a_decision_is_the_likeliest_target_for_what_is_held() -> None:
     now = latest_decisions(market_of(*bars, horizon=1, statistics=actor.statistics), CONFIG)
     odds = actor.log_policy(now.bars, now.decision, now.accounts).exp()
     assert len({row.argmax().item() for row in odds.flatten(0, 1)}) > 1
-    for n, (decision, one) in enumerate(zip(decisions, bars, strict=True)):
-        assert (decision.symbol, decision.asset_class) == (one.symbol, one.asset_class)
-        assert decision.open_time == one.open_time[-1] and decision.close == one.close[-1]
+    for n, (decision, series) in enumerate(zip(decisions, bars, strict=True)):
+        assert (decision.symbol, decision.asset_class) == (series.symbol, series.asset_class)
+        assert decision.open_time == series.open_time[-1] and decision.close == series.close[-1]
         assert decision.close_time - decision.open_time == MINUTE_NS
         for j, held in enumerate(CONFIG.positions):
             best = int(odds[n, j].argmax())
@@ -116,17 +118,17 @@ def test_a_decision_is_the_likeliest_target_for_what_is_held() -> None:
         decisions[0].when_holding(0.5)
 
 
-def test_after_a_hole_a_symbol_waits_for_its_context() -> None:
+def test_after_a_hole_a_symbol_has_no_decision_until_its_context_is_full() -> None:
     bars = walk("AAA", 300, gaps={250: 61})
     actor = actor_of(bars)
     for count, has_decision in ((250, True), (251, False), (250 + CONTEXT, False), (251 + CONTEXT, True)):
         decisions, unavailable = actor.decide([first_bars(bars, count)])
         assert bool(decisions) == has_decision
-        told = f"{count - 250} bars in a row since its last hole, needs {CONTEXT + 1}"
-        assert unavailable == ({} if has_decision else {"AAA": told})
+        reason = f"{count - 250} bars in a row since its last hole, needs {CONTEXT + 1}"
+        assert unavailable == ({} if has_decision else {"AAA": reason})
 
 
-def test_nothing_is_held_near_the_close_where_the_training_did_not() -> None:
+def test_nothing_is_held_near_the_close_if_the_training_forbade_it() -> None:
     times = expected_minutes(MONDAY + DAY_NS, MONDAY + 3 * DAY_NS)
     assert times is not None
     stock = replace(walk("AAA", 390, "stock"), open_time=times[:390])
@@ -146,7 +148,7 @@ def test_forty_five_days_are_enough_for_every_feature() -> None:
     bars = walk("AAA", 60 * 1440)
     actor = actor_of(first_bars(bars, 5000))
     days = Bars("AAA", "crypto", *(getattr(bars, name)[-45 * 1440 :] for name in COLUMNS))
-    whole, part = (actor.decide([each])[0][0] for each in (bars, days))
+    whole, part = (actor.decide([series])[0][0] for series in (bars, days))
     assert whole == part
     few = Bars("AAA", "crypto", *(getattr(bars, name)[-1440:] for name in COLUMNS))
     assert actor.decide([few])[0][0] != whole

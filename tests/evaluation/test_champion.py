@@ -1,4 +1,4 @@
-"""best.pt changes only by decision, once, whole, with a line in the ledger; a kill in between loses nothing."""
+"""best.pt changes only by decision, once, atomically, with a ledger line; a kill in between loses nothing."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ SETTINGS = Settings(
     micro_batch_segments=2,
     holdout_days=8,
 )
-HOLDS = {"long": 2, "flat": 1, "short": 0}
+POSITIONS = {"long": 2, "flat": 1, "short": 0}
 
 
 def half_hours(symbol: str, drift: float, seed: int) -> Bars:
-    """12 days of bars, one every 30 minutes, that rise by ``drift`` in the mean."""
+    """12 days of bars, one every 30 minutes, that rise by ``drift`` on average."""
     bars = walk(symbol, 12 * 48, seed=seed)
     rise = np.exp(np.arange(len(bars)) * drift)
     prices = {name: getattr(bars, name) * rise for name in ("open", "high", "low", "close")}
@@ -58,7 +58,7 @@ def half_hours(symbol: str, drift: float, seed: int) -> Bars:
 
 
 class Training:
-    """A training without updates: what it holds is said, and its checkpoints are written for real."""
+    """A training without updates, whose policy always wants one position; its checkpoints are real."""
 
     def __init__(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         self.folder, self._caplog = folder, caplog
@@ -73,11 +73,11 @@ class Training:
             trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns
         )
 
-    def holds(self, what: str) -> None:
+    def hold(self, position: str) -> None:
         with torch.no_grad():
-            self.trainer.policy.head.logits.bias.zero_()[HOLDS[what]] = 9.0
+            self.trainer.policy.head.logits.bias.zero_()[POSITIONS[position]] = 9.0
 
-    def examined(self, data: str = "d") -> Exam:
+    def examine(self, data: str = "d") -> Exam:
         self.progress.tick(1)
         with self.writer() as writer:
             exam = self.examiner.examine(self.trainer, self.progress, data, writer)
@@ -119,11 +119,11 @@ def training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Training:
     return Training(tmp_path, caplog)
 
 
-def test_only_who_beats_the_champion_takes_its_place(training: Training) -> None:
+def test_only_a_challenger_that_beats_the_champion_replaces_it(training: Training) -> None:
     story = [("short", None), ("flat", None), ("long", 3), ("short", 3), ("long", 3), ("flat", 3)]
     for what, best in story:
-        training.holds(what)
-        training.examined()
+        training.hold(what)
+        training.examine()
         assert training.best == (None if best is None else (1, best)), what
     decisions = [(line["epoch"], line["champion"], line["decision"]) for line in training.ledger]
     assert decisions == [
@@ -143,17 +143,17 @@ def test_only_who_beats_the_champion_takes_its_place(training: Training) -> None
         assert (line["days"], line["symbols"]) == (8, 2)
         assert set(line["pooled"]) >= {"policy", "buy and hold", "always flat", "momentum"}
         assert ("champion" in line["pooled"]) == (line["champion"] is not None)
-    # Who only ever holds is the market: above cash, not above buying and holding.
+    # A policy that always holds is the market: better than cash, not better than buying and holding.
     assert training.ledger[2]["verdict_reason"].startswith("not above buy and hold")
-    told = training.output
-    assert "Champion: run1_epoch3.pt from now on, against always flat, as there is no champion: +" in told
-    assert "Champion: still run1_epoch3.pt, against run1_epoch3.pt: -" in told
+    output = training.output
+    assert "Champion: run1_epoch3.pt from now on, against always flat, as there is no champion: +" in output
+    assert "Champion: still run1_epoch3.pt, against run1_epoch3.pt: -" in output
 
 
-def test_the_champion_is_a_checkpoint_like_others_and_outlives_them(training: Training) -> None:
+def test_the_champion_is_an_ordinary_checkpoint_and_survives_pruning(training: Training) -> None:
     for what in ("long", "short", "short", "short"):
-        training.holds(what)
-        exam = training.examined()
+        training.hold(what)
+        exam = training.examine()
     assert [path.name for path in checkpoint.existing(training.folder)] == [
         "run1_epoch4.pt",
         "run1_epoch3.pt",
@@ -169,47 +169,47 @@ def test_the_champion_is_a_checkpoint_like_others_and_outlives_them(training: Tr
     assert saved.metrics["exam/champion_percent"] == exam.figures["exam/champion_percent"] > 0
 
 
-def test_the_dates_are_fresh_to_both(training: Training) -> None:
-    training.holds("long")
-    training.examined()
-    # Weights that were trained for longer: of this training, and of the champion.
+def test_the_days_are_new_to_challenger_and_champion(training: Training) -> None:
+    training.hold("long")
+    training.examine()
+    # Later ends of training: of the challenger, then of the champion.
     training.progress.trained_until_ns += 2 * DAY_NS
-    training.examined()
+    training.examine()
     days = [line["days"] for line in training.ledger]
     assert days[1] == days[0] - 2
     path = training.folder / checkpoint.BEST
     contents = torch.load(path, weights_only=True)
     torch.save(contents | {"trained_until_ns": training.trained_until_ns + 3 * DAY_NS}, path)
-    training.examined()
+    training.examine()
     assert training.ledger[2]["days"] == days[0] - 3
     torch.save(contents | {"trained_until_ns": training.trained_until_ns + 8 * DAY_NS}, path)
-    assert training.examined() == training.examined() == Exam()
+    assert training.examine() == training.examine() == Exam()
     assert training.output.count("No exam: no symbol has 10 bars in a row after") == 1
     assert len(training.ledger) == 3
 
 
-def test_the_champion_is_played_again_only_when_something_changed(
+def test_the_champion_walks_again_only_when_something_changed(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
     original = champion.read
     monkeypatch.setattr(champion, "read", lambda path, *others: read.append(path) or original(path, *others))
-    training.holds("long")
-    figures = [training.examined().figures for _ in range(4)]
+    training.hold("long")
+    figures = [training.examine().figures for _ in range(4)]
     assert len(read) == 1
     assert figures[1]["exam/champion_percent"] == figures[3]["exam/champion_percent"]
-    training.examined(data="other bars")
+    training.examine(data="other bars")
     assert len(read) == 2
 
 
-def test_an_epoch_that_is_played_again_is_one_trial(training: Training) -> None:
-    training.holds("long")
-    training.examined()
-    training.examined()
+def test_a_repeated_epoch_is_one_trial(training: Training) -> None:
+    training.hold("long")
+    training.examine()
+    training.examine()
     before = (training.folder / ledger.NAME).read_bytes()
     training.progress.epoch -= 1  # its checkpoint was damaged
-    training.holds("short")
-    exam = training.examined()
+    training.hold("short")
+    exam = training.examine()
     assert exam.figures["exam/trials"] == 2
     assert (training.folder / ledger.NAME).read_bytes() == before
     assert training.best == (1, 1)
@@ -217,8 +217,8 @@ def test_an_epoch_that_is_played_again_is_one_trial(training: Training) -> None:
 
 
 def test_a_kill_between_the_checkpoint_and_the_ledger_loses_no_decision(training: Training) -> None:
-    training.holds("long")
-    saved = training.checkpoint(training.examined())
+    training.hold("long")
+    saved = training.checkpoint(training.examine())
     path = training.folder / ledger.NAME
     whole = path.read_bytes()
     for on_disk, has_best in ((whole[:-40], True), (b"", True), (b"", False)):
@@ -234,15 +234,13 @@ def test_a_kill_between_the_checkpoint_and_the_ledger_loses_no_decision(training
     assert "Warning" not in training.output
 
 
-def test_a_folder_with_one_name_per_file_gets_a_copy(
-    training: Training, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_links_gets_a_copy(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refused)
-    training.holds("long")
-    training.examined()
+    training.hold("long")
+    training.examine()
     assert training.best == (1, 1)
     assert (training.folder / checkpoint.BEST).stat().st_nlink == 1
 
@@ -251,26 +249,26 @@ def test_a_full_disk_is_a_warning_and_a_refusal(training: Training, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    training.holds("long")
+    training.hold("long")
     with monkeypatch.context() as patch:
         patch.setattr(champion, "_put_in_place", full)
-        training.examined()
+        training.examine()
     (line,) = training.ledger
     assert (line["decision"], line["reason"]) == (
         "refused",
         "best.pt was not written: No space left on device",
     )
     assert training.best is None
-    told = training.output
-    assert "Warning: run1_epoch1.pt should have become the champion, but best.pt was not written" in told
+    output = training.output
+    assert "Warning: run1_epoch1.pt should have become the champion, but best.pt was not written" in output
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "append", full)
-        training.examined()
+        training.examine()
     assert "ledger.jsonl was not written: No space left on device" in training.output
     assert len(training.ledger) == 1
 
 
-def test_what_a_full_disk_kept_off_the_record_follows_in_order(
+def test_lines_that_a_full_disk_refused_follow_in_order(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -278,8 +276,8 @@ def test_what_a_full_disk_kept_off_the_record_follows_in_order(
 
     saved = []
     for what in ("long", "short"):
-        training.holds(what)
-        saved.append(training.checkpoint(training.examined()))
+        training.hold(what)
+        saved.append(training.checkpoint(training.examine()))
     path, pending = training.folder / ledger.NAME, []
     whole = path.read_bytes()
     path.unlink()
@@ -295,12 +293,12 @@ def test_what_a_full_disk_kept_off_the_record_follows_in_order(
     assert pending == [] and "Warning" not in training.output
 
 
-def test_a_disk_is_not_thought_to_gain_room_from_a_second_name(
+def test_removing_one_of_two_links_is_not_counted_as_freed_space(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for what in ("long", "short"):
-        training.holds(what)
-        training.examined()
+        training.hold(what)
+        training.examine()
     before = sorted(path for path in training.folder.rglob("*.pt"))
     old_state = training.folder / checkpoint.RESUME / "run1_epoch1.pt"
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
@@ -310,10 +308,10 @@ def test_a_disk_is_not_thought_to_gain_room_from_a_second_name(
     assert "Warning" not in training.output
 
 
-def test_a_wish_to_stop_now_breaks_an_exam_off(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
-    training.holds("long")
+def test_a_request_to_stop_now_aborts_an_exam(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.hold("long")
     monkeypatch.setattr(Control, "stop_level", STOP_NOW)
-    assert training.examined() == Exam()
+    assert training.examine() == Exam()
     assert "No exam: asked to stop" in training.output
     assert training.ledger == [] and training.best is None
     assert Checkpoint.read(training.folder / "run1_epoch1.pt").exam == {}
@@ -325,19 +323,19 @@ def test_a_ledger_that_cannot_be_read_is_a_warning(
     def refused(path: Path) -> None:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    training.holds("long")
+    training.hold("long")
     monkeypatch.setattr(ledger, "read", refused)
-    assert training.examined() == Exam()
-    told = training.output
-    assert "Warning: No exam: " in told and "ledger.jsonl cannot be read: Input/output error" in told
-    assert "Saved " in told and training.best is None
+    assert training.examine() == Exam()
+    output = training.output
+    assert "Warning: No exam: " in output and "ledger.jsonl cannot be read: Input/output error" in output
+    assert "Saved " in output and training.best is None
 
 
-def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_none(
+def test_a_save_between_two_epochs_keeps_the_exam_and_one_within_an_epoch_has_none(
     training: Training,
 ) -> None:
-    training.holds("long")
-    exam = training.examined()
+    training.hold("long")
+    exam = training.examine()
     asked = itertools.count()
     for step, record in ((0, exam.record), (1, {})):
         if step:
@@ -348,45 +346,45 @@ def test_a_save_between_two_epochs_keeps_the_exam_and_one_inside_an_epoch_has_no
         assert Checkpoint.read(training.folder / checkpoint.name_of(1, 1, step)).exam == record
 
 
-def test_what_cannot_be_compared_is_left_alone(training: Training) -> None:
-    training.holds("long")
-    training.examined()
+def test_a_champion_that_cannot_be_compared_is_left_alone(training: Training) -> None:
+    training.hold("long")
+    training.examine()
     best = training.folder / checkpoint.BEST
     contents = torch.load(best, weights_only=True)
     features = contents["features"] | {"mean": contents["features"]["mean"] + 1}
-    for change, told in (
+    for change, reason in (
         ({"features": features}, "was trained with other features"),
         ({"config": contents["config"] | {"context_bars": 5}}, "was trained with other context_bars"),
         ({"format": 0}, "has format 0"),
     ):
         torch.save(contents | change, best)
         before = best.read_bytes()
-        training.examined()
+        training.examine()
         assert best.read_bytes() == before
-        assert told in training.ledger[-1]["reason"]
+        assert reason in training.ledger[-1]["reason"]
         assert "move it away to let another one take its place" in training.ledger[-1]["reason"]
-    # Damaged on the disk after it was read, so that only other bars make it be read again.
+    # Damaged after it was read: only other bars cause it to be read again.
     torch.save(contents, best)
-    training.examined()
+    training.examine()
     status = best.stat()
     with best.open("r+b") as file:
         file.seek(status.st_size // 2)
         file.write(bytes(64))
     os.utime(best, ns=(status.st_atime_ns, status.st_mtime_ns))
-    training.examined(data="other bars")
+    training.examine(data="other bars")
     assert "is damaged" in training.ledger[-1]["reason"]
     best.write_bytes(b"torn")
-    training.examined()
+    training.examine()
     assert "cannot be read" in training.ledger[-1]["reason"]
     assert best.read_bytes() == b"torn"
 
 
 def test_an_exam_draws_nothing_and_moves_no_account(training: Training) -> None:
-    training.holds("long")
-    training.examined()
+    training.hold("long")
+    training.examine()
     training.trainer.env.cost_scale = 0.25
     state, accounts = torch.get_rng_state(), training.trainer.env.state_dict()
-    training.examined()
+    training.examine()
     assert torch.equal(torch.get_rng_state(), state)
     after = training.trainer.env.state_dict()
     assert torch.equal(after["generator"], accounts["generator"]) and after["symbols"] == accounts["symbols"]
@@ -396,7 +394,7 @@ def test_an_exam_draws_nothing_and_moves_no_account(training: Training) -> None:
 
 def test_nothing_held_out_is_one_line(training: Training) -> None:
     training.progress.trained_until_ns = int(training.bars[0].open_time[-1])
-    assert training.examined() == training.examined() == Exam()
+    assert training.examine() == training.examine() == Exam()
     assert training.output.count("No exam: ") == 1
     assert training.ledger == []
     assert Checkpoint.read(training.folder / "run1_epoch2.pt").exam == {}

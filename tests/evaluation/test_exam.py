@@ -1,4 +1,4 @@
-"""An exam walks what a plain ledger walks, at the same bars for everybody, and sees nothing ahead."""
+"""An exam agrees with a plain ledger, walks the same bars for all contestants, and sees nothing ahead."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def walks() -> dict[str, list[Walk]]:
         return exam()
 
 
-def wanted_by(name: str, closes: np.ndarray, bar: int) -> float:
+def target_of(name: str, closes: np.ndarray, bar: int) -> float:
     if name == "buy and hold":
         return 1.0
     if name == "always flat" or bar < PAST:
@@ -60,7 +60,7 @@ def wanted_by(name: str, closes: np.ndarray, bar: int) -> float:
 
 @pytest.mark.parametrize("name", ["buy and hold", "always flat", "momentum"])
 @pytest.mark.parametrize("bars", [COIN, STOCK], ids=["coin", "stock"])
-def test_a_baseline_earns_what_one_account_in_plain_floats_earns(
+def test_a_baseline_earns_what_an_account_in_plain_floats_earns(
     walks: dict[str, list[Walk]], name: str, bars: object
 ) -> None:
     number = [COIN, STOCK].index(bars)
@@ -74,12 +74,12 @@ def test_a_baseline_earns_what_one_account_in_plain_floats_earns(
     account = ReferenceAccount(1e-6, held=0.0)
     positions = set()
     for t, fill in enumerate(fills):
-        if t and fill != fills[t - 1] + 1:  # over a hole the account starts anew, in cash
+        if t and fill != fills[t - 1] + 1:  # after a hole the account starts again, in cash
             account = ReferenceAccount(1e-6, held=0.0)
         before = account.equity(opens[fill])
         costs, borrowed, traded = account.costs, account.borrow_costs, account.traded
         borrow = CONFIG.borrow_rate * (bars.open_time[fill + 1] - bars.open_time[fill]) / YEAR_NS
-        target = wanted_by(name, bars.close, fill - 1)
+        target = target_of(name, bars.close, fill - 1)
         rate = fee / 1e4 + CONFIG.range_slippage * spread[fill]
         earned = account.fill(target, opens[fill], opens[fill + 1], rate, borrow)
         assert played.log_returns[t] == pytest.approx(earned, abs=1e-7)
@@ -125,7 +125,7 @@ def step_by_step(policy: Policy, market: Market, symbol: str, start_ns: int) -> 
     return torch.stack(rows).double().numpy().T
 
 
-def test_the_policy_does_what_it_does_step_by_step(walks: dict[str, list[Walk]]) -> None:
+def test_the_policy_acts_as_it_does_step_by_step(walks: dict[str, list[Walk]]) -> None:
     policy, market = policy_of(MARKET), MARKET.until(NEVER)
     for played, start in ((walks["policy"][1], TRAINED_UNTIL),):
         time, position, equity, fees, borrowed = step_by_step(policy, market, played.symbol, start)
@@ -147,7 +147,7 @@ def test_an_exam_may_end_after_so_many_segments(walks: dict[str, list[Walk]]) ->
             np.testing.assert_allclose(short.log_returns, full.log_returns[: 2 * HORIZON], atol=1e-9)
 
 
-def test_everybody_walks_the_same_bars_after_the_training_and_before_the_end(
+def test_all_contestants_walk_the_same_bars_after_the_training_and_before_the_end(
     walks: dict[str, list[Walk]],
 ) -> None:
     assert list(walks) == ["policy", "buy and hold", "always flat", "momentum"]
@@ -187,7 +187,7 @@ def test_no_decision_sees_a_later_bar(walks: dict[str, list[Walk]]) -> None:
             assert np.array_equal(contestant[1].log_returns, other[name][1].log_returns)
 
 
-def test_how_much_is_encoded_at_once_changes_nothing(walks: dict[str, list[Walk]]) -> None:
+def test_the_chunk_size_changes_nothing(walks: dict[str, list[Walk]]) -> None:
     for size in (1, 3):
         for own, other in zip(walks["policy"], exam(chunk_segments=size)["policy"], strict=True):
             np.testing.assert_allclose(own.log_returns, other.log_returns, atol=1e-7)
@@ -247,7 +247,7 @@ def test_the_ruined_stay_on_the_same_bars() -> None:
     assert not held.log_returns[last + 1 :].any() and not held.position[last + 1 :].any()
 
 
-def test_symbols_without_bars_are_left_out_and_nobody_at_all_is_refused() -> None:
+def test_symbols_without_bars_are_skipped_unless_all_are() -> None:
     old = walk("CCC", 50)
     market = market_of(old, COIN)
     walks = exam(market, symbols=("CCC", "AAA"))
@@ -280,10 +280,10 @@ def test_baselines_take_the_nearest_positions_there_are() -> None:
         assert {positions[action] for action in rule[:PAST].flatten().tolist()} == {0.0}
 
 
-def same(one: list[Walk], other: list[Walk]) -> bool:
+def same(first: list[Walk], second: list[Walk]) -> bool:
     return all(
         np.array_equal(getattr(a, name), getattr(b, name))
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(first, second, strict=True)
         for name in ("time", "position", "log_returns", "costs", "traded")
     )
 
@@ -295,20 +295,20 @@ def test_flat_costs_take_the_place_of_fees_and_slippage(walks: dict[str, list[Wa
     for free, paying in zip(dear["policy at 0 bps"], dear["policy at 3 bps"], strict=True):
         borrows = np.abs(free.position - 0.5) > 0.5 + 1e-6  # short, or beyond 1
         assert free.traded.sum() > 0
-        # What is left is the cost of borrowing, which cash and a long position have not.
+        # The rest is the cost of borrowing, which cash and a long position do not have.
         assert free.costs[~borrows].max() < 1e-6 < free.costs[borrows].min()
         assert paying.traded.sum() > 0
         borrowing = paying.costs - 3e-4 * paying.traded
         assert borrowing.min() > -1e-12 and np.median(borrowing) < 1e-4
 
 
-def test_a_flat_cost_must_be_one() -> None:
+def test_impossible_flat_costs_are_refused() -> None:
     with pytest.raises(ValueError, match="a flat cost must be 0 or more and under 5000 bps, was 6000"):
         exam(flat_costs_bps=(1.0, 6000.0))
 
 
-def test_an_exam_tells_how_far_it_is() -> None:
-    told: list[tuple[int, int]] = []
-    exam(on_segment=lambda *place: told.append(place))
-    total = told[0][1]
-    assert told == [(number, total) for number in range(1, total + 1)]
+def test_an_exam_reports_its_progress() -> None:
+    reported: list[tuple[int, int]] = []
+    exam(on_segment=lambda *place: reported.append(place))
+    total = reported[0][1]
+    assert reported == [(number, total) for number in range(1, total + 1)]

@@ -1,4 +1,4 @@
-"""The ledger keeps every exam once, whatever kills its writer and however full the disk is."""
+"""The ledger keeps every exam, even if its writer is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "made" / ledger.NAME
 
 
-def test_what_is_appended_is_read_in_order(path: Path) -> None:
+def test_lines_are_read_in_order(path: Path) -> None:
     assert ledger.read(path) == []
     for epoch in (1, 2, 3):
         ledger.append(path, line(epoch))
@@ -30,7 +30,7 @@ def test_what_is_appended_is_read_in_order(path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", range(1, len(json.dumps(line(2)))))
-def test_a_line_torn_anywhere_is_left_out_and_repaired(path: Path, length: int) -> None:
+def test_a_line_torn_anywhere_is_skipped_and_removed(path: Path, length: int) -> None:
     ledger.append(path, line(1))
     with path.open("a") as file:
         file.write(json.dumps(line(2))[:length])
@@ -39,7 +39,7 @@ def test_a_line_torn_anywhere_is_left_out_and_repaired(path: Path, length: int) 
     assert path.read_text() == json.dumps(line(1)) + "\n" + json.dumps(line(3)) + "\n"
 
 
-def test_a_line_that_only_lacks_its_end_is_kept(path: Path) -> None:
+def test_a_line_that_only_lacks_its_newline_is_kept(path: Path) -> None:
     path.parent.mkdir()
     path.write_text(json.dumps(line(1)))
     assert ledger.read(path) == [line(1)]
@@ -47,13 +47,13 @@ def test_a_line_that_only_lacks_its_end_is_kept(path: Path) -> None:
     assert ledger.read(path) == [line(1), line(2)]
 
 
-def test_what_is_no_exam_does_not_count(path: Path) -> None:
+def test_lines_that_are_no_exam_are_skipped(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b'\xff\xfe\n[]\n{"run": 1}\n"text"\n\n' + json.dumps(line(1)).encode() + b"\n")
     assert ledger.read(path) == [line(1)]
 
 
-def test_a_full_disk_leaves_what_was_on_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_earlier_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.append(path, line(1))
 
     def full(_: int) -> None:

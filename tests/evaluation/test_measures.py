@@ -1,4 +1,4 @@
-"""Measures are what one computes by hand, on awkward walks too."""
+"""Measures agree with computations by hand, also on awkward walks."""
 
 from __future__ import annotations
 
@@ -123,14 +123,14 @@ def test_resampled_days_are_runs_of_neighbours() -> None:
     assert days.shape == (4_000, 27)
     assert (days.min(), days.max()) == (0, 26)
     follows = (days[:, 1:] == (days[:, :-1] + 1) % 27).mean()
-    # A run goes on with probability 1 - 1/3; else a day is drawn, once in 27 the next one.
+    # A run continues with probability 1 - 1/3; otherwise a day is drawn, once in 27 the next one.
     assert follows == pytest.approx(2 / 3 + 1 / 3 / 27, abs=0.01)
     assert np.bincount(days.flatten()).std() / 4_000 < 0.05
     assert np.array_equal(days, resampled_days(27, resamples=4_000))
     assert (resampled_days(1) == 0).all()
 
 
-def test_the_interval_of_the_mean_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_of_the_mean_covers_the_truth_about_as_often_as_it_claims() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""The program itself holds exams: three runs, their ledger, kills in between, and weights that never notice."""
+"""The program's own exams: three runs, their ledger, kills in between, and unaffected weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.program import (
     tiny_flags,
 )
 
-# Bars enough for five days of exam.
+# Enough bars for an exam of five days.
 FLAGS = {
     **SEGMENTS_OF_AN_HOUR,
     "simulated_symbols": 2,
@@ -63,7 +63,7 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
     return folder, outputs
 
 
-def test_every_checkpoint_has_its_line_its_figures_and_its_sentence(
+def test_every_checkpoint_has_its_ledger_line_its_figures_and_its_message(
     three_runs: tuple[Path, list[str]],
 ) -> None:
     folder, outputs = three_runs
@@ -80,25 +80,25 @@ def test_every_checkpoint_has_its_line_its_figures_and_its_sentence(
         saved = checkpoint(folder, line["checkpoint"])
         assert json.loads(json.dumps(saved["exam"]["line"])) == line
         (entry,) = [
-            each for each in metrics(folder) if (each["run"], each["epoch"]) == (line["run"], line["epoch"])
+            row for row in metrics(folder) if (row["run"], row["epoch"]) == (line["run"], line["epoch"])
         ]
-        told = {name: value for name, value in entry.items() if name.startswith("exam/")}
-        assert len(told) > 15
-        for name, value in told.items():
+        figures = {name: value for name, value in entry.items() if name.startswith("exam/")}
+        assert len(figures) > 15
+        for name, value in figures.items():
             kept = saved["metrics"][name]
             assert kept == value or (value is None and kept != kept)
-        assert told["exam/return_percent"] == pytest.approx(100 * line["pooled"]["policy"]["total_return"])
-        assert told["exam/trials"] == line["trials"]
+        assert figures["exam/return_percent"] == pytest.approx(100 * line["pooled"]["policy"]["total_return"])
+        assert figures["exam/trials"] == line["trials"]
         assert f"Exam: {line['days']} days, 2 symbols: " in output
         assert f"{line['verdict']}: {line['verdict_reason']}" in output
         assert output.isascii()
-    examined = [(each["run"], each["epoch"]) for each in metrics(folder) if "exam/days" in each]
+    examined = [(row["run"], row["epoch"]) for row in metrics(folder) if "exam/days" in row]
     assert examined == [(1, 1), (1, 2), (2, 2), (3, 2)]
 
 
 def test_no_exam_begins_before_any_ancestor_was_trained(three_runs: tuple[Path, list[str]]) -> None:
     folder, _ = three_runs
-    # The second run trained up to two days before the end: its heirs are never examined on what lies before.
+    # The second run trained up to two days before the end: later ones are never examined before that.
     for line, days in zip(lines_of(folder), (5, 5, 2, 2), strict=True):
         until = NEWEST - days * DAY_NS
         assert checkpoint(folder, line["checkpoint"])["trained_until_ns"] == until
@@ -115,9 +115,9 @@ def test_weights_are_the_same_with_and_without_exams(
     names = ("run1_epoch1.pt", "run1_epoch2.pt")
     assert all(is_same(*(checkpoint(f, name)["model"] for f in (tmp_path, three_runs[0]))) for name in names)
     learnt = [
-        [{name: value for name, value in each.items() if name.startswith(("loss/", "ppo/", "rollout/"))}]
+        [{name: value for name, value in row.items() if name.startswith(("loss/", "ppo/", "rollout/"))}]
         for folder in (tmp_path, three_runs[0])
-        for each in metrics(folder)[:2]
+        for row in metrics(folder)[:2]
     ]
     assert learnt[:2] == learnt[2:]
 

@@ -1,4 +1,4 @@
-"""A policy comes out of its checkpoint as it went in, or with one clear reason why not."""
+"""A policy comes out of its checkpoint unchanged, or with one clear reason why not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_weights_settings_and_statistics_come_back(saved: Checkpoint) -> None:
     assert trained.statistics.names == saved.statistics.names
 
 
-def test_settings_of_another_version_are_left_out_and_changes_taken(saved: Checkpoint) -> None:
+def test_settings_of_another_version_are_ignored_and_changes_applied(saved: Checkpoint) -> None:
     older = again(saved, config=saved.config | {"moon_phase": True})
     trained = TrainedPolicy.read(older, Settings, stock_fee_bps=2.0)
     assert trained.settings.stock_fee_bps == 2.0
@@ -59,15 +59,15 @@ def test_settings_of_another_version_are_left_out_and_changes_taken(saved: Check
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"d_model": 64}, r"d_model=64, but .* was trained with d_model=32"),
         ({"positions": (0.0, 1.0)}, r"positions=\(0.0, 1.0\), but .* was trained with"),
         ({"stock_fee_bps": -1.0}, "stock_fee_bps"),
     ],
 )
-def test_changes_that_cannot_be_are_refused(saved: Checkpoint, change: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_impossible_changes_are_refused(saved: Checkpoint, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         TrainedPolicy.read(saved.path, Settings, **change)
 
 

@@ -1,4 +1,4 @@
-"""Luck, the market, and many trials show a lot; the verdict says "edge" only beyond all of them."""
+"""The verdict is "edge" only beyond what luck, the market, and many trials explain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_bar_is_the_best_of_so_many_trials_without_an_edge(num_trials: int) 
     assert expected_best_sharpe(num_trials, days, 365) == pytest.approx(best, rel=0.1, abs=0.1)
 
 
-def test_one_trial_has_no_luck_to_take_off() -> None:
+def test_one_trial_has_no_luck_to_subtract() -> None:
     assert expected_best_sharpe(1, 14, 365) == 0.0
     bars = [expected_best_sharpe(trials, 14, 365) for trials in (1, 2, 10, 1000)]
     assert bars == sorted(bars)
@@ -38,7 +38,7 @@ def test_an_edge_needs_all_three() -> None:
     assert str(verdict(GOOD, others, 1)).startswith("edge: surely above 0")
     worse = verdict(GOOD, others | {"momentum": BETTER}, 1)
     assert str(worse) == "no edge: not above momentum"
-    assert verdict(GOOD, others | {"champion": BETTER}, 1).edge  # the gate's business
+    assert verdict(GOOD, others | {"champion": BETTER}, 1).edge  # a champion does not count
     lucky = verdict(replace(GOOD, sharpe=5.0), others, 20)
     assert str(lucky) == "no edge: the best of 20 trials shows a Sharpe of 11.5 by luck alone"
     assert lucky.sharpe_bar == expected_best_sharpe(20, 10, 365)
@@ -49,26 +49,23 @@ def test_an_edge_needs_all_three() -> None:
 
 
 def test_staying_flat_is_no_edge() -> None:
-    told = str(verdict(FLAT, {"always flat": FLAT}, 3))
-    assert (
-        told
-        == "no edge: its mean day is between +0.00% and +0.00%, not surely above 0; not above always flat"
-    )
+    expected = "no edge: its mean day is between +0.00% and +0.00%, not surely above 0; not above always flat"
+    assert str(verdict(FLAT, {"always flat": FLAT}, 3)) == expected
 
 
-def test_who_earns_a_little_more_every_day_beats_whatever_the_market_does() -> None:
+def test_earning_a_little_more_every_day_beats_in_any_market() -> None:
     market = np.random.default_rng(0).normal(0, 0.05, 14)
     champion = of_daily(*market)
-    better, told = beats([of_daily(*(market + 0.001))], [champion])
+    better, reason = beats([of_daily(*(market + 0.001))], [champion])
     assert better
-    assert told == "+0.100% a day, above 0 in 100.0% of resampled histories, 95% needed"
+    assert reason == "+0.100% a day, above 0 in 100.0% of resampled histories, 95% needed"
     worse, _ = beats([of_daily(*(market - 0.001))], [champion])
     assert not worse
     other = np.random.default_rng(1).normal(0.001, 0.05, 14)
     assert not beats([of_daily(*other)], [champion])[0]
 
 
-def test_the_same_days_and_too_few_days_beat_nobody() -> None:
+def test_equal_days_and_too_few_days_beat_no_contestant() -> None:
     walk = of_daily(0.01, 0.02, -0.01, 0.03, 0.01)
     assert beats([walk], [walk]) == (False, "both earned the same on every day")
     two = of_daily(0.5, 0.5)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, damage always noticed, nothing executed, old ones pruned by rule."""
+"""Checkpoints: complete or absent, damage always detected, nothing executed, old ones pruned by rule."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def damage_one_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_truncated, damage_emptied, damage_one_bit])
 @pytest.mark.parametrize("which", ["weights", "resume"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
     tmp_path: Path, damage: Any, which: str
 ) -> None:
     older = save(tmp_path, 1, 3)
@@ -74,7 +74,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert "the one before it is used" in warnings[0]
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     path = save(tmp_path, 1, 1)
     good, chance = path.read_bytes(), random.Random(0)
     for _ in range(40):
@@ -85,7 +85,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
             loaded = Checkpoint.read(path)
         except CheckpointError:
             continue
-        # A flip in the zip's own padding or dates touches nothing that is loaded.
+        # A flip in the zip's padding or dates affects nothing that is loaded.
         assert torch.equal(loaded.model["w"], torch.ones(1000))
         assert (loaded.run, loaded.epoch) == (1, 1)
 
@@ -99,7 +99,7 @@ def test_weights_without_resume_state_are_the_last_resort(tmp_path: Path) -> Non
     assert "no resume state left" in warnings[0]
 
 
-def test_a_strangers_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+def test_a_checkpoint_from_a_stranger_cannot_run_code(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
 
     class Evil:
@@ -127,7 +127,7 @@ def test_old_checkpoints_go_but_the_last_of_every_run_stays(tmp_path: Path) -> N
     assert resume == ["run3_epoch1.pt", "run3_epoch2.pt"]
 
 
-def test_a_folder_by_the_name_of_a_checkpoint_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_a_checkpoint_is_ignored_and_stays(tmp_path: Path) -> None:
     strange = [tmp_path / "run1_epoch0.pt", tmp_path / "resume" / "run0_epoch1.pt"]
     for folder in strange:
         folder.mkdir(parents=True)
@@ -139,24 +139,22 @@ def test_a_folder_by_the_name_of_a_checkpoint_is_no_checkpoint_and_stays(tmp_pat
     assert all(folder.is_dir() for folder in strange)
 
 
-def test_a_file_that_somebody_else_removes_meanwhile_is_gone_and_that_is_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pruning_ignores_files_that_are_already_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [save(tmp_path, 1, epoch) for epoch in (1, 2, 3)]
     before = checkpoint.existing(tmp_path)
     paths[0].unlink()
-    monkeypatch.setattr(checkpoint, "existing", lambda folder: before)  # listed just before it went
+    monkeypatch.setattr(checkpoint, "existing", lambda folder: before)  # listed just before it was removed
     checkpoint.prune(tmp_path, keep=1)
     assert [path.exists() for path in paths] == [False, False, True]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"was not saved: .*Training continues\."):
         save(tmp_path / "file", 1, 1)
 
 
-def test_a_second_daemon_is_told_who_holds_the_folder(tmp_path: Path) -> None:
+def test_a_second_daemon_learns_which_process_has_the_folder(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from training import checkpoint\n"
         f"with checkpoint.exclusive(Path({str(tmp_path)!r})):\n    print('held', flush=True); time.sleep(60)"
@@ -169,14 +167,14 @@ def test_a_second_daemon_is_told_who_holds_the_folder(tmp_path: Path) -> None:
             pass
         holder.kill()
         holder.wait()
-        with checkpoint.exclusive(tmp_path):  # the lock died with its process
+        with checkpoint.exclusive(tmp_path):  # the lock ended with its process
             pass
     finally:
         holder.kill()
         holder.wait()
 
 
-def test_a_folder_that_cannot_be_made_is_not_taken_for_one_in_use(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_not_mistaken_for_one_in_use(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(CheckpointError, match="checkpoint_dir: cannot write"),
@@ -185,12 +183,12 @@ def test_a_folder_that_cannot_be_made_is_not_taken_for_one_in_use(tmp_path: Path
         pass
 
 
-def test_what_goes_wrong_while_the_folder_is_held_stays_what_it_is(tmp_path: Path) -> None:
+def test_errors_inside_the_lock_pass_through_unchanged(tmp_path: Path) -> None:
     with pytest.raises(LakeError, match="of the lake"), checkpoint.exclusive(tmp_path):
         raise LakeError("of the lake")
 
 
-def test_kill_at_any_moment_of_a_save_leaves_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_of_a_save_leaves_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from tests.training.checkpoints import small\n"
         "for epoch in range(1, 10_000):\n"
@@ -232,7 +230,7 @@ def test_the_manifest_of_a_checkpoint_is_plain(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_of_before_there_were_exams_still_loads(tmp_path: Path) -> None:
+def test_a_file_from_before_exams_still_loads(tmp_path: Path) -> None:
     path = save(tmp_path, 1, 2)
     contents = torch.load(path, weights_only=True) | {"data_cutoff_ns": 5}
     for key in ("step", "trained_until_ns", "exam"):
@@ -243,7 +241,7 @@ def test_a_file_of_before_there_were_exams_still_loads(tmp_path: Path) -> None:
     assert (found.step, found.trained_until_ns, found.exam) == (0, 5, {})
 
 
-def test_a_newest_checkpoint_that_lacks_a_part_is_passed_over(tmp_path: Path) -> None:
+def test_a_newest_checkpoint_with_a_missing_key_is_skipped(tmp_path: Path) -> None:
     older, path = save(tmp_path, 1, 1), save(tmp_path, 1, 2)
     contents = torch.load(path, weights_only=True)
     del contents["symbols"]

@@ -1,4 +1,4 @@
-"""Checkpoints in the background: a copy that training does not change, one write at a time, room on the disk."""
+"""Checkpoints in the background: a copy that training does not change, one write at a time, full disks."""
 
 import subprocess
 import sys
@@ -23,18 +23,18 @@ def state(folder: Path, run: int, epoch: int, mebibytes: float = 0.01) -> Checkp
     return small(folder, run, epoch, int(mebibytes * MEBIBYTE / 4))
 
 
-def test_a_snapshot_does_not_follow_what_training_does_to_the_weights() -> None:
+def test_a_snapshot_does_not_change_with_the_weights() -> None:
     snapshot, weights = Snapshot(), torch.ones(3)
     taken = snapshot.take({"model": {"w": weights}, "steps": [1, (weights[:2], "text")]})
     weights += 1
     assert is_same(taken["model"]["w"], torch.ones(3)) and is_same(taken["steps"][1][0], torch.ones(2))
     assert (taken["steps"][0], taken["steps"][1][1]) == (1, "text")
     again = snapshot.take({"model": {"w": weights}})
-    assert again["model"]["w"].data_ptr() == taken["model"]["w"].data_ptr()  # no memory is asked for twice
+    assert again["model"]["w"].data_ptr() == taken["model"]["w"].data_ptr()  # the buffer is reused
     assert is_same(snapshot.take({"model": {"w": torch.zeros(5)}})["model"]["w"], torch.zeros(5))
 
 
-def test_training_goes_on_during_a_write_and_the_next_save_waits_for_it(
+def test_training_continues_during_a_write_and_the_next_save_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed, order = threading.Event(), []
@@ -50,12 +50,12 @@ def test_training_goes_on_during_a_write_and_the_next_save_waits_for_it(
     with CheckpointWriter(tmp_path, 16, True, lambda saved: order.append(f"saved {saved.name}")) as writer:
         first = state(tmp_path, 1, 1)
         writer.save(first)
-        first.model["w"] += 1  # training goes on
+        first.model["w"] += 1  # training continues
         assert "ends 1" not in order
         threading.Timer(0.2, allowed.set).start()
         writer.save(state(tmp_path, 1, 2))
         assert order[:3] == ["begins 1", "ends 1", "saved run1_epoch1.pt"]
-    # Leaving waits for the last one.
+    # Leaving waits for the last save.
     assert order[3:] == ["begins 2", "ends 2", "saved run1_epoch2.pt"]
     assert is_same(Checkpoint.read(tmp_path / "run1_epoch1.pt").model, state(tmp_path, 1, 1).model)
 
@@ -84,13 +84,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert found is not None and (found.epoch, warnings) == (1, [])
 
 
-def test_what_killed_writers_left_is_swept_by_the_next_start(tmp_path: Path) -> None:
+def test_the_next_start_removes_what_killed_writers_left(tmp_path: Path) -> None:
     (tmp_path / "resume").mkdir()
     leftovers = [tmp_path / ".run1_epoch2.pt.1-ab.tmp", tmp_path / "resume" / ".run1_epoch2.pt.1-cd.tmp"]
     for path in leftovers:
         path.write_bytes(b"half")
     with CheckpointWriter(tmp_path, 16, wanted=False):
-        assert all(path.exists() for path in leftovers)  # not this rank's business
+        assert all(path.exists() for path in leftovers)  # this rank does not write
     with CheckpointWriter(tmp_path, 16, wanted=True):
         assert not any(path.exists() for path in leftovers)
 
@@ -130,7 +130,7 @@ def test_on_a_full_disk_older_files_go_first_and_the_last_of_each_run_stays(
     assert (found.epoch, warnings) == (3, [])
 
 
-def test_where_even_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(
+def test_if_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for epoch in (1, 2):
@@ -141,7 +141,7 @@ def test_where_even_that_is_not_enough_the_save_is_skipped_and_nothing_is_lost(
     assert (sorted(path.name for path in small_disk.rglob("*")), caplog.messages) == (before, [])
 
 
-def test_training_on_a_full_disk_goes_on_and_saves_when_there_is_room(
+def test_training_on_a_full_disk_continues_and_saves_once_there_is_room(
     small_disk: Path, tmp_path: Path
 ) -> None:
     checkpoints = small_disk / "checkpoints"
@@ -156,15 +156,15 @@ def test_training_on_a_full_disk_goes_on_and_saves_when_there_is_room(
     finally:
         start.kill()
     assert "run1_epoch2.pt was not saved: the disk is full. Training continues." in start.output
-    # The one that is owed does not wait for the next even epoch to try again.
+    # A failed save is repeated at the next epoch, not at the next even one.
     assert "run1_epoch3.pt was not saved: the disk is full" in start.output
     assert "run1_epoch60.pt" in start.lines[-1]
     assert not list(checkpoints.rglob("*.tmp"))
     assert Checkpoint.read(checkpoints / "run1_epoch60.pt").epoch == 60
 
 
-def test_a_last_save_without_room_is_exit_4_and_not_tried_again(small_disk: Path, tmp_path: Path) -> None:
-    """Not 0: a script that switches the machine off after a training that ended well must hear of it."""
+def test_a_last_save_without_room_is_exit_4_and_not_repeated(small_disk: Path, tmp_path: Path) -> None:
+    """Not 0: a script that switches the machine off after a training that ended well must notice."""
     checkpoints = small_disk / "checkpoints"
     checkpoints.mkdir()
     (small_disk / "filler").write_bytes(b"x" * (16 * MEBIBYTE - 64 * 1024))
