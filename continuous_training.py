@@ -1,12 +1,11 @@
-"""Train a transformer trading policy with PPO, on every GPU, on fresh minute bars, for ever.
+"""Train a transformer trading policy with PPO, on every GPU, on fresh minute bars, until stopped.
 
-Start it with START_CONTINUOUS.sh (or .bat). Settings are the constants below: edit them here, or override
-one for a single start, such as ``bash START_CONTINUOUS.sh --envs-per-gpu 256``.
+Start it with START_CONTINUOUS.sh (or .bat). Settings are constants at the top of continuous_training.py: edit
+them there, or override one for a single start: bash START_CONTINUOUS.sh --envs-per-gpu 256
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -17,11 +16,9 @@ from typing import Any, Literal
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
 
 import torch
-import typer
 from dotenv import load_dotenv
 
-from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
-from commands.cli import checkpoint_command_from, command_from, exit_with
+from commands.cli import application, exit_with, run
 from commands.train import Job
 from runtime.control import (
     EXIT_ABORTED,
@@ -54,67 +51,67 @@ class Settings:
     """Every setting. The comment of each is its --help; None means "not set"."""
 
     # --- data ---------------------------------------------------------------------------------------------
-    sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # where bars come from; or: simulated
+    sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # where bars come from; or simulated
     stocks: tuple[str, ...] = STOCKS  # stocks, from Polygon and Yahoo; or top:500
     binance_pairs: tuple[str, ...] = BINANCE_PAIRS  # Binance spot pairs
     polygon_crypto: tuple[str, ...] = POLYGON_CRYPTO  # Polygon's global crypto pairs; or top:50
     history_days: int = 730  # days of bars up to the end, when start_date is not set
     start_date: str | None = None  # first day of bars, YYYY-MM-DD
-    end_date: str | None = None  # last day of bars, YYYY-MM-DD; not set: up to now, anew for every run
+    end_date: str | None = None  # last day of bars, YYYY-MM-DD; not set: now, at the start of every run
     min_bars: int = 2_000  # symbols with fewer bars are dropped
     holdout_days: int = 14  # the newest days of bars, never trained on
     extended_hours: bool = False  # keep stock bars before 09:30 and after 16:00 New York
     simulated_symbols: int = 32  # symbols of the simulated market
-    simulated_bars: int = 60_000  # minutes of each of them
+    simulated_bars: int = 60_000  # minutes of bars of each simulated symbol
     # --- accounts -----------------------------------------------------------------------------------------
     envs_per_gpu: int = 512  # accounts stepped at once on each GPU
-    context_bars: int = 64  # bars of history in front of each segment
-    horizon: int = 128  # bars on which an account acts per epoch
+    context_bars: int = 64  # bars of history before each segment
+    horizon: int = 128  # bars on which an account acts in an epoch
     episode_bars: int = 1_280  # bars of an episode, a multiple of horizon
     positions: tuple[float, ...] = (-1.0, 0.0, 1.0)  # target positions, as fractions of equity
     stock_fee_bps: float = 0.5  # fee on traded value, stocks
     crypto_fee_bps: float = 5.0  # fee on traded value, crypto
     slippage_bps: float = 1.0  # fills are worse than the open by this much
-    range_slippage: float = 0.0  # and by this share of the filling bar's high - low
-    volume_slippage: float = 0.0  # and by this when the order is as large as the bar's volume, else less
-    account_value: float = 10_000.0  # money in an account at its start, against the volume
-    flat_before_close: int = 0  # minutes before the scheduled close in which stocks hold nothing; 0: off
-    borrow_rate: float = 0.05  # yearly cost of what is borrowed, shares or money
-    ruin_fraction: float = 0.2  # an episode ends in ruin below this share of its first equity
-    cost_ramp: float = 0.5  # share of the first run over which costs grow from nothing to all of the above
+    range_slippage: float = 0.0  # plus this fraction of the filling bar's high - low
+    volume_slippage: float = 0.0  # plus this for an order as large as the bar's volume, less if smaller
+    account_value: float = 10_000.0  # initial money of an account, compared with the volume
+    flat_before_close: int = 0  # minutes before the scheduled close in which no stock is held; 0: off
+    borrow_rate: float = 0.05  # yearly interest on borrowed shares and money
+    ruin_fraction: float = 0.2  # an episode ends in ruin below this fraction of its initial equity
+    cost_ramp: float = 0.5  # fraction of the first run over which costs grow from zero to the above
     # --- model --------------------------------------------------------------------------------------------
     d_model: int = 2_048  # width of the transformer
     num_layers: int = 12  # transformer blocks
     num_heads: int = 32  # attention heads
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 on GPUs, else fp32
     compile: Literal["auto", "on", "off"] = "auto"  # compile the model and the accounts; auto: on GPUs
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # each GPU holds the whole model; fsdp: a share, for larger ones
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # whole model on each GPU; fsdp: a shard, for larger models
     # --- optimisation -------------------------------------------------------------------------------------
     batch_size: int = 65_536  # transitions per optimizer step over all GPUs
     micro_batch_segments: int | None = None  # segments per forward and backward; not set: what fits in memory
     update_passes: int = 3  # passes over each rollout
-    learning_rate: float = 1e-4  # at its highest
-    warmup_steps: int = 30  # optimizer steps up to the full learning rate, once
-    final_learning_rate_fraction: float = 0.1  # of learning_rate, at the end of each run
+    learning_rate: float = 1e-4  # peak learning rate
+    warmup_steps: int = 30  # optimizer steps up to the peak learning rate, once
+    final_learning_rate_fraction: float = 0.1  # fraction of learning_rate at the end of each run
     weight_decay: float = 0.01  # of weight matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     gamma: float = 0.99  # discount per bar
     gae_lambda: float = 0.95  # weight of longer returns in the advantages
-    advantages: Literal["hindsight", "gae"] = "hindsight"  # value every position, or the drawn one only
+    advantages: Literal["hindsight", "gae"] = "hindsight"  # value every position, or only the drawn one
     clip_coef: float = 0.2  # the ratio of new to old probability counts within 1 -/+ this
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
     # --- runs ---------------------------------------------------------------------------------------------
     epochs: int = 200  # epochs per run; an epoch is one segment per account and its update
-    runs: int | None = None  # stop after this many runs, earlier starts counted; not set: for ever
+    runs: int | None = None  # stop after this many runs, including those of earlier starts; not set: never
     checkpoint_every: int = 25  # epochs between checkpoints
-    keep_checkpoints: int = 16  # newest checkpoints kept, beside the last one of every run
+    keep_checkpoints: int = 16  # newest checkpoints to keep, besides the last one of every run
     seed: int = 0  # of weights, accounts and shuffles
-    checkpoint_dir: str = "checkpoints"  # where checkpoints go, and where a start looks for the newest
+    checkpoint_dir: str = "checkpoints"  # where checkpoints are written, and training resumes from the newest
     data_dir: str = "data_cache"  # the lake of downloaded bars
-    log_dir: str = "logs"  # metrics.jsonl, and the same for TensorBoard
+    log_dir: str = "logs"  # metrics.jsonl, and event files for TensorBoard
     report_dir: str = "reports"  # what selftest and evaluate write
-    # --- what is shown ------------------------------------------------------------------------------------
+    # --- display ------------------------------------------------------------------------------------------
     dashboard: bool = True  # a live dashboard where the output is a terminal
     log_level: Literal["debug", "info", "warning"] = "info"  # lines of this level and above are shown
     prometheus_port: int | None = None  # the newest metrics on this port of 127.0.0.1, for Prometheus
@@ -193,7 +190,7 @@ def train(settings: Settings, control: Control) -> None:
 
 
 def train_command(settings: Settings) -> None:
-    """Train for ever; the default command. Ctrl+C finishes the epoch, saves, and ends."""
+    """Train until stopped (the default command). Ctrl+C finishes the epoch, saves a checkpoint and exits."""
     code, message = EXIT_OK, ""
     control = Control()
     try:
@@ -225,21 +222,10 @@ def main() -> None:
     try:
         load_dotenv()
     except (OSError, UnicodeDecodeError):
-        typer.echo(
-            "Invalid setting: .env must be a readable text file in UTF-8: save it again as one", err=True
+        exit_with(
+            EXIT_SETTING, "Invalid setting: .env must be a readable text file in UTF-8: save it again as one"
         )
-        sys.exit(EXIT_SETTING)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-    for run in (train_command, *COMMANDS, *CHECKPOINT_COMMANDS):
-        of_checkpoint = run in CHECKPOINT_COMMANDS
-        command = (
-            checkpoint_command_from(Settings, run) if of_checkpoint else command_from(Settings, PRESETS, run)
-        )
-        app.command(name_of(run), help=inspect.getdoc(run), hidden=run in HIDDEN)(command)
-    arguments = sys.argv[1:]
-    if not arguments or (arguments[0].startswith("-") and arguments[0] != "--help"):
-        arguments = ["train", *arguments]
-    app(args=arguments)
+    run(application(Settings, PRESETS, train_command, __doc__), sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the program can be asked beside training: each command is a few lines that call its room."""
+"""The commands beside ``train``: each reads its options and calls the module of its name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commands import check, data, episode, export, signals
-from commands.cli import exit_with
-from commands.selftest import TRIALS, Sizes, lookahead, report, run_trials
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
 from evaluation.trained_policy import TrainedPolicy
@@ -29,35 +27,35 @@ log = logging.getLogger("continuous_training")
 
 
 def preflight_command(settings: Settings) -> None:
-    """Check what can be checked before any process trains; silent when all is well."""
+    """Check settings and checkpoint folder before any process trains; silent when all is well."""
     world_size = int(os.environ.get("WORLD_SIZE_PLANNED", "1"))
-    # Of many machines that share the folder the first one writes; the others never hold it.
+    # Of several machines that share the folder only the first writes, so only that one locks it.
     is_first = os.environ.get("NODE_RANK") in (None, "", "0")
     for line in check.folder.before_a_start(settings, world_size, is_first):
         if line.code:
-            exit_with(line.code, line.text)
+            raise ExitProgram(line.code, line.text)
 
 
 def check_command(
     settings: Settings,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="ask no source")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="contact no source")] = False,
 ) -> None:
-    """Check everything that can be known before a start: settings, keys, sources, GPUs, memory, disk."""
+    """Check all that can be known before a start: settings, keys, sources, clock, GPUs, memory, disk."""
     with Console(Path(settings.log_dir), to_stderr=as_json) as console:
         code = check.tell(check.lines(settings, os.environ, offline), console, as_json)
     if code:
-        exit_with(code)
+        raise ExitProgram(code)
 
 
 def data_command(
     settings: Settings,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="read and check the whole lake first")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="contact no source")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="re-read and check the whole lake first")] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
-    """Refresh the data once and show what there is."""
+    """Refresh the data once and show what is there."""
     now_ns = time.time_ns()
     with Console(None if background else Path(settings.log_dir), to_stderr=as_json) as console:
         lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
@@ -65,16 +63,18 @@ def data_command(
             if background:
                 console.emit(data.in_background(lake, request, now_ns))
             elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
-                exit_with(code, "There are no bars." if code == EXIT_NO_DATA else "")
+                raise ExitProgram(code, "There are no bars." if code == EXIT_NO_DATA else "")
         except DataError as error:
-            exit_with(EXIT_NO_DATA, str(error))
+            raise ExitProgram(EXIT_NO_DATA, str(error)) from error
 
 
 def selftest_command(
     settings: Settings,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings of each kind")] = 1,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="number of trainings per market")] = 1,
 ) -> None:
-    """Prove on markets whose best policy is known that it learns and does not look ahead; takes a while."""
+    """Prove on markets with a known best policy that training works and nothing looks ahead; takes a while."""
+    from commands.selftest import TRIALS, Sizes, lookahead, report, run_trials  # matplotlib takes a second
+
     with distributed.start() as ranks, Console(Path(settings.log_dir)):
         failures = lookahead.run(settings, ranks)
         seed_list = range(settings.seed, settings.seed + seeds)
@@ -85,40 +85,42 @@ def selftest_command(
         f"{result.trial}, seed {result.seed}: {result.failure}" for result in results if result.failure
     ]
     if failures:
-        exit_with(EXIT_CRASH, "\n".join(failures))
+        raise ExitProgram(EXIT_CRASH, "\n".join(failures))
 
 
 def episode_command(
     trained: TrainedPolicy,
-    symbol: Annotated[str, typer.Option("--symbol", help="not given: the first of the checkpoint")] = "",
-    start: Annotated[str, typer.Option("--start", help="UTC; not given: the newest whole episode")] = "",
-    output: Annotated[Path, typer.Option("--output", help="the PNG")] = Path("episode.png"),
+    symbol: Annotated[str, typer.Option("--symbol", help="default: the checkpoint's first")] = "",
+    start: Annotated[str, typer.Option("--start", help="UTC; default: the newest whole episode")] = "",
+    output: Annotated[Path, typer.Option("--output", help="the PNG to write")] = Path("episode.png"),
 ) -> None:
-    """Draw one episode of a checkpoint from the bars in the lake; nothing is downloaded."""
+    """Draw one episode of a checkpoint on bars from the lake; downloads nothing."""
     typer.echo(episode.command(trained, symbol, start, output))
 
 
 def evaluate_command(
     trained: TrainedPolicy,
     first_day: Annotated[
-        str, typer.Option("--from", help="first day, UTC; not given: the first that was never trained on")
+        str, typer.Option("--from", help="first day, UTC; default: the first that was never trained on")
     ] = "",
     last_day: Annotated[
         str,
-        typer.Option("--to", help="last day; not given: the newest of the training's bars, or of --refresh"),
+        typer.Option("--to", help="last day; default: the newest of the training's bars, or of --refresh"),
     ] = "",
-    symbols: Annotated[str, typer.Option("--symbols", help="with commas; not given: the checkpoint's")] = "",
-    costs: Annotated[str, typer.Option("--costs", help="ladder of flat costs, bps")] = "0,1,2,5,10",
+    symbols: Annotated[
+        str, typer.Option("--symbols", help="comma-separated; default: the checkpoint's")
+    ] = "",
+    costs: Annotated[str, typer.Option("--costs", help="flat costs to compare, bps")] = "0,1,2,5,10",
     plot_symbols: Annotated[
-        str, typer.Option("--plot-symbols", help="drawn one by one; not given: the best and worst three")
+        str, typer.Option("--plot-symbols", help="to draw one by one; default: the best and worst three")
     ] = "",
-    refresh: Annotated[bool, typer.Option(help="ask the sources for new bars first")] = False,
+    refresh: Annotated[bool, typer.Option(help="fetch new bars first")] = False,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="take days that were trained on, and stamp the report")
+        bool, typer.Option("--allow-overlap", help="allow days that were trained on, and mark the report")
     ] = False,
 ) -> None:
-    """Hold the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
-    from commands import evaluate  # matplotlib takes a second, and no training needs it
+    """Run the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
+    from commands import evaluate  # matplotlib takes a second
 
     options = evaluate.EvaluateOptions.parse(
         first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh
@@ -126,28 +128,26 @@ def evaluate_command(
     try:
         with Console(Path(trained.settings.log_dir)) as console:
             evaluate.command(trained, options, console)
-    except ExitProgram as reason:
-        exit_with(reason.code, str(reason))
     except OSError as error:
-        exit_with(EXIT_CRASH, f"The report was not written: {error}")
+        raise ExitProgram(EXIT_CRASH, f"The report was not written: {error}") from error
     except KeyboardInterrupt:
-        exit_with(EXIT_ABORTED, "Aborted; no report was written")
+        raise ExitProgram(EXIT_ABORTED, "Aborted; no report was written") from None
 
 
 def signals_command(
     trained: TrainedPolicy,
     symbols: Annotated[
-        str, typer.Option("--symbols", help="with commas; not given: all of the training")
+        str, typer.Option("--symbols", help="comma-separated; default: all of the training")
     ] = "",
     holding: Annotated[
         list[str] | None,
-        typer.Option("--holding", help="SYMBOL=POSITION that you hold; not given: nothing. May be repeated"),
+        typer.Option("--holding", help="a position you hold, SYMBOL=POSITION; repeatable; default: none"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="again after every minute, until Ctrl+C")] = False,
-    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="ask no source")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="repeat after every minute, until Ctrl+C")] = False,
+    no_refresh: Annotated[bool, typer.Option("--no-refresh", help="contact no source")] = False,
 ) -> None:
-    """Show the position that a checkpoint wants of each symbol now; no orders are sent."""
+    """Show the position that a checkpoint wants in each symbol now; sends no orders."""
     wishes = signals.Wishes.parsed(
         symbols, holding or (), not no_refresh, as_json, trained.settings.positions
     )
@@ -156,21 +156,21 @@ def signals_command(
             if watch:
                 signals.watch(trained, wishes, console)
             elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
-                exit_with(EXIT_NO_DATA, "There is no signal.")
+                raise ExitProgram(EXIT_NO_DATA, "There is no signal.")
         except DataError as error:
-            exit_with(EXIT_NO_DATA, str(error))
+            raise ExitProgram(EXIT_NO_DATA, str(error)) from error
 
 
 def export_command(
     trained: TrainedPolicy,
-    output: Annotated[Path | None, typer.Option("--output", help="not given: exports/NAME")] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="graphs of torch.export and ONNX, too")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="default: exports/NAME")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="also write graphs for torch.export and ONNX")] = False,
 ) -> None:
-    """Write a checkpoint's policy as safetensors with a card of all that is known of it, and an example."""
+    """Export a checkpoint's policy: safetensors, a card that describes it, and an example."""
     typer.echo(f"Wrote {export.command(trained, output, onnx, typer.echo)}")
 
 
-# By name; a hidden one is for other processes of the program.
+# A hidden one is for other processes of the program.
 COMMANDS: tuple[Callable[..., None], ...] = (
     data_command,
     check_command,
@@ -187,5 +187,5 @@ HIDDEN = (preflight_command,)
 
 
 def name_of(command: Callable[..., None]) -> str:
-    """Return what is typed to run a command."""
+    """Return the name that runs a command."""
     return command.__name__.removesuffix("_command")

@@ -1,11 +1,12 @@
-"""Turn the settings dataclass into command-line options: one per field, its comment as the help."""
+"""The command line: a setting is an option, and its comment in the class is the help."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -13,106 +14,140 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 import typer
 
-from runtime.control import EXIT_SETTING
+from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, export, name_of
+from runtime.control import EXIT_SETTING, ExitProgram
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-# A setting and its comment on one line of the class body: name, annotation and default, comment.
-SETTING = re.compile(r"^    (\w+): [^#\n]+  # (.+)$", re.MULTILINE)
+# A line of the class body: the title of a section, or a setting with its comment.
+CLASS_LINE = re.compile(r"^    (?:# --- (.+?) -+|(\w+): [^#\n]+  # (.+))$", re.MULTILINE)
+LONGEST_LIST = 4  # of a default that is shown in full
+# The base class of all mistakes on a command line. Typer exports it under no name, and bundles its own click.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-def helps_of(settings_class: type) -> dict[str, str]:
-    """Return the comment of every setting, by name."""
-    return dict(SETTING.findall(inspect.getsource(settings_class)))
+def application(
+    settings_class: type[Settings],
+    presets: Mapping[str, Mapping[str, Any]],
+    train: Callable[..., None],
+    help_text: str | None,
+) -> typer.Typer:
+    """Return the program with all its commands; ``run`` runs it."""
+    paragraphs = re.sub(r"(?<!\n)\n(?!\n)", " ", help_text or "")  # typer keeps line breaks
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=paragraphs)
+
+    @app.callback()
+    def _options(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+        ] = False,
+    ) -> None:
+        pass
+
+    for command in (train, *COMMANDS):
+        app.command(name_of(command), help=inspect.getdoc(command), hidden=command in HIDDEN)(
+            command_from(settings_class, presets, command)
+        )
+    for command in CHECKPOINT_COMMANDS:
+        app.command(
+            name_of(command),
+            help=f"{inspect.getdoc(command)}\n\nSettings that are not given are those of its training.",
+            rich_help_panel="Commands that use a checkpoint",
+        )(checkpoint_command_from(settings_class, command))
+    return app
+
+
+def run(app: typer.Typer, arguments: Sequence[str]) -> NoReturn:
+    """Run the named command, or ``train``, and exit; a mistake on the command line is one line, exit code 2."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("--help", "--version")):
+        arguments = ["train", *arguments]
+    try:
+        code = app(args=list(arguments), standalone_mode=False)
+    except UsageError as error:
+        exit_with(EXIT_SETTING, _usage_message(error))
+    sys.exit(code)
+
+
+def exit_with(code: int, message: str = "") -> NoReturn:
+    """End the program with an exit code; rank 0 alone prints the message, to standard error."""
+    if message and os.environ.get("RANK", "0") == "0":
+        typer.echo(message, err=True)
+    sys.exit(code)
 
 
 def command_from(
-    settings_class: type, presets: Mapping[str, Mapping[str, Any]], run: Callable[..., None]
+    settings_class: type[Settings], presets: Mapping[str, Mapping[str, Any]], run: Callable[..., None]
 ) -> Callable[..., None]:
     """Return a function for typer whose options are the fields of ``settings_class``.
 
-    What ``run`` takes beyond the settings are options (or arguments) of its own, as typer reads them.
-
-    ``envs_per_gpu: int = 512  # accounts stepped at once on each GPU`` becomes ``--envs-per-gpu INTEGER``.
-    Tuples are given with commas. What is not given comes from ``--preset``, then from the class. A
-    ValueError of the class is told as one line, exit code 2.
+    ``envs_per_gpu: int = 512  # accounts stepped at once on each GPU`` becomes ``--envs-per-gpu <int>``; tuples
+    are comma-separated. A setting that is not given comes from ``--preset``, then from the class. Parameters of
+    ``run`` beyond the settings become options (or arguments) of their own. An invalid setting is one line, exit
+    code 2.
     """
     types = get_type_hints(settings_class)
-    hints = get_type_hints(run, localns={"Settings": settings_class}, include_extras=True)
-    own = list(inspect.signature(run).parameters.values())[1:]
+    own = _own_parameters(settings_class, run)
 
-    def command(**given: Any) -> None:
-        extra = {each.name: given.pop(each.name) for each in own}
-        preset = "demo" if given.pop("demo") else given.pop("preset")
-        given.pop("preset", None)
+    def command(preset: str | None, demo: bool, **given: Any) -> None:
+        options = {parameter.name: given.pop(parameter.name) for parameter in own}
         try:
-            if preset not in presets:
-                raise ValueError(f"preset={preset!r} is unknown; use one of: {', '.join(presets)}")
-            chosen = {name: _parsed(name, types[name], v) for name, v in given.items() if v is not None}
-            settings = settings_class(**{**presets[preset], **chosen})
+            sizes = presets[_preset_name(presets, preset, demo)]
+            settings = settings_class(**{**sizes, **_parse_given(settings_class, types, given)})
         except ValueError as error:
             exit_with(EXIT_SETTING, f"Invalid setting: {error}")
-        else:
-            run(settings, **extra)
+        _call(run, settings, options)
 
-    preset_option = typer.Option(help=f"a set of sizes: {', '.join(presets)}", show_default="full")
-    demo_option = typer.Option("--demo", help="the same as --preset demo: simulated market, small model")
+    name = typer.Option(
+        help="a set of sizes [dim]\\[default: full][/dim]", parser=str, metavar=f"<{'|'.join(presets)}>"
+    )
+    demo = typer.Option("--demo", help="the same as --preset demo: a simulated market and a small model")
     return _with_options(
         command,
         [
-            inspect.Parameter("preset", KEYWORD, default="full", annotation=Annotated[str, preset_option]),
-            inspect.Parameter("demo", KEYWORD, default=False, annotation=Annotated[bool, demo_option]),
-            *(each.replace(kind=KEYWORD, annotation=hints[each.name]) for each in own),
-            *_setting_options(settings_class),
+            inspect.Parameter(
+                "preset", KEYWORD, default=None, annotation=_annotation("|".join(presets), name)
+            ),
+            inspect.Parameter("demo", KEYWORD, default=False, annotation=Annotated[bool, demo]),
+            *own,
+            *_setting_options(settings_class, show_defaults=True),
         ],
     )
 
 
-def checkpoint_command_from(settings_class: type, run: Callable[..., None]) -> Callable[..., None]:
-    """Return a function for typer that takes a checkpoint, and as options the settings to use it with.
+def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., None]) -> Callable[..., None]:
+    """Return a function for typer that takes a checkpoint, and the settings to use it with as options.
 
-    ``run`` is called with the TrainedPolicy, on the GPU where there is one, and with its own options. What is
-    not given is as it was in the training. A checkpoint that cannot be used, or a ValueError of the settings or
-    of ``run``, is told as one line, exit code 2.
+    ``run`` is called with the TrainedPolicy, on the GPU where there is one, and with its own options. A setting
+    that is not given is that of the training. An unusable checkpoint, or a ValueError of the settings or of
+    ``run``, is one line, exit code 2.
     """
     types = get_type_hints(settings_class)
-    hints = get_type_hints(run, localns={"Settings": settings_class}, include_extras=True)
-    own = list(inspect.signature(run).parameters.values())[1:]
+    own = _own_parameters(settings_class, run)
 
     def command(checkpoint: Path, **given: Any) -> None:
         from evaluation.trained_policy import TrainedPolicy, device_for_use
         from training.checkpoint import CheckpointError
 
-        extra = {each.name: given.pop(each.name) for each in own}
+        options = {parameter.name: given.pop(parameter.name) for parameter in own}
         try:
-            changes = {name: _parsed(name, types[name], v) for name, v in given.items() if v is not None}
-            run(TrainedPolicy.read(checkpoint, settings_class, device_for_use(), **changes), **extra)
-        except (ValueError, CheckpointError) as error:
+            changes = _parse_given(settings_class, types, given)
+            trained = TrainedPolicy.read(checkpoint, settings_class, device_for_use(), **changes)
+            _call(run, trained, options)
+        except CheckpointError as error:
             exit_with(EXIT_SETTING, str(error))
+        except ValueError as error:
+            exit_with(EXIT_SETTING, f"Invalid setting: {error}")
 
-    path = inspect.Parameter("checkpoint", KEYWORD, annotation=Annotated[Path, typer.Argument()])
-    rest = (each.replace(kind=KEYWORD, annotation=hints[each.name]) for each in own)
-    return _with_options(command, [path, *rest, *_setting_options(settings_class, "as in the training")])
-
-
-def _setting_options(settings_class: type, shown_default: str = "") -> list[inspect.Parameter]:
-    helps, types = helps_of(settings_class), get_type_hints(settings_class)
-    options = []
-    for field in fields(settings_class):
-        hint, default = types[field.name], field.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        option = typer.Option(help=helps[field.name], show_default=shown_default or shown)
-        annotation = Annotated[bool | None, option] if hint is bool else Annotated[str | None, option]
-        options.append(inspect.Parameter(field.name, KEYWORD, default=None, annotation=annotation))
-    return options
+    argument = typer.Argument(metavar="CHECKPOINT", help="a file such as checkpoints/best.pt")
+    path = inspect.Parameter("checkpoint", KEYWORD, annotation=Annotated[Path, argument])
+    return _with_options(command, [path, *own, *_setting_options(settings_class, show_defaults=False)])
 
 
-def _with_options(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {}
-    return command
+def helps_of(settings_class: type[Settings]) -> dict[str, str]:
+    """Return the comment of every setting, by name."""
+    return {name: comment for _, name, comment in _documented(settings_class)}
 
 
 def flags_of(settings: Settings) -> list[str]:
@@ -128,30 +163,164 @@ def flags_of(settings: Settings) -> list[str]:
     return flags
 
 
-def _parsed(name: str, hint: Any, value: Any) -> Any:
-    """Read one option's text as the field's type."""
+# --- options --------------------------------------------------------------------------------------------------
+
+
+def _setting_options(settings_class: type[Settings], *, show_defaults: bool) -> Iterator[inspect.Parameter]:
+    types = get_type_hints(settings_class)
+    defaults = {field.name: field.default for field in fields(settings_class)}
+    for section, name, comment in _documented(settings_class):
+        # Markup of ours, as typer puts its own in a column beside the help, where long ones are cut off.
+        default = f" [dim]\\[default: {_shown(defaults[name])}][/dim]" if show_defaults else ""
+        annotation: Any
+        if types[name] is bool:
+            option = typer.Option(help=comment + default, rich_help_panel=section)
+            annotation = Annotated[bool | None, option]
+        else:
+            label = _type_label(types[name])
+            option = typer.Option(
+                help=comment + default, rich_help_panel=section, parser=str, metavar=f"<{label}>"
+            )
+            annotation = _annotation(label, option)
+        yield inspect.Parameter(name, KEYWORD, default=None, annotation=annotation)
+
+
+def _annotation(label: str, option: Any) -> Any:
+    """Return an annotation that typer shows as ``<label>``; the value stays text, for ``_parse`` to read.
+
+    Typer's own conversion would refuse a bad value in words, and in a box, of its own. What it shows as the type
+    is the annotation's name, or in older releases the option's metavar.
+    """
+    return Annotated[type(label, (), {}) | None, option]
+
+
+def _documented(settings_class: type[Settings]) -> Iterator[tuple[str, str, str]]:
+    """Yield section, name and comment of every setting, read from the source of the class."""
+    section = ""
+    for title, name, comment in CLASS_LINE.findall(inspect.getsource(settings_class)):
+        if title:
+            section = title.capitalize()
+        else:
+            yield section, name, comment
+
+
+def _type_label(hint: Any) -> str:
+    """Return how a type is shown: ``int``, ``float,...`` for a list, ``on|off`` for choices."""
+    arguments = [argument for argument in get_args(hint) if argument is not NoneType]
+    if get_origin(hint) is tuple:
+        return f"{arguments[0].__name__},..."
+    if get_origin(hint) is Literal:
+        return "|".join(arguments)
+    return arguments[0].__name__ if arguments else hint.__name__
+
+
+def _shown(default: Any, separator: str = ", ") -> str:
+    """Return a default as people read it, a long list shortened."""
+    if default is None:
+        return "not set"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, float):
+        return f"{default:g}"
+    if not isinstance(default, tuple):
+        return str(default)
+    parts = [_shown(part) for part in default]
+    if len(parts) > LONGEST_LIST:
+        return f"{separator.join(parts[:3])} and {len(parts) - 3} more"
+    return separator.join(parts)
+
+
+def _own_parameters(settings_class: type[Settings], run: Callable[..., None]) -> list[inspect.Parameter]:
+    """Return the parameters of ``run`` beyond its first, with the options that they are annotated with."""
+    hints = get_type_hints(run, localns={"Settings": settings_class}, include_extras=True)
+    _, *own = inspect.signature(run).parameters.values()
+    return [parameter.replace(kind=KEYWORD, annotation=hints[parameter.name]) for parameter in own]
+
+
+def _with_options(command: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"continuous_training {export.program_version()}")
+        raise typer.Exit
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+def _preset_name(presets: Mapping[str, Any], name: str | None, demo: bool) -> str:
+    if demo and name not in (None, "demo"):
+        raise ValueError(f"preset={name} cannot go with --demo, which is --preset demo; drop one of the two")
+    name = "demo" if demo else "full" if name is None else name
+    if name not in presets:
+        raise ValueError(f"preset={name} must be one of: {', '.join(presets)}")
+    return name
+
+
+def _parse_given(
+    settings_class: type[Settings], types: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings among the options that were given.
+
+    Raises:
+        ValueError: a value is of another type; names the setting and a value that would do.
+    """
+    defaults = {field.name: field.default for field in fields(settings_class)}
+    parsed = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        try:
+            parsed[name] = _parse(types[name], value)
+        except ValueError as error:
+            default = defaults[name]
+            example = ", or none" if default is None else f", such as {_shown(default, ',')}"
+            raise ValueError(f"{name}={value!r} must be {error}{example}") from None
+    return parsed
+
+
+def _parse(hint: Any, value: Any) -> Any:
+    """Read the text of an option as its field's type.
+
+    Raises:
+        ValueError: the text is something else; says what it must be.
+    """
     if not isinstance(value, str):
         return value
     arguments = get_args(hint)
     if NoneType in arguments:
         if value.lower() == "none":
             return None
-        hint = next(argument for argument in arguments if argument is not NoneType)
-        arguments = get_args(hint)
+        (hint,) = (argument for argument in arguments if argument is not NoneType)
     if get_origin(hint) is tuple:
-        parts = [part.strip() for part in value.split(",")]
-        return tuple(_parsed(name, arguments[0], part) for part in parts if part)
+        return tuple(_parse(arguments[0], part.strip()) for part in value.split(",") if part.strip())
     if get_origin(hint) is Literal:
-        return value  # the settings know the choices, and say them
+        return value  # training/validation.py checks the choice
     try:
         return hint(value)
     except ValueError:
         kind = {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
-        raise ValueError(f"{name}={value!r} must be {kind}") from None
+        raise ValueError(kind) from None
 
 
-def exit_with(code: int, message: str = "") -> NoReturn:
-    """End the program with an exit code; rank 0 alone prints the message, to standard error."""
-    if message and os.environ.get("RANK", "0") == "0":
-        typer.echo(message, err=True)
-    raise typer.Exit(code)
+# --- running --------------------------------------------------------------------------------------------------
+
+
+def _call(run: Callable[..., None], subject: Any, options: Mapping[str, Any]) -> None:
+    try:
+        run(subject, **options)
+    except ExitProgram as reason:
+        exit_with(reason.code, str(reason))
+
+
+def _usage_message(error: Any) -> str:
+    if "Did you mean" in error.message:
+        return error.message
+    if possibilities := getattr(error, "possibilities", None):
+        return f"{error.message.rstrip('.')}. Did you mean {' or '.join(possibilities)}?"
+    text = error.format_message().rstrip(".").replace("Invalid value for ", "Invalid setting: ")
+    return f"{text}; see: {error.ctx.command_path} --help" if error.ctx else text

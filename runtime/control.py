@@ -275,6 +275,6 @@ def _overwrite(path: Path, content: bytes) -> None:
 class ExitProgram(Exception):
     """End the program with an exit code and a one-line message that says what to do."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str = "") -> None:
         super().__init__(message)
         self.code = code

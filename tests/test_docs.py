@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import pytest
 import torch
 import typer
 
-import continuous_training
 from commands import export
-from commands.cli import helps_of
-from continuous_training import Settings
+from commands.cli import application, helps_of
+from continuous_training import PRESETS, Settings, train_command
 from data_sources.bars import COLUMNS
 from data_sources.simulated import simulated_bars
 from envs import features
@@ -98,13 +96,7 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
 @pytest.fixture(scope="module")
 def commands() -> dict[str, set[str]]:
     """The options of every command of the program, by its name, hidden ones included."""
-    apps: list[typer.Typer] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["continuous_training.py", "--help"])
-        patch.setattr(continuous_training, "load_dotenv", lambda: None)
-        patch.setattr(typer.Typer, "__call__", lambda app, args: apps.append(app))
-        continuous_training.main()
-    group = typer.main.get_command(apps[0])
+    group = typer.main.get_command(application(Settings, PRESETS, train_command, None))
     return {
         name: {
             option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
@@ -149,7 +141,7 @@ def test_every_command_that_is_shown_can_be_given(document: Path, commands: dict
 
 @pytest.mark.parametrize("document", WITH_COMMANDS, ids=name_of)
 def test_every_flag_that_is_named_exists(document: Path, commands: dict[str, set[str]]) -> None:
-    known = set().union(*commands.values()) | {"--flag", "--help"}
+    known = set().union(*commands.values()) | {"--flag", "--help", "--version"}
     lines = text_of(document).splitlines()
     others = ("tests/run.sh", "tests.drill", "`tensorboard ")
     ours = [line for line in lines if not any(other in line for other in others)]

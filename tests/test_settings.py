@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from commands.cli import helps_of
 from continuous_training import PRESETS, Settings
 from training import validation
 
@@ -170,12 +169,6 @@ def test_an_env_file_that_is_no_utf_8_is_told_in_one_line_without_its_content(tm
     ]
 
 
-def test_an_unknown_flag_is_told_with_the_right_one() -> None:
-    result = run("train", "--envs_per_gpu", "5")
-    assert result.returncode == 2
-    assert "--envs-per-gpu" in result.stderr
-
-
 def test_only_rank_0_tells_and_preflight_counts_the_planned_ranks(tmp_path: Path) -> None:
     folder = ["--checkpoint-dir", str(tmp_path)]
     quiet = run("train", "--batch-size", "7", *folder, RANK="1")
@@ -187,15 +180,6 @@ def test_only_rank_0_tells_and_preflight_counts_the_planned_ranks(tmp_path: Path
     assert wrong.stderr.startswith(
         "Invalid setting: batch_size=8192 must be a multiple of horizon x processes"
     )
-
-
-def test_every_setting_has_a_comment_which_is_its_help() -> None:
-    helps = helps_of(Settings)
-    assert set(helps) == {field.name for field in fields(Settings)}
-    shown = " ".join(run("train", "--help", COLUMNS="300").stdout.split())
-    for name, text in helps.items():
-        assert f"--{name.replace('_', '-')}" in shown
-        assert text[:40] in shown, name
 
 
 def test_presets_name_settings_only() -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 
 import commands
 from commands.selftest import (
@@ -37,6 +36,7 @@ from commands.selftest.known_markets import (
 from continuous_training import Settings
 from data_sources.simulated import simulated_bars
 from envs.features import FEATURES
+from runtime.control import ExitProgram
 from training.distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -190,18 +190,19 @@ def test_the_command_exits_with_1_and_the_reason_if_a_trial_fails(
 ) -> None:
     sizes = replace(SMALL, num_envs=16, minibatch_segments=8, context_bars=8, horizon=16, exam_segments=1)
     untrained = tuple(replace(trial(name), epochs=1) for name in ("persistent_sign", "pure_noise"))
-    monkeypatch.setattr(commands, "TRIALS", untrained)
-    monkeypatch.setattr(commands, "Sizes", lambda: sizes)
+    monkeypatch.setattr(commands.selftest, "TRIALS", untrained)
+    monkeypatch.setattr(commands.selftest, "Sizes", lambda: sizes)
     monkeypatch.setattr(lookahead, "load_bars", lambda *_: simulated_bars(1, 3_000, 0, NOW_NS))
     report_dir, log_dir = str(tmp_path / "reports"), str(tmp_path / "logs")
     settings = Settings(report_dir=report_dir, log_dir=log_dir, holdout_days=1, horizon=16, episode_bars=64)
-    with pytest.raises(typer.Exit) as end:
+    with pytest.raises(ExitProgram) as end:
         commands.selftest_command(settings, seeds=2)
     printed = capsys.readouterr()
-    assert end.value.exit_code == 1
+    failures = str(end.value)
+    assert end.value.code == 1
     assert "no look-ahead on SIM000: passed" in printed.out
-    assert printed.err.count("persistent_sign, seed ") == 2
-    assert "% of the reference" in printed.err
+    assert failures.count("persistent_sign, seed ") == 2
+    assert "% of the reference" in failures
     results = json.loads((tmp_path / "reports" / "selftest" / "selftest.json").read_text())
     assert len(results) == 4
     assert all(

@@ -1,0 +1,126 @@
+"""The command line: help that reads well on a terminal, and mistakes that end as one line with exit code 2."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+from typer.testing import CliRunner
+
+from commands import cli
+from commands.cli import application, helps_of
+from continuous_training import PRESETS, Settings, train_command
+
+PROGRAM = application(Settings, PRESETS, train_command, "Help.")
+
+
+def shown(*arguments: str) -> str:
+    result = CliRunner().invoke(PROGRAM, [*arguments, "--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    return result.output
+
+
+def end_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        cli.run(PROGRAM, arguments)
+    assert isinstance(end.value.code, int)
+    return end.value.code, *capsys.readouterr()
+
+
+def panel_of(option: str, text: str) -> str:
+    """Return the title of the panel that shows an option."""
+    before = text[: re.search(rf"{option}\b", text).start()]  # type: ignore[union-attr]
+    return re.findall(r"╭─ (.+?) ─", before)[-1]
+
+
+@pytest.mark.parametrize("command", ["train", "check", "evaluate", "signals"])
+def test_options_are_grouped_by_the_sections_of_the_settings_and_fit_a_terminal(command: str) -> None:
+    text = shown(command)
+    titles = re.findall(r"╭─ (.+?) ─", text)
+    assert titles[-6:] == ["Data", "Accounts", "Model", "Optimisation", "Runs", "Display"]
+    assert panel_of("--help", text) == "Options"
+    for option, title in (("--stocks", "Data"), ("--positions", "Accounts"), ("--log-level", "Display")):
+        assert panel_of(option, text) == title
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text and "None" not in text
+
+
+def test_every_option_shows_its_type_and_a_readable_default() -> None:
+    words = re.sub(r"[\s│]+", " ", shown("train"))
+    for option, kind, default in (
+        ("--preset", "<full|small|demo>", "full"),
+        ("--envs-per-gpu", "<int>", "512"),
+        ("--learning-rate", "<float>", "0.0001"),
+        ("--sources", "<str,...>", "polygon, binance, yahoo"),
+        ("--stocks", "<str,...>", "AAPL, MSFT, GOOGL and 19 more"),
+        ("--positions", "<float,...>", "-1, 0, 1"),
+        ("--runs", "<int>", "not set"),
+        ("--start-date", "<str>", "not set"),
+        ("--precision", "<auto|bf16|fp32>", "auto"),
+        ("--no-dashboard", "<bool>", "on"),
+        ("--no-extended-hours", "<bool>", "off"),
+    ):
+        expected = rf"{option} {re.escape(kind)} [^<]*?\[default: {re.escape(default)}\]"
+        assert re.search(expected, words), option
+
+
+def test_of_a_checkpoint_no_defaults_are_shown_but_those_of_its_training() -> None:
+    words = re.sub(r"[\s│]+", " ", shown("signals"))
+    assert "Settings that are not given are those of its training." in words
+    assert "[default:" not in words
+    assert all(f"--{field.name.replace('_', '-')}" in words for field in fields(Settings))
+
+
+def test_every_setting_has_a_comment_which_is_its_help() -> None:
+    helps = helps_of(Settings)
+    assert set(helps) == {field.name for field in fields(Settings)}
+    assert not any("[" in text for text in helps.values())  # markup, to the terminal
+    words = re.sub(
+        r"[\s│]+", " ", CliRunner().invoke(PROGRAM, ["train", "--help"], env={"COLUMNS": "300"}).output
+    )
+    for name, text in helps.items():
+        assert f"--{name.replace('_', '-')}" in words
+        assert text in words, name
+
+
+def test_the_version_is_that_of_the_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.export, "program_version", lambda: "0123abc-dirty")
+    assert end_of(capsys, "--version") == (0, "continuous_training 0123abc-dirty\n", "")
+    assert "--version" in shown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --envs_per_gpu 5", "No such option: --envs_per_gpu. Did you mean --envs-per-gpu?"),
+        ("--env-per-gpu 5", "No such option: --env-per-gpu. Did you mean --envs-per-gpu?"),
+        ("evaluate best.pt --symbol AAPL", "No such option: --symbol. Did you mean --symbols"),
+        ("check --frobnicate", "No such option: --frobnicate; see: "),
+        ("trian", "No such command 'trian'. Did you mean 'train'?"),
+        ("signals", "Missing argument 'CHECKPOINT'; see: "),
+        ("train now", "Got unexpected extra argument"),
+        ("selftest --seeds 0", "Invalid setting: '--seeds': "),
+        ("--demo --preset small", "Invalid setting: preset=small cannot go with --demo, which is --preset demo; "),
+        ("check --demo --preset full", "Invalid setting: preset=full cannot go with --demo"),
+        ("--preset huge", "Invalid setting: preset=huge must be one of: full, small, demo"),
+        ("data --epochs many", "Invalid setting: epochs='many' must be a whole number, such as 200"),
+        ("--runs some", "Invalid setting: runs='some' must be a whole number, or none"),
+        ("--positions long,short", "Invalid setting: positions='long,short' must be a number, such as -1,0,1"),
+        ("check --precision fp8", "Invalid setting: precision=fp8 must be one of: auto, bf16, fp32"),
+        ("evaluate best.pt --gamma x", "Invalid setting: gamma='x' must be a number, such as 0.99"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_the_fix(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    code, out, err = end_of(capsys, *arguments.split())
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(message)
+
+
+def test_demo_and_its_preset_are_the_same() -> None:
+    assert cli._preset_name(PRESETS, "demo", True) == cli._preset_name(PRESETS, None, True) == "demo"
+    assert cli._preset_name(PRESETS, None, False) == "full"
