@@ -1,14 +1,14 @@
 """Environment steps per second: all costs, account observations and episode resets included.
 
     python benchmarks/env_throughput.py                    # a table, about two minutes
-    python benchmarks/env_throughput.py --peers            # and public environments beside it
+    python benchmarks/env_throughput.py --peers            # with public environments for comparison
 
 ``--peers`` makes a virtual environment in data_cache/ with gym-trading-env, gym-anytrading and ElegantRL from PyPI
-(``--peers-venv`` takes one that is there) and plays them in a process of their own, see env_peers.py.
+(``--peers-venv`` uses an existing one) and runs them in a process of their own, see env_peers.py.
 
-Contenders take turns, round after round, so that a busy machine hurts all of them alike. Told are medians over
-rounds: steps per second of the clock, where rounds in which the process had 97 % of a core count if there are any,
-and steps per second of CPU time, which ratios are made of.
+Contenders take turns, round after round, so that other load on the machine hurts all alike. The report shows
+medians over rounds: steps per second by the clock, from rounds in which the process had 97 % of a core if there
+are any, and steps per second of CPU time, from which the ratios are computed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from envs.trading_env import TradingEnv
 
 HORIZON = 128
 EVERY_COST = {"range_slippage": 0.05, "volume_slippage": 0.01, "account_value": 1_000.0}
-# (this, beside that, at least so many times as fast)
+# (ours, compared with, goal: at least so many times as fast)
 GOALS = (
     ("stepped", "gym-trading-env", 150.0),
     ("stepped", "gym-anytrading", 25.0),
@@ -151,26 +151,26 @@ def feature_seconds(device: str) -> float:
 
 @dataclass
 class Result:
-    """What the rounds of one contender gave: steps per second, by the clock and by the CPU."""
+    """The rounds of one contender: steps per second, by the clock and by CPU time."""
 
     by_clock: list[float] = field(default_factory=list)
     by_cpu: list[float] = field(default_factory=list)
     cores: list[float] = field(default_factory=list)
 
     def add(self, steps: int, seconds: float, cpu_seconds: float) -> None:
-        """Take in one round."""
+        """Add a round."""
         self.by_clock.append(steps / seconds)
         self.by_cpu.append(steps / cpu_seconds)
         self.cores.append(cpu_seconds / seconds)
 
     @property
     def clean(self) -> int:
-        """Rounds in which nobody else had the core."""
+        """Number of rounds in which no other process had the core."""
         return sum(core > 0.97 for core in self.cores)
 
     @property
     def rate(self) -> float:
-        """Median steps per second of clean rounds, of all where none was."""
+        """Median steps per second of clean rounds, or of all rounds if none was clean."""
         clean = [rate for rate, core in zip(self.by_clock, self.cores, strict=True) if core > 0.97]
         return statistics.median(clean or self.by_clock)
 
@@ -181,7 +181,7 @@ class Result:
 
 
 def best(results: dict[str, Result], start: str) -> str:
-    """Return the quickest contender at 512 environments, or of a peer at any number."""
+    """Return our fastest contender at 512 environments, or a peer's at any number."""
     names = [
         name for name in results if name.startswith(start) and "plain" not in name and "4,096" not in name
     ]
@@ -193,30 +193,30 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and round")
-    parser.add_argument("--peers", action="store_true", help="public environments beside ours")
+    parser.add_argument("--peers", action="store_true", help="compare with public environments")
     parser.add_argument("--peers-venv", type=Path, default=VENV)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
 
-    playing = contenders(given.device)
-    # One thread, and no wandering: ours keeps to one as well.
-    peers = Process(make_venv(given.peers_venv), "env_peers.py") if given.peers else None
+    playing = contenders(options.device)
+    # One thread, like ours.
+    peers = Process(make_venv(options.peers_venv), "env_peers.py") if options.peers else None
     if peers:
         first = peers.answer()
         playing |= {name: partial(played_by, peers, name) for name in first["contenders"]}
     results = {name: Result() for name in playing}
-    for _ in range(given.rounds):
+    for _ in range(options.rounds):
         for name, play in playing.items():
-            results[name].add(*play(given.seconds))
+            results[name].add(*play(options.seconds))
 
-    where = torch.cuda.get_device_name() if given.device == "cuda" else "CPU, one thread"
-    print(f"{where}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}; {given.rounds} rounds\n")
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, one thread"
+    print(f"{where}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}; {options.rounds} rounds\n")
     print(
         "| environment | steps/s | steps per CPU s | lowest, highest | clean rounds |\n|---|---|---|---|---|"
     )
-    for name, one in results.items():
-        spread = f"{min(one.by_cpu):,.0f}, {max(one.by_cpu):,.0f}"
-        print(f"| {name} | {one.rate:,.0f} | {one.cpu_rate:,.0f} | {spread} | {one.clean} |")
+    for name, result in results.items():
+        spread = f"{min(result.by_cpu):,.0f}, {max(result.by_cpu):,.0f}"
+        print(f"| {name} | {result.rate:,.0f} | {result.cpu_rate:,.0f} | {spread} | {result.clean} |")
     print("\n| ratio, by CPU seconds | is | goal |\n|---|---|---|")
     for way, peer, goal in GOALS:
         this, that = best(results, f"ours {way}"), best(results, peer)
@@ -224,7 +224,7 @@ def main() -> None:
             times = results[this].cpu_rate / results[that].cpu_rate
             print(f"| {this} : {that} | {times:.1f} | {goal:g} |")
     history = [results[f"ours, one symbol of {size} bars"] for size in ("100 k", "2 M")]
-    pairs = [a / b for a, b in zip(*(one.by_cpu for one in history), strict=True)]
+    pairs = [a / b for a, b in zip(*(result.by_cpu for result in history), strict=True)]
     print(f"| a step in 2 M bars : in 100 k bars, time | {statistics.median(pairs):.2f} | at most 1.1 |")
     kept, segment = TradingEnv(
         market_of(2_000, 1, "cpu"), EnvConfig.from_settings(Settings(), 512), "cpu", 0
@@ -232,11 +232,11 @@ def main() -> None:
     print(
         f"\nMemory per environment beside the market: {kept:.0f} bytes kept; {segment:,.0f} for the quotes of the "
         f"segment that is played.\n{len(features.FEATURES)} features of a million bars: "
-        f"{feature_seconds(given.device):.2f} s."
+        f"{feature_seconds(options.device):.2f} s."
     )
     if peers:
         for name, reason in first["failed"].items():
-            print(f"Not played: {name}: {reason}")
+            print(f"Not run: {name}: {reason}")
         peers.close()
 
 

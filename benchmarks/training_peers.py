@@ -5,8 +5,8 @@
 Both sides use the same network sizes, environments, batch, passes and coefficients (peers.py). Theirs is PPO on
 gym-trading-env, which encodes the window of 64 bars again for every step, in rollouts and in the update, as every
 windowed environment requires; ours is the production path, which encodes segments. Their transformer is our own
-trunk, and beside it torch's own layers. "Encoded anew" is our environment with the trunk used the way the peers
-use it.
+trunk, and in a second contender torch's own layers. "Per-window encoding" is our environment with the trunk used
+as the peers use it.
 
 Every contender lives in a process of its own and they take turns, so that other load on the machine hurts all
 alike. The report shows medians over rounds, by the clock and by CPU seconds (with one thread the latter hardly
@@ -150,7 +150,7 @@ def mlp(num_features: int, compiled: bool = False) -> peers.Contender:
     return production(trainer, compiled)
 
 
-def encoded_anew() -> peers.Contender:
+def windowed_transformer() -> peers.Contender:
     trainer = make_trainer(horizon=peers.SHORT_HORIZON)
     learner = WindowLearner(trainer.objective, RANKS, MICRO_BATCH)
 
@@ -172,7 +172,7 @@ OURS: dict[str, Callable[[], peers.Contender]] = {
     "ours, transformer, compiled": partial(transformer, compiled=True),
     "ours, transformer, hindsight": partial(transformer, "hindsight"),
     "ours, transformer, hindsight, compiled": partial(transformer, "hindsight", compiled=True),
-    "ours, transformer, encoded anew": encoded_anew,
+    "ours, transformer, per-window encoding": windowed_transformer,
     "ours, MLP of 7 features": partial(mlp, peers.FEW_FEATURES),
     "ours, MLP of 7 features, compiled": partial(mlp, peers.FEW_FEATURES, compiled=True),
     "ours, MLP of 24 features": partial(mlp, peers.FEATURES),
@@ -198,7 +198,7 @@ GOALS = (
     ("ours, MLP of 24 features", "stable-baselines3, MLP of 24 features", 4.0),
     ("ours, MLP of 24 features, compiled", "stable-baselines3, MLP of 24 features", 4.0),
     ("ours, MLP of 7 features, compiled", "stable-baselines3, its own MlpPolicy of 7 features", 4.0),
-    ("ours, transformer", "ours, transformer, encoded anew", 0.0),
+    ("ours, transformer", "ours, transformer, per-window encoding", 0.0),
 )
 
 
