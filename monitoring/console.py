@@ -217,7 +217,7 @@ class Console:
         state.checkpoint_every = settings.checkpoint_every
         state.keep_checkpoints = settings.keep_checkpoints
         frame = _Frame(state, Painter(self._rich), control, Path(settings.checkpoint_dir))
-        self._screen = Screen(self._stream, frame, control.screen)
+        self._screen = Screen(self._stream, frame, control.report_screen)
         self._screen.open()
 
     def phase(self, name: str) -> None:

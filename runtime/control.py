@@ -197,7 +197,7 @@ class Control:
         if self.folder is not None:
             os.utime(self.folder / _PROGRESS)
 
-    def screen(self, taken: bool) -> None:
+    def report_screen(self, taken: bool) -> None:
         """Report that the dashboard takes the terminal, or has restored it."""
         self._screen_taken = taken
         if self.folder is not None:

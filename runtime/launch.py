@@ -24,7 +24,7 @@ INHERITED_RANKS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-MEETING_SECONDS = 600  # for all machines to join; less than the supervisor's START_SECONDS
+RENDEZVOUS_SECONDS = 600  # for all machines to join; less than the supervisor's START_SECONDS
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Launch:
                     "--rdzv-backend=static",
                     f"--rdzv-endpoint={self.rendezvous}",
                     "--rdzv-id=continuous_training",
-                    f"--rdzv-conf=timeout={MEETING_SECONDS}",
+                    f"--rdzv-conf=timeout={RENDEZVOUS_SECONDS}",
                 ]
             flags = [
                 f"--nproc-per-node={self.num_ranks}",
@@ -119,12 +119,7 @@ def count_gpus(environment: Mapping[str, str]) -> int:
         return 1
     try:
         listing = subprocess.run(
-            ["nvidia-smi", "-L"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return 1

@@ -39,7 +39,7 @@ class FolderLock:
         self._descriptor = -1
 
     @contextmanager
-    def held(self) -> Iterator[bool]:
+    def hold(self) -> Iterator[bool]:
         """Hold the lock; yields True for the outermost hold, False within another.
 
         Raises:

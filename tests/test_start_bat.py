@@ -1,7 +1,7 @@
 """START_CONTINUOUS.bat under Wine's cmd, with a stand-in for python.exe: `make drill`, or DRILL=1.
 
 Needs wine (64 bit) and a compiler for Windows: on Debian ``apt-get install wine wine64
-gcc-mingw-w64-x86-64-win32``. What the .bat starts is Python, which the other tests run on Linux.
+gcc-mingw-w64-x86-64-win32``. The .bat only starts Python, which the other tests run on Linux.
 """
 
 import os
@@ -30,14 +30,14 @@ class Outcome:
 
 
 class Windows:
-    """A Wine of its own, and the stand-in."""
+    """A Wine prefix for these tests, and the stand-in."""
 
     def __init__(self, folder: Path) -> None:
         self.python = folder / "python.exe"
         subprocess.run([COMPILER, "-o", self.python, ROOT / "tests" / "windows" / "python.c"], check=True)
         own = {"WINEPREFIX": str(folder / "prefix"), "WINEDEBUG": "-all", "DISPLAY": ""}
         self.environment = os.environ | own
-        self.cmd("ver")  # makes the prefix
+        self.cmd("ver")  # creates the prefix
 
     def cmd(self, line: str, cwd: Path | None = None, **additions: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -61,8 +61,8 @@ class Windows:
             shutil.copy2(self.python, path / f"{tool}.exe")
         calls = parent / "calls"
         calls.unlink(missing_ok=True)
-        # Typed into a file: on the way through Wine's command line quotes would change. Without "call", which
-        # in Wine 8 makes 1 of every exit code.
+        # Typed into a file: Wine's command line would change quotes. Without "call", with which every exit code
+        # is 1 in Wine 8.
         typed = f'@"{project.name}\\START_CONTINUOUS.bat" {line}\r\n'
         (parent / "typed.bat").write_text(typed, newline="")
         done = self.cmd(
@@ -81,9 +81,9 @@ class Windows:
 
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Windows]:
-    made = Windows(tmp_path_factory.mktemp("wine"))
-    yield made
-    subprocess.run(["wineserver", "--kill", "--wait"], env=made.environment, check=False)
+    windows = Windows(tmp_path_factory.mktemp("wine"))
+    yield windows
+    subprocess.run(["wineserver", "--kill", "--wait"], env=windows.environment, check=False)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_the_first_start_and_the_next_ones_install_and_become_the_supervisor(
 
 
 @pytest.mark.parametrize("code", [2, 75, 130])
-def test_the_exit_code_is_passed_on_and_told(windows: Windows, project: Path, code: int) -> None:
+def test_the_exit_code_is_passed_on_and_printed(windows: Windows, project: Path, code: int) -> None:
     outcome = windows.start(project, "data", TRAIN_CODE=str(code))
     assert (outcome.code, outcome.output.strip()) == (code, f"Ended with exit code {code}.")
     assert without_probes(outcome)[1:] == [f"{TRAIN} [data]"]
@@ -137,7 +137,7 @@ def test_a_failing_installation_ends_it_before_training(windows: Windows, projec
         ((), "", "venv"),
     ],
 )
-def test_the_first_python_that_is_new_enough_is_taken(
+def test_the_first_python_that_is_new_enough_is_used(
     windows: Windows, project: Path, tools: tuple[str, ...], too_old: str, taken: str
 ) -> None:
     if taken == "venv":
@@ -147,7 +147,9 @@ def test_the_first_python_that_is_new_enough_is_taken(
 
 
 @pytest.mark.parametrize("tools", [(), ("py", "python")])
-def test_without_a_python_it_says_what_to_do(windows: Windows, project: Path, tools: tuple[str, ...]) -> None:
+def test_without_a_python_it_prints_what_to_do(
+    windows: Windows, project: Path, tools: tuple[str, ...]
+) -> None:
     outcome = windows.start(project, tools=tools, TOO_OLD="launcher python")
     assert outcome.code & 0xFF == 9009 & 0xFF  # all that Linux lets through
     assert outcome.output.startswith("Python 3.11 or newer is needed and was not found.")

@@ -33,14 +33,13 @@ def make_wheel(folder: Path, version: str) -> None:
 
 
 class Project:
-    """A copy of what the start scripts need, with the fake worker as the program."""
+    """A copy of the files that the start scripts need, with the fake worker as the program."""
 
     def __init__(self, parent: Path) -> None:
         self.folder = parent / "a folder (x86) & more"
         (self.folder / "tests").mkdir(parents=True)
-        for package in ("runtime",):
-            no_caches = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / package, self.folder / package, ignore=no_caches)
+        no_caches = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "runtime", self.folder / "runtime", ignore=no_caches)
         for name in SCRIPTS:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(ROOT / name, self.folder / name)
@@ -70,7 +69,7 @@ class Project:
         (self.folder / "requirements_simple.txt").write_text(line + "\n")
 
     def start(self, *arguments: str, **how: object) -> subprocess.Popen[str]:
-        """Start it from somewhere else; in its own session, so that it can be killed as a whole."""
+        """Start it from another folder, in a session of its own, so that it can be killed as a whole."""
         return subprocess.Popen(
             ["bash", str(self.folder / "START_CONTINUOUS.sh"), *arguments],
             cwd="/",
@@ -94,9 +93,9 @@ class Project:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """One copy for the tests that leave it as it was: set up, with tinypackage 1.0."""
-    made = Project(tmp_path_factory.mktemp("project"))
-    code, output, errors = made.run("check", "--name", "two words", "*")
+    """An installed copy with tinypackage 1.0, for tests that leave it unchanged."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    code, output, errors = project.run("check", "--name", "two words", "*")
     assert (code, output) == (7, "alone: check --name two words *\n"), errors
     assert [line.split()[0] for line in errors.splitlines()] == [
         "Creating",
@@ -104,10 +103,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         "unpacking",
         "Installed.",
     ]
-    return made
+    return project
 
 
-def test_a_second_start_installs_nothing_and_says_nothing(project):
+def test_a_second_start_installs_and_prints_nothing(project):
     assert project.run("check") == (7, "alone: check\n", "")
     assert project.installed() == "1.0"
 
@@ -124,7 +123,7 @@ def test_the_script_becomes_the_supervisor_so_that_signals_reach_it(project):
     assert "preflight --epochs 2 planned=1" in (project.state / "log").read_text()
 
 
-def test_a_changed_requirement_is_installed_and_a_failing_one_tells_why(project):
+def test_a_changed_requirement_is_installed_and_a_failing_one_reports_why(project):
     project.require("tinypackage==3.0")
     code, _, errors = project.run("check")
     assert code == 1 and "No matching distribution found for tinypackage==3.0" in errors
@@ -144,7 +143,7 @@ def test_the_tests_requirements_cover_the_programs(project):
     assert project.run("check") == (7, "alone: check\n", "")
 
 
-def test_an_old_python_is_told_what_is_needed(project, tmp_path):
+def test_an_old_python_is_refused_with_the_version_needed(project, tmp_path):
     for tool in ("bash", "dirname"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
     (tmp_path / "python3").write_text("#!/bin/sh\n[ $1 = --version ] && echo Python 3.8.1 || exit 1\n")
@@ -165,7 +164,7 @@ def test_an_old_python_is_told_what_is_needed(project, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_start_that_is_killed_while_it_sets_up_is_made_good_by_the_next(tmp_path):
+def test_an_installation_that_is_killed_is_repaired_by_the_next_start(tmp_path):
     project = Project(tmp_path)
     process = project.start("check")
     end = time.monotonic() + PATIENCE
@@ -178,7 +177,7 @@ def test_a_start_that_is_killed_while_it_sets_up_is_made_good_by_the_next(tmp_pa
     code, output, errors = project.run("check")
     assert (code, output) == (7, "alone: check\n"), errors
     assert project.installed() == "1.0"
-    # The same while pip unpacks: some files are there, and one would be taken for good.
+    # The same while pip unpacks: some files are there, and one is torn.
     site = next((project.folder / ".venv" / "lib").glob("python*/site-packages"))
     (site / "tinypackage.py").write_text("version = 'torn'\n")
     (project.folder / ".venv" / "unfinished").touch()
@@ -189,12 +188,12 @@ def test_a_start_that_is_killed_while_it_sets_up_is_made_good_by_the_next(tmp_pa
 def test_two_first_starts_at_once_take_turns(tmp_path):
     project = Project(tmp_path)
     both = [project.start("check") for _ in range(2)]
-    told = [process.communicate(timeout=PATIENCE)[1] for process in both]
-    assert [process.returncode for process in both] == [7, 7], told
-    assert sorted(errors.count("Installed.") for errors in told) == [0, 1]
+    outputs = [process.communicate(timeout=PATIENCE)[1] for process in both]
+    assert [process.returncode for process in both] == [7, 7], outputs
+    assert sorted(errors.count("Installed.") for errors in outputs) == [0, 1]
 
 
-def test_run_sh_runs_every_check_and_hands_its_arguments_to_pytest(project, tmp_path):
+def test_run_sh_runs_every_check_and_passes_its_arguments_to_pytest(project, tmp_path):
     for name in ("ruff", "mypy", "pytest"):
         (tmp_path / f"{name}.py").write_text(f"import sys\nprint({name!r}, *sys.argv[1:])\n")
     result = subprocess.run(
@@ -220,7 +219,7 @@ def test_bash_reads_the_script(name):
 
 
 def test_the_bat_does_what_the_sh_does():
-    """Without Windows: its parts, and the rules of cmd that broke other people's files."""
+    """Checked without Windows: its parts, and rules of cmd that are easily broken."""
     raw = (ROOT / "START_CONTINUOUS.bat").read_bytes()
     assert raw.count(b"\n") == raw.count(b"\r\n"), "cmd loses labels in files with bare line feeds"
     assert raw.isascii()

@@ -404,7 +404,7 @@ def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
     with ExitStack() as lock:
         try:
             if wanted:
-                lock.enter_context(FolderLock(folder).held())
+                lock.enter_context(FolderLock(folder).hold())
         except FolderHeld as error:
             raise FolderInUse(str(error)) from error
         except FolderLockError as error:

@@ -26,7 +26,7 @@ OBJECT_TIMEOUT = timedelta(hours=24)
 STEP_TIMEOUT = timedelta(minutes=15)
 # Launchers start their ranks when all machines have joined. A rank that waits longer joined the previous
 # rendezvous, with a machine whose group was about to end; it must be back while that one waits
-# (launch.MEETING_SECONDS).
+# (launch.RENDEZVOUS_SECONDS).
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
 

@@ -77,7 +77,7 @@ class Lake:
         """
         with ExitStack() as lock:
             try:
-                is_outermost = lock.enter_context(self._lock.held())
+                is_outermost = lock.enter_context(self._lock.hold())
             except FolderLockError as error:
                 raise LakeError(str(error)) from error
             if is_outermost:

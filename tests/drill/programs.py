@@ -1,4 +1,4 @@
-"""Starts of the real program that meet a fault at a chosen moment."""
+"""Starts of the real program with a fault at a chosen moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WITH_FAULTS = ROOT / "tests" / "drill" / "with_faults.py"
 
 
 def kill_while_writing(folder: Path, epoch: int, **settings: Any) -> Path:
-    """Train until the resume state of ``epoch`` is half written and kill -9 comes; returns the folder."""
+    """Train until kill -9 comes with the resume state of ``epoch`` half written; return the folder."""
     name = f"run1_epoch{epoch}.pt"
     with_kill = environment(KILL_IN_WRITE=name)
     start = Start(folder / "out", [WITH_FAULTS, "train", *tiny_flags(folder, **settings)], with_kill)
@@ -35,7 +35,7 @@ VICTIMS = ("rank 0", "rank 1", "launcher", "supervisor")
 
 
 def find(start: Start, victim: str) -> psutil.Process | None:
-    """Find a process of a supervised training on two ranks under torchrun; None while it is not there."""
+    """Find a process of a supervised training on two ranks under torchrun; None while it does not exist."""
     own = psutil.Process(start.process.pid)
     if victim == "supervisor":
         return own
@@ -53,7 +53,7 @@ def find(start: Start, victim: str) -> psutil.Process | None:
 
 
 def living(folder: Path) -> list[psutil.Process]:
-    """Find every process that trains into ``folder``, wherever it went."""
+    """Find every process that trains into ``folder``."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

@@ -1,10 +1,10 @@
-"""Train on two ranks while processes are killed and stopped at random, then compare with one left alone.
+"""Train on two ranks while processes are killed and stopped at random, and compare with undisturbed training.
 
     python -m tests.drill.soak --minutes 30
     python -m tests.drill.soak --kills 50 --shortest 1 --longest 15
 
-Ends with 0 if weights and states are the same to the last bit, no acknowledged epoch was lost, no process is left
-behind, and memory and open files stayed flat.
+Exits with 0 if weights and states are the same to the last bit, no acknowledged epoch was lost, no process is
+left behind, and memory and open files stayed flat.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tests.drill.programs import SUPERVISED_WITH_FAULTS, VICTIMS, find, living
 from tests.program import PATIENCE, SUPERVISED, Start, checkpoint, environment, is_same, tiny_flags
 from training import checkpoint as files
 
-# Free trades and much entropy: a policy that makes up its mind soon has gradients of nothing from then on, and
-# weights that do not move are the same whatever happens.
+# Free trades and high entropy: gradients of a policy that becomes certain vanish, and weights that do not move
+# are the same whatever happens.
 SETTINGS = {
     "batch_size": 64,
     "epochs": 50,
@@ -55,36 +55,36 @@ def numbers(name: str) -> tuple[int, ...]:
 
 
 def resume_state(folder: Path, name: str) -> dict[str, Any]:
-    """Load what the next start needs, without the time of day at which its run began."""
+    """Load the resume state, without the time of day at which its run began."""
     state = checkpoint(folder, f"resume/{name}")
     state["clock"].pop("cutoff_ns")
     return state
 
 
-# A process imports, loads, and saves first. Counted in epochs, since machines are slow and quick.
+# A process imports, loads and saves before its memory is flat. In epochs, since machines differ in speed.
 WARM_EPOCHS = 10
 
 
 def stamp(path: Path) -> int:
-    """Return a number that changes whenever the file does; 0 while there is none."""
+    """Return a number that changes with the file; 0 while there is none."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def listens(pid: int) -> bool:
-    """Tell whether a process has taken over SIGTERM, or has ended."""
+    """Return whether a process handles SIGTERM, or has ended."""
     with contextlib.suppress(OSError):
         caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
         return caught is None or bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
     return True
 
 
-class Use:
-    """Memory and open files over time of whichever process plays one part, each from its tenth epoch on."""
+class Usage:
+    """Memory and open files over time of the processes in one role, each from its tenth epoch on."""
 
     def __init__(self, folder: Path) -> None:
         self.samples: list[tuple[int, int]] = []  # bytes, open files
         self._metrics = folder / "logs" / "metrics.jsonl"
-        self._first: dict[psutil.Process, int] = {}  # how many epochs were told when it was seen first
+        self._first: dict[psutil.Process, int] = {}  # epochs logged when it was first seen
 
     def measure(self, process: psutil.Process | None) -> None:
         if process is None:
@@ -92,35 +92,35 @@ class Use:
         epochs = self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
         if epochs < self._first.setdefault(process, epochs) + WARM_EPOCHS:
             return
-        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+        with contextlib.suppress(psutil.Error):  # it has ended
             self.samples.append((process.memory_info().rss, process.num_fds()))
 
-    def told(self, whose: str) -> tuple[str, bool]:
-        """Say it in a line, and whether it grew from the first tenth to the last."""
+    def summary(self, role: str) -> tuple[str, bool]:
+        """Return a line, and whether usage grew from the first tenth to the last."""
         if not self.samples:
-            return f"{whose}: never lived for {WARM_EPOCHS} epochs", False
+            return f"{role}: never lived for {WARM_EPOCHS} epochs", False
         tenth = max(1, len(self.samples) // 10)
         (memory, files), (memory_end, files_end) = (
             [sum(column) / tenth for column in zip(*part, strict=True)]
             for part in (self.samples[:tenth], self.samples[-tenth:])
         )
         line = (
-            f"{whose}, first and last tenth of {len(self.samples)} looks: {memory / 1e6:.1f} and "
+            f"{role}, first and last tenth of {len(self.samples)} samples: {memory / 1e6:.1f} and "
             f"{memory_end / 1e6:.1f} MB, {files:.1f} and {files_end:.1f} open files"
         )
         return line, memory_end > 1.1 * memory or files_end > files + 2
 
 
 class Soak:
-    """One disturbed training: its faults, and what was observed."""
+    """One disturbed training: what is done to it, and the faults found."""
 
-    def __init__(self, folder: Path, chance: random.Random, choices: Sequence[str]) -> None:
+    def __init__(self, folder: Path, generator: random.Random, choices: Sequence[str]) -> None:
         self.folder = folder
         self.choices = choices
-        self.chance = chance
+        self.generator = generator
         self.kills: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.use = {whose: Use(folder) for whose in ("rank 0", "supervisor")}
+        self.usage = {role: Usage(folder) for role in ("rank 0", "supervisor")}
         self.began = time.monotonic()
         self.starts = 0
         self.kills_of_group = 0  # since an epoch was finished
@@ -140,19 +140,19 @@ class Soak:
         return numbers(found[0].name) if found else (0, 0)
 
     def acknowledged(self) -> tuple[int, ...]:
-        """Return run, epoch (and step) of the newest checkpoint that the program said was saved."""
-        said = [(0, 0)]
+        """Return run, epoch (and step) of the newest checkpoint that the program reported as saved."""
+        saved = [(0, 0)]
         for path in self.folder.glob("out*"):
-            said += map(numbers, re.findall(r"^Saved .*/(run\S+)$", path.read_text(), re.M))
-        return max(said)
+            saved += map(numbers, re.findall(r"^Saved .*/(run\S+)$", path.read_text(), re.M))
+        return max(saved)
 
     def measure(self) -> None:
-        for whose, use in self.use.items():
-            use.measure(find(self.start, whose))
+        for role, usage in self.usage.items():
+            usage.measure(find(self.start, role))
 
     def disturb(self) -> None:
-        """Kill one process, or stop all; what has ended is started again, as systemd would."""
-        victim = self.chance.choice(self.choices)
+        """Kill one process, or stop all and restart the training, as systemd would."""
+        victim = self.generator.choice(self.choices)
         if victim in STOPS:
             self.stop(victim)
             self.start = self._start()
@@ -160,7 +160,7 @@ class Soak:
             self.kill(victim)
 
     def kill(self, victim: str) -> None:
-        """Kill one process with SIGKILL, and start the supervisor again where it was that."""
+        """Kill one process with SIGKILL; a supervisor is restarted."""
         if self.kills_of_group == MOST_KILLS:
             self.wait_for_epoch()
         process = find(self.start, victim)
@@ -187,10 +187,10 @@ class Soak:
         say(f"killed {victim}; newest checkpoint {self.newest()}")
 
     def wait_for_epoch(self) -> None:
-        """Wait until another epoch is finished, however slow the machine is."""
+        """Wait for another finished epoch, however slow the machine is."""
         metrics = self.folder / "logs" / "metrics.jsonl"
         end = time.monotonic() + PATIENCE
-        for _ in range(2):  # when the second one is told, the first is saved and done with
+        for _ in range(2):  # when the second is logged, the first is saved
             before = stamp(metrics)
             while stamp(metrics) == before:
                 if time.monotonic() > end:
@@ -199,12 +199,12 @@ class Soak:
         self.kills_of_group = 0
 
     def stop(self, name: str) -> None:
-        """Ask it to stop, at whatever moment from its first on, and wait for its end."""
+        """Request a stop at a random moment, and wait for the end."""
         while not listens(self.start.process.pid):  # before, nothing runs that could be lost
             time.sleep(0.01)
         self.start.process.send_signal(STOPS[name])
         code = self.start.ends()
-        # A rank that was killed just before cannot save any more, and that is not exit 0.
+        # A rank that was killed just before cannot save, and the exit code is not 0.
         cannot_save = self.killed_last and "Training died while stopping" in self.start.output
         if code and not (code == 1 and cannot_save):
             self.faults.append(f"{name} ended it with {code}: {self.start.output[-500:]}")
@@ -217,7 +217,7 @@ class Soak:
         say(f"{name}; newest checkpoint {self.newest()}")
 
     def finish(self) -> int:
-        """Stop it, let it end its run undisturbed, and return the number of runs."""
+        """Stop it, let it finish its run undisturbed, and return the number of runs."""
         self.stop("SIGTERM")
         runs = max(1, self.newest()[0])
         self._start(runs=runs).ends_well()
@@ -229,19 +229,19 @@ class Soak:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--kills", type=int, help="end after so many kill -9, and do nothing else")
+    parser.add_argument("--kills", type=int, help="end after this many kill -9, with no other fault")
     parser.add_argument("--shortest", type=float, default=20.0, help="seconds between kills")
     parser.add_argument("--longest", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance = random.Random(options.seed)
+    generator = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="soak_") as name:
         disturbed, undisturbed = Path(name) / "disturbed", Path(name) / "undisturbed"
-        soak = Soak(disturbed, chance, VICTIMS if options.kills else (*VICTIMS, *STOPS))
+        soak = Soak(disturbed, generator, VICTIMS if options.kills else (*VICTIMS, *STOPS))
         try:
             end = soak.began + 60 * options.minutes
             while time.monotonic() < end and (not options.kills or soak.kills.total() < options.kills):
-                until = min(end, time.monotonic() + chance.uniform(options.shortest, options.longest))
+                until = min(end, time.monotonic() + generator.uniform(options.shortest, options.longest))
                 while time.monotonic() < until:
                     time.sleep(min(2.0, max(0.0, until - time.monotonic())))
                     soak.measure()
@@ -254,10 +254,10 @@ def main() -> int:
         say(f"the same {runs} runs of {SETTINGS['epochs']} epochs, undisturbed")
         words = [*SUPERVISED, "train", *tiny_flags(undisturbed, **SETTINGS, runs=runs)]
         start = Start(undisturbed / "out", words, environment(NPROC="2"))
-        lone = Use(undisturbed)  # nobody kills it: what leaks would add up in it
+        undisturbed_usage = Usage(undisturbed)  # it lives longest, so that a leak would add up
         while start.process.poll() is None:
             time.sleep(0.5)
-            lone.measure(find(start, "rank 0"))
+            undisturbed_usage.measure(find(start, "rank 0"))
         start.ends_well()
         last = f"run{runs}_epoch{SETTINGS['epochs']}.pt"
         same = is_same(checkpoint(disturbed, last)["model"], checkpoint(undisturbed, last)["model"])
@@ -268,14 +268,14 @@ def main() -> int:
     say(
         f"{minutes:.1f} minutes, {soak.kills.total()} faults: {dict(soak.kills)}; {last}, "
         f"{runs * SETTINGS['epochs']} epochs: same weights: {same}, "
-        f"same optimizer, accounts and random streams: {same_state}; it still learned: entropy "
+        f"same optimizer, accounts and random streams: {same_state}; still learning: entropy "
         f"{figures['loss/entropy']:.3f}, gradient norm {figures['ppo/grad_norm']:.3g}"
     )
-    for whose, use in {**soak.use, "rank 0 of the undisturbed": lone}.items():
-        line, grew = use.told(whose)
+    for role, usage in {**soak.usage, "undisturbed rank 0": undisturbed_usage}.items():
+        line, has_grown = usage.summary(role)
         say(line)
-        if grew:
-            soak.faults.append(f"{whose}: memory or open files grow")
+        if has_grown:
+            soak.faults.append(f"{role}: memory or open files grow")
     for fault in soak.faults:
         say(f"FAULT: {fault}")
     return 1 if soak.faults else 0

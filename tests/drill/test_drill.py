@@ -1,6 +1,6 @@
 """The long part of the fault drill, on the real program with two ranks: ``make drill``.
 
-The short part is among the other tests; docs/reliability.md says which test shows which promise.
+The short part is among the other tests; docs/reliability.md lists promises and their tests.
 """
 
 import os
@@ -31,13 +31,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_slowly(folder: Path, name: str = "out", **additions: str) -> Start:
-    """Start two ranks whose epochs last long enough to be met by a fault."""
+    """Start two ranks whose epochs last long enough for a fault."""
     env = environment(NPROC="2", PAUSE="0.3", **additions)
     return Start(folder / name, [*SUPERVISED_WITH_FAULTS, "train", *tiny_flags(folder, **TWO_RANKS)], env)
 
 
 def assert_ends_like(unbroken: Path, folder: Path) -> None:
-    """Let it finish, and compare to the last bit."""
+    """Let it finish, and compare weights to the last bit."""
     Start(
         folder / "rest", [*SUPERVISED, *tiny_flags(folder, **TWO_RANKS)], environment(NPROC="2")
     ).ends_well()
@@ -48,13 +48,13 @@ def assert_ends_like(unbroken: Path, folder: Path) -> None:
 def wait_until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.1)
 
 
 @long
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_kill_9_of_any_process_changes_nothing_in_the_end(
+def test_kill_9_of_any_process_does_not_change_the_result(
     unbroken: Path, tmp_path: Path, victim: str
 ) -> None:
     start = start_slowly(tmp_path)
@@ -100,13 +100,13 @@ def test_a_stop_at_a_random_moment_exits_0(unbroken: Path, tmp_path: Path, sent:
 
 
 @long
-def test_a_clock_that_jumps_back_an_hour_changes_nothing(unbroken: Path, tmp_path: Path) -> None:
+def test_a_clock_that_jumps_back_an_hour_does_not_change_the_result(unbroken: Path, tmp_path: Path) -> None:
     start_slowly(tmp_path, CLOCK_BACK="1").ends_well()
     assert_ends_like(unbroken, tmp_path)
 
 
 @long
-def test_a_machine_or_its_torchrun_that_dies_is_waited_for_and_a_stop_on_one_stops_both(
+def test_two_machines_rejoin_after_one_or_its_torchrun_dies_and_a_stop_on_one_stops_both(
     tmp_path: Path,
 ) -> None:
     """Two supervisors with one rank each meet at a loopback address, as two machines would."""
@@ -132,7 +132,7 @@ def test_a_machine_or_its_torchrun_that_dies_is_waited_for_and_a_stop_on_one_sto
         first.wait_for("Resuming from")
         launcher = find(second, "launcher")
         assert launcher is not None
-        launcher.kill()  # its torchrun alone: the supervisor beside it starts another
+        launcher.kill()  # its torchrun alone: its supervisor starts another
         second.wait_for("Training died")
         wait_until(lambda: first.output.count("Resuming from") == 2)
         second.process.send_signal(signal.SIGINT)
@@ -149,7 +149,7 @@ def test_a_machine_or_its_torchrun_that_dies_is_waited_for_and_a_stop_on_one_sto
 
 @pytest.fixture(scope="module")
 def nan_on_rank_1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Start]]:
-    """All losses of two epochs are not a number on rank 1; rank 0 computes on as if nothing was."""
+    """All losses of two epochs are NaN on rank 1, and healthy on rank 0."""
     folder = tmp_path_factory.mktemp("nan")
     driver = [str(SUPERVISED_WITH_FAULTS[-1]), "train", *tiny_flags(folder, **TWO_RANKS)]
     ((command, additions),) = Launch(num_ranks=2).commands(driver)

@@ -1,11 +1,11 @@
-"""The whole program with a fault planted from inside, named by the environment; started in its place.
+"""The whole program with a fault injected by the environment; started in its place.
 
     with_faults.py train --flag value ...
 
 NAN_LOSSES=RANK:FIRST:LAST   the losses of these micro-batches are not a number on that rank (counted from 1)
-CLOCK_BACK=SECONDS           the clock jumps back an hour, so many seconds after the start
-PAUSE=SECONDS                before each rollout: for trainings that should last without computing
-TERM_AT=N                    SIGTERM when the losses of the N-th micro-batch are computed, to this process
+CLOCK_BACK=SECONDS           the clock jumps back an hour, this many seconds after the start
+PAUSE=SECONDS                before each rollout, so that training lasts without computing
+TERM_AT=N                    SIGTERM to this process when the losses of the N-th micro-batch are computed
 OUT_OF_MEMORY=N              the GPU's memory is full at the N-th micro-batch
 KILL_IN_WRITE=NAME           kill -9 when half of resume/NAME is on the disk
 """
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def at_micro_batches(act: Callable[[int, Any], Any]) -> None:
-    """Let ``act`` have the number and the losses of every micro-batch of every update; what it returns counts."""
+    """Replace the losses of every micro-batch of every update by ``act(number, losses)``."""
     from training import learner
 
     healthy, number = learner.parallel, count(1)

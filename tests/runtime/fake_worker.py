@@ -1,6 +1,6 @@
-"""Stands in for continuous_training.py: a worker that keeps runtime.control's contract and trains nothing.
+"""Stands in for continuous_training.py: a worker that follows runtime.control's protocol and trains nothing.
 
-Its state is the number of finished epochs in FAKE_FOLDER/epochs; what it does goes to FAKE_FOLDER/log.
+Its state is the number of finished epochs in FAKE_FOLDER/epochs; it logs to FAKE_FOLDER/log.
 """
 
 import os
@@ -33,18 +33,16 @@ def save(number: int) -> None:
 
 
 def mishap(control: Control, now: str) -> None:
-    """Do what the test wants to go wrong at this point."""
+    """Fail at this point, in the way that the test asks for."""
     if now != MISHAP:
         return
     if MISHAP_DETAIL == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if MISHAP_DETAIL.startswith(
-        "means "
-    ):  # says what it means to end with, and ends otherwise, as under torchrun
+    if MISHAP_DETAIL.startswith("reports "):  # one code and exits with another, as under torchrun
         control.report_exit_code(int(MISHAP_DETAIL.split()[1]))
         sys.exit(1)
-    if MISHAP_DETAIL == "screen":  # dies under its dashboard, with a last word
-        control.screen(True)
+    if MISHAP_DETAIL == "screen":  # dies under its dashboard, after a traceback
+        control.report_screen(True)
         sys.stdout.write(ENTER)
         sys.stdout.flush()
         os.write(2, b"Traceback: why\n")

@@ -13,12 +13,12 @@ from runtime.files import sha256_of, write_atomically
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_written_file_holds_what_was_written_and_nothing_stays_beside_it(tmp_path):
+def test_a_written_file_has_its_content_and_leaves_no_other(tmp_path):
     path = tmp_path / "new" / "folder" / "file"
     write_atomically(path, lambda file: file.write(b"first"))
     write_atomically(path, lambda file: file.write(b"second"))
     assert path.read_bytes() == b"second"
-    assert [each.name for each in path.parent.iterdir()] == ["file"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
@@ -32,10 +32,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(tmp_path):
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_sha256_is_that_of_hashlib_also_over_many_pieces(tmp_path):
+def test_sha256_equals_hashlibs_over_many_pieces(tmp_path):
     data = os.urandom(3_000_001)
     (tmp_path / "file").write_bytes(data)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()

@@ -34,12 +34,12 @@ sys.exit(main(sys.argv[3:], script=Path(sys.argv[1]), limits=Limits(**json.loads
 def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 class Daemon:
-    """A supervisor in a session of its own, under test."""
+    """A supervisor under test, in a session of its own."""
 
     def __init__(
         self, folder: Path, *arguments: str, limits: dict[str, float] | None = None, **settings: str
@@ -96,18 +96,18 @@ class Daemon:
         return all(f"trains rank={rank}" in self.log() for rank in range(int(self.environment["NPROC"])))
 
     def train(self, epochs: int = 1) -> "Daemon":
-        """Wait until so many more epochs are finished."""
+        """Wait for this many more finished epochs."""
         target = self.epochs() + epochs
         wait_for(lambda: self.epochs() >= target)
         return self
 
     def ends(self) -> tuple[int, str]:
-        """Wait for the end: the exit code and what was written to stderr."""
+        """Wait for the end; return the exit code and standard error."""
         _, errors = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, errors
 
     def living(self) -> list[psutil.Process]:
-        """Find every process of this test, wherever it went."""
+        """Find every process of this test, also those in other sessions."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -124,15 +124,15 @@ class Daemon:
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    made: list[Daemon] = []
+    daemons: list[Daemon] = []
 
     def make(*arguments: str, **settings: object) -> Daemon:
-        made.append(Daemon(tmp_path, *arguments, **settings))  # type: ignore[arg-type]
-        return made[-1]
+        daemons.append(Daemon(tmp_path, *arguments, **settings))  # type: ignore[arg-type]
+        return daemons[-1]
 
     yield make
-    for one in made:
-        for process in one.living():
+    for daemon in daemons:
+        for process in daemon.living():
             process.kill()
 
 
@@ -154,7 +154,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_supervisor_only(daemon):
     assert run.log().count("start rank=0") == 1 and "epoch end rank=0" in run.log()
 
 
-def test_the_last_word_of_a_worker_outlives_its_dashboard(daemon):
+def test_a_workers_last_error_is_shown_after_its_dashboard_died(daemon):
     run = daemon(MISHAP="step:screen", limits={"crashes": 2}).start_in_terminal()
     written = written_to(run.terminal)
     os.waitpid(run.process.pid, 0)
@@ -258,11 +258,9 @@ def test_a_stop_while_workers_start_exits_0(daemon, sent):
     run = daemon(MISHAP="start:sleep").start()
     wait_for(run.starts)
     run.process.send_signal(sent)
-    assert (
-        "Ctrl+C again" in (told := run.process.stderr.readline() + run.process.stderr.readline())
-        or "SIGTERM" in told
-    )
-    os.kill(run.starts()[0], signal.SIGTERM)  # the fake sleeps through its start; systemd ends it like this
+    errors = run.process.stderr.readline() + run.process.stderr.readline()
+    assert "Ctrl+C again" in errors or "SIGTERM" in errors
+    os.kill(run.starts()[0], signal.SIGTERM)  # the fake sleeps while it starts; systemd ends it like this
     code, errors = run.ends()
     assert code == 0 and "Stopped before" in errors
     assert run.has_left_nothing()
@@ -277,7 +275,7 @@ def test_a_stop_between_a_crash_and_the_restart_exits_0(daemon):
 
 
 @pytest.mark.parametrize(("num_ranks", "victim"), [("1", 0), ("2", 1)])
-def test_a_killed_worker_is_started_again_and_goes_on(daemon, num_ranks, victim):
+def test_a_killed_worker_is_restarted_and_resumes(daemon, num_ranks, victim):
     run = daemon(NPROC=num_ranks).start().train(2)
     os.kill(run.starts(victim)[0], signal.SIGKILL)
     wait_for(lambda: len(run.starts()) == 2)
@@ -290,7 +288,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(daemon, num_ranks, victim)
     assert run.has_left_nothing()
 
 
-def test_a_hanging_worker_is_swept_and_started_again(daemon):
+def test_a_hanging_worker_is_swept_and_restarted(daemon):
     run = daemon(NPROC="2", limits={"hang_seconds": 2.0}).start().train()
     os.kill(run.starts()[0], signal.SIGSTOP)
     wait_for(lambda: len(run.starts()) == 2)
@@ -301,7 +299,7 @@ def test_a_hanging_worker_is_swept_and_started_again(daemon):
     assert run.has_left_nothing()
 
 
-def test_a_machine_that_was_frozen_as_a_whole_is_no_hang(daemon):
+def test_a_machine_frozen_as_a_whole_is_not_a_hang(daemon):
     """A snapshot of a virtual machine, a paused container, a laptop that slept."""
     run = daemon(limits={"hang_seconds": 4.0}).start().train()
     processes = [psutil.Process(run.process.pid), psutil.Process(run.starts()[0])]
@@ -331,21 +329,21 @@ with SupervisorControl() as supervisor:
             while supervisor.heartbeat() == before:
                 time.sleep(0.01)
     before = supervisor.heartbeat()
-    with heartbeat_thread(0.0):  # one that takes longer than it may
+    with heartbeat_thread(0.0):  # one that takes too long
         time.sleep(2.5)
-    time.sleep(2.5)  # and nothing goes on beating behind it
+    time.sleep(2.5)  # the thread has ended
     assert supervisor.heartbeat() == before
 print("seen")
 """
 
 
-def test_a_long_call_shows_life_from_a_thread_as_long_as_it_may(tmp_path):
+def test_a_thread_records_heartbeats_of_a_long_call_within_its_limit(tmp_path):
     words = [sys.executable, "-c", LONG_CALL]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout, done.stderr) == ("seen\n", "")
 
 
-def test_a_worker_that_never_shows_life_has_the_longer_start_limit(daemon):
+def test_a_worker_without_a_first_heartbeat_has_the_longer_start_limit(daemon):
     limits = {"start_seconds": 1.5, "hang_seconds": 0.1, "crashes": 2}
     run = daemon(MISHAP="start:sleep", limits=limits).start()
     code, errors = run.ends()
@@ -353,15 +351,15 @@ def test_a_worker_that_never_shows_life_has_the_longer_start_limit(daemon):
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 75])
-@pytest.mark.parametrize("way", ["step:{}", "step:means {}"])
+@pytest.mark.parametrize("way", ["step:{}", "step:reports {}"])
 def test_a_final_exit_code_is_passed_on_and_not_retried(daemon, code, way):
     run = daemon(NPROC="2", MISHAP=way.format(code)).start()
     assert run.ends() == (code, "Starting 2 ranks.\n")
-    # Rank 1 may have said it before rank 0 came that far.
+    # Rank 1 may have reported it before rank 0 started.
     assert len(run.starts(0)) <= 1 and len(run.starts(1)) <= 1 and run.has_left_nothing()
 
 
-def test_a_refused_setting_is_told_once_and_starts_no_worker(daemon):
+def test_an_invalid_setting_is_reported_once_and_starts_no_worker(daemon):
     run = daemon("--batch-size", "7", NPROC="4", MISHAP="preflight:2").start()
     assert run.ends() == (2, "the setting is wrong\n")
     assert run.log() == "preflight --batch-size 7 planned=4\n" and run.has_left_nothing()
@@ -375,7 +373,7 @@ def test_it_gives_up_after_five_crashes_without_a_finished_epoch(daemon):
     assert run.has_left_nothing()
 
 
-def test_a_finished_epoch_starts_the_count_of_crashes_anew(daemon):
+def test_a_finished_epoch_resets_the_count_of_crashes(daemon):
     run = daemon(MISHAP="epoch:kill", EPOCH_SECONDS="0.05", limits={"crashes": 2}).start().train(4)
     run.process.send_signal(signal.SIGTERM)
     assert run.ends()[0] in (0, 1)  # the signal may come just before the next crash
@@ -390,7 +388,7 @@ def test_a_killed_supervisor_leaves_no_process(daemon, num_ranks):
     wait_for(lambda: not run.living())
 
 
-def test_what_a_worker_started_in_its_own_session_is_swept_too(daemon):
+def test_a_workers_child_in_a_session_of_its_own_is_swept_too(daemon):
     run = daemon(GRANDCHILD="yes").start().train()
     assert any(process.name() == "sleep" for process in run.living())
     os.kill(run.starts()[0], signal.SIGKILL)
@@ -399,11 +397,11 @@ def test_what_a_worker_started_in_its_own_session_is_swept_too(daemon):
     assert run.ends()[0] == 0 and run.has_left_nothing()
 
 
-def test_a_reader_that_goes_away_does_not_end_it(daemon):
+def test_a_closed_pipe_does_not_end_it(daemon):
     run = daemon(MISHAP="").start()
     run.process.stderr.close()
     run.train()
-    os.kill(run.starts()[0], signal.SIGKILL)  # now it has something to say
+    os.kill(run.starts()[0], signal.SIGKILL)  # now it has something to print
     wait_for(lambda: len(run.starts()) == 2)
     run.process.send_signal(signal.SIGINT)
     run.process.stdout.read()
@@ -418,7 +416,7 @@ def test_other_commands_and_help_run_alone(daemon, arguments):
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_ranks_survives_what_happens_to_it(daemon):
+def test_torchrun_with_two_ranks_survives_kills(daemon):
     run = daemon(NPROC="2", LAUNCHER="torchrun", EPOCH_SECONDS="0.3").start().train()
     assert "of=2" in run.log()
     os.kill(run.starts(1)[0], signal.SIGKILL)
@@ -431,13 +429,13 @@ def test_torchrun_with_two_ranks_survives_what_happens_to_it(daemon):
     run.process.send_signal(signal.SIGINT)
     code, errors = run.ends()
     assert code == 0 and run.has_left_nothing()
-    said = [line.split()[0] for line in errors.splitlines() if line]
-    assert said == ["Starting", "Training", "Training", "Stopping"]  # and no word of torchrun
+    first_words = [line.split()[0] for line in errors.splitlines() if line]
+    assert first_words == ["Starting", "Training", "Training", "Stopping"]  # and nothing from torchrun
 
 
 @pytest.mark.slow
 def test_torchrun_passes_the_final_exit_code_without_noise_and_dies_with_the_supervisor(daemon):
-    run = daemon(NPROC="2", LAUNCHER="torchrun", MISHAP="step:means 3").start()
+    run = daemon(NPROC="2", LAUNCHER="torchrun", MISHAP="step:reports 3").start()
     assert run.ends() == (3, "Starting 2 ranks.\n")
     assert run.has_left_nothing()
     run = daemon(NPROC="2", LAUNCHER="torchrun").start().train()
@@ -446,7 +444,7 @@ def test_torchrun_passes_the_final_exit_code_without_noise_and_dies_with_the_sup
     wait_for(lambda: not run.living())
 
 
-def test_wrong_launch_settings_are_one_line_and_exit_2(daemon):
+def test_an_invalid_launch_setting_is_one_line_and_exit_2(daemon):
     run = daemon(NPROC="none").start()
     assert run.ends() == (2, "NPROC must be a whole number of at least 1, was 'none'\n")
 
@@ -494,7 +492,7 @@ def test_many_machines_meet_at_the_endpoint():
         ("0,1,2,3,4", 3),
     ],
 )
-def test_ranks_default_to_the_gpus_that_may_be_seen(tmp_path, monkeypatch, visible, expected):
+def test_ranks_default_to_the_visible_gpus(tmp_path, monkeypatch, visible, expected):
     listing = "GPU 0: X (UUID: GPU-a)\n  MIG 1g: Device 0\nGPU 1: X (UUID: GPU-b)\nGPU 2: X (UUID: GPU-c)\n"
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}'\n")

@@ -9,9 +9,9 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from runtime.launch import MEETING_SECONDS
+from runtime.launch import RENDEZVOUS_SECONDS
 from tests.program import PATIENCE, ROOT
-from training.distributed import MEETING
+from training.distributed import RENDEZVOUS_TIMEOUT
 
 LATE = """
 from datetime import timedelta
@@ -44,4 +44,4 @@ def test_a_rank_whose_peers_do_not_come_leaves_instead_of_waiting() -> None:
 
 
 def test_it_is_back_while_the_others_still_wait_for_its_machine() -> None:
-    assert timedelta(seconds=MEETING_SECONDS) >= MEETING + timedelta(minutes=2)
+    assert timedelta(seconds=RENDEZVOUS_SECONDS) >= RENDEZVOUS_TIMEOUT + timedelta(minutes=2)
