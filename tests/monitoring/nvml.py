@@ -1,4 +1,4 @@
-"""A stand-in for pynvml: two GPUs, of which the second does not tell everything."""
+"""A stand-in for pynvml: two GPUs, of which the second does not report everything."""
 
 # ruff: noqa: N802 - the names are those of pynvml
 

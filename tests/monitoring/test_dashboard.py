@@ -1,4 +1,4 @@
-"""The dashboard: fits every terminal, tells the figures of the metrics, and gives the terminal back."""
+"""The dashboard: fits every terminal, shows the recorded metrics, and restores the terminal."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NOW_NS = 1_767_225_600 * 10**9
 
 
 def row(epoch: int, **changes: Any) -> dict[str, Any]:
-    """Metrics of one epoch that took 10 s: 2 to play, 7 to learn, 0.5 for a checkpoint, 0.5 for nothing known."""
+    """Metrics of an epoch of 10 s: rollout 2, update 7, checkpoint 0.5, other 0.5."""
     times = {"epoch": 10.0, "data": 0.0, "rollout": 2.0, "update": 7.0, "evaluation": 0.0, "checkpoint": 0.5}
     figures = {
         **HEALTHY,
@@ -76,7 +76,7 @@ def full_state(epochs: int = 37) -> DashboardState:
     state.add_epoch(ill, health.findings([ill]))
     state.add_line("Saved checkpoints/run3_epoch25.pt")
     state.add_line(
-        "Warning: yahoo: limits its rates for now, and this is a line that goes on for very long " * 3, True
+        "Warning: yahoo: limits its rates for now, and this is a line that is very long indeed " * 3, True
     )
     state.add_line("\x1b[31mno colours\x07 of others")
     state.tasks["binance"] = Task("binance", "month files", 26, 12, 4_500_000)
@@ -91,7 +91,7 @@ def text_of(state: DashboardState, width: int = 100, height: int = 50) -> list[s
 
 
 def value_of(lines: list[str], label: str) -> str:
-    """Return what stands behind a label, up to where its illustration begins."""
+    """Return the value beside a label, without bar or curve."""
     (found,) = re.findall(rf"(?:^|  ) {re.escape(label)}  +(\S+(?: [%a-zA-Z]+)?)", "\n".join(lines), re.M)
     return found
 
@@ -152,7 +152,7 @@ def test_every_gpu_has_its_line() -> None:
     assert "98%" in lines[1] and "412 W" in lines[1] and not re.search(r"\d C\b", lines[1])
 
 
-def test_what_is_wrong_is_told_in_words_and_in_yellow() -> None:
+def test_findings_are_shown_in_words_and_in_yellow() -> None:
     state = full_state()
     for width in (100, 60):
         lines = render(state, width, 40)
@@ -195,7 +195,7 @@ def test_the_first_epoch_of_a_start_sets_no_pace() -> None:
     assert replace(full_state(), history=slow_first[:1]).pace == 9.0  # at least rollout and update
 
 
-def test_of_a_long_exam_the_figures_that_decide_are_shown() -> None:
+def test_a_long_exam_shows_its_main_metrics() -> None:
     figures = {f"exam/figure_{number}": 1.0 for number in range(20)}
     examined = row(3, **figures, **{"exam/sharpe": 0.5, "exam/return_percent": -1.5})
     lines = text_of(replace(full_state(), history=[examined, row(4)]), 100, 60)
@@ -208,14 +208,14 @@ def test_a_stop_request_is_shown() -> None:
     assert "Stopping after this epoch" in "\n".join(text_of(state))
 
 
-def test_epochs_that_were_taken_back_are_not_shown_twice() -> None:
+def test_epochs_done_again_are_not_shown_twice() -> None:
     state = DashboardState()
     for epoch in (1, 2, 3, 2, 3):
         state.add_epoch(row(epoch), [])
     assert [metrics["epoch"] for metrics in state.history] == [1, 2, 3]
 
 
-def test_figures_that_are_missing_or_not_finite_are_told_as_such() -> None:
+def test_missing_metrics_have_no_row_and_broken_ones_are_not_finite() -> None:
     broken = row(4, **{"loss/entropy": float("nan"), "ppo/approx_kl": None})
     del broken["perf/mfu"], broken["perf/epoch_seconds"]
     lines = text_of(replace(full_state(), history=[row(3), broken]))
@@ -251,7 +251,7 @@ def test_curves_run_from_lowest_to_highest() -> None:
     )
 
 
-def test_times_ages_and_sizes_are_told_in_one_unit() -> None:
+def test_durations_ages_and_sizes() -> None:
     assert [duration(s) for s in (None, 0, 59.6, 3_599, 3_600, 90_061)] == [
         "?",
         "0:00",
@@ -315,7 +315,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Start]:
 
 @POSIX
 def test_on_a_terminal_the_dashboard_is_drawn_within_its_bounds(watched: tuple[Path, Start]) -> None:
-    # What the supervisor says of the stop is not the dashboard's, and is drawn over.
+    # What the supervisor prints on a stop is not the dashboard's.
     drawn = frames(watched[1].raw.split("\x03")[0].split("^C")[0])
     assert any("Continuous Training" in line for line in drawn)
     assert max(map(cell_len, drawn)) <= 100
@@ -323,7 +323,7 @@ def test_on_a_terminal_the_dashboard_is_drawn_within_its_bounds(watched: tuple[P
 
 
 @POSIX
-def test_ctrl_c_on_the_dashboard_finishes_the_epoch_and_gives_the_terminal_back(
+def test_ctrl_c_on_the_dashboard_finishes_the_epoch_and_restores_the_terminal(
     watched: tuple[Path, Start],
 ) -> None:
     folder, start = watched
@@ -375,7 +375,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_training(tmp_path: Path) -> 
 
 @POSIX
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_terminal_on_which_none_is_wanted_gets_lines(
+def test_a_terminal_without_dashboard_gets_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
     ours, theirs = os.openpty()
@@ -432,15 +432,15 @@ def test_a_terminal_stopped_with_ctrl_s_blocks_neither_the_training_nor_its_end(
 
 
 @pytest.mark.parametrize(("level", "lines", "figures"), [("debug", 1, 1), ("info", 1, 0), ("warning", 0, 0)])
-def test_lines_of_the_level_that_is_wanted_are_told(
+def test_log_level_selects_the_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str, lines: int, figures: int
 ) -> None:
     with Console(tmp_path, log_level=level) as console:
         console.epoch(row(1, **{"ppo/approx_kl": 0.3}), 200)
         console.epoch(row(2, **{"ppo/approx_kl": 0.3}), 200)
         logging.getLogger("continuous_training").info("\u2192 \u00e9")
-    told = capsys.readouterr().out
-    assert told.isascii() and "\x1b" not in told
-    assert told.count("run 1 epoch   2/200") == lines
-    assert told.count("perf/checkpoint_seconds=") == 2 * figures
-    assert told.count("Warning: large policy update") == 1  # not told again in the next epoch
+    output = capsys.readouterr().out
+    assert output.isascii() and "\x1b" not in output
+    assert output.count("run 1 epoch   2/200") == lines
+    assert output.count("perf/checkpoint_seconds=") == 2 * figures
+    assert output.count("Warning: large policy update") == 1  # not again in the next epoch

@@ -1,4 +1,4 @@
-"""What is called unhealthy, at and around every threshold, on figures that are missing or broken, and in docs."""
+"""The rules of health at every threshold, with metrics that are missing or broken, and in the docs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEALTHY: dict[str, Any] = {
     "plasticity/dormant_units": 0.02,
     "plasticity/effective_rank": 14.0,
 }
-# (metric, last value that is well, first that is not, how the finding names it)
+# (metric, last healthy value, first unhealthy one, the finding's metric)
 THRESHOLDS = [
     ("ppo/approx_kl", 0.1, 0.101, "ppo/approx_kl"),
     ("ppo/first_kl", 1e-3, 1.1e-3, "ppo/first_kl"),
@@ -75,7 +75,7 @@ def test_a_finding_begins_just_past_its_threshold(metric: str, well: float, ill:
 
 
 @pytest.mark.parametrize("name", ["ppo/explained_variance", "rollout/in_position_0"])
-def test_a_habit_is_one_only_after_so_many_epochs(name: str) -> None:
+def test_a_lasting_value_needs_ten_epochs_in_a_row(name: str) -> None:
     ill = {"ppo/explained_variance": -0.2, "rollout/in_position_0": 1.0}[name]
     bad = HEALTHY | {name: ill}
     assert names([HEALTHY, *[bad] * (LONG - 1)]) == []
@@ -95,28 +95,28 @@ def test_a_policy_that_stays_flat_may_be_right() -> None:
 
 @pytest.mark.parametrize("broken", [None, math.nan, math.inf, -math.inf, "text", True])
 @pytest.mark.parametrize("name", sorted(HEALTHY))
-def test_a_broken_figure_breaks_no_rule_but_that_of_the_losses(name: str, broken: Any) -> None:
+def test_a_broken_metric_breaks_no_rule_but_that_of_the_losses(name: str, broken: Any) -> None:
     found = names([*[HEALTHY] * LONG, HEALTHY | {name: broken}])
     assert found == ([name] if name in ("loss/policy", "loss/value") else [])
 
 
 @pytest.mark.parametrize("broken", [None, math.nan])
-def test_figures_that_were_broken_before_say_nothing_about_what_is_usual(broken: Any) -> None:
+def test_broken_metrics_do_not_define_what_is_usual(broken: Any) -> None:
     before = HEALTHY | {"ppo/grad_norm": broken, "perf/transitions_per_second": broken}
     assert names([*[before] * LONG, HEALTHY | {"ppo/grad_norm": 1e9}]) == []
 
 
-def test_missing_figures_break_no_rule() -> None:
+def test_missing_metrics_break_no_rule() -> None:
     assert names([{}] * LONG) == []
     assert names([HEALTHY] * LONG + [{}]) == []
 
 
-def test_the_gravest_is_first() -> None:
+def test_the_most_severe_is_first() -> None:
     found = names(after_healthy_epochs(**{"perf/transitions_per_second": 1.0, "loss/policy": math.nan}))
     assert found == ["loss/policy", "perf/transitions_per_second"]
 
 
-def test_a_finding_is_told_once_and_again_when_it_was_gone_for_long() -> None:
+def test_a_finding_is_reported_once_and_again_after_a_long_absence() -> None:
     watch = Watch()
     ill = findings(after_healthy_epochs(**{"ppo/approx_kl": 0.5}))
     other = findings(after_healthy_epochs(**{"ppo/approx_kl": 0.6, "ppo/skipped_steps": 2.0}))
@@ -126,19 +126,19 @@ def test_a_finding_is_told_once_and_again_when_it_was_gone_for_long() -> None:
     assert [finding.metric for finding in watch.new(other)] == ["ppo/skipped_steps"]
     for _ in range(LONG - 1):
         assert watch.new([]) == []
-    assert watch.new(ill) == []  # not gone for long enough
+    assert watch.new(ill) == []  # not absent for long enough
     for _ in range(LONG):
         assert watch.new([]) == []
     assert watch.new(ill) == ill
 
 
-def test_the_documents_tell_the_same_thresholds() -> None:
+def test_the_docs_state_the_same_thresholds() -> None:
     rows = {}
     for line in DOCS.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if line.startswith("| `") and len(cells) >= 3:
             rows |= {name: " ".join(cells[1:]) for name in cells[0].replace("`", "").split(", ")}
-    told = {
+    documented = {
         "ppo/approx_kl": f"above {health.HIGHEST_KL:g}",
         "ppo/first_kl": f"above {health.HIGHEST_FIRST_KL:g}",
         "ppo/clip_fraction": f"above {health.HIGHEST_CLIP_FRACTION:g}",
@@ -153,6 +153,6 @@ def test_the_documents_tell_the_same_thresholds() -> None:
         "plasticity/effective_rank": f"below {health.LOWEST_EFFECTIVE_RANK:g}",
         "ppo/skipped_steps": "any",
     }
-    for metric, words in told.items():
+    for metric, words in documented.items():
         assert words in rows[metric], metric
-    assert len(told) == len(health.RULES) - 1  # that losses are finite is told where null is explained
+    assert len(documented) == len(health.RULES) - 1  # the rule of finite losses is explained above the table

@@ -1,4 +1,4 @@
-"""What the machine tells, with NVIDIA's driver, without it, and where a card keeps something to itself."""
+"""Readings with NVIDIA's driver, without it, and with a GPU that does not report everything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_gpu_is_read_in_plain_units() -> None:
     assert not nvml.is_up and gauges.read().gpus == ()
 
 
-def test_without_a_driver_there_are_no_gpus_and_no_word_about_it(capfd: Any) -> None:
+def test_without_a_driver_there_are_no_gpus_and_no_message(capfd: Any) -> None:
     machine = Gauges(Nvml(has_driver=False)).read()
     assert machine.gpus == ()
     assert 0 <= machine.cpu <= 1 and machine.num_cores >= 1
@@ -34,11 +34,11 @@ def test_without_a_driver_there_are_no_gpus_and_no_word_about_it(capfd: Any) -> 
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_real_library_is_spoken_to_as_it_wants() -> None:
+def test_the_real_library_can_be_opened_and_closed() -> None:
     Gauges().close()  # on a machine without a GPU: silently
 
 
-def test_the_disk_is_told_with_what_lies_on_it(tmp_path: Path) -> None:
+def test_the_disk_is_read_with_its_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert read_disk(folder) == Disk()
     (folder / "resume").mkdir(parents=True)
@@ -58,11 +58,11 @@ def test_the_disk_is_told_with_what_lies_on_it(tmp_path: Path) -> None:
 def test_a_disk_is_short_when_two_more_checkpoints_do_not_fit() -> None:
     assert Disk(free=199.0, checkpoints=100.0, num_checkpoints=1, newest=100.0).is_short
     assert not Disk(free=200.0, checkpoints=100.0, num_checkpoints=1, newest=100.0).is_short
-    assert not Disk(free=0.0).is_short  # nothing saved yet: nobody knows how much it takes
+    assert not Disk(free=0.0).is_short  # nothing saved yet, so the size is unknown
     assert not Disk().is_short
 
 
-def test_a_figure_that_the_card_does_not_tell_is_left_out(monkeypatch: Any) -> None:
+def test_a_metric_that_the_gpu_does_not_report_is_left_out(monkeypatch: Any) -> None:
     import pynvml
 
     def not_supported(_: Any) -> int:
@@ -72,8 +72,8 @@ def test_a_figure_that_the_card_does_not_tell_is_left_out(monkeypatch: Any) -> N
     monkeypatch.setattr(torch.cuda, "utilization", not_supported)
     monkeypatch.setattr(torch.cuda, "power_draw", lambda _: 412_300)
     monkeypatch.setattr(torch.cuda, "temperature", lambda _: 61)
-    told = gpu_figures(torch.device("cpu"))
-    assert told == {
+    figures = gpu_figures(torch.device("cpu"))
+    assert figures == {
         "gpu/memory_gb": 2.0,
         "gpu/power_watts": pytest.approx(412.3),
         "gpu/temperature_celsius": 61.0,

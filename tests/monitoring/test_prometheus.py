@@ -1,4 +1,4 @@
-"""The endpoint, asked over real HTTP, and its text, read by Prometheus's own parser and by a strict one."""
+"""The endpoint over real HTTP, its text read by Prometheus's own parser and by a strict one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def samples(text: str) -> dict[tuple[str, str], float]:
     }
 
 
-def test_the_newest_figures_are_served() -> None:
+def test_the_newest_metrics_are_served() -> None:
     with Endpoint(0) as endpoint:
         endpoint.show({"epoch": 6})
         endpoint.show(FIGURES)
@@ -70,7 +70,7 @@ def test_the_newest_figures_are_served() -> None:
     }
 
 
-def test_every_line_is_as_the_format_says() -> None:
+def test_every_line_follows_the_text_format() -> None:
     with Endpoint(0) as endpoint:
         endpoint.show(FIGURES)
         text = get(endpoint.port)[2]
@@ -99,7 +99,7 @@ def test_it_listens_on_this_machine_only_and_frees_its_port() -> None:
         assert again.port == endpoint.port
 
 
-def test_a_caller_that_says_nothing_holds_up_nobody() -> None:
+def test_a_silent_client_does_not_delay_others() -> None:
     with Endpoint(0) as endpoint:
         endpoint.show(FIGURES)
         with socket.create_connection(("127.0.0.1", endpoint.port)):
@@ -118,7 +118,7 @@ def test_a_port_that_is_taken_is_a_warning(tmp_path: Path, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("value", ["0", "65536", "-1"])
-def test_a_port_that_is_none_is_a_wrong_setting(value: str) -> None:
+def test_an_invalid_port_is_rejected(value: str) -> None:
     from continuous_training import Settings
 
     with pytest.raises(ValueError, match="prometheus_port"):

@@ -1,4 +1,4 @@
-"""TensorBoard reads the same figures as metrics.jsonl holds, each step once, whatever was resumed."""
+"""TensorBoard reads the metrics of metrics.jsonl, each step once, also after a resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five epochs of which the first four are in a checkpoint; then a start that goes on from it, to the end."""
+    """Five epochs, the first four of them in a checkpoint; then a start that resumes from it."""
     folder = tmp_path_factory.mktemp("resumed")
     words = [*ALONE, *tiny_flags(folder, runs=1, epochs=5, checkpoint_every=4)]
     Start(folder / "first", words).ends_well()
@@ -37,7 +37,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_scalars_are_those_of_the_metrics(resumed: Path) -> None:
-    newest = {entry["transitions"]: entry for entry in metrics(resumed)}  # what was done again counts once
+    newest = {entry["transitions"]: entry for entry in metrics(resumed)}  # epochs done again count once
     assert len(metrics(resumed)) == 9 and len(newest) == 8
     found = curves(resumed / "logs")
     names = {name for entry in newest.values() for name in entry} - {"time", "transitions"}
@@ -56,7 +56,7 @@ def test_no_step_comes_twice_after_a_resume(resumed: Path) -> None:
         assert steps == sorted(set(steps)), name
 
 
-def test_a_return_to_a_checkpoint_within_one_start_takes_back_what_was_after_it(tmp_path: Path) -> None:
+def test_a_rollback_within_one_start_drops_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
     events = EventFile(tmp_path)
     for step, value in ((10, 1.0), (20, 2.0), (30, 3.0), (20, 4.0), (30, 5.0)):
         events.write(step, {"reward": value})
@@ -64,14 +64,14 @@ def test_a_return_to_a_checkpoint_within_one_start_takes_back_what_was_after_it(
     assert curves(tmp_path) == {"reward": [(10, 1.0), (20, 4.0), (30, 5.0)]}
 
 
-def test_figures_are_in_the_file_when_they_were_read_metrics(tmp_path: Path) -> None:
+def test_metrics_are_on_disk_at_once(tmp_path: Path) -> None:
     events = EventFile(tmp_path)
     events.write(10, {"reward": 1.0})
     assert curves(tmp_path) == {"reward": [(10, 1.0)]}  # not closed: as after kill -9
     events.close()
 
 
-def test_what_is_not_finite_or_no_number_has_no_point(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_or_not_numbers_have_no_point(tmp_path: Path) -> None:
     telemetry = Telemetry(tmp_path, None)
     figures = {"transitions": 8, "a": math.nan, "b": math.inf, "c": None, "d": "text", "e": 2}
     telemetry.record(figures)
@@ -79,7 +79,7 @@ def test_what_is_not_finite_or_no_number_has_no_point(tmp_path: Path) -> None:
     assert curves(tmp_path) == {"e": [(8, 2.0)]}
 
 
-def test_a_folder_that_cannot_be_written_is_told_once_and_tried_again(
+def test_a_folder_that_cannot_be_written_is_one_warning_and_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "logs"
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_tried_again(
     assert [row["epoch"] for row in read_metrics(folder, 10, 192)] == [3]
 
 
-def test_a_full_disk_is_told_once_and_leaves_whole_files(
+def test_a_full_disk_is_one_warning_and_leaves_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     telemetry = Telemetry(tmp_path, None)
@@ -120,7 +120,7 @@ def test_a_full_disk_is_told_once_and_leaves_whole_files(
     assert curves(tmp_path)["epoch"] == [(64, 1.0), (256, 4.0)]
 
 
-def test_a_start_that_goes_on_reads_what_was_recorded_up_to_there(tmp_path: Path) -> None:
+def test_a_resumed_start_reads_the_epochs_before_it(tmp_path: Path) -> None:
     telemetry = Telemetry(tmp_path, None)
     for epoch, transitions in ((1, 64), (2, 128), (3, 192), (2, 128), (3, 192), (4, 256)):
         telemetry.record({"epoch": epoch, "transitions": transitions, "tried": transitions})
