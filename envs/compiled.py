@@ -25,8 +25,8 @@ MOST_VARIANTS = 64
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     options: dict[str, str | int | bool | Callable[..., Any]] = {
         "size_asserts": False,
-        # One loop over the accounts for a whole step: by default it is split after 64 operations, and what passes
-        # between the parts goes through memory.
+        # One loop over the accounts for a whole step: by default it is split after 64 operations, and values that
+        # pass between the parts go through memory.
         "max_fusion_size": 1_000_000,
         "cpp_wrapper": device == "cpu",  # the call is half of a step's time
     }

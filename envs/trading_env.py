@@ -122,7 +122,7 @@ class TradingEnv:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         n, positions = config.num_envs, config.positions
         self._targets = torch.tensor([*positions, 0.0], dtype=dtype, device=self.device)
-        # The index of cash; without 0 among the targets, one index more means that nothing is held yet.
+        # The index of cash; without 0 among the targets, the index after them: nothing is held yet.
         cash_index = positions.index(0.0) if 0.0 in positions else len(positions)
         self._in_cash = torch.full((n,), cash_index, device=self.device)
         self._constants = observation_constants(positions, config.episode_bars, dtype, self.device)

@@ -1,4 +1,4 @@
-"""Exported policies: a folder with ``model.safetensors`` and ``card.json``. Nothing in it is ever run as code."""
+"""Exported policies: folders with ``model.safetensors`` and ``card.json``, none of which is ever run as code."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FORMAT = 1
 
 
 class ExportError(ValueError):
-    """An exported folder cannot be used; the text says which file and why."""
+    """An exported folder cannot be used; the message names the file and the reason."""
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Read what an exported folder says of itself.
+    """Read the card of an exported folder.
 
     Raises:
-        ExportError: there is no card, it is damaged, or of another format.
+        ExportError: the card is missing, damaged or of another format.
     """
     path = folder / CARD
     try:
@@ -33,7 +33,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ExportError(f"{path} is damaged: it is no JSON; export again") from error
+        raise ExportError(f"{path} is damaged: it is not JSON; export again") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         found = card.get("format") if isinstance(card, dict) else type(card).__name__
         raise ExportError(f"{path} has format {found}, this program reads {FORMAT}: export again")

@@ -1,7 +1,7 @@
-"""Linear layers that use all of a CPU's vector unit, whoever made it.
+"""Linear layers that use AVX-512 on any CPU that has it.
 
-torch multiplies float32 matrices with Intel's MKL, which keeps off AVX-512 on CPUs that are not Intel's; oneDNN,
-which torch has aboard too, asks what the CPU can do. Without AVX-512, and on GPUs, these are torch's own layers.
+torch multiplies float32 matrices with Intel's MKL, which does not use AVX-512 on CPUs of other vendors; oneDNN,
+which torch includes too, does. Without AVX-512, and on GPUs, these are torch's own layers.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The operator is not public: a torch without it goes without.
+# The operator is not public: a version of torch without it uses its own layers.
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-FEWEST_ROWS = 256  # below, a call costs more than it saves
+FEWEST_ROWS = 256  # with fewer, the call costs more than it saves
 
-# Opaque to the compiler, which takes oneDNN's operator for one of frozen weights, and writes what is turned for a
-# gradient beside what it is turned from.
+# Opaque to the compiler, which would treat the weights of oneDNN's operator as frozen, and materialise the
+# transposes of the gradients.
 _LIBRARY = torch.library.Library("trading_models", "DEF")
 _LIBRARY.define("product(Tensor left, Tensor right) -> Tensor")
 _LIBRARY.define("weight_gradient(Tensor gradient, Tensor x) -> Tensor")
@@ -38,7 +38,7 @@ def _shape_of_product(left: Tensor, right: Tensor) -> Tensor:
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """(M, N) and (M, K) -> (N, K), over M."""
     left, right = gradient.t(), x.t()
-    # oneDNN copies the left one to turn it: that had better be the narrow one.
+    # oneDNN copies the left matrix to transpose it, so that should be the narrow one.
     return _product(left, right) if len(left) <= len(right) else _product(right, left).t().contiguous()
 
 
@@ -71,7 +71,7 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by oneDNN where that is quicker."""
+    """nn.Linear, by oneDNN where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

@@ -1,8 +1,8 @@
 """Policy: the trunk over the market, and a small head that joins its output with the account.
 
-The head is all that a rollout evaluates step by step; it takes and gives float32 and is never autocast to
-bf16, since PPO's ratio is a difference of log-probabilities. On GPUs its matrix products are TF32, as all float32
-ones there are (training/distributed.py): 10 bits of mantissa, alike in rollout and update.
+A rollout evaluates only the head step by step. It is float32 throughout and never autocast to bf16, since PPO's
+ratio comes from a difference of log-probabilities. On GPUs its matrix products are TF32, like all float32 ones
+there (training/distributed.py): 10 bits of mantissa, the same in rollout and update.
 
 Shapes: B = segments, S = bars of a segment, T = decisions (the last T bars of the segment),
 D = d_model, A = account features, K = target positions, W = width of the head.
@@ -26,8 +26,8 @@ from models.transformer import TransformerConfig, Trunk
 class Head(nn.Module):
     """Account-aware actor and critic on top of the trunk's output.
 
-    ``project`` is the market's share and runs once, in parallel, for all bars of a segment; ``decide`` is
-    the account's share, two small layers per step.
+    ``project`` is the market's part and runs once, in parallel, for all bars of a segment; ``decide`` adds the
+    account, two small layers per step.
     """
 
     def __init__(self, d_model: int, num_account_features: int, num_positions: int) -> None:
@@ -44,15 +44,15 @@ class Head(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Trunk output (..., D) -> the market's share of the head (..., W)."""
+        """Trunk output (..., D) -> the market's part of the head (..., W)."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.market(hidden.float())
 
     def decide(self, projected: Tensor, account: Tensor) -> tuple[Tensor, Tensor]:
-        """Join the market's share (..., W) with account observations (..., A).
+        """Join the market's part (..., W) with account observations (..., A).
 
         Returns:
-            logits (..., K) over target positions and value (...,), both float32. Value is in units of
+            logits (..., K) over target positions and value (...,), both float32. The value is in units of
             scaled reward.
         """
         with torch.autocast(projected.device.type, enabled=False):
@@ -61,12 +61,12 @@ class Head(nn.Module):
             return self.logits(x), self.value(x).squeeze(-1)
 
     def choose(self, account: Tensor, projected: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a target position by the Gumbel-max trick: its log-probability plus ``noise`` is the highest.
+        """Sample a target position by the Gumbel-max trick: the argmax of log-probability plus ``noise``.
 
         Args:
             account: (..., A) observations.
-            projected: (..., W) the market's share.
-            noise: (..., K) Gumbel noise; zeros take the most likely position.
+            projected: (..., W) the market's part.
+            noise: (..., K) Gumbel noise; zeros select the most likely position.
 
         Returns:
             index of the position (...,) int64, log-probability of every position (..., K), and value (...,).
@@ -108,10 +108,10 @@ class Policy(nn.Module):
         }
 
     def precision(self, device: torch.device) -> AbstractContextManager[None]:
-        """Return the context in which the trunk computes: bf16 autocast, weights and head stay float32."""
+        """Return the context for the trunk: bf16 autocast; weights and head stay float32."""
         if not self.bf16:
             return nullcontext()
-        # Nothing to cache: every weight is used once per forward, and its bf16 copy would stay until the end.
+        # Every weight is used once per forward, and a cache would keep its bf16 copy until the end.
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def hidden(self, bars: Tensor, num_decisions: int) -> Tensor:
@@ -121,7 +121,7 @@ class Policy(nn.Module):
         return hidden
 
     def encode(self, bars: Tensor, num_decisions: int) -> Tensor:
-        """Run the trunk and the head's market share: (B, S, F) -> (B, T, W), T = ``num_decisions``."""
+        """Run the trunk and the market's part of the head: (B, S, F) -> (B, T, W), T = ``num_decisions``."""
         return self.head.project(self.hidden(bars, num_decisions))
 
     def forward(self, bars: Tensor, accounts: Tensor) -> tuple[Tensor, Tensor]:

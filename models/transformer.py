@@ -1,7 +1,7 @@
-"""Causal transformer over market bars: the trunk, which holds 99.9 % of the weights.
+"""Causal transformer over market bars: the trunk, with 99.9 % of the weights.
 
-It reads only the market, never the account. Since a position does not change the next bar, one parallel
-forward over a segment gives everything that a whole rollout needs (training/rollout.py).
+It reads only the market, never the account. Since a position does not change the next bar, one parallel forward
+over a segment is all that a whole rollout needs of it (training/rollout.py).
 
 Notable choices: pre-norm RMSNorm without learned gain in attention (QK norm, Henry et al. 2020,
 arXiv:2010.04245), rotary positions (Su et al. 2021, arXiv:2104.09864), GELU feed-forward of four widths,
@@ -37,7 +37,7 @@ class TransformerConfig:
         if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
             raise ValueError(
                 f"d_model={self.d_model} must be num_heads={self.num_heads} times an even number, "
-                "since rotary positions turn pairs"
+                "since rotary positions rotate pairs"
             )
 
 
@@ -48,15 +48,15 @@ def rotary_angles(length: int, head_width: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (i, i + half) of ``x`` (B, heads, S, head_width) by each position's angle."""
+    """Rotate pairs (i, i + half) of ``x`` (B, heads, S, head_width) by each position's angle."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the input's precision, float32 master gain.
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the input's precision, with a float32 gain.
 
-    Under bf16 autocast the residual stream is bf16; the gain follows it, which keeps the kernel fused.
+    Under bf16 autocast the residual stream is bf16; the gain is cast to it, which keeps the kernel fused.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.out = Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
-        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and ask for nothing."""
+        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, but have no queries."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_width)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward of four widths; each added to the residual stream."""
+    """Attention, then a feed-forward of four widths; both add to the residual stream."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -97,23 +97,23 @@ class Block(nn.Module):
         self.down = Linear(4 * config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
-        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and go no further."""
+        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and then dropped."""
         x = x[:, first:] + self.attention(self.attention_norm(x), cos, sin, first)
         return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
 
 
 class Trunk(nn.Module):
-    """Bars in, one vector per bar out; the vector of bar t has seen bars up to t and nothing later."""
+    """Bars in, one vector per bar out; the vector of bar t depends on bars up to t only."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # blocks in the backward instead of keeping what they computed: less memory
+        self.recompute = False  # recompute blocks in the backward instead of keeping activations: less memory
         self.embed = Linear(config.num_features, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model)
         angles = rotary_angles(config.max_length, config.d_model // config.num_heads)
-        # Not persistent: derived from the configuration, so that a checkpoint holds weights only.
+        # Not persistent: derived from the configuration, so that checkpoints hold only weights.
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.cos: Tensor
@@ -121,7 +121,7 @@ class Trunk(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw initial weights; both writers into the residual stream shrink with depth (GPT-2's rule)."""
+        """Draw initial weights; layers that write to the residual stream shrink with depth, as in GPT-2."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
@@ -133,26 +133,26 @@ class Trunk(nn.Module):
         nn.init.zeros_(self.embed.bias)
 
     def forward_flops(self, length: int, num_last: int | None = None) -> int:
-        """Count the floating-point operations of one forward over one segment, as ``forward`` is asked for it.
+        """Count the floating-point operations of one ``forward`` over one segment.
 
-        Two per weight of a matrix and bar, and two products of queries, keys and values, of which causality
-        needs half (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); a backward takes twice as many.
+        Two per matrix weight and bar, plus two products of queries, keys and values, of which a causal model needs
+        half (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); a backward takes twice as many.
         """
         width, layers = self.config.d_model, self.config.num_layers
         weights = self.config.num_features * width + layers * 12 * width**2
-        not_asked = length - (length if num_last is None else num_last)
-        # The last feed-forward, and what writes the last attention's output.
-        spared = not_asked * 9 * width**2
-        return 2 * (length * weights - spared) + layers * 2 * length**2 * width
+        skipped = length - (length if num_last is None else num_last)
+        # The last feed-forward, and the output projection of the last attention.
+        saved = skipped * 9 * width**2
+        return 2 * (length * weights - saved) + layers * 2 * length**2 * width
 
     def forward(self, bars: Tensor, num_last: int | None = None) -> Tensor:
         """Normalised features (B, S, F) -> hidden (B, S, D) float32; S at most ``max_length``.
 
-        With ``num_last`` only of so many last bars, (B, num_last, D): the last layer spares the others what
-        follows its attention.
+        With ``num_last``, only the last ``num_last`` bars, (B, num_last, D): the last layer skips the others after
+        its attention.
 
         Raises:
-            ValueError: a segment longer than ``max_length``, or another number of features.
+            ValueError: the segment is longer than ``max_length``, or has another number of features.
         """
         length = bars.shape[1]
         if length > self.config.max_length or bars.shape[2] != self.config.num_features:
@@ -162,8 +162,8 @@ class Trunk(nn.Module):
             )
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.embed(bars)
-        skipped = [0] * (len(self.blocks) - 1) + [0 if num_last is None else length - num_last]
-        for block, first in zip(self.blocks, skipped, strict=True):
+        firsts = [0] * (len(self.blocks) - 1) + [0 if num_last is None else length - num_last]
+        for block, first in zip(self.blocks, firsts, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, first, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -174,7 +174,7 @@ def test_what_is_damaged_or_of_another_program_is_refused_in_a_line(
     card.write_text(good.replace('"d_model": 32', '"d_model": 64'))
     refused("model.safetensors is of another network than its card says")
     card.write_text(good[:100])
-    refused("card.json is damaged: it is no JSON")
+    refused("card.json is damaged: it is not JSON")
     card.write_text(good.replace('"format": 1', '"format": 9'))
     refused("card.json has format 9, this program reads 1")
     card.unlink()

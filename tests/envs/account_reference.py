@@ -1,6 +1,6 @@
-"""The account's ledger once more, for one account in plain Python floats, written for reading.
+"""The account's ledger a second time: one account in plain Python floats, written to be read.
 
-``account.py`` is the quick one; a test holds it to this one within 1e-9. Nothing is shared between the two.
+``account.py`` is the fast one; a test holds it to this one within 1e-9. The two have no code in common.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class ReferenceAccount:
     held: float | None = None
     cash: float = 1.0
     units: float = 0.0
-    debt: float = 0.0  # borrow cost that is due at the next open
+    debt: float = 0.0  # borrow cost due at the next open
     ruined: bool = False
-    impact_limit: float = 0.0  # the most that a large order pays beside the cost rate
+    impact_limit: float = 0.0  # upper limit of a large order's impact
     costs: float = 0.0
     borrow_costs: float = 0.0
     traded: float = 0.0
 
     def equity(self, price: float) -> float:
-        """Return what is left if everything were sold at this price for nothing."""
+        """Return the value of the account at this price, before the costs of selling."""
         return self.cash - self.debt + self.units * price
 
     def fill(
@@ -42,7 +42,7 @@ class ReferenceAccount:
     ) -> float:
         """Fill an order at ``price``, hold it until ``next_price``; return the log change of equity.
 
-        Of traded value, ``cost_rate`` is paid, and ``impact`` times the order's size beside it.
+        Traded value pays ``cost_rate`` plus ``impact`` times the order's size.
         """
         if self.ruined:
             return 0.0

@@ -1,4 +1,4 @@
-"""The tensor ledger against the plain one, against a public backtester, and against the laws of money."""
+"""The tensor ledger against the plain one, a public backtester, and the laws of money."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAT = POSITIONS.index(0.0)
 
 
 def play(prices, actions, cost_rate, borrow, ruin_equity, dtype=torch.float64, impact=None, impact_limit=0.0):
-    """Returns the log returns (T, N), the last state, and the costs, borrow costs and traded values (T, N)."""
+    """Return log returns, costs, borrow costs, traded values and ruins (T, 5, N), and the last state."""
     prices, actions = torch.as_tensor(prices, dtype=dtype), torch.as_tensor(actions)
     state = AccountState.fresh(actions.shape[1], dtype, torch.device("cpu"))
     targets = torch.tensor(POSITIONS, dtype=dtype)
@@ -46,7 +46,7 @@ def play(prices, actions, cost_rate, borrow, ruin_equity, dtype=torch.float64, i
 
 @st.composite
 def paths(draw):
-    """Prices with quiet stretches and violent jumps, any orders, any costs, a borrow cost that may be dear."""
+    """Prices with quiet stretches and violent jumps, any orders, any costs, borrow costs that may be high."""
     length = draw(st.integers(1, 40))
     moves = st.one_of(st.just(0.0), st.floats(-0.01, 0.01), st.floats(-1.5, 1.5))
     prices = np.exp(np.cumsum([math.log(draw(st.floats(1e-6, 1e5)))] + [draw(moves) for _ in range(length)]))
@@ -79,7 +79,7 @@ def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
         )
         close_to_ruin = abs(account.equity(prices[t + 1]) - ruin_equity) < 1e-9 * max(1, account.traded)
         if close_to_ruin and not account.ruined:
-            return  # on the edge itself either side may be right
+            return  # on the edge itself, either outcome is right
         assert rows[t, 0, 0] == pytest.approx(expected, abs=1e-9 / max(account.equity(prices[t + 1]), 1e-6))
         assert bool(rows[t, 4, 0]) == (account.ruined and not was_ruined)
     scale = 1 + account.traded
@@ -113,7 +113,7 @@ def test_with_no_costs_and_a_constant_price_nothing_changes_equity():
 def test_a_round_trip_at_a_constant_price_loses_exactly_its_costs(action):
     rate = 0.0006
     rows, state = play(np.full((3, 1), 10.0), np.array([[action], [FLAT]]), [rate] * 2, [0.0] * 2, 0.2)
-    # In: the cost comes off first, out: it comes off what is held.
+    # The cost of entry comes off the equity first, the cost of exit off the position.
     target = POSITIONS[action]
     after_entry = 1 / (1 + rate * abs(target))
     expected = after_entry * (1 - rate * abs(target))
@@ -198,7 +198,7 @@ def test_shuffling_accounts_shuffles_the_results():
 @pytest.mark.parametrize("seed", range(3))
 def test_backtesting_py_agrees_on_final_equity(seed):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for a notebook when imported
+        warnings.simplefilter("ignore")  # it wants a notebook when imported
         from backtesting import Backtest, Strategy
     rate, length, cash = 7e-4, 120, 1e12
     random = np.random.default_rng(seed)
@@ -223,7 +223,9 @@ def test_backtesting_py_agrees_on_final_equity(seed):
             pass
 
         def next(self):
-            fill = len(self.data) - 2  # an order fills at the next bar's open, two bars are there at first
+            fill = (
+                len(self.data) - 2
+            )  # an order fills at the next bar's open, and there are two bars at first
             if fill < length and orders[fill] > 0:
                 self.buy(size=orders[fill])
             elif fill < length and orders[fill] < 0:

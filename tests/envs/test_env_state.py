@@ -1,4 +1,4 @@
-"""Going on after a restart, a refresh or a split, with the same accounts."""
+"""The same accounts after a restart, a refresh or a split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def through_disk(state):
     return torch.load(file, weights_only=True)
 
 
-def test_a_state_of_another_precision_still_knows_what_is_held():
+def test_a_state_of_another_precision_keeps_the_positions_held():
     market, positions = mixed_market(), (-0.3, 0.0, 0.7)
     narrow, wide = (
         env_of(market, positions=positions, dtype=dtype) for dtype in (torch.float32, torch.float64)
@@ -38,7 +38,7 @@ def test_a_state_of_another_precision_still_knows_what_is_held():
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_a_saved_environment_goes_on_to_the_bit(after):
+def test_a_saved_environment_resumes_to_the_bit(after):
     market = mixed_market()
     env = env_of(market)
     for segment in range(after):
@@ -71,7 +71,7 @@ def test_a_refreshed_market_keeps_accounts_where_their_bars_are_still_there():
         & (times >= first.open_time[100 + CONTEXT])
         & ~env._over
     )
-    # Where there was no room left for a segment the episode was over; the new bars do not bring it back.
+    # Episodes that ended for lack of bars stay over, although there are new bars.
     expected = {
         name: getattr(before, name)[kept].clone()
         for name in ("cash", "units", "log_equity", "target", "owed")
@@ -90,7 +90,7 @@ def test_a_refreshed_market_keeps_accounts_where_their_bars_are_still_there():
     assert (env._played[~kept] == 0).all()
 
 
-def test_equity_goes_on_through_a_split():
+def test_a_split_does_not_change_equity():
     bars = walk(num_bars=900)
     env = env_of(market_of(bars), num_envs=32)
     play_segment(env, torch.full((HORIZON, 32), 2))
@@ -109,7 +109,7 @@ def test_equity_goes_on_through_a_split():
         torch.testing.assert_close(ours[:, held], theirs[:, held], atol=1e-7, rtol=1e-6, msg=str(segment))
 
 
-def test_a_state_of_fewer_or_more_environments_and_of_other_positions_is_taken_on():
+def test_a_state_of_fewer_or_more_environments_and_of_other_positions_loads():
     market = mixed_market()
     env = env_of(market, num_envs=16)
     play_segment(env)
@@ -117,7 +117,7 @@ def test_a_state_of_fewer_or_more_environments_and_of_other_positions_is_taken_o
     for num_envs in (8, 32):
         other = env_of(market, num_envs=num_envs, positions=(1.0, -1.0))
         other.load_state_dict(state)
-        # Whoever was flat holds none of the targets any more, the others the one that they held.
+        # Flat accounts now hold none of the targets, the others the one that they held.
         held = state["account"]["target"][:8]
         assert torch.equal(other.account.target[:8], held)
         seen = other.account_observations()[:8, :2]

@@ -1,4 +1,4 @@
-"""Features look back only, stay finite, and mean what they say."""
+"""Features only look back, stay finite, and mean what docs/features.md states."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_feature_that_peeks_is_caught_with_the_bar_at_which_it_did():
     def whole_mean(history):
         return history.log_return(1) - history.log_return(1).mean()
 
-    def rounds(history):  # right but for the last bits, through a sum over everything
+    def rounds(history):  # right except for the last bits, because of a sum over all bars
         return (history.volume.float().flip(0).cumsum(0).flip(0) + history.volume.float()).log()
 
     functions = {"peeks": peeks, "jump": FEATURES["jump"], "whole_mean": whole_mean, "rounds": rounds}
@@ -66,7 +66,7 @@ def test_the_feature_of_the_documentation_works_and_does_not_look_ahead():
         [name] = set(FEATURES) - before
         own = {name: FEATURES[name]}
         assert features_that_look_ahead(walk(num_bars=2_500), PLACES, own) == {}
-        # The market takes it up, and training goes on with it under its name.
+        # The market includes it under its name.
         market = market_of(walk(num_bars=2_500))
         assert market.statistics.names[-1] == name
         assert market.features[:, -1].float().std() > 0.5
@@ -104,7 +104,7 @@ def test_normalised_features_have_unit_spread_and_a_bound():
     assert values.abs().max() <= CLIP
     assert values.mean(0).abs().max() < 0.05
     varied = values.std(0) > 0
-    # A little less where clipping took something off.
+    # A little less where values were clipped.
     assert ((values.std(0)[varied] - 1).abs() < 0.15).all()
 
 
@@ -152,7 +152,7 @@ def test_stocks_live_by_the_clock_of_new_york(moment, minute):
 
 
 def test_volume_is_compared_with_its_own_time_of_day():
-    # Thirty days; volume is 5 in one half hour and 1 otherwise.
+    # Thirty days; volume is 5 in a single half hour of the day and 1 otherwise.
     times = np.arange(30 * 1440, dtype=np.int64) * MINUTE_NS
     busy = (times // MINUTE_NS % 1440) // 30 == 20
     price = np.full(len(times), 10.0)
@@ -163,7 +163,7 @@ def test_volume_is_compared_with_its_own_time_of_day():
     assert plain[20 * 1440 + 600] > 1
 
 
-def test_returns_are_told_in_volatilities():
+def test_returns_are_in_units_of_volatility():
     bars = walk(num_bars=3_000)
     raw = compute(bars, CPU, {"x": FEATURES["return_15"]})[:, 0]
     ranges = np.log(bars.high / bars.low)
@@ -180,7 +180,7 @@ def test_a_name_cannot_be_registered_twice_and_shapes_are_checked():
         compute(walk(), CPU, {"flat": lambda history: torch.zeros(1)})
 
 
-def test_statistics_come_back_from_plain_types():
+def test_statistics_survive_plain_types():
     statistics = market_of(walk()).statistics
     again = FeatureStatistics.from_state_dict(statistics.state_dict())
     assert again.names == statistics.names

@@ -1,4 +1,4 @@
-"""The environment in Gymnasium's clothes: its checkers, its wrappers, and the same numbers as without."""
+"""The Gymnasium adapter: Gymnasium's checker and wrappers, and the numbers of the native environment."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def config(num_envs, **changes):
 
 def test_gymnasiums_checker_finds_nothing():
     env = SingleTradingEnv(small_market(), config(1))
-    with pytest.warns(UserWarning, match="render_modes|spec") as told:
+    with pytest.warns(UserWarning, match="render_modes|spec") as warned:
         check_env(env)
-    assert all("render" in str(w.message) or "spec" in str(w.message) for w in told)
+    assert all("render" in str(w.message) or "spec" in str(w.message) for w in warned)
 
 
-def test_spaces_types_and_autoreset_are_as_gymnasium_says():
+def test_spaces_types_and_autoreset_follow_gymnasium():
     env = TradingVectorEnv(small_market(), config(6))
     assert env.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.SAME_STEP
     observations, infos = env.reset(seed=3)
@@ -49,13 +49,13 @@ def test_spaces_types_and_autoreset_are_as_gymnasium_says():
         assert (rewards.shape, rewards.dtype) == ((6,), np.float64)
         assert terminated.dtype == truncated.dtype == np.bool_
         assert not terminated.any()
-        # Restarted together, so they end together, but for want of bars.
+        # Restarted together, they end together, except for lack of bars.
         assert truncated.all() or step % 20
         assert set(infos) == ({"final_obs", "_final_obs"} if truncated.any() else set())
         width = env.env.market.num_features
         for n in range(6):
             last = infos["final_obs"][n] if truncated[n] else observations[n]
-            # A window moves on by one bar.
+            # The window moves by one bar.
             assert np.array_equal(last[: CONTEXT * width], before[n, width : (CONTEXT + 1) * width])
             assert env.single_observation_space.contains(last)
             if truncated[n]:
@@ -96,7 +96,7 @@ def test_the_same_seed_begins_the_same_episodes_and_wrappers_fit():
     assert not np.array_equal(runs[0][0], runs[2][0])
 
 
-def test_what_does_not_fit_is_told_in_a_line():
+def test_a_mistake_raises_a_message_of_one_line():
     market = market_of(walk())
     with pytest.raises(ValueError, match=r"^horizon must be 1 for Gymnasium, for market and config, was 16$"):
         TradingVectorEnv(market, config_of(num_envs=2))

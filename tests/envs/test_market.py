@@ -1,4 +1,4 @@
-"""Where segments may start, how places are drawn, and how a market is refreshed."""
+"""Where segments may start, how starts are drawn, and how a market is refreshed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.envs.markets import CONTEXT, HORIZON, market_of, walk
 
 
 def expected_starts(bars, holdout_start_ns, first_bar):
-    """All valid t0 of one symbol, by trying each one."""
+    """All valid t0 of a symbol, by trying every bar."""
     hole = 60 if bars.asset_class == "crypto" else 100 * 60
     starts = []
     for t0 in range(CONTEXT, len(bars) - HORIZON - 1):
@@ -21,7 +21,7 @@ def expected_starts(bars, holdout_start_ns, first_bar):
     return starts
 
 
-def drawn(market, count=20_000, seed=0):
+def draw(market, count=20_000, seed=0):
     return market.draw_starts(count, torch.Generator().manual_seed(seed))
 
 
@@ -33,26 +33,26 @@ def test_every_valid_start_is_drawn_and_no_other():
     market = market_of(crypto, short, stock, holdout_start_ns=holdout)
     first = expected_starts(crypto, holdout, 0)
     second = expected_starts(stock, holdout, 300 + len(short))
-    symbol, start = drawn(market)
+    symbol, start = draw(market)
     assert sorted(set(start.tolist())) == sorted(first + second)
     assert set(symbol.tolist()) == {0, 2}
     assert torch.equal(symbol == 0, start < 300)
-    # Weight is the square root of the number of starts.
-    share = (len(first) ** 0.5) / (len(first) ** 0.5 + len(second) ** 0.5)
-    assert (symbol == 0).double().mean() == pytest.approx(share, abs=0.02)
-    # Within a symbol every start is as likely.
+    # A symbol's weight is the square root of its number of starts.
+    expected = (len(first) ** 0.5) / (len(first) ** 0.5 + len(second) ** 0.5)
+    assert (symbol == 0).double().mean() == pytest.approx(expected, abs=0.02)
+    # Within a symbol every start is equally likely.
     counts = torch.bincount(start[symbol == 0] - CONTEXT, minlength=1)
     assert counts[counts > 0].double().std() < 3 * counts[counts > 0].double().mean().sqrt()
 
 
 def test_the_shortest_stretch_that_holds_a_segment_has_one_start():
     market = market_of(walk(num_bars=CONTEXT + HORIZON + 2))
-    assert drawn(market, 10)[1].tolist() == [CONTEXT] * 10
+    assert draw(market, 10)[1].tolist() == [CONTEXT] * 10
     with pytest.raises(ValueError, match=f"no symbol has {CONTEXT + HORIZON + 2} bars in a row"):
         market_of(walk(num_bars=CONTEXT + HORIZON + 1))
 
 
-def test_a_symbol_that_comes_twice_is_refused():
+def test_a_symbol_given_twice_is_refused():
     with pytest.raises(ValueError, match="AAA came twice"):
         market_of(walk(), walk())
 
@@ -85,7 +85,7 @@ def test_statistics_come_from_bars_before_the_holdout_only():
 def test_volatility_is_each_symbols_own_deviation_of_a_bars_log_return():
     bars = [walk("AAA", num_bars=4_000, sigma=0.001), walk("BBB", num_bars=4_000, sigma=0.02, seed=9)]
     volatility = market_of(*bars).volatility
-    # 4,000 normal returns: the mean absolute one is known to 1.2 %.
+    # Of 4,000 normal returns, the mean absolute value has an error of 1.2 %.
     torch.testing.assert_close(volatility, torch.tensor([0.001, 0.02]), rtol=0.05, atol=0)
 
 
@@ -100,7 +100,7 @@ def test_given_statistics_are_used_as_they_are():
 def test_a_bar_has_the_same_features_to_the_bit_after_a_refresh():
     bars = walk(num_bars=4_000)
     before = market_of(bars.between(0, int(bars.open_time[3_000])))
-    # Two thousand bars of the past are gone, a thousand new ones are there.
+    # The first thousand bars are gone, a thousand new ones have arrived.
     trimmed = bars.between(int(bars.open_time[1_000]), 2**62)
     after = market_of(trimmed, statistics=before.statistics)
     # Windows reach back 1,440 bars; the volume of the time of day up to 300 bars of ten days.

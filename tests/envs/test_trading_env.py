@@ -1,4 +1,4 @@
-"""Episodes, timing and foresight; test_env_state.py has going on after a restart or a refresh."""
+"""Episodes, timing and look-ahead; test_env_state.py tests restarts and refreshes."""
 
 from __future__ import annotations
 
@@ -41,14 +41,13 @@ def test_tokens_are_the_bars_up_to_each_decision():
         assert torch.equal(bars[n], expected)
 
 
-def test_the_next_segment_goes_on_right_after_the_last_with_the_same_account():
+def test_the_next_segment_continues_right_after_the_last_with_the_same_account():
     env = env_of(mixed_market(), episode_bars=64 * HORIZON)
     first, observations, *_ = play_segment(env)
     second = env.begin_segment()
-    going_on = ~env._over
     same = [n for n in range(16) if torch.equal(first[n, -CONTEXT - 1 :], second[n, : CONTEXT + 1])]
     assert len(same) >= 12  # the others ran out of bars
-    assert going_on.all()
+    assert not env._over.any()
     assert torch.equal(env.account_observations()[same], observations[-1][same])
 
 
@@ -159,7 +158,7 @@ def crash_at(bar, num_bars=CONTEXT + 3 * HORIZON + 2):
     return replace(bars, open=price, high=price, low=price, close=price)
 
 
-def test_ruin_ends_the_episode_freezes_the_account_and_starts_anew():
+def test_ruin_ends_the_episode_freezes_the_account_and_starts_a_new_one():
     market = market_of(crash_at(CONTEXT + HORIZON))
     env = env_of(market, num_envs=64, episode_bars=2 * HORIZON)
     env.begin_segment()
@@ -204,7 +203,7 @@ def test_every_action_changes_the_outcome():
     assert (gaps > 1e-6).all()
 
 
-def test_with_no_costs_a_constant_price_pays_nothing_whatever_is_done():
+def test_without_costs_a_constant_price_pays_nothing_for_any_action():
     env = env_of(market_of(constant()), positions=(-1.0, 0.0, 0.3, 2.0), **FREE)
     *_, rewards, terminated, _ = play_segment(env)
     assert rewards.abs().max() < 1e-7
@@ -214,8 +213,7 @@ def test_with_no_costs_a_constant_price_pays_nothing_whatever_is_done():
 def test_the_filling_bars_range_makes_fills_worse():
     env = env_of(market_of(walk()), range_slippage=0.5, num_envs=4, **FREE)
     plain = env_of(market_of(walk()), num_envs=4, **FREE)
-    for one in (env, plain):
-        one.begin_segment()
+    env.begin_segment(), plain.begin_segment()
     bar = env.cursor + 1
     bars = walk()
     spread = torch.from_numpy((bars.high - bars.low) / bars.open)[bar]
@@ -224,17 +222,16 @@ def test_the_filling_bars_range_makes_fills_worse():
     torch.testing.assert_close(difference, torch.log1p(0.5 * spread).float(), atol=1e-6, rtol=1e-3)
 
 
-def test_a_large_order_pays_by_its_share_of_the_bars_volume():
+def test_a_large_order_pays_by_its_fraction_of_the_bars_volume():
     bars = walk()
     given = {"volume_slippage": 0.05, "account_value": 1_000.0, **FREE}
     env, plain = env_of(market_of(bars), num_envs=4, **given), env_of(market_of(bars), num_envs=4, **FREE)
-    for one in (env, plain):
-        one.begin_segment()
+    env.begin_segment(), plain.begin_segment()
     bar = env.cursor + 1
-    share = 1_000 / torch.from_numpy(bars.volume * bars.open)[bar]
+    fraction = 1_000 / torch.from_numpy(bars.volume * bars.open)[bar]
     long = torch.full((4,), 2)
     difference = plain.step(long)[0] - env.step(long)[0]
-    expected = torch.log1p(0.05 * share.clamp(max=1)).float()
+    expected = torch.log1p(0.05 * fraction.clamp(max=1)).float()
     assert expected.min() < 0.048 / 2 < expected.max()
     torch.testing.assert_close(difference, expected, atol=1e-6, rtol=1e-3)
 
@@ -248,7 +245,7 @@ def trading_days(num_days, first=(2024, 7, 1), missing=()):
 
 
 @pytest.mark.parametrize("positions", [(-1.0, 0.0, 1.0), (1.0, -1.0)])
-def test_stocks_are_flat_before_the_scheduled_close_when_asked(positions):
+def test_stocks_are_flat_before_the_scheduled_close_when_configured(positions):
     bars = trading_days(5)  # Wednesday closes at 13:00, Thursday is a holiday
     minutes = bars.open_time // MINUTE_NS % 1440
     last = np.append(np.diff(bars.open_time) > MINUTE_NS, True)
@@ -263,7 +260,7 @@ def test_stocks_are_flat_before_the_scheduled_close_when_asked(positions):
         env.begin_segment()
         for _ in range(HORIZON):
             env.step(torch.full((64,), positions.index(1.0)))
-            fill = env.cursor.numpy()  # the bar that the order has filled in
+            fill = env.cursor.numpy()  # the bar in which the order filled
             stock = fill < len(bars)
             near = np.zeros(64, bool)
             near[stock] = np.append(left, 0)[fill[stock]] <= 5
@@ -272,7 +269,7 @@ def test_stocks_are_flat_before_the_scheduled_close_when_asked(positions):
     assert checked > 50
 
 
-def test_the_scheduled_close_does_not_depend_on_which_bars_came():
+def test_the_scheduled_close_does_not_depend_on_which_bars_exist():
     whole = trading_days(5)
     holes = [388, 389, 390 + 380, 780 + 205, 780 + 209]  # the last minutes of days among them
     thinned = trading_days(5, missing=holes)
@@ -281,7 +278,7 @@ def test_the_scheduled_close_does_not_depend_on_which_bars_came():
     assert np.array_equal(minutes_left(thinned), np.delete(left, holes))
     early = replace(whole, open_time=whole.open_time - 390 * MINUTE_NS)  # before the opening bell
     assert (minutes_left(early)[:390] == 0).all()
-    # The calendar ends a year ahead; beyond it, every day counts as a whole session.
+    # The calendar ends a year ahead; beyond it, every day counts as a full session.
     far = int(time.time() // 86_400 + 550) * 1440
     later = replace(whole, open_time=(far + np.arange(len(whole))) * MINUTE_NS)
     assert sorted(set(minutes_left(later)[:1440].tolist())) == list(range(391))
@@ -311,7 +308,7 @@ def trace(env, model, last):
         logits.append(model(bars[:, : CONTEXT + h + 1], observations[-1]))
         if h < last:
             rewards.append(env.step(logits[-1].argmax(1))[0])
-    # The last reward ends at the open of the next bar, which is not to be seen yet.
+    # The last reward ends at the open of the next bar, which must not be seen yet.
     return bars[:, : CONTEXT + last + 1], logits, observations, rewards[:-1]
 
 
@@ -325,7 +322,7 @@ def test_nothing_up_to_a_decision_depends_on_any_later_bar(seed, last):
     truth = trace(env, model, last)
     now = int(env.cursor[0])
     later = replace_bars_after(bars, now, seed)
-    # The times stay, so that the same segment is drawn; test_features changes them, too.
+    # Times stay, so that the same segment is drawn; test_features changes them, too.
     other = market_of(replace(later, open_time=bars.open_time), statistics=market.statistics)
     twin = env_of(other, num_envs=1, seed=seed, ruin_fraction=1e-6)
     again = trace(twin, model, last)
@@ -334,7 +331,7 @@ def test_nothing_up_to_a_decision_depends_on_any_later_bar(seed, last):
     torch.testing.assert_close(again, truth, rtol=0, atol=0)
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_one_others():
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others():
     market = mixed_market()
     runs = []
     for seed in (1, 1, 2):
@@ -344,7 +341,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others():
     assert not torch.equal(runs[0][0], runs[2][0])
 
 
-def test_nothing_can_be_done_out_of_turn():
+def test_calls_out_of_order_are_refused():
     env = env_of(mixed_market())
     actions = torch.zeros(16, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="call begin_segment"):
@@ -410,12 +407,12 @@ def test_a_curriculum_scales_every_cost():
         outcomes.append(float(rewards.sum(0)[0]))
     free, half, whole = outcomes
     assert free == 0
-    # Of the first order, with a second one that is small.
+    # To first order in the costs.
     assert half == pytest.approx(whole / 2, rel=0.05)
     assert whole < -0.01
 
 
-def test_a_step_hands_out_tensors_of_its_own():
+def test_a_step_returns_tensors_of_its_own():
     env = env_of(mixed_market())
     env.begin_segment()
     first = env.step(torch.full((16,), 2))

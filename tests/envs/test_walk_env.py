@@ -1,4 +1,4 @@
-"""An exam walks given bars in order, once, with one account all the way."""
+"""An exam walks given bars in order, once, with the same account throughout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def exam_of(market, places, **changes):
 
 
 def play(env, seed=0):
-    """Returns rewards, alive before, truncated, actions, (segments x H, N), and the cursors of all decisions."""
+    """Return rewards, alive before, truncated, actions and cursors of all decisions, (segments x H, N) each."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(env.num_segments):
@@ -86,7 +86,7 @@ def test_the_policy_sees_episodes_as_in_training_and_the_position_stays():
 
 
 def test_the_ruined_stay_ruined_and_the_finished_count_nowhere():
-    # A market in which everything that is not cash is soon lost.
+    # A market in which every position but cash is soon lost.
     market = market_of(walk("AAA", 200, sigma=0.3), walk("BBB", 60, seed=1), walk("CCC", 200, seed=2))
     env = exam_of(market, [("AAA", 0), ("BBB", 0), ("CCC", 2**61)], ruin_fraction=0.9)
     rewards, alive, _, _, _ = play(env)

@@ -1,4 +1,4 @@
-"""The trunk's linear layer: torch's own, whichever library multiplies."""
+"""The trunk's linear layer equals torch's, with either library."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 from models import linear
 from models.linear import FEWEST_ROWS, HAS_ONEDNN, Linear
 
-needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="oneDNN is asked on CPUs with AVX-512 only")
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="oneDNN is used on CPUs with AVX-512 only")
 
 
 def layers(bias: bool = True, inputs: int = 24, outputs: int = 40) -> tuple[Linear, nn.Linear]:
@@ -46,7 +46,7 @@ def test_views_that_are_not_contiguous_give_the_same() -> None:
 
 @needs_onednn
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24)])
-def test_the_compiler_is_told_the_very_shapes_and_strides(inputs: int, outputs: int) -> None:
+def test_the_compiler_gets_the_exact_shapes_and_strides(inputs: int, outputs: int) -> None:
     ops = torch.ops.trading_models
     gradient, x = torch.randn(FEWEST_ROWS, outputs), torch.randn(FEWEST_ROWS, inputs)
     given = (
@@ -59,17 +59,17 @@ def test_the_compiler_is_told_the_very_shapes_and_strides(inputs: int, outputs: 
 
 
 @needs_onednn
-def test_onednn_is_asked_for_many_float32_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_onednn_is_used_for_many_float32_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
     apply = linear._Product.apply
-    monkeypatch.setattr(linear._Product, "apply", lambda x, w: asked.append(x.shape) or apply(x, w))
+    monkeypatch.setattr(linear._Product, "apply", lambda x, w: calls.append(x.shape) or apply(x, w))
     ours, _ = layers()
     ours(torch.randn(FEWEST_ROWS, 24))
-    assert asked == [(FEWEST_ROWS, 24)]
+    assert calls == [(FEWEST_ROWS, 24)]
     ours(torch.randn(FEWEST_ROWS - 1, 24))
     copy.deepcopy(ours).double()(torch.randn(FEWEST_ROWS, 24, dtype=torch.float64))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ours(torch.randn(FEWEST_ROWS, 24)).dtype == torch.bfloat16
     any_rows = {"x": {0: torch.export.Dim("rows", min=1, max=2 * FEWEST_ROWS)}}
     torch.export.export(ours, (torch.randn(FEWEST_ROWS, 24),), dynamic_shapes=any_rows)
-    assert len(asked) == 1
+    assert len(calls) == 1

@@ -11,10 +11,8 @@ CONFIG = TransformerConfig(num_features=5, d_model=32, num_layers=2, num_heads=4
 def policy(bf16: bool = False) -> Policy:
     torch.manual_seed(0)
     model = Policy(CONFIG, num_account_features=6, num_positions=3, bf16=bf16)
-    for layer in (
-        model.head.logits,
-        model.head.value,
-    ):  # an untrained head says nothing, which proves nothing
+    # An untrained head has only zeros, which would prove nothing.
+    for layer in (model.head.logits, model.head.value):
         torch.nn.init.normal_(layer.weight)
     return model
 

@@ -1,4 +1,4 @@
-"""The trunk: causal, rotary, and the arithmetic that its docstring promises."""
+"""The trunk: causality, rotary positions, and the arithmetic that its docstring states."""
 
 import math
 
@@ -56,9 +56,7 @@ def test_attention_equals_its_definition() -> None:
 
     qkv = attention.qkv(x).view(2, 7, 3, 4, 8).detach()
 
-    def prepared(
-        v: Tensor,
-    ) -> Tensor:  # one vector (8,) at position p: unit mean square, then each pair turned
+    def normalised(v: Tensor) -> Tensor:  # (8,), to unit mean square
         return v / math.sqrt(float((v * v).mean()) + torch.finfo(torch.float64).eps)
 
     expected = torch.zeros(2, 7, 32, dtype=torch.float64)
@@ -68,10 +66,10 @@ def test_attention_equals_its_definition() -> None:
                 weights = []
                 for s in range(t + 1):
                     q = rotate(
-                        prepared(qkv[b, t, 0, head])[None], angles.cos()[t : t + 1], angles.sin()[t : t + 1]
+                        normalised(qkv[b, t, 0, head])[None], angles.cos()[t : t + 1], angles.sin()[t : t + 1]
                     )
                     k = rotate(
-                        prepared(qkv[b, s, 1, head])[None], angles.cos()[s : s + 1], angles.sin()[s : s + 1]
+                        normalised(qkv[b, s, 1, head])[None], angles.cos()[s : s + 1], angles.sin()[s : s + 1]
                     )
                     weights.append(math.exp(float((q * k).sum()) / math.sqrt(8)))
                 for s, weight in enumerate(weights):
@@ -101,7 +99,7 @@ def test_the_promised_size_has_604_million_weights_in_its_blocks() -> None:
     assert round(sum(p.numel() for p in model.blocks.parameters()) / 1e6) == 604
 
 
-def test_wrong_shapes_are_told() -> None:
+def test_wrong_shapes_raise() -> None:
     with pytest.raises(ValueError, match=r"must be \(B, S <= 24, 5\), was \(1, 25, 5\)"):
         trunk()(torch.zeros(1, 25, 5))
     with pytest.raises(ValueError, match="even number"):
@@ -113,5 +111,5 @@ def test_counted_operations_are_those_of_the_matrix_products_and_of_half_the_att
     trunk = Trunk(TransformerConfig(num_features=6, d_model=32, num_layers=3, num_heads=4, max_length=20))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         trunk(torch.randn(1, 20, 6), num_last)
-    attention = 3 * 2 * 20**2 * 32  # the counter takes attention for whole
+    attention = 3 * 2 * 20**2 * 32  # the counter ignores that attention is causal
     assert trunk.forward_flops(20, num_last) == counter.get_total_flops() - attention
