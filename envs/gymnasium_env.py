@@ -93,13 +93,8 @@ class TradingVectorEnv(gymnasium.vector.VectorEnv):
                 final[number] = observations[number]
             infos = {"final_obs": final, "_final_obs": ended}
             observations = self._observations(0)
-        return (
-            observations,
-            rewards.double().cpu().numpy(),
-            terminated.cpu().numpy(),
-            truncated.cpu().numpy(),
-            infos,
-        )
+        ends = terminated.cpu().numpy(), truncated.cpu().numpy()
+        return observations, rewards.double().cpu().numpy(), *ends, infos
 
     def _observations(self, first: int) -> NDArray[np.float32]:
         bars = self._bars[:, first : first + self._window].flatten(1)

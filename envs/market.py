@@ -190,11 +190,6 @@ class Market:
         return self.features.shape[1]
 
     @property
-    def num_bars(self) -> int:
-        """B."""
-        return self.features.shape[0]
-
-    @property
     def device(self) -> torch.device:
         """Device of the tensors."""
         return self.features.device
