@@ -20,7 +20,7 @@ from envs.market import NoSegment
 from evaluation import plots
 from evaluation.exam import CHAMPION, POLICY, at_flat_cost, examine
 from evaluation.measures import measure
-from evaluation.page import count_of, headline, page
+from evaluation.page import count_of, headline, render_page
 from evaluation.provenance import (
     DAY_NS,
     champion_beside,
@@ -317,7 +317,7 @@ def render_files(report: Report, progress: Progress) -> Iterator[tuple[str, byte
         progress.advance(TASK)
     progress.finish(TASK, f"{len(pictures)} pictures drawn")
     yield "report.json", json_bytes(report)
-    yield "report.html", page(report, svgs)
+    yield "report.html", render_page(report, svgs)
 
 
 def _words(text: str) -> tuple[str, ...]:

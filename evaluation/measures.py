@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def measure(walks: Sequence[Walk]) -> Measures:
         sharpe=float(sharpe) if enough and math.isfinite(sharpe) else None,
         sharpe_interval=sharpe_interval,
         sortino=float(daily.mean() / losses * year) if enough and losses > 0 else None,
-        max_drawdown=float((1.0 - equity / np.maximum.accumulate(equity)).max()),
+        max_drawdown=float(abs(drawdown(equity).min())),
         turnover=float(np.mean([walk.traded.sum() for walk in walks]) / num_days),
         time_in_market=float(np.mean([(walk.position != 0).mean() for walk in walks])),
         hit_rate=float((daily > 0).mean()),
@@ -97,6 +98,33 @@ def equity_curve(walks: Sequence[Walk]) -> tuple[NDArray[np.datetime64], NDArray
         own = np.concatenate([[1.0], np.exp(np.cumsum(walk.log_returns))])
         total += own[np.searchsorted(walk.time, time, side="right")]
     return np.concatenate([time[:1], time]), np.concatenate([[1.0], total / len(walks)])
+
+
+def drawdown(equity: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how far a curve is below its highest value so far, (T,), 0 or less."""
+    return equity / np.maximum.accumulate(equity) - 1.0
+
+
+def break_even(costs_bps: Sequence[float], returns: Sequence[float]) -> tuple[float | None, str]:
+    """Find the cost of traded value, in basis points, above which nothing is earned.
+
+    Args:
+        costs_bps: rungs of the ladder, ascending.
+        returns: net return at each rung.
+
+    Returns:
+        The cost, interpolated between two rungs, or None where the return does not fall to 0 on the ladder; and a
+        text.
+    """
+    if returns[0] <= 0:
+        free = costs_bps[0] == 0
+        return None, "none: it earns nothing even without costs" if free else f"below {costs_bps[0]:g} bps"
+    rungs = list(zip(costs_bps, returns, strict=True))
+    for (cost, earned), (next_cost, next_earned) in pairwise(rungs):
+        if next_earned <= 0:
+            value = cost + (next_cost - cost) * earned / (earned - next_earned)
+            return value, f"{value:.2f} bps"
+    return None, f"above {costs_bps[-1]:g} bps"
 
 
 def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:

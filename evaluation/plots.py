@@ -1,7 +1,8 @@
-"""The pictures of a report, each as a matplotlib Figure in two widths: for a page, and for a phone.
+"""The pictures of a report and of an episode, as matplotlib Figures.
 
-Okabe and Ito's colours are told apart by everyone. The policy alone has the accent; what it is compared to is
-grey, told apart by dashes and by a name at the end of its line.
+A report's are drawn in two widths: for a page, and for a phone. The colours are Okabe and Ito's, which everyone
+can distinguish. Only the policy has the accent; the others are grey, with different dashes and a name at the end
+of the line.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -22,11 +22,14 @@ from numpy.typing import NDArray
 
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import CHAMPION, POLICY, Contestants, Walk
-from evaluation.measures import equity_curve
+from evaluation.measures import drawdown, equity_curve
 
-ACCENT, SECOND, INK, MUTED, FAINT = "#0072B2", "#D55E00", "#1f2328", "#6b7280", "#e3e6ea"
-BOUGHT = "#009E73"
-# In the page a colour is a variable of its style sheet, which has another value in the dark.
+Array = NDArray[np.float64]
+
+# In lower case, as matplotlib writes them.
+ACCENT, SECOND, INK, MUTED, FAINT = "#0072b2", "#d55e00", "#1f2328", "#6b7280", "#e3e6ea"
+BOUGHT = "#009e73"
+# In the page these are variables of its style sheet, which has other values for the dark theme.
 VARIABLES = {ACCENT: "accent", SECOND: "second", INK: "ink", MUTED: "muted", FAINT: "faint"}
 STYLES: Mapping[str, Mapping[str, Any]] = {
     POLICY: {"color": ACCENT, "linewidth": 1.8, "zorder": 4},
@@ -35,42 +38,43 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     MOMENTUM: {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (4, 2)), "zorder": 2},
     ALWAYS_FLAT: {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1},
 }
-WIDTHS = (8.6, 3.6)  # inches, of the two widths
-NARROW = 5.0  # below this it is a phone
-LEAST_TRADE = 0.2  # a smaller change of the position is drift, not a trade
+WIDTHS = (8.6, 3.6)  # inches, page and phone
+NARROW = 5.0  # inches; a narrower picture is for a phone
+LEAST_TRADE = 0.2  # a smaller change of the position is drift
+POINTS = 700  # of a line: about one per pixel of a page
 
 
 def equity(contestants: Contestants, width: float) -> Figure:
-    """Draw what became of the money of the policy and of those that it is compared to."""
-    figure, axes = _figure(width, 3.4)
+    """Draw the net return of all contestants over time."""
+    figure, axes = _new_figure(width, 3.4)
     ends = []
     for name, walks in contestants.items():
         time, curve = equity_curve(walks)
         percent = 100 * (lasts(curve) - 1)
         axes.plot(lasts(time), percent, label=name, **STYLES[name])
         ends.append((float(percent[-1]), name))
-        _dates(axes, time, width)
-    _zero_line(axes)
-    _name_lines(axes, ends, width)
+        _format_dates(axes, time, width)
+    _draw_zero_line(axes)
+    _label_lines(axes, ends, width)
     axes.set_ylabel("net return, %")
     return figure
 
 
 def drawdowns(contestants: Contestants, width: float) -> Figure:
-    """Draw how far below its peak the policy is, beside buying and holding."""
-    figure, axes = _figure(width, 2.2)
+    """Draw the drawdown of the policy and of buy and hold over time."""
+    figure, axes = _new_figure(width, 2.2)
     ends = []
     for name in (POLICY, BUY_AND_HOLD):
         time, curve = equity_curve(contestants[name])
-        percent = 100 * lowests(drawdown(curve))
+        percent = 100 * minima(drawdown(curve))
         axes.plot(lasts(time), percent, label=name, **STYLES[name])
         if name == POLICY:
             axes.fill_between(lasts(time), percent, color=ACCENT, alpha=0.25, linewidth=0)
         ends.append((float(percent[-1]), name))
-        _dates(axes, time, width)
+        _format_dates(axes, time, width)
     axes.set_ylim(top=0)
-    _name_lines(axes, ends, width)
-    axes.set_ylabel("below its peak, %")
+    _label_lines(axes, ends, width)
+    axes.set_ylabel("below peak, %")
     return figure
 
 
@@ -85,15 +89,15 @@ def cost_curve(
 
     Args:
         costs_bps: the rungs of the ladder.
-        returns: at each of them.
-        as_trained: mean cost that was paid under the costs of the training, in bps, and the return then.
-        break_even_bps: where the return crosses 0; None where it does not.
+        returns: the net return at each rung.
+        as_trained: mean cost in bps and net return at the costs of the training.
+        break_even_bps: where the return crosses 0; None if it does not.
         width: in inches.
     """
-    figure, axes = _figure(width, 2.6)
-    percent = (100 * np.array(returns)).round(9)  # what never traded earned rounding errors
+    figure, axes = _new_figure(width, 2.6)
+    percent = (100 * np.array(returns)).round(9)  # without a trade the return is a rounding error
     axes.plot(costs_bps, percent, color=ACCENT, linewidth=1.8, marker="o", markersize=5, zorder=3)
-    _zero_line(axes)
+    _draw_zero_line(axes)
     for cost, value in zip(costs_bps, percent, strict=True):
         if width > NARROW or cost in (costs_bps[0], costs_bps[-1]):
             text = f"{value:+.2f} %".replace("-", "\N{MINUS SIGN}")
@@ -132,14 +136,14 @@ def cost_curve(
 
 def symbol(walk: Walk, width: float) -> Figure:
     """Draw one symbol's price, the position held over it, and its return."""
-    figure, (*_, net) = _walk_panels(walk, (width, 3.7), (3, 1.1, 1.6))
+    figure, (*_, net) = _draw_walk(walk, (width, 3.7), (3, 1.1, 1.6))
     net.set_ylabel("net, %")
     return figure
 
 
 def episode(walk: Walk, title: str) -> Figure:
-    """Draw what :func:`symbol` draws, with every trade, buying and holding, and the costs paid so far."""
-    figure, (prices, _, net, paid) = _walk_panels(walk, (10, 8), (3, 1, 3, 2))
+    """Draw what :func:`symbol` draws, plus every trade, buy and hold, and the costs so far."""
+    figure, (prices, _, net, paid) = _draw_walk(walk, (10, 8), (3, 1, 3, 2))
     bars = np.arange(len(walk.time))
     change = np.diff(walk.position.round(2), prepend=0.0)
     for name, marker, color, where in (
@@ -153,7 +157,7 @@ def episode(walk: Walk, title: str) -> Figure:
     net.plot(bars, held, label="buy and hold, without costs", **STYLES[BUY_AND_HOLD])
     net.set_ylabel("net return, %")
 
-    # As fractions of the equity at the start they add up.
+    # As fractions of the initial equity, payments add up.
     fees, borrowing = (
         100 * part * walk.equity_before for part in (walk.costs - walk.borrowing, walk.borrowing)
     )
@@ -167,22 +171,21 @@ def episode(walk: Walk, title: str) -> Figure:
 
 
 def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]], width: float) -> Figure:
-    """Draw figures of the training over its epochs, one panel each.
+    """Draw metrics of the training over its epochs, one panel per metric.
 
     Args:
         rows: of metrics.jsonl, oldest first.
-        panels: key and title of each.
+        panels: key and title of each metric.
         width: in inches.
     """
     columns = 1 if width < NARROW else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(width, 1.75 * lines + 0.2), layout="constrained")
-    figure.patch.set_alpha(0)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
         axes.axis("off")
     for axes, (key, title) in zip(grid, panels, strict=False):
-        _plain(axes)
+        _style(axes)
         found = [(at, row[key]) for at, row in enumerate(rows, 1) if row.get(key) is not None]
         places, values = np.array(found, np.float64).reshape(-1, 2).T
         marker = "o" if len(places) < 30 else None
@@ -193,7 +196,7 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
             middle = places[smooth // 2 :][: len(mean)]
             axes.plot(middle, mean, color=ACCENT, linewidth=1.6)
         if values.min() < 0 < values.max():
-            _zero_line(axes)
+            _draw_zero_line(axes)
         axes.set_title(title, loc="left", color=INK, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -212,47 +215,43 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """Return the picture as an element of a page: nothing to load, colours and font of the page's style sheet.
+    """Return the picture as an inline element of a page, in the colours of the page's style sheet.
 
     Args:
         figure: the picture.
-        name: unlike that of every other picture in the page.
+        name: unique in the page; ids are derived from it.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
-        )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]+\")[^>]*>", r'<svg \1 role="img" focusable="false">', text)
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)
-    text = re.sub(r"font: (?:[a-z0-9]+ )?([\d.]+)px [^;\"]+", r"font-size: \1px", text)
-    text = re.sub(r"<style[^>]*>.*?</style>", "<!-- -->", text, flags=re.DOTALL)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point are finer than any screen
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    # Text stays text. The style sheet sets its font, so matplotlib's long list of fonts would only take space.
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"]}
+    ):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    _, start, rest = buffer.getvalue().partition("<svg")  # without the XML declaration
+    text = re.sub(r"<[^>]+>", _shorten_tag, start + rest)
     for colour, variable in VARIABLES.items():
-        text = re.sub(colour, f"var(--{variable})", text, flags=re.IGNORECASE)
+        text = text.replace(colour, f"var(--{variable})")
     return text
+
+
+def _shorten_tag(tag: re.Match[str]) -> str:
+    """Drop the ids of groups, which are the same in every picture, and digits that no screen shows."""
+    text = re.sub(r'^<g id="[^"]*"', "<g", tag[0])
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
 
 
 # --- parts ------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height if width > NARROW else height * 0.85), layout="constrained")
-    figure.patch.set_alpha(0)
     axes = figure.subplots()
-    _plain(axes)
+    _style(axes)
     return figure, axes
 
 
-def _plain(axes: Axes) -> None:
-    axes.patch.set_alpha(0)
+def _style(axes: Axes) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
@@ -267,21 +266,21 @@ def _plain(axes: Axes) -> None:
     )
 
 
-def _walk_panels(
+def _draw_walk(
     walk: Walk, size: tuple[float, float], heights: Sequence[float]
 ) -> tuple[Figure, Sequence[Axes]]:
-    """Return panels above each other: price, position, net return, and what else there is room for.
+    """Draw price, position and net return over decisions; closed hours are left out.
 
-    They share an axis of decisions: closed hours take no room.
+    Returns:
+        The figure and its panels, one per entry of ``heights``; those after the third are empty.
     """
     figure = Figure(figsize=size, layout="constrained")
-    figure.patch.set_alpha(0)
     panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     for axes in panels:
-        _plain(axes)
+        _style(axes)
         axes.margins(x=0)
     prices, positions, net, *_ = panels
-    place = stretches(len(walk.time))
+    place = bin_starts(len(walk.time))
     prices.plot(place, means(walk.price), color=INK, linewidth=0.9)
     prices.set_ylabel("price")
     positions.fill_between(place, means(walk.position), step="post", color=ACCENT, alpha=0.65, linewidth=0)
@@ -291,7 +290,7 @@ def _walk_panels(
     positions.set_ylabel("position")
     percent = 100 * np.expm1(np.cumsum(walk.log_returns))
     net.plot(place, means(percent), color=ACCENT, linewidth=1.4, label="policy")
-    _zero_line(net)
+    _draw_zero_line(net)
     count = 4 if size[0] < NARROW else 8
     ticks = np.unique(np.linspace(0, len(walk.time) - 1, count).round().astype(int))
     times = (walk.time[tick].astype("datetime64[s]").item() for tick in ticks)
@@ -300,23 +299,22 @@ def _walk_panels(
     return figure, panels
 
 
-def _zero_line(axes: Axes) -> None:
+def _draw_zero_line(axes: Axes) -> None:
     axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
-def _dates(axes: Axes, time: NDArray[np.datetime64], width: float) -> None:
+def _format_dates(axes: Axes, time: NDArray[np.datetime64], width: float) -> None:
     locator = AutoDateLocator(minticks=2, maxticks=5 if width < NARROW else 9)
     formatter = ConciseDateFormatter(locator, show_offset=False)
-    formatter.formats[2] = formatter.zero_formats[2] = formatter.zero_formats[3] = (
-        "%b %d"  # a day has its month
-    )
+    # a day with its month
+    formatter.formats[2] = formatter.zero_formats[2] = formatter.zero_formats[3] = "%b %d"
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(formatter)
     axes.set_xlim(time[0], time[-1])
 
 
-def _name_lines(axes: Axes, ends: Sequence[tuple[float, str]], width: float) -> None:
-    # At the end of each line where there is room, else as a legend.
+def _label_lines(axes: Axes, ends: Sequence[tuple[float, str]], width: float) -> None:
+    """Write names at the ends of lines where there is room, else a legend."""
     if width < NARROW:
         axes.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, labelcolor=INK, fontsize=8
@@ -340,55 +338,23 @@ def _name_lines(axes: Axes, ends: Sequence[tuple[float, str]], width: float) -> 
         )
 
 
-Array = NDArray[np.float64]
-POINTS = 700  # about one per pixel of a page
-
-
-def stretches(length: int, most: int = POINTS) -> NDArray[np.int64]:
-    """Return the first index of each of at most ``most`` stretches of nearly equal length, without the end."""
+def bin_starts(length: int, most: int = POINTS) -> NDArray[np.int64]:
+    """Return the first index of each of at most ``most`` bins of nearly equal length."""
     return np.unique(np.linspace(0, length, min(most, length) + 1).round().astype(np.int64))[:-1]
 
 
 def lasts(values: NDArray, most: int = POINTS) -> NDArray:
-    """Return the first value, then the last one of each stretch of (T,) values."""
-    ends = np.append(stretches(len(values), most)[1:], len(values)) - 1
+    """Return the first value, then the last one of each bin of (T,) values."""
+    ends = np.append(bin_starts(len(values), most)[1:], len(values)) - 1
     return values[np.concatenate([[0], ends])]
 
 
-def lowests(values: Array, most: int = POINTS) -> Array:
-    """Return the first value, then the lowest one of each stretch of (T,) values."""
-    return np.concatenate([values[:1], np.minimum.reduceat(values, stretches(len(values), most))])
+def minima(values: Array, most: int = POINTS) -> Array:
+    """Return the first value, then the lowest one of each bin of (T,) values."""
+    return np.concatenate([values[:1], np.minimum.reduceat(values, bin_starts(len(values), most))])
 
 
 def means(values: Array, most: int = POINTS) -> Array:
-    """Return the mean of each stretch of (T,) values."""
-    first = stretches(len(values), most)
+    """Return the mean of each bin of (T,) values."""
+    first = bin_starts(len(values), most)
     return np.add.reduceat(values, first) / np.diff(np.append(first, len(values)))
-
-
-def drawdown(equity: Array) -> Array:
-    """Return how far a curve is below its highest value so far, (T,), 0 or less."""
-    return equity / np.maximum.accumulate(equity) - 1.0
-
-
-def break_even(costs_bps: Sequence[float], returns: Sequence[float]) -> tuple[float | None, str]:
-    """Find the cost of traded value, in basis points, above which nothing is earned any more.
-
-    Args:
-        costs_bps: of the ladder, ascending.
-        returns: net, at each.
-
-    Returns:
-        The cost, by a straight line between two rungs, None where the return does not fall to 0 on the ladder; and
-        in words.
-    """
-    if returns[0] <= 0:
-        return None, "none: it earns nothing even without costs" if costs_bps[0] == 0 else (
-            f"below {costs_bps[0]:g} bps"
-        )
-    rungs = list(zip(costs_bps, returns, strict=True))
-    for (cost, earned), (next_cost, next_earned) in pairwise(rungs):
-        if next_earned <= 0:
-            value = cost + (next_cost - cost) * earned / (earned - next_earned)
-            return value, f"{value:.2f} bps"
-    return None, f"above {costs_bps[-1]:g} bps"

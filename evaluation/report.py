@@ -1,4 +1,4 @@
-"""A report: what was evaluated, how, and what came out, as one JSON object, pictures, and a page."""
+"""A report of an evaluation: its figures, as JSON and as pictures, and the folder that they are written to."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from matplotlib.figure import Figure
 from evaluation import plots
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY, Contestants, Walk
-from evaluation.measures import Measures, measure
-from evaluation.plots import break_even
+from evaluation.measures import Measures, break_even, measure
 from evaluation.verdict import Verdict
 from runtime.files import TEMPORARY_SUFFIX, sync_folder
 
 FORMAT = 1
-# What of metrics.jsonl is drawn, where it is there.
+# Drawn where metrics.jsonl has them: key and title.
 TRAINING_PANELS = (
     ("rollout/reward_bps", "reward, bp per bar"),
     ("exam/daily_bps", "held-out mean day, bps"),
@@ -38,15 +37,15 @@ TRAINING_PANELS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the files tell."""
+    """Everything that is written."""
 
     checkpoint: str
     run: int
     epoch: int
     first: np.datetime64  # fill of the first decision
-    last: np.datetime64  # and of the last one
+    last: np.datetime64  # fill of the last decision
     trained_until: np.datetime64
-    overlaps: bool  # with what these weights were trained on
+    overlaps: bool  # with bars that these weights were trained on
     walks: Contestants
     pooled: Mapping[str, Measures]
     verdict: Verdict
@@ -54,7 +53,7 @@ class Report:
     ladder: Sequence[tuple[float, Measures]]  # flat cost in bps, ascending
     plotted: Sequence[str]  # symbols
     training: Sequence[Mapping[str, Any]]  # rows of metrics.jsonl
-    made: Mapping[str, str]  # how it was made: what, and how it was set
+    made: Mapping[str, str]  # how it was made: name and value
     notes: Sequence[str]
     symbols: list[dict[str, Any]] = field(default_factory=list)
 
@@ -75,21 +74,21 @@ class Report:
 
     @property
     def paid_bps(self) -> float:
-        """What the policy paid of the value that it traded, borrowing included; 0 without a trade."""
+        """Costs of the policy in bps of its traded value, borrowing included; 0 without a trade."""
         traded = sum(float(walk.traded.sum()) for walk in self.walks[POLICY])
         return 1e4 * sum(float(walk.costs.sum()) for walk in self.walks[POLICY]) / traded if traded else 0.0
 
     @property
     def break_even(self) -> tuple[float | None, str]:
-        """The cost above which nothing is earned, None where it is not on the ladder; and in words."""
+        """The cost above which nothing is earned, None if it is not on the ladder, and a text."""
         if not self.ladder:
-            return None, "not asked for"
+            return None, "not computed"
         if not self.pooled[POLICY].turnover:
             return None, "none: it never trades"
         return break_even([bps for bps, _ in self.ladder], [rung.total_return for _, rung in self.ladder])
 
     def as_json(self) -> dict[str, Any]:
-        """Return all figures as plain types; what has no value is None."""
+        """Return all figures as plain types; None where a figure has no value."""
         return _plain(
             {
                 "format": FORMAT,
@@ -116,7 +115,7 @@ class Report:
         )
 
     def pictures(self) -> dict[str, Callable[[float], Figure]]:
-        """Return how to draw each picture at a width in inches, by the name of its file."""
+        """Return functions that draw a picture at a width in inches, by file name."""
         returns = [measures.total_return for _, measures in self.ladder]
         as_trained = (self.paid_bps, self.pooled[POLICY].total_return)
         result: dict[str, Callable[[float], Figure]] = {
@@ -138,18 +137,18 @@ class Report:
 
 
 def file_name(text: str) -> str:
-    """Return a text as it can stand in the name of a file everywhere."""
+    """Return a text as part of a file name that is valid on every operating system."""
     return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in text)
 
 
 def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write a folder of files that takes the place of ``folder`` only when all of them are there.
+    """Write files to a new folder that replaces ``folder`` once it is complete.
 
-    Whatever ends it before leaves ``folder`` as it was. What a killed one left behind is taken away, and a folder
-    that it had just moved aside comes back.
+    If writing is interrupted, ``folder`` stays as it was. Leftovers of a killed process are removed, and a folder
+    that it had just moved aside is restored.
 
     Raises:
-        OSError: the disk is full, or refuses.
+        OSError: the disk is full or not writable.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.old{TEMPORARY_SUFFIX}")
@@ -185,9 +184,9 @@ def json_bytes(report: Report) -> bytes:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value

@@ -71,16 +71,16 @@ def test_the_command_draws_any_symbol_of_a_checkpoint(tmp_path: Path) -> None:
     assert drawn.stdout.startswith("SIM001, 16 decisions from 2026-01-31T23:")
     assert output.read_bytes().startswith(PNG)
     refused = run("episode", str(path), "--symbol", "AAPL")
-    told = "--symbol AAPL has no bars here; there are: SIM000, SIM001\n"
-    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", told)
-    for start, told in (
+    message = "Invalid setting: --symbol AAPL has no bars here; there are: SIM000, SIM001\n"
+    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", message)
+    for start, message in (
         ("soon", "--start soon must be a time in UTC such as 2026-11-20T14:30"),
         ("2999-01-01", "no place has the 10 bars of a segment after its start: take earlier starts"),
     ):
-        with pytest.raises(ValueError, match=f"^{told}"):
+        with pytest.raises(ValueError, match=f"^{message}"):
             command(TrainedPolicy.read(path, Settings), "", start, output)
     with pytest.raises(ValueError, match="cannot be written: No such file or directory"):
         command(TrainedPolicy.read(path, Settings), "", "", tmp_path / "nowhere" / "episode.png")
     gone = run("episode", str(tmp_path / "gone.pt"))
-    told = f"{tmp_path / 'gone.pt'} cannot be read: No such file or directory\n"
-    assert (gone.returncode, gone.stdout, gone.stderr) == (2, "", told)
+    message = f"{tmp_path / 'gone.pt'} cannot be read: No such file or directory\n"
+    assert (gone.returncode, gone.stdout, gone.stderr) == (2, "", message)

@@ -9,8 +9,10 @@ import pytest
 
 from evaluation.measures import (
     LEAST_DAYS,
+    break_even,
     daily_returns,
     days_of_fills,
+    drawdown,
     equity_curve,
     measure,
     resampled_days,
@@ -137,3 +139,23 @@ def test_the_interval_of_the_mean_covers_the_truth_about_as_often_as_it_claims()
         low, high = measure([of_daily(*random.normal(0.001, 0.01, 40))]).mean_daily_interval
         covered += low < 0.001 < high
     assert 0.85 < covered / 200 < 0.98
+
+
+def test_drawdown_is_measured_from_the_last_peak() -> None:
+    assert drawdown(np.array([1.0, 2.0, 1.5, 3.0, 2.4])) == pytest.approx([0, 0, -0.25, 0, -0.2])
+
+
+@pytest.mark.parametrize(
+    ("costs", "returns", "value", "words"),
+    [
+        ((0, 2, 5), (0.3, 0.1, -0.2), 3.0, "3.00 bps"),
+        ((0, 2), (0.3, 0.1), None, "above 2 bps"),
+        ((0, 2), (-0.1, -0.2), None, "none: it earns nothing even without costs"),
+        ((1, 2), (0.0, -0.2), None, "below 1 bps"),
+        ((0, 1, 2), (0.2, 0.0, -0.1), 1.0, "1.00 bps"),
+    ],
+)
+def test_break_even_lies_where_nothing_is_left(
+    costs: tuple[float, ...], returns: tuple[float, ...], value: float | None, words: str
+) -> None:
+    assert break_even(costs, returns) == (pytest.approx(value) if value is not None else None, words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from evaluation.page import headline, page
-from evaluation.plots import break_even, drawdown, lasts, lowests, means, stretches
+from evaluation import plots
+from evaluation.page import headline, render_page
+from evaluation.plots import bin_starts, lasts, means, minima
 from evaluation.report import Report, json_bytes, write_folder
 from tests.evaluation.reports import Page, files_of, report_of
 from tests.evaluation.walks import of_daily
 
 GAINS = (0.01, 0.02, -0.005, 0.015, 0.01, 0.02, 0.005)
 ROWS = [{"rollout/reward_bps": value, "loss/entropy": None} for value in np.sin(np.arange(40.0))]
-HOSTILE = '<script>alert("x")</script>&'
+HOSTILE = '<script>alert("x")</script>&\'</title>'
 
 
 def edge(**given: object) -> Report:
@@ -29,9 +32,13 @@ def edge(**given: object) -> Report:
     return report_of(walks, **({"num_trials": 1, "training": ROWS} | given))
 
 
+def page_of(report: Report) -> Page:
+    """Its page without the pictures, which take a second to draw."""
+    return Page(render_page(report, dict.fromkeys(report.pictures(), ("", ""))))
+
+
 def text_of(report: Report) -> str:
-    """What its page says, without the pictures, which take a second to draw."""
-    return Page(page(report, dict.fromkeys(report.pictures(), ("", "")))).text
+    return page_of(report).text
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,9 @@ def test_what_comes_from_outside_is_escaped() -> None:
     shown = Page(files["report.html"])
     shown.loads_nothing()
     assert shown.tags.count("script") == 1  # the one that sorts tables
+    assert HOSTILE not in shown.source
     assert shown.text.count(HOSTILE) >= 5
+    assert f"{HOSTILE}: price, position and return" in shown.values
     assert all(re.fullmatch(r"[\w.-]+", name) for name in files)
 
 
@@ -106,7 +115,7 @@ def test_figures_on_the_page_are_those_of_the_measures() -> None:
     low, high = own.sharpe_interval or (0.0, 0.0)
     assert f"+{own.total_return:.2%} net return" in text
     assert f"{own.sharpe:.1f} Sharpe, {low:.1f} to {high:.1f}" in text
-    assert f"{own.max_drawdown:.2%} deepest drawdown" in text
+    assert f"{own.max_drawdown:.2%} max drawdown" in text
     assert "2 symbols, 7 days" in text
     assert "40 epochs up to this checkpoint" in text
 
@@ -178,40 +187,44 @@ def test_json_is_plain_and_strict(files: dict[str, bytes]) -> None:
     assert told["paid_bps"] == pytest.approx(2.0)
 
 
+# --- pictures ---------------------------------------------------------------------------------------------
+
+
+def test_a_picture_in_the_page_has_its_colours_and_font() -> None:
+    report = edge()
+    svg = plots.as_svg(report.pictures()["symbol1_AAA"](8.6), "symbol1-wide")
+    assert {"var(--accent)", "var(--ink)", "var(--muted)", "var(--faint)"} <= set(
+        re.findall(r"var\(.*?\)", svg)
+    )
+    assert not set(re.findall(r"#[0-9a-f]{6}", svg)) - {"#000000"}  # of ticks without a length
+    assert "figure text { font-family: inherit !important; }" in page_of(report).source
+
+
+def test_labels_in_a_picture_keep_their_digits() -> None:
+    rows = [{"loss": value} for value in (1.0912, 1.0945)]
+    svg = plots.as_svg(plots.training(rows, [("loss", "loss")], 8.6), "training")
+    labels = re.findall(r">(1\.\d+)</text>", svg)
+    assert len(labels) > 2 and len(set(labels)) == len(labels)
+
+
+def test_a_png_is_on_white_for_dark_viewers_too() -> None:
+    figure = edge().pictures()["drawdown"](8.6)
+    assert Image.open(io.BytesIO(plots.as_png(figure, dpi=20))).getpixel((0, 0)) == (255, 255, 255, 255)
+
+
 # --- curves -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("costs", "returns", "value", "words"),
-    [
-        ((0, 2, 5), (0.3, 0.1, -0.2), 3.0, "3.00 bps"),
-        ((0, 2), (0.3, 0.1), None, "above 2 bps"),
-        ((0, 2), (-0.1, -0.2), None, "none: it earns nothing even without costs"),
-        ((1, 2), (0.0, -0.2), None, "below 1 bps"),
-        ((0, 1, 2), (0.2, 0.0, -0.1), 1.0, "1.00 bps"),
-    ],
-)
-def test_break_even_lies_where_nothing_is_left(
-    costs: tuple[float, ...], returns: tuple[float, ...], value: float | None, words: str
-) -> None:
-    found, told = break_even(costs, returns)
-    assert (found, told) == (pytest.approx(value) if value is not None else None, words)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 699, 700, 701, 5_000])
 def test_curves_keep_first_last_lowest_and_mean(length: int) -> None:
     values = np.random.default_rng(length).normal(size=length)
-    first = stretches(length)
+    first = bin_starts(length)
     assert first[0] == 0 and len(first) == min(700, length) and (np.diff(first) > 0).all()
     assert lasts(values)[0] == values[0] and lasts(values)[-1] == values[-1]
-    assert lowests(values).min() == values.min()
+    assert minima(values).min() == values.min()
     weights = np.diff(np.append(first, length))
     assert (means(values) * weights).sum() == pytest.approx(values.sum())
-    assert len(lasts(values)) == len(lowests(values)) == len(means(values)) + 1
-
-
-def test_drawdown_is_measured_from_the_last_peak() -> None:
-    assert drawdown(np.array([1.0, 2.0, 1.5, 3.0, 2.4])) == pytest.approx([0, 0, -0.25, 0, -0.2])
+    assert len(lasts(values)) == len(minima(values)) == len(means(values)) + 1
 
 
 # --- the folder -------------------------------------------------------------------------------------------
