@@ -207,7 +207,7 @@ def train_command(settings: Settings) -> None:
     except checkpoint.CheckpointError as reason:
         code, message = EXIT_SETTING, str(reason)
     except torch.OutOfMemoryError as error:
-        # It did fit: somebody else took the memory since, and the next start plans with what is left.
+        # It did fit: another program has taken memory since, and the next start plans with the rest.
         code = EXIT_CRASH if control.has_progressed else EXIT_DOES_NOT_FIT
         message = f"The GPU's memory is full: lower envs_per_gpu, then d_model. {str(error).splitlines()[0]}"
     except KeyboardInterrupt:

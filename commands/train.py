@@ -122,8 +122,9 @@ class Job:
                 self.trainer = self._make_trainer(market)
             self._has_trainer, self._saved = True, None  # the checkpoint takes gigabytes
         log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
-        device = f"{self.ranks.world_size} x {self.ranks.device.type}"
-        self.console.begin(settings, progress, device, self.control)
+        self.console.begin(
+            settings, progress, f"{self.ranks.world_size} x {self.ranks.device.type}", self.control
+        )
         return True
 
     def end_run(self) -> None:
@@ -149,18 +150,15 @@ class Job:
 
     # --- epochs -------------------------------------------------------------------------------------------
 
-    def stop_now(self) -> bool:
-        """Return whether any rank was asked to stop at once (all ranks)."""
-        return self.agree_on_stop(STOP_NOW)
-
     def agree_on_stop(self, level: int = STOP_AT_EPOCH_END) -> bool:
-        """Return whether any rank was asked to stop at this level or more urgently (all ranks).
-
-        The one place that sets ``stopping``.
-        """
+        """Set ``stopping`` if any rank was asked to stop at this level or more urgently; return that (all ranks)."""
         stop = agreed_stop(level, self.ranks, self.control)
         self.stopping = self.stopping or stop
         return stop
+
+    def stop_now(self) -> bool:
+        """Return whether any rank was asked to stop at once (all ranks)."""
+        return self.agree_on_stop(STOP_NOW)
 
     def checkpoint_is_due(self) -> bool:
         """Return whether to save now: once in a while, at the end, and after a failed save (all ranks)."""
@@ -226,8 +224,7 @@ class Job:
         Raises:
             ExitProgram: the checkpoint is of another model; nothing is overwritten.
         """
-        settings = self.settings
-        saved = checkpoint.newest_for_all(self._folder, self.ranks)
+        settings, saved = self.settings, checkpoint.newest_for_all(self._folder, self.ranks)
         if saved is None:
             return TrainingProgress(), None
         if mismatch := saved.mismatch(settings):

@@ -114,4 +114,12 @@ def test_a_library_has_one_place(library: str) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_a_file_is_read_in_one_sitting(source: Path) -> None:
-    assert len(source.read_text(encoding="utf-8").splitlines()) <= 450
+    # What a training is wired from attracts everything that has no other home.
+    limit = 250 if name_of(source) == "commands/train.py" else 450
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_the_main_loop_fits_on_a_screen() -> None:
+    tree = ast.parse((ROOT / "continuous_training.py").read_text(encoding="utf-8"))
+    (loop,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    assert loop.end_lineno is not None and loop.end_lineno - loop.lineno < 45

@@ -1,7 +1,7 @@
-"""A rehearsal before training: what it needs of the compiler and of the GPU's memory, tried out.
+"""Compile the update and the accounts, and dry-run them before training: does the compiler work, is memory enough?
 
-Compilers fail on machines that train well without: no C++ compiler, another driver, a full temporary
-folder. So whatever is compiled is rehearsed, and on all ranks or on none.
+Compilers fail on machines that otherwise train well: no C++ compiler, another driver, a full temporary folder.
+So everything that is compiled is tried first, and used on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -20,21 +20,15 @@ from training.losses import Objective, Targets
 CompilerErrors = (TorchDynamoException, RuntimeError, OSError)
 
 
-def rehearse(objective: Objective, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:
-    """Take one forward as in a rollout, and one forward and backward as in an update, on zeros (all ranks).
+def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:
+    """Run one forward as in a rollout, and one forward and backward as in an update, on zeros (all ranks).
 
-    What the optimizer will hold is held meanwhile. No gradient stays.
-
-    Args:
-        objective: not yet shared among ranks.
-        num_segments: of one micro-batch.
-        context_bars: of a segment.
-        horizon: of a segment.
-        ranks: all take part.
+    Allocates the optimizer's moments too, so that peak memory is realistic; clears the gradients. ``objective`` is
+    not sharded yet; ``num_segments`` is of one micro-batch.
 
     Raises:
-        torch.OutOfMemoryError: on every rank, where one has too little memory.
-        Exception: whatever a compiled part fails with.
+        torch.OutOfMemoryError: on every rank, if one has too little memory.
+        Exception: the error of a compiled part.
     """
     policy, device = objective.policy, ranks.device
     out_of_memory = ""
@@ -50,7 +44,7 @@ def rehearse(objective: Objective, num_segments: int, context_bars: int, horizon
         objective(bars[:, 1:].contiguous(), accounts, targets, num_decisions).total.backward()
         del moments
     except torch.OutOfMemoryError as error:
-        out_of_memory = _told(error)
+        out_of_memory = _describe(error)
     except CompilerErrors as error:
         failure = error
     policy.zero_grad()
@@ -64,7 +58,7 @@ def _zeros(policy: Policy, num_segments: int, horizon: int, device: torch.device
     head, by_decision = policy.head, (num_segments, horizon)
     accounts = torch.zeros(*by_decision, head.account.in_features, device=device)
     shape = *by_decision, head.logits.out_features
-    # Each its own: of one tensor in two places the compiler makes a special case.
+    # Separate tensors: the compiler specialises on one tensor in two places.
     log_policy, weights, advantages = (torch.zeros(shape, device=device) for _ in range(3))
     returns = torch.zeros(by_decision, device=device)
     valid = torch.zeros(by_decision, device=device, dtype=torch.bool)
@@ -79,40 +73,39 @@ def compile_objective(
     ranks: Ranks,
     by_block: bool = False,
 ) -> str:
-    """Compile the trunk for rollouts and updates, and head and losses for updates: all of it, or nothing.
+    """Compile the trunk for rollouts and updates, and head and losses for updates (all ranks).
 
-    Takes a minute for large ones.
+    All of it or nothing; takes a minute for large models.
 
     Args:
         objective: changed in place; weights and their names stay as they are.
         num_segments: of one micro-batch.
-        context_bars: of a segment.
-        horizon: of a segment.
-        ranks: all take part.
-        by_block: compile the trunk block by block, for ranks that hold shares: a block's weights come when it is
-            called.
+        context_bars, horizon: of a segment.
+        ranks: of the training.
+        by_block: compile the trunk block by block, for sharded models: FSDP gathers a block's weights when the
+            block is called.
 
     Returns:
-        Why it was not compiled, in one line; empty where it was.
+        Why it was not compiled, in one line; empty if it was.
 
     Raises:
-        torch.OutOfMemoryError: on every rank, where one has too little memory.
+        torch.OutOfMemoryError: on every rank, if one has too little memory.
     """
     trunk = objective.policy.trunk
     modules: list[nn.Module] = list(trunk.blocks) if by_block else [trunk]
-    # Sizes and strides are as compiled, or a guard fails before: checks between kernels, too, take up to 2 %.
+    # A guard has checked sizes and strides already: checks between kernels take up to 2 %.
     compile_ = partial(torch.compile, dynamic=False, options={"size_asserts": False})
-    for module in modules:  # the forward alone: hooks of FSDP stay outside, names of weights as they are
+    for module in modules:  # the forward alone: FSDP's hooks stay outside, weights keep their names
         module.forward = compile_(module.forward)
     objective.after_trunk = compile_(objective.after_trunk)  # type: ignore[method-assign]
     reason = ""
     try:
-        rehearse(objective, num_segments, context_bars, horizon, ranks)
+        dry_run(objective, num_segments, context_bars, horizon, ranks)
     except torch.OutOfMemoryError:
         _uncompile(objective)
         raise
     except CompilerErrors as error:
-        reason = _told(error)
+        reason = _describe(error)
     if ranks.any(bool(reason)):
         _uncompile(objective)
         return reason or "it failed on another rank"
@@ -120,26 +113,23 @@ def compile_objective(
 
 
 def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
-    """Compile the environment's steps together with the head that decides them.
+    """Compile the environment's steps together with the policy's head (all ranks).
 
-    Args:
-        env: stays where it is: what is rehearsed is another one of the same sizes over its market.
-        policy: whose head decides.
-        ranks: all take part.
+    The state of ``env`` is not touched: the dry run uses another environment of the same sizes on its market.
 
     Returns:
-        Why they were not compiled, in one line; empty where they were.
+        Why they were not compiled, in one line; empty if they were.
 
     Raises:
-        torch.OutOfMemoryError: on every rank, where one has too little memory.
+        torch.OutOfMemoryError: on every rank, if one has too little memory.
     """
     reason = out_of_memory = ""
     try:
         _play_on_zeros(env, policy)
     except torch.OutOfMemoryError as error:
-        out_of_memory = _told(error)
+        out_of_memory = _describe(error)
     except CompilerErrors as error:
-        reason = _told(error)
+        reason = _describe(error)
     _raise_together(out_of_memory, ranks)
     if ranks.any(bool(reason)):
         return f"accounts are stepped one by one: {reason or 'the compiler failed on another rank'}"
@@ -163,9 +153,9 @@ def _raise_together(out_of_memory: str, ranks: Ranks) -> None:
         raise torch.OutOfMemoryError(out_of_memory or "another rank ran out of memory")
 
 
-def _told(error: Exception) -> str:
-    told = str(error).strip() or "it gave no reason"
-    return f"{type(error).__name__}: {told.splitlines()[0]}"
+def _describe(error: Exception) -> str:
+    reason = str(error).strip() or "it gave no reason"
+    return f"{type(error).__name__}: {reason.splitlines()[0]}"
 
 
 def _uncompile(objective: Objective) -> None:

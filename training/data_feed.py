@@ -1,4 +1,4 @@
-"""A run's bars: rank 0 brings the lake up to date, then every rank maps the same copy of them."""
+"""The bars of a run: rank 0 refreshes the lake, ahead of time where it can; then every rank maps the same copy."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def fresh_bars(
 ) -> LoadedData | None:
     """Refresh the lake on rank 0, then load this run's bars on every rank; None when asked to stop meanwhile.
 
-    Where the lake was refreshed while the last run trained, its bars are taken without asking anybody. A run
-    that is resumed keeps the bars that it began with, so that its numbers go on as if nothing had happened. A
-    source that fails is told and left out; the run goes on with what the lake holds.
+    If the lake was refreshed while the last run trained, no source is asked. A resumed run keeps the bars that it
+    began with, so that its numbers continue as if nothing had happened. A source that fails is reported and
+    skipped; the run uses what the lake holds of it.
 
     Args:
         lake: the downloaded bars.
-        settings: which bars are wanted.
-        progress: its ``cutoff_ns`` is set where this run has none yet.
+        settings: which bars to load.
+        progress: its ``cutoff_ns`` is set if this run has none yet.
         ranks: all take part.
-        control: where a stop is asked for.
-        reporter: shows how the refresh goes.
-        prefetch: what was refreshed in the background.
+        control: polled for stop requests.
+        reporter: shows the progress of the refresh.
+        prefetch: the refresh in the background.
 
     Raises:
         ExitProgram: the lake cannot be read, or ranks read different bars.
@@ -75,7 +75,7 @@ def fresh_bars(
             cutoff_ns = time.time_ns()
             interruptible = Interruptible(reporter, lambda: control.stop_level > 0)
             # A stop is agreed on by the ranks below.
-            with contextlib.suppress(StopRequested), _leaving_without_lake(progress):
+            with contextlib.suppress(StopRequested), _exit_without_lake(progress):
                 refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, interruptible)
         with heartbeat_while_waiting():
             cutoff_ns = ranks.broadcast(cutoff_ns)
@@ -83,8 +83,8 @@ def fresh_bars(
             return None
         progress.cutoff_ns = cutoff_ns
     request = data_request(settings, progress.cutoff_ns)
-    with _leaving_without_lake(progress):
-        data = _shared(lake, request, ranks)
+    with _exit_without_lake(progress):
+        data = _map_copy(lake, request, ranks)
     if len(set(ranks.gather(data.fingerprint))) > 1:
         raise ExitProgram(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
@@ -125,7 +125,7 @@ def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:
 
 
 def data_request(settings: Settings, now_ns: int) -> DataRequest:
-    """Say which bars the settings ask for at this moment."""
+    """Return the request for the bars of these settings at this moment."""
     day_ns = 86_400 * 10**9
     end_ns = now_ns
     if settings.end_date:
@@ -148,17 +148,17 @@ def data_request(settings: Settings, now_ns: int) -> DataRequest:
 
 
 @contextlib.contextmanager
-def _leaving_without_lake(progress: TrainingProgress) -> Iterator[None]:
-    """End the program where the lake cannot be read; one that has trained from it before tries again soon."""
+def _exit_without_lake(progress: TrainingProgress) -> Iterator[None]:
+    """End the program if the lake cannot be read; one that has trained from it before is restarted soon."""
     try:
         yield
     except LakeError as error:
         code = EXIT_CRASH if progress.transitions else EXIT_NO_DATA
-        raise ExitProgram(code, f"{error}: look at the disk, or use another --data-dir") from error
+        raise ExitProgram(code, f"{error}: check the disk, or use another --data-dir") from error
 
 
-def _shared(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:
-    """Map the one copy of the run's bars; without room for a copy every rank reads the lake for itself."""
+def _map_copy(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:
+    """Map the shared copy of the run's bars; without disk space for one, every rank reads the lake itself."""
     name = ""
     if ranks.is_first and request.needs_lake:
         try:
@@ -180,11 +180,16 @@ PICK_UP_SECONDS = 5.0  # a process that is nearly done may finish when the run e
 
 
 class Prefetch:
-    """Starts, watches and ends the background refreshes of one training. A context manager.
+    """Refreshes the lake for the next run while this one trains, in a process of low priority. A context manager.
+
+    It starts with the first epoch of a run, so that missing bars have the whole run to arrive, and once more when
+    about ten minutes are left, so that the next run begins with fresh ones. Its result is taken as it is when the
+    run ends: a source that is down delays the background process only. A process that still works then is killed;
+    the lake keeps what arrived.
 
     Args:
         command: the process to start; its last line of output is ``{"now_ns": ..., "warnings": [...]}``. None:
-            nothing is ever fetched ahead (other ranks; a market that needs no refresh).
+            nothing is fetched ahead (other ranks; a market that needs no refresh).
         clock: seconds, for tests.
     """
 
@@ -221,9 +226,9 @@ class Prefetch:
                 self._start(now)
 
     def take(self) -> int:
-        """End the run: return up to when the lake was brought up to date meanwhile, ns UTC, and forget it.
+        """End the run; return the time (ns UTC) up to which the lake was refreshed meanwhile.
 
-        0: it was not, so that the caller must refresh. What was begun and is far from done still counts.
+        0 if it was not: the caller must refresh. A refresh that has begun and is far from done counts, too.
         """
         if self._child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -231,9 +236,7 @@ class Prefetch:
             if self._child.poll() is not None:
                 self._take_result()
             elif not self._ready_ns:
-                log.warning(
-                    "the refresh in the background is not done; this run takes the bars that have arrived"
-                )
+                log.warning("the background refresh is not done; this run takes the bars that have arrived")
                 self._ready_ns = time.time_ns()
         self._end_child()
         ready_ns = self._ready_ns
@@ -253,7 +256,7 @@ class Prefetch:
         assert self._command is not None
         self._starts.append(now)
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when its process ended
-        # Nobody else's ranks, GPUs or cores; a session (on Windows: a group) of its own, out of Ctrl+C's reach.
+        # No GPUs, one core, rank 0; a session (on Windows: a group) of its own, out of Ctrl+C's reach.
         quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "RANK": "0"}
         new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
         low_priority = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0)
@@ -261,7 +264,7 @@ class Prefetch:
             self._child = subprocess.Popen(
                 self._command,
                 env=os.environ | quiet,
-                stdin=subprocess.PIPE,  # its end tells the child that this process is gone
+                stdin=subprocess.PIPE,  # closes when this process is gone
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -269,20 +272,20 @@ class Prefetch:
             )
         except OSError as error:
             output.close()
-            log.warning(f"the next run's bars are not fetched ahead: {error}")
+            log.warning(f"the next run's bars are not fetched in the background: {error}")
             return
         self._output = output
 
     def _take_result(self) -> None:
-        """Read what the ended child said."""
+        """Read the output of the child that has ended."""
         assert self._child is not None and self._output is not None
         self._output.seek(0)
-        lines = self._output.read().decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+        lines = self._output.read().decode("utf-8", "replace").strip().splitlines() or ["it printed nothing"]
         try:
-            told = json.loads(lines[-1])
-            self._ready_ns, self._warnings = int(told["now_ns"]), list(told["warnings"])
+            result = json.loads(lines[-1])
+            self._ready_ns, self._warnings = int(result["now_ns"]), list(result["warnings"])
         except (ValueError, KeyError, TypeError):
-            log.warning(f"the refresh in the background failed: {lines[-1][:300]}")
+            log.warning(f"the background refresh failed: {lines[-1][:300]}")
         self._end_child()
 
     def _end_child(self) -> None:
@@ -307,14 +310,14 @@ def refresh_command(settings: Settings, flags: Sequence[str]) -> list[str] | Non
 
 
 class StopRequested(KeyboardInterrupt):
-    """A stop was asked for while bars were loading. An interrupt, which no source takes for its own fault."""
+    """A stop was requested while bars were loading. An interrupt, so that no source takes it for its own error."""
 
 
 class Interruptible:
-    """A data_sources.progress.Progress that passes everything on, and ends the work when asked to stop.
+    """A Progress that forwards every call, and ends the work when a stop is requested.
 
     Raises:
-        StopRequested: from ``advance`` once ``stop_now`` says so; what has arrived stays in the lake.
+        StopRequested: from ``advance`` once ``stop_now`` is true; what has arrived stays in the lake.
     """
 
     def __init__(self, progress: Progress, stop_now: Callable[[], bool]) -> None:
@@ -323,7 +326,7 @@ class Interruptible:
         self._advance = progress.advance
 
     def advance(self, source: str, units: int = 1, num_bytes: int = 0) -> None:
-        """Pass it on, unless the work is to end."""
+        """Forward the call, unless the work is to end."""
         self._advance(source, units, num_bytes)
         if self._stop_now():
             raise StopRequested

@@ -1,9 +1,9 @@
 """Hindsight advantages: every position is valued along the realised path, not only the one that was held.
 
-The market does not react, so once a segment's bars are known, so is what every choice would have earned at
-every decision. One backward recursion over the policy's own probabilities then values each (held, chosen)
-pair: no noise of drawn actions, and no need to pay a fee to find out what a position is worth (Sinclair et
-al. 2023, "Hindsight learning for MDPs with exogenous inputs", arXiv:2207.06272).
+The market does not react to us, so a segment's bars determine what every choice would have earned at every
+decision. One backward recursion over the policy's own probabilities then values each (held, chosen) pair:
+without action-sampling noise, and without paying a fee to find out what a position is worth (Sinclair et al.
+2023, "Hindsight learning for MDPs with exogenous inputs", arXiv:2207.06272).
 
 Shapes: N = segments, T = horizon, J = what can be held, K = what can be chosen (the first K of J).
 """
@@ -18,14 +18,14 @@ from torch import Tensor
 
 @dataclass
 class Hindsight:
-    """What the recursion needs of a rollout."""
+    """Inputs of the recursion, from a rollout."""
 
     growth: Tensor  # (N, T, J, K) scaled log growth of equity from holding j and choosing k, net of costs
     ends: Tensor  # (N, T, J, K) bool, ruined by it: the future is worth nothing
     log_policy: Tensor  # (N, T, J, K) log-probability of choosing k while holding j
     values: Tensor  # (N, T + 1, J) of the critic, while holding j
-    held: Tensor  # (N, T) int64, what was held
-    only_cash: Tensor | None = None  # (N, T) bool, whatever was chosen became cash
+    held: Tensor  # (N, T) int64, index of the held position
+    only_cash: Tensor | None = None  # (N, T) bool, every choice became cash
     cash: int = 0  # its index among the choices, where only_cash is given
 
 
@@ -34,10 +34,10 @@ def choice_values(
 ) -> tuple[Tensor, Tensor]:
     """Value every choice from every held position.
 
-    q(t, j, k) = growth(t, j, k) + gamma * v(t + 1, k), where v mixes the critic with what the policy makes of
-    the realised bars: v(t, j) = (1 - lambda) * critic(t, j) + lambda * sum_k policy(k | t, j) * q(t, j, k).
-    The lambda-return of GAE, with the expectation over actions taken exactly. Behind a ruin there is no account
-    to ask any more: what would have survived it is worth what the critic says.
+    q(t, j, k) = growth(t, j, k) + gamma * v(t + 1, k), where v mixes the critic with the policy's return
+    on the realised bars: v(t, j) = (1 - lambda) * critic(t, j) + lambda * sum_k policy(k | t, j) * q(t, j, k).
+    The lambda-return of GAE, with the expectation over actions taken exactly. After a ruin there is no account
+    any more: choices that would have survived it are valued by the critic.
 
     Args:
         hindsight: of N segments.

@@ -51,7 +51,7 @@ def advantages_and_returns(
 
 @dataclass
 class Losses:
-    """The objective of one micro-batch and what is worth reading about it.
+    """The objective of one micro-batch, and diagnostics.
 
     Every entry is a sum over the micro-batch's decisions divided by ``num_decisions`` of the whole
     minibatch, so that micro-batches add up to the minibatch whatever their size.
@@ -67,13 +67,13 @@ class Losses:
 
 @dataclass
 class Targets:
-    """What the update pulls the policy and the critic towards; (..., K) has one entry per position."""
+    """Targets of policy and critic; (..., K) has one entry per position."""
 
     log_policy: Tensor  # (..., K) of the policy that acted
-    weights: Tensor  # (..., K) adding up to 1: what was drawn, or how likely each position was
+    weights: Tensor  # (..., K) adding up to 1: the drawn position, or the probability of each
     advantages: Tensor  # (..., K), normalised over the whole rollout
     returns: Tensor  # (...)
-    valid: Tensor  # (...) bool; False after a ruin, where nothing was decided
+    valid: Tensor  # (...) bool; False after a ruin, when there was no decision
 
     def __getitem__(self, rows: Tensor) -> Targets:
         """Return the targets of some segments."""
@@ -110,7 +110,10 @@ def ppo_losses(
 
 
 class Objective(nn.Module):
-    """PPO's losses of the decisions that a policy takes in whole segments.
+    """PPO's losses of a policy's decisions in whole segments: trunk, head and losses as one module.
+
+    DDP averages the gradients of one module's forward, and head and losses, many small operations on the same few
+    numbers, are compiled as one function.
 
     Shapes: B = segments of a micro-batch, S = bars of a segment, T = decisions, F, A, D as in models/policy.py.
     """
@@ -130,7 +133,7 @@ class Objective(nn.Module):
             num_decisions: decisions of the whole minibatch on this rank, the divisor of every sum.
 
         Returns:
-            Scalars on the device; ``total`` is what to go backward from.
+            Scalars on the device; ``total`` is the one to differentiate.
         """
         hidden = self.policy.hidden(bars, accounts.shape[1])
         # A number would be compiled in, and the last minibatch of a pass may be a smaller one.
@@ -138,7 +141,7 @@ class Objective(nn.Module):
         return self.after_trunk(hidden, accounts, targets, divisor)
 
     def after_trunk(self, hidden: Tensor, accounts: Tensor, targets: Targets, divisor: Tensor) -> Losses:
-        """Judge the decisions that follow from the trunk's output (B, T, D); ``divisor`` of every sum is ()."""
+        """Return the losses of the decisions that follow from the trunk's output (B, T, D); ``divisor`` is ()."""
         head = self.policy.head
         logits, values = head.decide(head.project(hidden), accounts)
         return ppo_losses(logits, values, targets, divisor, self.settings)

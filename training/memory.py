@@ -1,6 +1,6 @@
-"""What training takes of a GPU's memory: added up before it starts, so that it fits or says what does not.
+"""GPU memory, planned before training starts: it fits, or an error names the setting to change.
 
-A plan is the same after every restart on the same kind of GPU, as long as nobody else uses its memory: the
+A plan is the same after every restart on the same kind of GPU, unless other programs use its memory: the
 micro-batch decides how gradients round.
 """
 
@@ -33,11 +33,11 @@ ACTIVATION_BYTES = {"bf16": 60, "fp32": 86}
 INPUT_BYTES = {"bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
 USABLE = 0.9  # of a GPU's memory: CUDA itself and the allocator's rounding take the rest
 MOST_SEGMENTS = 128  # a GPU is busy long before that
-FEWEST_SEGMENTS = 4  # with fewer, blocks are rather computed twice
+FEWEST_SEGMENTS = 4  # with fewer, recomputing blocks is cheaper
 
 
 class DoesNotFit(Exception):
-    """No micro-batch is small enough; says what takes the memory and which setting to change."""
+    """No micro-batch is small enough; the text names the largest part and the setting to change."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class MemoryNeeds:
 
     @property
     def rollout_bytes(self) -> int:
-        """Everything that a rollout remembers of its decisions, and its valuation in float64."""
+        """Everything that a rollout keeps of its decisions, and their valuation in float64."""
         width = min(256, self.d_model)
         per_decision = 8 * width + 32 * self.num_positions**2 + 512
         return self.envs_per_gpu * (self.horizon + 1) * per_decision
 
     @property
     def bars_bytes(self) -> int:
-        """While a run begins, its bars and those of the last one are there."""
+        """Bars of two runs: while one begins, those of the last one are still there."""
         return 2 * self.market_bytes
 
     @property
@@ -126,12 +126,12 @@ class MemoryNeeds:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a training fits."""
+    """How training fits into the memory."""
 
     needs: MemoryNeeds
-    memory_bytes: int | None  # to be shared out; None on a CPU, where nothing is planned
+    memory_bytes: int | None  # of the GPU; None on a CPU, where nothing is planned
     micro_batch_segments: int
-    recompute: bool = False  # blocks are computed again in the backward instead of kept
+    recompute: bool = False  # blocks are recomputed in the backward pass instead of kept
 
     @property
     def activation_bytes(self) -> int:
@@ -164,7 +164,7 @@ class MemoryPlan:
         return text + (", computed twice to save memory" if self.recompute else "")
 
     def suggest_fix(self, place: str = "GPU") -> str:
-        """Say what takes how much, and which one setting to change, with a value that would do."""
+        """Return what needs how much memory, and one setting to change with a value that fits."""
         needs, have = self.needs, self.memory_bytes or 0
         parts = {
             "bars": needs.bars_bytes,
@@ -174,7 +174,7 @@ class MemoryPlan:
         }
         largest = max(parts, key=lambda name: parts[name])
         left = USABLE * have - (self.needed_bytes - parts[largest])
-        # Where the others alone are too much, a step in the right direction.
+        # If the other parts alone are too large: a step in the right direction.
         share = left / parts[largest] if left > 0 else 0.5 * have / self.needed_bytes
         name, value = needs.bars_setting
         if largest == "bars" and name == "start_date":
@@ -219,7 +219,7 @@ def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int
     Args:
         needs: of training.
         memory_bytes: of the GPU; None on a CPU, where larger micro-batches only fall out of the cache.
-        micro_batch_segments: what people set; kept as long as it fits.
+        micro_batch_segments: the setting; kept if it fits.
 
     Raises:
         DoesNotFit: not even one segment does.
@@ -256,18 +256,18 @@ def gpu_memory(device: torch.device) -> int:
     if free >= USABLE * total:
         return total
     log.warning(
-        f"other programs hold {_gib(total - free)} of the GPU's {_gib(total)}: training gets by with less"
+        f"other programs hold {_gib(total - free)} of the GPU's {_gib(total)}: training uses the rest"
     )
     return int(free / USABLE)
 
 
 def _common(needs: MemoryNeeds) -> int:
-    """Return what micro-batches should divide: what is compiled knows one size."""
+    """Return the number that micro-batches should divide: compiled code knows one size."""
     return math.gcd(needs.minibatch_segments, needs.envs_per_gpu)
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """Return it, or ``most`` where all divisors are much smaller: then the last micro-batch is an odd one."""
+    """Return it, or ``most`` if all divisors are much smaller: then the last micro-batch has another size."""
     largest = max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)
     return largest if 2 * largest > min(number, most) else most
 

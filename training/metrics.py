@@ -1,4 +1,4 @@
-"""Where an epoch's time goes, measured without making the host wait for the device."""
+"""Metrics of training: where an epoch's time goes, whether the network can still learn, what the GPU reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stopwatch:
         self.mark()
 
     def mark(self) -> None:
-        """Note this moment."""
+        """Add a mark."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -42,27 +42,26 @@ class Stopwatch:
 
 
 class Phases:
-    """How long training waits for what is neither rollout nor update, by the host's clock.
+    """Measures by the host's clock how long training waits for anything but rollout and update.
 
-    Args:
-        tell: told which phase begins, for whoever watches.
+    ``on_phase`` is called with the name of every phase that begins.
     """
 
     NAMES = ("data", "evaluation", "checkpoint")
 
-    def __init__(self, tell: Callable[[str], None] = lambda _: None) -> None:
-        self._tell = tell
+    def __init__(self, on_phase: Callable[[str], None] = lambda _: None) -> None:
+        self._on_phase = on_phase
         self._seconds = dict.fromkeys(self.NAMES, 0.0)
-        self._told = time.perf_counter()
+        self._last = time.perf_counter()
 
     def now(self, name: str) -> None:
-        """Say that a phase begins whose time is measured elsewhere, on the device."""
-        self._tell(name)
+        """Announce a phase whose time is measured on the device."""
+        self._on_phase(name)
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
         """Measure one of ``NAMES``."""
-        self._tell(name)
+        self._on_phase(name)
         began = time.perf_counter()
         try:
             yield
@@ -70,20 +69,19 @@ class Phases:
             self._seconds[name] += time.perf_counter() - began
 
     def figures(self) -> dict[str, float]:
-        """Return the seconds of each since the last call, and of everything (``perf/epoch_seconds``)."""
+        """Return the seconds of each phase since the last call, and of all together (``perf/epoch_seconds``)."""
         now = time.perf_counter()
         figures = {f"perf/{name}_seconds": seconds for name, seconds in self._seconds.items()}
-        figures["perf/epoch_seconds"] = now - self._told
+        figures["perf/epoch_seconds"] = now - self._last
         self._seconds = dict.fromkeys(self.NAMES, 0.0)
-        self._told = now
+        self._last = now
         return figures
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure how many floating-point operations per second a square matrix product reaches here.
+    """Measure the floating-point operations per second of a square matrix product on this device.
 
-    The yardstick for how well the training uses the device: no table of data sheets, which promise what no
-    product reaches. Takes a fraction of a second.
+    The reference of ``perf/mfu``, since no product reaches the peaks of data sheets. Takes a fraction of a second.
     """
     size = 8_192 if device.type == "cuda" else 1_024
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -103,13 +101,21 @@ def _between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) 
     return first.elapsed_time(second) / 1e3
 
 
+# --- plasticity -------------------------------------------------------------------------------------------
+#
+# Can the network still learn? Networks that train for long lose plasticity: units fall silent, weights grow,
+# features collapse onto few directions. Dormant units: Sokar et al. 2023, arXiv:2302.12902, definition 3.1.
+# Effective rank: Roy and Vetterli 2007, EUSIPCO. No random number is drawn and no gradient is kept, so training
+# stays the same to the last bit. Shapes: B = segments, S = bars of a segment, D = d_model, U = units of one
+# feed-forward layer, n = rows.
+
 NUM_SEGMENTS = 8
 BARS_OF_EACH = 32  # rows of the feature matrix per segment
-TAU = 0.025  # a unit is dormant when it does less than this share of what its layer's average unit does
+TAU = 0.025  # a unit is dormant below this fraction of its layer's average activation
 
 
 def fixed_batch(market: Market) -> Tensor:
-    """Return segments (B, C + H, F) spread evenly over the places where one may start."""
+    """Return segments (B, C + H, F) spread evenly over all possible starts."""
     total = market.starts.sum()
     number = (torch.arange(NUM_SEGMENTS, device=market.device) * total) // NUM_SEGMENTS
     stretch = torch.searchsorted(market.stretch_starts_before, number, right=True) - 1
@@ -119,7 +125,7 @@ def fixed_batch(market: Market) -> Tensor:
 
 @torch.no_grad()
 def plasticity(policy: Policy, bars: Tensor) -> dict[str, float]:
-    """Measure the trunk on ``bars`` (B, S, F); waits for the device, so ask where the host waits anyway."""
+    """Measure the trunk on ``bars`` (B, S, F); waits for the device, so call it where the host waits anyway."""
     with policy.precision(bars.device):
         hidden, activity = activations(policy.trunk, bars)
     features = hidden[:, -BARS_OF_EACH:].reshape(-1, hidden.shape[-1])
@@ -157,7 +163,7 @@ def dormant_share(activity: Tensor, tau: float = TAU) -> Tensor:
 def effective_rank(features: Tensor) -> float:
     """Return exp(entropy) of the singular values of (n, D), as shares of their sum: 1 to min(n, D); 0 for zeros.
 
-    Not finite features give NaN.
+    NaN if features are not finite.
     """
     # The smaller Gram matrix: singular values are the roots of its eigenvalues. On the CPU, where a
     # few hundred rows take milliseconds and no solver is started on the GPU.
@@ -173,7 +179,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def gpu_figures(device: torch.device) -> dict[str, float]:
-    """Return what is recorded of this rank's GPU; a figure that it does not tell is left out."""
+    """Return metrics of this rank's GPU; those that its driver does not report are left out."""
     figures = {"gpu/memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
     for name, ask, scale in (
         ("gpu/utilization_percent", torch.cuda.utilization, 1.0),

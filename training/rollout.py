@@ -24,10 +24,10 @@ from training.hindsight import Hindsight
 
 @dataclass
 class Rollout:
-    """What one segment of every environment gave. Rewards, values and returns are in scaled units."""
+    """One segment of every environment. Rewards, values and returns are in scaled units."""
 
-    bars: Tensor  # (N, C + T, F) what the trunk saw
-    accounts: Tensor  # (N, T, A) what the head saw of the account
+    bars: Tensor  # (N, C + T, F) input of the trunk
+    accounts: Tensor  # (N, T, A) account observations, input of the head
     actions: Tensor  # (N, T) int64, index of the chosen target position
     log_policy: Tensor  # (N, T, K) log-probability of every position
     rewards: Tensor  # (N, T)
@@ -53,7 +53,7 @@ class Rollout:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any], device: torch.device) -> Rollout:
-        """Make it from ``state_dict``, on a device."""
+        """Restore ``state_dict`` on a device."""
         values = dict(state)
         if state["hindsight"] is not None:
             values["hindsight"] = Hindsight(**_on_device(state["hindsight"], device))
@@ -89,8 +89,8 @@ def collect(
         policy: the actor and critic.
         generator: source of the action noise, on the environment's device.
         chunk_segments: segments per trunk forward, to bound memory.
-        greedy: take the most likely position instead of drawing one.
-        hindsight: value the choices that were not made, too.
+        greedy: take the most likely position instead of sampling.
+        hindsight: also value the choices that were not made.
         reward_scale: of rewards that are in units of each symbol's volatility per bar.
     """
     config = env.config
@@ -102,14 +102,14 @@ def collect(
         heartbeat()  # a large model takes minutes for a rollout on a CPU
         parts.append(policy.encode(part, horizon + 1))
     projected = torch.cat(parts)
-    del parts  # the same once more
+    del parts  # a second copy of the same
     fills = env.segment.fills_ahead() if hindsight else None
 
     # Gumbel noise of all decisions in one draw.
     shape = (config.num_envs, horizon, len(config.positions))
     noise = torch.rand(shape, generator=generator, device=bars.device)
     noise = torch.zeros_like(noise) if greedy else -(-noise.clamp_(1e-7, 1 - 1e-7).log()).log()
-    by_time = (each.transpose(0, 1).contiguous() for each in (projected[:, :-1], noise))
+    by_time = (tensor.transpose(0, 1).contiguous() for tensor in (projected[:, :-1], noise))
     trajectory = env.play(policy.head.choose, *by_time)
     columns = (*trajectory[:5], *trajectory.outputs)
     accounts, valid, log_equity, rewards, terminated, actions, log_policy, values = (
@@ -117,7 +117,7 @@ def collect(
     )
     after = env.account_observations()
     next_value = policy.head.decide(projected[:, horizon], after)[1]
-    # In units of the symbol's typical move per bar, so that no wild symbol drowns the calm ones.
+    # In units of the symbol's typical move per bar, so that no volatile symbol drowns the calm ones.
     scale = reward_scale / env.volatility
     seen = None
     if fills is not None:
@@ -148,8 +148,8 @@ def collect(
 def _in_every_position(
     env: TradingEnv, policy: Policy, projected: Tensor, accounts: Tensor, chunk_segments: int
 ) -> tuple[Tensor, Tensor]:
-    """Ask the policy (N, T, J, K) and the critic (N, T + 1, J) as if every position were held."""
-    # In chunks: J times the head's activations of the whole rollout would be much.
+    """Evaluate policy (N, T, J, K) and critic (N, T + 1, J) as if every position were held."""
+    # In chunks: the head's activations of the whole rollout, J times, would take much memory.
     log_policies, values = [], []
     for market, account in zip(projected.split(chunk_segments), accounts.split(chunk_segments), strict=True):
         everywhere = accounts_in_every_position(account, env.config.positions)

@@ -19,7 +19,7 @@ from envs.trading_env import TradingEnv
 from models.policy import Policy, uses_bf16
 from models.transformer import TransformerConfig
 from training.checkpoint import Checkpoint, ResumeState, name_of
-from training.compilation import compile_accounts, compile_objective, rehearse
+from training.compilation import compile_accounts, compile_objective, dry_run
 from training.distributed import Ranks
 from training.learner import Learner
 from training.losses import Objective
@@ -152,7 +152,7 @@ class Trainer:
                 self.objective, *sizes, self.ranks, settings.parallel == "fsdp"
             ) or compile_accounts(self.env, self.policy, self.ranks)
         elif self.ranks.device.type == "cuda":
-            rehearse(self.objective, *sizes, self.ranks)
+            dry_run(self.objective, *sizes, self.ranks)
 
     def full_policy(self) -> Policy:
         """Return the unsharded policy, for rank 0 to use while the others wait (all ranks take part)."""
@@ -221,7 +221,7 @@ class Trainer:
         self._pending_update = Rollout.from_state_dict(update["rollout"], self.ranks.device), update
 
     def _restore_generator(self, state: Tensor) -> None:
-        # A state goes on only on the same kind of device.
+        # Generators of other kinds of devices have states of another length.
         if len(state) == len(self.learner.generator.get_state()):
             self.learner.generator.set_state(state.cpu())
 

@@ -152,7 +152,7 @@ def test_a_half_micro_batch_is_tried_once_and_then_it_does_not_fit() -> None:
 def test_a_rehearsal_leaves_no_gradient_and_tells_of_too_little_memory(monkeypatch) -> None:
     policy = small_policy()
     objective = Objective(policy, SETTINGS)
-    compilation.rehearse(objective, 2, CONTEXT, HORIZON, ALONE)
+    compilation.dry_run(objective, 2, CONTEXT, HORIZON, ALONE)
     assert all(p.grad is None for p in policy.parameters())
 
     def full(*_: object) -> None:
@@ -160,7 +160,7 @@ def test_a_rehearsal_leaves_no_gradient_and_tells_of_too_little_memory(monkeypat
 
     monkeypatch.setattr(policy, "encode", full)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        compilation.rehearse(objective, 2, CONTEXT, HORIZON, ALONE)
+        compilation.dry_run(objective, 2, CONTEXT, HORIZON, ALONE)
     other = SimpleNamespace(device=ALONE.device, any=lambda flag: True)  # a rank beside us ran out
     with pytest.raises(torch.OutOfMemoryError, match="another rank"):
-        compilation.rehearse(Objective(small_policy(), SETTINGS), 2, CONTEXT, HORIZON, other)
+        compilation.dry_run(Objective(small_policy(), SETTINGS), 2, CONTEXT, HORIZON, other)
