@@ -67,11 +67,11 @@ class Training:
         ranks = Ranks(0, 1, torch.device("cpu"))
         market = market_of(*self.bars, holdout_start_ns=self.trained_until_ns, context_bars=4, horizon=8)
         plan = plan_memory(SETTINGS, market.num_bytes, ranks)
-        self.trainer = Trainer(market, SETTINGS, ranks, plan, self.progress)
-        self.examiner = Examiner(folder, ranks, Control())
         self.progress = TrainingProgress(
             trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns
         )
+        self.trainer = Trainer(market, SETTINGS, ranks, plan, self.progress)
+        self.examiner = Examiner(folder, ranks, Control())
 
     def hold(self, position: str) -> None:
         with torch.no_grad():
@@ -80,7 +80,7 @@ class Training:
     def examine(self, data: str = "d") -> Exam:
         self.progress.tick(1)
         with self.writer() as writer:
-            exam = self.examiner.examine(self.trainer, self.progress, data, writer)
+            exam = self.examiner.examine(self.trainer, data, writer)
             writer.save(self.checkpoint(exam, data))
             writer.finish()
         for line in exam.lines:

@@ -71,7 +71,7 @@ def test_a_stopped_update_is_saved_and_finished_by_the_next_start(tmp_path: Path
         an_epoch(trainer)  # so that accounts are under way
     assert an_epoch(stopped, stop_at) is None
     saved = saved_and_loaded(stopped, tmp_path)
-    assert saved.path.name == ("run1_epoch0_step3.pt" if stop_at else "run1_epoch0.pt")
+    assert saved.path.name == ("run1_epoch1_step3.pt" if stop_at else "run1_epoch1.pt")
     resumed = small_trainer(saved)
     assert an_epoch(resumed) == an_epoch(unbroken)
     assert an_epoch(resumed) == an_epoch(unbroken)  # and the segment after it is a new one
