@@ -192,7 +192,7 @@ class Job:
     def end_epoch(self) -> None:
         """Record that training progresses, and fetch the next run's bars ahead when it is time."""
         progress, settings = self.progress, self.settings
-        self.control.progressed()
+        self.control.report_epoch()
         is_last_run = self.stopping or progress.run == settings.runs
         self._prefetch.after_epoch(0 if is_last_run else settings.epochs - progress.epoch)
 

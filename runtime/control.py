@@ -191,7 +191,7 @@ class Control:
             requested = int((self.folder / _STOP).read_bytes() or b"0")
         return max(self._stop.level, requested)
 
-    def progressed(self) -> None:
+    def report_epoch(self) -> None:
         """Report a finished epoch; the supervisor then counts crashes from zero."""
         self.has_progressed = True
         if self.folder is not None:

@@ -31,7 +31,7 @@ class InstallError(Exception):
 
 
 def digests(requirements: Path) -> dict[str, str]:
-    """Return digests, by file name, of the file and of those that it includes with ``-r``, whose own count too."""
+    """Return digests by name of the file and of those that it includes with ``-r``; its own covers theirs."""
     text = content = requirements.read_text(encoding="utf-8")
     found: dict[str, str] = {}
     for line in text.splitlines():

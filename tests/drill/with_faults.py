@@ -78,15 +78,15 @@ def plant_clock(seconds: float) -> None:
 
 
 def plant_pause(seconds: float) -> None:
-    from training.trainer import Session
+    from training.trainer import Trainer
 
-    collect = Session.collect
+    collect = Trainer.collect
 
     def paused(self, *arguments):
         time.sleep(seconds)
         return collect(self, *arguments)
 
-    Session.collect = paused
+    Trainer.collect = paused
 
 
 def plant_kill(name: str) -> None:

@@ -73,7 +73,7 @@ def train(rank: int) -> None:
                 return
         if rank == 0:
             save(epochs() + 1)
-            control.progressed()
+            control.report_epoch()
             sys.stdout.write(f"epoch {epochs()}\n")
         mishap(control, "epoch")
         if control.stop_level:
