@@ -151,7 +151,7 @@ class Job:
     # --- epochs -------------------------------------------------------------------------------------------
 
     def agree_on_stop(self, level: int = STOP_AT_EPOCH_END) -> bool:
-        """Set ``stopping`` if any rank was asked to stop at this level or above; return whether one was (all ranks)."""
+        """Set ``stopping`` if any rank was asked to stop at this level or above, and return that (all ranks)."""
         stop = agreed_stop(level, self.ranks, self.control)
         self.stopping = self.stopping or stop
         return stop
