@@ -37,10 +37,10 @@ SMALL = 5_000
 
 
 def request_for(num_symbols: int, num_bars: int):
-    from data_sources.refresh import DataRequest
+    from data_sources.sources import DataRequest
 
     pairs = tuple(f"COIN{number:03d}USDT" for number in range(num_symbols))
-    return DataRequest(("binance",), (), pairs, (), START_NS, START_NS + num_bars * MINUTE_NS)
+    return DataRequest(("binance",), {"binance_pairs": pairs}, START_NS, START_NS + num_bars * MINUTE_NS)
 
 
 def make(folder: Path, num_symbols: int, num_bars: int) -> str:
@@ -54,7 +54,7 @@ def make(folder: Path, num_symbols: int, num_bars: int) -> str:
 
     random = np.random.default_rng(0)
     lake, request = Lake(folder), request_for(num_symbols, num_bars)
-    for pair in request.binance_pairs:
+    for pair in request.symbols["binance_pairs"]:
         for first in range(0, num_bars, PART_BARS):
             count = min(PART_BARS, num_bars - first)
             close = np.round(100 * np.exp(np.cumsum(random.normal(0, 5e-4, count))), 2)

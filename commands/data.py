@@ -11,17 +11,21 @@ from typing import Any
 from data_sources import snapshot
 from data_sources.coverage import Extent, SymbolRow, minutes_behind
 from data_sources.lake.lake import Lake
+from data_sources.load import LoadedData, load
 from data_sources.progress import WarningCollector
-from data_sources.refresh import DataRequest, LoadedData, SourceReport, load, refresh
+from data_sources.refresh import SourceReport, refresh
+from data_sources.sources import DataRequest
+from data_sources.vendors import SOURCES
 from monitoring.console import Console
 from runtime.control import EXIT_NO_DATA
 
 log = logging.getLogger("continuous_training")
 
-# How many minutes of trade a source may lag before its bars are stale. Polygon's file of a day is out at 11:00
-# New York on the next one, over a weekend later; the others are asked up to the last minute.
-LATEST_MINUTES = {"polygon stock": 900, "polygon crypto": 2_880}
-OTHERS_LATEST_MINUTES = 60
+STALE_MINUTES = {
+    (source.name, group.asset_class): group.stale_minutes
+    for source in SOURCES.values()
+    for group in source.groups
+}
 THIN_COVERAGE = {"stock": 0.6, "crypto": 0.9}
 COLUMNS = (
     "symbol",
@@ -160,8 +164,8 @@ def _verdict(
         return "too few bars"
     if is_series and any("split" in flag for flag in row.flags):
         return "split missing"
-    latest = [LATEST_MINUTES.get(f"{source} {row.asset_class}", OTHERS_LATEST_MINUTES) for source in sources]
-    if behind is not None and behind > max(latest):
+    latest = max(STALE_MINUTES.get((source, row.asset_class), 60) for source in sources)
+    if behind is not None and behind > latest:
         return "stale"
     if extent.coverage is not None and extent.coverage < THIN_COVERAGE[row.asset_class]:
         return "thin"

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
+from data_sources.bars import DAY_NS
 from data_sources.calendar import date_ns
 from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
+from data_sources.load import LoadedData, load
 from data_sources.progress import Progress
-from data_sources.refresh import DataRequest, LoadedData, load, refresh
+from data_sources.refresh import refresh
+from data_sources.sources import DataRequest
 from envs.market import NoSegment
 from evaluation import plots
 from evaluation.exam import CHAMPION, POLICY, at_flat_cost, examine
 from evaluation.measures import measure
 from evaluation.page import count_of, headline, render_page
 from evaluation.provenance import (
-    DAY_NS,
     champion_beside,
     day_of,
     how_it_was_made,
@@ -199,7 +201,7 @@ def _load_bars(
             listed += f" and {len(available) - 50} more"
         raise ValueError(
             f"--symbols {','.join(unknown)}: no bars from {span}; there are: {listed}; others are read with "
-            "--stocks, --binance-pairs, --polygon-crypto"
+            + ", ".join(f"--{setting.replace('_', '-')}" for setting in request.symbols)
         )
     symbols = list(dict.fromkeys(options.symbols)) or known or sorted(available)
     for symbol in options.plotted:

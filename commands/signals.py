@@ -16,13 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_sources.bars import MINUTE_NS, AssetClass
-from data_sources.calendar import DAY_NS, expected_minutes
+from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass
+from data_sources.calendar import expected_minutes
 from data_sources.coverage import minutes_behind
 from data_sources.lake.lake import Lake
-from data_sources.load import DataRequest, LoadedData, load
+from data_sources.load import LoadedData, load
 from data_sources.progress import Progress, WarningCollector
 from data_sources.refresh import refresh
+from data_sources.sources import DataRequest
 from data_sources.universe import top_of
 from evaluation.trained_policy import Decision, TrainedPolicy
 from monitoring.console import Console
@@ -94,17 +95,16 @@ def request_of(settings: Settings, now_ns: int, symbols: Sequence[str]) -> DataR
     request = dataclasses.replace(request, start_ns=start_ns, min_bars=settings.context_bars + 1)
     if not symbols or "simulated" in request.sources:
         return request
-    named = (request.stocks, request.binance_pairs, request.polygon_crypto)
-    kept = [[each for each in names if each in symbols or top_of((each,))] for names in named]
-    has_rule = any(map(top_of, kept))
-    unknown = [each for each in symbols if not has_rule and not any(each in names for names in kept)]
+    kept = {
+        setting: [name for name in names if name in symbols or top_of((name,))]
+        for setting, names in request.symbols.items()
+    }
+    has_rule = any(map(top_of, kept.values()))
+    unknown = [name for name in symbols if not has_rule and not any(name in names for names in kept.values())]
     if unknown:
-        raise ValueError(
-            f"--symbols {','.join(unknown)}: no source is asked for it; "
-            "add it to --stocks, --binance-pairs or --polygon-crypto"
-        )
-    stocks, pairs, coins = kept
-    return dataclasses.replace(request, stocks=stocks, binance_pairs=pairs, polygon_crypto=coins)
+        flags = " or ".join(f"--{setting.replace('_', '-')}" for setting in kept)
+        raise ValueError(f"--symbols {','.join(unknown)}: no source is asked for it; add it to {flags}")
+    return dataclasses.replace(request, symbols=kept)
 
 
 def signals_of(

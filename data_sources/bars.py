@@ -1,16 +1,20 @@
-"""Bars: the one record of market data that leaves this package, and what makes it valid."""
+"""Bars: the record of market data that leaves this package, and the rules for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 AssetClass = Literal["stock", "crypto"]
 MINUTE_NS = 60_000_000_000
+HOUR_NS = 60 * MINUTE_NS
+DAY_NS = 24 * HOUR_NS
 COLUMNS = ("open_time", "open", "high", "low", "close", "volume")
 
 
@@ -59,7 +63,7 @@ class Bars:
 
     @classmethod
     def known_valid(cls, symbol: str, asset_class: AssetClass, *columns: NDArray[Any]) -> Bars:
-        """Return bars of COLUMNS that were valid when they were written; not one value is looked at."""
+        """Return bars of COLUMNS that were valid when they were written, without looking at a value."""
         bars = object.__new__(cls)
         for name, value in zip(
             ("symbol", "asset_class", *COLUMNS), (symbol, asset_class, *columns), strict=True
@@ -72,8 +76,8 @@ class Bars:
 
     def _require(self, rule: str, holds: NDArray[np.bool_]) -> None:
         if not holds.all():
-            place = int(np.argmin(holds))
-            raise ValueError(f"{self.symbol}: {rule} is broken at bar {place} of {len(self)}")
+            first = int(np.argmin(holds))
+            raise ValueError(f"{self.symbol}: {rule} is broken at bar {first} of {len(self)}")
 
     def between(self, start_ns: int, end_ns: int) -> Bars:
         """Return the bars that open in [start_ns, end_ns), as views."""
@@ -92,11 +96,13 @@ def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> 
         asset_class: "crypto" for what trades round the clock, "stock" for US stocks.
 
     Raises:
-        ValueError: a column is missing or holds no numbers, or the rows are no valid bars; names which.
+        ValueError: a column is missing or has no numbers, or the rows are not valid bars; names which.
     """
+    import pandas as pd  # half a second, and training does without it
+
     missing = [name for name in COLUMNS if name not in frame]
     if missing:
-        raise ValueError(f"{symbol}: the frame must have {', '.join(COLUMNS)}; it lacks {', '.join(missing)}")
+        raise ValueError(f"{symbol}: the frame must have {', '.join(COLUMNS)}; {', '.join(missing)} missing")
     if asset_class not in ("crypto", "stock"):
         raise ValueError(f"{symbol}: asset_class must be crypto or stock, was {asset_class}")
     times = frame["open_time"]
@@ -108,7 +114,7 @@ def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> 
     columns = []
     for name in COLUMNS[1:]:
         try:
-            # A copy: pandas may lend what must not be written, and torch warns of that.
+            # A copy: pandas may return a read-only view, and torch warns of those.
             columns.append(np.array(frame[name], np.float64))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{symbol}: {name} must be numbers") from error

@@ -11,12 +11,11 @@ from zoneinfo import ZoneInfo
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sources.bars import MINUTE_NS, Bars
+from data_sources.bars import DAY_NS, MINUTE_NS, Bars
 
 if TYPE_CHECKING:
     import exchange_calendars
 
-DAY_NS = 86_400_000_000_000
 OPEN_MINUTE, CLOSE_MINUTE = 9 * 60 + 30, 16 * 60  # of the day in New York, regular session
 _NEW_YORK = ZoneInfo("America/New_York")
 _EPOCH = datetime.date(1970, 1, 1)

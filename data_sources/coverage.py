@@ -1,4 +1,4 @@
-"""What is known of a series of bars: extent, gaps, sources, stretches, and what was noticed on the way."""
+"""A series of bars summed up: extent, gaps, sources, stretches, and what was noticed while loading."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from data_sources.bars import MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import expected_minutes
+from data_sources.vendors import SOURCES
 
-SOURCES = ("polygon", "binance", "yahoo", "simulated")
+SOURCE_NAMES = tuple(SOURCES)
 STALE_BARS = 60
 LOW_COVERAGE = 0.6
 
@@ -36,7 +37,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class SourceRow(Extent):
-    """What one source has of one symbol, used or not. ``rejected`` counts rows by reason, kept out by checks."""
+    """What one source has of one symbol, used or not. ``rejected`` counts rows by failed check."""
 
     source: str
     rejected: dict[str, int]
@@ -54,7 +55,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class SymbolRow(Extent):
-    """One symbol's merged series as a table shows it; ``dropped`` says why it is not used, "" if it is.
+    """One symbol's merged series as a table shows it; ``dropped`` is the reason not to use it, "" for none.
 
     ``difference`` is the median relative difference of the closes of two sources, None without two.
     """
@@ -71,15 +72,15 @@ class SymbolRow(Extent):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Return the sources with a bar in the series, sorted."""
+        """The sources with a bar in the series, sorted."""
         return tuple(sorted({stretch.source for stretch in self.stretches}))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> SymbolRow:
-        """Return the row that dataclasses.asdict took apart, also after a way through JSON."""
+        """Return the row whose dataclasses.asdict is given, also one that was JSON meanwhile."""
         parts = {
-            "by_source": tuple(SourceRow(**each) for each in values["by_source"]),
-            "stretches": tuple(Stretch(**each) for each in values["stretches"]),
+            "by_source": tuple(SourceRow(**row) for row in values["by_source"]),
+            "stretches": tuple(Stretch(**stretch) for stretch in values["stretches"]),
             "flags": tuple(values["flags"]),
         }
         return SymbolRow(**(values | parts))
@@ -87,10 +88,10 @@ class SymbolRow(Extent):
 
 @dataclass
 class Series:
-    """One symbol on its way: bars, which source each is of, and what was noticed."""
+    """One symbol while it is loaded: bars, the source of each, and what was noticed."""
 
     bars: Bars
-    source: NDArray[np.int8]  # (num_bars,) index into SOURCES
+    source: NDArray[np.int8]  # (num_bars,) index into SOURCE_NAMES
     by_source: dict[str, Extent] = field(default_factory=dict)
     rejected: dict[str, Counter[str]] = field(default_factory=dict)  # by source
     num_splits: int = 0
@@ -99,7 +100,7 @@ class Series:
 
 
 def row_of(series: Series, dropped: str) -> SymbolRow:
-    """Sum up a series; ``dropped`` says why it is not used."""
+    """Sum up a series; ``dropped`` is the reason not to use it."""
     bars, flags = series.bars, list(series.flags)
     stretches = _stretches(series)
     extents = dict(series.by_source)
@@ -125,7 +126,7 @@ def row_of(series: Series, dropped: str) -> SymbolRow:
                 source=source,
                 rejected=dict(sorted(series.rejected.get(source, {}).items())),
             )
-            for source in SOURCES
+            for source in SOURCE_NAMES
             if source in extents or series.rejected.get(source)
         ),
         stretches=stretches,
@@ -151,7 +152,7 @@ def _stretches(series: Series) -> tuple[Stretch, ...]:
     starts = np.append(0, np.flatnonzero(np.diff(series.source)) + 1).tolist()
     ends = [*starts[1:], len(time)]
     return tuple(
-        Stretch(SOURCES[series.source[start]], int(time[start]), int(time[end - 1]), end - start)
+        Stretch(SOURCE_NAMES[series.source[start]], int(time[start]), int(time[end - 1]), end - start)
         for start, end in zip(starts, ends, strict=True)
     )
 
@@ -185,7 +186,7 @@ def _longest_stale(bars: Bars) -> int:
 
 
 def minutes_behind(last_ns: int | None, asset_class: str, end_ns: int) -> int | None:
-    """Count the minutes of trade between the newest bar and the end that was asked for."""
+    """Count the minutes of trade between the newest bar and the requested end."""
     if last_ns is None:
         return None
     start_ns = last_ns + MINUTE_NS

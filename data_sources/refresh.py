@@ -1,33 +1,30 @@
-"""Bring the lake up to date from every source, each in isolation; then ``load`` reads what there is."""
+"""Bring the lake up to date from every source, each in isolation, or only probe the sources."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from data_sources.errors import DataError, LakeError, MissingCredentials
+from data_sources.errors import DataError, MissingCredentials
 from data_sources.lake.lake import Lake
-from data_sources.load import DataRequest, LoadedData, load
 from data_sources.progress import Progress
+from data_sources.sources import Answer, DataRequest, Source
 from data_sources.splits import SplitLedger
-from data_sources.universe import named, top_of
+from data_sources.vendors import SOURCES
 
-__all__ = ["DataRequest", "LoadedData", "SourceReport", "load", "refresh"]
-
-Adapter = Callable[[Lake, DataRequest, int, Progress, SplitLedger], None]
-LABELS = {"polygon": "Polygon", "binance": "Binance", "yahoo": "Yahoo", "simulated": "Simulated market"}
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """How one source fared. ``message`` is one line that can be shown as it is and begins with its name.
+    """How one source fared. ``message`` is one line for the user that begins with its label.
 
-    ``rows`` and ``newest_ns`` (end of the newest interval, None without one) say what the lake holds of it now.
+    ``rows`` and ``newest_ns`` (end of the newest interval, None without one) are what the lake has of it now.
     """
 
     status: Literal["ok", "skipped", "failed"]
@@ -43,84 +40,80 @@ def refresh(
     now_ns: int,
     progress: Progress,
     *,
-    adapters: Mapping[str, Adapter] | None = None,
+    sources: Mapping[str, Source] = SOURCES,
 ) -> dict[str, SourceReport]:
-    """Ask every source of the request for what the lake lacks, one after another.
+    """Fetch from every source of the request what the lake lacks, one source after another.
 
-    Whatever a source does, the others are asked and what arrived stays. Sources that were skipped or failed are
-    told through ``progress.warn`` as well. Nothing but an interrupt leaves this function.
+    Whatever a source does, the others get their turn and what arrived stays. Sources that were skipped or
+    failed are also reported through ``progress.warn``. Only an interrupt leaves this function as an exception.
 
     Args:
-        lake: is locked against other writers for as long as this takes.
-        request: symbols and interval.
-        now_ns: the present; later minutes, and those not closed for 5 seconds, are not asked for.
-        progress: is told by the adapters.
-        adapters: how to refresh each source, in place of the real ones.
+        lake: locked against other writers meanwhile.
+        request: sources, symbols and interval.
+        now_ns: the present; later minutes, and those not closed for 5 seconds, are not fetched.
+        progress: see Source.refresh.
+        sources: other sources under these names, for tests.
 
     Returns:
         A report per source, in the order of ``request.sources``.
     """
-    adapters = adapters or {"polygon": _polygon, "binance": _binance, "yahoo": _yahoo}
-    wanted = list(dict.fromkeys(request.sources))
-    reports: dict[str, SourceReport] = {}
-    if "simulated" in wanted:
-        reports["simulated"] = SourceReport("ok", f"{LABELS['simulated']} ok: needs no download", 0.0)
-    sources = [source for source in wanted if source != "simulated"]
-    if sources:
+    wanted = {name: sources[name] for name in request.sources}
+    reports = {
+        name: SourceReport("ok", f"{source.label} ok: needs no download", 0.0)
+        for name, source in wanted.items()
+        if source.is_computed
+    }
+    fetched = [source for source in wanted.values() if not source.is_computed]
+    if fetched:
         started = time.monotonic()
         try:
             with lake.writing():
-                ledger = SplitLedger(lake.root)
-                for source in sources:
-                    reports[source] = _one(lake, request, now_ns, progress, source, adapters[source], ledger)
-        except (DataError, OSError) as error:  # no source could be asked: the lake itself is at fault
-            for source in sources:
-                if source not in reports:
-                    reports[source] = _failed(lake, source, error, time.monotonic() - started)
-    for source in sources:
-        if reports[source].status != "ok":
-            progress.warn(source, reports[source].message)
-    return {source: reports[source] for source in wanted}
+                splits = SplitLedger(lake.root)
+                for source in fetched:
+                    reports[source.name] = _refresh_one(lake, request, now_ns, progress, source, splits)
+        except (DataError, OSError) as error:  # the lake itself is at fault
+            for source in fetched:
+                if source.name not in reports:
+                    reports[source.name] = _failed(lake, source, error, time.monotonic() - started)
+    for source in fetched:
+        if reports[source.name].status != "ok":
+            progress.warn(source.name, reports[source.name].message)
+    return {name: reports[name] for name in wanted}
 
 
-def _one(
-    lake: Lake,
-    request: DataRequest,
-    now_ns: int,
-    progress: Progress,
-    source: str,
-    adapter: Adapter,
-    ledger: SplitLedger,
+def _refresh_one(
+    lake: Lake, request: DataRequest, now_ns: int, progress: Progress, source: Source, splits: SplitLedger
 ) -> SourceReport:
     started = time.monotonic()
     try:
-        adapter(lake, request, now_ns, progress, ledger)
+        source.refresh(lake, request, now_ns, progress, splits)
         rows, newest_ns, kept = _kept(lake, source)
     except MissingCredentials as error:
-        seconds = time.monotonic() - started
-        return SourceReport("skipped", f"{LABELS[source]} skipped: {error}", seconds)
+        return SourceReport("skipped", f"{source.label} skipped: {error}", time.monotonic() - started)
     except (DataError, OSError, ImportError) as error:
         return _failed(lake, source, error, time.monotonic() - started)
     except Exception as error:
-        # A fault of ours, not of the world: told with its traceback, and still no reason to stop training.
-        logger.exception("the %s adapter broke", source)
+        # A bug of ours: logged with its traceback, and still no reason to stop training.
+        logger.exception("the source %s broke", source.name)
         return _failed(lake, source, error, time.monotonic() - started)
-    return SourceReport("ok", f"{LABELS[source]} ok: {kept}", time.monotonic() - started, rows, newest_ns)
+    return SourceReport("ok", f"{source.label} ok: {kept}", time.monotonic() - started, rows, newest_ns)
 
 
-def _failed(lake: Lake, source: str, error: Exception, seconds: float) -> SourceReport:
+def _failed(lake: Lake, source: Source, error: Exception, seconds: float) -> SourceReport:
     reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.split())
     try:
         rows, newest_ns, kept = _kept(lake, source)
     except DataError:
-        rows, newest_ns, kept = 0, None, "what the lake holds cannot be read"
-    return SourceReport("failed", f"{LABELS[source]} failed: {reason}; {kept}", seconds, rows, newest_ns)
+        rows, newest_ns, kept = 0, None, "its part of the lake cannot be read"
+    return SourceReport("failed", f"{source.label} failed: {reason}; {kept}", seconds, rows, newest_ns)
 
 
-def _kept(lake: Lake, source: str) -> tuple[int, int | None, str]:
-    """Return (rows, end of the newest interval, both in words) of what the lake holds, from footers alone."""
-    parts = [part for dataset in lake.datasets(source) for part in lake.parts(source, dataset).values()]
+def _kept(lake: Lake, source: Source) -> tuple[int, int | None, str]:
+    """Return a source's rows in the lake, the end of the newest interval, and both in words."""
+    parts = [
+        part for dataset in lake.datasets(source.name) for part in lake.parts(source.name, dataset).values()
+    ]
     if not parts:
         return 0, None, "nothing is kept of it yet"
     rows, newest_ns = sum(part.rows for part in parts), max(part.end_ns for part in parts)
@@ -128,52 +121,16 @@ def _kept(lake: Lake, source: str) -> tuple[int, int | None, str]:
     return rows, newest_ns, f"{rows:,} bars up to {newest:%Y-%m-%d %H:%M} UTC are kept"
 
 
-# Imported by name when asked for: a vendor's library takes a second, and its absence costs only that source.
+def probe(request: DataRequest, now_ns: int) -> list[Answer]:
+    """Ask all sources of a request at once whether a refresh would work; nothing is kept."""
+    sources = request.chosen
+    with ThreadPoolExecutor(len(sources) or 1, "probe") as pool:
+        found = pool.map(lambda source: _probe_one(source, request, now_ns), sources)
+        return [answer for answers in found for answer in answers]
 
 
-def _polygon(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
-    from data_sources.vendors.polygon import Polygon
-
-    end_ns = min(request.end_ns, now_ns)
-    if request.stocks:
-        _polygon_splits(request, now_ns, progress, splits)
-    polygon = Polygon.from_environment()
-    polygon.refresh(lake, request.stocks, request.polygon_crypto, request.start_ns, end_ns, now_ns, progress)
-
-
-def _polygon_splits(request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
-    """Ask for splits where a key is given; Yahoo's, and those that were learned before, are there without."""
-    from data_sources.vendors.polygon_splits import PolygonSplits
-
+def _probe_one(source: Source, request: DataRequest, now_ns: int) -> list[Answer]:
     try:
-        source = PolygonSplits.from_environment()
-        if source is not None:
-            stocks = None if top_of(request.stocks) else request.stocks
-            _, num_bad = source.update(splits, stocks, request.start_ns, now_ns)
-            if num_bad:
-                progress.warn("polygon", f"splits: {num_bad} entries cannot be read")
-        elif top_of(request.stocks):
-            progress.warn(
-                "polygon", "splits of stocks that are not named need POLYGON_API_KEY, see .env.example"
-            )
-    except LakeError:
-        raise
-    except DataError as error:
-        progress.warn("polygon", f"splits: {error}")
-
-
-def _binance(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
-    from data_sources.vendors.binance import Binance
-
-    end_ns = min(request.end_ns, now_ns)
-    Binance.from_environment().refresh(
-        lake, request.binance_pairs, request.start_ns, end_ns, now_ns, progress
-    )
-
-
-def _yahoo(lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger) -> None:
-    from data_sources.vendors.yahoo import Yahoo
-
-    end_ns = min(request.end_ns, now_ns)
-    stocks = named(request.stocks)
-    Yahoo.from_environment().refresh(lake, stocks, request.start_ns, end_ns, now_ns, progress, splits)
+        return list(source.probe(request, now_ns))
+    except (DataError, OSError, ImportError) as error:
+        return [Answer(source.label, error)]

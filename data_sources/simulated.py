@@ -2,23 +2,41 @@
 
 One bar's log return is sigma * (strength * regime + noise), where the regime is +1 or -1 and stays with
 probability ``persistence`` from bar to bar. Every UTC day of a symbol is drawn from its own seed, so that a
-bar is the same numbers (up to the symbol's price scale) whichever window it is seen in.
+bar has the same numbers (up to the symbol's price scale) in every window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sources.bars import MINUTE_NS, Bars
+from data_sources.bars import DAY_NS, MINUTE_NS, Bars
+from data_sources.sources import DataRequest, Source
 
-BARS_PER_DAY = 1440
-DAY_NS = BARS_PER_DAY * MINUTE_NS
+BARS_PER_DAY = DAY_NS // MINUTE_NS
 START_PRICE = 100.0
 _WICK = 0.3  # mean length of a wick, in sigma
 _LOG_VOLUME_SIGMA = 0.5
+
+
+class _Simulated(Source):
+    name, label = "simulated", "Simulated market"
+    is_computed = True
+
+    def compute(self, request: DataRequest) -> Iterator[Bars]:
+        yield from simulated_bars(
+            request.simulated_symbols, request.simulated_bars, request.simulated_seed, request.end_ns
+        )
+
+    def parameters(self, request: DataRequest) -> tuple[int, ...]:
+        sizes = (request.simulated_symbols, request.simulated_bars, request.simulated_seed)
+        return (*sizes, request.end_ns // DAY_NS)
+
+
+SOURCE = _Simulated()
 
 
 def simulated_bars(
@@ -37,7 +55,7 @@ def simulated_bars(
         num_symbols: symbols, independent of each other; more symbols leave the first ones as they are.
         num_bars: bars per symbol, one a minute without gaps.
         seed: another seed is another market.
-        end_ns: the bars end before this instant floored to the UTC day, so that a restart on the same day
+        end_ns: the bars end at this instant floored to the UTC day, so that a restart on the same day
             sees the same market.
         sigma: standard deviation of a bar's noise, as a log return.
         strength: drift of the regime in units of sigma; 0 leaves nothing to learn.
@@ -49,7 +67,7 @@ def simulated_bars(
     result = []
     for index in range(num_symbols):
         days = [
-            _one_day(seed, index, day, sigma, strength, persistence)
+            _draw_day(seed, index, day, sigma, strength, persistence)
             for day in range(end_day - num_days, end_day)
         ]
         log_return, up_wick, down_wick, volume = np.concatenate(days, axis=1)[:, -num_bars:]
@@ -83,7 +101,7 @@ def draw_regimes(
     return strength * regime, generator.standard_normal(shape)
 
 
-def _one_day(
+def _draw_day(
     seed: int, index: int, day: int, sigma: float, strength: float, persistence: float
 ) -> NDArray[np.float64]:
     """Return (4, 1440): log returns, upper and lower wicks as log distances, volumes."""

@@ -29,7 +29,8 @@ from data_sources.bars import COLUMNS, Bars
 from data_sources.coverage import SymbolRow
 from data_sources.errors import LakeError
 from data_sources.lake.lake import READY_FOLDER, Lake
-from data_sources.load import DataRequest, LoadedData, each_symbol, fingerprint
+from data_sources.load import LoadedData, each_symbol, fingerprint
+from data_sources.sources import DataRequest
 from runtime.files import TEMPORARY_SUFFIX, write_atomically
 
 SUFFIX = ".bars"

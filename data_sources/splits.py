@@ -14,13 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sources.bars import Bars
-from data_sources.calendar import DAY_NS, in_regular_session, new_york_midnight_ns, new_york_time
+from data_sources.bars import DAY_NS, Bars
+from data_sources.calendar import in_regular_session, new_york_midnight_ns, new_york_time
 from data_sources.errors import LakeError
 from runtime.files import write_atomically
 
@@ -116,7 +115,7 @@ class SplitLedger:
         updated = self._splits | {symbol: dict(sorted(merged.items()))}
         text = json.dumps({"splits": dict(sorted(updated.items()))}, indent=1)
         try:
-            write_atomically(self._path, lambda file: _write(file, text))
+            write_atomically(self._path, lambda file: file.write(text.encode()))
         except OSError as error:
             raise LakeError(f"cannot write {self._path}: {error.strerror or error}") from error
         self._splits = updated
@@ -214,7 +213,3 @@ def _jumped(bars: Bars, executed_ns: int, ratio: float) -> bool:
         return False
     moved = math.log(bars.close[place - 1] / bars.open[place])
     return abs(moved - math.log(ratio)) < abs(moved)
-
-
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())

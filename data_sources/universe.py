@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from data_sources.bars import DAY_NS
 from data_sources.lake.lake import Lake
 
 KEPT_FOLD = 3
 LOOK_BACK_DAYS = 30
-DAY_NS = 86_400_000_000_000
 _RULE = re.compile(r"top:([1-9]\d{0,4})")
 
 Interval = tuple[int, int]  # [start_ns, end_ns)

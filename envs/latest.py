@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sources.bars import COLUMNS, MINUTE_NS, Bars
-from data_sources.calendar import DAY_NS, expected_minutes, minutes_left
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS, Bars
+from data_sources.calendar import expected_minutes, minutes_left
 from envs.account import AccountState, observation_constants, observe
 from envs.config import EnvConfig
 from envs.counterfactuals import accounts_in_every_position

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from data_sources.refresh import LoadedData
+from data_sources.load import LoadedData
 from evaluation import champion, ledger
 from evaluation.trained_policy import TrainedPolicy
 from training.checkpoint import BEST, Checkpoint, CheckpointError
-
-DAY_NS = 86_400 * 10**9
 
 
 def champion_beside(trained: TrainedPolicy, start_ns: int) -> tuple[Checkpoint | None, list[str]]:

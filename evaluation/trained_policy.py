@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from data_sources.bars import MINUTE_NS, AssetClass, Bars
-from data_sources.simulated import DAY_NS, simulated_bars
+from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
+from data_sources.simulated import simulated_bars
 from envs.config import EnvConfig
 from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compute
 from envs.latest import latest_decisions

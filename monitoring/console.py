@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data_sources.bars import MINUTE_NS
-from data_sources.refresh import LoadedData
+from data_sources.load import LoadedData
 from monitoring import health
 from monitoring.dashboard import Painter
 from monitoring.exporters import Telemetry, read_metrics

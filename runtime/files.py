@@ -14,7 +14,7 @@ TEMPORARY_SUFFIX = ".tmp"
 _COPY_BYTES = 1 << 20
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a new file that replaces ``path`` once it is safe on disk.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder: after this returns, the file survives

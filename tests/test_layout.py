@@ -44,8 +44,8 @@ ONLY_IN = {
     "pynvml": {"monitoring/machine.py", "training/metrics.py"},
     "psutil": {"monitoring/machine.py"},
     "typer": {"commands/cli.py", "commands/__init__.py", "continuous_training.py"},
-    "boto3": {"data_sources/vendors/polygon.py", "data_sources/vendors/polygon_files.py"},
-    "yfinance": {"data_sources/vendors/yahoo.py"},
+    "boto3": {"data_sources/vendors/polygon_files.py"},
+    "yfinance": {"data_sources/vendors/yahoo_client.py"},
 }
 SOURCES = sorted(p for part in OURS for p in (*ROOT.glob(f"{part}.py"), *(ROOT / part).rglob("*.py")))
 

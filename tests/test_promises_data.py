@@ -22,7 +22,7 @@ import torch
 from continuous_training import Settings
 from data_sources.calendar import new_york_midnight_ns
 from data_sources.lake.lake import Lake
-from data_sources.refresh import load
+from data_sources.load import load
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.data_sources.vendors.loopback import Fault
 from tests.program import ALONE, SUPERVISED, Start, checkpoint, epochs_of, is_same, tiny_flags

@@ -20,8 +20,11 @@ from data_sources.bars import Bars
 from data_sources.calendar import date_ns
 from data_sources.errors import LakeError
 from data_sources.lake.lake import READY_FOLDER, Lake
+from data_sources.load import LoadedData, load
 from data_sources.progress import Progress
-from data_sources.refresh import DataRequest, LoadedData, load, refresh
+from data_sources.refresh import refresh
+from data_sources.sources import DataRequest
+from data_sources.vendors import SYMBOL_SETTINGS
 from envs.features import FeatureStatistics
 from envs.market import Market
 from runtime import background_process
@@ -135,9 +138,7 @@ def data_request(settings: Settings, now_ns: int) -> DataRequest:
         start_ns = date_ns(settings.start_date)
     return DataRequest(
         sources=settings.sources,
-        stocks=settings.stocks,
-        binance_pairs=settings.binance_pairs,
-        polygon_crypto=settings.polygon_crypto,
+        symbols={name: getattr(settings, name) for name in SYMBOL_SETTINGS},
         start_ns=start_ns,
         end_ns=end_ns,
         min_bars=settings.min_bars,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from data_sources import universe
 from data_sources.calendar import parse_day
+from data_sources.vendors import RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from envs.config import EnvConfig, require
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-SOURCES = ("polygon", "binance", "yahoo", "simulated")
 COMPILE = ("auto", "on", "off")
 PARALLEL = ("ddp", "fsdp")
 ADVANTAGES = ("hindsight", "gae")
@@ -103,11 +103,11 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
     mixed = "simulated" in s.sources and len(s.sources) > 1
     yield "sources", not mixed, "must not mix simulated bars with real ones"
 
-    for name in ("stocks", "polygon_crypto", "binance_pairs"):
+    for name in SYMBOL_SETTINGS:
         rule = "must be symbols"
-        if name != "binance_pairs":
+        if name in RULE_SETTINGS:
             rule += ", or a rule such as top:500: the largest by dollar volume, as known at each date"
-        yield name, _are_symbols(getattr(s, name), name != "binance_pairs"), rule
+        yield name, _are_symbols(getattr(s, name), name in RULE_SETTINGS), rule
 
     today = datetime.now(UTC)
     first = parse_day(FIRST_DATE.isoformat())

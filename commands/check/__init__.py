@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from commands.check import folder, machine, sources
 from commands.check.line import Line
-from data_sources import probing
+from data_sources import refresh
 from monitoring.console import Console
 from runtime.control import EXIT_OK
 from runtime.launch import Launch
@@ -47,7 +47,7 @@ def lines(settings: Settings, environment: Mapping[str, str], offline: bool) -> 
     if offline:
         yield Line("sources", "OK", "not asked, for --offline")
     elif request.needs_lake:
-        answers = probing.probe(request, now_ns)
+        answers = refresh.probe(request, now_ns)
         yield from sources.answered(answers, settings)
         yield sources.clock(answers)
     here = machine.Machine.read()

@@ -16,7 +16,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from commands.check.line import Line, size
 from commands.check.sources import rows_held
-from data_sources.load import DataRequest
+from data_sources.sources import DataRequest
 from data_sources.universe import named, top_of
 from envs.features import FEATURES
 from models.policy import uses_bf16
@@ -132,15 +132,14 @@ def num_bars(request: DataRequest) -> int:
 
 def bars_per_week(request: DataRequest) -> int:
     """Estimate the bars of a week; a rule such as top:500 stands for as many symbols."""
-    by_polygon = "polygon" in request.sources
-    stocks = coins = 0
-    if by_polygon or "yahoo" in request.sources:
-        stocks = len(named(request.stocks)) + by_polygon * top_of(request.stocks)
-    if "binance" in request.sources:
-        coins = len(request.binance_pairs)
-    if by_polygon:
-        coins += len(named(request.polygon_crypto)) + top_of(request.polygon_crypto)
-    return stocks * MINUTES_PER_WEEK["stock"] + coins * MINUTES_PER_WEEK["crypto"]
+    bars: dict[str, int] = {}  # by setting: sources that share a list of stocks have the same minutes
+    for source in request.chosen:
+        for group in source.groups:
+            names = group.symbols(request)
+            count = len(named(names)) + (top_of(names) if group.dataset else 0)
+            minutes = count * MINUTES_PER_WEEK[group.asset_class]
+            bars[group.setting] = max(minutes, bars.get(group.setting, 0))
+    return sum(bars.values())
 
 
 def disk(settings: Settings, request: DataRequest) -> Iterator[Line]:

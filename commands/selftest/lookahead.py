@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sources.bars import MINUTE_NS, Bars
-from data_sources.calendar import DAY_NS, new_york_time
+from data_sources.bars import DAY_NS, MINUTE_NS, Bars
+from data_sources.calendar import new_york_time
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
 from data_sources.load import each_symbol
-from data_sources.refresh import DataRequest
 from data_sources.simulated import simulated_bars
+from data_sources.sources import DataRequest
 from envs.config import EnvConfig
 from envs.features import FEATURES, WARM_UP_BARS, FeatureFunction, compute
 from envs.market import Market, NoSegment
@@ -71,7 +71,9 @@ def load_bars(settings: Settings, now_ns: int) -> list[Bars]:
     request, lake = data_request(settings, now_ns), Lake(Path(settings.data_dir))
     kinds = [replace(request, sources=("simulated",), simulated_symbols=SYMBOLS)]
     if "simulated" not in settings.sources:
-        kinds = [replace(request, binance_pairs=(), polygon_crypto=()), replace(request, stocks=())]
+        crypto = dict(request.symbols)
+        stocks = {"stocks": crypto.pop("stocks")}
+        kinds = [replace(request, symbols=symbols) for symbols in (stocks, crypto)]
     found = [bars for kind in kinds for bars in islice(_load_usable(lake, kind), SYMBOLS)]
     if not found:
         num_bars = TRAINING_BARS + settings.holdout_days * 1_440

@@ -35,7 +35,7 @@ from data_sources.lake.parts import (
     symbol_runs,
     write_part,
 )
-from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, SCHEMA, clean
+from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, clean
 from data_sources.progress import NullProgress, Progress
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
 from runtime.locking import FolderLock, FolderLockError
@@ -222,27 +222,6 @@ class Lake:
                 raise LakeError(f"cannot remove {path}: {error.strerror or error}") from error
         with self._known_guard:
             self._known.pop(path, None)
-
-    def read(
-        self,
-        source: str,
-        dataset: str,
-        symbols: Sequence[str] | None,
-        start_ns: int,
-        end_ns: int,
-        *,
-        with_fetched: bool = False,
-    ) -> pa.Table:
-        """Return the bars that open in [start_ns, end_ns), of all parts merged, sorted by symbol, open_time.
-
-        Args and merging as for ``columns``; ``with_fetched`` adds the column fetched_ns (int64).
-        """
-        schema = SCHEMA.append(pa.field(FETCHED, pa.int64())) if with_fetched else SCHEMA
-        tables = [schema.empty_table()]
-        for symbol, columns in self.columns(source, dataset, symbols, start_ns, end_ns).items():
-            names = pa.repeat(pa.scalar(symbol, pa.string()), len(columns["open_time"]))
-            tables.append(pa.table([names, *(columns[name] for name in schema.names[1:])], schema=schema))
-        return pa.concat_tables(tables)
 
     def columns(
         self, source: str, dataset: str, symbols: Sequence[str] | None, start_ns: int, end_ns: int

@@ -1,4 +1,4 @@
-"""Which rows of a vendor's answer are bars: ordered checks, each counted, nothing dropped without a reason.
+"""Which rows of a vendor's answer are bars: ordered checks, each counted; no row is dropped without a reason.
 
 The order: place (symbol, time), values, duplicates, bad ticks. Values come before duplicates so that of two
 rows for one minute a broken one never wins over a good one.
@@ -7,39 +7,40 @@ rows for one minute a broken one never wins over a good one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, MINUTE_NS
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
 from data_sources.errors import BadAnswer
 
 SCHEMA = pa.schema(
     [("symbol", pa.string()), ("open_time", pa.int64())] + [(name, pa.float64()) for name in COLUMNS[1:]]
 )
-EARLIEST_NS = 1_420_070_400_000_000_000  # 2015-01-01; an older stamp is one in another unit
+EARLIEST_NS = 1_420_070_400_000_000_000  # 2015-01-01; an older stamp is in another unit
 CLOSING_GRACE_NS = 5_000_000_000  # vendors still change a bar for a moment after its minute
-DAY_NS = 86_400_000_000_000
 OUTSIDE_TOLERANCE_NS = DAY_NS // 2  # a US session ends after midnight UTC, so a day's file may reach over
 OHLC_TOLERANCE = 1e-6  # relative; rounding at the vendor, clamped
-TICK_JUMP = 0.20  # log return; below this nothing is called a bad tick
+TICK_JUMP = 0.20  # log return; smaller moves are never bad ticks
 TICK_SIGMAS = 10.0
 TICK_MAX_BARS = 3
 TICK_LOOK_AHEAD = 5  # bars that must mostly lie at the old level after the tick
 _MAD_TO_SIGMA = 1.4826
-# Counted but not kept aside: an early row comes again as a whole bar, an equal row says nothing new.
+# Counted but not kept aside: an early row comes again as a whole bar, an equal row adds nothing.
 NOT_QUARANTINED = ("not_closed", "duplicate")
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What is left of a table, and what became of the rest.
+    """A table's bars, and its other rows.
 
-    ``table`` has SCHEMA, sorted by (symbol, open_time), unique; ``quarantined`` has the rows as they came
-    plus ``reason``. ``repaired`` counts rows that stayed after a silent repair.
+    ``table`` has SCHEMA, sorted by (symbol, open_time), unique; ``quarantined`` has the rejected rows as they
+    came plus ``reason``. ``repaired`` counts rows that stayed after a silent repair.
     """
 
     table: pa.Table
@@ -47,6 +48,17 @@ class Cleaned:
     quarantined: pa.Table
     rejected_by_symbol: dict[str, dict[str, int]] = field(default_factory=dict)
     repaired: dict[str, int] = field(default_factory=dict)
+
+
+def bar_table(symbol: str, columns: Sequence[NDArray[Any]]) -> pa.Table:
+    """Return one symbol's columns, in the order of COLUMNS, as a table of SCHEMA."""
+    symbols = pa.repeat(pa.scalar(symbol, pa.string()), len(columns[0]))
+    return pa.table([symbols, *columns], schema=SCHEMA)
+
+
+def closed_before(now_ns: int) -> int:
+    """Return the time before which every bar that opens has closed."""
+    return (now_ns - CLOSING_GRACE_NS) // MINUTE_NS * MINUTE_NS
 
 
 def clean(
@@ -63,9 +75,9 @@ def clean(
         table: symbol, open_time (int64 ns) and float columns open high low close volume, in any order, with
             any values in them; other columns are ignored.
         now_ns: a bar counts as closed from 5 seconds after its minute.
-        start_ns: with ``end_ns``, the interval that was asked for; rows over 12 hours outside are rejected.
+        start_ns: with ``end_ns``, the requested interval; rows over 12 hours outside are rejected.
         end_ns: see ``start_ns``.
-        symbols: what was asked for; rows of other symbols are rejected.
+        symbols: the requested symbols; rows of others are rejected.
 
     Raises:
         BadAnswer: a column is missing or has a type that cannot hold such values.
@@ -115,8 +127,8 @@ def bad_ticks(
 
     A move is suspect above 20 % and above 10 robust standard deviations of its UTC day's one-bar log returns;
     it is bad only when the level returns (to a quarter of the move) and most of the next 5 bars stay there. A
-    move that stays is never marked, nor is the first or last bar, since nothing proves them wrong; the caller
-    that knows the neighbouring days can ask again with them.
+    move that stays is never marked, nor is the first or last bar, since nothing proves them wrong; a caller
+    that knows the neighbouring days can call again with them.
     """
     bad = np.zeros(len(close), np.bool_)
     if len(close) < 3:
@@ -188,7 +200,7 @@ def _frame(table: pa.Table) -> pl.DataFrame:
     if missing:
         raise BadAnswer(
             f"expected columns {', '.join(SCHEMA.names)}; {', '.join(missing)} missing, "
-            f"got {', '.join(table.column_names) or 'none'}; the answer is not of minute bars"
+            f"got {', '.join(table.column_names) or 'none'}; these are not minute bars"
         )
     types = {"symbol": pl.String, "open_time": pl.Int64} | dict.fromkeys(COLUMNS[1:], pl.Float64)
     try:
@@ -208,7 +220,7 @@ def _out_of_order(tolerance: float) -> pl.Expr:
 def _reasons(
     now_ns: int, start_ns: int | None, end_ns: int | None, symbols: tuple[str, ...] | None
 ) -> pl.Expr:
-    """Return the first reason why a row alone is no bar, null where it is one."""
+    """Return the first reason why a row by itself is not a bar, null where it is one."""
     time = pl.col("open_time")
     prices = [pl.col(name) for name in COLUMNS[1:5]]
     checks: list[tuple[str, pl.Expr]] = [
@@ -233,7 +245,7 @@ def _reasons(
 
 
 def _duplicates(good: pl.DataFrame) -> pl.Series:
-    """Name the rows that lose their minute: the last one in (volume, arrival) order keeps it."""
+    """Return why rows lose their minute, null where they keep it: the last in (volume, arrival) order does."""
     if not len(good):
         return pl.Series([], dtype=pl.String)
     key = pl.struct("symbol", "open_time")

@@ -1,1 +1,14 @@
-"""Vendors' protocols, one adapter each."""
+"""All sources of bars. Adding one: docs/adding_a_source.md."""
+
+from data_sources import simulated
+from data_sources.sources import Source
+from data_sources.vendors import binance, polygon, yahoo
+
+# By name; of several sources with bars of one stock the earlier is preferred.
+SOURCES: dict[str, Source] = {
+    source.name: source for source in (polygon.SOURCE, binance.SOURCE, yahoo.SOURCE, simulated.SOURCE)
+}
+_GROUPS = [group for source in SOURCES.values() for group in source.groups]
+SYMBOL_SETTINGS = tuple(dict.fromkeys(group.setting for group in _GROUPS))  # the settings that list symbols
+# Those among which a rule such as top:500 may be: some source keeps all of their symbols in one dataset.
+RULE_SETTINGS = tuple(dict.fromkeys(group.setting for group in _GROUPS if group.dataset))

@@ -5,7 +5,7 @@ Source: https://github.com/binance/binance-public-data (README, 2026-07). Facts 
 * a day's zip appears on the next day, a month's on the first Monday of the next month;
 * one CSV per zip, 12 columns as REST gives them, without a header for spot (futures have one);
 * stamps are milliseconds before 2025 and microseconds from 2025-01-01 on;
-* a file that is not out, or lies before the listing, is a plain 404.
+* a file that is not out yet, or lies before the listing, is a plain 404.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ import polars as pl
 import pyarrow as pa
 import requests
 
-from data_sources.errors import BadAnswer, RateLimited, Refused, SourceUnavailable
-from data_sources.vendors.http import Host, RetryPolicy, prepare, retry_after_seconds, short
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
+from data_sources.errors import BadAnswer
+from data_sources.vendors.http import (
+    Host,
+    RetryPolicy,
+    error_of,
+    prepare,
+    retry_after_seconds,
+    unreachable,
+)
 
 MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
-HOUR_NS = 3_600_000_000_000
-DAY_NS = 24 * HOUR_NS
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,13 @@ class Unit:
 
     @property
     def folder(self) -> str:
-        """Return the archive's name for this kind of file."""
+        """The archive's name for this kind of file."""
         return "daily" if self.name.count("-") == 2 else "monthly"
 
     @property
     def num_minutes(self) -> int:
-        """Return how many bars a file without an outage holds."""
-        return (self.end_ns - self.start_ns) // 60_000_000_000
+        """The bars of a file without an outage."""
+        return (self.end_ns - self.start_ns) // MINUTE_NS
 
 
 def _ns(moment: datetime) -> int:
@@ -96,29 +102,27 @@ class Archive:
         """Return one file, or None where the archive has no such file.
 
         Raises:
-            BadAnswer: the file or its CHECKSUM is damaged, twice.
+            BadAnswer: the file or its CHECKSUM is damaged, at every attempt.
             DataError: the archive refuses, limits or does not answer.
         """
-        name = f"{pair}-1m-{unit.name}"
-        key = f"data/spot/{unit.folder}/klines/{pair}/1m/{name}.zip"
+        key = _key(pair, unit)
 
         def once() -> ArchiveFile | None:
-            # The small file first: where there is none, one request says so.
+            # The small file first: where there is none, one request shows it.
             checksum = self._get(key + ".CHECKSUM")
             if checksum is None:
                 return None
             stated = re.match(rb"([0-9a-fA-F]{64})\s", checksum)
             if stated is None:
-                raise BadAnswer(f"{key}.CHECKSUM: expected a sha256, came {checksum[:40]!r}")
+                raise BadAnswer(f"{key}.CHECKSUM: expected a sha256, got {checksum[:40]!r}")
             body = self._get(key)
             if body is None:
-                raise BadAnswer(f"{key}: 404, although its CHECKSUM is there")
-            digest = hashlib.sha256(body).hexdigest()
-            if digest != stated[1].decode().lower():
-                raise BadAnswer(
-                    f"{key}: sha256 is {digest[:12]}..., CHECKSUM says {stated[1][:12].decode()}..."
-                )
-            return ArchiveFile(key, digest, len(body) + len(checksum), _rows(body, name, pair))
+                raise BadAnswer(f"{key}: 404, although its CHECKSUM exists")
+            digest, expected = hashlib.sha256(body).hexdigest(), stated[1].decode().lower()
+            if digest != expected:
+                raise BadAnswer(f"{key}: sha256 is {digest[:12]}..., in CHECKSUM {expected[:12]}...")
+            table = _rows(body, f"{pair}-1m-{unit.name}", pair)
+            return ArchiveFile(key, digest, len(body) + len(checksum), table)
 
         return self.host.ask(once)
 
@@ -129,39 +133,34 @@ class Archive:
             DataError: as ``fetch``.
         """
         (unit,) = days(now_ns - 7 * DAY_NS, now_ns - 7 * DAY_NS + 1)
-        key = f"data/spot/daily/klines/{pair}/1m/{pair}-1m-{unit.name}.zip.CHECKSUM"
-        self.host.ask(lambda: self._get(key))
+        self.host.ask(lambda: self._get(_key(pair, unit) + ".CHECKSUM"))
 
     def _get(self, key: str) -> bytes | None:
-        policy = self.host.policy
         try:
-            response = self._session.get(
-                f"{self._url}/{key}", timeout=(policy.connect_seconds, policy.read_seconds)
-            )
+            response = self._session.get(f"{self._url}/{key}", timeout=self.host.policy.timeout)
             body = response.content
         except requests.RequestException as error:
-            raise SourceUnavailable(f"Binance's archive does not answer: {short(error)}") from error
-        status = response.status_code
-        if status == 200:
-            if not body:
-                raise BadAnswer(f"{key}: empty answer")
-            return body
-        if status == 404:
+            raise unreachable("Binance archive", error) from error
+        if response.status_code == 404:
             return None
-        if status in (403, 451):
-            raise Refused(
-                f"Binance's archive refuses this machine (HTTP {status}); set BINANCE_ARCHIVE_URL to a "
-                "mirror, or use another network"
+        if response.status_code != 200:
+            raise error_of(
+                response.status_code,
+                "Binance archive",
+                fix="set BINANCE_ARCHIVE_URL to a mirror, or use another network",
+                retry_after=retry_after_seconds(response.headers),
             )
-        if status in (418, 429):
-            raise RateLimited(
-                f"Binance's archive asks to slow down (HTTP {status})", retry_after_seconds(response.headers)
-            )
-        raise SourceUnavailable(f"Binance's archive answered HTTP {status}")
+        if not body:
+            raise BadAnswer(f"{key}: empty answer")
+        return body
+
+
+def _key(pair: str, unit: Unit) -> str:
+    return f"data/spot/{unit.folder}/klines/{pair}/1m/{pair}-1m-{unit.name}.zip"
 
 
 def _rows(body: bytes, name: str, pair: str) -> pa.Table:
-    """Unpack a zip and read its CSV; prices that are no numbers become NaN.
+    """Unpack a zip and read its CSV; prices that are not numbers become NaN.
 
     Raises:
         BadAnswer: not a zip of one CSV of that name with six or more columns.
@@ -178,27 +177,26 @@ def _rows(body: bytes, name: str, pair: str) -> pa.Table:
             text = bundle.read(members[0])
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
         raise BadAnswer(f"{name}.zip: cannot be unpacked: {error}") from error
-    names = ["open_time", "open", "high", "low", "close", "volume"]
     has_header = not text[:1].isdigit()
     if has_header and not text.lower().startswith(b"open"):
-        raise BadAnswer(f"{name}.csv: expected klines, came {text[:40]!r}")
+        raise BadAnswer(f"{name}.csv: expected klines, got {text[:40]!r}")
     try:
         # As text first: one odd value must cost its row, not the month.
         frame = pl.read_csv(
             text, has_header=False, skip_rows=int(has_header), columns=list(range(6)),
             infer_schema=False, quote_char=None, truncate_ragged_lines=True, encoding="utf8-lossy",
         )  # fmt: skip
-        frame.columns = names
+        frame.columns = list(COLUMNS)
     except pl.exceptions.PolarsError as error:
         raise BadAnswer(f"{name}.csv: cannot be read: {str(error).splitlines()[0]}") from error
     stamp = pl.col("open_time").cast(pl.Int64, strict=False).fill_null(0)
     frame = frame.select(
         pl.lit(pair).alias("symbol"),
         pl.when(stamp > 10**14).then(stamp * 1_000).otherwise(stamp * 1_000_000).alias("open_time"),
-        *(pl.col(column).cast(pl.Float64, strict=False).fill_null(float("nan")) for column in names[1:]),
+        *(pl.col(name).cast(pl.Float64, strict=False).fill_null(float("nan")) for name in COLUMNS[1:]),
     )
-    # Binance gives every value and every minute once. A row without a volume, or a minute told in two ways,
-    # is no bar to choose from: without a close it goes to quarantine, and REST is asked for the minute.
+    # Binance gives every value and every minute once. A row without a volume, or with a minute that another
+    # row has too, is ambiguous: without a close it goes to quarantine, and REST is asked for the minute.
     frame = frame.unique(maintain_order=True)
     is_odd = pl.col("volume").is_nan() | pl.col("open_time").is_duplicated()
     nothing = pl.lit(float("nan"))

@@ -1,50 +1,43 @@
-"""One Binance pair's share of a refresh: what to ask which host for, and what to make of the answers.
+"""One Binance pair's part of a refresh: what to ask of which host, and how the answers become parts.
 
-Units of a pair's dataset, each a part that is its own ledger entry:
-
-* ``2026-10``, ``2026-11-20``   a month or day of the archive; without rows and version: known to be empty
-* ``recent``                    REST bars up to now; grows, and loses its front to the archive's files
-* ``rest-20250301T0000``        REST bars of an older span that the archive did not give
-* ``fill-2026-10``              what REST holds of the minutes missing in that file; when empty, a true outage
-* ``kept-2026-10``              bars that older parts held and that file does not
-
-A month takes the place of its days.
+The units of a pair's dataset are in binance_parts.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_sources.bars import MINUTE_NS
+from data_sources.bars import DAY_NS, HOUR_NS, MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, LakeError
 from data_sources.lake.lake import Lake
 from data_sources.lake.parts import Part
-from data_sources.lake.quality import clean
+from data_sources.lake.quality import SCHEMA, clean, closed_before
 from data_sources.progress import Progress
-from data_sources.vendors.binance_archive import DAY_NS, HOUR_NS, Archive, Unit, days, months
+from data_sources.vendors.binance_archive import Archive, Unit, days, months
+from data_sources.vendors.binance_parts import SOURCE, PairParts
 from data_sources.vendors.binance_rest import PAGE_BARS, Rest, UnknownPair, concatenated, last_minute_ns
 
-SOURCE = "binance"
 SUCCESSORS = {"MATICUSDT": "POLUSDT"}
-CLOSING_GRACE_NS = 5_000_000_000
-OVERLAP_NS = 3 * MINUTE_NS  # asked for again, so that a bar kept half made under a wrong clock heals
+OVERLAP_NS = 3 * MINUTE_NS  # fetched again, so that a bar kept half made under a wrong clock heals
 SILENCE_NS = 10 * MINUTE_NS  # how old a minute without a bar must be to count as covered
 LATE_NS = 26 * HOUR_NS  # after its due time a file is asked for: REST has its bars meanwhile
-EARLY_NS = 2 * HOUR_NS  # the same without REST
+EARLY_NS = 2 * HOUR_NS  # the same while REST is down
 ASK_AGAIN_NS = 6 * HOUR_NS  # after a 404 of a file that others stand in for
-SETTLED_NS = 40 * DAY_NS  # a file that is not there by now will not come
+SETTLED_NS = 40 * DAY_NS  # a file that is not out by now never will be
 REST_PAGES = 90  # per pair and refresh: 62 days; 27 pairs of it weigh one minute's limit
+PAGE_NS = PAGE_BARS * MINUTE_NS
+HEALED_NS = 4 * DAY_NS  # a recent part of up to this length is fetched again as a whole while it has gaps
 
 
 @dataclass
 class Hosts:
-    """The two hosts, and which of their files were not there when."""
+    """The two hosts, and when which file was not in the archive."""
 
     rest: Rest
     archive: Archive
@@ -52,7 +45,7 @@ class Hosts:
 
 
 class PairRefresh:
-    """One pair's share of a refresh; runs in one thread."""
+    """One pair's part of a refresh; runs in one thread."""
 
     def __init__(
         self,
@@ -64,264 +57,206 @@ class PairRefresh:
         now_ns: int,
         progress: Progress,
     ) -> None:
-        self.rest, self.archive, self.absent_since = hosts.rest, hosts.archive, hosts.absent_since
-        self.lake, self.pair, self.progress, self.now_ns = lake, pair, progress, now_ns
-        closed_ns = now_ns - CLOSING_GRACE_NS
-        self.start_ns = start_ns - start_ns % MINUTE_NS
-        self.end_ns = min(end_ns, closed_ns - closed_ns % MINUTE_NS)
+        self._rest, self._archive, self._absent_since = hosts.rest, hosts.archive, hosts.absent_since
+        self._pair, self._progress, self._now_ns = pair, progress, now_ns
+        self._start_ns = start_ns - start_ns % MINUTE_NS
+        self._end_ns = min(end_ns, closed_before(now_ns))
         self.error: DataError | None = None
-        self.num_written = 0
-        self.num_bytes = 0  # of the last file
-        self.pages_left = REST_PAGES
-        self.listed_ns: int | None = None  # first bar at or after start_ns, where REST told
-        self.hosts_agree = False  # that there is nothing before listed_ns
-        self.unknown = False  # REST knows no such pair
-        self.asked: set[str] = set()  # units whose file was asked for in this refresh
-        self.is_name = re.fullmatch(r"[A-Z0-9]{2,20}", pair) is not None
-        self.parts = lake.parts(SOURCE, pair) if self.is_name else {}
-        self.num_steps = 1 + (len(self.wanted(LATE_NS)) if self.is_name else 0)
+        # Of REST: pages left to ask for; whether it does not know the pair; its first bar since start_ns.
+        self._pages_left = REST_PAGES
+        self._is_unknown = False
+        self._first_bar_ns: int | None = None
+        # Of the archive: files asked for in this refresh; whether it, too, has nothing before REST's first bar.
+        self._asked: set[str] = set()
+        self._hosts_agree = False
+        self._is_name = re.fullmatch(r"[A-Z0-9]{2,20}", pair) is not None
+        self._parts = PairParts(lake, pair, now_ns)
+        self.num_steps = 1 + (len(self._due_files(LATE_NS)) if self._is_name else 0)
 
-    # ------------------------------------------------------------------ the course of a refresh
+    @property
+    def num_written(self) -> int:
+        """How many parts were written."""
+        return self._parts.num_written
 
     def run(self) -> None:
-        """Do it all; an error of a vendor becomes ``error``, one of the lake is raised."""
+        """Refresh the pair; a vendor's error becomes ``error``, the lake's is raised."""
         try:
-            if not self.is_name:
-                raise BadAnswer(f"{self.pair!r} is no Binance pair; pairs look like BTCUSDT")
+            if not self._is_name:
+                raise BadAnswer(f"{self._pair!r} is not a Binance pair; pairs look like BTCUSDT")
             self._refresh()
         except LakeError:
             raise
         except DataError as error:
             self.error = error
-        self.progress.advance(SOURCE)
+        self._progress.advance(SOURCE)
 
     def warn(self, message: str) -> None:
-        """Say it once with the pair's name."""
-        self.progress.warn(SOURCE, message if self.pair in message else f"{self.pair}: {message}")
+        """Warn once, with the pair's name."""
+        self._progress.warn(SOURCE, message if self._pair in message else f"{self._pair}: {message}")
 
     def _refresh(self) -> None:
-        rest_error: DataError | None = None
-        if not self.parts:
-            rest_error = self._attempt(self._find_listing)
-        archive_error = self._attempt(lambda: self._fetch_files(LATE_NS if rest_error is None else EARLY_NS))
-        rest_error = self._attempt(self._extend_recent) or self._attempt(self._ask_rest_for_the_rest)
+        # A host's error is kept while the other host gets its turn.
+        rest_error = None if self._parts.by_unit else _error_of(self._find_first_bar)
+        archive_error = _error_of(self._fetch_files, LATE_NS if rest_error is None else EARLY_NS)
+        rest_error = _error_of(self._extend_recent) or _error_of(self._fill_gaps)
         if rest_error is not None:  # then the archive's newest days are better than nothing
-            archive_error = self._attempt(lambda: self._fetch_files(EARLY_NS)) or archive_error
-        if self.unknown and not any(part.rows for part in self.parts.values()):
-            successor = SUCCESSORS.get(self.pair)
-            advice = f"it is {successor} now" if successor else "take it out of the list"
-            raise BadAnswer(f"{self.pair}: Binance knows no such pair; {advice}")
-        uncovered = self._uncovered(self.start_ns, self.end_ns - SILENCE_NS)
+            archive_error = _error_of(self._fetch_files, EARLY_NS) or archive_error
+        if self._is_unknown and not self._parts.have_rows():
+            successor = SUCCESSORS.get(self._pair)
+            advice = f"it is {successor} now" if successor else "take it out of binance_pairs"
+            raise BadAnswer(f"{self._pair}: Binance does not know this pair; {advice}")
+        uncovered = self._parts.uncovered(self._start_ns, self._end_ns - SILENCE_NS)
         if uncovered:
-            num_minutes = sum(end - start for start, end in uncovered) // MINUTE_NS
             self.error = rest_error or archive_error
-            if self.error is None and not self.unknown:
-                self.warn(f"{num_minutes:,} minutes are still to come, left for the next refresh")
+            if self.error is None and not self._is_unknown:
+                num_minutes = sum(end - start for start, end in uncovered) // MINUTE_NS
+                self.warn(f"{num_minutes:,} minutes are left for the next refresh")
         elif isinstance(archive_error, BadAnswer):
             self.warn(f"{archive_error}; other files or REST stood in")
 
-    def _attempt(self, step: Callable[[], None]) -> DataError | None:
-        """Run a step; its error is kept, so that the other host still gets its turn."""
-        try:
-            step()
-        except LakeError:
-            raise
-        except DataError as error:
-            return error
-        return None
-
-    # ------------------------------------------------------------------ the ledger
-
-    def _uncovered(
-        self, start_ns: int, end_ns: int, parts: Sequence[Part] | None = None
-    ) -> list[tuple[int, int]]:
-        """Return the spans of [start_ns, end_ns) that no part covers, oldest first."""
-        spans, cursor = [], start_ns
-        for part in sorted(self.parts.values() if parts is None else parts, key=lambda part: part.start_ns):
-            if part.end_ns > cursor:
-                if part.start_ns > cursor:
-                    spans.append((cursor, min(part.start_ns, end_ns)))
-                cursor = part.end_ns
-            if cursor >= end_ns:
-                break
-        if cursor < end_ns:
-            spans.append((cursor, end_ns))
-        return [(start, end) for start, end in spans if start < end]
-
-    def _write(
-        self, unit: str, table: pa.Table, start_ns: int, end_ns: int, key: str, version: str = ""
-    ) -> Part:
-        part = self.lake.write(
-            SOURCE, self.pair, unit, table, key=key, version=version, start_ns=start_ns, end_ns=end_ns,
-            symbols=(self.pair,), now_ns=self.now_ns,
-        )  # fmt: skip
-        self.parts[unit] = part
-        self.num_written += 1
-        return part
-
-    def _remove(self, part: Part) -> None:
-        self.lake.remove(part)
-        self.parts.pop(part.unit, None)
-
-    def _read(self, start_ns: int, end_ns: int) -> pa.Table:
-        return self.lake.read(SOURCE, self.pair, (self.pair,), start_ns, end_ns)
-
-    def _from_archive(self) -> list[Part]:
-        return [part for unit, part in self.parts.items() if unit[0].isdigit()]
-
     # ------------------------------------------------------------------ the archive
 
-    def wanted(self, delay_ns: int) -> list[Unit]:
-        """Return the files to ask for, newest first: out for ``delay_ns``, not here, and of use."""
+    def _due_files(self, delay_ns: int) -> list[Unit]:
+        """Return the files to ask for, newest first: out for ``delay_ns``, not in the lake, and of use."""
         units = []
-        for month in months(self.start_ns, self.end_ns):
-            lowest, highest = max(month.start_ns, self.start_ns), min(month.end_ns, self.end_ns)
-            if month.name in self.parts:
+        for month in months(self._start_ns, self._end_ns):
+            lowest, highest = max(month.start_ns, self._start_ns), min(month.end_ns, self._end_ns)
+            if month.name in self._parts.by_unit:
                 continue
-            is_due = self.now_ns >= month.published_ns + delay_ns
-            if is_due and self._is_wanted(month, lowest, highest):
+            is_due = self._now_ns >= month.published_ns + delay_ns
+            if is_due and self._is_of_use(month, lowest, highest):
                 units.append(month)
                 continue
-            if month.name in self.asked and self.now_ns >= month.end_ns + SETTLED_NS:
+            if month.name in self._asked and self._now_ns >= month.end_ns + SETTLED_NS:
                 continue
             units += [
                 day
                 for day in days(lowest, highest)
-                if self.now_ns >= day.published_ns + delay_ns
-                and self._is_wanted(day, max(day.start_ns, lowest), min(day.end_ns, highest))
+                if self._now_ns >= day.published_ns + delay_ns
+                and self._is_of_use(day, max(day.start_ns, lowest), min(day.end_ns, highest))
             ]
         return units[::-1]
 
-    def _is_wanted(self, unit: Unit, lowest: int, highest: int) -> bool:
-        if unit.name in self.parts or unit.name in self.asked:
+    def _is_of_use(self, unit: Unit, lowest: int, highest: int) -> bool:
+        if unit.name in self._parts.by_unit or unit.name in self._asked:
             return False
-        if self._uncovered(lowest, highest):
+        if self._parts.uncovered(lowest, highest):
             return True
         # Covered by smaller or by REST's parts: worth replacing while young, unless there are no bars.
-        inside = [part for part in self.parts.values() if part.start_ns < highest and part.end_ns > lowest]
+        inside = self._parts.between(lowest, highest)
         if unit.folder == "daily":
             inside = [part for part in inside if part.unit == "recent"]
-        asked_ns = self.absent_since.get((self.pair, unit.name))
+        asked_ns = self._absent_since.get((self._pair, unit.name))
         return (
             any(part.rows for part in inside)
-            and self.now_ns < unit.end_ns + SETTLED_NS
-            and (asked_ns is None or self.now_ns - asked_ns >= ASK_AGAIN_NS)
+            and self._now_ns < unit.end_ns + SETTLED_NS
+            and (asked_ns is None or self._now_ns - asked_ns >= ASK_AGAIN_NS)
         )
 
     def _fetch_files(self, delay_ns: int) -> None:
-        """Fetch what is wanted; a month that is not to be had is followed by its days.
+        """Fetch the files that are due; where a month is not to be had, its days.
 
         Raises:
             DataError: the last error, after all files had their turn or the host was given up.
         """
         error: DataError | None = None
         absent: list[Unit] = []
-        units = self.wanted(delay_ns)
+        units = self._due_files(delay_ns)
         while units:
             unit = units.pop(0)
-            self.asked.add(unit.name)
-            worth_days = self.now_ns < unit.end_ns + SETTLED_NS
+            self._asked.add(unit.name)
+            worth_days = self._now_ns < unit.end_ns + SETTLED_NS
+            found = False
             try:
                 found = self._fetch(unit)
             except LakeError:
                 raise
             except DataError as failure:
-                error, found = failure, False
-                if self.archive.host.down is not None:
+                error = failure
+                if self._archive.host.down is not None:
                     break
                 worth_days = worth_days or isinstance(failure, BadAnswer)
             if not found:
-                self.absent_since[self.pair, unit.name] = self.now_ns
+                self._absent_since[self._pair, unit.name] = self._now_ns
                 absent.append(unit)
-            self.progress.advance(SOURCE, num_bytes=self.num_bytes)
-            self.num_bytes = 0
+            self._progress.advance(SOURCE)
             if not found and unit.folder == "monthly" and worth_days:
-                spans = self._uncovered(max(unit.start_ns, self.start_ns), min(unit.end_ns, self.end_ns))
-                inner = [day for span in spans for day in days(*span) if day.name not in self.parts]
-                units = inner[::-1] + units
-        for part in self._from_archive():
-            self._remove_replaced(part)
+                lowest, highest = max(unit.start_ns, self._start_ns), min(unit.end_ns, self._end_ns)
+                spans = self._parts.uncovered(lowest, highest)
+                inner = [day for span in spans for day in days(*span)]
+                units = [day for day in inner if day.name not in self._parts.by_unit][::-1] + units
+        for part in self._parts.of_archive():
+            self._parts.remove_replaced_by(part)
         if error is not None:
             raise error
         for unit in absent:
-            if self._is_known_to_be_empty(unit):
-                self._write(unit.name, concatenated([]), unit.start_ns, unit.end_ns, "not in the archive")
+            if self._will_stay_absent(unit):
+                self._write_empty(unit, "not in the archive")
 
     def _fetch(self, unit: Unit) -> bool:
-        unlisted = self.listed_ns is not None and unit.end_ns <= self.listed_ns
-        file = None if unlisted and self.hosts_agree else self.archive.fetch(self.pair, unit)
-        if file is None and unlisted:  # the newest such month is asked for, the others follow from it
-            self.hosts_agree = True
-            self._write(unit.name, concatenated([]), unit.start_ns, unit.end_ns, "before the listing")
+        """Make a file a part; return False where the archive does not have it."""
+        is_before_first = self._first_bar_ns is not None and unit.end_ns <= self._first_bar_ns
+        # The newest month before the first bar is asked for; the older ones follow from it.
+        file = None if is_before_first and self._hosts_agree else self._archive.fetch(self._pair, unit)
         if file is None:
-            return unlisted
-        if unlisted:
-            self.listed_ns = None  # REST holds less than the archive
-        self.num_bytes = file.num_bytes
+            if is_before_first:
+                self._hosts_agree = True
+                self._write_empty(unit, "before the listing")
+            return is_before_first
+        if is_before_first:
+            self._first_bar_ns = None  # REST has less than the archive
+        self._progress.advance(SOURCE, 0, file.num_bytes)
         time = file.table.column("open_time")
         inside = pc.and_(pc.greater_equal(time, unit.start_ns), pc.less(time, unit.end_ns))
         table = file.table.filter(inside)
         if len(table) < len(file.table):  # stamps that are off by a day would pass for other bars
             outside = len(file.table) - len(table)
             raise BadAnswer(f"{file.key}: {outside} of {len(file.table)} rows are not of {unit.name}")
-        older = [
-            part
-            for part in self.parts.values()
-            if part.start_ns < unit.end_ns and part.end_ns > unit.start_ns
-        ]
-        if any(part.rows for part in older):
-            held = self._read(unit.start_ns, unit.end_ns)
-            times = clean(table, now_ns=self.now_ns).table.column("open_time")
-            kept = held.filter(
-                pc.invert(pc.is_in(held.column("open_time"), value_set=times.combine_chunks()))
-            )
+        if any(part.rows for part in self._parts.between(unit.start_ns, unit.end_ns)):
+            held = self._parts.bars(unit.start_ns, unit.end_ns)
+            kept = _without(held, clean(table, now_ns=self._now_ns).table)
             if len(kept):
-                newest = last_minute_ns(kept) + MINUTE_NS
-                self._write(f"kept-{unit.name}", kept, unit.start_ns, newest, "held before " + file.key)
-        part = self._write(unit.name, table, unit.start_ns, unit.end_ns, file.key, file.sha256)
-        self._remove_replaced(part)
+                newest_ns = last_minute_ns(kept) + MINUTE_NS
+                key = "held before " + file.key
+                self._parts.write(f"kept-{unit.name}", kept, unit.start_ns, newest_ns, key)
+        part = self._parts.write(unit.name, table, unit.start_ns, unit.end_ns, file.key, file.sha256)
+        self._parts.remove_replaced_by(part)
         return True
 
-    def _is_known_to_be_empty(self, unit: Unit) -> bool:
-        """Tell a 404 that will stay: the months before the listing, or after a pair was given up."""
-        if unit.folder == "daily" or self.now_ns < unit.end_ns + SETTLED_NS:
+    def _write_empty(self, unit: Unit, reason: str) -> None:
+        self._parts.write(unit.name, SCHEMA.empty_table(), unit.start_ns, unit.end_ns, reason)
+
+    def _will_stay_absent(self, unit: Unit) -> bool:
+        """Whether a month's 404 is final: it lies before the listing, or after a pair was given up."""
+        if unit.folder == "daily" or self._now_ns < unit.end_ns + SETTLED_NS:
             return False
-        with_bars = [part for part in self.parts.values() if part.rows]
+        with_bars = [part for part in self._parts.by_unit.values() if part.rows]
         earlier = any(part.start_ns < unit.start_ns for part in with_bars)
         later = any(part.end_ns > unit.end_ns for part in with_bars)
-        return (later and not earlier) or (earlier and not later and self.unknown)
-
-    def _remove_replaced(self, part: Part) -> None:
-        """Remove what lies within an archive part, except for its own companions."""
-        for other in list(self.parts.values()):
-            own = other.unit in (part.unit, f"fill-{part.unit}", f"kept-{part.unit}")
-            within = part.start_ns <= other.start_ns and other.end_ns <= part.end_ns
-            if within and not own and other.unit != "recent":
-                self._remove(other)
+        return (later and not earlier) or (earlier and not later and self._is_unknown)
 
     # ------------------------------------------------------------------ REST
 
     def _page(self, start_ns: int, end_ns: int, limit: int = PAGE_BARS) -> pa.Table:
         try:
-            page = self.rest.page(self.pair, start_ns, end_ns, limit)
+            return self._rest.page(self._pair, start_ns, end_ns, limit)
         except UnknownPair:
-            self.unknown = True
-            return concatenated([])
+            self._is_unknown = True
+            return SCHEMA.empty_table()
         finally:
-            self.pages_left -= 1
-        return page
+            self._pages_left -= 1
 
-    def _find_listing(self) -> None:
-        first = self._page(self.start_ns, self.end_ns, 1)
+    def _find_first_bar(self) -> None:
+        first = self._page(self._start_ns, self._end_ns, 1)
         if len(first):
-            self.listed_ns = last_minute_ns(first)
+            self._first_bar_ns = last_minute_ns(first)
 
-    def _span(self, start_ns: int, end_ns: int) -> tuple[pa.Table, int, DataError | None]:
-        """Return REST's bars of a span, up to where it is covered, and what ended it early."""
+    def _pages(self, start_ns: int, end_ns: int) -> tuple[pa.Table, int, DataError | None]:
+        """Return REST's bars of a span, up to where it is covered, and the error that ended it early."""
         pages: list[pa.Table] = []
         cursor, error = start_ns, None
-        settled_ns = max(start_ns, min(end_ns, self.end_ns - SILENCE_NS))
-        while cursor < end_ns and self.pages_left > 0:
+        settled_ns = max(start_ns, min(end_ns, self._end_ns - SILENCE_NS))
+        while cursor < end_ns and self._pages_left > 0:
             try:
                 page = self._page(cursor, end_ns)
             except DataError as failure:
@@ -337,89 +272,92 @@ class PairRefresh:
         return concatenated(pages), cursor, error
 
     def _extend_recent(self) -> None:
-        """Carry ``recent`` on to the newest closed bar, and drop what the archive has by now."""
-        recent = self.parts.get("recent")
-        front_ns = recent.start_ns if recent else self.start_ns
-        archived = self._uncovered(front_ns, self.end_ns, self._from_archive())
-        if not archived:
-            if recent:
-                self._remove(recent)
-            return
-        front_ns = archived[0][0]
-        if recent and recent.end_ns <= front_ns:
-            self._remove(recent)
+        """Extend ``recent`` to the newest closed bar, and drop from it what the archive has by now."""
+        recent = self._parts.by_unit.get("recent")
+        front_ns = recent.start_ns if recent else self._start_ns
+        beyond_archive = self._parts.uncovered(front_ns, self._end_ns, self._parts.of_archive())
+        if beyond_archive:
+            front_ns = beyond_archive[0][0]
+        if recent and (not beyond_archive or recent.end_ns <= front_ns):
+            self._parts.remove(recent)
             recent = None
-        if recent is None:
-            missing = self._uncovered(self.start_ns, self.end_ns)
-            if not missing or missing[-1][1] < self.end_ns:
-                return
-            front_ns = ask_ns = max(
-                missing[-1][0], self.end_ns - (self.pages_left - 1) * PAGE_BARS * MINUTE_NS
-            )
+        if not beyond_archive:
+            return
+        if recent:
+            self._continue_recent(recent, front_ns)
         else:
-            ask_ns = max(front_ns, recent.end_ns - OVERLAP_NS)
-            whole = recent.rows == (recent.end_ns - recent.start_ns) // MINUTE_NS
-            whole = whole and "conflicting" not in recent.rejected
-            if not whole and (recent.rows or recent.rejected) and recent.end_ns - front_ns <= 4 * DAY_NS:
-                ask_ns = front_ns
-            if recent.end_ns >= self.end_ns and front_ns == recent.start_ns and ask_ns > front_ns:
-                return
-        fresh, covered_ns, error = self._span(ask_ns, self.end_ns)
-        if recent is None:
-            if covered_ns > ask_ns:
-                self._write("recent", fresh, front_ns, covered_ns, "api/v3/klines")
-        else:
-            self._rewrite_recent(recent, fresh, front_ns, max(covered_ns, recent.end_ns))
+            self._begin_recent()
+
+    def _begin_recent(self) -> None:
+        missing = self._parts.uncovered(self._start_ns, self._end_ns)
+        if not missing or missing[-1][1] < self._end_ns:
+            return
+        start_ns = max(missing[-1][0], self._end_ns - (self._pages_left - 1) * PAGE_NS)
+        fresh, covered_ns, error = self._pages(start_ns, self._end_ns)
+        if covered_ns > start_ns:
+            self._parts.write("recent", fresh, start_ns, covered_ns, "api/v3/klines")
         if error is not None:
             raise error
 
-    def _rewrite_recent(self, recent: Part, fresh: pa.Table, front_ns: int, end_ns: int) -> None:
-        held = self._read(front_ns, recent.end_ns).select(fresh.column_names)
-        sound = clean(fresh, now_ns=self.now_ns).table if len(fresh) else fresh
-        stale = pc.is_in(held.column("open_time"), value_set=sound.column("open_time").combine_chunks())
-        joined = pa.concat_tables([held.filter(pc.invert(stale)), fresh])
-        news = (
+    def _continue_recent(self, recent: Part, front_ns: int) -> None:
+        start_ns = max(front_ns, recent.end_ns - OVERLAP_NS)
+        is_whole = recent.rows == (recent.end_ns - recent.start_ns) // MINUTE_NS
+        is_whole = is_whole and "conflicting" not in recent.rejected
+        if not is_whole and (recent.rows or recent.rejected) and recent.end_ns - front_ns <= HEALED_NS:
+            start_ns = front_ns
+        if recent.end_ns >= self._end_ns and front_ns == recent.start_ns and start_ns > front_ns:
+            return
+        fresh, covered_ns, error = self._pages(start_ns, self._end_ns)
+        end_ns = max(covered_ns, recent.end_ns)
+        held = self._parts.bars(front_ns, recent.end_ns)
+        sound = clean(fresh, now_ns=self._now_ns).table if len(fresh) else fresh
+        joined = pa.concat_tables([_without(held, sound), fresh])
+        is_news = (
             bool(recent.rejected)
             or len(joined) > len(held)
             or front_ns > recent.start_ns
             or end_ns - recent.end_ns >= HOUR_NS
+            or not joined.sort_by("open_time").equals(held)
         )
-        if news or not _same_rows(held, joined):
-            self._write("recent", joined, front_ns, end_ns, recent.key)
+        if is_news:
+            self._parts.write("recent", joined, front_ns, end_ns, recent.key)
         else:  # a silent tail: covered, but not worth a write
-            self.parts["recent"] = replace(recent, end_ns=end_ns)
+            self._parts.by_unit["recent"] = replace(recent, end_ns=end_ns)
+        if error is not None:
+            raise error
 
-    def _ask_rest_for_the_rest(self) -> None:
-        """Ask for the spans that nothing covers, then for what archive files lack, newest first."""
-        for span_start_ns, end_ns in self._uncovered(self.start_ns, self.end_ns - SILENCE_NS)[::-1]:
-            start_ns = max(span_start_ns, end_ns - self.pages_left * PAGE_BARS * MINUTE_NS)
+    def _fill_gaps(self) -> None:
+        """Ask for the spans that no part covers, then for minutes missing in archive files, newest first."""
+        for span_start_ns, end_ns in self._parts.uncovered(self._start_ns, self._end_ns - SILENCE_NS)[::-1]:
+            start_ns = max(span_start_ns, end_ns - self._pages_left * PAGE_NS)
             if start_ns >= end_ns:
                 return
-            table, covered_ns, error = self._span(start_ns, end_ns)
+            table, covered_ns, error = self._pages(start_ns, end_ns)
             if covered_ns > start_ns:
                 stamp = np.datetime64(start_ns, "ns").astype("datetime64[m]").item().strftime("%Y%m%dT%H%M")
-                self._write(f"rest-{stamp}", table, start_ns, covered_ns, "api/v3/klines")
+                self._parts.write(f"rest-{stamp}", table, start_ns, covered_ns, "api/v3/klines")
             if error is not None:
                 raise error
-        for part in sorted(self.parts.values(), key=lambda part: -part.start_ns):
-            if self._has_unasked_holes(part):
-                if self.pages_left * PAGE_BARS < (part.end_ns - part.start_ns) // MINUTE_NS + PAGE_BARS:
+        for part in sorted(self._parts.by_unit.values(), key=lambda part: -part.start_ns):
+            if self._has_holes_to_ask_for(part):
+                if self._pages_left * PAGE_NS < part.end_ns - part.start_ns + PAGE_NS:
                     return
                 self._fill(part)
 
-    def _has_unasked_holes(self, part: Part) -> bool:
-        is_bad_page = part.unit.startswith("rest-") and part.rejected and part.fetched_ns < self.now_ns
+    def _has_holes_to_ask_for(self, part: Part) -> bool:
+        is_bad_page = part.unit.startswith("rest-") and part.rejected and part.fetched_ns < self._now_ns
         if not is_bad_page and not part.version:
             return False
-        fill, kept = self.parts.get(f"fill-{part.unit}"), self.parts.get(f"kept-{part.unit}")
-        if fill and (not fill.rejected or self.now_ns - fill.fetched_ns < ASK_AGAIN_NS):
+        by_unit = self._parts.by_unit
+        fill, kept = by_unit.get(f"fill-{part.unit}"), by_unit.get(f"kept-{part.unit}")
+        if fill and (not fill.rejected or self._now_ns - fill.fetched_ns < ASK_AGAIN_NS):
             return False
         num_rows = part.rows + (kept.rows if kept else 0)
         return num_rows < (part.end_ns - part.start_ns) // MINUTE_NS
 
     def _fill(self, part: Part) -> None:
-        """Ask REST for the minutes that an archive file lacks: an outage, or a defect of the file?"""
-        held = self._read(part.start_ns, part.end_ns)
+        """Ask REST for the minutes missing in an archive file: an outage, or a defect of the file?"""
+        held = self._parts.bars(part.start_ns, part.end_ns)
         minutes = np.arange(part.start_ns, part.end_ns, MINUTE_NS)
         missing = np.setdiff1d(minutes, held.column("open_time").to_numpy())
         pages: list[pa.Table] = []
@@ -432,10 +370,23 @@ class PairRefresh:
             cursor = last_minute_ns(page) + MINUTE_NS
         found = concatenated(pages)
         found = found.filter(pc.is_in(found.column("open_time"), value_set=pa.array(missing)))
-        if f"fill-{part.unit}" in self.parts:  # it had bad rows; keep the good ones
-            found = pa.concat_tables([found, held.select(found.column_names)])
-        self._write(f"fill-{part.unit}", found, part.start_ns, end_ns, "api/v3/klines")
+        if f"fill-{part.unit}" in self._parts.by_unit:  # it had bad rows; keep the good ones
+            found = pa.concat_tables([found, held])
+        self._parts.write(f"fill-{part.unit}", found, part.start_ns, end_ns, "api/v3/klines")
 
 
-def _same_rows(left: pa.Table, right: pa.Table) -> bool:
-    return left.sort_by("open_time").equals(right.sort_by("open_time"))
+def _error_of(step: Callable[..., None], *arguments: int) -> DataError | None:
+    """Run a step and return the vendor's error that ended it."""
+    try:
+        step(*arguments)
+    except LakeError:
+        raise
+    except DataError as error:
+        return error
+    return None
+
+
+def _without(table: pa.Table, others: pa.Table) -> pa.Table:
+    """Return the rows of ``table`` whose minute is not among those of ``others``."""
+    times = others.column("open_time").combine_chunks()
+    return table.filter(pc.invert(pc.is_in(table.column("open_time"), value_set=times)))

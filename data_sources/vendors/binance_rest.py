@@ -2,7 +2,7 @@
 
 Source: https://github.com/binance/binance-spot-api-docs (2026-07-21). A page is at most 1,000 klines and
 weighs 2 of 6,000 per minute and address; every answer carries the weight used in X-MBX-USED-WEIGHT-1M.
-429 asks to wait, 418 is a ban for having not waited, 451 a place that Binance does not serve.
+429 asks to wait, 418 is a ban for not having waited, 451 a country that Binance does not serve.
 ``get_historical_klines`` is not used: it sleeps a second every third page and loses all on an error.
 """
 
@@ -18,15 +18,16 @@ import pyarrow as pa
 import requests
 
 from data_sources.bars import MINUTE_NS
-from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
+from data_sources.errors import BadAnswer, DataError, SourceUnavailable
+from data_sources.lake.quality import SCHEMA
 from data_sources.vendors.http import (
-    Banned,
     FinalAnswer,
     Host,
     RetryPolicy,
+    error_of,
     prepare,
     retry_after_seconds,
-    short,
+    unreachable,
 )
 
 with warnings.catch_warnings():  # python-binance 1.0.37 imports names that websockets 14 calls deprecated
@@ -39,14 +40,10 @@ WEIGHT_LIMIT = 6000  # per minute
 SLOW_DOWN_FRACTION = 0.8  # of the limit; others behind the same address need weight too
 PROBED_NS = 60 * MINUTE_NS
 MAX_PAGE_BYTES = 8 << 20  # a full page is about 170 kB
-SCHEMA = pa.schema(
-    [("symbol", pa.string()), ("open_time", pa.int64())]
-    + [(name, pa.float64()) for name in ("open", "high", "low", "close", "volume")]
-)
 
 
 class UnknownPair(FinalAnswer):
-    """Binance knows no such pair (any more)."""
+    """Binance does not know the pair (any more)."""
 
 
 class Rest:
@@ -61,11 +58,11 @@ class Rest:
     def page(self, pair: str, start_ns: int, end_ns: int, limit: int = PAGE_BARS) -> pa.Table:
         """Return the first ``limit`` bars that open in [start_ns, end_ns); fewer where fewer exist.
 
-        Rows come as Binance gave them, junk values as NaN; rows outside of the span are left out.
+        Rows come as Binance sent them, junk values as NaN; rows outside of the span are left out.
 
         Raises:
             UnknownPair: no such pair.
-            DataError: after retries; sorted as in data_sources.errors.
+            DataError: after retries; see data_sources.errors.
         """
         return self.host.ask(lambda: self._page(pair, start_ns, end_ns, limit))
 
@@ -83,8 +80,7 @@ class Rest:
         client = getattr(self._local, "client", None)
         if client is None:
             policy = self.host.policy
-            timeout = (policy.connect_seconds, policy.read_seconds)
-            client = Client(requests_params={"timeout": timeout}, ping=False)
+            client = Client(requests_params={"timeout": policy.timeout}, ping=False)
             client.API_URL = f"{self._url}/api"  # as an attribute: braces in a class attribute are formatted
             prepare(client.session, policy, MAX_PAGE_BYTES)
             self._local.client = client
@@ -99,16 +95,15 @@ class Rest:
                 limit=limit,
             )  # fmt: skip
         except BinanceAPIException as error:
-            raise self._understood(pair, error) from error
+            raise self._translated(pair, error) from error
         except BinanceRequestException as error:
-            raise BadAnswer(f"{pair}: expected klines, came no JSON (a captive portal or proxy?)") from error
+            raise BadAnswer(f"{pair}: expected klines, got no JSON (a captive portal or proxy?)") from error
         except requests.RequestException as error:
-            raise SourceUnavailable(f"Binance does not answer: {short(error)}") from error
+            raise unreachable("Binance", error) from error
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             # python-binance 1.0.37 trips over bodies such as a bare `null` of a failing server.
-            raise SourceUnavailable(
-                f"Binance answered nonsense: {type(error).__name__} in its client"
-            ) from error
+            reason = f"{type(error).__name__} in its client"
+            raise SourceUnavailable(f"Binance sent an unreadable answer: {reason}") from error
         finally:
             self._heed_weight(client.response)
         return _table(pair, answer, start_ns, end_ns)
@@ -122,46 +117,35 @@ class Rest:
         except ValueError:
             return
         if used >= SLOW_DOWN_FRACTION * self._weight_limit:
-            second = 0  # of the server's minute, which is what counts
-            try:
+            try:  # the server's minute is what counts
                 second = parsedate_to_datetime(response.headers.get("Date", "")).second
             except ValueError:
                 second = 0
             self.host.pause(61.0 - second)
 
     @staticmethod
-    def _understood(pair: str, error: BinanceAPIException) -> DataError:
-        status, text = error.status_code, " ".join(str(error.message or "no message").split())[:120]
-        if status == 451:
-            return Refused(
-                "Binance does not serve this place (HTTP 451); set BINANCE_API_URL=https://data-api.binance.vision"
-            )
-        if status in (401, 403):
-            return Refused(
-                f"Binance refuses this machine (HTTP {status}); wait, use another network, or set "
-                "BINANCE_API_URL=https://data-api.binance.vision"
-            )
-        if status in (418, 429):
-            wait = retry_after_seconds(error.response.headers)
-            if status == 418:
-                return Banned("Binance banned this address for too many requests (HTTP 418)", wait)
-            return RateLimited("Binance asks to slow down (HTTP 429)", wait)
+    def _translated(pair: str, error: BinanceAPIException) -> DataError:
+        status = error.status_code
         if status == 400 and error.code == -1121:
-            return UnknownPair(f"{pair}: Binance knows no such pair")
-        if 400 <= status < 500:
-            return FinalAnswer(
-                f"{pair}: Binance refused the question (HTTP {status}, code {error.code}): {text}"
-            )
-        return SourceUnavailable(f"Binance answered HTTP {status}: {text}")
+            return UnknownPair(f"{pair}: Binance does not know this pair")
+        text = " ".join(str(error.message or "no message").split())[:120]
+        cause = "not served here" if status == 451 else "wait, use another network"
+        return error_of(
+            status,
+            "Binance",
+            fix=f"{cause}, or set BINANCE_API_URL=https://data-api.binance.vision",
+            details="" if status in (401, 403, 418, 429, 451) else f"for {pair}, code {error.code}: {text}",
+            retry_after=retry_after_seconds(error.response.headers),
+        )
 
 
 def _table(pair: str, answer: Any, start_ns: int, end_ns: int) -> pa.Table:
     if not isinstance(answer, list):
-        raise BadAnswer(f"{pair}: expected a list of klines, came {str(answer)[:40]!r}")
+        raise BadAnswer(f"{pair}: expected a list of klines, got {str(answer)[:40]!r}")
     columns: list[list[Any]] = [[] for _ in range(6)]
     for row in answer:
         if not isinstance(row, list) or len(row) < 6 or type(row[0]) is not int:
-            raise BadAnswer(f"{pair}: expected klines of 12 values, came {str(row)[:60]!r}")
+            raise BadAnswer(f"{pair}: expected klines of 12 values, got {str(row)[:60]!r}")
         open_ns = row[0] * (1_000 if row[0] > 10**14 else 1_000_000)
         if start_ns <= open_ns < end_ns:
             values = [_number(value) for value in row[1:6]]
@@ -170,7 +154,7 @@ def _table(pair: str, answer: Any, start_ns: int, end_ns: int) -> pa.Table:
             for column, value in zip(columns, [open_ns, *values], strict=True):
                 column.append(value)
     if answer and not columns[0]:
-        raise BadAnswer(f"{pair}: none of {len(answer)} klines lies in the span that was asked for")
+        raise BadAnswer(f"{pair}: none of {len(answer)} klines lies in the requested span")
     return pa.table([[pair] * len(columns[0]), *columns], schema=SCHEMA)
 
 

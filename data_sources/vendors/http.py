@@ -1,14 +1,16 @@
-"""HTTP manners that the adapters share: a total time per request, a host that gives up in time."""
+"""HTTP policy shared by the vendors: deadlines, retries, when to give up a host, and what a status means."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -31,11 +33,87 @@ class RetryPolicy:
     attempts: int = 3
     failures_in_a_row: int = 6  # requests given up one after another before the host counts as down
 
+    @property
+    def timeout(self) -> tuple[float, float]:
+        """The timeout of one request, as ``requests`` takes it."""
+        return self.connect_seconds, self.read_seconds
+
+
+# For a probe: a person waits for the answer.
+PROBE_POLICY = RetryPolicy(read_seconds=10, total_seconds=15, attempts=1)
+
+
+class FinalAnswer(BadAnswer):
+    """An answer that asking again would not change, such as an unknown symbol."""
+
+
+class Banned(RateLimited):
+    """The vendor has locked this address out for a while; every further request prolongs it."""
+
+
+def error_of(
+    status: int, host: str, *, fix: str, details: str = "", retry_after: float | None = None
+) -> DataError:
+    """Return our error for an HTTP status that is no success.
+
+    Args:
+        status: of HTTP, or Yahoo's 999 for a rate limit.
+        host: whose answer it is; begins the message.
+        fix: what a user can do about a refusal.
+        details: the vendor's own code or words.
+        retry_after: seconds, where the vendor sent them.
+    """
+    answer = f"HTTP {status}{details and ' '}{details}"
+    wait = "" if retry_after is None else f"; retry in {retry_after:g} s"
+    if status in (401, 403, 451):
+        return Refused(f"{host} refuses access ({answer}): {fix}")
+    if status == 418:
+        return Banned(f"{host} banned this address for too many requests ({answer}){wait}", retry_after)
+    if status in (429, 999):
+        return RateLimited(f"{host} rate limit ({answer}){wait}", retry_after)
+    text = f"{host} answered {answer}"
+    if status >= 500:
+        return SourceUnavailable(text)
+    return FinalAnswer(text) if status >= 400 else BadAnswer(text)
+
+
+def unreachable(host: str, error: BaseException) -> SourceUnavailable:
+    """Return our error for a request that got no answer."""
+    return SourceUnavailable(f"{host} does not answer: {short(error)}")
+
+
+def short(error: BaseException) -> str:
+    """Return an error as one short line, without the addresses that HTTP libraries put into it."""
+    cause = error.args[0] if error.args else error
+    text = " ".join(str(getattr(cause, "reason", None) or cause).split())
+    text = re.split(r"See http|https?://", text)[0].rstrip(" .,;:(")[:120]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of Retry-After; None where it is absent, a date or nonsense."""
+    try:
+        seconds = float(headers.get("Retry-After", ""))
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def require_address(variable: str, value: str, example: str) -> None:
+    """Check an address of the environment.
+
+    Raises:
+        DataError: it is none; without its text, which may hold a password.
+    """
+    address = urlsplit(value)
+    if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc:
+        raise DataError(f"{variable} must look like {example}, see .env.example")
+
 
 class DeadlineAdapter(HTTPAdapter):
     """Reads every body whole, within a total time and a size.
 
-    The timeouts of requests bound each silence only: a server that sends one byte a second holds a
+    The timeouts of requests bound each silence only: a server that sends one byte a second blocks a
     caller for ever. This adapter also serves python-binance, whose client owns its session.
     """
 
@@ -47,7 +125,7 @@ class DeadlineAdapter(HTTPAdapter):
     def send(  # type: ignore[no-untyped-def]
         self, request, stream=False, timeout=None, verify=True, cert=None, proxies=None
     ) -> requests.Response:
-        """Send, and return a response whose body is here already.
+        """Send, and return a response whose body has arrived.
 
         Raises:
             requests.RequestException: as requests does, and when the body is late, cut or too large.
@@ -83,74 +161,72 @@ def prepare(session: requests.Session, policy: RetryPolicy, max_bytes: int) -> r
     return session
 
 
-def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Read Retry-After; None where it is absent, a date or nonsense."""
-    try:
-        seconds = float(headers.get("Retry-After", ""))
-    except ValueError:
-        return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
-
-
-def short(error: Exception) -> str:
-    """Say a transport error in one short line, without the address that requests puts into it."""
-    cause = error.args[0] if error.args else error
-    text = f"{type(error).__name__}: {getattr(cause, 'reason', None) or cause}"
-    return " ".join(text.split())[:160]
-
-
-class FinalAnswer(BadAnswer):
-    """An answer that asking again would not change, such as an unknown symbol."""
-
-
-class Banned(RateLimited):
-    """The vendor shut this address out for a while: whatever is sent now makes it longer."""
-
-
 class Host:
-    """One host of a source: retries, waits that every thread shares, and giving up on the host.
+    """One host of a vendor: retries, waits that all threads share, and when to give it up.
 
-    A host that refuses, bans, or fails many requests in a row is down for the rest of the refresh,
-    so that a dead host costs seconds, not a timeout per file. A wait asked for by the vendor outlives
-    the refresh.
+    A host that bans, limits for too long, or fails many times in a row is ``down`` for the rest of the
+    refresh, and so is one that refuses, unless its refusals are of single files (``refuses_files``). So a
+    dead host costs seconds, not a timeout per file. A wait that the vendor asked for outlives the refresh.
     """
 
-    def __init__(self, policy: RetryPolicy) -> None:
+    def __init__(self, policy: RetryPolicy, *, refuses_files: bool = False) -> None:
         self.policy = policy
         self.stop = threading.Event()
         self.down: DataError | None = None
         self.requests = 0
+        self.failures = 0  # in a row
+        self._refuses_files = refuses_files
         self._lock = threading.Lock()
-        self._failures = 0
         self._not_before = 0.0  # monotonic
 
     def begin_refresh(self) -> None:
         """Forget earlier failures, but not a wait that the vendor asked for."""
         self.stop.clear()
-        self.requests, self._failures, self.down = 0, 0, None
+        self.requests, self.failures, self.down = 0, 0, None
 
     def pause(self, seconds: float) -> None:
-        """Let no thread ask for this long."""
+        """Let no thread send a request for so long."""
         with self._lock:
             self._not_before = max(self._not_before, time.monotonic() + seconds)
 
     def ask(self, once: Callable[[], Answer]) -> Answer:
-        """Call ``once`` until it returns, within policy.
+        """Call ``once`` as ``retry`` does, and note how it ended."""
+        try:
+            answer = self.retry(once)
+        except FinalAnswer:
+            self.note(None)
+            raise
+        except (SourceUnavailable, BadAnswer) as error:
+            self.note(error)
+            raise
+        self.note(None)
+        return answer
+
+    def note(self, error: DataError | None) -> None:
+        """Count failures in a row; a None ends the row."""
+        with self._lock:
+            self.failures = 0 if error is None else self.failures + 1
+            if self.down is None and self.failures >= self.policy.failures_in_a_row:
+                self.down = error
+
+    def retry(self, once: Callable[[], Answer], attempts: int | None = None) -> Answer:
+        """Call ``once`` until it returns, as often and as long as the policy has it.
 
         Raises:
-            Refused, Banned: at once; the host is down from here on.
-            RateLimited: the wait is too long, or did not help; the host is down from here on.
-            SourceUnavailable, BadAnswer: the last attempt's error.
+            Refused, Banned: at once.
+            RateLimited: the wait is too long, or did not help.
+            SourceUnavailable, BadAnswer: the last attempt's error; FinalAnswer at once.
         """
         error: DataError | None = None
-        for attempt in range(self.policy.attempts):
+        for attempt in range(attempts or self.policy.attempts):
             if attempt and not isinstance(error, RateLimited):
                 self.stop.wait(self.policy.backoff_seconds * 2 ** (attempt - 1))
             self._wait_for_turn()
             try:
-                answer = once()
+                return once()
             except Refused as refusal:
-                self.down = refusal
+                if not self._refuses_files:
+                    self.down = refusal
                 raise
             except Banned as ban:
                 self.down = ban
@@ -163,18 +239,12 @@ class Host:
                 if wait > self.policy.longest_wait_seconds:
                     break
             except FinalAnswer:
-                self._failures = 0
                 raise
             except (SourceUnavailable, BadAnswer) as failure:
                 error = failure
-            else:
-                self._failures = 0
-                return answer
         assert error is not None
-        with self._lock:
-            self._failures += 1
-            if isinstance(error, RateLimited) or self._failures >= self.policy.failures_in_a_row:
-                self.down = error
+        if isinstance(error, RateLimited):
+            self.down = error
         raise error
 
     def _wait_for_turn(self) -> None:
@@ -185,7 +255,7 @@ class Host:
                 raise self.down
             wait = self._not_before - time.monotonic()
             if wait > self.policy.longest_wait_seconds:
-                self.down = RateLimited(f"asked to wait {wait:.0f} more seconds", wait)
+                self.down = RateLimited(f"rate limit; {wait:.0f} more seconds to wait", wait)
                 raise self.down
             if wait <= 0:
                 with self._lock:

@@ -1,6 +1,6 @@
-"""Polygon's (now Massive's) bucket of flat files: what it lists, and how an object is fetched.
+"""Polygon's (now Massive's) bucket of flat files: listing it, and fetching an object.
 
-No client library's error leaves this module.
+No error of the client library leaves this module.
 
 Vendor's pages, 2026: massive.com/docs/flat-files, massive.com/knowledge-base/article/
 how-to-get-started-with-s3.
@@ -11,12 +11,10 @@ from __future__ import annotations
 import datetime as dt
 import os
 import re
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import boto3
 import botocore.exceptions as aws
@@ -24,43 +22,12 @@ import botocore.session
 import urllib3.exceptions
 from botocore.config import Config
 
-from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
+from data_sources.errors import BadAnswer, Refused, SourceUnavailable
+from data_sources.vendors.http import Host, RetryPolicy, error_of, retry_after_seconds
+from data_sources.vendors.polygon import DataType
 
 BUCKET = "flatfiles"
-LONGEST_RETRY_AFTER_SECONDS = 60.0
 CHUNK_BYTES = 1 << 20
-LONGEST_GET_SECONDS = 900.0  # 27 MB at 30 kB/s; slower than that is a hang
-NANOSECONDS = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class DataType:
-    """One of the vendor's data types: where its day files are and which hours a day of it has."""
-
-    dataset: str
-    zone: dt.tzinfo
-    ending: str = ""  # of the tickers that a rule may choose
-
-    @property
-    def prefix(self) -> str:
-        """What the keys of its minute files begin with."""
-        return f"{self.dataset}/minute_aggs_v1/"
-
-    def interval(self, day: dt.date) -> tuple[int, int]:
-        """Return the half-open interval of ``day``, ns UTC: from midnight to midnight in its own zone."""
-        midnights = (
-            dt.datetime.combine(day + dt.timedelta(days=more), dt.time(), self.zone) for more in (0, 1)
-        )
-        start, end = (int(midnight.timestamp()) * NANOSECONDS for midnight in midnights)
-        return start, end
-
-    def day_of(self, time_ns: int) -> dt.date:
-        """Return the day that holds ``time_ns``."""
-        return dt.datetime.fromtimestamp(time_ns // NANOSECONDS, self.zone).date()
-
-
-US_STOCKS = DataType("us_stocks_sip", ZoneInfo("America/New_York"))  # 04:00-20:00 New York
-GLOBAL_CRYPTO = DataType("global_crypto", dt.UTC, "-USD")  # every calendar day
 
 
 @dataclass(frozen=True)
@@ -93,25 +60,15 @@ class FlatFiles:
         endpoint: scheme and host of the S3 service.
         access_key: S3 access key id.
         secret_key: its secret, kept by the client library only.
-        connect_timeout_seconds: for a connection to come about.
-        read_timeout_seconds: without a byte for so long, a request is tried again.
-        attempts: of one request in all, while the source does not answer or answers 5xx.
+        policy: how long to wait and how often to try.
         connections: kept open at most.
     """
 
     def __init__(
-        self,
-        endpoint: str,
-        access_key: str,
-        secret_key: str,
-        *,
-        connect_timeout_seconds: float,
-        read_timeout_seconds: float,
-        attempts: int,
-        connections: int,
+        self, endpoint: str, access_key: str, secret_key: str, policy: RetryPolicy, connections: int
     ) -> None:
-        self.endpoint = endpoint
-        self.read_timeout_seconds = read_timeout_seconds
+        self.host = Host(policy, refuses_files=True)
+        self._endpoint = endpoint
         # A session without profile and AWS files: another account's settings must not leak in, and a
         # stale AWS_PROFILE must not break this.
         session = botocore.session.Session(
@@ -128,11 +85,11 @@ class FlatFiles:
             config=Config(
                 signature_version="s3v4",
                 s3={"addressing_style": "path"},
-                retries={"mode": "standard", "total_max_attempts": attempts},
-                connect_timeout=connect_timeout_seconds,
-                read_timeout=read_timeout_seconds,
+                retries={"mode": "standard", "total_max_attempts": 1},  # Host retries
+                connect_timeout=policy.connect_seconds,
+                read_timeout=policy.read_seconds,
                 max_pool_connections=connections,
-                # The vendor is no AWS: ask for nothing that only AWS has.
+                # The vendor is not AWS: ask for nothing that only AWS has.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             ),
@@ -147,15 +104,13 @@ class FlatFiles:
         """
         pattern = re.compile(re.escape(data_type.prefix) + r"\d{4}/\d{2}/(\d{4}-\d{2}-\d{2})\.csv\.gz")
         request = {"Bucket": BUCKET, "Prefix": f"{data_type.prefix}{year}/"}
+        task = f"list {data_type.dataset} {year}"
         files: list[DayFile] = []
         while True:
-            page = self._ask(
-                lambda: self._client.list_objects_v2(**request), f"list {data_type.dataset} {year}", None
-            )
+            page = self._ask(lambda: self._client.list_objects_v2(**request), task)
             if page.get("Name") != BUCKET:  # botocore reads any XML, a web page too, as an empty listing
                 raise SourceUnavailable(
-                    f"{self.endpoint} answered something else than a listing of {data_type.dataset} {year},"
-                    " check POLYGON_S3_ENDPOINT or try later"
+                    f"{self._endpoint} ({task}) sent no listing: check POLYGON_S3_ENDPOINT or try later"
                 )
             for entry in page.get("Contents", []):
                 match = pattern.fullmatch(entry["Key"])
@@ -167,7 +122,7 @@ class FlatFiles:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def probe(self, data_type: DataType, today: dt.date) -> tuple[str, str]:
-        """Ask for one byte of the newest day file: what is outside of the plan is listed all the same.
+        """Read one byte of the newest day file: files outside of the plan are listed all the same.
 
         Returns:
             What came, in words, and the server's time as the HTTP header Date.
@@ -182,53 +137,41 @@ class FlatFiles:
                 f"no day file of {data_type.dataset} is listed since last year; is POLYGON_S3_ENDPOINT right?"
             )
         newest = max(files, key=lambda file: file.day)
-        task = f"read {newest.key}"
-        answer = self._ask(
-            lambda: self._client.get_object(Bucket=BUCKET, Key=newest.key, Range="bytes=0-0"), task, None
-        )
+        answer = self._get_object(newest.key, Range="bytes=0-0")
         answer["Body"].close()
         date: str = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
         return f"accepts the keys; newest day file {newest.day}", date
 
-    def get(self, file: DayFile, received: Callable[[int], None], stopping: threading.Event) -> Body:
-        """Download one object in memory (27 MB at most times), complete by its Content-Length.
+    def get(self, file: DayFile, received: Callable[[int], None]) -> Body:
+        """Download one object into memory (27 MB mostly), complete by its Content-Length.
 
         Args:
             file: what to get.
-            received: told of the bytes of every chunk.
-            stopping: when set, the download is given up.
+            received: called with the size of every chunk.
 
         Raises:
             FileNotFoundError: it is gone since it was listed.
             Refused: it is not in the plan of these keys, although listed.
             BadAnswer: the connection was cut within the body.
-            SourceUnavailable: no answer after all attempts, or far too slow.
+            SourceUnavailable: no answer after all attempts, far too slow, or the host was stopped.
         """
-        began = time.monotonic()
-        try:
-            answer = self._ask(
-                lambda: self._client.get_object(Bucket=BUCKET, Key=file.key), f"get {file.key}", stopping
-            )
-        except SourceUnavailable as error:
-            gone = error.__cause__
-            if isinstance(gone, aws.ClientError) and _status(gone) == 404 and _code(gone) != "NoSuchBucket":
-                raise FileNotFoundError(file.key) from gone
-            raise
+        began, policy = time.monotonic(), self.host.policy
+        answer = self._get_object(file.key)
         length, chunks, num_bytes = answer["ContentLength"], [], 0
         try:
             for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
                 chunks.append(chunk)
                 num_bytes += len(chunk)
                 received(len(chunk))
-                if stopping.is_set():
+                if self.host.stop.is_set():
                     raise SourceUnavailable("stopped")
-                if time.monotonic() - began > LONGEST_GET_SECONDS:
+                if time.monotonic() - began > policy.total_seconds:
                     raise SourceUnavailable(
-                        f"{file.key}: {num_bytes:,} of {length:,} bytes in {LONGEST_GET_SECONDS:.0f} seconds"
+                        f"{file.key}: {num_bytes:,} of {length:,} bytes in {policy.total_seconds:.0f} seconds"
                     )
         except (aws.ReadTimeoutError, urllib3.exceptions.TimeoutError) as error:
             raise SourceUnavailable(
-                f"{file.key}: no byte for {self.read_timeout_seconds:.0f} seconds after {num_bytes:,}"
+                f"{file.key}: no byte for {policy.read_seconds:.0f} seconds after {num_bytes:,}"
             ) from error
         except (aws.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
             raise BadAnswer(f"{file.key}: body ended after {num_bytes:,} of {length:,} bytes") from error
@@ -237,52 +180,47 @@ class FlatFiles:
         if num_bytes != length:
             raise BadAnswer(f"{file.key}: body ended after {num_bytes:,} of {length:,} bytes")
         # Of the listed length: the listed object. Otherwise it was replaced since it was listed, and the
-        # version is what came, so that the next listing decides.
+        # version is that of the body, so that the next listing decides.
         version = file.version if length == file.size else f"{_plain_etag(answer.get('ETag', ''))}/{length}"
         return Body(b"".join(chunks), version)
 
-    def _ask(self, request: Callable[[], Any], task: str, stopping: threading.Event | None) -> Any:
-        """Make a request; wait and make it once more when the vendor asks for a short pause."""
-        for is_last in (False, True):
+    def _get_object(self, key: str, **request: str) -> Any:
+        """Return the answer for an object, its body still to be read; raises as ``get``."""
+        return self._ask(lambda: self._client.get_object(Bucket=BUCKET, Key=key, **request), f"get {key}")
+
+    def _ask(self, request: Callable[[], Any], task: str) -> Any:
+        def once() -> Any:
             try:
                 return request()
             except aws.ClientError as error:
-                translated = self._translated(error, task)
-                pause = translated.retry_after if isinstance(translated, RateLimited) else None
-                if is_last or pause is None or pause > LONGEST_RETRY_AFTER_SECONDS:
-                    raise translated from error
-                if (stopping or threading.Event()).wait(pause):
-                    raise translated from error
+                raise self._translated(error, task) from error
             except (aws.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-                reason = type(error).__name__  # its text may hold more than a user should paste somewhere
-                raise SourceUnavailable(f"could not {task} at {self.endpoint}: {reason}") from error
-        raise AssertionError("the second request returns or raises")
+                # Its type alone: its text may hold more than a user should paste somewhere.
+                reason = type(error).__name__
+                raise SourceUnavailable(f"{self._endpoint} ({task}) does not answer: {reason}") from error
 
-    def _translated(self, error: aws.ClientError, task: str) -> DataError:
+        return self.host.retry(once)
+
+    def _translated(self, error: aws.ClientError, task: str) -> Exception:
         """Return our error for an error answer: one line, without the vendor's own text."""
-        status, code = _status(error), _code(error)
-        said = f"HTTP {status}" if code in ("", str(status)) else f"HTTP {status} {code}"
+        metadata = error.response.get("ResponseMetadata", {})
+        status = int(metadata.get("HTTPStatusCode", 0))
+        code = re.sub(r"[^A-Za-z0-9]", "", str(error.response.get("Error", {}).get("Code", "")))[:40]
+        details = "" if code == str(status) else code
+        host = f"{self._endpoint} ({task})"
+        fix = "check POLYGON_S3_ACCESS_KEY and POLYGON_S3_SECRET_KEY, and that the plan includes flat files"
         if code == "RequestTimeTooSkewed":
-            return Refused(f"may not {task} ({said}): the clock of this machine is wrong, set it")
-        if status in (400, 401, 403):
-            return Refused(
-                f"may not {task} at {self.endpoint} ({said}): check POLYGON_S3_ACCESS_KEY and"
-                " POLYGON_S3_SECRET_KEY, and that the plan includes flat files"
-            )
+            fix = "the clock of this machine is wrong, set it"
         if status == 404:
-            return SourceUnavailable(
-                f"could not {task} at {self.endpoint} ({said}): check POLYGON_S3_ENDPOINT"
-            )
-        text = f"could not {task} at {self.endpoint} ({said})"
-        if status == 429:
-            headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-            seconds = headers.get("retry-after", "")
-            return RateLimited(text, float(seconds) if seconds.isdecimal() else None)
-        return SourceUnavailable(text)
-
-
-def _status(error: aws.ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            if task.startswith("get ") and code != "NoSuchBucket":
+                return FileNotFoundError(task)
+            return SourceUnavailable(f"{host} answered HTTP 404 {details}: check POLYGON_S3_ENDPOINT")
+        if status == 400:  # an expired key
+            return Refused(f"{host} refuses access (HTTP 400 {details}): {fix}")
+        headers = metadata.get("HTTPHeaders", {})
+        wait = retry_after_seconds({"Retry-After": headers.get("retry-after", "")})
+        answer = error_of(status, host, fix=fix, details=details, retry_after=wait)
+        return SourceUnavailable(str(answer)) if isinstance(answer, BadAnswer) else answer
 
 
 def _plain_etag(etag: str) -> str:
@@ -294,7 +232,3 @@ def _date_or_none(text: str) -> dt.date | None:
         return dt.date.fromisoformat(text)
     except ValueError:
         return None
-
-
-def _code(error: aws.ClientError) -> str:
-    return re.sub(r"[^A-Za-z0-9]", "", str(error.response.get("Error", {}).get("Code", "")))[:40]

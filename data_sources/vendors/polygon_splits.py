@@ -1,7 +1,7 @@
-"""Splits of US stocks from Massive's (formerly Polygon's) REST, where its key is given: all in a few pages.
+"""Splits of US stocks from Massive's (formerly Polygon's) REST, where there is a key: all in a few pages.
 
 GET /stocks/v1/splits: ticker, execution_date, split_from, split_to, adjustment_type; in every stocks plan, the
-free one with 5 requests a minute. The key is another one than the pair of the flat files.
+free one with 5 requests a minute. The key is not one of the pair for the flat files.
 
 Vendor's page, 2026: massive.com/docs/rest/stocks/corporate-actions/splits.
 """
@@ -12,20 +12,28 @@ import datetime as dt
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import requests
 
-from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
+from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.splits import Split, SplitLedger
-from data_sources.vendors.http import Host, RetryPolicy, prepare, retry_after_seconds
+from data_sources.vendors.http import (
+    Host,
+    RetryPolicy,
+    error_of,
+    prepare,
+    require_address,
+    retry_after_seconds,
+)
 
 DEFAULT_URL = "https://api.massive.com"  # https://api.polygon.io is the older name of the host
 PATH = "/stocks/v1/splits"
 PAGE_ROWS = 5_000
 MOST_PAGES = 50
-MOST_TICKERS = 100  # named in a question; for more, all of the market's are asked for
+MOST_TICKERS = 100  # named in a request; for more, those of the whole market are fetched
 MAX_BYTES = 64 << 20
 RETRY_POLICY = RetryPolicy(connect_seconds=5, read_seconds=20, total_seconds=40, longest_wait_seconds=60)
 
@@ -40,7 +48,7 @@ class PolygonSplits:
 
     @classmethod
     def from_environment(cls) -> PolygonSplits | None:
-        """Read POLYGON_API_KEY and POLYGON_API_URL; None without a key, which is no fault.
+        """Read POLYGON_API_KEY and POLYGON_API_URL; None without a key, which is no error.
 
         Raises:
             DataError: POLYGON_API_URL is not an address.
@@ -49,19 +57,13 @@ class PolygonSplits:
         if not key:
             return None
         url = os.environ.get("POLYGON_API_URL", "").strip().rstrip("/") or DEFAULT_URL
-        address = urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc:
-            raise DataError(f"POLYGON_API_URL must look like {DEFAULT_URL}, see .env.example")
+        require_address("POLYGON_API_URL", url, DEFAULT_URL)
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise DataError("POLYGON_API_KEY holds spaces or characters that no key has, copy it again")
+            raise DataError("POLYGON_API_KEY has spaces or characters that no key has, copy it again")
         return cls(key, url)
 
     def probe(self) -> tuple[str, str]:
-        """Ask once for one split; return what came, in words, and no time of the server.
-
-        Raises:
-            DataError: what the answer means.
-        """
+        """Ask once for one split; return what came, in words, and no time of the server. Raises DataError."""
         with prepare(requests.Session(), self.policy, MAX_BYTES) as session:
             self._page(session, f"{self.url}{PATH}?limit=1")
         return "accepts the key", ""
@@ -72,31 +74,33 @@ class PolygonSplits:
         """Add the splits executed from ``start_ns`` to ``now_ns`` to the ledger.
 
         Args:
-            ledger: learns them.
+            ledger: gets them.
             stocks: of which stocks; None for all that there are.
             start_ns: the first day.
-            now_ns: the last day; later ones may still be called off.
+            now_ns: the last day; later splits may still be called off.
 
         Returns:
-            How many splits were new, and how many entries could not be read.
+            How many splits were new, and how many entries were unreadable.
 
         Raises:
             Refused: the key is wrong, or its plan has no splits.
-            RateLimited, SourceUnavailable, BadAnswer: the last attempt's error; what came before it is kept.
+            RateLimited, SourceUnavailable, BadAnswer: the last attempt's error; the pages before it are kept.
             LakeError: the ledger cannot be written.
         """
-        first, last = (dt.datetime.fromtimestamp(each // 10**9, dt.UTC).date() for each in (start_ns, now_ns))
-        query = {"execution_date.gte": first.isoformat(), "execution_date.lte": last.isoformat()}
+        first, last = (
+            dt.datetime.fromtimestamp(time_ns // 10**9, dt.UTC).date().isoformat()
+            for time_ns in (start_ns, now_ns)
+        )
+        query = {"execution_date.gte": first, "execution_date.lte": last, "limit": str(PAGE_ROWS)}
         if stocks is not None and len(stocks) <= MOST_TICKERS:
             query["ticker.any_of"] = ",".join(stocks)
-        question = requests.Request("GET", self.url + PATH, params=query | {"limit": str(PAGE_ROWS)})
-        address = question.prepare().url
         wanted = None if stocks is None else set(stocks)
         num_new = num_bad = 0
         host = Host(self.policy)
         with prepare(requests.Session(), self.policy, MAX_BYTES) as session:
+            cursor = urlencode(query)
             for _ in range(MOST_PAGES):
-                page = host.ask(lambda address=address: self._page(session, str(address)))  # type: ignore[misc]
+                page = host.ask(partial(self._page, session, f"{self.url}{PATH}?{cursor}"))
                 found: dict[str, list[Split]] = {}
                 for entry in page["results"]:
                     try:
@@ -109,44 +113,30 @@ class PolygonSplits:
                     if new:
                         ledger.update(symbol, new)
                         num_new += len(new)
+                # Its query alone: the key must never go to another host.
                 cursor = urlsplit(page.get("next_url") or "").query
                 if not cursor:
                     break
-                address = f"{self.url}{PATH}?{cursor}"  # only ever to our host: the key goes with it
         return num_new, num_bad
 
     def _page(self, session: requests.Session, address: str) -> dict[str, Any]:
-        """Ask once.
-
-        Raises:
-            DataError: what the answer means.
-        """
-        timeout = (self.policy.connect_seconds, self.policy.read_seconds)
+        """Ask once. Raises DataError."""
+        headers = {"Authorization": f"Bearer {self.api_key}"}
         try:
-            answer = session.get(
-                address,
-                headers={"Authorization": f"Bearer {self.api_key}"},
-                timeout=timeout,
-                allow_redirects=False,
-            )
+            answer = session.get(address, headers=headers, timeout=self.policy.timeout, allow_redirects=False)
         except (requests.RequestException, OSError) as error:
             name = type(error).__name__  # its text may hold more than a user should paste somewhere
-            raise SourceUnavailable(f"{self.url} does not answer ({name})") from error
+            raise SourceUnavailable(f"{self.url} does not answer: {name}") from error
         status = answer.status_code
-        if status in (401, 403):
-            raise Refused(
-                f"{self.url} refuses (HTTP {status}): check POLYGON_API_KEY, the REST key, not the S3 pair"
-            )
-        if status == 429:
-            raise RateLimited(f"{self.url} asks to slow down", retry_after_seconds(answer.headers))
-        if status >= 500:
-            raise SourceUnavailable(f"{self.url} answered HTTP {status}")
+        if status != 200:
+            fix = "check POLYGON_API_KEY, the REST key, not the S3 pair"
+            raise error_of(status, self.url, fix=fix, retry_after=retry_after_seconds(answer.headers))
         try:
             page = answer.json()
         except ValueError as error:
-            raise BadAnswer(f"{self.url} answered HTTP {status} with something that is no JSON") from error
-        if status != 200 or not isinstance(page, dict) or not isinstance(page.get("results"), list):
-            raise BadAnswer(f"{self.url} answered HTTP {status} without a list of splits")
+            raise BadAnswer(f"{self.url} sent something that is not JSON") from error
+        if not isinstance(page, dict) or not isinstance(page.get("results"), list):
+            raise BadAnswer(f"{self.url} sent no list of splits")
         return page
 
 

@@ -1,44 +1,104 @@
-"""One refresh from Yahoo: which questions to ask for each stock, and what to do when one fails."""
+"""Yahoo Finance minute bars of US stocks, one lake dataset per stock, one part per week.
+
+Here is what to ask for each stock, and what to do when a question fails; yahoo_weeks.py has the weeks, and
+yahoo_client.py yfinance. Splits go to the ledger: recent ones come with the minutes, older ones from one daily
+chart per stock and day.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
 
-import pyarrow as pa
-
-from data_sources.calendar import DAY_NS, new_york_midnight_ns
+from data_sources.bars import DAY_NS
+from data_sources.calendar import new_york_midnight_ns
 from data_sources.errors import BadAnswer, DataError, LakeError, RateLimited, Refused, SourceUnavailable
 from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
 from data_sources.splits import Split, SplitLedger
-from data_sources.vendors.http import FinalAnswer
-from data_sources.vendors.yahoo_client import CHART_PATH, Watch
+from data_sources.vendors.http import FinalAnswer, RetryPolicy
+from data_sources.vendors.yahoo_client import CHART_PATH, Client
 from data_sources.vendors.yahoo_weeks import SOURCE, Plan, Want, store
 from runtime.files import write_atomically
 
-FAILED_IN_A_ROW = 6  # stocks one after another before Yahoo counts as down, once anyone was there
+RETRY_POLICY = RetryPolicy(total_seconds=12, attempts=2)
+NEVER_ANSWERED_IN_A_ROW = 3  # stocks without an answer from the first one on before Yahoo counts as down
+PAUSE_SECONDS = 0.4  # between stocks, at Yahoo's own hosts only; it limits by address, for up to a day
+SECONDS_PER_STOCK = 15.0  # with MINIMUM_SECONDS the deadline of a refresh; 3 are usual at first
+MINIMUM_SECONDS = 120.0
+PROBED_NS = 5 * DAY_NS  # a session lies within, whatever the weekend
+CACHE_FOLDER = ".yfinance"
 SPLITS_AGE_NS = DAY_NS * 5 // 6  # so that a refresh at the same hour every day asks every day
 SPLITS_ASKED = "splits_asked.json"
 
 
-class Client(Protocol):
-    """What a refresh needs of yfinance; every method raises DataError alone."""
+class Yahoo:
+    """Refreshes a lake from Yahoo's chart API. One refresh per process at a time: yfinance is global."""
 
-    watch: Watch
-    attempts: int
+    def __init__(self, base_url: str | None = None, *, policy: RetryPolicy = RETRY_POLICY) -> None:
+        self._base_url = base_url
+        self._policy = policy
 
-    def minutes(self, symbol: str, start_ns: int, end_ns: int) -> tuple[pa.Table, list[Split]]:
-        """Return the rows that Yahoo gives for [start_ns, end_ns), and the splits within."""
+    @classmethod
+    def from_environment(cls, policy: RetryPolicy = RETRY_POLICY) -> Yahoo:
+        """Read YAHOO_BASE_URL: where to send all requests instead of Yahoo's hosts. There is no key."""
+        return cls(os.environ.get("YAHOO_BASE_URL") or None, policy=policy)
 
-    def splits(self, symbol: str, start_ns: int, end_ns: int) -> list[Split]:
-        """Return the splits executed in [start_ns, end_ns)."""
+    def probe(self, stock: str, now_ns: int) -> tuple[str, str]:
+        """Ask for a stock's minutes of the last days, cookie and crumb included.
+
+        Returns:
+            What came, in words, and no time of the server.
+
+        Raises:
+            DataError: as ``refresh``.
+        """
+        deadline = time.monotonic() + 2 * self._policy.total_seconds
+        with tempfile.TemporaryDirectory(prefix="yfinance-") as folder:
+            client = Client(self._base_url, self._policy, deadline, Path(folder))
+            try:
+                count = client.minutes(stock, now_ns - PROBED_NS, now_ns)[0].num_rows
+            finally:
+                client.close()
+        return f"answers for {stock} with {count:,} minutes of the last days", ""
+
+    def refresh(
+        self,
+        lake: Lake,
+        stocks: Sequence[str],
+        start_ns: int,
+        end_ns: int,
+        now_ns: int,
+        progress: Progress,
+        splits: SplitLedger,
+    ) -> None:
+        """Bring the stocks' datasets up to date over the part of [start_ns, end_ns) that Yahoo still has.
+
+        Each stock fails alone, with one warning; what arrived stays. ``splits`` gets every split since
+        ``start_ns``.
+
+        Raises:
+            RateLimited, Refused, SourceUnavailable: the source was given up; the rest is left as it was.
+            DataError: not one stock could be brought up to date, or the lake cannot be written.
+        """
+        stocks = list(dict.fromkeys(stocks))
+        deadline = time.monotonic() + MINIMUM_SECONDS + SECONDS_PER_STOCK * len(stocks)
+        client = Client(self._base_url, self._policy, deadline, lake.root / CACHE_FOLDER)
+        plan = Plan(start_ns, end_ns, now_ns)
+        pause_seconds = 0.0 if self._base_url else PAUSE_SECONDS
+        with lake.writing():
+            try:
+                _Refresh(lake, plan, client, splits, progress, start_ns, pause_seconds).run(stocks)
+            finally:
+                client.close()
 
 
-class Refresh:
-    """What is known of each stock while one refresh runs."""
+class _Refresh:
+    """One refresh, and what it knows of each stock."""
 
     def __init__(
         self,
@@ -47,15 +107,15 @@ class Refresh:
         client: Client,
         ledger: SplitLedger,
         progress: Progress,
-        *,
         start_ns: int,
         pause_seconds: float,
     ) -> None:
         self._lake, self._plan, self._client, self._ledger = lake, plan, client, ledger
         self._progress, self._start_ns, self._pause_seconds = progress, start_ns, pause_seconds
         self._path = lake.root / SOURCE / SPLITS_ASKED
-        # Per stock: since when splits were asked for, when that was, how many the ledger knew then.
+        # Per stock: since when splits were asked for, when that was, how many the ledger had then.
         self._asked = _read_asked(self._path)
+        self._attempts: int | None = None  # for the next question; None: the policy's
         self._written = 0
         self._notes: dict[str, list[str]] = {}
         self._failed: dict[str, DataError] = {}
@@ -64,71 +124,73 @@ class Refresh:
         """Bring the stocks up to date; see Yahoo.refresh."""
         self._progress.start(SOURCE, "stocks", len(stocks))
         asked = dict(self._asked)
+        host = self._client.host
         num_tried = 0
-        in_a_row = 0
-        told: list[str] = []  # stocks that failed with the source; the one line for it speaks for them
+        reported: list[str] = []  # stocks that failed with the source, whose one line stands for them
         try:
             for stock in stocks:
-                # Once a stock found nobody there, one attempt each must do for the next ones.
-                error = self._try(stock, num_attempts=1 if in_a_row else None)
-                in_a_row = 0 if error is None or isinstance(error, FinalAnswer) else in_a_row + 1
+                # Once a stock got no answer, one attempt each must do for the next ones.
+                error = self._try(stock, attempts=1 if host.failures else None)
+                host.note(None if isinstance(error, FinalAnswer) else error)
                 num_tried += 1
-                nobody = self._client.watch.failure is not None and in_a_row == num_tried
-                limit = self._client.watch.policy.failures_in_a_row if nobody else FAILED_IN_A_ROW
-                if error is not None and in_a_row >= limit:
-                    told = list(self._failed)[-in_a_row:]
+                never_answered = self._client.wire.failure is not None and host.failures == num_tried
+                if host.down or (never_answered and num_tried >= NEVER_ANSWERED_IN_A_ROW):
+                    reported = list(self._failed)[-host.failures :]
                     raise SourceUnavailable(
-                        f"Yahoo was given up after {in_a_row} stocks in a row failed, the last with: {error}"
+                        f"given up after {host.failures} stocks in a row failed, the last with: {error}"
                     ) from error
-            if len(self._failed) < len(stocks):  # what a short outage took, once more
-                for stock in [s for s, error in self._failed.items() if not isinstance(error, FinalAnswer)]:
-                    if self._try(stock, num_attempts=1) is None:
+            if len(self._failed) < len(stocks):  # once more, for what a short outage took
+                for stock in self._failed_but_not_finally():
+                    if self._try(stock, attempts=1) is None:
                         del self._failed[stock]
             elif not self._written:
-                told = [s for s, error in self._failed.items() if not isinstance(error, FinalAnswer)]
+                reported = self._failed_but_not_finally()
         finally:
             for stock, notes in self._notes.items():
                 self._progress.warn(SOURCE, f"{stock}: {'; '.join(notes)}")
             for stock, failure in self._failed.items():
-                if stock not in told:
+                if stock not in reported:
                     self._progress.warn(SOURCE, f"{stock}: {failure}")
             self._progress.finish(
                 SOURCE,
                 f"{num_tried - len(self._failed)} of {len(stocks)} stocks up to date, "
-                f"{self._written} weeks written, {self._client.watch.requests} requests",
+                f"{self._written} weeks written, {self._client.wire.requests} requests",
             )
             if self._asked != asked:
                 self._write_asked()
         if stocks and len(self._failed) == len(stocks) and not self._written:
-            raise self._failed[next(iter(told or stocks))]
+            raise self._failed[next(iter(reported or stocks))]
 
-    def _try(self, stock: str, num_attempts: int | None = None) -> DataError | None:
-        """Bring one stock up to date; return the error that is its own, and note it in ``_failed``.
+    def _failed_but_not_finally(self) -> list[str]:
+        return [stock for stock, error in self._failed.items() if not isinstance(error, FinalAnswer)]
+
+    def _try(self, stock: str, attempts: int | None) -> DataError | None:
+        """Bring one stock up to date; return the error that is its own, also noted in ``_failed``.
 
         Raises:
-            DataError: one that is not its own: the source must be given up, or the lake.
+            DataError: the source must be given up, or the lake.
         """
-        watch = self._client.watch
-        requests, num_bytes = watch.requests, watch.num_bytes
-        self._client.attempts = num_attempts or watch.policy.attempts
+        wire = self._client.wire
+        requests, num_bytes = wire.requests, wire.num_bytes
+        self._attempts = attempts
         error: DataError | None = None
         try:
-            self._stock(stock)
+            self._refresh_stock(stock)
         except (LakeError, RateLimited, Refused):
             raise
         except DataError as failure:
-            if watch.is_late:
+            if self._client.host.down is not None:
                 raise
             error = failure
-        self._progress.advance(SOURCE, int(stock not in self._failed), watch.num_bytes - num_bytes)
+        self._progress.advance(SOURCE, int(stock not in self._failed), wire.num_bytes - num_bytes)
         if error is not None:
             self._failed[stock] = error
-        if watch.requests > requests:
+        if wire.requests > requests:
             time.sleep(self._pause_seconds)
         return error
 
-    def _stock(self, symbol: str) -> None:
-        """Ask for the news of one stock.
+    def _refresh_stock(self, symbol: str) -> None:
+        """Fetch the news of one stock.
 
         Raises:
             DataError: the first failure, after the other questions were tried where that makes sense.
@@ -138,43 +200,43 @@ class Refresh:
         changed_ns = 0
         if self._splits_are_due(symbol):
             try:
-                changed_ns = self._older_splits(symbol)
+                changed_ns = self._fetch_older_splits(symbol)
             except BadAnswer as error:
                 first = self._unless_unknown(error)
         empty = []
         parts = self._lake.parts(SOURCE, symbol)
         for want in self._plan.wants(parts, self._ledger.splits(symbol), changed_ns):
             try:
-                if not self._week(symbol, want):
+                if not self._fetch_week(symbol, want):
                     empty.append(want.week.name)
             except BadAnswer as error:
                 first = first or self._unless_unknown(error)
         if empty:
-            self._note(symbol, f"no bars came for the week of {', '.join(empty)}, although there was trade")
+            weeks = ", ".join(empty)
+            self._note(symbol, f"no bars came for the week of {weeks}, although the market was open")
         if first is not None:
             raise first
 
     def _unless_unknown(self, error: BadAnswer) -> BadAnswer:
-        if self._client.watch.status == 404:  # no other question about this symbol will do better
+        if self._client.wire.status == 404:  # no other question about this symbol will do better
             raise error
-        self._client.attempts = 1  # for its other questions, which may well end alike
+        self._attempts = 1  # for its other questions, which may well end alike
         return error
 
-    def _week(self, symbol: str, want: Want) -> bool:
-        """Ask for a week and keep it. False: nothing came where something should have."""
-        table, splits = self._client.minutes(symbol, want.start_ns, want.end_ns)
+    def _fetch_week(self, symbol: str, want: Want) -> bool:
+        """Fetch a week and keep it. False: nothing came where something should have."""
+        table, splits = self._client.minutes(symbol, want.start_ns, want.end_ns, self._attempts)
         self._learn(symbol, splits)
         period = f"period1={want.start_ns // 10**9}&period2={want.end_ns // 10**9}"
         key = f"{CHART_PATH}{symbol}?interval=1m&{period}"
-        now_ns = self._plan.now_ns
-        stored = store(self._lake, symbol, want, table, key, self._ledger, now_ns)
+        stored = store(self._lake, symbol, want, table, key, self._ledger, self._plan.now_ns)
         self._written += 1
         if table.num_rows and not stored.is_complete:
             counts = "".join(f", {count} {reason}" for reason, count in stored.rejected.items())
             self._note(
                 symbol,
                 f"{stored.held:,} of {stored.expected:,} bars for the week of {want.week.name}{counts}, "
-                "will be asked for again",
+                "fetched again next time",
             )
         return bool(table.num_rows or not stored.expected)
 
@@ -183,13 +245,13 @@ class Refresh:
 
     def _splits_are_due(self, symbol: str) -> bool:
         start_ns, asked_ns, num_known = self._asked.get(symbol, (0, 0, 0))
-        lost = len(self._ledger.splits(symbol)) < num_known  # a ledger that was damaged starts empty
-        return lost or self._start_ns < start_ns or self._plan.now_ns - asked_ns >= SPLITS_AGE_NS
+        is_lost = len(self._ledger.splits(symbol)) < num_known  # a ledger that was damaged starts empty
+        return is_lost or self._start_ns < start_ns or self._plan.now_ns - asked_ns >= SPLITS_AGE_NS
 
-    def _older_splits(self, symbol: str) -> int:
-        """Ask for the splits since the lake's start. Return when the last one new to the ledger was, or 0."""
+    def _fetch_older_splits(self, symbol: str) -> int:
+        """Fetch the splits since the lake's start; return when the last new one was executed, or 0."""
         now_ns = self._plan.now_ns
-        found = self._client.splits(symbol, self._start_ns, now_ns)
+        found = self._client.splits(symbol, self._start_ns, now_ns, self._attempts)
         changed_ns = self._learn(symbol, found)
         self._asked[symbol] = (self._start_ns, now_ns, len(self._ledger.splits(symbol)))
         return changed_ns
@@ -204,17 +266,13 @@ class Refresh:
     def _write_asked(self) -> None:
         text = json.dumps(self._asked, indent=0, sort_keys=True)
         try:
-            write_atomically(self._path, lambda file: _write(file, text))
+            write_atomically(self._path, lambda file: file.write(text.encode()))
         except OSError as error:
             raise LakeError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 
-def _write(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
-
-
 def _read_asked(path: Path) -> dict[str, tuple[int, int, int]]:
-    """Return what was asked when. A file that does not read costs a question per stock, no more."""
+    """Return when splits were asked for. An unreadable file costs a question per stock, no more."""
     try:
         return {
             str(stock): (int(a), int(b), int(c)) for stock, (a, b, c) in json.loads(path.read_text()).items()

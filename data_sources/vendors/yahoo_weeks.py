@@ -16,16 +16,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, MINUTE_NS, Bars
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS, Bars
 from data_sources.calendar import (
-    DAY_NS,
     expected_minutes,
     in_regular_session,
     new_york_midnight_ns,
     new_york_time,
 )
 from data_sources.lake.lake import Lake, Part
-from data_sources.lake.quality import CLOSING_GRACE_NS, NOT_QUARANTINED, SCHEMA, clean
+from data_sources.lake.quality import NOT_QUARANTINED, bar_table, clean, closed_before
 from data_sources.splits import Split, SplitLedger
 
 SOURCE = "yahoo"
@@ -56,11 +55,6 @@ def weeks(start_ns: int, end_ns: int) -> Iterator[Week]:
         if week_end_ns > start_ns:
             yield Week(monday.isoformat(), week_start_ns, week_end_ns)
         monday += datetime.timedelta(days=7)
-
-
-def closed_before(now_ns: int) -> int:
-    """Return the time before which every bar that opens has closed."""
-    return (now_ns - CLOSING_GRACE_NS) // MINUTE_NS * MINUTE_NS
 
 
 @dataclass(frozen=True)
@@ -175,13 +169,7 @@ def store(
             # Yahoo fills a volume in late; one that goes back to zero is a fault.
             traded = good[cleaned.table["volume"].to_numpy() > 0]
             stays = ~np.isin(kept.open_time, good) | ((kept.volume > 0) & ~np.isin(kept.open_time, traded))
-            filler = pa.table(
-                [
-                    pa.repeat(pa.scalar(symbol, pa.string()), int(stays.sum())),
-                    *(getattr(kept, name)[stays] for name in COLUMNS),
-                ],
-                schema=SCHEMA,
-            )
+            filler = bar_table(symbol, [getattr(kept, name)[stays] for name in COLUMNS])
             # A worse new row must not compete with the kept one for their minute.
             competes = np.isin(table["open_time"].to_numpy(), kept.open_time[stays])
             table = pa.concat_tables([table.filter(pa.array(~competes)), filler])

@@ -22,10 +22,11 @@ from commands.check.line import Line
 from commands.check.machine import Gpu, Machine
 from commands.check.sources import clock, rows_held
 from continuous_training import PRESETS, Settings
-from data_sources import probing
+from data_sources import sources
 from data_sources.lake.lake import Lake
-from data_sources.probing import Answer
 from data_sources.refresh import refresh
+from data_sources.sources import Answer
+from data_sources.vendors import http
 from data_sources.vendors.http import RetryPolicy
 from runtime.launch import Launch
 from tests.data_sources.vendors.loopback import Answer as HttpAnswer
@@ -71,10 +72,9 @@ def vendors(
     keys = {"POLYGON_S3_ACCESS_KEY": KEY_ID, "POLYGON_S3_SECRET_KEY": SECRET, "POLYGON_API_KEY": REST_KEY}
     for name, value in (running[0].addresses | keys | {"POLYGON_API_URL": running[1].url}).items():
         monkeypatch.setenv(name, value)
-    patient_policy = RetryPolicy(
-        connect_seconds=30, read_seconds=60, total_seconds=90, attempts=1
-    )  # the machine may be busy
-    monkeypatch.setattr(probing, "RETRY_POLICY", patient_policy)
+    # The machine may be busy.
+    patient_policy = RetryPolicy(connect_seconds=30, read_seconds=60, total_seconds=90, attempts=1)
+    monkeypatch.setattr(http, "PROBE_POLICY", patient_policy)
     monkeypatch.setattr(Machine, "read", lambda: Machine(ram_bytes=16 * GB))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100 * GB))
     monkeypatch.chdir(tmp_path)
@@ -130,14 +130,14 @@ ALONE = {"POLYGON_S3_ACCESS_KEY", "POLYGON_S3_SECRET_KEY", "POLYGON_S3_ENDPOINT"
     ("variable", "value", "told"),
     [
         ("POLYGON_S3_ACCESS_KEY", "", "Polygon is skipped: POLYGON_S3_ACCESS_KEY is not set"),
-        ("POLYGON_S3_SECRET_KEY", "with a space", "POLYGON_S3_SECRET_KEY holds spaces"),
+        ("POLYGON_S3_SECRET_KEY", "with a space", "POLYGON_S3_SECRET_KEY has spaces"),
         ("POLYGON_S3_ENDPOINT", "nonsense", "POLYGON_S3_ENDPOINT must look like"),
         ("POLYGON_API_KEY", "another", "check POLYGON_API_KEY, the REST key"),
         ("POLYGON_API_KEY", "", "POLYGON_API_KEY is not set: splits come from Yahoo alone"),
         ("BINANCE_API_URL", "closed", "Binance API: Binance does not answer"),
-        ("BINANCE_ARCHIVE_URL", "closed", "Binance archive: Binance's archive does not answer"),
+        ("BINANCE_ARCHIVE_URL", "closed", "Binance archive: Binance archive does not answer"),
         ("YAHOO_BASE_URL", "closed", "Yahoo: Yahoo does not answer"),
-        ("POLYGON_S3_ENDPOINT", "closed", "Polygon us_stocks_sip: could not list us_stocks_sip"),
+        ("POLYGON_S3_ENDPOINT", "closed", "(list us_stocks_sip 2026) does not answer"),
     ],
 )
 def test_a_key_or_address_that_is_wrong_is_told_with_its_fix(
@@ -154,25 +154,24 @@ def test_a_key_or_address_that_is_wrong_is_told_with_its_fix(
 @pytest.mark.parametrize(
     ("server", "fault", "told"),
     [
-        ("polygon", S3Fault("status", "us_stocks_sip.*gz", status=403), "Polygon us_stocks_sip: may not read"),
-        ("polygon", S3Fault("status", "prefix=global_crypto", status=403), "Polygon global_crypto: may not list"),
-        ("polygon", S3Fault("status", "us_stocks", status=503), "could not list us_stocks_sip"),
-        ("polygon", S3Fault("page", "prefix=us_stocks"), "answered something else than a listing"),
-        ("binance", Fault("/klines\\?", status=451), "Binance API: Binance does not serve this place (HTTP 451)"),
-        ("binance", Fault("CHECKSUM", status=403), "Binance archive: Binance's archive refuses this machine"),
-        ("yahoo", Fault("chart", status=429), "Yahoo: Yahoo asks to slow down"),
-        ("yahoo", Fault("chart", status=403), "Yahoo: Yahoo refuses this machine (HTTP 403)"),
+        ("polygon", S3Fault("status", "us_stocks_sip.*gz", status=403), "(get us_stocks_sip"),
+        ("polygon", S3Fault("status", "prefix=global_crypto", status=403), "(list global_crypto"),
+        ("polygon", S3Fault("status", "us_stocks", status=503), "(list us_stocks_sip"),
+        ("polygon", S3Fault("page", "prefix=us_stocks"), "sent no listing"),
+        ("binance", Fault("/klines\\?", status=451), "Binance API: Binance refuses access (HTTP 451)"),
+        ("binance", Fault("CHECKSUM", status=403), "Binance archive: Binance archive refuses access (HTTP 403)"),
+        ("yahoo", Fault("chart", status=429), "Yahoo: Yahoo rate limit"),
+        ("yahoo", Fault("chart", status=403), "Yahoo: Yahoo refuses access (HTTP 403)"),
     ],
 )  # fmt: skip
 def test_a_refusal_and_a_silence_are_told_apart(vendors: Vendors, server: str, fault: Any, told: str) -> None:
     getattr(vendors, server).faults.append(replace(fault))
     (text,) = [
-        text for _, _, text, _ in faults(of_source(server)) if text.endswith("; a start goes on without it")
+        text for _, _, text, _ in faults(of_source(server)) if text.endswith("; a start continues without it")
     ]
     assert told in text
-    is_refusal = any(words in text for words in ("may not", "refuses", "not serve"))
-    assert is_refusal == (fault.status in (403, 451))
-    assert ("look at the network" in text) == (fault.status in (200, 503))
+    assert ("refuses access" in text) == (fault.status in (403, 451))
+    assert ("check the network" in text) == (fault.status in (200, 503))
 
 
 def test_one_source_that_fails_is_no_error(vendors: Vendors) -> None:
@@ -184,7 +183,7 @@ def test_one_source_that_fails_is_no_error(vendors: Vendors) -> None:
 @pytest.mark.parametrize(
     ("server", "fault", "told"),
     [
-        ("polygon", S3Fault("hang", "us_stocks"), "Polygon us_stocks_sip: could not list us_stocks_sip"),
+        ("polygon", S3Fault("hang", "us_stocks"), "Polygon us_stocks_sip: http"),
         ("binance", Fault("/klines\\?", kind="hang"), "Binance API: Binance does not answer"),
     ],
 )
@@ -192,7 +191,7 @@ def test_a_source_that_says_nothing_is_not_waited_for(
     vendors: Vendors, monkeypatch: pytest.MonkeyPatch, server: str, fault: Any, told: str
 ) -> None:
     impatient_policy = RetryPolicy(connect_seconds=30, read_seconds=0.2, total_seconds=3, attempts=1)
-    monkeypatch.setattr(probing, "RETRY_POLICY", impatient_policy)
+    monkeypatch.setattr(http, "PROBE_POLICY", impatient_policy)
     getattr(vendors, server).faults.append(replace(fault))
     assert any(told in text for _, _, text, _ in faults(of_source(server)))
 
@@ -371,7 +370,7 @@ def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "level", "told"),
     [
-        ((), "warning", "not compared: no source told its time"),
+        ((), "warning", "not compared: no source sent its time"),
         ((0.4,), "OK", "within 1 s of Binance's"),
         ((9.0, -3.0), "OK", "within 3 s of Binance's"),
         ((3600.0,), "warning", "3600 s ahead of Binance's: set it, as with timedatectl set-ntp true"),
@@ -400,8 +399,8 @@ def test_a_slow_answer_does_not_look_like_a_wrong_clock() -> None:
         (server + 10, server + 12, 9.0),
         (server - 12, server - 10, -10.0),
     ):
-        assert probing._seconds_ahead(date, asked, answered) == pytest.approx(off)
-    assert probing._seconds_ahead("", 0, 1) is None
+        assert sources._seconds_ahead(date, asked, answered) == pytest.approx(off)
+    assert sources._seconds_ahead("", 0, 1) is None
 
 
 def test_the_command_for_people_and_for_machines(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from data_sources.bars import MINUTE_NS, Bars
 from data_sources.coverage import Extent, Series, row_of
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData
-from data_sources.refresh import DataRequest
 from data_sources.snapshot import open_copy
+from data_sources.sources import DataRequest
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.program import ROOT, environment
 from training.data_feed import refresh_command
@@ -143,7 +143,7 @@ def verdict_of(asset_class: str, source: str, minutes_behind: int, *, step: int 
     bars = Bars("AAA", asset_class, time_ns, *prices, np.ones(len(time_ns)))  # type: ignore[arg-type]
     index = ("polygon", "binance", "yahoo").index(source)
     row = row_of(Series(bars, np.full(len(bars), index, np.int8), **more), "")
-    request = DataRequest((source,), (), (), (), END - 10 * DAY_NS, END)
+    request = DataRequest((source,), {}, END - 10 * DAY_NS, END)
     report = data.report(LoadedData([bars], {}, [row], "f"), {}, [], request)
     return str(report["series"][0]["verdict"])
 
@@ -174,7 +174,7 @@ def test_a_symbol_of_two_sources_has_a_row_for_each_and_one_for_the_merged_serie
         "yahoo": Extent(0, None, None, 0, 0, None),
     }
     row = row_of(Series(bars, np.empty(0, np.int8), extents), "no bars")
-    request = DataRequest(("polygon", "yahoo"), ("AAA",), (), (), END - 10 * DAY_NS, END)
+    request = DataRequest(("polygon", "yahoo"), {"stocks": ("AAA",)}, END - 10 * DAY_NS, END)
     series = data.report(LoadedData([], {}, [row], "f"), {}, [], request)["series"]
     assert [(each["source"], each["verdict"]) for each in series] == [
         ("polygon", "ok"), ("yahoo", "no bars"), ("merged", "no bars"),

@@ -11,8 +11,7 @@ import torch
 
 from commands.selftest import lookahead
 from continuous_training import Settings
-from data_sources.bars import Bars
-from data_sources.calendar import DAY_NS
+from data_sources.bars import DAY_NS, Bars
 from envs.features import FEATURES, FeatureStatistics, History
 from envs.market import Market
 from training.distributed import Ranks

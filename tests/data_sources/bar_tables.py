@@ -7,9 +7,11 @@ import datetime
 import numpy as np
 import pyarrow as pa
 
-from data_sources.bars import MINUTE_NS
+from data_sources.bars import DAY_NS, MINUTE_NS
+from data_sources.lake.lake import Lake
+from data_sources.lake.quality import SCHEMA
 
-DAY_NS = 1440 * MINUTE_NS
+__all__ = ["DAY_NS", "flat", "ns", "read", "table", "walk", "with_values"]
 
 
 def ns(text: str) -> int:
@@ -59,3 +61,14 @@ def flat(prices, start_ns: int, symbol: str = "AAA", volume: float = 10.0) -> pa
     prices = np.asarray(prices, np.float64)
     time = start_ns + np.arange(len(prices)) * MINUTE_NS
     return table(symbol, time, prices, prices, prices, prices, np.full(len(prices), volume))
+
+
+def read(
+    lake: Lake, source: str, dataset: str, symbols: list[str] | None, start_ns: int, end_ns: int
+) -> pa.Table:
+    """Return the lake's bars that open in [start_ns, end_ns), sorted by symbol and open_time."""
+    tables = [SCHEMA.empty_table()]
+    for symbol, columns in lake.columns(source, dataset, symbols, start_ns, end_ns).items():
+        names = pa.repeat(pa.scalar(symbol, pa.string()), len(columns["open_time"]))
+        tables.append(pa.table([names, *(columns[name] for name in SCHEMA.names[1:])], schema=SCHEMA))
+    return pa.concat_tables(tables)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_sources.lake.lake import Lake
-from data_sources.vendors.polygon import Polygon
+from data_sources.vendors.http import RetryPolicy
+from data_sources.vendors.polygon_refresh import Polygon
 from tests.data_sources.vendors.polygon_desk import KEY_ID, SECRET
 from tests.data_sources.vendors.s3_server import S3Server
 
@@ -28,9 +29,10 @@ def server(running_server: S3Server) -> S3Server:
 
 @pytest.fixture
 def source(server: S3Server) -> Polygon:
-    return Polygon(
-        KEY_ID, SECRET, server.endpoint, connect_timeout_seconds=2, read_timeout_seconds=5, attempts=3
+    policy = RetryPolicy(
+        connect_seconds=2, read_seconds=5, backoff_seconds=0.01, attempts=3, failures_in_a_row=4
     )
+    return Polygon(KEY_ID, SECRET, server.endpoint, policy)
 
 
 @pytest.fixture

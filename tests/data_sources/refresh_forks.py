@@ -11,12 +11,15 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from data_sources.lake.lake import Lake
 from data_sources.progress import NullProgress
-from data_sources.refresh import DataRequest, refresh
-from data_sources.vendors import binance, polygon
+from data_sources.refresh import refresh
+from data_sources.sources import DataRequest
+from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.http import RetryPolicy
+from data_sources.vendors.polygon_refresh import Polygon
 
 QUICK = RetryPolicy(read_seconds=20, total_seconds=30, backoff_seconds=0.01, attempts=2)
 
@@ -25,21 +28,14 @@ def run(asked: dict) -> int:
     if asked.get("largest_file"):  # the operating system lets no file grow beyond it, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest_file"],) * 2)
-    request = DataRequest(
-        ("polygon", "binance"), asked["stocks"], asked["pairs"], (), asked["start_ns"], asked["now_ns"]
-    )
-    files = polygon.Polygon("key", "secret", asked["s3"], attempts=2)
-    coins = binance.Binance(asked["binance"], asked["binance"], policy=QUICK)
-    span = (request.start_ns, request.end_ns, asked["now_ns"])
-    adapters = {
-        "polygon": lambda lake, request, now, progress, _: files.refresh(
-            lake, request.stocks, (), *span, progress
-        ),
-        "binance": lambda lake, request, now, progress, _: coins.refresh(
-            lake, request.binance_pairs, *span, progress
-        ),
-    }
-    reports = refresh(Lake(Path(asked["root"])), request, asked["now_ns"], NullProgress(), adapters=adapters)
+    symbols = {"stocks": asked["stocks"], "binance_pairs": asked["pairs"]}
+    request = DataRequest(("polygon", "binance"), symbols, asked["start_ns"], asked["now_ns"])
+    binance = Binance(asked["binance"], asked["binance"], policy=QUICK)
+    with (
+        patch.object(Polygon, "from_environment", lambda: Polygon("key", "secret", asked["s3"], QUICK)),
+        patch.object(Binance, "from_environment", lambda: binance),
+    ):
+        reports = refresh(Lake(Path(asked["root"])), request, asked["now_ns"], NullProgress())
     return 0 if all(report.status == "ok" for report in reports.values()) else 1
 
 

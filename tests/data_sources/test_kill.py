@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from data_sources.lake.lake import Lake
+from tests.data_sources.bar_tables import read
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.data_sources.vendors.loopback import ns
 from tests.data_sources.vendors.polygon_desk import DAYS, closes, expected_closes, put_days
@@ -91,7 +92,7 @@ def assert_complete(lake: Lake, binance: BinanceServer) -> None:
     for stock in STOCKS:
         assert closes(lake, stock) == expected_closes(stock, DAYS)
     for pair in PAIRS:
-        table = lake.read("binance", pair, [pair], START_NS, NOW_NS)
+        table = read(lake, "binance", pair, [pair], START_NS, NOW_NS)
         times, values = binance.truth(pair, START_NS, ns("2026-11-22T12:00"))
         np.testing.assert_array_equal(table["open_time"].to_numpy(), times)
         np.testing.assert_array_equal(table["close"].to_numpy(), values[:, 3])

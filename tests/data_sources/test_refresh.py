@@ -9,9 +9,12 @@ from bar_tables import DAY_NS, flat, ns, walk, with_values
 from data_sources.bars import COLUMNS, MINUTE_NS
 from data_sources.errors import BadAnswer, LakeError, MissingCredentials, RateLimited, SourceUnavailable
 from data_sources.lake.lake import Lake
+from data_sources.load import load
 from data_sources.progress import NullProgress
-from data_sources.refresh import DataRequest, load, refresh
+from data_sources.refresh import refresh
+from data_sources.sources import DataRequest, Source
 from data_sources.splits import Split, SplitLedger
+from data_sources.vendors import SOURCES
 
 START, NOW = ns("2026-11-16 00:00"), ns("2026-11-21 00:00")  # Monday to Friday
 MONDAY_OPEN = ns("2026-11-16 14:30")
@@ -30,17 +33,12 @@ def lake(tmp_path):
     return Lake(tmp_path / "lake")
 
 
-def request_for(*sources, **more):
-    wanted = {
-        "sources": sources,
-        "stocks": ("AAPL",),
-        "binance_pairs": ("BTCUSDT",),
-        "polygon_crypto": ("X:BTC-USD",),
-        "start_ns": START,
-        "end_ns": NOW,
-        "min_bars": 10,
-    }
-    return DataRequest(**wanted | more)
+SYMBOLS = {"stocks": ("AAPL",), "binance_pairs": ("BTCUSDT",), "polygon_crypto": ("X:BTC-USD",)}
+
+
+def request_for(*sources, symbols=(), **more):
+    span = {"start_ns": START, "end_ns": NOW, "min_bars": 10}
+    return DataRequest(sources, SYMBOLS | dict(symbols), **span | more)
 
 
 def put(lake, source, dataset, bars, *, unit="u", now_ns=NOW, start_ns=START, end_ns=NOW):
@@ -58,21 +56,30 @@ def session(symbol, day, **more):
     return walk(symbol, ns(f"2026-11-{day} 14:30"), 390, seed=day, **more)
 
 
+class Fake(Source):
+    def __init__(self, name, refresh):
+        self.name, self.label, self.refresh = name, SOURCES[name].label, refresh
+
+
+def fakes(**refreshes):
+    return {name: Fake(name, refresh) for name, refresh in refreshes.items()}
+
+
 def writes(source, dataset, bars):
     return lambda lake, request, now_ns, progress, splits: put(lake, source, dataset, bars) and None
 
 
 def raises(error):
-    def adapter(lake, request, now_ns, progress, splits):
+    def refresh(lake, request, now_ns, progress, splits):
         raise error
 
-    return adapter
+    return refresh
 
 
 # ---------------------------------------------------------------------------------------- refresh
 
 
-def test_a_source_without_key_is_skipped_in_the_words_of_the_documents_by_the_real_adapter(lake, monkeypatch):
+def test_a_source_without_key_is_skipped_in_the_words_of_the_documents_by_the_real_source(lake, monkeypatch):
     monkeypatch.delenv("POLYGON_S3_ACCESS_KEY", raising=False)
     monkeypatch.delenv("POLYGON_S3_SECRET_KEY", raising=False)
     told = Warnings()
@@ -96,13 +103,13 @@ def test_a_source_without_key_is_skipped_in_the_words_of_the_documents_by_the_re
 )
 def test_a_source_that_fails_says_why_and_what_is_kept_and_the_others_still_arrive(lake, error, text):
     put(lake, "binance", "BTCUSDT", walk("BTCUSDT", START, 1440))
-    adapters = {
-        "binance": raises(error),
-        "yahoo": writes("yahoo", "AAPL", session("AAPL", 16)),
-        "polygon": raises(MissingCredentials("POLYGON_S3_ACCESS_KEY is not set, see .env.example")),
-    }
+    sources = fakes(
+        binance=raises(error),
+        yahoo=writes("yahoo", "AAPL", session("AAPL", 16)),
+        polygon=raises(MissingCredentials("POLYGON_S3_ACCESS_KEY is not set, see .env.example")),
+    )
     told = Warnings()
-    reports = refresh(lake, request_for("polygon", "binance", "yahoo"), NOW, told, adapters=adapters)
+    reports = refresh(lake, request_for("polygon", "binance", "yahoo"), NOW, told, sources=sources)
     assert {source: report.status for source, report in reports.items()} == {
         "polygon": "skipped",
         "binance": "failed",
@@ -117,18 +124,18 @@ def test_a_source_that_fails_says_why_and_what_is_kept_and_the_others_still_arri
 
 
 def test_a_failing_source_with_nothing_in_the_lake_says_so(lake):
-    report = refresh(
-        lake, request_for("yahoo"), NOW, NullProgress(), adapters={"yahoo": raises(BadAnswer("no"))}
-    )["yahoo"]
+    sources = fakes(yahoo=raises(BadAnswer("no")))
+    report = refresh(lake, request_for("yahoo"), NOW, NullProgress(), sources=sources)["yahoo"]
     assert report.message == "Yahoo failed: no; nothing is kept of it yet"
     assert (report.rows, report.newest_ns) == (0, None)
 
 
 def test_a_lake_held_by_another_writer_fails_every_source_and_ends_nothing(lake):
     put(lake, "yahoo", "AAPL", session("AAPL", 16))
-    adapters = dict.fromkeys(("yahoo", "binance"), raises(AssertionError("must not be asked")))
+    never = raises(AssertionError("must not be asked"))
+    sources = fakes(yahoo=never, binance=never)
     with Lake(lake.root).writing():
-        reports = refresh(lake, request_for("yahoo", "binance"), NOW, NullProgress(), adapters=adapters)
+        reports = refresh(lake, request_for("yahoo", "binance"), NOW, NullProgress(), sources=sources)
     assert all("is written by process" in report.message for report in reports.values())
     assert reports["yahoo"].rows == 390
 
@@ -143,22 +150,19 @@ def test_a_lake_that_cannot_be_made_fails_every_source_and_ends_nothing(tmp_path
 
 def test_an_interrupt_leaves_the_refresh_and_frees_the_lock(lake):
     with pytest.raises(KeyboardInterrupt):
-        refresh(
-            lake, request_for("yahoo"), NOW, NullProgress(), adapters={"yahoo": raises(KeyboardInterrupt())}
-        )
+        sources = fakes(yahoo=raises(KeyboardInterrupt()))
+        refresh(lake, request_for("yahoo"), NOW, NullProgress(), sources=sources)
     with Lake(lake.root).writing():
         pass
 
 
-def test_adapters_are_handed_the_request_the_clock_and_the_split_ledger(lake):
-    def adapter(given_lake, request, now_ns, progress, splits):
-        assert (given_lake, request.stocks, now_ns) == (lake, ("AAPL",), NOW)
+def test_sources_are_handed_the_request_the_clock_and_the_split_ledger(lake):
+    def update(given_lake, request, now_ns, progress, splits):
+        assert (given_lake, request.symbols["stocks"], now_ns) == (lake, ("AAPL",), NOW)
         splits.update("AAPL", [Split(datetime.date(2026, 11, 18), 4.0)])
 
-    assert (
-        refresh(lake, request_for("yahoo"), NOW, NullProgress(), adapters={"yahoo": adapter})["yahoo"].status
-        == "ok"
-    )
+    reports = refresh(lake, request_for("yahoo"), NOW, NullProgress(), sources=fakes(yahoo=update))
+    assert reports["yahoo"].status == "ok"
     assert SplitLedger(lake.root).splits("AAPL") == [Split(datetime.date(2026, 11, 18), 4.0)]
 
 
@@ -222,7 +226,7 @@ def test_a_piece_of_a_day_at_polygon_does_not_win_over_yahoos_whole_day(lake):
     put(lake, "yahoo", "AAPL", pa.concat_tables(both))
     row = load(lake, request_for("polygon", "yahoo")).rows[0]
     assert [(each.source, each.num_bars) for each in row.stretches] == [("polygon", 390), ("yahoo", 390)]
-    assert row.flags == ("days on which Yahoo stands in, since Polygon has only a piece: 1",)
+    assert row.flags == ("Yahoo replaces Polygon on days with few bars: 1",)
     assert [(each.source, each.num_bars) for each in row.by_source] == [("polygon", 585), ("yahoo", 780)]
     assert row.difference == pytest.approx(1e-4, rel=0.01)
     thin = pa.concat_tables([session("AAPL", 16), session("AAPL", 17).slice(0, 330)])  # a few quiet minutes
@@ -326,7 +330,7 @@ def test_rejected_rows_are_counted_per_symbol_and_unfinished_minutes_are_no_faul
     assert load(lake, request_for("binance")).rows[0].rejected == {"not_finite": 2}
     both = pa.concat_tables([session("AAPL", 16), with_values(session("MSFT", 16), [3], low=-1.0)])
     put_polygon(lake, both)
-    rows = load(lake, request_for("polygon", stocks=("MSFT", "AAPL"))).rows
+    rows = load(lake, request_for("polygon", symbols={"stocks": ("MSFT", "AAPL")})).rows
     assert [(row.symbol, row.rejected) for row in rows[:2]] == [("AAPL", {}), ("MSFT", {"not_positive": 1})]
 
 
@@ -343,7 +347,7 @@ def test_the_interval_is_half_open_and_symbols_come_in_a_fixed_order(lake):
         put(lake, "binance", pair, walk(pair, START, 1440))
     put(lake, "polygon", "global_crypto", walk("X:BTC-USD", START, 1440))
     request = request_for(
-        "binance", "polygon", binance_pairs=("ETHUSDT", "BTCUSDT"), stocks=(),
+        "binance", "polygon", symbols={"binance_pairs": ("ETHUSDT", "BTCUSDT"), "stocks": ()},
         start_ns=START + 10 * MINUTE_NS, end_ns=START + 110 * MINUTE_NS,
     )  # fmt: skip
     data = load(lake, request)
@@ -386,7 +390,7 @@ def test_loading_takes_little_memory_beside_the_bars_themselves(lake):
     end = START + 40_000 * MINUTE_NS
     for pair in pairs:
         put(lake, "binance", pair, walk(pair, START, 40_000), now_ns=end + DAY_NS, end_ns=end)
-    request = request_for("binance", binance_pairs=pairs, end_ns=end)
+    request = request_for("binance", symbols={"binance_pairs": pairs}, end_ns=end)
     load(lake, request)  # what is imported and cached at first use
     pools = pa.total_allocated_bytes()
     tracemalloc.start()

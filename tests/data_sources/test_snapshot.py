@@ -12,7 +12,8 @@ from data_sources import snapshot
 from data_sources.bars import COLUMNS, MINUTE_NS
 from data_sources.errors import LakeError
 from data_sources.lake.lake import READY_FOLDER, Lake
-from data_sources.refresh import DataRequest, load
+from data_sources.load import load
+from data_sources.sources import DataRequest
 
 START = ns("2026-10-01 00:00")
 MINUTES = 5_000
@@ -38,9 +39,7 @@ def lake(tmp_path):
 def request_for(**more):
     wanted = {
         "sources": ("binance",),
-        "stocks": (),
-        "binance_pairs": (*PAIRS, "FEWUSDT"),
-        "polygon_crypto": (),
+        "symbols": {"binance_pairs": (*PAIRS, "FEWUSDT")},
         "start_ns": START,
         "end_ns": END,
     }
@@ -101,7 +100,7 @@ def test_making_a_copy_takes_little_memory_beside_one_symbol(lake):
     pairs = [f"P{number}USDT" for number in range(8)]
     for pair in pairs:
         put(lake, pair)
-    request = request_for(binance_pairs=pairs)
+    request = request_for(symbols={"binance_pairs": pairs})
     load(lake, request)  # what is imported and cached at first use
     tracemalloc.start()
     try:

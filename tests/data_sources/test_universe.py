@@ -9,12 +9,14 @@ import pytest
 from bar_tables import DAY_NS, ns, walk
 
 from data_sources.lake.lake import Lake
+from data_sources.load import load
 from data_sources.progress import NullProgress
-from data_sources.refresh import DataRequest, load
+from data_sources.sources import DataRequest
 from data_sources.universe import members, named, top_of
-from data_sources.vendors.polygon import Polygon
+from data_sources.vendors.http import RetryPolicy
+from data_sources.vendors.polygon import US_STOCKS
 from data_sources.vendors.polygon_days import read_day_and_largest
-from data_sources.vendors.polygon_files import US_STOCKS
+from data_sources.vendors.polygon_refresh import Polygon
 from tests.data_sources.vendors.polygon_desk import rows
 from tests.data_sources.vendors.s3_server import CRYPTO, S3Server, day_file, key_of
 
@@ -51,14 +53,14 @@ def server(running_server: S3Server) -> S3Server:
 def refresh(server: S3Server, lake: Lake, *stocks: str, crypto: tuple[str, ...] = ()) -> list[str]:
     """Refresh, and return the days that were downloaded."""
     server.log.clear()
-    source = Polygon("key", "secret", server.endpoint, read_timeout_seconds=5, attempts=2)
+    source = Polygon("key", "secret", server.endpoint, RetryPolicy(read_seconds=5, attempts=2))
     source.refresh(lake, stocks, crypto, START, NOW, NOW, NullProgress())
     return sorted(key[-17:-7] for key in server.gets())
 
 
 def loaded_months(lake: Lake, *stocks: str) -> dict[str, list[int]]:
     """Return in which months each symbol has bars."""
-    request = DataRequest(("polygon",), stocks, (), (), START, NOW, min_bars=10)
+    request = DataRequest(("polygon",), {"stocks": stocks}, START, NOW, min_bars=10)
     months = {}
     for bars in load(lake, request).bars:
         times = bars.open_time.astype("datetime64[ns]").astype("datetime64[M]").astype(int) % 12 + 1
@@ -116,7 +118,7 @@ def test_of_crypto_only_pairs_against_the_dollar_are_chosen(server: S3Server, la
         body = day_file([line for pair, volume in pairs for line in rows(pair, day, volume=volume)])
         server.put(key_of(day, CRYPTO), body)
     refresh(server, lake, crypto=("top:1",))
-    request = DataRequest(("polygon",), (), (), ("top:1",), START, NOW, min_bars=10)
+    request = DataRequest(("polygon",), {"polygon_crypto": ("top:1",)}, START, NOW, min_bars=10)
     assert [bars.symbol for bars in load(lake, request).bars] == ["X:BTC-USD"]
 
 
@@ -137,11 +139,11 @@ def test_what_begins_like_a_rule_must_be_one(rule: str) -> None:
     with pytest.raises(ValueError, match="such as top:500"):
         top_of(["AAPL", rule])
     with pytest.raises(ValueError, match="such as top:500"):
-        DataRequest(("polygon",), (rule,), (), (), START, NOW)
+        DataRequest(("polygon",), {"stocks": (rule,)}, START, NOW)
 
 
 def test_names_and_rules_are_told_apart() -> None:
     assert named(["AAPL", "top:5", "AAPL", "top:7"]) == ("AAPL",)
     assert top_of(["AAPL", "top:5", "top:7"]) == 7
     with pytest.raises(ValueError, match="binance_pairs must be names"):
-        DataRequest(("binance",), (), ("top:5",), (), START, NOW)
+        DataRequest(("binance",), {"binance_pairs": ("top:5",)}, START, NOW)

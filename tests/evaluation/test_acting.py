@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_sources.bars import COLUMNS, MINUTE_NS, Bars
-from data_sources.calendar import DAY_NS, expected_minutes
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS, Bars
+from data_sources.calendar import expected_minutes
 from envs.config import EnvConfig
 from envs.counterfactuals import accounts_in_every_position
 from envs.latest import latest_decisions

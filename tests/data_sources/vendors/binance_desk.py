@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data_sources.lake.lake import Lake
-from data_sources.vendors.binance import Binance
+from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.http import RetryPolicy
+from tests.data_sources.bar_tables import read
 from tests.data_sources.vendors.binance_server import HOUR_NS, BinanceServer
 from tests.data_sources.vendors.loopback import Notes, ns
 
@@ -50,7 +51,7 @@ class Desk:
     def minutes(
         self, pair: str = "BTCUSDT", start_ns: int = START, end_ns: int = CLOSED + DAY_NS
     ) -> np.ndarray:
-        return self.lake.read("binance", pair, [pair], start_ns, end_ns).column("open_time").to_numpy()
+        return read(self.lake, "binance", pair, [pair], start_ns, end_ns).column("open_time").to_numpy()
 
     def assert_complete(
         self,
@@ -60,7 +61,7 @@ class Desk:
         without: tuple[int, ...] = (),
     ) -> None:
         """Every bar of the truth is there, bit for bit, and no other."""
-        table = self.lake.read("binance", pair, [pair], start_ns, self.server.now_ns + DAY_NS)
+        table = read(self.lake, "binance", pair, [pair], start_ns, self.server.now_ns + DAY_NS)
         times, values = self.server.truth(pair, start_ns, end_ns)
         keep = ~np.isin(times, np.array(without, np.int64))
         np.testing.assert_array_equal(table.column("open_time").to_numpy(), times[keep])

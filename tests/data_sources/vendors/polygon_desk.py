@@ -6,7 +6,8 @@ import datetime as dt
 import threading
 
 from data_sources.lake.lake import Lake
-from data_sources.vendors.polygon import Polygon
+from data_sources.vendors.polygon_refresh import Polygon
+from tests.data_sources.bar_tables import read
 from tests.data_sources.vendors.s3_server import STOCKS, S3Server, day_file, key_of
 
 KEY_ID, SECRET = "AKIAHIDDENHIDDEN", "hidden/secret+hidden"
@@ -87,7 +88,7 @@ def held_days(lake: Lake, dataset: str = "us_stocks_sip") -> list[dt.date]:
 
 
 def closes(lake: Lake, symbol: str, dataset: str = "us_stocks_sip") -> list[float]:
-    return lake.read("polygon", dataset, [symbol], START_NS, END_NS).column("close").to_pylist()
+    return read(lake, "polygon", dataset, [symbol], START_NS, END_NS).column("close").to_pylist()
 
 
 def expected_closes(ticker: str, days: list[dt.date] = DAYS) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 
 from data_sources.errors import LakeError, RateLimited, Refused, SourceUnavailable
 from data_sources.lake.lake import Lake
-from data_sources.vendors.binance import Binance
+from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.binance_rest import Rest
 from tests.data_sources.vendors.binance_desk import CLOSED, DAY_NS, NOW, POLICY, START, Desk
 from tests.data_sources.vendors.binance_server import MINUTE_NS, BinanceServer, bars_of
@@ -154,8 +154,8 @@ def test_an_unknown_pair_fails_alone_and_names_its_successor(desk: Desk) -> None
     desk.refresh("MATICUSDT", "BTCUSDT", "../etc")
     desk.assert_complete()
     assert sorted(desk.notes.warnings) == [
-        "'../etc' is no Binance pair; pairs look like BTCUSDT",
-        "MATICUSDT: Binance knows no such pair; it is POLUSDT now",
+        "'../etc' is not a Binance pair; pairs look like BTCUSDT",
+        "MATICUSDT: Binance does not know this pair; it is POLUSDT now",
     ]
 
 

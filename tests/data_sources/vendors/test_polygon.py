@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from data_sources.errors import LakeError
-from data_sources.vendors import polygon, polygon_days
+from data_sources.vendors import polygon_days, polygon_refresh
+from data_sources.vendors.polygon import GLOBAL_CRYPTO, US_STOCKS
 from data_sources.vendors.polygon_days import read_day
-from data_sources.vendors.polygon_files import GLOBAL_CRYPTO, US_STOCKS
+from tests.data_sources.bar_tables import read
 from tests.data_sources.vendors.polygon_desk import (
     DAYS,
     END_NS,
@@ -34,7 +35,7 @@ def test_all_bars_of_the_wanted_symbols_arrive_as_they_are_in_the_files(server, 
     put_days(server, ["AAPL", "MSFT", "OTHER"])
     put_days(server, ["X:BTC-USD"], data_type=CRYPTO)
     recorder = refresh(source, lake, ["AAPL", "MSFT"], ["X:BTC-USD"])
-    table = lake.read("polygon", "us_stocks_sip", ["MSFT"], START_NS, END_NS)
+    table = read(lake, "polygon", "us_stocks_sip", ["MSFT"], START_NS, END_NS)
     first = price_of("MSFT", DAYS[0], 0)
     assert {name: table.column(name)[0].as_py() for name in table.column_names} == {
         "symbol": "MSFT",
@@ -73,7 +74,7 @@ def test_a_late_day_and_a_republished_day_are_the_only_ones_fetched(server, sour
     server.log.clear()
     refresh(source, lake, ["AAPL"])
     assert sorted(server.gets()) == [key_of(DAYS[1]), key_of(DAYS[3])]
-    volumes = lake.read("polygon", "us_stocks_sip", ["AAPL"], *US_STOCKS.interval(DAYS[1])).column("volume")
+    volumes = read(lake, "polygon", "us_stocks_sip", ["AAPL"], *US_STOCKS.interval(DAYS[1])).column("volume")
     assert set(volumes.to_pylist()) == {9999.5}
 
 
@@ -145,7 +146,7 @@ def test_whole_and_decimal_volumes_are_read_alike(server, source, lake, volume):
     )
     refresh(source, lake, ["AAPL"])
     assert set(
-        lake.read("polygon", "us_stocks_sip", None, START_NS, END_NS).column("volume").to_pylist()
+        read(lake, "polygon", "us_stocks_sip", None, START_NS, END_NS).column("volume").to_pylist()
     ) == {float(volume)}
 
 
@@ -154,7 +155,7 @@ def test_columns_are_found_by_name_in_any_order_and_more_of_them(server, source,
     line = f"{stamp_of(DAYS[0], 0)},yes,{price - 1},{price + 1},{price},{price + 0.01:.2f},AAPL,5.5"
     server.put(key_of(DAYS[0]), day_file([line], "window_start,otc,low,high,open,close,ticker,volume"))
     refresh(source, lake, ["AAPL"])
-    (bar,) = lake.read("polygon", "us_stocks_sip", None, START_NS, END_NS).to_pylist()
+    (bar,) = read(lake, "polygon", "us_stocks_sip", None, START_NS, END_NS).to_pylist()
     assert (bar["low"], bar["high"], bar["open"], bar["volume"]) == (price - 1, price + 1, price, 5.5)
 
 
@@ -195,7 +196,7 @@ def test_an_empty_day_is_remembered_as_empty(server, source, lake):
 def test_at_most_four_objects_are_fetched_at_a_time(server, source, lake):
     put_days(server, ["AAPL"], [dt.date(2026, 11, day) for day in range(1, 21)])
     refresh(source, lake, ["AAPL"])
-    assert 1 < server.most_at_once <= polygon.PARALLEL_GETS
+    assert 1 < server.most_at_once <= polygon_refresh.PARALLEL_GETS
 
 
 def test_a_lake_that_cannot_be_written_stops_the_refresh_with_its_own_error(server, source, lake):

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from data_sources.errors import DataError, MissingCredentials, Refused, SourceUnavailable
-from data_sources.vendors import polygon, polygon_files
-from data_sources.vendors.polygon import Polygon
+from data_sources.vendors import polygon_files, polygon_refresh
+from data_sources.vendors.polygon_refresh import Polygon
 from tests.data_sources.vendors.polygon_desk import (
     DAYS,
     KEY_ID,
@@ -24,6 +24,10 @@ from tests.data_sources.vendors.polygon_desk import (
     stamp_of,
 )
 from tests.data_sources.vendors.s3_server import CRYPTO, STOCKS, WEB_PAGE, Fault, day_file, key_of
+
+
+def with_policy(source: Polygon, **changes: float) -> Polygon:
+    return replace(source, policy=replace(source.policy, **changes))
 
 
 def shifted_a_day(day: dt.date) -> bytes:
@@ -126,7 +130,7 @@ def test_a_429_is_obeyed_for_as_long_as_it_says(server, source, lake):
 def test_a_day_that_failed_in_a_bad_minute_is_tried_again_at_the_end(server, source, lake):
     put_days(server, ["AAPL"])
     server.faults.append(Fault("status", str(DAYS[3]), status=502, count=2))
-    recorder = refresh(replace(source, attempts=2), lake, ["AAPL"])
+    recorder = refresh(with_policy(source, attempts=2), lake, ["AAPL"])
     assert recorder.warnings == [] and recorder.units == recorder.total == 5
     assert held_days(lake) == DAYS
 
@@ -136,9 +140,9 @@ def test_a_source_that_dies_after_the_first_day_keeps_it_and_is_not_asked_for_ev
     put_days(server, ["AAPL"], days)
     server.faults.append(Fault("status", r"2026-11-(0\d|1\d)\.csv", status=500))
     with pytest.raises(SourceUnavailable, match=r"HTTP 500.*1 of 20 day files arrived"):
-        refresh(replace(source, attempts=1), lake, ["AAPL"])
+        refresh(with_policy(source, attempts=1), lake, ["AAPL"])
     assert held_days(lake) == days[-1:]
-    assert len(server.gets()) <= 1 + polygon.IN_A_ROW + polygon.PARALLEL_GETS
+    assert len(server.gets()) <= 1 + source.policy.failures_in_a_row + polygon_refresh.PARALLEL_GETS
     server.faults.clear()
     refresh(source, lake, ["AAPL"])
     assert held_days(lake) == days
@@ -147,15 +151,14 @@ def test_a_source_that_dies_after_the_first_day_keeps_it_and_is_not_asked_for_ev
 def test_a_hanging_source_is_given_up(server, source, lake):
     server.faults.append(Fault("hang", ""))
     with pytest.raises(SourceUnavailable, match="ReadTimeoutError"):
-        refresh(replace(source, read_timeout_seconds=0.2, attempts=1), lake, ["AAPL"])
+        refresh(with_policy(source, read_seconds=0.2, attempts=1), lake, ["AAPL"])
 
 
 def test_a_body_that_drips_for_ever_is_given_up(server, source, lake, monkeypatch):
-    monkeypatch.setattr(polygon_files, "LONGEST_GET_SECONDS", 0.3)
     monkeypatch.setattr(polygon_files, "CHUNK_BYTES", 4)
     put_days(server, ["AAPL"], DAYS[:2])
     server.faults.append(Fault("drip", "2026-11-17"))
-    recorder = refresh(source, lake, ["AAPL"])
+    recorder = refresh(with_policy(source, total_seconds=0.3), lake, ["AAPL"])
     assert held_days(lake) == DAYS[:1]
     assert any("2026-11-17" in warning and "bytes in 0 seconds" in warning for warning in recorder.warnings)
     server.faults.clear()
@@ -171,8 +174,8 @@ def test_an_expired_credential_is_refused_without_a_retry(server, source, lake):
 
 
 def test_a_refused_connection_is_a_source_that_is_down(source, lake):
-    with pytest.raises(SourceUnavailable, match="could not list us_stocks_sip 2026 at http"):
-        refresh(replace(source, endpoint="http://127.0.0.1:9", attempts=1), lake, ["AAPL"])
+    with pytest.raises(SourceUnavailable, match=r"http.* \(list us_stocks_sip 2026\) does not answer"):
+        refresh(replace(with_policy(source, attempts=1), endpoint="http://127.0.0.1:9"), lake, ["AAPL"])
 
 
 def test_a_web_page_in_place_of_a_listing_is_no_empty_listing(server, source, lake):
@@ -290,7 +293,7 @@ def test_no_message_representation_or_file_holds_a_secret(server, source, lake):
     for status in (400, 401, 403, 404, 429, 500):
         server.faults[:] = [Fault("status", "list-type", status=status)]
         with pytest.raises(DataError) as raised:
-            refresh(replace(source, attempts=1), lake, ["AAPL"])
+            refresh(with_policy(source, attempts=1), lake, ["AAPL"])
         said.append(str(raised.value))
     for text in said:
         assert SECRET not in text and KEY_ID not in text and "\n" not in text

@@ -17,7 +17,8 @@ from bar_tables import ns
 from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
 from data_sources.lake.lake import Lake
 from data_sources.progress import NullProgress
-from data_sources.refresh import DataRequest, refresh
+from data_sources.refresh import refresh
+from data_sources.sources import DataRequest
 from data_sources.splits import Split, SplitLedger
 from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon_splits import PolygonSplits
@@ -226,12 +227,12 @@ def test_a_refresh_asks_for_splits_and_a_fault_there_is_a_warning_only(
     monkeypatch.setenv("POLYGON_API_URL", server.url)
     monkeypatch.delenv("POLYGON_S3_ACCESS_KEY", raising=False)
     lake = Lake(tmp_path / "lake")
-    request = DataRequest(("polygon",), ("AAPL",), (), (), START, NOW)
+    request = DataRequest(("polygon",), {"stocks": ("AAPL",)}, START, NOW)
     told = Told()
     refresh(lake, request, NOW, told)
     assert SplitLedger(lake.root).splits("AAPL") == [Split(datetime.date(2026, 11, 10), 10.0)]
-    assert told.texts[0] == "splits: 1 entries cannot be read"
+    assert told.texts[0] == "splits: 1 unreadable entries"
     monkeypatch.setenv("POLYGON_API_KEY", "wrong")
     refresh(lake, request, NOW, told)
-    assert "refuses (HTTP 401): check POLYGON_API_KEY" in told.texts[2]
+    assert "refuses access (HTTP 401): check POLYGON_API_KEY" in told.texts[2]
     assert "POLYGON_S3_ACCESS_KEY is not set" in told.texts[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_sources.splits import Split
-from data_sources.vendors.yahoo import Yahoo
+from data_sources.vendors.yahoo_refresh import Yahoo
 from data_sources.vendors.yahoo_weeks import weeks
 from tests.data_sources.vendors.loopback import Fault, ns
 from tests.data_sources.vendors.yahoo_desk import CLOSED, DAY_NS, EVENING, HTML, MINUTES, NOW, STOCKS, Desk

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_sources.errors import DataError, RateLimited, Refused, SourceUnavailable
-from data_sources.vendors import yahoo
-from data_sources.vendors.yahoo import Yahoo
+from data_sources.vendors import yahoo_refresh
+from data_sources.vendors.yahoo_refresh import Yahoo
 from tests.data_sources.vendors.loopback import Fault, ns
 from tests.data_sources.vendors.yahoo_desk import DAY_NS, EVENING, HTML, MINUTES, NOW, POLICY, STOCKS, Desk
 from tests.data_sources.vendors.yahoo_server import MINUTE_NS, Rows, YahooServer
@@ -78,7 +78,7 @@ def test_a_window_that_should_have_bars_and_has_none_is_a_warning_and_asked_for_
     desk.server.faults = [empty]
     desk.refresh(at=EVENING)
     assert desk.notes.warnings == [
-        "MSFT: no bars came for the week of 2026-02-16, 2026-02-23, although there was trade"
+        "MSFT: no bars came for the week of 2026-02-16, 2026-02-23, although the market was open"
     ]
     assert len(desk.refresh()) == 2
     desk.assert_holds("MSFT", start_ns=EVENING - 29 * DAY_NS, end_ns=EVENING)
@@ -100,7 +100,7 @@ def test_a_rate_limit_stops_the_source_and_keeps_what_came(desk: Desk) -> None:
     desk.server.faults = [
         Fault("/(MSFT|NVDA)", "status", 429, {"Retry-After": "7"}, b"Too Many Requests"),
     ]
-    with pytest.raises(RateLimited, match="come back in 7 seconds") as caught:
+    with pytest.raises(RateLimited, match=r"rate limit .* retry in 7 s") as caught:
         desk.refresh()
     assert caught.value.retry_after == 7
     assert not desk.charts("/NVDA")
@@ -148,8 +148,8 @@ def test_a_slow_source_has_a_deadline_and_keeps_what_came(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.refresh("AAPL", at=EVENING)
-    monkeypatch.setattr(yahoo, "MINIMUM_SECONDS", 0.0)
-    monkeypatch.setattr(yahoo, "SECONDS_PER_STOCK", 0.0)
+    monkeypatch.setattr(yahoo_refresh, "MINIMUM_SECONDS", 0.0)
+    monkeypatch.setattr(yahoo_refresh, "SECONDS_PER_STOCK", 0.0)
     with pytest.raises(SourceUnavailable, match="too slow"):
         desk.refresh()
     desk.assert_holds("AAPL", start_ns=EVENING - 29 * DAY_NS, end_ns=EVENING)
@@ -177,7 +177,7 @@ def test_another_symbols_answer_is_not_kept(desk: Desk) -> None:
     desk.server._meta = mixed_up.__get__(desk.server)  # type: ignore[method-assign]
     desk.refresh()
     assert desk.minutes("MSFT") == set()
-    assert desk.notes.warnings == ["MSFT: asked Yahoo for MSFT, came NVDA"]
+    assert desk.notes.warnings == ["MSFT: asked Yahoo for MSFT, got NVDA"]
 
 
 def spoilt(every: int, spoil: Callable[[float], Any], *fields: str) -> Callable[[Rows], Rows]:

@@ -10,7 +10,7 @@ from data_sources.bars import COLUMNS, Bars
 from data_sources.lake.lake import Lake
 from data_sources.splits import SplitLedger
 from data_sources.vendors.http import RetryPolicy
-from data_sources.vendors.yahoo import Yahoo
+from data_sources.vendors.yahoo_refresh import Yahoo
 from tests.data_sources.vendors.loopback import Notes, ns
 from tests.data_sources.vendors.yahoo_server import MINUTE_NS, YahooServer
 
@@ -20,9 +20,7 @@ EVENING = ns("2026-03-18T01:00")  # 21:00 in New York, all bars of the day have 
 DAY_NS = 1440 * MINUTE_NS
 REACH = NOW - 29 * DAY_NS
 STOCKS = ("AAPL", "MSFT", "NVDA")
-POLICY = RetryPolicy(
-    connect_seconds=0.3, total_seconds=0.8, backoff_seconds=0.01, attempts=2, failures_in_a_row=3
-)
+POLICY = RetryPolicy(connect_seconds=0.3, total_seconds=0.8, backoff_seconds=0.01, attempts=2)
 HTML = b"<!DOCTYPE html><html><body>Oh dear</body></html>"
 MINUTES = "interval=1m"  # of a chart request
 

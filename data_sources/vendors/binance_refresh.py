@@ -1,0 +1,107 @@
+"""Binance spot minute bars: archive files for the past, REST for the last days, one lake dataset per pair.
+
+Archive and REST are two hosts and fail independently; binance_pair.py decides what to ask of which.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from data_sources.errors import DataError
+from data_sources.lake.lake import Lake
+from data_sources.progress import Progress
+from data_sources.vendors.binance_archive import Archive
+from data_sources.vendors.binance_pair import Hosts, PairRefresh
+from data_sources.vendors.binance_parts import SOURCE
+from data_sources.vendors.binance_rest import WEIGHT_LIMIT, Rest
+from data_sources.vendors.http import RetryPolicy
+
+API_URL = "https://api.binance.com"
+ARCHIVE_URL = "https://data.binance.vision"
+NUM_THREADS = 4
+
+
+class Binance:
+    """Refreshes a lake from Binance's archive and REST."""
+
+    def __init__(
+        self,
+        api_url: str = API_URL,
+        archive_url: str = ARCHIVE_URL,
+        *,
+        policy: RetryPolicy | None = None,
+        weight_limit: int = WEIGHT_LIMIT,
+    ) -> None:
+        policy = policy or RetryPolicy()
+        self._hosts = Hosts(Rest(api_url, policy, weight_limit), Archive(archive_url, policy))
+
+    @classmethod
+    def from_environment(cls, policy: RetryPolicy | None = None) -> Binance:
+        """Read BINANCE_API_URL and BINANCE_ARCHIVE_URL; neither needs a key."""
+        return cls(
+            os.environ.get("BINANCE_API_URL") or API_URL,
+            os.environ.get("BINANCE_ARCHIVE_URL") or ARCHIVE_URL,
+            policy=policy,
+        )
+
+    def probe_api(self, pair: str, now_ns: int) -> tuple[str, str]:
+        """Ask REST once; return what came, in words, and the HTTP header Date. Raises DataError."""
+        return f"answers for {pair}", self._hosts.rest.probe(pair, now_ns)
+
+    def probe_archive(self, pair: str, now_ns: int) -> tuple[str, str]:
+        """Ask the archive once; as ``probe_api``, without a time."""
+        self._hosts.archive.probe(pair, now_ns)
+        return "answers", ""
+
+    def refresh(
+        self, lake: Lake, pairs: Sequence[str], start_ns: int, end_ns: int, now_ns: int, progress: Progress
+    ) -> None:
+        """Bring the pairs' datasets up to date over [start_ns, end_ns), as far as minutes have closed.
+
+        Each pair fails alone, with one warning; what arrived stays.
+
+        Raises:
+            DataError: not one pair could be brought forward, or the lake cannot be written.
+        """
+        with lake.writing():
+            self._refresh(lake, pairs, start_ns, end_ns, now_ns, progress)
+
+    def _refresh(
+        self, lake: Lake, pairs: Sequence[str], start_ns: int, end_ns: int, now_ns: int, progress: Progress
+    ) -> None:
+        rest, archive = self._hosts.rest.host, self._hosts.archive.host
+        rest.begin_refresh()
+        archive.begin_refresh()
+        works = [
+            PairRefresh(self._hosts, lake, pair, start_ns, end_ns, now_ns, progress)
+            for pair in dict.fromkeys(pairs)
+        ]
+        progress.start(SOURCE, "files and pairs", sum(work.num_steps for work in works))
+        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix=SOURCE)
+        try:
+            for future in [pool.submit(work.run) for work in works]:
+                future.result()
+        finally:  # an interrupt or a lake that cannot be written ends the other threads soon
+            rest.stop.set()
+            archive.stop.set()
+            pool.shutdown(cancel_futures=True)
+        errors = [work.error for work in works if work.error is not None]
+        failure: DataError | None = None  # of the source: one line, which the caller reports
+        if errors and len(errors) == len(works) and not any(work.num_written for work in works):
+            failure = rest.down or errors[0]
+        for work in works:
+            if work.error not in (None, rest.down, archive.down) and str(work.error) != str(failure):
+                work.warn(str(work.error))
+        for name, host in (("REST", rest), ("archive", archive)):
+            if host.down is not None and failure is None:
+                progress.warn(SOURCE, f"skipping Binance {name}: {host.down}")
+        progress.finish(
+            SOURCE,
+            f"{len(works) - len(errors)} of {len(works)} pairs up to date, "
+            f"{sum(work.num_written for work in works)} parts written, "
+            f"{archive.requests} file requests, {rest.requests} page requests",
+        )
+        if failure is not None:
+            raise failure

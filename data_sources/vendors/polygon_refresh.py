@@ -1,0 +1,380 @@
+"""Polygon's (now Massive's) flat files: one gzip CSV per day and data type in an S3 bucket.
+
+* List first, by year: two years of one data type are three requests. Fetch only the days that the lake
+  lacks, that the vendor replaced (ETag and size), or that were fetched without a symbol wanted now.
+* Newest day first, and the first one alone. Objects outside of the plan are listed all the same and answer
+  403, by data type or from some age on, so one answer is enough to stop asking for older ones.
+* A file is decoded to its end, so that its gzip checksum holds, before any of it is kept.
+* Prices and volumes are as traded: splits are applied on load. All rows of the day are kept, before and
+  after the regular session too.
+
+Vendor's pages, 2026: massive.com/docs/flat-files, massive.com/knowledge-base/article/
+how-to-get-started-with-s3 and .../what-time-are-massives-flat-files-ready-each-day.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from data_sources.errors import BadAnswer, DataError, MissingCredentials, Refused, SourceUnavailable
+from data_sources.lake.lake import Lake, Part
+from data_sources.progress import Progress
+from data_sources.universe import KEPT_FOLD, kept_rule, look_back, named, top_of
+from data_sources.vendors.http import RetryPolicy, require_address
+from data_sources.vendors.polygon import GLOBAL_CRYPTO, US_STOCKS, DataType
+from data_sources.vendors.polygon_days import read_day, read_day_and_largest
+from data_sources.vendors.polygon_files import DayFile, FlatFiles
+
+SOURCE = "polygon"
+DEFAULT_ENDPOINT = "https://files.massive.com"  # https://files.polygon.io is the older name of the host
+# A day file has 27 MB: 900 seconds are 30 kB/s, and slower than that is a hang.
+RETRY_POLICY = RetryPolicy(
+    connect_seconds=10,
+    read_seconds=30,
+    total_seconds=900,
+    longest_wait_seconds=60,
+    attempts=4,
+    failures_in_a_row=4,
+)
+PARALLEL_GETS = 4
+DENIED_IN_A_ROW = 4  # so many days refused in a row: older ones will be refused too
+WARNINGS_PER_TYPE = 3  # the rest is a count
+
+
+@dataclass(frozen=True)
+class Polygon:
+    """Polygon's flat files with one pair of S3 keys; ``endpoint`` is scheme and host of the S3 service."""
+
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    endpoint: str = DEFAULT_ENDPOINT
+    policy: RetryPolicy = RETRY_POLICY
+
+    @classmethod
+    def from_environment(cls, policy: RetryPolicy = RETRY_POLICY) -> Polygon:
+        """Read POLYGON_S3_ACCESS_KEY, POLYGON_S3_SECRET_KEY and POLYGON_S3_ENDPOINT.
+
+        Raises:
+            MissingCredentials: a key is not set, is empty, or has characters that no key has.
+            DataError: POLYGON_S3_ENDPOINT is not an address.
+        """
+        keys = []
+        for name in ("POLYGON_S3_ACCESS_KEY", "POLYGON_S3_SECRET_KEY"):
+            key = os.environ.get(name, "").strip()
+            if not key:
+                raise MissingCredentials(f"{name} is not set, see .env.example")
+            if not re.fullmatch(r"[!-~]+", key):
+                raise MissingCredentials(f"{name} has spaces or characters that no key has, copy it again")
+            keys.append(key)
+        endpoint = os.environ.get("POLYGON_S3_ENDPOINT", "").strip().rstrip("/") or DEFAULT_ENDPOINT
+        require_address("POLYGON_S3_ENDPOINT", endpoint, DEFAULT_ENDPOINT)
+        return cls(keys[0], keys[1], endpoint, policy)
+
+    def probe(self, data_type: DataType, today: dt.date) -> tuple[str, str]:
+        """Ask once whether these keys may read a data type; see FlatFiles.probe."""
+        return self._files().probe(data_type, today)
+
+    def _files(self) -> FlatFiles:
+        return FlatFiles(self.endpoint, self.access_key, self.secret_key, self.policy, 2 * PARALLEL_GETS)
+
+    def refresh(
+        self,
+        lake: Lake,
+        stocks: Sequence[str],
+        crypto: Sequence[str],
+        start_ns: int,
+        end_ns: int,
+        now_ns: int,
+        progress: Progress,
+    ) -> None:
+        """Bring the lake's days in [start_ns, end_ns) up to date with the vendor's listing.
+
+        What arrives is kept whatever happens later. A damaged day is a warning and left for the next
+        refresh; so is a data type, or an age, that the plan does not cover.
+
+        Args:
+            lake: gets the days, datasets "us_stocks_sip" and "global_crypto", unit "YYYY-MM-DD".
+            stocks: symbols as in the files, such as "BRK.B", or a rule, "top:500" (universe.py); if empty, the
+                data type is skipped.
+            crypto: pairs as in the files, such as "X:BTC-USD", or a rule.
+            start_ns: first instant wanted.
+            end_ns: end of what is wanted.
+            now_ns: the present; bars that have not closed by then are not kept.
+            progress: counts days and bytes.
+
+        Raises:
+            Refused: none of the data types may even be listed with these keys.
+            SourceUnavailable: the source does not answer (any more).
+            LakeError: the lake cannot be written.
+        """
+        wanted = [
+            (data_type, named(symbols), KEPT_FOLD * top_of(symbols))
+            for data_type, symbols in ((US_STOCKS, stocks), (GLOBAL_CRYPTO, crypto))
+            if symbols
+        ]
+        if not wanted or end_ns <= start_ns:
+            progress.finish(SOURCE, "no symbols to fetch")
+            return
+        files = self._files()
+        with lake.writing():
+            works = self._list(files, lake, wanted, start_ns, end_ns, now_ns, progress)
+            progress.start(SOURCE, "day files", sum(len(work.missing) for work in works))
+            for work in works:
+                work.run()
+                work.warn_of_gaps()
+                if work.unreachable:  # one host serves all data types
+                    text = f"{work.unreachable}; {work.arrived} of {len(work.missing)} day files arrived"
+                    raise SourceUnavailable(text) from work.unreachable
+        progress.finish(SOURCE, _summary(works))
+
+    def _list(
+        self,
+        files: FlatFiles,
+        lake: Lake,
+        wanted: Sequence[tuple[DataType, tuple[str, ...], int]],
+        start_ns: int,
+        end_ns: int,
+        now_ns: int,
+        progress: Progress,
+    ) -> list[_TypeRefresh]:
+        """List every data type and compare with the lake; a type that may not be listed is left out."""
+        works: list[_TypeRefresh] = []
+        refusals: list[Refused] = []
+        days = {
+            data_type: (
+                data_type.day_of(look_back(start_ns) if num_largest else start_ns),
+                data_type.day_of(end_ns - 1),
+            )
+            for data_type, _, num_largest in wanted
+        }
+        pool = ThreadPoolExecutor(PARALLEL_GETS, "polygon-list")
+        try:
+            listings = {
+                data_type: [
+                    pool.submit(files.list_year, data_type, year) for year in range(first.year, last.year + 1)
+                ]
+                for data_type, (first, last) in days.items()
+            }
+            for data_type, symbols, num_largest in wanted:
+                first, last = days[data_type]
+                try:
+                    listed = [file for year in listings[data_type] for file in year.result()]
+                except Refused as refusal:
+                    refusals.append(refusal)
+                    continue
+                listed = [file for file in listed if first <= file.day <= last]
+                listed.sort(key=lambda file: file.day, reverse=True)
+                if not listed and (last - first).days >= 7:
+                    progress.warn(SOURCE, f"{data_type.dataset}: no day file is listed for {first} to {last}")
+                held = lake.parts(SOURCE, data_type.dataset)
+                needed = {*symbols, *kept_rule(num_largest)}
+                missing = [file for file in listed if _is_news(file, needed, held.get(file.day.isoformat()))]
+                works.append(
+                    _TypeRefresh(
+                        files, lake, progress, now_ns, data_type, symbols, num_largest, held, missing
+                    )
+                )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if not works:
+            raise refusals[0]
+        for refused in refusals:
+            progress.warn(SOURCE, str(refused))
+        return works
+
+
+@dataclass(frozen=True)
+class _Day:
+    """Our rows of one day file, and the version and size of the file that they are from."""
+
+    table: pa.Table
+    version: str
+    num_bytes: int
+    dollar_volume: dict[str, int]  # of the largest, where a rule asks for them
+
+
+@dataclass
+class _TypeRefresh:
+    """The refresh of one data type: what it needs, and how far it came."""
+
+    files: FlatFiles
+    lake: Lake
+    progress: Progress
+    now_ns: int
+    data_type: DataType
+    symbols: tuple[str, ...]  # by name
+    num_largest: int  # kept of each day beside them, for a rule
+    held: dict[str, Part]
+    missing: list[DayFile]  # newest first
+    arrived: int = 0
+    num_bytes: int = 0
+    left: int = 0  # for the next refresh: damaged, or the source was given up
+    denied: list[dt.date] = field(default_factory=list)  # refused, or skipped after those that were
+    unreachable: DataError | None = None  # set when the source was given up
+    rows: Counter[str] = field(default_factory=Counter)  # arrived now, by symbol
+
+    def run(self) -> None:
+        """Fetch the missing days, a few at a time, and write each as it comes."""
+        pool = ThreadPoolExecutor(PARALLEL_GETS, f"polygon-{self.data_type.dataset}")
+        ahead = deque(self.missing)
+        retried: set[DayFile] = set()
+        pending: dict[Future[_Day], DayFile] = {}
+        parallel = 1  # the first alone shows whether the data type is in the plan
+        denied_in_a_row = 0
+        host = self.files.host
+        try:
+            while True:
+                # Only so many in flight, so that neither bodies nor tables pile up over hundreds of days.
+                while ahead and len(pending) < parallel:
+                    file = ahead.popleft()
+                    pending[pool.submit(self._fetch, file)] = file
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    file = pending.pop(future)
+                    self.progress.advance(SOURCE)
+                    try:
+                        day = future.result()
+                        denied_in_a_row = 0
+                        host.note(None)
+                        self._keep(file, day)
+                    except FileNotFoundError:
+                        continue  # listed, but gone since
+                    except Refused:
+                        self.denied.append(file.day)
+                        denied_in_a_row += 1
+                        if self.arrived == 0 or denied_in_a_row >= DENIED_IN_A_ROW:
+                            self.denied += [older.day for older in ahead]
+                            self.progress.advance(SOURCE, len(ahead))
+                            ahead.clear()
+                    except BadAnswer as error:  # damaged, or the lake has better bars of the same version
+                        self._leave(error)
+                    except SourceUnavailable as error:
+                        host.note(error)
+                        if host.down is not None:
+                            self.unreachable = host.down
+                            self.left += 1 + len(ahead)
+                            ahead.clear()
+                        elif file not in retried:  # a bad minute of the host: once more, at the end
+                            retried.add(file)
+                            ahead.append(file)
+                            self.progress.advance(SOURCE, -1)
+                        else:
+                            self._leave(error)
+                parallel = PARALLEL_GETS
+        finally:
+            # A request that hangs must not hold up a stop.
+            pool.shutdown(wait=False, cancel_futures=True)
+            if pending:
+                host.stop.set()
+
+    def _leave(self, error: DataError) -> None:
+        self.left += 1
+        if self.left <= WARNINGS_PER_TYPE:
+            self.progress.warn(SOURCE, f"{error}; left for the next refresh")
+
+    def _fetch(self, file: DayFile) -> _Day:
+        """Return one day's rows of our symbols; a damaged answer is asked for once more."""
+        start_ns, end_ns = self.data_type.interval(file.day)
+        symbols, num_largest = self._symbols_for(file), self._largest_for(file)
+        for is_last in (False, True):
+            try:
+                body = self.files.get(file, lambda count: self.progress.advance(SOURCE, 0, count))
+                if num_largest:
+                    table, dollars = read_day_and_largest(
+                        body.content,
+                        file.key,
+                        symbols,
+                        num_largest,
+                        self.data_type.ending,
+                        start_ns,
+                        end_ns,
+                    )
+                else:
+                    table, dollars = read_day(body.content, file.key, symbols, start_ns, end_ns), {}
+                return _Day(table, body.version, len(body.content), dollars)
+            except BadAnswer:
+                if is_last:
+                    raise
+        raise AssertionError("the second attempt returns or raises")
+
+    def _symbols_for(self, file: DayFile) -> tuple[str, ...]:
+        """Return the symbols to take by name: never fewer than the lake already has of that day."""
+        part = self.held.get(file.day.isoformat())
+        return tuple(dict.fromkeys((*named(part.symbols if part else ()), *self.symbols)))
+
+    def _largest_for(self, file: DayFile) -> int:
+        """Return how many of the day's largest to take, again never fewer."""
+        part = self.held.get(file.day.isoformat())
+        return max(self.num_largest, top_of(part.symbols) if part else 0)
+
+    def _keep(self, file: DayFile, day: _Day) -> None:
+        """Write one day and count it."""
+        unit = file.day.isoformat()
+        start_ns, end_ns = self.data_type.interval(file.day)
+        part = self.lake.write(
+            SOURCE,
+            self.data_type.dataset,
+            unit,
+            day.table,
+            key=file.key,
+            version=day.version,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            symbols=(*self._symbols_for(file), *day.dollar_volume, *kept_rule(self._largest_for(file))),
+            now_ns=self.now_ns,
+            dollar_volume=day.dollar_volume,
+        )
+        self.arrived += 1
+        self.num_bytes += day.num_bytes
+        for count in day.table.column("symbol").value_counts():
+            self.rows[count["values"].as_py()] += count["counts"].as_py()
+        before = self.held.get(unit)
+        if before and before.version != part.version and part.rows < 0.95 * before.rows:
+            self.progress.warn(
+                SOURCE,
+                f"{self.data_type.dataset} {unit}: the vendor's new file has {part.rows:,} rows of our"
+                f" symbols, the previous one had {before.rows:,}",
+            )
+
+    def warn_of_gaps(self) -> None:
+        """Warn once of what did not come, and of symbols without bars."""
+        dataset = self.data_type.dataset
+        if self.denied:
+            self.progress.warn(
+                SOURCE,
+                f"{dataset}: {len(self.denied)} missing days up to {max(self.denied)} are listed but refused"
+                " (HTTP 403): the plan of these keys does not cover this data type, or files of that age",
+            )
+        if self.left > WARNINGS_PER_TYPE and not self.unreachable:
+            self.progress.warn(SOURCE, f"{dataset}: {self.left} days in all are left for the next refresh")
+        unknown = [symbol for symbol in self.symbols if symbol not in self.rows]
+        if unknown and self.arrived >= 5:
+            self.progress.warn(
+                SOURCE, f"{dataset}: no bars of {', '.join(unknown)} in {self.arrived} day files"
+            )
+
+
+def _is_news(file: DayFile, needed: set[str], part: Part | None) -> bool:
+    if part is None or part.version != file.version:
+        return True
+    return not set(named(needed)) <= set(part.symbols) or top_of(needed) > top_of(part.symbols)
+
+
+def _summary(works: Sequence[_TypeRefresh]) -> str:
+    arrived = sum(work.arrived for work in works)
+    text = f"{arrived} day files, {sum(work.num_bytes for work in works) / 1e6:,.1f} MB"
+    for count, words in (
+        (sum(len(work.held) for work in works), "already in the lake"),
+        (sum(work.left for work in works), "left for the next refresh"),
+    ):
+        text += f", {count} {words}" if count else ""
+    return text
