@@ -13,7 +13,6 @@ from data_sources.bars import MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import expected_minutes
 from data_sources.vendors import SOURCES
 
-SOURCE_NAMES = tuple(SOURCES)
 STALE_BARS = 60
 LOW_COVERAGE = 0.6
 
@@ -91,7 +90,7 @@ class Series:
     """One symbol while it is loaded: bars, the source of each, and what was noticed."""
 
     bars: Bars
-    source: NDArray[np.int8]  # (num_bars,) index into SOURCE_NAMES
+    source: NDArray[np.int8]  # (num_bars,) place in SOURCES
     by_source: dict[str, Extent] = field(default_factory=dict)
     rejected: dict[str, Counter[str]] = field(default_factory=dict)  # by source
     num_splits: int = 0
@@ -126,7 +125,7 @@ def row_of(series: Series, dropped: str) -> SymbolRow:
                 source=source,
                 rejected=dict(sorted(series.rejected.get(source, {}).items())),
             )
-            for source in SOURCE_NAMES
+            for source in SOURCES
             if source in extents or series.rejected.get(source)
         ),
         stretches=stretches,
@@ -148,11 +147,11 @@ def extent_of(bars: Bars) -> Extent:
 def _stretches(series: Series) -> tuple[Stretch, ...]:
     if not len(series.bars):
         return ()
-    time = series.bars.open_time
+    time, names = series.bars.open_time, tuple(SOURCES)
     starts = np.append(0, np.flatnonzero(np.diff(series.source)) + 1).tolist()
     ends = [*starts[1:], len(time)]
     return tuple(
-        Stretch(SOURCE_NAMES[series.source[start]], int(time[start]), int(time[end - 1]), end - start)
+        Stretch(names[series.source[start]], int(time[start]), int(time[end - 1]), end - start)
         for start, end in zip(starts, ends, strict=True)
     )
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars
 from data_sources.calendar import in_regular_session, new_york_time
-from data_sources.coverage import SOURCE_NAMES, Series, SymbolRow, extent_of, row_of
+from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.lake.lake import FETCHED, Lake
 from data_sources.lake.quality import bad_ticks
 from data_sources.sources import DataRequest, Source, SymbolGroup
 from data_sources.splits import COMMON_RATIOS, SplitLedger, suspected
 from data_sources.universe import Interval, members, named, top_of
+from data_sources.vendors import SOURCES
 
 SYMBOLS_AT_ONCE = 48  # of a dataset with many: bounds the memory in use beside the result
 MIN_COMMON_BARS = 30  # of two sources, to compare their levels
@@ -95,7 +96,7 @@ def fingerprint(lake: Lake, request: DataRequest) -> str:
 
 
 def _all_series(lake: Lake, request: DataRequest) -> Iterator[Series]:
-    preferred_first = sorted(request.chosen, key=lambda source: SOURCE_NAMES.index(source.name))
+    preferred_first = [source for source in SOURCES.values() if source in request.chosen]
     if request.needs_lake:
         readers = [
             _Reader(lake, request, source, group) for source in preferred_first for group in source.groups
@@ -268,14 +269,14 @@ def _without_bad_ticks(series: Series) -> Series:
     if not bad.any():
         return series
     kept = Bars(bars.symbol, bars.asset_class, *(getattr(bars, name)[~bad] for name in COLUMNS))
-    for index, count in enumerate(np.bincount(series.source[bad], minlength=len(SOURCE_NAMES)).tolist()):
+    for name, count in zip(SOURCES, np.bincount(series.source[bad], minlength=len(SOURCES)), strict=True):
         if count:
-            series.rejected.setdefault(SOURCE_NAMES[index], Counter())["bad_tick"] += count
+            series.rejected.setdefault(name, Counter())["bad_tick"] += int(count)
     return dataclasses.replace(series, bars=kept, source=series.source[~bad])
 
 
 def _marks(source: Source, count: int) -> NDArray[np.int8]:
-    return np.full(count, SOURCE_NAMES.index(source.name), np.int8)
+    return np.full(count, list(SOURCES).index(source.name), np.int8)
 
 
 def _within_any(columns: Columns, intervals: Sequence[Interval]) -> Columns:

@@ -1,11 +1,15 @@
 """What README and docs say is so: files, flags, commands, settings, keys, metrics, features, and their code."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
 from dataclasses import fields, replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pandas as pd
 import pytest
@@ -15,13 +19,19 @@ import typer
 from commands import export
 from commands.cli import application, helps_of
 from continuous_training import PRESETS, Settings, train_command
-from data_sources.bars import COLUMNS
+from data_sources.bars import COLUMNS, DAY_NS
+from data_sources.lake.lake import Lake
+from data_sources.load import load
+from data_sources.refresh import probe, refresh
 from data_sources.simulated import simulated_bars
+from data_sources.sources import DataRequest
+from data_sources.vendors import SOURCES
 from envs import features
 from envs.features import FEATURES
 from evaluation.trained_policy import TrainedPolicy
 from models.policy import Policy
 from runtime import control
+from tests.data_sources.vendors.loopback import Answer, Fault, LoopbackServer, Notes
 from tests.program import ALONE, NAMES_IN_ENV, ROOT, Start, checkpoint, is_same, metrics, tiny_flags
 
 MARKDOWN = sorted(
@@ -292,3 +302,38 @@ def test_the_code_that_adds_a_feature_works(monkeypatch: pytest.MonkeyPatch) -> 
     (bars,) = simulated_bars(1, 500, seed=0, end_ns=30 * 86_400 * 10**9)
     values = features.FEATURES["body"](features.History(bars, torch.device("cpu")))
     assert values.shape == (500,) and values.isfinite().all()
+
+
+class _Acme(LoopbackServer):
+    """The vendor of docs/adding_a_source.md: one coin at a price of 100, a minute without news every hour."""
+
+    def plain(self, handler: BaseHTTPRequestHandler, faults: list[Fault]) -> Answer:
+        query = parse_qs(urlsplit(handler.path).query)
+        first, last = (-(-int(query[name][0]) // 60_000) * 60_000 for name in ("start", "end"))
+        minutes = range(first, last, 60_000)
+        bars = [[minute, 100, 101, 99, 100, 5] for minute in minutes if minute % 3_600_000]
+        return 200, json.dumps(bars).encode(), {}
+
+
+def test_the_code_that_adds_a_source_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(code_of("adding_a_source.md"), names)  # the documents are ours
+    monkeypatch.setitem(SOURCES, "acme", names["SOURCE"])
+    now_ns = 1_764_000_030 * 10**9
+    request = DataRequest(("acme",), {"acme_coins": ("COIN",)}, now_ns - 3 * DAY_NS, now_ns, min_bars=1)
+    lake, notes = Lake(tmp_path), Notes()
+    with _Acme() as server:
+        monkeypatch.setenv("ACME_URL", server.url)
+        (answer,) = probe(request, now_ns)
+        assert (answer.error, answer.found) == (None, "has 1416 bars of a day")
+        for _ in range(2):
+            report = refresh(lake, request, now_ns, notes)["acme"]
+            assert report.status == "ok", report.message
+        assert len(server.requests) == 1 + 4  # a probe and four days; nothing of them twice
+        server.faults = [Fault("/bars", status=403)]
+        failed = refresh(Lake(tmp_path / "other"), request, now_ns, notes)["acme"]
+    assert failed.message == (
+        "Acme failed: Acme refuses access (HTTP 403): check ACME_URL in .env; nothing is kept of it yet"
+    )
+    (row,) = load(lake, request).rows
+    assert (row.num_bars, row.sources, row.rejected) == (3 * 1416, ("acme",), {})

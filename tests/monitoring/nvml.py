@@ -27,9 +27,6 @@ class Nvml:
     def nvmlShutdown(self) -> None:
         self.is_up = False
 
-    def nvmlSystemGetDriverVersion(self) -> str | bytes:
-        return b"570.86"
-
     def nvmlDeviceGetCount(self) -> int:
         return 2
 
