@@ -31,7 +31,7 @@ def preflight_command(settings: Settings) -> None:
     world_size = int(os.environ.get("WORLD_SIZE_PLANNED", "1"))
     # Of several machines that share the folder only the first writes, so only that one locks it.
     is_first = os.environ.get("NODE_RANK") in (None, "", "0")
-    for line in check.folder.before_a_start(settings, world_size, is_first):
+    for line in check.check_folder(settings, world_size, is_first):
         if line.code:
             raise ExitProgram(line.code, line.text)
 
@@ -43,7 +43,7 @@ def check_command(
 ) -> None:
     """Check all that can be known before a start: settings, keys, sources, clock, GPUs, memory, disk."""
     with Console(Path(settings.log_dir), to_stderr=as_json) as console:
-        code = check.tell(check.lines(settings, os.environ, offline), console, as_json)
+        code = check.print_report(check.check_all(settings, os.environ, offline), console, as_json)
     if code:
         raise ExitProgram(code)
 

@@ -22,7 +22,7 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
 
     Args:
         trained: the policy; the lake is that of its settings, read up to the bars that it was trained with.
-        symbol: empty: the first one in the checkpoint.
+        symbol: empty: the checkpoint's first symbol.
         start: UTC, ISO 8601; empty: the newest whole episode.
         output: the PNG.
 

@@ -305,7 +305,7 @@ def _evaluate(
 
 
 def render_files(report: Report, progress: Progress) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of every file of a report; each is drawn when it is asked for."""
+    """Yield name and content of every file of a report; pictures are drawn one at a time."""
     pictures = report.pictures()
     progress.start(TASK, "pictures", len(pictures))
     svgs = {}

@@ -26,11 +26,11 @@ class Gpu:
 
     index: int
     name: str
-    utilization: float | None  # 0 to 1
-    memory_used: float | None  # bytes
-    memory_total: float | None  # bytes
-    power: float | None  # W
-    temperature: float | None  # Celsius
+    utilization: float | None = None  # 0 to 1
+    memory_used: float | None = None  # bytes
+    memory_total: float | None = None  # bytes
+    power: float | None = None  # W
+    temperature: float | None = None  # Celsius
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Machine:
     num_cores: int = 1
     memory_used: float = 0.0  # bytes
     memory_total: float = 0.0  # bytes
+    driver: str = ""  # NVIDIA's, "" without one
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class Gauges:
         self._nvml = nvml
         self._handles: list[Any] = []
         self._names: list[str] = []
+        self.driver = ""
         try:
             nvml.nvmlInit()
+            self.driver = _text(nvml.nvmlSystemGetDriverVersion())
             self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
             self._names = [_text(nvml.nvmlDeviceGetName(handle)) for handle in self._handles]
         except nvml.NVMLError:  # no driver, or no permission
@@ -88,6 +91,7 @@ class Gauges:
             num_cores=psutil.cpu_count() or 1,
             memory_used=float(memory.total - memory.available),
             memory_total=float(memory.total),
+            driver=self.driver,
         )
 
     def close(self) -> None:

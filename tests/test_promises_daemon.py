@@ -132,13 +132,10 @@ def test_attention_sees_every_bar_of_the_context_and_the_segment(two_ranks: tupl
 
 def test_the_oldest_bar_of_the_context_reaches_the_decision(unbroken: tuple[Path, str]) -> None:
     saved = checkpoint(unbroken[0], LAST)
-    sizes = saved["model_config"]
-    policy = Policy(
-        TransformerConfig(**sizes["trunk"]), sizes["num_account_features"], sizes["num_positions"]
-    )
+    policy = Policy.from_sizes(saved["model_config"])
     policy.load_state_dict(saved["model"])
-    bars = torch.randn(1, 8, sizes["trunk"]["num_features"], generator=torch.Generator().manual_seed(1))
-    accounts = torch.zeros(1, 1, sizes["num_account_features"])
+    bars = torch.randn(1, 8, policy.trunk.config.num_features, generator=torch.Generator().manual_seed(1))
+    accounts = torch.zeros(1, 1, policy.head.account.in_features)
     logits, values = policy(bars, accounts)
     for bar in range(8):
         changed = bars.clone()
@@ -302,10 +299,7 @@ def test_a_checkpoint_holds_weights_configuration_symbols_run_and_epoch(unbroken
     assert saved["symbols"] == ["SIM000", "SIM001"]
     assert set(saved["config"]) == {field.name for field in dataclasses.fields(Settings)}
     assert (saved["config"]["d_model"], saved["config"]["learning_rate"]) == (16, 1e-2)
-    sizes = saved["model_config"]
-    policy = Policy(
-        TransformerConfig(**sizes["trunk"]), sizes["num_account_features"], sizes["num_positions"]
-    )
+    policy = Policy.from_sizes(saved["model_config"])
     assert policy.load_state_dict(saved["model"], strict=True)
     assert {key for key in saved if f"`{key}`" not in (ROOT / "docs" / "checkpoints.md").read_text()} == set()
 

@@ -74,7 +74,7 @@ class ResumeState:
             return ResumeState(**{key: contents[key] for key in _keys(ResumeState)})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """A training between two optimizer steps: one attribute per key of the file (docs/checkpoints.md).
 
@@ -86,7 +86,7 @@ class Checkpoint:
     epoch: int  # finished epochs of the run
     step: int = 0  # optimizer steps of the next epoch, if its update was interrupted
     transitions: int
-    model: dict[str, Tensor]
+    model: dict[str, Tensor] = field(repr=False)
     model_config: dict[str, Any]  # Policy.sizes
     symbols: list[str]
     features: dict[str, Any]  # see statistics
@@ -96,7 +96,7 @@ class Checkpoint:
     trained_until_ns: int  # no bar that opens at or after it was ever trained on
     metrics: dict[str, Any]
     exam: dict[str, Any] = field(default_factory=dict)
-    resume: ResumeState | None = None
+    resume: ResumeState | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:

@@ -1,38 +1,36 @@
-"""The command ``check``: everything that can be known before a start, line by line, each fault with its fix.
+"""The command ``check``: all that can be known before a start, line by line, each fault with its fix.
 
-It trains nothing and fetches nothing that is kept. The exit code is the one that a start would end with.
+It trains nothing and keeps nothing that it fetches. The exit code is the one that a start would end with.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.check import folder, machine, sources
-from commands.check.line import Line
+from commands.check import machine, sources
+from commands.check.report import Line, print_report
 from data_sources import refresh
-from monitoring.console import Console
-from runtime.control import EXIT_OK
+from runtime.control import EXIT_LOCKED, EXIT_SETTING
 from runtime.launch import Launch
+from training import checkpoint, validation
 from training.data_feed import data_request
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-__all__ = ["folder", "lines", "tell"]
-STYLES = {"OK": "green", "warning": "yellow", "error": "red"}
+__all__ = ["check_all", "check_folder", "print_report"]
 
 
-def lines(settings: Settings, environment: Mapping[str, str], offline: bool) -> Iterator[Line]:
-    """Check one thing after the other, in the order in which a start would meet them.
+def check_all(settings: Settings, environment: Mapping[str, str], offline: bool) -> Iterator[Line]:
+    """Run every check, in the order in which a start would meet its errors.
 
     Args:
-        settings: already valid by themselves.
+        settings: each valid by itself.
         environment: keys, NPROC and its like.
-        offline: ask no source.
+        offline: contact no source.
     """
     launch = Launch()
     try:
@@ -41,40 +39,54 @@ def lines(settings: Settings, environment: Mapping[str, str], offline: bool) -> 
         yield Line.setting(str(error))
     now_ns = time.time_ns()
     request = data_request(settings, now_ns)
-    yield from folder.before_a_start(settings, launch.world_size, launch.node_rank in ("", "0"))
-    yield from folder.newest_checkpoint(settings)
+    yield from check_folder(settings, launch.world_size, launch.node_rank in ("", "0"))
+    yield from _check_checkpoint(settings)
     yield from sources.keys(request, environment)
     if offline:
-        yield Line("sources", "OK", "not asked, for --offline")
+        yield Line("sources", "OK", "not contacted, for --offline")
     elif request.needs_lake:
         answers = refresh.probe(request, now_ns)
         yield from sources.answered(answers, settings)
         yield sources.clock(answers)
-    here = machine.Machine.read()
-    yield from machine.devices(here, settings)
-    yield machine.memory(here, settings, request, launch)
-    yield from machine.disk(settings, request)
-    yield from machine.versions()
+    here = machine.read_machine()
+    yield from machine.check_gpus(here, settings)
+    yield machine.check_memory(here, settings, request, launch)
+    yield from machine.check_disks(settings, request)
+    yield from machine.check_versions()
 
 
-def tell(found: Iterable[Line], console: Console, as_json: bool) -> int:
-    """Print the lines as they come, or one JSON object at the end.
+def check_folder(settings: Settings, world_size: int, writes: bool) -> Iterator[Line]:
+    """Check the batch against the number of processes, and that no other training holds the folder.
 
-    Returns:
-        The exit code: that of the first error.
+    Args:
+        settings: each valid by itself.
+        world_size: processes over all machines.
+        writes: False on machines that never lock the folder.
     """
-    told = []
-    for line in found:
-        told.append(line)
-        if not as_json:
-            console.line(f"{line.level:<8} {line.topic:<11} {line.text}", STYLES[line.level])
-    code = next((line.code for line in told if line.level == "error"), EXIT_OK)
-    if as_json:
-        checks = [{"topic": line.topic, "level": line.level, "text": line.text} for line in told]
-        console.emit(json.dumps({"ok": code == EXIT_OK, "exit_code": code, "checks": checks}, indent=1))
+    try:
+        validation.check_batch(settings, world_size)
+        yield Line("settings", "OK", f"valid for {world_size} process{'es' if world_size > 1 else ''}")
+    except ValueError as error:
+        yield Line.setting(str(error))
+    try:
+        with checkpoint.exclusive(Path(settings.checkpoint_dir), writes):
+            pass
+        yield Line("folder", "OK", f"{settings.checkpoint_dir} is writable, and no other training uses it")
+    except checkpoint.FolderInUse as reason:
+        yield Line("folder", "error", str(reason), EXIT_LOCKED)
+    except checkpoint.CheckpointError as reason:
+        yield Line("folder", "error", str(reason), EXIT_SETTING)
+
+
+def _check_checkpoint(settings: Settings) -> Iterator[Line]:
+    """Read the checkpoint that a start would resume from, and compare it with the settings."""
+    saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
+    for warning in warnings:
+        yield Line("checkpoint", "warning", warning)
+    if saved is None:
+        text = f"none in {settings.checkpoint_dir} to resume from: training starts from scratch"
+        yield Line("checkpoint", "OK", text)
+    elif mismatch := saved.mismatch(settings):
+        yield Line("checkpoint", "error", mismatch, EXIT_SETTING)
     else:
-        counts = Counter(line.level for line in told)
-        console.line(
-            f"{counts['OK']} OK, {counts['warning']} to look at, {counts['error']} in the way of a start"
-        )
-    return code
+        yield Line("checkpoint", "OK", f"resumes from {saved.path}, {saved.transitions:,} transitions")

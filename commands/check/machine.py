@@ -1,26 +1,25 @@
-"""The machine: GPUs, and whether the training fits its memory, its disks and its installed libraries."""
+"""This machine: its GPUs, and whether the training fits memory, disks and installed libraries."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
-from commands.check.line import Line, size
+from commands.check.report import Line, size
 from commands.check.sources import rows_held
 from data_sources.sources import DataRequest
 from data_sources.universe import named, top_of
 from envs.features import FEATURES
 from models.policy import uses_bf16
-from monitoring.machine import memory_bytes
+from monitoring.machine import Gauges, Gpu, Machine, memory_bytes
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch
 from training import checkpoint
@@ -38,92 +37,65 @@ MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440}
 BAR_BYTES = 2 * len(FEATURES) + 5 * 4 + 8 + 2  # of one bar in envs.market.Market
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU that training would use."""
-
-    name: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is."""
-
-    gpus: tuple[Gpu, ...] = ()
-    driver: str = ""  # NVIDIA's; "" without one
-    torch_cuda: str = ""  # "" for a torch built without CUDA
-    ram_bytes: int | None = None  # None where the system does not say
-
-    @staticmethod
-    def read() -> Machine:
-        """Look at this machine."""
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found = [torch.cuda.get_device_properties(number) for number in range(count)]
-        gpus = tuple(Gpu(each.name, each.total_memory) for each in found)
-        return Machine(gpus, _driver(), torch.version.cuda or "", memory_bytes())
+def read_machine() -> Machine:
+    """Read this machine: NVIDIA's driver, the GPUs that torch sees, and the memory of this container."""
+    gauges = Gauges()
+    gauges.close()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [torch.cuda.get_device_properties(number) for number in range(count)]
+    gpus = tuple(Gpu(number, gpu.name, memory_total=gpu.total_memory) for number, gpu in enumerate(found))
+    return Machine(gpus, memory_total=memory_bytes(), driver=gauges.driver)
 
 
-def _driver() -> str:
-    # Asked of NVIDIA's own tool: where torch sees no GPU, its libraries do not tell why.
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return told.split()[0] if told.strip() else ""
-
-
-def devices(machine: Machine, settings: Settings) -> Iterator[Line]:
-    """Say what the training would compute on."""
-    for number, gpu in enumerate(machine.gpus):
-        text = f"{number}: {gpu.name}, {size(gpu.num_bytes)}, driver {machine.driver or 'unknown'}"
-        yield Line("GPU", "OK", f"{text}, torch for CUDA {machine.torch_cuda}")
+def check_gpus(machine: Machine, settings: Settings) -> Iterator[Line]:
+    """Report what the training would compute on."""
+    cuda = torch.version.cuda  # None for a torch built without it
+    for gpu in machine.gpus:
+        text = f"{gpu.index}: {gpu.name}, {size(gpu.memory_total or 0)}, driver {machine.driver or 'unknown'}"
+        yield Line("GPU", "OK", f"{text}, torch for CUDA {cuda}")
     if machine.gpus:
         return
-    if machine.driver and not machine.torch_cuda:
-        text = f"driver {machine.driver} is there, but torch was built without CUDA"
+    if machine.driver and not cuda:
+        text = f"driver {machine.driver} is installed, but torch was built without CUDA"
         yield Line("GPU", "warning", f"{text}: install the torch that pytorch.org names for your CUDA")
     elif machine.driver:
-        text = f"driver {machine.driver} is there, but torch for CUDA {machine.torch_cuda} sees no GPU"
-        yield Line("GPU", "warning", f"{text}: update the driver, or look at CUDA_VISIBLE_DEVICES")
+        text = f"driver {machine.driver} is installed, but torch for CUDA {cuda} sees no GPU"
+        yield Line("GPU", "warning", f"{text}: update the driver, or check CUDA_VISIBLE_DEVICES")
     elif num_parameters(settings) > LARGE:
         yield Line("GPU", "warning", "none: an epoch of this model takes hours on CPUs; use --preset small")
     else:
         yield Line("GPU", "OK", "none: trains on CPUs")
 
 
-def memory(machine: Machine, settings: Settings, request: DataRequest, launch: Launch) -> Line:
-    """Compare what one process needs with its GPU's memory, or with its share of the RAM."""
-    gpu = min(machine.gpus, key=lambda each: each.num_bytes, default=None)
-    bf16 = uses_bf16(settings.precision, torch.device("cuda" if gpu else "cpu"))
+def check_memory(machine: Machine, settings: Settings, request: DataRequest, launch: Launch) -> Line:
+    """Compare the needs of one process with its GPU's memory, or with its part of the RAM."""
+    gpu_bytes = min((int(gpu.memory_total or 0) for gpu in machine.gpus), default=None)
+    bf16 = uses_bf16(settings.precision, torch.device("cuda" if machine.gpus else "cpu"))
     needs = MemoryNeeds.of(settings, num_bars(request) * BAR_BYTES, launch.num_ranks, bf16)
     try:
-        chosen = plan(needs, gpu.num_bytes if gpu else None, settings.micro_batch_segments)
+        chosen = plan(needs, gpu_bytes, settings.micro_batch_segments)
     except DoesNotFit as error:
         return Line("memory", "error", str(error), EXIT_DOES_NOT_FIT)
-    if gpu:
-        text = f"{chosen}; the GPU has {gpu.num_bytes / 2**30:.1f} GiB"
+    if gpu_bytes is not None:
+        text = f"{chosen}; the GPU has {gpu_bytes / 2**30:.1f} GiB"
         wanted = settings.micro_batch_segments
         if wanted and chosen.micro_batch_segments < wanted:
             text += f": micro_batch_segments={wanted} would not fit"
             return Line("memory", "warning", text)
         return Line("memory", "OK", text)
-    if machine.ram_bytes is None:
-        return Line("memory", "warning", f"{chosen}; the system does not say how much there is")
-    have = machine.ram_bytes // launch.num_ranks
-    shared = f"machine's share for one of {launch.num_ranks} processes"
-    place = "machine" if launch.num_ranks == 1 else shared
-    if chosen.needed_bytes <= USABLE * have:
-        return Line("memory", "OK", f"{chosen}; the {place} has {have / 2**30:.1f} GiB")
-    fix = replace(chosen, memory_bytes=have).suggest_fix(place)
-    if chosen.needed_bytes <= have:
-        return Line("memory", "warning", f"it is close: {fix}")
+    available = int(machine.memory_total) // launch.num_ranks
+    part = f"machine's part for one of {launch.num_ranks} processes"
+    place = "machine" if launch.num_ranks == 1 else part
+    if chosen.needed_bytes <= USABLE * available:
+        return Line("memory", "OK", f"{chosen}; the {place} has {available / 2**30:.1f} GiB")
+    fix = replace(chosen, memory_bytes=available).suggest_fix(place)
+    if chosen.needed_bytes <= available:
+        return Line("memory", "warning", f"it barely fits: {fix}")
     return Line("memory", "error", fix, EXIT_DOES_NOT_FIT)
 
 
 def num_bars(request: DataRequest) -> int:
-    """Estimate the bars that a request brings, as if every minute of trade had one."""
+    """Estimate the bars of a request, as if every minute of trading had one."""
     if not request.needs_lake:
         return request.simulated_symbols * request.simulated_bars
     weeks = (request.end_ns - request.start_ns) / (7 * 86_400e9)
@@ -131,7 +103,7 @@ def num_bars(request: DataRequest) -> int:
 
 
 def bars_per_week(request: DataRequest) -> int:
-    """Estimate the bars of a week; a rule such as top:500 stands for as many symbols."""
+    """Estimate the bars of a week; a rule such as top:500 counts as that many symbols."""
     bars: dict[str, int] = {}  # by setting: sources that share a list of stocks have the same minutes
     for source in request.chosen:
         for group in source.groups:
@@ -142,33 +114,33 @@ def bars_per_week(request: DataRequest) -> int:
     return sum(bars.values())
 
 
-def disk(settings: Settings, request: DataRequest) -> Iterator[Line]:
-    """Say what checkpoints and lake will take, and whether the disks have it."""
+def check_disks(settings: Settings, request: DataRequest) -> Iterator[Line]:
+    """Report what checkpoints and lake will take, and whether the disks have it."""
     parameters, folder = num_parameters(settings), Path(settings.checkpoint_dir)
     weights = parameters * WEIGHT_BYTES + checkpoint.SPARE_BYTES
     resume = parameters * RESUME_BYTES + checkpoint.SPARE_BYTES
-    # The next ones are written before older ones go.
-    whole = (settings.keep_checkpoints + 1) * weights + (checkpoint.NUM_RESUME_STATES + 1) * resume
+    # New files are written before old ones are removed.
+    total = (settings.keep_checkpoints + 1) * weights + (checkpoint.NUM_RESUME_STATES + 1) * resume
     text = (
-        f"checkpoints: {size(weights)} each and {size(resume)} a resume state, {size(whole)} in all with "
+        f"checkpoints: {size(weights)} each and {size(resume)} a resume state, {size(total)} in all with "
         f"--keep-checkpoints {settings.keep_checkpoints}, and {size(weights)} more per run"
     )
-    missing = max(0, whole - _size_of(folder, "*.pt"))
+    missing = max(0, total - _size_of(folder, "*.pt"))
     yield _on_disk(text, folder, missing, weights + resume, "lower --keep-checkpoints")
     if not request.needs_lake:
         return
     lake, rows = Path(settings.data_dir), rows_held(settings)
-    held = sum(_size_of(lake / source, "*.parquet") for source in request.sources)
-    per_bar = held / rows if rows else LAKE_BYTES_PER_BAR
+    stored = sum(_size_of(lake / source, "*.parquet") for source in request.sources)
+    per_bar = stored / rows if rows else LAKE_BYTES_PER_BAR
     week = int(bars_per_week(request) * per_bar)
     fetched = int(max(0, num_bars(request) - rows) * per_bar)
-    text = f"lake: {size(held)} so far, at most {size(fetched)} to fetch, then {size(week)} a week"
+    text = f"lake: {size(stored)} so far, at most {size(fetched)} to fetch, then {size(week)} a week"
     yield _on_disk(text, lake, fetched + week, week, "lower --history-days")
 
 
 def _on_disk(text: str, folder: Path, wanted: int, needed: int, fix: str) -> Line:
-    """Compare with what is free: ``needed`` for a start to be of use, ``wanted`` in the long run."""
-    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    """Compare with the free space: ``needed`` for a useful start, ``wanted`` in the long run."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     text = f"{text}; {size(free)} are free"
     if free < needed:
@@ -182,8 +154,8 @@ def _size_of(folder: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in folder.rglob(pattern)) if folder.is_dir() else 0
 
 
-def versions(requirements: Path = REQUIREMENTS) -> Iterator[Line]:
-    """Compare what is installed with what the program was written for."""
+def check_versions(requirements: Path = REQUIREMENTS) -> Iterator[Line]:
+    """Compare the installed libraries with the requirements."""
     fix = f"python -m pip install -r {requirements.name}"
     try:
         text = requirements.read_text(encoding="utf-8")

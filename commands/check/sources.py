@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.check.line import Line
+from commands.check.report import Line
 from data_sources.errors import LakeError, MissingCredentials, RateLimited, SourceUnavailable
 from data_sources.lake.lake import Lake
 from data_sources.sources import Answer, DataRequest

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from commands import check
 from commands.check import machine
-from commands.check.line import Line
-from commands.check.machine import Gpu, Machine
+from commands.check.report import Line
 from commands.check.sources import clock, rows_held
 from continuous_training import PRESETS, Settings
 from data_sources import sources
@@ -28,6 +28,7 @@ from data_sources.refresh import refresh
 from data_sources.sources import Answer
 from data_sources.vendors import http
 from data_sources.vendors.http import RetryPolicy
+from monitoring.machine import Gpu, Machine
 from runtime.launch import Launch
 from tests.data_sources.vendors.loopback import Answer as HttpAnswer
 from tests.data_sources.vendors.loopback import Fault, LoopbackServer, Notes
@@ -75,7 +76,7 @@ def vendors(
     # The machine may be busy.
     patient_policy = RetryPolicy(connect_seconds=30, read_seconds=60, total_seconds=90, attempts=1)
     monkeypatch.setattr(http, "PROBE_POLICY", patient_policy)
-    monkeypatch.setattr(Machine, "read", lambda: Machine(ram_bytes=16 * GB))
+    monkeypatch.setattr(machine, "read_machine", lambda: Machine(memory_total=16 * GB))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100 * GB))
     monkeypatch.chdir(tmp_path)
     yield running[0]
@@ -86,7 +87,7 @@ def vendors(
 def lines(settings: Settings = SMALL, offline: bool = False) -> list[Line]:
     import os
 
-    found = list(check.lines(settings, os.environ, offline))
+    found = list(check.check_all(settings, os.environ, offline))
     text = "\n".join(line.text for line in found)
     assert not any(secret in text for secret in (KEY_ID, SECRET, REST_KEY))
     assert all("\n" not in line.text and line.text.isascii() for line in found)
@@ -261,10 +262,16 @@ def test_the_folder_is_looked_at_as_a_start_would(tmp_path: Path, monkeypatch: p
     newer = path.with_name("run1_epoch3.pt")
     replace(saved, path=newer, epoch=3, features=older).save(keep=9)
     ((_, level, text, code),) = of_checkpoint(tmp_path)
-    assert (level, code) == ("error", 2) and "began with other features: moon" in text
+    assert (level, code) == ("error", 2) and "was trained with other features: moon" in text
     newer.write_bytes(newer.read_bytes()[:-100])
     ((_, level, text, code),) = of_checkpoint(tmp_path)
     assert level == "warning" and "run1_epoch3.pt" in text and text.endswith("the one before it is used")
+
+
+def gpus(*gib: int) -> Machine:
+    """Return a machine with GPUs of these sizes and a driver."""
+    found = tuple(Gpu(i, "H100", memory_total=size * GIB) for i, size in enumerate(gib))
+    return Machine(found, driver="570.86")
 
 
 def request_of(settings: Settings) -> Any:
@@ -279,23 +286,25 @@ def mended_by(text: str, settings: Settings) -> Settings:
 
 
 def test_memory_that_is_too_small_is_an_error_and_its_fix_fits() -> None:
-    large = Machine((Gpu("A100", 80 * GIB),), "570.86", "12.8")
-    fine = machine.memory(large, FULL, request_of(FULL), Launch())
+    large = gpus(80)
+    fine = machine.check_memory(large, FULL, request_of(FULL), Launch())
     assert fine.level == "OK" and "the GPU has 80.0 GiB" in fine.text
-    few = Machine((Gpu("RTX", 8 * GIB), Gpu("A100", 80 * GIB)), "570.86", "12.8")
-    line = machine.memory(few, FULL, request_of(FULL), Launch())
+    few = gpus(8, 80)
+    line = machine.check_memory(few, FULL, request_of(FULL), Launch())
     assert (line.level, line.code) == ("error", 4)
     mended = mended_by(line.text, FULL)
-    assert machine.memory(few, mended, request_of(mended), Launch()).level == "OK", line.text
+    assert machine.check_memory(few, mended, request_of(mended), Launch()).level == "OK", line.text
     many = replace(FULL, micro_batch_segments=128)
-    middle = Machine((Gpu("RTX", 24 * GIB),), "570.86", "12.8")
-    line = machine.memory(middle, many, request_of(many), Launch())
+    middle = gpus(24)
+    line = machine.check_memory(middle, many, request_of(many), Launch())
     assert line.level == "warning" and line.text.endswith("micro_batch_segments=128 would not fit")
     crowded = replace(SMALL, stocks=("top:3000",), binance_pairs=())
-    line = machine.memory(Machine(ram_bytes=16 * GIB), crowded, request_of(crowded), Launch())
+    line = machine.check_memory(Machine(memory_total=16 * GIB), crowded, request_of(crowded), Launch())
     assert line.code == 4 and "set history_days to " in line.text
     fewer = mended_by(line.text, crowded)
-    assert machine.memory(Machine(ram_bytes=16 * GIB), fewer, request_of(fewer), Launch()).level == "OK"
+    assert (
+        machine.check_memory(Machine(memory_total=16 * GIB), fewer, request_of(fewer), Launch()).level == "OK"
+    )
 
 
 def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
@@ -303,30 +312,29 @@ def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
     need = plan(
         MemoryNeeds.of(simulated, machine.num_bars(request_of(simulated)) * machine.BAR_BYTES, 1, False), None
     )
-    ram = Machine(ram_bytes=int(1.5 * need.needed_bytes))
-    assert machine.memory(ram, simulated, request_of(simulated), Launch()).level == "OK"
-    four = machine.memory(ram, simulated, request_of(simulated), Launch(num_ranks=4))
-    assert four.code == 4 and "the machine's share for one of 4 processes has" in four.text
-    close = Machine(ram_bytes=int(1.05 * need.needed_bytes))
-    assert machine.memory(close, simulated, request_of(simulated), Launch()).level == "warning"
-    unknown = machine.memory(Machine(), simulated, request_of(simulated), Launch())
-    assert unknown.level == "warning" and "does not say" in unknown.text
+    ram = Machine(memory_total=int(1.5 * need.needed_bytes))
+    assert machine.check_memory(ram, simulated, request_of(simulated), Launch()).level == "OK"
+    four = machine.check_memory(ram, simulated, request_of(simulated), Launch(num_ranks=4))
+    assert four.code == 4 and "the machine's part for one of 4 processes has" in four.text
+    close = Machine(memory_total=int(1.05 * need.needed_bytes))
+    assert machine.check_memory(close, simulated, request_of(simulated), Launch()).level == "warning"
 
 
 @pytest.mark.parametrize(
-    ("here", "settings", "level", "told"),
+    ("here", "cuda", "settings", "level", "told"),
     [
-        (Machine((Gpu("H100", 85 * GB),), "570.86", "12.8"), FULL, "OK", "0: H100, 85.0 GB, driver 570.86, torch"),
-        (Machine(), FULL, "warning", "none: an epoch of this model takes hours on CPUs; use --preset small"),
-        (Machine(), SMALL, "OK", "none: trains on CPUs"),
-        (Machine(driver="570.86"), FULL, "warning", "driver 570.86 is there, but torch was built without CUDA"),
-        (Machine((), "470", "13.0"), FULL, "warning", "torch for CUDA 13.0 sees no GPU: update the driver"),
+        (gpus(80), "12.8", FULL, "OK", "0: H100, 85.9 GB, driver 570.86, torch for CUDA 12.8"),
+        (Machine(), "", FULL, "warning", "none: an epoch of this model takes hours on CPUs; use --preset small"),
+        (Machine(), "", SMALL, "OK", "none: trains on CPUs"),
+        (gpus(), "", FULL, "warning", "driver 570.86 is installed, but torch was built without CUDA"),
+        (gpus(), "13.0", FULL, "warning", "torch for CUDA 13.0 sees no GPU: update the driver"),
     ],
 )  # fmt: skip
 def test_gpus_are_named_and_their_absence_explained(
-    here: Machine, settings: Settings, level: str, told: str
+    monkeypatch: pytest.MonkeyPatch, here: Machine, cuda: str, settings: Settings, level: str, told: str
 ) -> None:
-    (line,) = machine.devices(here, settings)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    (line,) = machine.check_gpus(here, settings)
     assert line.level == level and told in line.text
 
 
@@ -345,7 +353,7 @@ def test_disks_that_are_too_small_are_told(monkeypatch: pytest.MonkeyPatch, tmp_
         (0, ["error", "error"]),
     ):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(0, 0, free * GB))
-        found = list(machine.disk(FULL, request_of(FULL)))
+        found = list(machine.check_disks(FULL, request_of(FULL)))
         assert [line.level for line in found] == levels, free
         assert {line.code for line in found if line.level == "error"} <= {4}
     assert "lower --keep-checkpoints" not in found[0].text and ": free 7.3 GB more" in found[0].text
@@ -353,17 +361,17 @@ def test_disks_that_are_too_small_are_told(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
-    (line,) = machine.versions()
+    (line,) = machine.check_versions()
     assert line.level == "OK"
     file = tmp_path / "requirements_simple.txt"
     file.write_text("# libraries\ntorch>=99\nnumpy>=1.0  # fine\nno-such-library>=1\n")
-    old, missing = machine.versions(file)
+    old, missing = machine.check_versions(file)
     assert (old.level, old.code) == ("warning", 0) and old.text.startswith("torch>=99 is wanted, ")
     assert (missing.level, missing.code) == ("error", 1)
     assert missing.text == (
         "no-such-library>=1 is not installed: python -m pip install -r requirements_simple.txt"
     )
-    (unread,) = machine.versions(tmp_path / "gone.txt")
+    (unread,) = machine.check_versions(tmp_path / "gone.txt")
     assert unread.level == "warning" and unread.text.endswith("cannot be read: No such file or directory")
 
 
@@ -420,4 +428,4 @@ def test_the_command_for_people_and_for_machines(tmp_path: Path) -> None:
         held = run("--offline")
     assert held.returncode == 75
     assert held.stderr == "" and held.stdout.splitlines()[1].startswith("error    folder      ")
-    assert held.stdout.splitlines()[-1].endswith("1 in the way of a start")
+    assert held.stdout.splitlines()[-1].endswith(", 1 error")

@@ -1,4 +1,4 @@
-"""A report tells what was measured, says "no edge" where there is none, loads nothing, and is written whole."""
+"""A report shows what was measured and whether there is an edge, loads nothing, and is written as a whole."""
 
 from __future__ import annotations
 
@@ -92,14 +92,14 @@ def test_what_comes_from_outside_is_escaped() -> None:
     files = files_of(report)
     shown = Page(files["report.html"])
     shown.loads_nothing()
-    assert shown.tags.count("script") == 1  # the one that sorts tables
+    assert shown.tags.count("script") == 1  # which sorts tables
     assert HOSTILE not in shown.source
     assert shown.text.count(HOSTILE) >= 5
     assert f"{HOSTILE}: price, position and return" in shown.values
     assert all(re.fullmatch(r"[\w.-]+", name) for name in files)
 
 
-def test_the_page_sorts_symbols_by_what_they_brought() -> None:
+def test_the_page_sorts_symbols_by_contribution() -> None:
     losing = [of_daily(*[-gain for gain in GAINS], symbol="LOSER"), of_daily(*GAINS, symbol="WINNER")]
     report = report_of(losing)
     assert [row["symbol"] for row in report.symbols] == ["WINNER", "LOSER"]
@@ -128,11 +128,11 @@ def test_a_report_without_training_curves_has_no_place_for_them() -> None:
 # --- the verdict ------------------------------------------------------------------------------------------
 
 
-def test_an_edge_is_called_one() -> None:
+def test_an_edge_is_reported() -> None:
     assert headline(edge()) == "An edge on these days. It earned 7.72% after costs."
 
 
-def test_without_an_edge_it_says_so_and_why() -> None:
+def test_no_edge_is_reported_with_its_reasons() -> None:
     report = report_of([of_daily(0.01, -0.02, 0.01, -0.01, 0.005, -0.002, 0.001, traded=[1.0] * 7)])
     assert headline(report) == "No edge on these days. It lost 0.63% after costs."
     text = text_of(report)
@@ -147,7 +147,7 @@ def test_a_gain_below_a_baseline_is_no_edge() -> None:
     assert "Not above buy and hold." in text_of(report)
 
 
-def test_few_days_are_told() -> None:
+def test_few_days_are_reported() -> None:
     report = report_of([of_daily(0.01, 0.01)])
     assert headline(report).startswith("No edge")
     text = text_of(report)
@@ -155,7 +155,7 @@ def test_few_days_are_told() -> None:
     assert json.loads(json_bytes(report))["pooled"]["policy"]["sharpe"] is None
 
 
-def test_one_that_never_trades_is_told() -> None:
+def test_a_policy_that_never_trades_is_reported() -> None:
     report = report_of([of_daily(*[0.0] * 7, position=[0.0] * 7)])
     assert headline(report) == "No edge on these days. It never traded."
     assert report.paid_bps == 0.0
@@ -177,14 +177,14 @@ def test_json_is_plain_and_strict(files: dict[str, bytes]) -> None:
     def refuse(name: str) -> float:
         raise AssertionError(name)
 
-    told = json.loads(files["report.json"], parse_constant=refuse)
-    assert told["format"] == 1
-    assert told["verdict"]["edge"] is True
-    assert told["pooled"]["always flat"]["sharpe"] is None
-    assert [rung["bps"] for rung in told["cost_ladder"]] == [0.0, 5.0]
-    assert [row["symbol"] for row in told["symbols"]] == [row["symbol"] for row in edge().symbols]
-    # Half the equity is traded a day, at 1e-4 of equity each.
-    assert told["paid_bps"] == pytest.approx(2.0)
+    content = json.loads(files["report.json"], parse_constant=refuse)
+    assert content["format"] == 1
+    assert content["verdict"]["edge"] is True
+    assert content["pooled"]["always flat"]["sharpe"] is None
+    assert [rung["bps"] for rung in content["cost_ladder"]] == [0.0, 5.0]
+    assert [row["symbol"] for row in content["symbols"]] == [row["symbol"] for row in edge().symbols]
+    # Half the equity is traded a day, for 1e-4 of equity.
+    assert content["paid_bps"] == pytest.approx(2.0)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def listing(folder: Path) -> dict[str, bytes]:
     }
 
 
-def broken_off(error: BaseException) -> Iterator[tuple[str, bytes]]:
+def interrupted(error: BaseException) -> Iterator[tuple[str, bytes]]:
     yield "one.png", b"new"
     raise error
 
@@ -245,24 +245,24 @@ def broken_off(error: BaseException) -> Iterator[tuple[str, bytes]]:
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, error: BaseException) -> None:
     folder = tmp_path / "reports" / "one"
     with pytest.raises(type(error)):
-        write_folder(folder, broken_off(error))
+        write_folder(folder, interrupted(error))
     assert listing(tmp_path) == {} and not folder.exists()
     write_folder(folder, [("one.png", b"old"), ("report.json", b"{}")])
     before = listing(tmp_path)
     with pytest.raises(type(error)):
-        write_folder(folder, broken_off(error))
+        write_folder(folder, interrupted(error))
     assert listing(tmp_path) == before
     assert [path.name for path in folder.parent.iterdir()] == ["one"]
 
 
-def test_a_new_report_takes_the_place_of_all_files_of_the_old_one(tmp_path: Path) -> None:
+def test_a_new_report_replaces_all_files_of_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "one"
     write_folder(folder, [("symbol1_AAA.png", b"old"), ("report.json", b"{}")])
     write_folder(folder, [("report.json", b"[]")])
     assert listing(tmp_path) == {"one/report.json": b"[]"}
 
 
-def test_what_a_kill_left_behind_is_mended(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_cleaned_up(tmp_path: Path) -> None:
     folder = tmp_path / "one"
     # Killed between the two renames: the old report is aside, a half new one hidden beside it.
     for name in (".one.old.tmp", ".one.12345678.tmp"):
@@ -271,6 +271,6 @@ def test_what_a_kill_left_behind_is_mended(tmp_path: Path) -> None:
     (tmp_path / ".one.12345678.tmp" / "report.json").write_bytes(b"half")
     (tmp_path / ".other.12345678.tmp").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        write_folder(folder, broken_off(KeyboardInterrupt()))
+        write_folder(folder, interrupted(KeyboardInterrupt()))
     assert listing(tmp_path) == {"one/report.json": b"old"}
     assert (tmp_path / ".other.12345678.tmp").is_dir()

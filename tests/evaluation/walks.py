@@ -41,5 +41,5 @@ def walk_of(
 
 
 def of_daily(*returns: float, **given: object) -> Walk:
-    """A walk with one decision a day, each of this simple return."""
+    """A walk with one decision a day, with these simple returns."""
     return walk_of(np.log1p(np.array(returns)), **given)

@@ -27,6 +27,9 @@ class Nvml:
     def nvmlShutdown(self) -> None:
         self.is_up = False
 
+    def nvmlSystemGetDriverVersion(self) -> str | bytes:
+        return b"570.86"
+
     def nvmlDeviceGetCount(self) -> int:
         return 2
 

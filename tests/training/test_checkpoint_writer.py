@@ -173,7 +173,7 @@ def test_a_last_save_without_room_is_exit_4_and_not_repeated(small_disk: Path, t
     assert start.ends() == 4, start.output
     assert start.lines[-2].startswith("Newest checkpoint: not saved: ")
     assert start.lines[-1].startswith(
-        f"The final checkpoint was not saved: free disk space in {checkpoints}; "
+        f"The final checkpoint was not saved: free disk space in {checkpoints}. "
     )
     assert start.output.count("Run 1: epochs 1 to 2") == 1
 

@@ -132,14 +132,16 @@ def test_what_people_set_stays_while_it_fits_and_is_lowered_where_it_does_not() 
     assert plan(replace(FULL, envs_per_gpu=509, minibatch_segments=509), None).micro_batch_segments == 16
 
 
-def test_memory_that_others_hold_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_others_hold_is_not_planned_with(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (39 * GIB, 40 * GIB))
-    assert gpu_memory(torch.device("cuda")) == (40 * GIB, "")
+    assert gpu_memory(torch.device("cuda")) == 40 * GIB
+    assert caplog.messages == []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 40 * GIB))
-    usable, warning = gpu_memory(torch.device("cuda"))
-    assert memory.USABLE * usable == pytest.approx(20 * GIB)
-    assert "other programs hold 20.0 GiB" in warning
+    assert memory.USABLE * gpu_memory(torch.device("cuda")) == pytest.approx(20 * GIB)
+    assert "other programs hold 20.0 GiB" in caplog.text
 
 
 def test_a_half_micro_batch_is_tried_once_and_then_it_does_not_fit() -> None:
