@@ -47,11 +47,11 @@ if __name__ == "__main__":
         return trainers[-1]
 
     program.Job._make_trainer = kept_trainer
-    code = None
+    code: object = 0
     try:
         program.main()
     except SystemExit as end:
-        code = end.code
+        code = end.code or 0  # None is success, too
     (trainer,) = trainers
     weights = {
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
