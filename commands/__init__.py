@@ -148,14 +148,14 @@ def signals_command(
     no_refresh: Annotated[bool, typer.Option("--no-refresh", help="contact no source")] = False,
 ) -> None:
     """Show the position that a checkpoint wants in each symbol now; sends no orders."""
-    wishes = signals.Wishes.parsed(
+    options = signals.SignalOptions.parse(
         symbols, holding or (), not no_refresh, as_json, trained.settings.positions
     )
     with Console(Path(trained.settings.log_dir), to_stderr=as_json) as console:
         try:
             if watch:
-                signals.watch(trained, wishes, console)
-            elif not signals.tell(trained, wishes, console, time.time_ns(), console, indent=1):
+                signals.watch(trained, options, console)
+            elif not signals.run(trained, options, console, time.time_ns(), console, indent=1):
                 raise ExitProgram(EXIT_NO_DATA, "There is no signal.")
         except DataError as error:
             raise ExitProgram(EXIT_NO_DATA, str(error)) from error

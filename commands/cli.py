@@ -128,6 +128,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
 
     def command(checkpoint: Path, **given: Any) -> None:
         from evaluation.trained_policy import TrainedPolicy, device_for_use
+        from models.exported import ExportError
         from training.checkpoint import CheckpointError
 
         options = {parameter.name: given.pop(parameter.name) for parameter in own}
@@ -135,7 +136,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
             changes = _parse_given(settings_class, types, given)
             trained = TrainedPolicy.read(checkpoint, settings_class, device_for_use(), **changes)
             _call(run, trained, options)
-        except CheckpointError as error:
+        except (CheckpointError, ExportError) as error:
             exit_with(EXIT_SETTING, str(error))
         except ValueError as error:
             exit_with(EXIT_SETTING, f"Invalid setting: {error}")

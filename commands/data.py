@@ -1,11 +1,10 @@
-"""What the command ``data`` tells: one row per source and symbol, as a table for people or JSON for machines."""
+"""The command ``data``: one row per source and symbol, as a table for people or JSON for machines."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from data_sources import snapshot
@@ -17,6 +16,7 @@ from data_sources.refresh import SourceReport, refresh
 from data_sources.sources import DataRequest
 from data_sources.vendors import SOURCES
 from monitoring.console import Console
+from monitoring.format import age, iso_time
 from runtime.control import EXIT_NO_DATA
 
 log = logging.getLogger("continuous_training")
@@ -28,17 +28,9 @@ STALE_MINUTES = {
 }
 THIN_COVERAGE = {"stock": 0.6, "crypto": 0.9}
 COLUMNS = (
-    "symbol",
-    "source",
-    "bars",
-    "first",
-    "last, UTC",
-    "coverage",
-    "gaps",
-    "rejected",
-    "splits",
-    "behind",
-)
+    "symbol", "source", "bars", "first", "last, UTC", "coverage", "gaps", "rejected", "splits", "behind",
+    "verdict",
+)  # fmt: skip
 
 
 def show(
@@ -50,22 +42,22 @@ def show(
     verifies: bool,
     as_json: bool,
 ) -> int:
-    """Verify, refresh and read the lake as asked, and tell what it holds.
+    """Verify and refresh the lake where asked to, and print what it holds.
 
     Returns:
-        The exit code: EXIT_NO_DATA without a symbol to train on, 1 where damage was found and nobody healed it.
+        The exit code: EXIT_NO_DATA without a symbol to train on, 1 if damage was found and not repaired.
     """
-    damaged = [*lake.verify(), *snapshot.verify(lake)] if verifies else []  # first: a refresh heals
+    damaged = [*lake.verify(), *snapshot.verify(lake)] if verifies else []  # first, as a refresh repairs
     reports = refresh(lake, request, now_ns, console) if refreshes else {}
     loaded = load(lake, request)
-    told = report(loaded, reports, damaged, request)
+    content = report(loaded, reports, damaged, request)
     code = EXIT_NO_DATA if not loaded.bars else int(bool(damaged) and not refreshes)
     if as_json:
-        console.emit(json.dumps(told, indent=1))
+        console.emit(json.dumps(content, indent=1))
         return code
     title = f"{len(loaded.bars)} symbols, {sum(map(len, loaded.bars)):,} bars, data {loaded.fingerprint}"
-    if told["series"]:
-        console.table(title, (*COLUMNS, "verdict"), map(_cells, told["series"]))
+    if content["series"]:
+        console.table(title, COLUMNS, map(_cells, content["series"]))
     console.data_warnings(loaded)
     for name in damaged:
         log.warning(f"damaged and set aside: {name}" + ("" if refreshes else "; a refresh fetches it again"))
@@ -73,33 +65,33 @@ def show(
 
 
 def in_background(lake: Lake, request: DataRequest, now_ns: int) -> str:
-    """Refresh and make the copy that the next run will map; return what training/data_feed.py reads, as JSON.
+    """Refresh, and write the snapshot that the next run will map; return JSON for training/data_feed.py.
 
     Raises:
-        LakeError: the lake cannot be read, or the copy cannot be written.
+        LakeError: the lake cannot be read, or the snapshot cannot be written.
     """
-    told = WarningCollector()
-    refresh(lake, request, now_ns, told)
+    collector = WarningCollector()
+    refresh(lake, request, now_ns, collector)
     snapshot.provide(lake, request)
-    return json.dumps({"now_ns": now_ns, "warnings": told.warnings})
+    return json.dumps({"now_ns": now_ns, "warnings": collector.warnings})
 
 
 def report(
     loaded: LoadedData, reports: Mapping[str, SourceReport], damaged: Sequence[str], request: DataRequest
 ) -> dict[str, Any]:
-    """Return all that is known of the data as plain types.
+    """Return everything known about the data as plain types.
 
-    ``series`` has one entry per symbol and source, and one more with source "merged" for a symbol of several;
+    ``series`` has one entry per symbol and source, and one with source "merged" for a symbol of several;
     ``symbols`` has one per symbol, with its stretches. Times are ISO 8601 in UTC, of the first and last minute.
     """
     return {
         "fingerprint": loaded.fingerprint,
-        "from": _iso(request.start_ns),
-        "to": _iso(request.end_ns),
+        "from": iso_time(request.start_ns),
+        "to": iso_time(request.end_ns),
         "bars": sum(map(len, loaded.bars)),
         "refreshed": {
-            source: {"status": each.status, "message": each.message, "seconds": round(each.seconds, 3)}
-            for source, each in reports.items()
+            source: {"status": result.status, "message": result.message, "seconds": round(result.seconds, 3)}
+            for source, result in reports.items()
         },
         "damaged": list(damaged),
         "series": [entry for row in loaded.rows for entry in _entries(row, request)],
@@ -114,12 +106,12 @@ def report(
                 "difference": row.difference,
                 "stretches": [
                     {
-                        "source": each.source,
-                        "first": _iso(each.first_ns),
-                        "last": _iso(each.last_ns),
-                        "bars": each.num_bars,
+                        "source": stretch.source,
+                        "first": iso_time(stretch.first_ns),
+                        "last": iso_time(stretch.last_ns),
+                        "bars": stretch.num_bars,
                     }
-                    for each in row.stretches
+                    for stretch in row.stretches
                 ],
             }
             for row in loaded.rows
@@ -129,19 +121,19 @@ def report(
 
 def _entries(row: SymbolRow, request: DataRequest) -> Iterator[dict[str, Any]]:
     extents: list[tuple[str, Extent, Mapping[str, int]]] = [
-        (each.source, each, each.rejected) for each in row.by_source
+        (extent.source, extent, extent.rejected) for extent in row.by_source
     ]
     if len(extents) != 1:
         extents.append(("merged" if extents else "none", row, row.rejected))
     for source, extent, rejected in extents:
         behind = minutes_behind(extent.last_ns, row.asset_class, request.end_ns)
-        names = [each.source for each in row.by_source] if source == "merged" else [source]
+        names = [part.source for part in row.by_source] if source == "merged" else [source]
         yield {
             "symbol": row.symbol,
             "source": source,
             "bars": extent.num_bars,
-            "first": _iso(extent.first_ns),
-            "last": _iso(extent.last_ns),
+            "first": _iso_or_none(extent.first_ns),
+            "last": _iso_or_none(extent.last_ns),
             "coverage": None if extent.coverage is None else round(extent.coverage, 6),
             "gaps": extent.num_gaps,
             "longest_gap_minutes": extent.longest_gap_minutes,
@@ -157,7 +149,7 @@ def _entries(row: SymbolRow, request: DataRequest) -> Iterator[dict[str, Any]]:
 def _verdict(
     row: SymbolRow, extent: Extent, sources: Sequence[str], behind: int | None, *, is_series: bool
 ) -> str:
-    """Say the worst of a series in a word or two; "ok" otherwise."""
+    """Return the worst problem of a series in a word or two; "ok" without one."""
     if not extent.num_bars:
         return "no bars"
     if is_series and row.dropped:
@@ -186,18 +178,14 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         f"{entry['gaps']:,}",
         ", ".join(f"{count} {reason}" for reason, count in entry["rejected"].items()) or "0",
         str(entry["splits"]),
-        "" if behind is None else _span(behind),
+        "" if behind is None else _lag(behind),
         entry["verdict"],
     ]
 
 
-def _span(minutes: int) -> str:
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes / 60:.0f} h" if minutes < 72 * 60 else f"{minutes / 1440:.0f} d"
+def _lag(minutes: int) -> str:
+    return f"{minutes} min" if minutes < 120 else age(60 * minutes)
 
 
-def _iso(time_ns: int | None) -> str | None:
-    if time_ns is None:
-        return None
-    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _iso_or_none(time_ns: int | None) -> str | None:
+    return None if time_ns is None else iso_time(time_ns)

@@ -1,21 +1,20 @@
-"""What the command ``export`` writes: a folder that holds a policy without any code of ours in it.
+"""The command ``export``: a folder that holds a policy and none of our code.
 
-``model.safetensors`` are the weights, ``card.json`` is all that is known of them, ``example.py`` shows how to act
-on bars. ``--onnx`` adds the network as a graph, for other runtimes. All of it is checked before it is there.
+``model.safetensors`` holds the weights, ``card.json`` describes them, ``example.py`` shows how to act on bars.
+``--onnx`` adds the network as a graph for other runtimes. The folder appears only after all of it was checked.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
 import secrets
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,15 +24,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evaluation.measures import jsonable
 from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema
-from models.exported import CARD, FORMAT, WEIGHTS, load_policy
+from models.exported import CARD, FORMAT, WEIGHTS, ExportError, load_policy
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir")  # of one machine: no part of the card
+FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir")  # of one machine, so not in the card
 GRAPHS = ("policy.pt2", "policy.onnx")  # torch.export's and ONNX
-MOST_DIFFERENCE = 1e-3  # of a graph's logits and values from the network's own, against the largest of them
+# Of a graph's logits and values from those of the network, relative to the largest.
+MAX_DIFFERENCE = 1e-3
 
 EXAMPLE = '''"""Act on a table of minute bars with this policy. Run it in the program's folder:
 
@@ -64,8 +65,8 @@ for name, reason in unavailable.items():
 
 README = """# {name}
 
-An exported trading policy. It places no orders and promises no profit; `card.json` has the figures of its exam, if
-it sat one.
+An exported trading policy. It places no orders and promises no profit; `card.json` has the results of its exam, if
+there was one.
 
 | file | what |
 |---|---|
@@ -86,39 +87,36 @@ newest one last, and `accounts` (segments, 1, {num_account_features}). They retu
 
 
 def command(
-    trained: TrainedPolicy, output: Path | None, with_graphs: bool, say: Callable[[str], None]
+    trained: TrainedPolicy, output: Path | None, with_graphs: bool, log: Callable[[str], None]
 ) -> Path:
-    """Export a checkpoint; the folder is there when all of it is, and checked.
+    """Export a checkpoint to a folder, which appears only when it is complete and checked.
 
     Args:
         trained: the policy, on any device.
         output: the folder; ``exports/NAME`` when None. An earlier export there is replaced.
-        with_graphs: write the network as graphs of torch.export and ONNX, too.
-        say: told what was done, in lines.
+        with_graphs: also write the network as graphs for torch.export and ONNX.
+        log: receives lines about the export.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder is something else's or cannot be written, a library is missing, or what was written
-            does not compute what the checkpoint does.
+        ValueError: the folder holds something else or cannot be written, or a library is missing.
+        ExportError: the exported files compute something else than the checkpoint.
     """
     output = output or Path("exports") / trained.checkpoint.path.stem
-    if (
-        output.exists()
-        and not (output / CARD).is_file()
-        and not (output.is_dir() and not any(output.iterdir()))
-    ):
-        raise ValueError(f"{output} is there already and no export: name another with --output")
+    is_empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not is_empty and not (output / CARD).is_file():
+        raise ValueError(f"{output} exists and is not an export: choose another with --output")
     output = output.absolute()
     temporary = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         temporary.mkdir(parents=True)
-        _write(trained, temporary, output, with_graphs, say)
+        _write(trained, temporary, output, with_graphs, log)
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        _take_the_place(temporary, output)
+        _replace_folder(temporary, output)
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
     finally:
@@ -127,32 +125,31 @@ def command(
 
 
 def _write(
-    trained: TrainedPolicy, folder: Path, output: Path, with_graphs: bool, say: Callable[[str], None]
+    trained: TrainedPolicy, folder: Path, output: Path, with_graphs: bool, log: Callable[[str], None]
 ) -> None:
     policy = _on_cpu(trained)
-    save_file({name: each.contiguous() for name, each in policy.state_dict().items()}, folder / WEIGHTS)
+    save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private
     card = card_of(trained) | {"weights_sha256": sha256_of(folder / WEIGHTS)}
     (folder / CARD).write_text(json.dumps(card, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     graph_rows = ""
     if with_graphs:
         for name, difference in write_graphs(policy, folder).items():
-            say(f"{name} differs from the checkpoint by {difference:.1e} at most")
+            log(f"{name} differs from the checkpoint by {difference:.1e} at most")
         network = policy.trunk.config
         sizes = card["model"] | {"num_features": network.num_features, "longest": network.max_length}
-        positions = ", ".join(f"{each:g}" for each in card["accounts"]["positions"])
+        positions = ", ".join(f"{position:g}" for position in card["accounts"]["positions"])
         graph_rows = GRAPH_ROWS.format(**sizes, positions=positions)
     name = f"{trained.checkpoint.path.stem}, exported {card['exported'][:10]}"
     (folder / "README.md").write_text(README.format(name=name, graphs=graph_rows), encoding="utf-8")
-    (folder / "example.py").write_text(EXAMPLE.format(folder=_as_typed(output)), encoding="utf-8")
-    again = Actor.with_card(load_policy(folder), folder).policy  # as a user's program will
-    difference = _largest_difference(policy, again)
-    if difference:
-        raise ValueError(f"{WEIGHTS} differs from the checkpoint by {difference:g}; nothing was exported")
+    (folder / "example.py").write_text(EXAMPLE.format(folder=_as_argument(output)), encoding="utf-8")
+    reloaded = Actor.with_card(load_policy(folder), folder).policy  # as a user's program will
+    if difference := _largest_difference(policy, reloaded):
+        raise ExportError(f"{WEIGHTS} differs from the checkpoint by {difference:g}; nothing was exported")
 
 
-def _as_typed(output: Path) -> str:
-    """Return a folder as it is typed in the current one; its name alone where it is elsewhere."""
+def _as_argument(output: Path) -> str:
+    """Return a folder relative to the current one; only its name where it is elsewhere."""
     try:
         return output.relative_to(Path.cwd()).as_posix()
     except ValueError:
@@ -160,13 +157,13 @@ def _as_typed(output: Path) -> str:
 
 
 def _on_cpu(trained: TrainedPolicy) -> Policy:
-    """Return the policy in float32 on the CPU, which every runtime can be compared with."""
+    """Return the policy in float32 on the CPU, where every runtime can be compared with it."""
     policy = Policy.from_sizes(trained.policy.sizes)
     policy.load_state_dict(trained.policy.state_dict())
     return policy.eval()
 
 
-def _take_the_place(temporary: Path, output: Path) -> None:
+def _replace_folder(temporary: Path, output: Path) -> None:
     old = output.with_name(f"{temporary.name}-old")
     if output.exists():
         output.replace(old)
@@ -176,7 +173,7 @@ def _take_the_place(temporary: Path, output: Path) -> None:
 
 
 def card_of(trained: TrainedPolicy) -> dict[str, Any]:
-    """Return all that is known of a policy as plain types."""
+    """Return everything known about a policy as plain types."""
     checkpoint, settings, statistics = trained.checkpoint, trained.settings, trained.statistics
     accounts = asdict(trained.env_config(1))
     del accounts["num_envs"]
@@ -205,26 +202,17 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
         },
         "symbols": list(checkpoint.symbols),
         "data": {"fingerprint": checkpoint.data_fingerprint, "cutoff": cutoff.isoformat()},
-        "exam": _plain(checkpoint.exam or figures) or None,
+        "exam": jsonable(checkpoint.exam or figures) or None,
         "settings": {name: value for name, value in checkpoint.config.items() if name not in FOLDERS},
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return a nest of plain values as JSON can say it: a figure that is not finite is none."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def program_version() -> str:
-    """Return the commit of the program's folder, with -dirty where files were changed; "unknown" without git."""
+    """Return the commit of this folder, with -dirty if files were changed; "unknown" without git."""
     if not (ROOT / ".git").exists():
         return "unknown"
     try:
-        told = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -234,7 +222,7 @@ def program_version() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return told.stdout.strip()
+    return described.stdout.strip()
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------
@@ -242,13 +230,14 @@ def program_version() -> str:
 
 @torch.no_grad()
 def write_graphs(policy: Policy, folder: Path) -> dict[str, float]:
-    """Write the policy, float32 on the CPU, as graphs of torch.export and ONNX, and run both.
+    """Write the policy (float32 on the CPU) as graphs for torch.export and ONNX, and run both.
 
     Returns:
-        By file, the largest difference from the policy itself, over segments of several lengths.
+        The largest difference from the policy for each file, over segments of several lengths.
 
     Raises:
-        ValueError: a library is missing, or a graph computes something else.
+        ValueError: a library is missing.
+        ExportError: a graph computes something else.
     """
     try:
         import onnxruntime
@@ -260,7 +249,7 @@ def write_graphs(policy: Policy, folder: Path) -> dict[str, float]:
         "bars": {0: torch.export.Dim("segments", min=1), 1: torch.export.Dim("bars", min=2, max=longest)},
         "accounts": {0: torch.export.Dim("segments", min=1)},
     }
-    # The exporter warns of its own insides.
+    # The exporter warns about its own internals.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -287,16 +276,16 @@ def write_graphs(policy: Policy, folder: Path) -> dict[str, float]:
     }  # fmt: skip
     differences = {name: _largest_difference(policy, run) for name, run in runners.items()}
     for name, difference in differences.items():
-        if not difference <= MOST_DIFFERENCE:
-            raise ValueError(
-                f"{name} differs from the checkpoint by {difference:g}, more than {MOST_DIFFERENCE:g}; nothing "
-                "was exported. Without --onnx the weights can be exported all the same"
+        if not difference <= MAX_DIFFERENCE:
+            raise ExportError(
+                f"{name} differs from the checkpoint by {difference:g}, more than {MAX_DIFFERENCE:g}; nothing "
+                "was exported. Without --onnx the weights can still be exported"
             )
     return differences
 
 
 def _inputs(policy: Policy, num_segments: int, num_bars: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return made-up bars and account observations at the last one."""
+    """Return random bars, and account observations at the last one."""
     generator = torch.Generator().manual_seed(seed)
     bars = torch.randn(num_segments, num_bars, policy.trunk.config.num_features, generator=generator)
     return bars, torch.randn(num_segments, 1, policy.head.account.in_features, generator=generator)
@@ -307,9 +296,9 @@ def _largest_difference(policy: Policy, run: Callable[[Tensor, Tensor], tuple[Te
     longest = policy.trunk.config.max_length
     largest = 0.0
     for seed, (num_segments, num_bars) in enumerate(((1, longest), (3, longest - 1), (2, 2))):
-        given = _inputs(policy, num_segments, num_bars, seed)
-        for mine, theirs in zip(policy(*given), run(*given), strict=True):
-            scale = max(1.0, float(mine.abs().max()))
-            # Not finite counts as different.
-            largest = max(largest, float((mine - theirs).abs().nan_to_num(nan=torch.inf).max()) / scale)
+        inputs = _inputs(policy, num_segments, num_bars, seed)
+        for expected, output in zip(policy(*inputs), run(*inputs), strict=True):
+            scale = max(1.0, float(expected.abs().max()))
+            # Values that are not finite count as different.
+            largest = max(largest, float((expected - output).abs().nan_to_num(nan=torch.inf).max()) / scale)
     return largest

@@ -1,7 +1,7 @@
-"""What the command ``signals`` tells: the position that a policy wants now, per symbol, and how old its bars are.
+"""The command ``signals``: the position that a policy wants in each symbol now, and how old its bars are.
 
-No order is sent anywhere. The observation is that of the training and of the exam (envs/latest.py); the account is
-a new one, in cash unless ``--holding`` says otherwise.
+No order is sent anywhere. Observations are those of training and exam (envs/latest.py); the account is a new one,
+in cash unless ``--holding`` says otherwise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +26,7 @@ from data_sources.sources import DataRequest
 from data_sources.universe import top_of
 from evaluation.trained_policy import Decision, TrainedPolicy
 from monitoring.console import Console
+from monitoring.format import age, iso_time, utc_time
 from training.data_feed import data_request
 
 if TYPE_CHECKING:
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("continuous_training")
 
-LOOK_BACK_DAYS = 45  # of bars that features are computed from; the deepest looks back 10 days of trade
-# Of trade that the newest bar may lie back: a quiet minute has no bar, a vendor takes seconds.
+LOOK_BACK_DAYS = 45  # of bars for the features; the longest window is 10 days of trading
+# Minutes of trading that the newest bar may lag: a quiet minute has no bar, and a vendor takes seconds.
 FRESH_MINUTES = 5
-PUBLISHED_SECONDS = 6.0  # after its end a minute is asked for; data_sources takes none before 5
+PUBLISHED_SECONDS = 6.0  # from a minute's end to the request for its bar; data_sources accepts none before 5
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What was asked for: symbols (all of the training where empty), and the position held of some of them."""
+class SignalOptions:
+    """The options: symbols (all of the training if empty), and the positions held in some of them."""
 
     symbols: tuple[str, ...] = ()
     holdings: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -50,26 +50,27 @@ class Wishes:
     as_json: bool = False
 
     @staticmethod
-    def parsed(
+    def parse(
         symbols: str, holdings: Sequence[str], refreshes: bool, as_json: bool, positions: Sequence[float]
-    ) -> Wishes:
-        """Read the flags: symbols with commas, and each holding as SYMBOL=POSITION.
+    ) -> SignalOptions:
+        """Parse the flags: comma-separated symbols, and holdings as SYMBOL=POSITION.
 
         Raises:
-            ValueError: a holding is no such pair, or of a position that the policy does not know.
+            ValueError: a holding has another form, or is not one of the policy's positions.
         """
-        held = {}
+        positions_held = {}
         for text in holdings:
             symbol, _, number = text.partition("=")
             try:
-                held[symbol.strip()] = float(number)
+                position = float(number)
             except ValueError:
                 raise ValueError(f"--holding {text} must be such as BTCUSDT=1") from None
-            if held[symbol.strip()] not in positions:
-                known = ", ".join(f"{each:g}" for each in positions)
+            if position not in positions:
+                known = ", ".join(f"{position:g}" for position in positions)
                 raise ValueError(f"--holding {text} must be one of the policy's positions: {known}")
+            positions_held[symbol.strip()] = position
         names = tuple(dict.fromkeys(name.strip() for name in symbols.split(",") if name.strip()))
-        return Wishes(names, held, refreshes, as_json)
+        return SignalOptions(names, positions_held, refreshes, as_json)
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,17 @@ class Signal:
 
     decision: Decision
     holding: float
-    minutes_behind: int  # of trade, since the newest bar
-    # ok; closed: the exchange is, the order would fill when it opens; stale: newer bars should exist
+    minutes_behind: int  # of trading, since the newest bar
+    # ok; closed: the exchange is closed, an order would fill at the open; stale: newer bars should exist
     state: Literal["ok", "closed", "stale"]
     in_training: bool
 
 
 def request_of(settings: Settings, now_ns: int, symbols: Sequence[str]) -> DataRequest:
-    """Say which bars the signals rest on.
+    """Return which bars the signals need.
 
     Raises:
-        ValueError: a symbol is among none of those that the settings ask a source for.
+        ValueError: the settings request a symbol from no source.
     """
     request = data_request(settings, now_ns)
     start_ns = max(request.start_ns, request.end_ns - LOOK_BACK_DAYS * DAY_NS)
@@ -107,39 +108,39 @@ def request_of(settings: Settings, now_ns: int, symbols: Sequence[str]) -> DataR
     return dataclasses.replace(request, symbols=kept)
 
 
-def signals_of(
-    trained: TrainedPolicy, data: LoadedData, now_ns: int, wishes: Wishes
+def compute_signals(
+    trained: TrainedPolicy, data: LoadedData, now_ns: int, options: SignalOptions
 ) -> tuple[list[Signal], dict[str, str]]:
-    """Ask the policy about every symbol that is wanted.
+    """Compute the policy's decision for every requested symbol.
 
     Returns:
-        The signals, and of the symbols without one the reason.
+        The signals, and the reason for every symbol without one.
 
     Raises:
-        ValueError: a wanted symbol is not among those that were loaded.
+        ValueError: a symbol of the options was not loaded.
     """
-    asked = {row.symbol for row in data.rows}
-    for name, flag in [(each, "--symbols") for each in wishes.symbols] + [
-        (each, "--holding") for each in wishes.holdings
-    ]:
-        if name not in asked:
-            raise ValueError(f"{flag} {name} is unknown; there are: {', '.join(sorted(asked)) or 'none'}")
+    loaded = {row.symbol for row in data.rows}
+    for flag, names in (("--symbols", options.symbols), ("--holding", options.holdings)):
+        for name in names:
+            if name not in loaded:
+                known = ", ".join(sorted(loaded)) or "none"
+                raise ValueError(f"{flag} {name} is unknown; there are: {known}")
     trained_on = set(trained.checkpoint.symbols)
-    wanted = set(wishes.symbols) or asked & trained_on
+    wanted = set(options.symbols) or loaded & trained_on
     missing = {symbol: why for symbol, why in data.dropped.items() if symbol in wanted}
-    if not wishes.symbols:
-        new = "not in the training; name it in --symbols to see it all the same"
-        missing |= dict.fromkeys(sorted(asked - trained_on), new)
+    if not options.symbols:
+        new = "not in the training; name it in --symbols to see it anyway"
+        missing |= dict.fromkeys(sorted(loaded - trained_on), new)
     closed_until = now_ns - MINUTE_NS + 1  # bars that opened before it have closed
-    bars = [one.between(0, closed_until) for one in data.bars if one.symbol in wanted]
-    bars = [one for one in bars if len(one)]
-    if not bars:
+    closed = [bars.between(0, closed_until) for bars in data.bars if bars.symbol in wanted]
+    closed = [bars for bars in closed if len(bars)]
+    if not closed:
         return [], missing
-    decisions, unavailable = trained.actor.decide(bars)
+    decisions, unavailable = trained.actor.decide(closed)
     signals = []
     for decision in decisions:
         behind, state = freshness(decision.open_time, decision.asset_class, now_ns)
-        holding = wishes.holdings.get(decision.symbol, 0.0)
+        holding = options.holdings.get(decision.symbol, 0.0)
         signals.append(Signal(decision, holding, behind, state, decision.symbol in trained_on))
     return signals, missing | unavailable
 
@@ -147,7 +148,7 @@ def signals_of(
 def freshness(
     open_time: int, asset_class: AssetClass, now_ns: int
 ) -> tuple[int, Literal["ok", "closed", "stale"]]:
-    """Return the minutes of trade since the newest bar, and what that means: see ``Signal``."""
+    """Return the minutes of trading since the newest bar, and the state of a ``Signal``."""
     behind = minutes_behind(open_time, asset_class, now_ns) or 0
     if behind > FRESH_MINUTES:
         return behind, "stale"
@@ -159,15 +160,15 @@ def freshness(
     return behind, "ok"
 
 
-def tell(
+def run(
     trained: TrainedPolicy,
-    wishes: Wishes,
+    options: SignalOptions,
     console: Console,
     now_ns: int,
     progress: Progress,
     indent: int | None,
 ) -> bool:
-    """Refresh, read and ask once, and print the answer.
+    """Refresh the bars, compute the signals once, and print them.
 
     Returns:
         Whether there is a signal.
@@ -177,50 +178,52 @@ def tell(
         DataError: the lake cannot be read.
     """
     settings = trained.settings
-    request = request_of(settings, now_ns, wishes.symbols)
+    request = request_of(settings, now_ns, options.symbols)
     lake = Lake(Path(settings.data_dir), progress)
-    if wishes.refreshes:
+    if options.refreshes:
         refresh(lake, request, now_ns, progress)
     data = load(lake, request)
-    signals, missing = signals_of(trained, data, now_ns, wishes)
-    if wishes.as_json:
-        told = report(trained, signals, missing, now_ns, data.fingerprint)
-        console.emit(json.dumps(told, indent=indent))
+    signals, missing = compute_signals(trained, data, now_ns, options)
+    if options.as_json:
+        content = report(trained, signals, missing, now_ns, data.fingerprint)
+        console.emit(json.dumps(content, indent=indent))
     elif signals:
         console.table(*table(trained, signals, now_ns, console.width))
     for reason in dict.fromkeys(missing.values()):
         symbols = ", ".join(symbol for symbol, why in missing.items() if why == reason)
-        log.warning(f"no signal of {symbols}: {reason}")
-    if settings.end_date and any(each.state == "stale" for each in signals):
-        log.warning(f"bars end at end_date={settings.end_date}, as in the training: --end-date none lifts it")
+        log.warning(f"no signal for {symbols}: {reason}")
+    if settings.end_date and any(signal.state == "stale" for signal in signals):
+        log.warning(
+            f"bars end at end_date={settings.end_date}, as in the training: --end-date none lifts that"
+        )
     return bool(signals)
 
 
 def watch(
     trained: TrainedPolicy,
-    wishes: Wishes,
+    options: SignalOptions,
     console: Console,
     clock: Callable[[], int] = time.time_ns,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Tell the signals just after every minute has closed, until interrupted; JSON is one object a line then."""
+    """Print the signals just after every minute has closed, until interrupted; JSON is one object per line."""
     warned: list[str] = []
     try:
-        tell(trained, wishes, console, clock(), console, None)
+        run(trained, options, console, clock(), console, None)
         while True:
             sleep(seconds_to_next_minute(clock()))
-            heard = WarningCollector()
-            tell(trained, wishes, console, clock(), heard, None)
-            for warning in heard.warnings:
-                if warning not in warned:  # a source that stays down is told once
+            collector = WarningCollector()
+            run(trained, options, console, clock(), collector, None)
+            for warning in collector.warnings:
+                if warning not in warned:  # a source that stays down is reported once
                     log.warning(warning)
-            warned = heard.warnings
+            warned = collector.warnings
     except KeyboardInterrupt:
         return
 
 
 def seconds_to_next_minute(now_ns: int) -> float:
-    """Return how long it takes until the bar of the running minute can be asked for."""
+    """Return the time until the bar of the current minute can be requested."""
     into = now_ns / 1e9 % 60
     return PUBLISHED_SECONDS - into if into < PUBLISHED_SECONDS else 60 + PUBLISHED_SECONDS - into
 
@@ -232,14 +235,14 @@ def report(
     now_ns: int,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """Return all that is known as plain types; times are ISO 8601 in UTC. docs/use.md explains the fields."""
+    """Return everything as plain types; times are ISO 8601 in UTC. docs/use.md explains the fields."""
     return {
-        "time": _iso(now_ns),
+        "time": iso_time(now_ns),
         "checkpoint": trained.checkpoint.path.name,
         "run": trained.checkpoint.run,
         "epoch": trained.checkpoint.epoch,
         "data_fingerprint": fingerprint,
-        "signals": [_entry(each, now_ns) for each in signals],
+        "signals": [_entry(signal, now_ns) for signal in signals],
         "no_signal": dict(missing),
     }
 
@@ -254,15 +257,15 @@ def _entry(signal: Signal, now_ns: int) -> dict[str, Any]:
             "holding": holding,
             "target": target,
             "probability": probability,
-            "probabilities": {f"{p:g}": each for p, each in zip(decision.positions, odds, strict=True)},
+            "probabilities": {f"{p:g}": odd for p, odd in zip(decision.positions, odds, strict=True)},
         }
 
     return {
         "symbol": decision.symbol,
         "asset_class": decision.asset_class,
         **choice(signal.holding),
-        "bar": _iso(decision.open_time),
-        "closed": _iso(decision.close_time),
+        "bar": iso_time(decision.open_time),
+        "closed": iso_time(decision.close_time),
         "close": decision.close,
         "age_seconds": round((now_ns - decision.close_time) / 1e9, 3),
         "minutes_behind": signal.minutes_behind,
@@ -276,12 +279,14 @@ def _entry(signal: Signal, now_ns: int) -> dict[str, Any]:
 def table(
     trained: TrainedPolicy, signals: Sequence[Signal], now_ns: int, width: int
 ) -> tuple[str, list[str], list[list[str]]]:
-    """Return title, columns and rows for people; where they are too wide, without what can be missed first."""
-    title = f"{trained.checkpoint.path.name} at {_utc(now_ns)} UTC; no orders are sent"
-    from_each = [f"from {_signed(position)}" for position in trained.env_config(1).positions]
-    rows = [_row(each, now_ns) | dict(zip(from_each, _targets(each), strict=True)) for each in signals]
+    """Return title, columns and rows for people; the least important columns are left out if it is too wide."""
+    title = f"{trained.checkpoint.path.name} at {utc_time(now_ns)} UTC; no orders are sent"
+    per_position = [f"from {_signed(position)}" for position in trained.env_config(1).positions]
+    rows = [
+        _row(signal, now_ns) | dict(zip(per_position, _targets(signal), strict=True)) for signal in signals
+    ]
     columns = list(rows[0])
-    for spare in (from_each, ["holding"], ["closed, UTC"]):
+    for spare in (per_position, ["holding"], ["closed, UTC"]):
         widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
         if sum(widths) + 2 * (len(widths) - 1) > width:
             columns = [column for column in columns if column not in spare]
@@ -299,32 +304,15 @@ def _row(signal: Signal, now_ns: int) -> dict[str, str]:
         "holding": _signed(signal.holding),
         "target": _signed(target),
         "probability": f"{probability:.1%}",
-        "closed, UTC": _utc(decision.close_time)[5:16],
-        "age": _span((now_ns - decision.close_time) / 1e9),
+        "closed, UTC": utc_time(decision.close_time, "%m-%d %H:%M"),
+        "age": age((now_ns - decision.close_time) / 1e9),
         "state": ", ".join(notes),
     }
 
 
 def _targets(signal: Signal) -> list[str]:
-    return [_signed(signal.decision.when_holding(each)[0]) for each in signal.decision.positions]
+    return [_signed(signal.decision.when_holding(position)[0]) for position in signal.decision.positions]
 
 
 def _signed(position: float) -> str:
     return f"{position:+g}" if position else "0"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    if minutes < 120:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.0f} h" if minutes < 72 * 60 else f"{minutes / 1440:.0f} d"
-
-
-def _iso(time_ns: int) -> str:
-    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _utc(time_ns: int) -> str:
-    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S")

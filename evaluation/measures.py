@@ -8,9 +8,10 @@ after the last bar belongs to that bar. The first and last day may be partial.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,3 +186,14 @@ def _interval(values: NDArray[np.float64]) -> Interval:
 def _require_walks(walks: Sequence[Walk]) -> None:
     if not walks:
         raise ValueError("there is no walk to measure: no symbol has bars for a segment in these days")
+
+
+def jsonable(value: Any) -> Any:
+    """Return nested plain values as JSON can hold them: a float that is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {name: jsonable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from evaluation import plots
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY, Contestants, Walk
-from evaluation.measures import Measures, break_even, measure
+from evaluation.measures import Measures, break_even, jsonable, measure
 from evaluation.verdict import Verdict
 from runtime.files import TEMPORARY_SUFFIX, sync_folder
 
@@ -89,7 +89,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures as plain types; None where a figure has no value."""
-        return _plain(
+        return jsonable(
             {
                 "format": FORMAT,
                 "checkpoint": self.checkpoint,
@@ -180,13 +180,3 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
 def json_bytes(report: Report) -> bytes:
     """Return ``report.json``."""
     return json.dumps(report.as_json(), indent=1, allow_nan=False, ensure_ascii=False).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value

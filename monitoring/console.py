@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from data_sources.load import LoadedData
 from monitoring import health
 from monitoring.dashboard import Painter
 from monitoring.exporters import Telemetry, read_metrics
+from monitoring.format import utc_time
 from monitoring.machine import Gauges, read_disk
 from monitoring.screen import Screen
 from monitoring.state import KEPT_EPOCHS, DashboardState, Task
@@ -395,7 +395,7 @@ def _short(value: Any) -> str:
 
 
 def _utc(time_ns: int | None, form: str) -> str:
-    return "" if time_ns is None else datetime.fromtimestamp(time_ns // 10**9, UTC).strftime(form)
+    return "" if time_ns is None else utc_time(time_ns, form)
 
 
 def _is_number(text: str) -> bool:

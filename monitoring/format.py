@@ -1,8 +1,9 @@
-"""Formats for people: durations, ages, sizes, and a metric over time in one line."""
+"""Formats for people: times, durations, ages, sizes, and a metric over time in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 
 def sparkline(values: Sequence[float | None], width: int, levels: str) -> str:
@@ -24,6 +25,16 @@ def sparkline(values: Sequence[float | None], width: int, levels: str) -> str:
     return "".join(
         " " if mean is None else levels[round((mean - low) / span * top) if span else 0] for mean in means
     )
+
+
+def utc_time(time_ns: int, pattern: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """Format a time, int64 ns UTC."""
+    return datetime.fromtimestamp(time_ns // 10**9, UTC).strftime(pattern)
+
+
+def iso_time(time_ns: int) -> str:
+    """Format a time, int64 ns UTC, as ISO 8601."""
+    return utc_time(time_ns, "%Y-%m-%dT%H:%M:%SZ")
 
 
 def duration(seconds: float | None) -> str:

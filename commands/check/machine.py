@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
-from commands.check.report import Line, size
+from commands.check.report import Line
 from commands.check.sources import rows_held
 from data_sources.sources import DataRequest
 from data_sources.universe import named, top_of
 from envs.features import FEATURES
 from models.policy import uses_bf16
+from monitoring.format import size
 from monitoring.machine import Gauges, Gpu, Machine, memory_bytes
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch

@@ -32,11 +32,6 @@ class Line:
         return Line("settings", "error", f"Invalid setting: {text}", EXIT_SETTING)
 
 
-def size(num_bytes: float) -> str:
-    """Format a size in GB, a small one in MB."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
 def print_report(lines: Iterable[Line], console: Console, as_json: bool) -> int:
     """Print the lines as they come, or one JSON object at the end.
 

@@ -356,8 +356,8 @@ def test_disks_that_are_too_small_are_told(monkeypatch: pytest.MonkeyPatch, tmp_
         found = list(machine.check_disks(FULL, request_of(FULL)))
         assert [line.level for line in found] == levels, free
         assert {line.code for line in found if line.level == "error"} <= {4}
-    assert "lower --keep-checkpoints" not in found[0].text and ": free 7.3 GB more" in found[0].text
-    assert found[1].text.startswith("lake: 0.0 MB so far, at most 1.3 GB to fetch, then 12.2 MB a week")
+    assert "lower --keep-checkpoints" not in found[0].text and ": free 7.26 GB more" in found[0].text
+    assert found[1].text.startswith("lake: 0 B so far, at most 1.27 GB to fetch, then 12.2 MB a week")
 
 
 def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:

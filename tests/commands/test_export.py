@@ -96,7 +96,7 @@ def test_a_frame_is_taken_as_bars_or_refused_in_a_line() -> None:
         assert all(getattr(taken, name).flags.writeable for name in COLUMNS)
         assert all(np.array_equal(getattr(taken, name), getattr(bars, name)) for name in COLUMNS)
     for wrong, told in (
-        (frame.drop(columns="volume"), "AAA: the frame must have open_time, .*; it lacks volume"),
+        (frame.drop(columns="volume"), "AAA: the frame must have open_time, .*; volume missing"),
         (frame[::-1], "AAA: open_time strictly ascending is broken at bar 0"),
         (frame.assign(close=-1.0), "AAA: close finite and above zero is broken at bar 0 of 50"),
         (frame.assign(close="much"), "AAA: close must be numbers"),
@@ -109,10 +109,10 @@ def test_a_frame_is_taken_as_bars_or_refused_in_a_line() -> None:
 
 
 def test_graphs_compute_what_the_policy_does(trained: TrainedPolicy, tmp_path: Path) -> None:
-    said: list[str] = []
-    folder = export.command(trained, tmp_path / "graphs", True, said.append)
+    lines: list[str] = []
+    folder = export.command(trained, tmp_path / "graphs", True, lines.append)
     assert {"policy.pt2", "policy.onnx"} < {path.name for path in folder.iterdir()}
-    assert [line.split(" by ")[0] for line in said] == [
+    assert [line.split(" by ")[0] for line in lines] == [
         "policy.pt2 differs from the checkpoint", "policy.onnx differs from the checkpoint",
     ]  # fmt: skip
     import onnxruntime
@@ -146,7 +146,7 @@ def test_an_export_replaces_an_export_and_nothing_else(trained: TrainedPolicy, e
     (exported.parent / "mine").mkdir()
     (exported.parent / "mine" / "diary.txt").touch()
     for name in ("mine", "mine/diary.txt"):
-        with pytest.raises(ValueError, match="is there already and no export: name another with --output"):
+        with pytest.raises(ValueError, match="exists and is not an export: choose another with --output"):
             export.command(trained, exported.parent / name, False, print)
     with pytest.raises(ValueError, match="cannot be written: Not a directory"):
         export.command(trained, exported.parent / "mine" / "diary.txt" / "more", False, print)

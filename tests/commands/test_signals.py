@@ -17,7 +17,14 @@ import pytest
 
 import commands
 from commands import signals
-from commands.signals import Signal, Wishes, freshness, request_of, seconds_to_next_minute, signals_of
+from commands.signals import (
+    Signal,
+    SignalOptions,
+    compute_signals,
+    freshness,
+    request_of,
+    seconds_to_next_minute,
+)
 from continuous_training import Settings
 from data_sources.bars import MINUTE_NS
 from data_sources.lake.lake import Lake
@@ -47,10 +54,10 @@ def trained(server: BinanceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return TrainedPolicy.read(untrained(tmp_path), Settings)
 
 
-def tell(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], now_ns: int, **wishes: Any) -> Any:
-    """Run the command once; return its JSON and what it told beside."""
+def run(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], now_ns: int, **options: Any) -> Any:
+    """Run the command once; return its JSON and its standard error."""
     with Console(Path(trained.settings.log_dir), to_stderr=True) as console:
-        signals.tell(trained, Wishes(as_json=True, **wishes), console, now_ns, console, None)
+        signals.run(trained, SignalOptions(as_json=True, **options), console, now_ns, console, None)
     out, err = capsys.readouterr()
     return json.loads(out), err
 
@@ -58,7 +65,7 @@ def tell(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], now_ns: int
 def test_the_newest_closed_bar_is_fetched_and_decided_upon(
     trained: TrainedPolicy, server: BinanceServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told, _ = tell(trained, capsys, NOW, holdings={"ETHUSDT": 1.0})
+    told, _ = run(trained, capsys, NOW, holdings={"ETHUSDT": 1.0})
     assert told["no_signal"] == {}
     assert (told["checkpoint"], told["run"], told["epoch"]) == ("run1_epoch2.pt", 1, 2)
     for each, (symbol, holding) in zip(told["signals"], (("BTCUSDT", 0.0), ("ETHUSDT", 1.0)), strict=True):
@@ -75,7 +82,7 @@ def test_the_newest_closed_bar_is_fetched_and_decided_upon(
         assert set(held) == {-1.0, 0.0, 1.0}
         assert held[holding] == {name: each[name] for name in held[holding]}
     # Replayed from the lake up to an earlier minute it says what it said then.
-    earlier, _ = tell(trained, capsys, NOW - 20 * MINUTE_NS, refreshes=False)
+    earlier, _ = run(trained, capsys, NOW - 20 * MINUTE_NS, refreshes=False)
     assert earlier["signals"][0]["bar"] == "2026-11-20T11:39:00Z"
     assert earlier["signals"][0]["probabilities"] != told["signals"][0]["probabilities"]
 
@@ -95,7 +102,7 @@ def test_a_minute_later_the_next_bar_speaks_and_a_dead_source_makes_it_stale(
         server.now_ns = now[0]
 
     with Console(Path(trained.settings.log_dir), to_stderr=True) as console:
-        signals.watch(trained, Wishes(("BTCUSDT",), as_json=True), console, lambda: now[0], sleep)
+        signals.watch(trained, SignalOptions(("BTCUSDT",), as_json=True), console, lambda: now[0], sleep)
     out, err = capsys.readouterr()
     told = [json.loads(line)["signals"] for line in out.splitlines()]
     assert slept == [35.0, 60.0, 60.0, 60.0, 60.0]
@@ -109,17 +116,17 @@ def test_unknown_symbols_are_left_out_unless_they_are_named(
     trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], server: BinanceServer
 ) -> None:
     with pytest.raises(ValueError, match="--symbols NEWUSDT: no source is asked for it; add it to --stocks"):
-        tell(trained, capsys, NOW, symbols=("NEWUSDT",))
+        run(trained, capsys, NOW, symbols=("NEWUSDT",))
     server.pairs = (*PAIRS, "NEWUSDT")
     wider = replace(trained, settings=replace(trained.settings, binance_pairs=server.pairs))
-    told, warned = tell(wider, capsys, NOW)
+    told, warned = run(wider, capsys, NOW)
     assert [each["symbol"] for each in told["signals"]] == list(PAIRS)
     assert list(told["no_signal"]) == ["NEWUSDT"]
-    assert "no signal of NEWUSDT: not in the training; name it in --symbols" in warned
-    told, _ = tell(wider, capsys, NOW, symbols=("NEWUSDT",))
+    assert "no signal for NEWUSDT: not in the training; name it in --symbols" in warned
+    told, _ = run(wider, capsys, NOW, symbols=("NEWUSDT",))
     assert [(each["symbol"], each["in_training"]) for each in told["signals"]] == [("NEWUSDT", False)]
     with pytest.raises(ValueError, match="--holding XRPUSDT is unknown; there are: BTCUSDT, ETHUSDT"):
-        tell(trained, capsys, NOW, refreshes=False, holdings={"XRPUSDT": 1.0})
+        run(trained, capsys, NOW, refreshes=False, holdings={"XRPUSDT": 1.0})
 
 
 def test_a_narrow_terminal_shows_what_matters_most(trained: TrainedPolicy) -> None:
@@ -146,7 +153,7 @@ def test_a_bar_that_is_not_closed_is_never_decided_upon(trained: TrainedPolicy) 
     times = (NOW // MINUTE_NS - np.arange(300)[::-1]) * MINUTE_NS
     bars = replace(walk("BTCUSDT", 300), open_time=times)
     rows = [replace(row, symbol="BTCUSDT") for row in data.rows[:1]]
-    found, _ = signals_of(trained, replace(data, bars=[bars], rows=rows), NOW, Wishes())
+    found, _ = compute_signals(trained, replace(data, bars=[bars], rows=rows), NOW, SignalOptions())
     assert found[0].decision.open_time == bars.open_time[-2]
 
 
@@ -197,8 +204,8 @@ def test_a_watch_asks_when_the_minute_is_published() -> None:
 )
 def test_a_holding_is_a_symbol_and_a_position(holding: str, told: str) -> None:
     with pytest.raises(ValueError, match=f"^{told}$"):
-        Wishes.parsed("", [holding], True, False, (-1.0, 0.0, 1.0))
-    good = Wishes.parsed(" A, B,A", ["A=1", "B = -1"], True, False, (-1.0, 0.0, 1.0))
+        SignalOptions.parse("", [holding], True, False, (-1.0, 0.0, 1.0))
+    good = SignalOptions.parse(" A, B,A", ["A=1", "B = -1"], True, False, (-1.0, 0.0, 1.0))
     assert (good.symbols, good.holdings) == (("A", "B"), {"A": 1.0, "B": -1.0})
 
 
