@@ -110,9 +110,9 @@ def with_read(folder: Path, copy: Path, symbols: int, bars: int, buffer) -> None
 
 
 def with_copy(folder: Path, copy: Path, symbols: int, bars: int, times, values) -> None:
-    from data_sources.snapshot import open_copy
+    from data_sources.snapshot import open_snapshot
 
-    fill(open_copy(copy).bars, 0, times, values)
+    fill(open_snapshot(copy).bars, 0, times, values)
 
 
 def with_lake(folder: Path, copy: Path, symbols: int, bars: int, times, values) -> None:

@@ -1,12 +1,11 @@
-"""A run's bars as one file beside the lake, ready to be mapped: ranks share its pages, restarts load in a blink.
+"""A run's bars as files beside the lake, ready to be mapped: ranks share their pages, restarts open them at once.
 
-    data_dir/.ready/<what is asked>-<interval>-<fingerprint>.bars
+    data_dir/.ready/<request>-<interval>-<fingerprint>.npy     COLUMNS of every used symbol, 8 bytes a value
+    data_dir/.ready/<request>-<interval>-<fingerprint>.jsonl   a checksum; rows of all symbols
 
-It is derived: removing it costs the time to make it again. A run that is resumed finds the copy that it began
-with by its interval, whatever the lake has learned since, so that its numbers go on.
-
-Layout: MAGIC, then per symbol the six columns of COLUMNS, 8 bytes a value, one after the other; then JSON
-(accounts, places, checksum), its length and checksum in 12 bytes, little endian, and MAGIC.
+A snapshot is derived: removing it costs the time to write it again. A resumed run finds the one that it began
+with by its interval, whatever the lake has learned since, so that its numbers continue. The .jsonl is written
+last: without it there is no snapshot.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import mmap
 import os
-import struct
 import time
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, Bars
 from data_sources.coverage import SymbolRow
@@ -33,84 +31,82 @@ from data_sources.load import LoadedData, each_symbol, fingerprint
 from data_sources.sources import DataRequest
 from runtime.files import TEMPORARY_SUFFIX, write_atomically
 
-SUFFIX = ".bars"
-MAGIC = b"BARS\0\0\0\1"
-KEPT_COPIES = 4  # of one daemon: its run's, the one before, and two that were made ahead
-UNUSED_SECONDS = 14 * 86_400.0  # copies of other settings go when nobody asked for them for so long
-_TRAILER = struct.Struct("<QI")
-_WIDTH = 8
+SUFFIX, HEADER_SUFFIX = ".npy", ".jsonl"
+FORMER_SUFFIX = ".bars"  # of an earlier format
+KEPT_SNAPSHOTS = 4  # of one daemon: its run's, the previous one, and two that were written ahead
+UNUSED_SECONDS = 14 * 86_400.0  # snapshots of other settings are removed when unused for so long
+LEFTOVER_SECONDS = 86_400.0  # what no process is writing any more by now
+_CHUNK_BYTES = 1 << 18
 
 
-def provide(lake: Lake, request: DataRequest, *, kept_copies: int = KEPT_COPIES) -> Path:
-    """Return the copy that ``request`` began with, made now where there is none; old ones are removed.
+def provide(lake: Lake, request: DataRequest, *, kept_snapshots: int = KEPT_SNAPSHOTS) -> Path:
+    """Return the snapshot that ``request`` began with, written now if there is none; old ones are removed.
 
     Raises:
-        LakeError: the lake cannot be read, or the copy cannot be written (disk full, read-only).
+        LakeError: the lake cannot be read, or the snapshot cannot be written (disk full, read-only).
     """
     asked, interval = _names(request)
     folder = lake.root / READY_FOLDER
     try:
-        for path in sorted(folder.glob(f"{asked}-{interval}-*{SUFFIX}"), key=_age):
-            with contextlib.suppress(LakeError):  # damaged: made again below
-                open_copy(path)
+        for path in sorted(folder.glob(f"{asked}-{interval}-*{SUFFIX}"), key=_changed, reverse=True):
+            with contextlib.suppress(LakeError):  # damaged: written again below
+                open_snapshot(path)
                 os.utime(path)
                 return path
-            path.unlink(missing_ok=True)
+            _remove(path)
         path = folder / f"{asked}-{interval}-{fingerprint(lake, request)}{SUFFIX}"
-        write_atomically(path, lambda file: _write(file, lake, request))
-        _prune(folder, asked, kept_copies)
+        _write(path, lake, request)
+        _prune(folder, asked, kept_snapshots)
     except OSError as error:
         raise LakeError(f"cannot write {folder}: {error.strerror or error}") from error
     return path
 
 
-def open_copy(path: Path) -> LoadedData:
-    """Map a copy; its bars are views of the file, and writing to them changes this process's view only.
+def open_snapshot(path: Path) -> LoadedData:
+    """Map a snapshot; its bars are views of the file, and writing to them changes this process's view only.
 
     Raises:
-        LakeError: it is not there, cannot be read, or is not whole.
+        LakeError: it does not exist, cannot be read, or is not whole.
     """
+    header = _read_header(path)
+    rows = [SymbolRow.from_dict(row) for row in header["rows"]]
+    used = [row for row in rows if not row.dropped]
+    ends = np.cumsum([len(COLUMNS) * row.num_bars for row in used], dtype=np.int64)
     try:
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        values: NDArray[np.int64] = np.asarray(np.load(path, mmap_mode="c"))
+        blocks = np.split(values.view(np.int64), ends)
+        bars = [_bars(row, block) for row, block in zip(used, blocks[:-1], strict=True)]
+    except (OSError, ValueError, EOFError) as error:  # the latter two: cut, or another array
         raise LakeError(f"cannot read {path}: {error}") from error
-    header = _header(content, path)
-    bars = []
-    for place in header["places"]:
-        first, num_bars = place["first"], place["num_bars"]
-        columns = [
-            np.frombuffer(
-                content, np.int64 if number == 0 else np.float64, num_bars, first + number * num_bars * _WIDTH
-            )
-            for number in range(len(COLUMNS))
-        ]
-        bars.append(Bars.known_valid(place["symbol"], place["asset_class"], *columns))
-    rows = [SymbolRow.from_dict(each) for each in header["rows"]]
     dropped = {row.symbol: row.dropped for row in rows if row.dropped}
     return LoadedData(bars, dropped, rows, header["fingerprint"])
 
 
+def _bars(row: SymbolRow, block: NDArray[np.int64]) -> Bars:
+    open_time, *values = block.reshape(len(COLUMNS), row.num_bars)
+    return Bars.known_valid(
+        row.symbol, row.asset_class, open_time, *(column.view(np.float64) for column in values)
+    )
+
+
 def verify(lake: Lake) -> list[str]:
-    """Read every copy whole; remove the damaged ones and return their names.
+    """Read every snapshot whole; remove the damaged ones and return their names.
 
     Raises:
-        LakeError: a damaged one cannot be removed.
+        LakeError: a snapshot cannot be read, or a damaged one not be removed.
     """
     damaged = []
     for path in sorted((lake.root / READY_FOLDER).glob(f"*{SUFFIX}")):
         try:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                header = _header(content, path)
-                with memoryview(content) as view, view[len(MAGIC) : header["end"]] as payload:
-                    is_whole = zlib.crc32(payload) == header["crc32"]
-        except (LakeError, ValueError):
+            open_snapshot(path)
+            is_whole = _checksum(path) == _read_header(path)["values_crc32"]
+        except LakeError:
             is_whole = False
         except OSError as error:
             raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
         if not is_whole:
             try:
-                path.unlink(missing_ok=True)
+                _remove(path)
             except OSError as error:
                 raise LakeError(f"cannot remove {path}: {error.strerror or error}") from error
             damaged.append(f"{READY_FOLDER}/{path.name}")
@@ -118,69 +114,80 @@ def verify(lake: Lake) -> list[str]:
 
 
 def _names(request: DataRequest) -> tuple[str, str]:
-    """Return what is asked and for which interval, a few hex digits each."""
+    """Return a few hex digits each for the request and for its interval."""
     values = dataclasses.asdict(request)
     interval = [values.pop("start_ns"), values.pop("end_ns")]
-    texts = (json.dumps(each, sort_keys=True) for each in (values, interval))
+    texts = (json.dumps(part, sort_keys=True) for part in (values, interval))
     asked, interval_name = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts)
     return asked, interval_name
 
 
-def _write(file: BinaryIO, lake: Lake, request: DataRequest) -> None:
-    """Write symbol after symbol, so that one batch of them is all that is in memory."""
-    file.write(MAGIC)
-    place, checksum = len(MAGIC), 0
-    places: list[dict[str, Any]] = []
+def _write(path: Path, lake: Lake, request: DataRequest) -> None:
     rows: list[dict[str, Any]] = []
-    for bars, row in each_symbol(lake, request):
-        rows.append(dataclasses.asdict(row))
-        lake.show_life()
-        if row.dropped:
-            continue
-        places.append(
-            {"symbol": bars.symbol, "asset_class": bars.asset_class, "first": place, "num_bars": len(bars)}
-        )
-        for name in COLUMNS:
-            column = np.ascontiguousarray(getattr(bars, name)).view(np.uint8).data
-            file.write(column)
-            checksum = zlib.crc32(column, checksum)
-            place += len(column)
-    header = {
-        "places": places,
-        "rows": rows,
-        # After reading, so that a part set aside on the way counts as absent.
-        "fingerprint": fingerprint(lake, request),
-        "end": place,
-        "crc32": checksum,
-    }
+
+    def write_columns(file: BinaryIO) -> None:
+        """Write symbol after symbol, so that one batch of them is all that is in memory."""
+        num_values = 0
+        _write_array_header(file, num_values)
+        for bars, row in each_symbol(lake, request):
+            rows.append(dataclasses.asdict(row))
+            lake.heartbeat()
+            if not row.dropped:
+                for name in COLUMNS:
+                    file.write(np.ascontiguousarray(getattr(bars, name)).data)
+                num_values += len(COLUMNS) * len(bars)
+        file.seek(0)
+        _write_array_header(file, num_values)
+
+    write_atomically(path, write_columns)
+    # The fingerprint after reading, so that a part set aside meanwhile counts as absent.
+    header = {"rows": rows, "fingerprint": fingerprint(lake, request), "values_crc32": _checksum(path)}
     text = json.dumps(header).encode()
-    file.write(text + _TRAILER.pack(len(text), zlib.crc32(text)) + MAGIC)
+    content = b"%d\n%s" % (zlib.crc32(text), text)
+    write_atomically(path.with_suffix(HEADER_SUFFIX), lambda file: file.write(content))
 
 
-def _header(content: mmap.mmap, path: Path) -> dict[str, Any]:
-    trailer = len(MAGIC) + _TRAILER.size
-    if len(content) > len(MAGIC) + trailer and content[: len(MAGIC)] == content[-len(MAGIC) :] == MAGIC:
-        length, checksum = _TRAILER.unpack(content[-trailer : -len(MAGIC)])
-        text = content[max(0, len(content) - trailer - length) : len(content) - trailer]
-        if len(text) == length and zlib.crc32(text) == checksum:
-            header: dict[str, Any] = json.loads(text)
-            if header["end"] + length + trailer == len(content):
-                return header
-    raise LakeError(f"{path} is damaged; it is made again from the lake")
+def _write_array_header(file: BinaryIO, num_values: int) -> None:
+    """Write the beginning of the .npy file of a vector; it has one length for all ``num_values``."""
+    described = {"descr": "<i8", "fortran_order": False, "shape": (num_values,)}
+    np.lib.format.write_array_header_1_0(file, described)
 
 
-def _prune(folder: Path, asked: str, kept_copies: int) -> None:
-    now = time.time()
-    own = sorted(folder.glob(f"{asked}-*{SUFFIX}"), key=_age)[kept_copies:]
-    others = [path for path in folder.glob(f"*{SUFFIX}") if now - _changed(path) > UNUSED_SECONDS]
-    leftovers = [path for path in folder.glob(f".*{TEMPORARY_SUFFIX}") if now - _changed(path) > 86_400.0]
-    for path in (*own, *others, *leftovers):
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        checksum, _, text = path.with_suffix(HEADER_SUFFIX).read_bytes().partition(b"\n")
+    except OSError as error:
+        raise LakeError(f"cannot read {path}: {error}") from error
+    if checksum != b"%d" % zlib.crc32(text):
+        raise LakeError(f"{path} is damaged; it is written again from the lake")
+    header: dict[str, Any] = json.loads(text)
+    return header
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _remove(path: Path) -> None:
+    if path.suffix == SUFFIX:
+        path.with_suffix(HEADER_SUFFIX).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _prune(folder: Path, asked: str, kept_snapshots: int) -> None:
+    def older_than(seconds: float, pattern: str) -> list[Path]:
+        return [path for path in folder.glob(pattern) if time.time() - _changed(path) > seconds]
+
+    own = sorted(folder.glob(f"{asked}-*{SUFFIX}"), key=_changed, reverse=True)[kept_snapshots:]
+    unused = older_than(UNUSED_SECONDS, f"*{SUFFIX}")
+    leftovers = older_than(LEFTOVER_SECONDS, f".*{TEMPORARY_SUFFIX}")
+    for path in (*own, *unused, *leftovers, *folder.glob(f"*{FORMER_SUFFIX}")):
         with contextlib.suppress(PermissionError):  # Windows: another process has it mapped
-            path.unlink(missing_ok=True)
-
-
-def _age(path: Path) -> float:
-    return -_changed(path)
+            _remove(path)
 
 
 def _changed(path: Path) -> float:

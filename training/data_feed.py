@@ -171,7 +171,7 @@ def _map_copy(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:
     if not name:
         return load(lake, request)
     try:
-        return snapshot.open_copy(lake.root / READY_FOLDER / name)
+        return snapshot.open_snapshot(lake.root / READY_FOLDER / name)
     except LakeError as error:
         return LoadedData([], {}, [], str(error))  # another fingerprint than rank 0's
 

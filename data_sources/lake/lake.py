@@ -44,7 +44,7 @@ __all__ = ["Lake", "Part"]
 
 QUARANTINE_SUFFIX = ".quarantine.parquet"
 CORRUPT_SUFFIX = ".corrupt"
-READY_FOLDER = ".ready"  # derived copies, see ready_copy.py; their writers hold no lock
+READY_FOLDER = ".ready"  # snapshots, see snapshot.py; their writers hold no lock
 FETCHED = "fetched_ns"
 SHRINK_TOLERANCE = 0.05
 
@@ -288,8 +288,8 @@ class Lake:
         self._progress.finish("lake", f"{len(parts):,} parts verified, {len(damaged)} damaged")
         return damaged
 
-    def show_life(self) -> None:
-        """Tell whoever watches that long work on the lake goes on."""
+    def heartbeat(self) -> None:
+        """Report that long work on the lake continues."""
         self._progress.advance("lake", 0, 0)
 
     def all_parts(self) -> Iterator[Part]:

@@ -21,7 +21,7 @@ from data_sources.bars import MINUTE_NS, Bars
 from data_sources.coverage import Extent, Series, row_of
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData
-from data_sources.snapshot import open_copy
+from data_sources.snapshot import open_snapshot
 from data_sources.sources import DataRequest
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.program import ROOT, environment
@@ -122,8 +122,8 @@ def test_in_the_background_it_says_one_line_and_leaves_the_copy_that_the_next_ru
     child.communicate()
     assert child.returncode == 0
     assert said["warnings"] == []
-    (copy,) = (tmp_path / "data" / ".ready").iterdir()
-    (bars,) = open_copy(copy).bars
+    (copy,) = (tmp_path / "data" / ".ready").glob("*.npy")
+    (bars,) = open_snapshot(copy).bars
     assert bars.open_time[-1] > said["now_ns"] - 10 * 60 * MINUTE_NS
 
 

@@ -1,6 +1,5 @@
-"""The copy of a run's bars: the same to the last bit, mapped, whole or not at all, and kept for a resume."""
+"""The snapshot of a run's bars: the same to the last bit, mapped, whole or not at all, and kept for a resume."""
 
-import mmap
 import resource
 import tracemalloc
 
@@ -46,8 +45,15 @@ def request_for(**more):
     return DataRequest(**wanted | more)
 
 
-def copies(lake):
+def files(lake):
     return sorted(path.name for path in (lake.root / READY_FOLDER).iterdir())
+
+
+def copies(lake):
+    """The names of whole snapshots, each of two files."""
+    arrays = [name for name in files(lake) if name.endswith(".npy")]
+    assert files(lake) == sorted([*arrays, *(name.replace(".npy", ".jsonl") for name in arrays)])
+    return arrays
 
 
 def is_same(one, other):
@@ -62,7 +68,7 @@ def is_same(one, other):
 def test_a_copy_is_what_loading_gives_accounts_and_fingerprint_included(lake):
     loaded, copied = (
         load(lake, request_for()),
-        snapshot.open_copy(snapshot.provide(lake, request_for())),
+        snapshot.open_snapshot(snapshot.provide(lake, request_for())),
     )
     assert is_same(loaded, copied)
     assert [bars.asset_class for bars in copied.bars] == ["crypto"] * 3
@@ -80,18 +86,18 @@ def test_a_run_that_is_resumed_gets_its_own_bars_back_although_the_lake_has_lear
     put(lake, "AAAUSDT", seed=77)
     assert load(lake, request_for()).fingerprint != before.fingerprint
     assert snapshot.provide(Lake(lake.root), request_for()) == first
-    assert is_same(snapshot.open_copy(first), before)
+    assert is_same(snapshot.open_snapshot(first), before)
     other = snapshot.provide(lake, request_for(end_ns=END - MINUTE_NS))
     assert other != first
-    assert len(snapshot.open_copy(other).bars[0]) == MINUTES - 1
+    assert len(snapshot.open_snapshot(other).bars[0]) == MINUTES - 1
 
 
 def test_bars_are_views_of_the_mapped_file_and_writing_to_them_stays_in_the_process(lake):
     path = snapshot.provide(lake, request_for())
     content = path.read_bytes()
-    closes = snapshot.open_copy(path).bars[1].close
+    closes = snapshot.open_snapshot(path).bars[1].close
     assert closes.flags.writeable
-    assert isinstance(closes.base.obj, mmap.mmap)
+    assert isinstance(closes.base.base, np.memmap) and type(closes) is np.ndarray
     closes[:] = 1.0
     assert path.read_bytes() == content
 
@@ -111,45 +117,48 @@ def test_making_a_copy_takes_little_memory_beside_one_symbol(lake):
     assert peak < 0.8 * path.stat().st_size
 
 
-@pytest.mark.parametrize("place", [0, 4, 5_000, -3, -15, -200])
-def test_damage_anywhere_is_found_by_verify_and_the_copy_made_again(lake, place):
+@pytest.mark.parametrize("place", [0, 4, 40, 100, 5_000, -3, -15, -200])
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+def test_damage_anywhere_is_found_by_verify_and_the_copy_made_again(lake, suffix, place):
     path = snapshot.provide(lake, request_for())
     assert snapshot.verify(lake) == []
-    content = bytearray(path.read_bytes())
-    content[place] ^= 0x40
-    path.write_bytes(content)
+    content = bytearray(path.with_suffix(suffix).read_bytes())
+    content[place % len(content)] ^= 0x40
+    path.with_suffix(suffix).write_bytes(content)
     assert snapshot.verify(lake) == [f"{READY_FOLDER}/{path.name}"]
-    assert not path.exists()
-    assert is_same(snapshot.open_copy(snapshot.provide(lake, request_for())), load(lake, request_for()))
+    assert files(lake) == []
+    assert is_same(snapshot.open_snapshot(snapshot.provide(lake, request_for())), load(lake, request_for()))
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 7, 1_000, -1])
-def test_a_copy_that_was_cut_is_not_opened_and_made_again(lake, kept_bytes):
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+def test_a_copy_that_was_cut_is_not_opened_and_made_again(lake, suffix, kept_bytes):
     path = snapshot.provide(lake, request_for())
-    path.write_bytes(path.read_bytes()[:kept_bytes])
+    half = path.with_suffix(suffix)
+    half.write_bytes(half.read_bytes()[:kept_bytes])
     with pytest.raises(LakeError, match=path.name):
-        snapshot.open_copy(path)
+        snapshot.open_snapshot(path)
     again = snapshot.provide(lake, request_for())
-    assert is_same(snapshot.open_copy(again), load(lake, request_for()))
+    assert is_same(snapshot.open_snapshot(again), load(lake, request_for()))
 
 
 def test_the_oldest_copies_go(lake):
     paths = [
-        snapshot.provide(lake, request_for(end_ns=END - number * MINUTE_NS), kept_copies=2)
+        snapshot.provide(lake, request_for(end_ns=END - number * MINUTE_NS), kept_snapshots=2)
         for number in range(4)
     ]
     assert copies(lake) == sorted(path.name for path in paths[2:])
-    snapshot.provide(lake, request_for(min_bars=10), kept_copies=2)  # of other settings: another daemon's
+    snapshot.provide(lake, request_for(min_bars=10), kept_snapshots=2)  # of other settings: another daemon's
     assert len(copies(lake)) == 3
 
 
 def test_a_refresh_leaves_a_copy_alone_that_is_being_written(lake):
     folder = lake.root / READY_FOLDER
     folder.mkdir()
-    (folder / ".a.bars.1-ab.tmp").write_bytes(b"half")
+    (folder / ".a.npy.1-ab.tmp").write_bytes(b"half")
     with lake.writing():
         pass
-    assert copies(lake) == [".a.bars.1-ab.tmp"]
+    assert files(lake) == [".a.npy.1-ab.tmp"]
 
 
 def test_a_full_disk_is_a_lake_error_that_leaves_nothing_behind(lake):
@@ -160,4 +169,28 @@ def test_a_full_disk_is_a_lake_error_that_leaves_nothing_behind(lake):
             snapshot.provide(lake, request_for())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert copies(lake) == []
+    assert files(lake) == []
+
+
+def test_half_a_snapshot_is_none(lake):
+    for suffix in (".npy", ".jsonl"):
+        path = snapshot.provide(lake, request_for())
+        path.with_suffix(suffix).unlink()
+        with pytest.raises(LakeError, match="cannot read"):
+            snapshot.open_snapshot(path)
+        assert snapshot.provide(lake, request_for()) == path
+        assert is_same(snapshot.open_snapshot(path), load(lake, request_for()))
+
+
+def test_copies_of_the_former_format_are_removed(lake):
+    folder = lake.root / READY_FOLDER
+    folder.mkdir()
+    (folder / "0123456789ab-0123456789ab-0123456789abcdef.bars").write_bytes(b"BARS")
+    path = snapshot.provide(lake, request_for())
+    assert copies(lake) == [path.name]
+
+
+def test_a_request_without_a_usable_symbol_has_an_empty_snapshot(lake):
+    request = request_for(min_bars=10 * MINUTES)
+    data = snapshot.open_snapshot(snapshot.provide(lake, request))
+    assert data.bars == [] and len(data.dropped) == 4
