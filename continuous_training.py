@@ -117,6 +117,8 @@ class Settings:
     prometheus_port: int | None = None  # the newest metrics on this port of 127.0.0.1, for Prometheus
 
     def __post_init__(self) -> None:
+        for name, folder in validation.folders(self):
+            object.__setattr__(self, name, os.path.expanduser(folder))  # noqa: PTH111 - Path would drop "./"
         validation.check(self)
 
 

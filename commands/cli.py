@@ -91,7 +91,7 @@ def command_from(
     own = _own_parameters(settings_class, run)
 
     def command(preset: str | None, demo: bool, **given: Any) -> None:
-        options = {parameter.name: given.pop(parameter.name) for parameter in own}
+        options = {parameter.name: _expand_path(given.pop(parameter.name)) for parameter in own}
         try:
             sizes = presets[_preset_name(presets, preset, demo)]
             settings = settings_class(**{**sizes, **_parse_given(settings_class, types, given)})
@@ -131,10 +131,12 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         from models.exported import ExportError
         from training.checkpoint import CheckpointError
 
-        options = {parameter.name: given.pop(parameter.name) for parameter in own}
+        options = {parameter.name: _expand_path(given.pop(parameter.name)) for parameter in own}
         try:
             changes = _parse_given(settings_class, types, given)
-            trained = TrainedPolicy.read(checkpoint, settings_class, device_for_use(), **changes)
+            trained = TrainedPolicy.read(
+                _expand_path(checkpoint), settings_class, device_for_use(), **changes
+            )
             _call(run, trained, options)
         except (CheckpointError, ExportError) as error:
             exit_with(EXIT_SETTING, str(error))
@@ -306,6 +308,11 @@ def _parse(hint: Any, value: Any) -> Any:
     except ValueError:
         kind = {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
         raise ValueError(kind) from None
+
+
+def _expand_path(value: Any) -> Any:
+    """Return a path with its ``~``, which no shell expands within quotes or after ``--flag=``."""
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111 - no error
 
 
 # --- running --------------------------------------------------------------------------------------------------

@@ -207,3 +207,17 @@ def test_a_folder_that_is_a_file_is_told_in_one_line_with_the_right_code(tmp_pat
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr and str(tmp_path / "file") in done.stderr
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    names = [field.name for field in fields(Settings) if field.name.endswith("_dir")]
+    settings = Settings(**{name: f"~/{name}" for name in names})
+    assert {getattr(settings, name) for name in names} == {str(tmp_path / name) for name in names}
+    assert Settings(checkpoint_dir="./~odd").checkpoint_dir == "./~odd"
+    for folder in ("~no-such-user/ck", "", " "):
+        with pytest.raises(ValueError, match="checkpoint_dir="):
+            Settings(checkpoint_dir=folder)
+    done = run("episode", "~/none.pt", "--output=~/episode.png", HOME=str(tmp_path))
+    assert str(tmp_path / "none.pt") in done.stderr

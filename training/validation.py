@@ -32,6 +32,12 @@ AT_LEAST_ONE = (
 ZERO_OR_MORE = "holdout_days warmup_steps weight_decay entropy_coef value_coef".split()
 
 
+def folders(settings: Settings) -> list[tuple[str, str]]:
+    """Return name and value of every setting that is a folder."""
+    values = ((field.name, getattr(settings, field.name)) for field in fields(settings))
+    return [(name, value) for name, value in values if name.endswith("_dir") and isinstance(value, str)]
+
+
 def check(settings: Settings) -> None:
     """Check every setting by itself and against the others.
 
@@ -91,6 +97,11 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
     for name in ("runs", "micro_batch_segments"):
         value = getattr(s, name)
         yield name, value is None or value >= 1, "must be 1 or more, or not set"
+
+    for name, folder in folders(s):
+        yield name, bool(folder.strip()), "must be a folder; . is the program's own"
+        # What expanduser leaves: ~NAME of no user. A folder of that name has to be meant, as in a shell.
+        yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
 
     port = s.prometheus_port
     yield "prometheus_port", port is None or 1 <= port <= 65_535, "must be 1 to 65535, or not set"
