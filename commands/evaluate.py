@@ -22,7 +22,7 @@ from data_sources.sources import DataRequest
 from envs.market import NoSegment
 from evaluation import plots
 from evaluation.exam import CHAMPION, POLICY, at_flat_cost, examine
-from evaluation.measures import measure
+from evaluation.measures import daily_growth, measure
 from evaluation.page import count_of, headline, render_page
 from evaluation.provenance import (
     champion_beside,
@@ -141,7 +141,8 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     write_folder(folder, render_files(report, progress))
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
-    log.info(f"Break-even cost: {report.break_even[1]}")
+    interval = f" (95 % interval: {report.break_even_range})" if report.break_even_range else ""
+    log.info(f"Break-even cost: {report.break_even[1]}{interval}")
     log.info(f"Wrote {folder / 'report.html'} in {time.monotonic() - began:.1f} s")
     return folder
 
@@ -269,7 +270,11 @@ def _evaluate(
             f"no symbol has {settings.horizon + 2} bars in a row from {span}: "
             "give other --from and --to, or --refresh for newer bars"
         ) from error
-    ladder = [(bps, measure(walks.pop(at_flat_cost(POLICY, bps)))) for bps in options.costs_bps]
+    ladder, ladder_growth = [], []
+    for bps in options.costs_bps:
+        rung = walks.pop(at_flat_cost(POLICY, bps))
+        ladder.append((bps, measure(rung)))
+        ladder_growth.append(daily_growth(rung))
     notes = [*notes, *champion_notes]
     missing = [symbol for symbol in symbols if symbol not in {walk.symbol for walk in walks[POLICY]}]
     if missing:
@@ -297,6 +302,7 @@ def _evaluate(
         verdict=judgement,
         num_trials=trials,
         ladder=ladder,
+        ladder_growth=ladder_growth,
         plotted=options.plotted or [walk.symbol for walk in ends],
         training=rows,
         made=how_it_was_made(trained, data, len(walks[POLICY]), device),

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from envs.account import EQUITY_FLOOR
 from evaluation.exam import Walk
 
 # With fewer days, Sharpe ratios and intervals are None: they would mean nothing.
@@ -106,26 +106,68 @@ def drawdown(equity: NDArray[np.float64]) -> NDArray[np.float64]:
     return equity / np.maximum.accumulate(equity) - 1.0
 
 
-def break_even(costs_bps: Sequence[float], returns: Sequence[float]) -> tuple[float | None, str]:
+def break_even(costs_bps: Sequence[float], returns: ArrayLike) -> tuple[float | None, str]:
     """Find the cost of traded value, in basis points, above which nothing is earned.
+
+    Costs compound, so between two rungs the log of a symbol's growth is a line, not its return.
 
     Args:
         costs_bps: rungs of the ladder, ascending.
-        returns: net return at each rung.
+        returns: net return at each rung, of one symbol (rungs,) or of each symbol of a pool (rungs, symbols).
 
     Returns:
-        The cost, interpolated between two rungs, or None where the return does not fall to 0 on the ladder; and a
-        text.
+        The cost, between two rungs, or None where the return does not fall to 0 on the ladder; and a text.
     """
-    if returns[0] <= 0:
-        free = costs_bps[0] == 0
-        return None, "none: it earns nothing even without costs" if free else f"below {costs_bps[0]:g} bps"
-    rungs = list(zip(costs_bps, returns, strict=True))
-    for (cost, earned), (next_cost, next_earned) in pairwise(rungs):
-        if next_earned <= 0:
-            value = cost + (next_cost - cost) * earned / (earned - next_earned)
-            return value, f"{value:.2f} bps"
-    return None, f"above {costs_bps[-1]:g} bps"
+    growth = np.log(np.maximum(1.0 + np.asarray(returns, dtype=np.float64), EQUITY_FLOOR))
+    value = float(_break_evens(costs_bps, growth.reshape(1, len(costs_bps), -1))[0])
+    if math.isfinite(value):
+        return value, f"{value:.2f} bps"
+    if value > 0:
+        return None, f"above {costs_bps[-1]:g} bps"
+    free = costs_bps[0] == 0
+    return None, "none: it earns nothing even without costs" if free else f"below {costs_bps[0]:g} bps"
+
+
+def break_even_interval(
+    costs_bps: Sequence[float], growth: NDArray[np.float64]
+) -> tuple[float | None, float | None] | None:
+    """Return the 95 % interval of the break-even cost, by bootstrap over days.
+
+    Args:
+        costs_bps: rungs of the ladder, ascending.
+        growth: ``daily_growth`` at each rung, (rungs, days, symbols).
+
+    Returns:
+        Both ends in basis points, None for an end beyond the ladder; None with too few days.
+    """
+    num_days = growth.shape[1]
+    if num_days < LEAST_DAYS:
+        return None
+    days = resampled_days(num_days)
+    counts = np.stack([np.bincount(row, minlength=num_days) for row in days]).astype(np.float64)
+    values = np.sort(_break_evens(costs_bps, np.stack([counts @ rung for rung in growth], axis=1)))
+    tail = round((1 - CONFIDENCE) / 2 * len(values))
+    low, high = (float(value) if np.isfinite(value) else None for value in (values[tail], values[-1 - tail]))
+    return low, high
+
+
+def _break_evens(costs_bps: Sequence[float], growth: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the first break-even cost of each pool, (n,), for its log growth, (n, rungs, symbols).
+
+    Infinite above the ladder, minus infinite below.
+    """
+    costs, pools = np.asarray(costs_bps, dtype=np.float64), np.arange(len(growth))
+    lost = np.exp(growth).mean(axis=2) <= 1.0
+    above = np.maximum(lost.argmax(axis=1), 1)
+    below, above_growth = growth[pools, above - 1], growth[pools, np.minimum(above, len(costs) - 1)]
+    low, high = np.zeros(len(growth)), np.ones(len(growth))
+    for _ in range(40):
+        middle = (low + high) / 2
+        earns = np.exp(below + middle[:, None] * (above_growth - below)).mean(axis=1) > 1.0
+        low, high = np.where(earns, middle, low), np.where(earns, high, middle)
+    at = costs[above - 1] + high * (costs[np.minimum(above, len(costs) - 1)] - costs[above - 1])
+    at = np.where(lost.any(axis=1), at, np.inf)
+    return np.where(lost[:, 0], -np.inf, at)
 
 
 def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:
@@ -144,6 +186,17 @@ def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:
     equity = np.concatenate([[1.0], equity / len(walks)])
     crypto = any(walk.asset_class == "crypto" for walk in walks)
     return equity[1:] / equity[:-1] - 1.0, CRYPTO_DAYS_PER_YEAR if crypto else STOCK_DAYS_PER_YEAR
+
+
+def daily_growth(walks: Sequence[Walk]) -> NDArray[np.float64]:
+    """Return the log growth of every symbol on every day of any walk, (days, symbols)."""
+    days_of = [days_of_fills(walk) for walk in walks]
+    days = np.unique(np.concatenate(days_of))
+    columns = []
+    for walk, own_days in zip(walks, days_of, strict=True):
+        own = np.concatenate([[0.0], np.cumsum(walk.log_returns)])
+        columns.append(np.diff(own[np.searchsorted(own_days, days, side="right")], prepend=0.0))
+    return np.stack(columns, axis=1)
 
 
 def days_of_fills(walk: Walk) -> NDArray[np.datetime64]:

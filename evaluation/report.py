@@ -9,17 +9,18 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from evaluation import plots
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY, Contestants, Walk
-from evaluation.measures import Measures, break_even, jsonable, measure
+from evaluation.measures import Measures, break_even, break_even_interval, jsonable, measure
 from evaluation.verdict import Verdict
 from runtime.files import TEMPORARY_SUFFIX, sync_folder
 
@@ -55,6 +56,8 @@ class Report:
     training: Sequence[Mapping[str, Any]]  # rows of metrics.jsonl
     made: Mapping[str, str]  # how it was made: name and value
     notes: Sequence[str]
+    # `daily_growth` at each rung of the ladder: an exact break-even cost of a pool, and its interval.
+    ladder_growth: Sequence[NDArray[np.float64]] = ()
     symbols: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -85,7 +88,27 @@ class Report:
             return None, "not computed"
         if not self.pooled[POLICY].turnover:
             return None, "none: it never trades"
-        return break_even([bps for bps, _ in self.ladder], [rung.total_return for _, rung in self.ladder])
+        costs_bps = [bps for bps, _ in self.ladder]
+        if len(self.ladder_growth):
+            return break_even(costs_bps, [np.expm1(growth.sum(axis=0)) for growth in self.ladder_growth])
+        return break_even(costs_bps, [rung.total_return for _, rung in self.ladder])
+
+    @cached_property
+    def break_even_interval(self) -> tuple[float | None, float | None] | None:
+        """The 95 % interval of the break-even cost; None for an end beyond the ladder, or without a value."""
+        if self.break_even[0] is None or not len(self.ladder_growth):
+            return None
+        return break_even_interval([bps for bps, _ in self.ladder], np.stack(self.ladder_growth))
+
+    @property
+    def break_even_range(self) -> str:
+        """The interval as a text, empty without one."""
+        if self.break_even_interval is None:
+            return ""
+        low, high = self.break_even_interval
+        least, most = self.ladder[0][0], self.ladder[-1][0]
+        below = ("none" if least == 0 else f"below {least:g}") if low is None else f"{low:.2f}"
+        return f"{below} to {f'above {most:g}' if high is None else f'{high:.2f}'}"
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures as plain types; None where a figure has no value."""
@@ -106,6 +129,7 @@ class Report:
                 "cost_ladder": [{"bps": bps} | asdict(measures) for bps, measures in self.ladder],
                 "break_even_bps": self.break_even[0],
                 "break_even": self.break_even[1],
+                "break_even_interval": self.break_even_interval,
                 "symbols": [
                     row | {name: asdict(row[name]) for name in (POLICY, BUY_AND_HOLD)} for row in self.symbols
                 ],

@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from evaluation.exam import Walk
 from evaluation.measures import (
     LEAST_DAYS,
     break_even,
+    break_even_interval,
+    daily_growth,
     daily_returns,
     days_of_fills,
     drawdown,
@@ -148,7 +151,8 @@ def test_drawdown_is_measured_from_the_last_peak() -> None:
 @pytest.mark.parametrize(
     ("costs", "returns", "value", "words"),
     [
-        ((0, 2, 5), (0.3, 0.1, -0.2), 3.0, "3.00 bps"),
+        # Costs compound: 1.1 falls to 0.8 by the same factor per basis point.
+        ((0, 2, 5), (0.3, 0.1, -0.2), 2 + 3 * math.log(1.1) / math.log(1.1 / 0.8), "2.90 bps"),
         ((0, 2), (0.3, 0.1), None, "above 2 bps"),
         ((0, 2), (-0.1, -0.2), None, "none: it earns nothing even without costs"),
         ((1, 2), (0.0, -0.2), None, "below 1 bps"),
@@ -159,3 +163,42 @@ def test_break_even_lies_where_nothing_is_left(
     costs: tuple[float, ...], returns: tuple[float, ...], value: float | None, words: str
 ) -> None:
     assert break_even(costs, returns) == (pytest.approx(value) if value is not None else None, words)
+
+
+def traders_at(cost_bps: float) -> list[Walk]:
+    """Two symbols of 40 days; one gains 3 % a day and trades 30 times, the other 1 % and 8 times."""
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 0.02, (2, 40))
+    paid = [trades * math.log1p(-cost_bps / 1e4) for trades in (30, 8)]
+    return [
+        walk_of(gain + noise[n] + paid[n], symbol=name)
+        for n, (name, gain) in enumerate((("AAA", 0.03), ("BBB", 0.01)))
+    ]
+
+
+def test_the_break_even_cost_of_a_pool_is_exact_to_a_hundredth() -> None:
+    costs = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
+    growth = [daily_growth(traders_at(cost)) for cost in costs]
+    value, text = break_even(costs, [np.expm1(rung.sum(axis=0)) for rung in growth])
+    assert value is not None and text == f"{value:.2f} bps"
+    for factor, earns in ((0.99, True), (1.01, False)):
+        assert (measure(traders_at(value * factor)).total_return > 0) == earns
+    assert measure(traders_at(value)).total_return == pytest.approx(0, abs=1e-3)
+
+
+def test_the_interval_of_the_break_even_cost_has_ends_on_the_ladder_or_none() -> None:
+    costs = (0.0, 5.0, 10.0, 20.0)
+    growth = np.stack([daily_growth(traders_at(cost)) for cost in costs])
+    value, _ = break_even(costs, [np.expm1(rung.sum(axis=0)) for rung in growth])
+    interval = break_even_interval(costs, growth)
+    assert interval is not None and None not in interval
+    assert 0 < interval[0] < value < interval[1] < 20
+    # By hand: the same days at the same costs, one symbol, whose log growth is a line over all costs.
+    line = growth[:, :, :1]
+    slope = (line[0] - line[-1]).sum() / 20
+    drawn = line[0, :, 0][resampled_days(40)].sum(axis=1) / slope
+    low, high = break_even_interval(costs, line)
+    assert (low, high) == pytest.approx(tuple(np.percentile(drawn, (2.5, 97.5))), rel=0.02)
+    assert break_even_interval(costs[:2], growth[:2])[1] is None
+    assert break_even_interval(costs, growth - 0.02)[0] is None
+    assert break_even_interval(costs, growth[:, :4]) is None

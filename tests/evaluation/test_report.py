@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from evaluation import plots
+from evaluation.measures import daily_growth, measure
 from evaluation.page import headline, render_page
 from evaluation.plots import bin_starts, lasts, means, minima
 from evaluation.report import Report, json_bytes, write_folder
@@ -160,6 +161,23 @@ def test_a_policy_that_never_trades_is_reported() -> None:
     assert headline(report) == "No edge on these days. It never traded."
     assert report.paid_bps == 0.0
     assert report.break_even == (None, "none: it never trades")
+
+
+def test_the_break_even_cost_has_its_interval() -> None:
+    days = np.random.default_rng(0).normal(0.002, 0.004, 40)
+    rungs = [[of_daily(*(days - cost / 1e4))] for cost in (0.0, 50.0)]
+    given = {
+        "ladder": [(cost, measure(rung)) for cost, rung in zip((0.0, 50.0), rungs, strict=True)],
+        "ladder_growth": [daily_growth(rung) for rung in rungs],
+    }
+    report = report_of([of_daily(*days, traded=[1.0] * 40)], **given)
+    low, high = report.break_even_interval
+    assert 0 < low < report.break_even[0] < high < 50
+    assert f"break-even cost, {low:.2f} to {high:.2f}" in text_of(report)
+    assert f"(95 % interval: {low:.2f} to {high:.2f})" in text_of(report)
+    assert json.loads(json_bytes(report))["break_even_interval"] == [low, high]
+    unbounded = report_of([of_daily(*days, traded=[1.0] * 40)])
+    assert unbounded.break_even_interval is None and unbounded.break_even_range == ""
 
 
 def test_an_overlap_is_stamped_before_anything_else() -> None:
