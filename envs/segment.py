@@ -64,15 +64,15 @@ class Segment:
         Args:
             market: made for this horizon.
             cursor: (N,) int64, the newest closed bar of each environment.
-            cost_rate: (N,) fee and slippage, already scaled.
+            cost_rate: (N,) fee and slippage, before ``cost_scale``.
             cost_scale: fraction of every cost that is charged.
         """
         config = self.config
         self.quotes.copy_(market.quote_windows(cursor, config.horizon + 2).permute(2, 1, 0))
         self.borrow.mul_(config.borrow_rate * cost_scale)
         # `cost_rate` holds the bar's range so far.
-        self.cost_rate.mul_(config.range_slippage * cost_scale).add_(cost_rate)
-        self.cost_rate.clamp_(max=config.max_rate - config.volume_slippage)
+        self.cost_rate.mul_(config.range_slippage).add_(cost_rate)
+        self.cost_rate.clamp_(max=config.max_rate - config.volume_slippage).mul_(cost_scale)
         if self.impact is not None:
             most = config.volume_slippage * cost_scale
             self.impact_limit.fill_(most)

@@ -74,7 +74,7 @@ class TradingEnv:
     Fee, slippage and range together are limited to ``max_rate`` less ``volume_slippage``. After the trade the
     position is worth exactly ``target`` times the equity that is left. Borrowed shares (short) and borrowed money
     (targets over 1) cost ``borrow_rate`` a year for the time between opens, so a weekend costs more than a minute.
-    All of them are multiplied by ``cost_scale``, 1 unless a curriculum sets it between segments.
+    All of them, limits included, are multiplied by ``cost_scale``, 1 unless a curriculum sets it between segments.
 
     ## Timing
 
@@ -230,8 +230,9 @@ class TradingEnv:
         self._symbol.copy_(torch.where(over, symbol, self._symbol))
         self._cursor.copy_(torch.where(over, start, self._cursor))
         over.zero_()
-        torch.mul(self._cost_rate_of.index_select(0, self._symbol), self.cost_scale, out=self._cost_rate)
-        self.segment.fill(self.market, self._cursor, self._cost_rate, self.cost_scale)
+        cost_rate = self._cost_rate_of.index_select(0, self._symbol)
+        self.segment.fill(self.market, self._cursor, cost_rate, self.cost_scale)
+        torch.mul(cost_rate, self.cost_scale, out=self._cost_rate)
         self.statistics.begin(self.account, self._played)
         self._observed, self._step = None, 0
 
