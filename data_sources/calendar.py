@@ -1,4 +1,4 @@
-"""New York's clock and the exchange's calendar, vectorised. The calendar advises: it drops no bar."""
+"""Days, New York's clock and the exchange's calendar, vectorised. The calendar only advises: it drops no bar."""
 
 from __future__ import annotations
 

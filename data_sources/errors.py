@@ -2,20 +2,20 @@
 
 * DataError                  everything that data_sources raises
   x MissingCredentials       a person must act: a key is not set; names the variable
-  x Refused                  a person must act: the vendor refuses these credentials or this place
-  x SourceUnavailable        time must pass: the source is down, slow or answers nonsense
-    - RateLimited            ... for ``retry_after`` seconds, when the vendor says so
-  x BadAnswer                one answer (file, page) is damaged or not what was asked for
+  x Refused                  a person must act: the vendor refuses these credentials or this country
+  x SourceUnavailable        time must pass: the source is down, slow or sends nonsense
+    - RateLimited            ... for ``retry_after`` seconds, if the vendor sent them
+  x BadAnswer                one answer (file, page) is damaged or does not fit the request
   x LakeError                the lake's folder cannot be read, written or locked
 
-A vendor's own exception never leaves its adapter; it is the ``__cause__`` of one of these.
+An exception of a vendor's library never leaves its module; it is the ``__cause__`` of one of these.
 """
 
 from __future__ import annotations
 
 
 class DataError(Exception):
-    """Base of every error of this package. Its text is one line that can be shown as it is."""
+    """Base of every error of this package. Its text is one line for the user."""
 
 
 class MissingCredentials(DataError):
@@ -23,23 +23,23 @@ class MissingCredentials(DataError):
 
 
 class Refused(DataError):
-    """The vendor refuses: wrong key, expired plan, blocked place. Retrying does not help."""
+    """The vendor refuses: wrong key, expired plan, blocked country. Retrying does not help."""
 
 
 class SourceUnavailable(DataError):
-    """The source does not answer usefully now; usually passes by itself."""
+    """The source sends no useful answer now; usually this passes by itself."""
 
 
 class RateLimited(SourceUnavailable):
-    """The vendor asks to wait."""
+    """The vendor limits the rate of requests."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.retry_after = retry_after  # seconds, when the vendor says so
+        self.retry_after = retry_after  # seconds, if the vendor sent them
 
 
 class BadAnswer(DataError):
-    """One answer is damaged, truncated, or not what was asked for; others may be fine."""
+    """One answer is damaged, truncated, or does not fit the request; others may be fine."""
 
 
 class LakeError(DataError):

@@ -1,10 +1,10 @@
-"""The lake: a folder of Parquet parts. A part is one fetched unit and its own entry in the ledger.
+"""The lake: a folder of Parquet parts. A part is one fetched unit; its footer is its entry in the ledger.
 
-    data_dir/<source>/<dataset>/<unit>.parquet              bars; the footer says what was asked and what came
-    data_dir/<source>/<dataset>/<unit>.quarantine.parquet   rows of that unit that are no bars, with a reason
-    data_dir/<source>/<dataset>/<unit>.parquet.corrupt      a part that no longer reads; fetched again
+    data_dir/<source>/<dataset>/<unit>.parquet              bars; the footer has the request and the origin
+    data_dir/<source>/<dataset>/<unit>.quarantine.parquet   rows of that unit that are not bars, with a reason
+    data_dir/<source>/<dataset>/<unit>.parquet.corrupt      a part that can no longer be read; fetched again
 
-There is no index to get out of step: what the folder holds is what the lake holds.
+There is no index to get out of step: the lake holds what the folder holds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SHRINK_TOLERANCE = 0.05
 class Lake:
     """Bars of every source below one folder; see the module for its layout.
 
-    Reading needs no lock and works on a read-only folder; writing takes the folder's lock, which dies with
+    Reading needs no lock and works on a read-only folder; writing takes the folder's lock, which ends with
     its process. Methods may be called from any thread.
 
     Raises:
@@ -68,12 +68,12 @@ class Lake:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the lake for a refresh, so that no other process writes; may be nested.
+        """Lock the lake for a refresh, so that no other process writes; may be nested.
 
-        Leftovers of killed writers are removed on the way in.
+        Leftovers of killed writers are removed first.
 
         Raises:
-            LakeError: another process holds the lake (named), or the folder cannot be written.
+            LakeError: another process has the lock (named), or the folder cannot be written.
         """
         with ExitStack() as lock:
             try:
@@ -85,9 +85,9 @@ class Lake:
             yield
 
     def parts(self, source: str, dataset: str) -> dict[str, Part]:
-        """Return what the lake holds of one dataset, by unit, from the footers alone.
+        """Return the parts of one dataset by unit, from the footers alone.
 
-        A part whose footer does not read is set aside with a warning and is absent here.
+        A part with an unreadable footer is set aside with a warning and is absent here.
         """
         folder = self._folder(source, dataset)
         found = {}
@@ -101,7 +101,7 @@ class Lake:
                     part = parse_footer(path)
                     if self._path(part) != path:
                         raise DamagedPartError(
-                            f"it is {part.source}/{part.dataset}/{part.unit} by its footer"
+                            f"by its footer it is {part.source}/{part.dataset}/{part.unit}"
                         )
                 except FileNotFoundError:
                     continue  # replaced or removed by the writer since the folder was listed
@@ -116,7 +116,7 @@ class Lake:
         return found
 
     def datasets(self, source: str) -> list[str]:
-        """Return the datasets of one source that hold at least one part, sorted."""
+        """Return the datasets of one source with at least one part, sorted."""
         try:
             folders = [entry for entry in self._folder(source).iterdir() if entry.is_dir()]
         except FileNotFoundError:
@@ -126,7 +126,7 @@ class Lake:
         return sorted(unquote(folder.name) for folder in folders if _part_files(folder))
 
     def sources(self) -> list[str]:
-        """Return the sources that hold at least one dataset, sorted."""
+        """Return the sources with at least one dataset, sorted."""
         try:
             folders = [entry for entry in self.root.iterdir() if entry.is_dir()]
         except FileNotFoundError:
@@ -150,28 +150,28 @@ class Lake:
         now_ns: int,
         dollar_volume: Mapping[str, int] | None = None,
     ) -> Part:
-        """Clean ``table`` and keep it as the part ``unit``, in place of an older part of that name.
+        """Clean ``table`` and keep it as the part ``unit``, replacing an older part of that name.
 
         Args:
             source: such as "polygon".
             dataset: such as "us_stocks_sip" or a symbol; one folder.
-            unit: such as "2026-11-20"; one file. Any text serves for these three, odd characters are escaped.
+            unit: such as "2026-11-20"; one file. All three may be any text, odd characters are escaped.
             table: symbol, open_time, open, high, low, close, volume; see quality.clean. May be empty.
-            key: the vendor's name of what was fetched.
-            version: ETag or sha256, by which a replacement is noticed; "" where there is none.
+            key: the vendor's name of the answer.
+            version: ETag or sha256, which changes when the vendor replaces the answer; "" if there is none.
             start_ns: with ``end_ns``, the half-open interval that the answer covers, rows or not.
             end_ns: see ``start_ns``.
-            symbols: what was asked for, present or not. Rows of other symbols go to quarantine.
+            symbols: the requested symbols, present or not. Rows of other symbols go to quarantine.
             now_ns: the time of the fetch; of two parts that overlap, the later one wins.
             dollar_volume: what the largest symbols traded, for universe.py.
 
         Raises:
-            BadAnswer: the table has not the columns of bars, or under the same version it covers what the
-                kept part covers with over 5 % fewer bars; the kept part stays.
+            BadAnswer: the table lacks a column of bars, or it has the version and the interval of the part
+                that is kept, but over 5 % fewer bars; the kept part stays.
             LakeError: the folder cannot be written (disk full, read-only, locked by another process).
         """
-        asked = tuple(sorted(set(symbols)))
-        cleaned = clean(table, now_ns=now_ns, start_ns=start_ns, end_ns=end_ns, symbols=asked)
+        requested = tuple(sorted(set(symbols)))
+        cleaned = clean(table, now_ns=now_ns, start_ns=start_ns, end_ns=end_ns, symbols=requested)
         part = Part(
             source=source,
             dataset=dataset,
@@ -180,7 +180,7 @@ class Lake:
             version=version,
             start_ns=start_ns,
             end_ns=end_ns,
-            symbols=asked,
+            symbols=requested,
             rows=cleaned.table.num_rows,
             rejected=cleaned.rejected,
             fetched_ns=now_ns,
@@ -194,7 +194,7 @@ class Lake:
         with self.writing():
             self._refuse_shrinking(part, cleaned.table)
             try:
-                # Quarantine first: a kill between the two leaves a surplus note, never too few.
+                # Quarantine first: a kill between the two leaves a superfluous file, never a missing one.
                 if cleaned.quarantined.num_rows:
                     write_atomically(
                         quarantine, lambda file: pq.write_table(cleaned.quarantined, file, compression="zstd")
@@ -210,7 +210,7 @@ class Lake:
         return part
 
     def remove(self, part: Part) -> None:
-        """Remove a part and its quarantine; one that is already gone is fine."""
+        """Remove a part and its quarantine, if they exist."""
         path = self._path(part)
         with self.writing():
             try:
@@ -228,7 +228,7 @@ class Lake:
     ) -> dict[str, dict[str, NDArray[Any]]]:
         """Return the bars that open in [start_ns, end_ns) as arrays, by symbol (sorted) and column.
 
-        Where parts hold the same minute of a symbol, the row fetched later wins. Page checksums and the file's
+        Where parts have the same minute of a symbol, the row fetched later wins. Page checksums and the file's
         checksum are verified; a damaged part is set aside with a warning, the rest is returned.
 
         Args:
@@ -236,14 +236,14 @@ class Lake:
             dataset: see ``write``.
             symbols: which symbols, None for all. Those without a bar are absent from the result.
             start_ns: first open_time.
-            end_ns: behind the last open_time.
+            end_ns: after the last open_time.
 
         Returns:
-            Per symbol: COLUMNS, and "fetched_ns" (int64), when the part that each row is of was fetched. The
-            arrays are fresh: writable, and keep no file in memory.
+            Per symbol: COLUMNS, and "fetched_ns" (int64), when the part of each row was fetched. The arrays are
+            new: writable, and keep no file in memory.
         """
         pieces: dict[str, list[dict[str, NDArray[Any]]]] = {}
-        for part in sorted(self.parts(source, dataset).values(), key=lambda each: (each.start_ns, each.unit)):
+        for part in sorted(self.parts(source, dataset).values(), key=lambda part: (part.start_ns, part.unit)):
             wanted = set(part.symbols) if symbols is None else set(part.symbols).intersection(symbols)
             reaches = (
                 part.start_ns - OUTSIDE_TOLERANCE_NS < end_ns
@@ -267,7 +267,7 @@ class Lake:
         return merged
 
     def verify(self) -> list[str]:
-        """Read, re-hash and re-check every part; set damaged ones aside. Return one line per damaged part."""
+        """Read, hash and check every part again; set damaged ones aside and return their names."""
         damaged = []
         parts = list(self.all_parts())
         self._progress.start("lake", "parts verified", len(parts))
@@ -275,7 +275,7 @@ class Lake:
             path = self._path(part)
             table = self._rows(part)
             fault = _fault_of(table, part) if table is not None else ""
-            # A writer may have replaced it since it was listed: then it is another part, and that one counts.
+            # A writer may have replaced it since it was listed: then the new part counts.
             now = self.parts(part.source, part.dataset).get(part.unit, part) if fault else part
             if now != part:
                 table = self._rows(now)
@@ -300,7 +300,7 @@ class Lake:
                 yield from (parts[unit] for unit in sorted(parts))
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that name the contents: same bars of the same answers, same digits."""
+        """Return 16 hex digits that identify the contents: same bars of the same answers, same digits."""
         digest = hashlib.sha256()
         for part in self.all_parts():
             fields = (part.source, part.dataset, part.unit, part.version, str(part.rows), part.content)
@@ -320,7 +320,7 @@ class Lake:
             raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
 
     def _refuse_shrinking(self, part: Part, table: pa.Table) -> None:
-        """Protect earned bars from half an answer that passes for a whole one (same version)."""
+        """Protect bars from half an answer that looks like a whole one (same version)."""
         kept = self.parts(part.source, part.dataset).get(part.unit)
         if (
             kept is None
@@ -332,7 +332,7 @@ class Lake:
             return
         if self._rows(kept) is not None:  # a damaged part protects nothing
             raise BadAnswer(
-                f"{part.source}/{part.dataset}/{part.unit}: {part.rows} bars came where {kept.rows} are kept "
+                f"{part.source}/{part.dataset}/{part.unit}: got {part.rows} bars where {kept.rows} are kept "
                 "under the same version; the kept bars stay"
             )
 
@@ -342,9 +342,9 @@ class Lake:
             self._known.pop(path, None)
         try:
             path.replace(path.with_name(path.name + CORRUPT_SUFFIX))
-            outcome = "set aside, will be fetched again"
+            outcome = "set aside, to be fetched again"
         except FileNotFoundError:
-            return  # another process was quicker
+            return  # another process was faster
         except OSError as problem:
             outcome = f"ignored, cannot be set aside: {problem.strerror or problem}"
         self._progress.warn(path.relative_to(self.root).parts[0], f"{name} is damaged ({error}); {outcome}")
@@ -366,25 +366,25 @@ class Lake:
 
 
 def _fault_of(table: pa.Table, part: Part) -> str:
-    """Say what is wrong with the rows of a part that reads, "" if nothing is."""
+    """Return what is wrong with the rows of a readable part, "" if nothing."""
     if digest_of(table) != part.content:
         return "its rows are not those that were written"
     arrays = [table[name].to_numpy() for name in COLUMNS]
     for symbol, first, last in symbol_runs(table):
         if symbol not in part.symbols:
-            return f"it has rows of {symbol}, which was not asked for"
+            return f"it has rows of {symbol}, which was not requested"
         try:
             bars = Bars(symbol, "stock", *(array[first:last] for array in arrays))
         except ValueError as error:
             return str(error)
         earliest, latest = part.start_ns - OUTSIDE_TOLERANCE_NS, part.end_ns + OUTSIDE_TOLERANCE_NS
         if bars.open_time[0] < earliest or bars.open_time[-1] >= latest:
-            return f"{symbol} has rows outside of its interval"
+            return f"{symbol} has rows outside of the interval"
     return ""
 
 
 def _escaped(name: str) -> str:
-    """Make any text one file name on every system: "^GSPC" -> "%5EGSPC", ".." -> "%2E."."""
+    """Return any text as one file name of every system: "^GSPC" -> "%5EGSPC", ".." -> "%2E."."""
     escaped = quote(name, safe="")
     return "%2E" + escaped[1:] if escaped.startswith(".") else escaped
 
@@ -413,7 +413,7 @@ def _part_files(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
 
 
 def _merged(pieces: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Join one symbol's pieces, oldest interval first; of rows for one minute the one fetched last stays."""
+    """Join one symbol's pieces, oldest interval first; of rows for one minute the last fetched one stays."""
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in (*COLUMNS, FETCHED)}
     time = columns["open_time"]
     if (time[1:] > time[:-1]).all():

@@ -1,4 +1,4 @@
-"""One part of the lake as a Parquet file: its rows, what its footer says about them, and how damage shows."""
+"""One part of the lake as a Parquet file: its rows, its footer, and how damage is detected."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _UNSEALED = b"00000000"
 
 @dataclass(frozen=True)
 class Part:
-    """What one fetched unit is and where it came from; kept in the footer of its file.
+    """One fetched unit and its origin; kept in the footer of its file.
 
-    ``start_ns`` and ``end_ns`` bound the half-open interval that the answer covered, also where it holds no
-    rows; ``symbols`` are those asked for, present or not; ``content`` is a SHA-256 of the rows;
+    ``start_ns`` and ``end_ns`` bound the half-open interval that the answer covered, also where it has no
+    rows; ``symbols`` are the requested ones, present or not; ``content`` is a SHA-256 of the rows;
     ``dollar_volume`` is what each of the day's largest symbols traded, where a rule asked for them.
     """
 
@@ -57,13 +57,13 @@ class Part:
 
 
 class DamagedPartError(Exception):
-    """A file is no whole part any more. Stays within the lake, which sets the file aside."""
+    """A file is not a whole part any more. Never leaves the lake, which sets the file aside."""
 
 
 def write_part(file: BinaryIO, table: pa.Table, part: Part) -> None:
-    """Write ``table`` (SCHEMA, sorted) with ``part`` in the footer, every byte of it under a checksum.
+    """Write ``table`` (SCHEMA, sorted) with ``part`` in the footer, every byte under a checksum.
 
-    The checksum of the whole file lies in its own footer: it is computed with zeros in its place.
+    The checksum of the whole file is in its own footer: it is computed with zeros in its place.
     """
     text = json.dumps(asdict(part), sort_keys=True).encode()
     metadata = {
@@ -98,10 +98,10 @@ def _is_sealed(data: bytes) -> bool:
 
 
 def parse_footer(path: Path) -> Part:
-    """Read what a part says about itself, without its rows (about 0.1 ms).
+    """Read a part's footer, without its rows (about 0.1 ms).
 
     Raises:
-        DamagedPartError: the footer is not that of a whole part.
+        DamagedPartError: it is not the footer of a whole part.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -122,13 +122,13 @@ def parse_part(path: Path, symbols: set[str] | None = None) -> pa.Table:
 
     Args:
         path: the file.
-        symbols: those that are wanted; rows of others may be left out. None: all rows come.
+        symbols: those wanted; rows of others may be left out. None: all rows.
 
     Raises:
-        DamagedPartError: the file is not what was written.
+        DamagedPartError: the file is not as it was written.
         OSError: the file cannot be read.
     """
-    data = path.read_bytes()  # real I/O errors surface here, so that below every error is damage
+    data = path.read_bytes()  # real I/O errors surface here: below, every error is damage
     if not _is_sealed(data):
         raise DamagedPartError("truncated" if not data.endswith(_MAGIC) else "the file fails its checksum")
     part = _parse_metadata(pa.BufferReader(data))
@@ -146,7 +146,7 @@ def parse_part(path: Path, symbols: set[str] | None = None) -> pa.Table:
 
 
 def _groups_with(metadata: pq.FileMetaData, symbols: set[str] | None) -> list[int]:
-    """Return the row groups that may hold one of ``symbols``, by the first and last name of each."""
+    """Return the row groups that may have one of ``symbols``, by the first and last name of each."""
     groups = range(metadata.num_row_groups)
     if symbols is None or len(groups) == 1:
         return list(groups)
@@ -173,7 +173,7 @@ def _runs_text(table: pa.Table) -> bytes:
 
 
 def symbol_runs(table: pa.Table) -> list[tuple[str, int, int]]:
-    """Return (symbol, first row, behind the last row) for each symbol of a table sorted by symbol."""
+    """Return (symbol, first row, end row) of each symbol of a table sorted by symbol."""
     if not table.num_rows:
         return []
     names = table["symbol"].combine_chunks()
@@ -193,11 +193,11 @@ def _parse_metadata(source: pa.BufferReader) -> Part:
         if zlib.crc32(text) != int(metadata[_PART_CHECKSUM_KEY]):
             raise DamagedPartError("footer fails its checksum")
         values = json.loads(text)
-        known = {each.name for each in fields(Part)}
+        known = {field.name for field in fields(Part)}
         part = Part(**{name: value for name, value in values.items() if name in known})
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise DamagedPartError(_one_line(error)) from error
-    # A rule's parts name thousands of symbols each: one text per name, not per part.
+    # A rule's parts list thousands of symbols each: one string per name, not per part.
     symbols = tuple(map(sys.intern, part.symbols))
     dollar_volume = {sys.intern(symbol): amount for symbol, amount in part.dollar_volume.items()}
     return replace(part, symbols=symbols, dollar_volume=dollar_volume)

@@ -213,7 +213,7 @@ def test_a_part_under_another_parts_name_is_damage(lake, warned):
     put(lake, walk("AAA", START, 100))
     shutil.copy(part_file(lake), part_file(lake, "2026-11-21"))
     assert list(lake.parts("binance", "AAA")) == ["2026-11-20"]
-    assert "it is binance/AAA/2026-11-20 by its footer" in warned.texts[0]
+    assert "by its footer it is binance/AAA/2026-11-20" in warned.texts[0]
 
 
 def test_verify_names_what_is_damaged_and_is_quiet_about_the_rest(lake):
@@ -229,7 +229,7 @@ def test_verify_names_what_is_damaged_and_is_quiet_about_the_rest(lake):
 
 def test_half_an_answer_under_the_same_version_does_not_replace_the_bars_kept(lake):
     put(lake, walk("AAA", START, 1000))
-    with pytest.raises(BadAnswer, match="900 bars came where 1000 are kept"):
+    with pytest.raises(BadAnswer, match="got 900 bars where 1000 are kept"):
         put(lake, walk("AAA", START, 900))
     assert put(lake, walk("AAA", START, 960)).rows == 960  # within 5 %
     assert put(lake, walk("AAA", START, 10), version="v2").rows == 10  # the vendor replaced it
