@@ -1,1 +1,1 @@
-"""Bars from vendors: fetched once into a lake, checked, merged, handed on as arrays. Knows no torch."""
+"""Bars from vendors: fetched once into a lake, checked, merged, returned as arrays. Without torch."""

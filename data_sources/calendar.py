@@ -17,8 +17,36 @@ if TYPE_CHECKING:
     import exchange_calendars
 
 OPEN_MINUTE, CLOSE_MINUTE = 9 * 60 + 30, 16 * 60  # of the day in New York, regular session
+NEVER_CLOSES = 32_767  # minutes; the largest int16
 _NEW_YORK = ZoneInfo("America/New_York")
 _EPOCH = datetime.date(1970, 1, 1)
+
+
+def utc(time_ns: int) -> datetime.datetime:
+    """Return an instant as a datetime of whole seconds, UTC."""
+    return datetime.datetime.fromtimestamp(time_ns // 10**9, datetime.UTC)
+
+
+def to_ns(moment: datetime.datetime) -> int:
+    """Return a datetime of whole seconds as int64 ns UTC."""
+    return int(moment.timestamp()) * 10**9
+
+
+def parse_day(text: str) -> datetime.datetime:
+    """Return the start of a day, UTC.
+
+    Raises:
+        ValueError: the text is not a date.
+    """
+    return datetime.datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=datetime.UTC)
+
+
+def date_ns(text: str) -> int:
+    """Return the start of a day, UTC, as int64 ns; raises as ``parse_day``."""
+    return to_ns(parse_day(text))
+
+
+# --- New York's clock ---------------------------------------------------------------------------------------
 
 
 def new_york_time(open_time: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -50,12 +78,15 @@ def in_regular_session(open_time: NDArray[np.int64]) -> NDArray[np.bool_]:
 def new_york_midnight_ns(date: datetime.date) -> int:
     """Return when ``date`` begins in New York, as int64 ns UTC."""
     midnight = datetime.datetime.combine(date, datetime.time(), _NEW_YORK)
-    return int(midnight.timestamp()) * 1_000_000_000
+    return to_ns(midnight)
+
+
+# --- the exchange -------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
 def _calendar(start_year: int) -> exchange_calendars.ExchangeCalendar:
-    import exchange_calendars  # half a second, and only a summary needs it
+    import exchange_calendars  # half a second, and only summaries need it
 
     with warnings.catch_warnings():
         # exchange_calendars 4.13 under pandas 3.1: Pandas4Warning, about an attribute that it reads
@@ -66,10 +97,9 @@ def _calendar(start_year: int) -> exchange_calendars.ExchangeCalendar:
 def expected_minutes(start_ns: int, end_ns: int) -> NDArray[np.int64] | None:
     """Return the open_time of every regular minute in [start_ns, end_ns) by the NYSE calendar.
 
-    None where the calendar does not reach (it ends about a year ahead): then nothing is known, not "closed".
+    None where the calendar does not reach (it ends about a year ahead): "unknown", not "closed".
     """
-    first = datetime.datetime.fromtimestamp(start_ns // 1_000_000_000, datetime.UTC).date()
-    last = datetime.datetime.fromtimestamp(end_ns // 1_000_000_000, datetime.UTC).date()
+    first, last = utc(start_ns).date(), utc(end_ns).date()
     calendar = _calendar(first.year - 1)
     if first < calendar.first_session.date() or last > calendar.last_session.date():
         return None
@@ -84,14 +114,11 @@ def expected_minutes(start_ns: int, end_ns: int) -> NDArray[np.int64] | None:
     return minutes[(minutes >= start_ns) & (minutes < end_ns)]
 
 
-NEVER_CLOSES = 32_767  # the largest int16
-
-
 def minutes_left(bars: Bars) -> NDArray[np.int16]:
     """Return the minutes from each bar's open to the scheduled close of its session, (B,).
 
     0 outside the regular session, such as before 09:30 in New York or on a half day's afternoon;
-    NEVER_CLOSES for crypto. Where the NYSE calendar does not reach, every day counts as a whole session.
+    NEVER_CLOSES for crypto. Where the NYSE calendar does not reach, every day counts as a full session.
     """
     if bars.asset_class == "crypto" or not len(bars):
         return np.full(len(bars), NEVER_CLOSES, dtype=np.int16)
@@ -107,21 +134,3 @@ def minutes_left(bars: Bars) -> NDArray[np.int16]:
     left = np.zeros(len(bars), dtype=np.int16)
     left[inside] = (closes[np.searchsorted(closes, times[inside], side="right")] - times[inside]) // MINUTE_NS
     return left
-
-
-def date_ns(text: str) -> int:
-    """Return the start of a day, UTC, in nanoseconds.
-
-    Raises:
-        ValueError: the text is no date.
-    """
-    return int(parse_day(text).timestamp()) * 10**9
-
-
-def parse_day(text: str) -> datetime.datetime:
-    """Return the start of a day, UTC.
-
-    Raises:
-        ValueError: the text is no date.
-    """
-    return datetime.datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=datetime.UTC)

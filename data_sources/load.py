@@ -20,7 +20,7 @@ from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.lake.lake import FETCHED, Lake
 from data_sources.lake.quality import bad_ticks
 from data_sources.sources import DataRequest, Source, SymbolGroup
-from data_sources.splits import COMMON_RATIOS, SplitLedger, suspected
+from data_sources.splits import SplitLedger, near_common_ratio, suspect_splits
 from data_sources.universe import Interval, members, named, top_of
 from data_sources.vendors import SOURCES
 
@@ -147,7 +147,7 @@ class _Reader:
         return columns
 
     def rejected(self, symbol: str) -> Counter[str]:
-        """Count what the checks kept out of the parts of the interval; unfinished minutes are no fault."""
+        """Count the rows that failed a check in the parts of the interval; unfinished minutes do not count."""
         dataset = self._dataset_of(symbol)
         if dataset not in self._rejected:
             counts: dict[str, Counter[str]] = {}
@@ -206,7 +206,7 @@ def _merged(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLed
         result.bars = Bars(symbol, "stock", **columns)
         result.flags += flags
     bars = result.bars
-    for jump in suspected(bars):
+    for jump in suspect_splits(bars):
         day = np.datetime64(jump.open_time, "ns").astype("datetime64[D]")
         result.flags.append(f"a split of about {jump.ratio:g} on {day} is not in the ledger")
     if len(bars):
@@ -245,11 +245,10 @@ def _compare(source: Source, bars: Bars, other: Source, more: Bars) -> tuple[flo
         return None, []
     ratios = bars.close[ours] / more.close[theirs]
     ratio, difference = float(np.median(ratios)), float(np.median(np.abs(ratios - 1)))
-    for k in COMMON_RATIOS:
-        for common in (float(k), 1 / k):
-            if abs(ratio / common - 1) < 0.02:
-                prices = f"{source.label}'s prices are {common:g} times {other.label}'s"
-                return difference, [f"{prices}: a split is missing in the ledger"]
+    common = near_common_ratio(ratio)
+    if common is not None:
+        prices = f"{source.label}'s prices are {common:g} times {other.label}'s"
+        return difference, [f"{prices}: a split is missing in the ledger"]
     if difference > SOURCES_DIFFER:
         return difference, [f"{source.label} and {other.label} differ by {100 * difference:.2f} % (median)"]
     return difference, []
@@ -263,7 +262,7 @@ def _bars(symbol: str, asset_class: AssetClass, columns: Columns | None) -> Bars
 
 
 def _without_bad_ticks(series: Series) -> Series:
-    """Look again with both neighbours known: a part's first and last bars could not be judged alone."""
+    """Check again with both neighbours: the first and last bars of a part had only one."""
     bars = series.bars
     bad = bad_ticks(bars.open_time, bars.open, bars.close)
     if not bad.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from data_sources.calendar import utc
 from data_sources.errors import DataError, MissingCredentials
 from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
@@ -117,8 +117,7 @@ def _kept(lake: Lake, source: Source) -> tuple[int, int | None, str]:
     if not parts:
         return 0, None, "nothing is kept of it yet"
     rows, newest_ns = sum(part.rows for part in parts), max(part.end_ns for part in parts)
-    newest = datetime.datetime.fromtimestamp(newest_ns // 1_000_000_000, datetime.UTC)
-    return rows, newest_ns, f"{rows:,} bars up to {newest:%Y-%m-%d %H:%M} UTC are kept"
+    return rows, newest_ns, f"{rows:,} bars up to {utc(newest_ns):%Y-%m-%d %H:%M} UTC are kept"
 
 
 def probe(request: DataRequest, now_ns: int) -> list[Answer]:

@@ -1,4 +1,4 @@
-"""Stock splits: a ledger of what happened, applied when bars are loaded, so that raw prices stay raw.
+"""Stock splits: a ledger of them, applied when bars are loaded, so that raw prices stay raw.
 
 A split of ratio r (new shares per old, 10.0 for 10:1) executed on a date means that prices before that date
 are divided by r and volumes multiplied by it; the first session of the date is already at the new price.
@@ -44,7 +44,7 @@ class Split:
 
     @property
     def executed_ns(self) -> int:
-        """When bars are first at the new price, as int64 ns UTC."""
+        """The time of the first bars at the new price, int64 ns UTC."""
         return new_york_midnight_ns(self.execution_date)
 
     @property
@@ -57,7 +57,7 @@ class Split:
 
 @dataclass(frozen=True)
 class SuspectedSplit:
-    """A jump between two sessions that looks like a split that nobody reported."""
+    """A jump between two sessions that looks like an unreported split."""
 
     symbol: str
     open_time: int  # of the first bar at the new price, ns UTC
@@ -69,7 +69,7 @@ class SplitLedger:
 
     Raises:
         LakeError: the file cannot be read or written. One that is not a ledger is set aside as
-            splits.json.corrupt and starts empty; the next refresh fills it again.
+            splits.json.corrupt, and the ledger starts empty; the next refresh fills it again.
     """
 
     def __init__(self, root: Path) -> None:
@@ -84,18 +84,18 @@ class SplitLedger:
         )
 
     def news(self, symbol: str, found: Iterable[Split]) -> list[Split]:
-        """Return which of ``found`` the ledger lacks.
+        """Return those of ``found`` that are not in the ledger.
 
-        Two vendors may date one split a few days apart; that is no second split.
+        Two vendors may date one split a few days apart; that is not a second split.
         """
         known = self.splits(symbol)
         return [
             split
             for split in found
             if not any(
-                abs(split.execution_date - each.execution_date) <= SAME_SPLIT
-                and abs(split.ratio / each.ratio - 1) < RATIO_TOLERANCE
-                for each in known
+                abs(split.execution_date - other.execution_date) <= SAME_SPLIT
+                and abs(split.ratio / other.ratio - 1) < RATIO_TOLERANCE
+                for other in known
             )
         ]
 
@@ -104,9 +104,9 @@ class SplitLedger:
         return {symbol: dict(days) for symbol, days in self._splits.items()}
 
     def update(self, symbol: str, splits: Iterable[Split]) -> None:
-        """Add what a vendor lists; for a date that is known already the newer ratio stays. Writes at once.
+        """Add a vendor's splits; for a date in the ledger the new ratio counts. Writes at once.
 
-        An empty list takes nothing away: vendors answer "none" when they fail, too.
+        An empty list removes nothing: vendors also answer "none" when they fail.
         """
         known = self._splits.get(symbol, {})
         merged = known | {split.execution_date.isoformat(): float(split.ratio) for split in splits}
@@ -123,15 +123,15 @@ class SplitLedger:
     def adjust(
         self, bars: Bars, *, fetched_ns: NDArray[np.int64] | None = None, until_ns: int | None = None
     ) -> Bars:
-        """Return the bars as if every split had always been.
+        """Return the bars as if every split had been executed before the first one.
 
         A ratio that is not clean (a spin-off) is applied only if the prices jumped by about that much.
 
         Args:
             bars: of one stock, at raw prices or at prices adjusted by the vendor.
-            fetched_ns: per bar, when a vendor that adjusts by itself (Yahoo) gave it: only splits executed
-                later are applied to it. None: the prices are raw.
-            until_ns: splits executed after this are not applied; None for all.
+            fetched_ns: per bar, when it was fetched from a vendor that adjusts prices itself (Yahoo): only
+                splits executed later are applied to it. None: the prices are raw.
+            until_ns: splits executed after this are not applied; None: all are.
         """
         factor = np.ones(len(bars))
         for split in self.splits(bars.symbol):
@@ -178,11 +178,11 @@ class SplitLedger:
         return ledger
 
 
-def suspected(bars: Bars) -> list[SuspectedSplit]:
-    """Find jumps from one regular session's close to the next one's open that look like a forgotten split.
+def suspect_splits(bars: Bars) -> list[SuspectedSplit]:
+    """Find jumps from one regular session's close to the next one's open that look like a missing split.
 
-    The ratio lies within 2 % of k or 1/k for a common k, and the volume of the two sessions moved the other
-    way. Only a flag: a real move of that size exists, so nothing is changed.
+    The ratio is within 2 % of k or 1/k for a common k, and the volume of the two sessions moved the other
+    way. Only a flag: real moves of that size exist, so nothing is changed.
     """
     regular = in_regular_session(bars.open_time)
     day = new_york_time(bars.open_time[regular]) // DAY_NS
@@ -196,18 +196,20 @@ def suspected(bars: Bars) -> list[SuspectedSplit]:
     ratios = closes[:-1] / opens[1:]
     found = []
     for i in np.flatnonzero(np.abs(np.log(ratios)) > np.log(1.9)).tolist():
-        ratio = next((each for each in _signed_ratios() if abs(ratios[i] / each - 1) < RATIO_TOLERANCE), None)
+        ratio = near_common_ratio(ratios[i])
         if ratio is not None and (volumes[i + 1] > volumes[i]) == (ratio > 1):
             found.append(SuspectedSplit(bars.symbol, int(times[i + 1]), ratio))
     return found
 
 
-def _signed_ratios() -> list[float]:
-    return [float(k) for k in COMMON_RATIOS] + [1 / k for k in COMMON_RATIOS]
+def near_common_ratio(ratio: float) -> float | None:
+    """Return the ratio of a common split within 2 % of ``ratio``, None if there is none."""
+    common = [*map(float, COMMON_RATIOS), *(1 / k for k in COMMON_RATIOS)]
+    return next((other for other in common if abs(ratio / other - 1) < RATIO_TOLERANCE), None)
 
 
 def _jumped(bars: Bars, executed_ns: int, ratio: float) -> bool:
-    """Whether the last price before and the first after are nearer to the ratio than to no change."""
+    """Return whether the jump at ``executed_ns`` is nearer to the ratio than to no change."""
     place = int(np.searchsorted(bars.open_time, executed_ns))
     if place == 0 or place == len(bars):
         return False

@@ -1,8 +1,8 @@
-"""``top:500`` in place of names: the largest symbols by dollar volume, as known at each date, dead ones too.
+"""``top:500`` instead of names: the largest symbols by dollar volume as known at each date, delisted ones too.
 
-A symbol counts for a calendar month when it was among the N largest of the 30 days before that month: nothing
-later decides, so what is gone by now is there as long as it was large. The lake keeps of each day the bars of the
-day's 3 N largest, and what each of them traded, so that the rule can choose without downloading a day twice.
+A symbol is a member for a calendar month if it was among the N largest of the 30 days before that month. Nothing
+later counts, so a symbol that is gone by now is a member as long as it was large. The lake keeps of each day the
+bars of the day's 3 N largest, and how much each of them traded, so that the rule never downloads a day twice.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from data_sources.bars import DAY_NS
+from data_sources.calendar import to_ns, utc
 from data_sources.lake.lake import Lake
 
 KEPT_FOLD = 3
@@ -23,10 +24,10 @@ Interval = tuple[int, int]  # [start_ns, end_ns)
 
 
 def top_of(names: Iterable[str]) -> int:
-    """Return the N of the rule among ``names``, the largest of several; 0 where there are only names.
+    """Return the N of the rule among ``names``, the largest of several; 0 if there is none.
 
     Raises:
-        ValueError: one begins like a rule and is none.
+        ValueError: a malformed rule.
     """
     largest = 0
     for name in names:
@@ -39,28 +40,26 @@ def top_of(names: Iterable[str]) -> int:
 
 
 def named(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names that are no rule, each once."""
+    """Return the names that are not rules, each once."""
     return tuple(dict.fromkeys(name for name in names if not name.startswith("top:")))
 
 
 def kept_rule(num_kept: int) -> tuple[str, ...]:
-    """Return what a part lists among its symbols when it has the day's ``num_kept`` largest."""
+    """Return what a part with the day's ``num_kept`` largest lists among its symbols."""
     return (f"top:{num_kept}",) if num_kept else ()
 
 
 def look_back(start_ns: int) -> int:
-    """Return from when on days are needed for a rule that holds from ``start_ns`` on."""
-    start = dt.datetime.fromtimestamp(start_ns // 10**9, dt.UTC)
-    first = start.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    return int(first.timestamp()) * 10**9 - LOOK_BACK_DAYS * DAY_NS
+    """Return the first instant that a rule needs to choose members from ``start_ns`` on."""
+    return _ns(utc(start_ns).date().replace(day=1)) - LOOK_BACK_DAYS * DAY_NS
 
 
 def members(
     lake: Lake, source: str, dataset: str, num_largest: int, start_ns: int, end_ns: int
 ) -> dict[str, list[Interval]]:
-    """Return the months of [start_ns, end_ns) in which each symbol counts, merged where they touch.
+    """Return the months of [start_ns, end_ns) in which each symbol is a member, merged where they touch.
 
-    A month before which nothing is known has no members.
+    A month without any known day before it has no members.
 
     Raises:
         LakeError: the folder cannot be read.
@@ -71,8 +70,8 @@ def members(
         if part.dollar_volume
     }
     found: dict[str, list[Interval]] = {}
-    for first, behind in _months(start_ns, end_ns):
-        interval = (_ns(first), _ns(behind))
+    for first, following in _months(start_ns, end_ns):
+        interval = (_ns(first), _ns(following))
         for symbol in _largest(days, first, num_largest):
             intervals = found.setdefault(symbol, [])
             if intervals and intervals[-1][1] == interval[0]:
@@ -83,7 +82,7 @@ def members(
 
 
 def _largest(days: Mapping[dt.date, Mapping[str, float]], month: dt.date, count: int) -> Sequence[str]:
-    """Rank by what was traded in the days before ``month``; equal ones by name."""
+    """Rank by dollar volume in the days before ``month``; equal ones by name."""
     traded: Counter[str] = Counter()
     for age in range(1, LOOK_BACK_DAYS + 1):
         traded.update(days.get(month - dt.timedelta(days=age), {}))
@@ -91,13 +90,13 @@ def _largest(days: Mapping[dt.date, Mapping[str, float]], month: dt.date, count:
 
 
 def _months(start_ns: int, end_ns: int) -> Iterable[tuple[dt.date, dt.date]]:
-    month = dt.datetime.fromtimestamp(start_ns // 10**9, dt.UTC).date().replace(day=1)
+    month = utc(start_ns).date().replace(day=1)
     while _ns(month) < end_ns:
-        behind = (month + dt.timedelta(days=31)).replace(day=1)
-        yield month, behind
-        month = behind
+        following = (month + dt.timedelta(days=31)).replace(day=1)
+        yield month, following
+        month = following
 
 
 def _ns(day: dt.date) -> int:
     """Midnight UTC: no US stock trades then on the first of a month, extended hours begin at 8 or 9."""
-    return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp()) * 10**9
+    return to_ns(dt.datetime.combine(day, dt.time(), dt.UTC))

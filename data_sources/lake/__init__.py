@@ -1,1 +1,1 @@
-"""The lake: bars on disk, as parts with their ledger."""
+"""The lake: bars on disk."""

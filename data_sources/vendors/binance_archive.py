@@ -17,13 +17,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import polars as pl
 import pyarrow as pa
 import requests
 
 from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
+from data_sources.calendar import to_ns, utc
 from data_sources.errors import BadAnswer
 from data_sources.vendors.http import (
     Host,
@@ -57,27 +58,20 @@ class Unit:
         return (self.end_ns - self.start_ns) // MINUTE_NS
 
 
-def _ns(moment: datetime) -> int:
-    return int(moment.timestamp()) * 1_000_000_000
-
-
 def months(start_ns: int, end_ns: int) -> Iterator[Unit]:
     """Yield the UTC months that touch [start_ns, end_ns), oldest first."""
-    month = datetime.fromtimestamp(start_ns // 1_000_000_000, UTC).replace(
-        day=1, hour=0, minute=0, second=0, microsecond=0
-    )
-    while _ns(month) < end_ns:
+    month = utc(start_ns).replace(day=1, hour=0, minute=0, second=0)
+    while to_ns(month) < end_ns:
         following = (month + timedelta(days=32)).replace(day=1)
         first_monday = following + timedelta(days=-following.weekday() % 7)
-        yield Unit(month.strftime("%Y-%m"), _ns(month), _ns(following), _ns(first_monday))
+        yield Unit(f"{month:%Y-%m}", to_ns(month), to_ns(following), to_ns(first_monday))
         month = following
 
 
 def days(start_ns: int, end_ns: int) -> Iterator[Unit]:
     """Yield the UTC days that touch [start_ns, end_ns), oldest first."""
     for day_ns in range(start_ns - start_ns % DAY_NS, end_ns, DAY_NS):
-        name = datetime.fromtimestamp(day_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d")
-        yield Unit(name, day_ns, day_ns + DAY_NS, day_ns + DAY_NS)
+        yield Unit(f"{utc(day_ns):%Y-%m-%d}", day_ns, day_ns + DAY_NS, day_ns + DAY_NS)
 
 
 @dataclass(frozen=True)

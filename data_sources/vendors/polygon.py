@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from zoneinfo import ZoneInfo
 
+from data_sources.calendar import to_ns, utc
 from data_sources.errors import DataError, LakeError
 from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
@@ -34,12 +35,12 @@ class DataType:
         midnights = (
             dt.datetime.combine(day + dt.timedelta(days=more), dt.time(), self.zone) for more in (0, 1)
         )
-        start, end = (int(midnight.timestamp()) * 10**9 for midnight in midnights)
-        return start, end
+        start_ns, end_ns = map(to_ns, midnights)
+        return start_ns, end_ns
 
     def day_of(self, time_ns: int) -> dt.date:
         """Return the day that holds ``time_ns``."""
-        return dt.datetime.fromtimestamp(time_ns // 10**9, self.zone).date()
+        return utc(time_ns).astimezone(self.zone).date()
 
 
 US_STOCKS = DataType("us_stocks_sip", ZoneInfo("America/New_York"))  # 04:00-20:00 New York
@@ -98,7 +99,7 @@ class _Polygon(Source):
         from data_sources.vendors.polygon_refresh import Polygon
         from data_sources.vendors.polygon_splits import PolygonSplits
 
-        today = dt.datetime.fromtimestamp(now_ns // 10**9, dt.UTC).date()
+        today = utc(now_ns).date()
         try:
             polygon = Polygon.from_environment(http.PROBE_POLICY)
         except DataError as error:

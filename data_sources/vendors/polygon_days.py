@@ -1,4 +1,4 @@
-"""One of Polygon's day files as rows: decoded to its end, so that its gzip checksum holds, before any is used."""
+"""One of Polygon's day files as rows, decoded to its end, so that its gzip checksum holds, before any is used."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from isal import isal_zlib  # reads what zlib reads in a third of its time
 from data_sources.errors import BadAnswer
 
 PIECE_BYTES = 1 << 18  # of gzip, decoded at a time; about 1.2 MB of text, which fits a core's cache
-STRAY_FRACTION = 0.5  # with more of its rows outside of its day a file is wrong; fewer are for the lake
+STRAY_FRACTION = (
+    0.5  # with more rows outside of its day a file is rejected; fewer the lake rejects one by one
+)
 
-# What a day file holds; always float64 volume (whole numbers until early 2026, decimals since) and text
+# The columns of a day file; always float64 volume (whole numbers until early 2026, decimals since) and text
 # tickers (NA, NULL, TRUE and 1E5 are or could be names).
 COLUMN_TYPES: dict[str, type[pl.DataType]] = {
     "ticker": pl.String,
@@ -45,8 +47,8 @@ def read_day(content: bytes, key: str, symbols: Sequence[str], start_ns: int, en
         symbol, open_time (int64 ns UTC), open, high, low, close, volume (float64); null where empty.
 
     Raises:
-        BadAnswer: not gzip, cut, wrong checksum, wrong columns, text where numbers belong, or the stamps
-            are of another day (a real file of 2019 was a day late).
+        BadAnswer: not gzip, cut, wrong checksum, wrong columns, text instead of numbers, or times of another
+            day (a real file of 2019 was a day late).
     """
     frame = _parsed(content, key, symbols).filter(pl.col("symbol").is_in(list(symbols)))
     return _table(frame, key, start_ns, end_ns)
@@ -73,8 +75,8 @@ def read_day_and_largest(
         end_ns: see ``read_day``.
 
     Returns:
-        The rows, and what each of the largest traded: the day's volume times its median close, in dollars. The
-        median, since one bad print would make any ticker the largest.
+        The rows, and how much each of the largest traded: the day's volume times its median close, in dollars.
+        The median, since one bad print would make any ticker the largest.
 
     Raises:
         BadAnswer: see ``read_day``.
@@ -101,7 +103,7 @@ def _parsed(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataF
         raise BadAnswer(f"{key}: expected gzip, the file {begin}")
     try:
         header, lines = _lines_of(content, symbols)
-    except (isal_zlib.IsalError, EOFError) as error:  # type: ignore[misc]  # the stub says: an instance
+    except (isal_zlib.IsalError, EOFError) as error:  # type: ignore[misc]  # an instance in the stub
         raise BadAnswer(f"{key}: damaged ({error})") from error
     names = header.decode("utf-8-sig", "replace").rstrip("\r").split(",")
     lacking = [name for name in COLUMN_TYPES if name not in names and name != "transactions"]
@@ -135,9 +137,9 @@ def _table(frame: pl.DataFrame, key: str, start_ns: int, end_ns: int) -> pa.Tabl
 def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, bytes]:
     """Decompress all of ``content`` piece by piece; return the header and the lines that may be of ``symbols``.
 
-    Parsing a line costs ten times what a look at its first 8 bytes does, and few of the lines are ours. A
-    look tells "AAPL," from "AAPLX,", but not "X:BTC-USD," from "X:BTC-USDT,", so more lines may come than asked
-    for. All lines come where the look cannot tell: the ticker is not the first column, or there are quotes.
+    Parsing a line costs ten times as much as comparing its first 8 bytes, and few of the lines are ours. Those
+    bytes distinguish "AAPL," from "AAPLX,", but not "X:BTC-USD," from "X:BTC-USDT,": lines of other symbols may
+    be returned. All lines are if the ticker is not the first column, or if there are quotes.
 
     Raises:
         isal_zlib.IsalError: damaged, the checksum included.
@@ -158,8 +160,8 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
         is_plain = header.startswith(b"ticker,") and symbols is not None
         for block in (line, memoryview(piece)[first:end]):  # a view: most of the text is never copied
             if len(block) > 1:  # not an empty line alone
-                looks = is_plain and b'"' not in line and piece.find(b'"', first, end) < 0
-                kept.append(_lines_starting_with(starts, block) if looks else bytes(block))
+                can_filter = is_plain and b'"' not in line and piece.find(b'"', first, end) < 0
+                kept.append(_lines_starting_with(starts, block) if can_filter else bytes(block))
     return header or b"", b"".join(kept)
 
 
@@ -178,7 +180,7 @@ def _decompressed(content: bytes) -> Iterator[bytes]:
 
 
 def _ahead(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Make the next piece in a thread while the caller looks through this one: it lets other threads run."""
+    """Decompress the next piece in a thread while the caller filters this one: it releases the GIL."""
     with ThreadPoolExecutor(1, "polygon-gzip") as pool:
         coming = pool.submit(next, pieces, None)
         while (piece := coming.result()) is not None:
@@ -191,16 +193,16 @@ def _lines_starting_with(starts: Sequence[bytes], block: bytes | memoryview) -> 
     characters = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(characters == ord("\n")) + 1
     begins = np.concatenate(([0], ends[:-1]))
-    hits = np.ones(len(begins), np.bool_)  # the very last lines, with no 8 bytes to look at, count as hits
-    looked_at = int(np.searchsorted(begins, len(block) - 8, side="right"))
-    if looked_at:
+    hits = np.ones(len(begins), np.bool_)  # the very last lines, with fewer than 8 bytes, count as hits
+    compared = int(np.searchsorted(begins, len(block) - 8, side="right"))
+    if compared:
         windows = np.lib.stride_tricks.as_strided(characters, (len(block) - 7, 8), (1, 1), writeable=False)
-        heads = np.ascontiguousarray(windows[begins[:looked_at]]).view(np.uint64)[:, 0]
-        hits[:looked_at] = False
+        heads = np.ascontiguousarray(windows[begins[:compared]]).view(np.uint64)[:, 0]
+        hits[:compared] = False
         for length in {len(start) for start in starts}:
             mask = np.frombuffer((b"\xff" * length).ljust(8, b"\0"), np.uint64)[0]
             wanted = b"".join(start.ljust(8, b"\0") for start in starts if len(start) == length)
-            hits[:looked_at] |= np.isin(heads & mask, np.frombuffer(wanted, np.uint64))
+            hits[:compared] |= np.isin(heads & mask, np.frombuffer(wanted, np.uint64))
     edges = np.flatnonzero(np.diff(hits, prepend=False, append=False))  # where runs of hits begin and end
     runs = zip(begins[edges[::2]].tolist(), ends[edges[1::2] - 1].tolist(), strict=True)
     return b"".join(block[first:last] for first, last in runs)

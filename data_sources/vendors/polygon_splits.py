@@ -18,6 +18,7 @@ from urllib.parse import urlencode, urlsplit
 
 import requests
 
+from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.splits import Split, SplitLedger
 from data_sources.vendors.http import (
@@ -87,11 +88,11 @@ class PolygonSplits:
             RateLimited, SourceUnavailable, BadAnswer: the last attempt's error; the pages before it are kept.
             LakeError: the ledger cannot be written.
         """
-        first, last = (
-            dt.datetime.fromtimestamp(time_ns // 10**9, dt.UTC).date().isoformat()
-            for time_ns in (start_ns, now_ns)
-        )
-        query = {"execution_date.gte": first, "execution_date.lte": last, "limit": str(PAGE_ROWS)}
+        query = {
+            "execution_date.gte": f"{utc(start_ns):%Y-%m-%d}",
+            "execution_date.lte": f"{utc(now_ns):%Y-%m-%d}",
+            "limit": str(PAGE_ROWS),
+        }
         if stocks is not None and len(stocks) <= MOST_TICKERS:
             query["ticker.any_of"] = ",".join(stocks)
         wanted = None if stocks is None else set(stocks)

@@ -1,8 +1,8 @@
-"""Which weeks of a stock to ask Yahoo for, and how an answer joins what is kept.
+"""Which weeks of a stock to ask Yahoo for, and how an answer is merged with the bars that are kept.
 
-Yahoo gives minutes of the last 30 days, at most 8 days per request: one trading week fits a request, and
-what has left the 30 days lives on in the lake alone. So a part is one week, named by its Monday; it is
-asked for again until the week is over and settled, and a new answer never takes a kept bar away.
+Yahoo has minutes of the last 30 days, at most 8 days per request: one trading week fits a request, and
+older bars exist in the lake alone. So a part is one week, named by its Monday; it is fetched again until the
+week is over and settled, and a new answer never removes a kept bar.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_sources.lake.quality import NOT_QUARANTINED, bar_table, clean, closed_
 from data_sources.splits import Split, SplitLedger
 
 SOURCE = "yahoo"
-REACH_NS = 29 * DAY_NS  # Yahoo's 30, less one for clocks that differ and for a refresh that takes its time
+REACH_NS = 29 * DAY_NS  # Yahoo's 30, less one for clocks that differ and for slow refreshes
 SETTLE_NS = 30 * MINUTE_NS  # bars younger than this may still come or change (delayed quotes, late volume)
 COMPLETE_SHARE = 0.95  # of a session's minutes; Yahoo lacks some of even the busiest stocks
 TIMES_TO_ASK = 3  # for a week that stays incomplete; then once a day
@@ -59,7 +59,7 @@ def weeks(start_ns: int, end_ns: int) -> Iterator[Week]:
 
 @dataclass(frozen=True)
 class Want:
-    """A week to ask for: [start_ns, end_ns) of it can be had now; ``minutes`` should hold a bar."""
+    """A week to fetch: [start_ns, end_ns) of it is available now; ``minutes`` should have a bar each."""
 
     week: Week
     start_ns: int
@@ -69,13 +69,13 @@ class Want:
 
     @property
     def times_incomplete(self) -> int:
-        """How often the kept part was incomplete so far."""
+        """How often the week was incomplete so far."""
         found = INCOMPLETE.search(self.kept.key) if self.kept else None
         return int(found[1]) if found else 0
 
 
 class Plan:
-    """What Yahoo can give over a span, as of ``now_ns``."""
+    """The weeks of a span that Yahoo has at ``now_ns``."""
 
     def __init__(self, start_ns: int, end_ns: int, now_ns: int) -> None:
         self.now_ns = now_ns
@@ -85,14 +85,14 @@ class Plan:
         self._minutes = _minutes(self._reach_ns, self._closed_ns)
 
     def wants(self, parts: dict[str, Part], splits: list[Split], changed_ns: int) -> list[Want]:
-        """Return the weeks of one stock that there is news of, oldest first.
+        """Return the weeks of one stock to fetch, oldest first.
 
         Args:
-            parts: what the lake holds of it, by the week's name.
-            splits: those known. Bars from before one are asked for again until a day after it, since Yahoo
+            parts: the stock's parts in the lake, by the week's name.
+            splits: the known ones. Bars before a split are fetched again until a day after it, since Yahoo
                 adjusts them some time that day.
-            changed_ns: when the latest split was executed that is known only now, 0 for none: older weeks are
-                asked for again, whenever they were fetched.
+            changed_ns: when the latest of the newly learned splits was executed, 0 for none: older weeks are
+                fetched again, whenever they were fetched last.
         """
         executed = [new_york_midnight_ns(split.execution_date) for split in splits]
         executed = [moment for moment in executed if moment <= self.now_ns]
@@ -113,8 +113,8 @@ class Plan:
             return True
         if any(want.start_ns < moment and kept.fetched_ns < moment + DAY_NS for moment in executed):
             return True
-        tired = want.times_incomplete >= TIMES_TO_ASK and self.now_ns < kept.fetched_ns + DAY_NS
-        return want.times_incomplete > 0 and not tired
+        is_exhausted = want.times_incomplete >= TIMES_TO_ASK and self.now_ns < kept.fetched_ns + DAY_NS
+        return want.times_incomplete > 0 and not is_exhausted
 
 
 def _minutes(start_ns: int, end_ns: int) -> NDArray[np.int64]:
@@ -129,7 +129,7 @@ def _minutes(start_ns: int, end_ns: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a week stands after an answer: bars held of those that should have settled, and what was wrong."""
+    """A week after an answer: its bars of those that should have settled, and the rows that were rejected."""
 
     held: int
     expected: int
@@ -140,17 +140,17 @@ class Stored:
 def store(
     lake: Lake, symbol: str, want: Want, fresh: pa.Table, vendor_key: str, ledger: SplitLedger, now_ns: int
 ) -> Stored:
-    """Write one week's answer as its part: the new bars, and the kept ones where there is no new one.
+    """Write one week's part: the answer's bars, and the kept ones where the answer has none.
 
     Kept bars are brought to the answer's scale: splits executed since they were fetched are applied.
 
     Args:
-        lake: to write to.
+        lake: gets the part.
         symbol: the stock, also the dataset.
-        want: what was asked.
-        fresh: SCHEMA, as it came; may be empty.
+        want: the request.
+        fresh: the answer, SCHEMA; may be empty.
         vendor_key: Yahoo's name of the answer.
-        ledger: the splits known by now.
+        ledger: all splits known by now.
         now_ns: the time of the fetch.
 
     Raises:
@@ -166,11 +166,11 @@ def store(
         start_ns = min(start_ns, want.kept.start_ns)
         kept = _kept(lake, symbol, want.week, ledger, now_ns)
         if kept is not None:
-            # Yahoo fills a volume in late; one that goes back to zero is a fault.
+            # Yahoo fills volumes in late; one that goes back to zero is an error.
             traded = good[cleaned.table["volume"].to_numpy() > 0]
             stays = ~np.isin(kept.open_time, good) | ((kept.volume > 0) & ~np.isin(kept.open_time, traded))
             filler = bar_table(symbol, [getattr(kept, name)[stays] for name in COLUMNS])
-            # A worse new row must not compete with the kept one for their minute.
+            # A worse new row must not compete with the kept one for the minute.
             competes = np.isin(table["open_time"].to_numpy(), kept.open_time[stays])
             table = pa.concat_tables([table.filter(pa.array(~competes)), filler])
             good = np.concatenate([good, kept.open_time[stays]])
@@ -180,7 +180,7 @@ def store(
     if not inside.all():
         rejected["outside_interval"] = int((~inside).sum())
     is_complete = _sessions_complete(settled, held) and (not rejected or bool(held.all()))
-    # An answer that is broken where the last one was only short says nothing about what Yahoo has.
+    # A broken answer after one that was only short is no evidence that Yahoo has no more.
     newly_broken = bool(rejected) and want.kept is not None and not want.kept.rejected
     times = 1 if newly_broken else want.times_incomplete + 1
     key = vendor_key if is_complete else f"{vendor_key}#incomplete-{times}"

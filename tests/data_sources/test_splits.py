@@ -8,7 +8,7 @@ from bar_tables import DAY_NS, ns, walk
 from data_sources.bars import COLUMNS, MINUTE_NS, Bars
 from data_sources.calendar import expected_minutes, in_regular_session, new_york_midnight_ns, new_york_time
 from data_sources.errors import LakeError
-from data_sources.splits import Split, SplitLedger, suspected
+from data_sources.splits import Split, SplitLedger, suspect_splits
 
 DATE = datetime.date(2026, 11, 18)
 OPEN = ns("2026-11-17 14:30")  # 09:30 in New York
@@ -139,17 +139,17 @@ def test_a_ratio_that_cannot_be_is_refused(ratio):
 
 @pytest.mark.parametrize("ratio", [2.0, 3.0, 10.0, 50.0, 0.5, 0.1])
 def test_a_forgotten_split_is_flagged_with_its_ratio_and_first_new_bar(ratio):
-    found = suspected(two_sessions(ratio))
+    found = suspect_splits(two_sessions(ratio))
     assert [(each.symbol, each.open_time) for each in found] == [("AAA", OPEN + DAY_NS)]
     assert found[0].ratio == pytest.approx(ratio)
 
 
 def test_moves_that_are_no_split_are_not_flagged():
-    assert suspected(two_sessions(1.0)) == []
-    assert suspected(two_sessions(1.7)) == []  # no common ratio
-    assert suspected(two_sessions(10.0, volume_ratio=0.2)) == []  # volume fell, too
+    assert suspect_splits(two_sessions(1.0)) == []
+    assert suspect_splits(two_sessions(1.7)) == []  # no common ratio
+    assert suspect_splits(two_sessions(10.0, volume_ratio=0.2)) == []  # volume fell, too
     nothing = np.empty(0)
-    assert suspected(Bars("A", "stock", np.empty(0, np.int64), *[nothing] * 5)) == []
+    assert suspect_splits(Bars("A", "stock", np.empty(0, np.int64), *[nothing] * 5)) == []
 
 
 @pytest.mark.parametrize(
