@@ -10,14 +10,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.distributed import Ranks
 from training.losses import Objective, Targets
 
-CompilerErrors = (TorchDynamoException, RuntimeError, OSError)
+CompilerErrors = (RuntimeError, OSError)  # TorchDynamoException is a RuntimeError
 
 
 def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""What makes settings right, told in one line: the value, the rule, and a value that would do."""
+"""The rules for settings. An error is one line: the value, the rule, and a value that would do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from data_sources import universe
 from data_sources.calendar import parse_day
@@ -16,20 +16,25 @@ from envs.config import EnvConfig, require
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-COMPILE = ("auto", "on", "off")
-PARALLEL = ("ddp", "fsdp")
-ADVANTAGES = ("hindsight", "gae")
-PRECISIONS = ("auto", "bf16", "fp32")
-LOG_LEVELS = ("debug", "info", "warning")
-# A year needs a number to be compared with: earlier bars exist nowhere among the sources.
-FIRST_DATE = date(2003, 1, 1)
+FIRST_DATE = date(2003, 1, 1)  # no source has earlier bars
 
-# What the environment takes is for EnvConfig to judge.
+# EnvConfig checks the settings of the environment.
 AT_LEAST_ONE = (
-    "history_days min_bars simulated_symbols simulated_bars envs_per_gpu d_model num_layers num_heads batch_size "
-    "update_passes epochs checkpoint_every keep_checkpoints"
-).split()
-ZERO_OR_MORE = "holdout_days warmup_steps weight_decay entropy_coef value_coef".split()
+    "history_days",
+    "min_bars",
+    "simulated_symbols",
+    "simulated_bars",
+    "envs_per_gpu",
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "batch_size",
+    "update_passes",
+    "epochs",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+ZERO_OR_MORE = ("holdout_days", "warmup_steps", "weight_decay", "entropy_coef", "value_coef")
 
 
 def folders(settings: Settings) -> list[tuple[str, str]]:
@@ -49,34 +54,34 @@ def check(settings: Settings) -> None:
 
 
 def check_batch(settings: Settings, world_size: int) -> None:
-    """Check what depends on how many processes train together.
+    """Check what depends on the number of processes.
 
     Raises:
-        ValueError: the batch cannot be shared out in whole segments.
+        ValueError: the batch cannot be divided into whole segments.
     """
     batch, envs = settings.batch_size, settings.envs_per_gpu
-    share = settings.horizon * world_size  # one segment from each process
-    if batch % share:
+    step = settings.horizon * world_size  # one segment from each process
+    if batch % step:
         raise ValueError(
             f"batch_size={batch} must be a multiple of horizon x processes = {settings.horizon} x {world_size} "
-            f"= {share}, so that segments stay whole; use {max(1, round(batch / share)) * share}"
+            f"= {step}, so that segments stay whole; use {max(1, round(batch / step)) * step}"
         )
-    segments = batch // share
+    segments = batch // step
     if segments < envs and envs % segments:
         fitting = next(count for count in range(segments, 0, -1) if envs % count == 0)
         raise ValueError(
             f"batch_size={batch} must divide the transitions of an epoch, envs_per_gpu x horizon x processes = "
-            f"{envs} x {settings.horizon} x {world_size} = {envs * share}; use {fitting * share}"
+            f"{envs} x {settings.horizon} x {world_size} = {envs * step}; use {fitting * step}"
         )
 
 
 def minibatch_segments(settings: Settings, world_size: int) -> int:
-    """Return the segments of one process per optimizer step; at most those that it plays."""
+    """Return the segments of one process per optimizer step; at most those that it collects."""
     return min(settings.batch_size // (settings.horizon * world_size), settings.envs_per_gpu)
 
 
-def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
-    # (setting, whether it is right, the rule and the fix)
+def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
+    # (setting, whether it is valid, the rule and the fix)
     for field in fields(s):
         value = getattr(s, field.name)
         parts = value if isinstance(value, tuple) else (value,)
@@ -86,7 +91,7 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
         yield name, getattr(s, name) >= 1, "must be 1 or more"
     for name in ZERO_OR_MORE:
         yield name, getattr(s, name) >= 0, "must be 0 or more"
-    EnvConfig.from_settings(s)  # raises by itself
+    EnvConfig.from_settings(s)  # raises its own errors
     yield "positions", 0.0 in s.positions, "must have 0 among them"
     yield "seed", 0 <= s.seed < 2**31, "must be 0 or more and below 2147483648"
     for name in ("learning_rate", "max_grad_norm", "clip_coef"):
@@ -105,7 +110,6 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
 
     port = s.prometheus_port
     yield "prometheus_port", port is None or 1 <= port <= 65_535, "must be 1 to 65535, or not set"
-    yield "log_level", s.log_level in LOG_LEVELS, f"must be one of: {', '.join(LOG_LEVELS)}"
 
     sources = ", ".join(SOURCES)
     unknown = [source for source in s.sources if source not in SOURCES]
@@ -136,13 +140,12 @@ def _rules(s: Any) -> Iterator[tuple[str, bool, str]]:
         most = max(1, (end - first).days)
         yield "history_days", s.history_days <= most, f"must be at most {most}, the days since {FIRST_DATE}"
 
-    pair = 2 * s.num_heads  # rotary positions turn pairs of a head's channels
+    pair = 2 * s.num_heads  # rotary positions rotate pairs of a head's channels
     rule = f"must be a multiple of 2 x num_heads = {pair}, such as {max(1, round(s.d_model / pair)) * pair}"
     yield "d_model", s.d_model % pair == 0, rule
-    yield "precision", s.precision in PRECISIONS, f"must be one of: {', '.join(PRECISIONS)}"
-    yield "compile", s.compile in COMPILE, f"must be one of: {', '.join(COMPILE)}"
-    yield "parallel", s.parallel in PARALLEL, f"must be one of: {', '.join(PARALLEL)}"
-    yield "advantages", s.advantages in ADVANTAGES, f"must be one of: {', '.join(ADVANTAGES)}"
+    for name, hint in get_type_hints(type(s)).items():
+        choices = get_args(hint) if get_origin(hint) is Literal else (getattr(s, name),)
+        yield name, getattr(s, name) in choices, f"must be one of: {', '.join(map(str, choices))}"
 
 
 def _are_symbols(names: tuple[str, ...], may_be_rule: bool) -> bool:
