@@ -69,9 +69,11 @@ def advance(
     price: Tensor,
     next_price: Tensor,
     cost_rate: Tensor,
+    next_cost_rate: Tensor,
     borrow: Tensor,
     ruin_equity: float,
     impact: Tensor | None = None,
+    next_impact: Tensor | None = None,
     impact_limit: float | Tensor = 0.0,
 ) -> tuple[AccountState, Fill]:
     """Fill one decision per account and hold the position until the next fill.
@@ -79,7 +81,7 @@ def advance(
     A new target is reached exactly: after the trade the position is worth ``target`` times the equity that is left
     after paying ``cost_rate`` of the traded value. The same target again trades nothing. Borrowed shares and
     borrowed money cost ``borrow`` until the next fill. If equity there is ``ruin_equity`` or less, the position is
-    closed at the same costs, and the account stays in cash.
+    closed there, at the costs of that bar, and the account stays in cash.
 
     Args:
         state: before the fill; not modified.
@@ -87,10 +89,12 @@ def advance(
         price: open at which this decision fills.
         next_price: open at which the next decision fills.
         cost_rate: fee plus slippage, as a fraction of traded value.
+        next_cost_rate: the same in the bar that opens at ``next_price``.
         borrow: cost of borrowing until the next fill, as a fraction of the borrowed value.
         ruin_equity: in start equities.
         impact: added to ``cost_rate``, per start equity of order value; the order is the wanted position less the
             one held, before costs.
+        next_impact: the same in the bar that opens at ``next_price``; None where ``impact`` is.
         impact_limit: upper limit of that addition, as a fraction of traded value.
     """
     unchanged = target == state.target
@@ -113,7 +117,9 @@ def advance(
     alive = torch.where(state.alive, equity, 0.0) > ruin_equity
     dead = ~alive
     liquidated = next_value.abs_().masked_fill_(alive, 0)
-    rate = cost_rate if impact is None else _rate(cost_rate, liquidated, impact, impact_limit)
+    rate = next_cost_rate
+    if next_impact is not None:
+        rate = _rate(next_cost_rate, liquidated, next_impact, impact_limit)
     traded.add_(liquidated)
     costs.addcmul_(liquidated, rate)
     # Living accounts are above ruin, far above the floor.

@@ -135,13 +135,17 @@ def _advance(
     now: AccountState, target: Tensor, quotes: Tensor, t: int, rules: dict[str, Any]
 ) -> tuple[AccountState, Fill]:
     opens, _, borrow, cost_rate, impact = quotes.unbind()
-    large = {"impact": impact[t + 1], "impact_limit": rules["impact_limit"]} if rules["with_impact"] else {}
+    large = {}
+    if rules["with_impact"]:
+        limit = rules["impact_limit"]
+        large = {"impact": impact[t + 1], "next_impact": impact[t + 2], "impact_limit": limit}
     return advance(
         now,
         target,
         price=opens[t + 1],
         next_price=opens[t + 2],
         cost_rate=cost_rate[t + 1],
+        next_cost_rate=cost_rate[t + 2],
         borrow=borrow[t + 1],
         ruin_equity=rules["ruin_equity"],
         **large,

@@ -42,6 +42,8 @@ def growth_of_every_choice(
         state,
         held[: len(positions)].expand(shape),
         ruin_equity=0.0,
+        # Equity of 0 or less is the floor, whatever closing the position costs.
+        next_cost_rate=fills["cost_rate"][..., None, None],
         **{name: value[..., None, None] for name, value in fills.items()},
     )
     return fill.log_return.float()

@@ -34,10 +34,11 @@ class Segment:
     Lists have one ``(N,)`` view per decision: decision h fills at ``prices[h]`` and is held until
     ``prices[h + 1]``; ``closes[h]`` is the newest close that it sees, ``closes[H]`` that of the bootstrap value.
     It pays ``cost_rates[h]`` of traded value, plus ``impacts[h]`` per start equity of order value, and
-    ``borrows[h]`` of borrowed value. ``price`` (H + 1, N), ``cost_rate``, ``borrow`` and ``impact`` (H, N) are the
-    same as tensors. All are views of ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact from the
-    newest closed bar on. ``allowed``, (H, N) bool, is where a position may be held. It and the impacts are None
-    where their setting is off.
+    ``borrows[h]`` of borrowed value; after a ruin, the position is closed at ``cost_rates[h + 1]`` and
+    ``impacts[h + 1]``. ``price``, ``cost_rate``, ``impact`` (H + 1, N) and ``borrow`` (H, N) are the same as
+    tensors. All are views of ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact from the newest
+    closed bar on. ``allowed``, (H, N) bool, is where a position may be held. It and the impacts are None where
+    their setting is off.
     """
 
     def __init__(self, config: EnvConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -45,8 +46,8 @@ class Segment:
         shape = (5, config.horizon + 2, config.num_envs)
         self.quotes = torch.zeros(shape, dtype=dtype, device=device)
         opens, closes, borrow, cost_rate, impact = self.quotes.unbind()
-        self.price, self.cost_rate, self.borrow = opens[1:], cost_rate[1:-1], borrow[1:-1]
-        self.impact = impact[1:-1] if config.volume_slippage else None
+        self.price, self.cost_rate, self.borrow = opens[1:], cost_rate[1:], borrow[1:-1]
+        self.impact = impact[1:] if config.volume_slippage else None
         self.prices, self.closes = self.price.unbind(), closes[:-1].unbind()
         self.cost_rates, self.borrows = self.cost_rate.unbind(), self.borrow.unbind()
         self.impacts = None if self.impact is None else self.impact.unbind()
@@ -88,7 +89,7 @@ class Segment:
         return self.quotes.nbytes + allowed + self.held.nbytes
 
     def fills_ahead(self) -> dict[str, Tensor]:
-        """Return the arguments of ``account.advance`` for the H fills, (N, H) each.
+        """Return the arguments of ``account.advance`` for the H fills, without those of ruin, (N, H) each.
 
         They are known once the segment has begun, since the market does not react. Use them only to value
         decisions afterwards, never to make them.
@@ -96,11 +97,12 @@ class Segment:
         fills = {
             "price": self.price[:-1],
             "next_price": self.price[1:],
-            "cost_rate": self.cost_rate,
+            "cost_rate": self.cost_rate[:-1],
             "borrow": self.borrow,
         }
         if self.impact is not None:
-            fills |= {"impact": self.impact, "impact_limit": self.impact_limit.expand_as(self.impact)}
+            impact = self.impact[:-1]
+            fills |= {"impact": impact, "impact_limit": self.impact_limit.expand_as(impact)}
         # Copies: the next segment reuses this memory.
         return {name: values.t().contiguous() for name, values in fills.items()}
 

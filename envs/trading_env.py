@@ -96,7 +96,7 @@ class TradingEnv:
     ## End
 
     1. Termination: equity at or below ``ruin_fraction`` at the open of t + 2. The position is closed there, at the
-       usual cost. Until the segment ends the account stays in cash, rewards are 0 and ``alive`` is False.
+       costs of that bar. Until the segment ends the account stays in cash, rewards are 0 and ``alive`` is False.
        Equity is never below 1e-6, so rewards are finite.
     2. Truncation, at the last step of a segment only: ``episode_bars`` are played, or the next segment
        does not fit into the stretch. Bootstrap from the value at token C + H.
@@ -308,9 +308,11 @@ class TradingEnv:
             price=segment.prices[h],
             next_price=segment.prices[h + 1],
             cost_rate=segment.cost_rates[h],
+            next_cost_rate=segment.cost_rates[h + 1],
             borrow=segment.borrows[h],
             ruin_equity=self.config.ruin_fraction,
             impact=None if segment.impacts is None else segment.impacts[h],
+            next_impact=None if segment.impacts is None else segment.impacts[h + 1],
             impact_limit=segment.impact_limit,
         )
         segment.helds[h].copy_(actions)

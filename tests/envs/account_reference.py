@@ -1,12 +1,35 @@
 """The account's ledger a second time: one account in plain Python floats, written to be read.
 
-``account.py`` is the fast one; a test holds it to this one within 1e-9. The two have no code in common.
+It follows the docstring of ``TradingEnv``. ``account.py`` is the fast one; a test holds it to this one within
+1e-9. The two have no code in common.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from data_sources.bars import Bars
+from envs.config import EnvConfig
+
+# The cost of an order as a fraction of traded value: a number, or a function of the order in start equities.
+Cost = float | Callable[[float], float]
+
+
+def cost_in_bar(bars: Bars, bar: int, config: EnvConfig, cost_scale: float = 1.0) -> Cost:
+    """Return the cost of an order that fills at the open of this bar."""
+    fee_bps = config.crypto_fee_bps if bars.asset_class == "crypto" else config.stock_fee_bps
+    spread = config.range_slippage * (bars.high[bar] - bars.low[bar]) / bars.open[bar]
+    limit = 0.5 / max(abs(position) for position in config.positions) - config.volume_slippage
+    whatever_size = min((fee_bps + config.slippage_bps) / 1e4 + spread, limit)
+    bar_value = bars.volume[bar] * bars.open[bar]
+
+    def cost(order: float) -> float:
+        by_size = config.volume_slippage * min(abs(order) * config.account_value / bar_value, 1.0)
+        return cost_scale * (whatever_size + by_size)
+
+    return cost
 
 
 @dataclass
@@ -22,7 +45,6 @@ class ReferenceAccount:
     units: float = 0.0
     debt: float = 0.0  # borrow cost due at the next open
     ruined: bool = False
-    impact_limit: float = 0.0  # upper limit of a large order's impact
     costs: float = 0.0
     borrow_costs: float = 0.0
     traded: float = 0.0
@@ -36,13 +58,14 @@ class ReferenceAccount:
         target: float,
         price: float,
         next_price: float,
-        cost_rate: float,
+        cost: Cost,
         borrow: float,
-        impact: float = 0.0,
+        next_cost: Cost | None = None,
     ) -> float:
         """Fill an order at ``price``, hold it until ``next_price``; return the log change of equity.
 
-        Traded value pays ``cost_rate`` plus ``impact`` times the order's size.
+        The order pays the ``cost`` of the bar that opens at ``price``. A ruined account is closed at
+        ``next_price``, so it pays the cost of the bar that opens there; by default the same.
         """
         if self.ruined:
             return 0.0
@@ -50,7 +73,7 @@ class ReferenceAccount:
         self.cash -= self.debt
         self.debt = 0.0
         if target != self.held:
-            self._trade_to(target, price, cost_rate, impact)
+            self._trade_to(target, price, cost)
         # A short position borrows shares, a position worth more than the equity borrows money.
         if self.units < 0:
             self.debt = -self.units * price * borrow
@@ -58,33 +81,34 @@ class ReferenceAccount:
             self.debt = -self.cash * borrow
         self.borrow_costs += self.debt
         if self.equity(next_price) <= self.ruin_equity:
-            self._close(next_price, cost_rate, impact)
+            self._close(next_price, cost if next_cost is None else next_cost)
         return math.log(self.equity(next_price) / before)
 
-    def _rate(self, order: float, cost_rate: float, impact: float) -> float:
-        return cost_rate + min(impact * abs(order), self.impact_limit)
-
-    def _trade_to(self, target: float, price: float, cost_rate: float, impact: float) -> None:
+    def _trade_to(self, target: float, price: float, cost: Cost) -> None:
         equity = self.cash + self.units * price
         position = self.units * price
-        cost_rate = self._rate(target * equity - position, cost_rate, impact)
-        # Afterwards the position is worth target x (equity - cost), and cost = cost_rate x |position change|.
+        rate = _rate(cost, target * equity - position)
+        # Afterwards the position is worth target x (equity - paid), and paid = rate x |position change|.
         if target * equity > position:
-            bought = (target * equity - position) / (1 + cost_rate * target)
+            bought = (target * equity - position) / (1 + rate * target)
         else:
-            bought = (target * equity - position) / (1 - cost_rate * target)
-        cost = cost_rate * abs(bought)
+            bought = (target * equity - position) / (1 - rate * target)
+        paid = rate * abs(bought)
         self.units += bought / price
-        self.cash -= bought + cost
-        self.costs += cost
+        self.cash -= bought + paid
+        self.costs += paid
         self.traded += abs(bought)
         self.held = target
 
-    def _close(self, price: float, cost_rate: float, impact: float) -> None:
+    def _close(self, price: float, cost: Cost) -> None:
         value = abs(self.units * price)
-        cost_rate = self._rate(value, cost_rate, impact)
+        paid = _rate(cost, value) * value
         self.traded += value
-        self.costs += cost_rate * value
-        self.cash = max(self.equity(price) - cost_rate * value, 1e-6)
+        self.costs += paid
+        self.cash = max(self.equity(price) - paid, 1e-6)
         self.units = self.debt = 0.0
         self.ruined = True
+
+
+def _rate(cost: Cost, order: float) -> float:
+    return cost(order) if callable(cost) else cost

@@ -33,9 +33,11 @@ def play(prices, actions, cost_rate, borrow, ruin_equity, dtype=torch.float64, i
             price=prices[t],
             next_price=prices[t + 1],
             cost_rate=torch.as_tensor(cost_rate[t], dtype=dtype),
+            next_cost_rate=torch.as_tensor(cost_rate[t + 1], dtype=dtype),
             borrow=torch.as_tensor(borrow[t], dtype=dtype),
             ruin_equity=ruin_equity,
             impact=None if impact is None else torch.as_tensor(impact[t], dtype=dtype),
+            next_impact=None if impact is None else torch.as_tensor(impact[t + 1], dtype=dtype),
             impact_limit=impact_limit,
         )
         rows.append(
@@ -51,9 +53,9 @@ def paths(draw):
     moves = st.one_of(st.just(0.0), st.floats(-0.01, 0.01), st.floats(-1.5, 1.5))
     prices = np.exp(np.cumsum([math.log(draw(st.floats(1e-6, 1e5)))] + [draw(moves) for _ in range(length)]))
     actions = [draw(st.integers(0, len(POSITIONS) - 1)) for _ in range(length)]
-    cost_rate = [draw(st.sampled_from([0.0, 1e-4, 0.02, 0.1])) for _ in range(length)]
+    cost_rate = [draw(st.sampled_from([0.0, 1e-4, 0.02, 0.1])) for _ in range(length + 1)]
     borrow = [draw(st.sampled_from([0.0, 1e-7, 1e-3, 0.05])) for _ in range(length)]
-    impact = [draw(st.sampled_from([0.0, 1e-3, 0.1, 1e7])) for _ in range(length)]
+    impact = [draw(st.sampled_from([0.0, 1e-3, 0.1, 1e7])) for _ in range(length + 1)]
     limit = draw(st.sampled_from([0.0, 0.01, 0.05]))
     return prices, actions, cost_rate, borrow, draw(st.sampled_from([1e-6, 0.2, 0.9])), impact, limit
 
@@ -71,11 +73,15 @@ def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
         impact=impact,
         impact_limit=limit,
     )
-    account = ReferenceAccount(ruin_equity, held=0.0, impact_limit=limit)
+    account = ReferenceAccount(ruin_equity, held=0.0)
+    costs = [
+        lambda order, rate=rate, by_size=by_size: rate + min(by_size * abs(order), limit)
+        for rate, by_size in zip(cost_rate, impact, strict=True)
+    ]
     for t, action in enumerate(actions):
         was_ruined = account.ruined
         expected = account.fill(
-            POSITIONS[action], prices[t], prices[t + 1], cost_rate[t], borrow[t], impact[t]
+            POSITIONS[action], prices[t], prices[t + 1], costs[t], borrow[t], costs[t + 1]
         )
         close_to_ruin = abs(account.equity(prices[t + 1]) - ruin_equity) < 1e-9 * max(1, account.traded)
         if close_to_ruin and not account.ruined:
@@ -92,7 +98,7 @@ def random_play(num_accounts=64, length=200, cost_rate=6e-4, borrow=1e-7, dtype=
     random = np.random.default_rng(seed)
     prices = 100 * np.exp(np.cumsum(random.normal(0, 2e-3, (length + 1, num_accounts)), axis=0))
     actions = random.integers(0, 5, (length, num_accounts))  # without the threefold target
-    rows, state = play(prices, actions, [cost_rate] * length, [borrow] * length, 0.01, dtype)
+    rows, state = play(prices, actions, [cost_rate] * (length + 1), [borrow] * length, 0.01, dtype)
     return prices, actions, rows, state
 
 
@@ -104,7 +110,7 @@ def test_float32_stays_within_a_ten_thousandth_over_an_episode():
 
 def test_with_no_costs_and_a_constant_price_nothing_changes_equity():
     actions = np.random.default_rng(0).integers(0, len(POSITIONS), (100, 32))
-    rows, state = play(np.full((101, 32), 73.0), actions, [0.0] * 100, [0.0] * 100, 0.2)
+    rows, state = play(np.full((101, 32), 73.0), actions, [0.0] * 101, [0.0] * 100, 0.2)
     assert state.log_equity.abs().max() < 1e-13
     assert rows[:, 0].abs().max() < 1e-13
 
@@ -112,7 +118,7 @@ def test_with_no_costs_and_a_constant_price_nothing_changes_equity():
 @pytest.mark.parametrize("action", [a for a in range(len(POSITIONS)) if a != FLAT])
 def test_a_round_trip_at_a_constant_price_loses_exactly_its_costs(action):
     rate = 0.0006
-    rows, state = play(np.full((3, 1), 10.0), np.array([[action], [FLAT]]), [rate] * 2, [0.0] * 2, 0.2)
+    rows, state = play(np.full((3, 1), 10.0), np.array([[action], [FLAT]]), [rate] * 3, [0.0] * 2, 0.2)
     # The cost of entry comes off the equity first, the cost of exit off the position.
     target = POSITIONS[action]
     after_entry = 1 / (1 + rate * abs(target))
@@ -128,7 +134,7 @@ def test_long_and_short_of_the_same_bar_sum_to_minus_the_costs():
     for move in moves:
         prices = np.array([[80.0, 80.0], [80 * move, 80 * move]])
         actions = np.array([[POSITIONS.index(1.0), POSITIONS.index(-1.0)]])
-        rows, state = play(prices, actions, [rate], [borrow], 0.01)
+        rows, state = play(prices, actions, [rate] * 2, [borrow], 0.01)
         gain = state.log_equity.exp() - 1
         # Both positions are worth 1 / (1 + rate) after their costs.
         assert float(gain.sum()) == pytest.approx(-float(rows[:, 1:3].sum()), abs=1e-14)
@@ -148,7 +154,7 @@ def test_after_a_trade_the_position_is_the_target_of_what_is_left():
     prices = np.full((3, 36), 20.0)
     prices[1:] *= np.exp(random.normal(0, 0.05, 36))
     first, second = np.divmod(np.arange(36), 6)
-    _, state = play(prices, np.stack([first, second]), [0.01] * 2, [0.0] * 2, 1e-6)
+    _, state = play(prices, np.stack([first, second]), [0.01] * 3, [0.0] * 2, 1e-6)
     position = state.units * torch.from_numpy(prices[1])
     changed = torch.from_numpy(first != second)
     exposure = position / (state.cash + position)
@@ -159,7 +165,7 @@ def test_after_a_trade_the_position_is_the_target_of_what_is_left():
 
 def test_a_large_order_pays_by_its_size_up_to_a_limit():
     prices, actions = np.full((2, 3), 20.0), np.array([[POSITIONS.index(p) for p in (0.5, 1.0, 3.0)]])
-    rows, _ = play(prices, actions, [0.001], [0.0], 0.1, impact=[0.01], impact_limit=0.02)
+    rows, _ = play(prices, actions, [0.001] * 2, [0.0], 0.1, impact=[0.01] * 2, impact_limit=0.02)
     paid = rows[0, 1] / rows[0, 3]
     torch.testing.assert_close(paid, torch.tensor([0.006, 0.011, 0.021], dtype=torch.float64))
 
@@ -169,7 +175,7 @@ def test_borrowing_costs_by_the_time_held_and_by_what_is_borrowed():
     prices = np.full((2, 5), 10.0)
     minute, weekend = 0.05 / 525_960, 0.05 * 3_990 / 525_960
     for span in (minute, weekend):
-        rows, _ = play(prices, actions, [0.0], [span], 0.1)
+        rows, _ = play(prices, actions, [0.0] * 2, [span], 0.1)
         expected = torch.tensor([1.0, 0.4, 0.0, 0.0, 2.0], dtype=torch.float64) * span
         torch.testing.assert_close(rows[0, 2], expected)
 
@@ -177,7 +183,7 @@ def test_borrowing_costs_by_the_time_held_and_by_what_is_borrowed():
 def test_ruin_closes_the_position_and_freezes_the_account():
     prices = np.array([[10.0], [5.0], [50.0], [1.0]])
     actions = np.full((3, 1), POSITIONS.index(3.0))
-    rows, state = play(prices, actions, [0.001] * 3, [0.0] * 3, 0.2)
+    rows, state = play(prices, actions, [0.001] * 4, [0.0] * 3, 0.2)
     assert rows[:, 4, 0].tolist() == [1.0, 0.0, 0.0]
     assert rows[1:, 0].abs().max() == 0
     assert rows[1:, 3].abs().max() == 0
@@ -188,10 +194,17 @@ def test_ruin_closes_the_position_and_freezes_the_account():
     assert math.isfinite(rows[0, 0])
 
 
+def test_ruin_closes_at_the_costs_of_the_bar_of_its_open():
+    prices, actions = np.array([[10.0], [5.0]]), np.array([[POSITIONS.index(1.0)]])
+    rows, state = play(prices, actions, [0.0, 0.1], [0.0], 0.6, impact=[0.0, 0.08], impact_limit=0.2)
+    assert rows[0, 1, 0] == pytest.approx(0.5 * (0.1 + 0.5 * 0.08))
+    assert state.cash.item() == pytest.approx(0.5 - rows[0, 1, 0])
+
+
 def test_shuffling_accounts_shuffles_the_results():
     prices, actions, rows, _ = random_play()
     order = np.random.default_rng(3).permutation(64)
-    shuffled, _ = play(prices[:, order], actions[:, order], [6e-4] * 200, [1e-7] * 200, 0.01)
+    shuffled, _ = play(prices[:, order], actions[:, order], [6e-4] * 201, [1e-7] * 200, 0.01)
     assert torch.equal(shuffled, rows[:, :, order])
 
 
@@ -213,6 +226,7 @@ def test_backtesting_py_agrees_on_final_equity(seed):
             price=torch.tensor([prices[t]]),
             next_price=torch.tensor([prices[t + 1]]),
             cost_rate=torch.tensor([rate]),
+            next_cost_rate=torch.tensor([rate]),
             borrow=torch.zeros(1, dtype=torch.float64),
             ruin_equity=0.01,
         )

@@ -9,7 +9,13 @@ from envs import compiled
 from tests.envs.markets import HORIZON, env_of, mixed_market, play_segment
 
 # Everything that changes the arithmetic of a step: large orders, orders that do not count, and ruin.
-AWKWARD = {"volume_slippage": 0.02, "flat_before_close": 3, "ruin_fraction": 0.99, "num_envs": 32}
+AWKWARD = {
+    "range_slippage": 0.3,
+    "volume_slippage": 0.02,
+    "flat_before_close": 3,
+    "ruin_fraction": 0.99,
+    "num_envs": 32,
+}
 # A warning of torch's own when it loads its compiler.
 of_the_compiler = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
