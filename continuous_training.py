@@ -31,6 +31,7 @@ from runtime.control import (
     ExitProgram,
 )
 from training import checkpoint, validation
+from training.memory import DoesNotFit
 
 STOCKS = tuple(
     "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
@@ -163,6 +164,7 @@ def train(settings: Settings, control: Control) -> None:
             while job.progress.epoch < settings.epochs and not job.stopping:
                 rollout = job.trainer.collect()  # one trunk forward, then `horizon` account steps
                 losses = job.trainer.update(rollout, job.stop_now)  # asks before every optimizer step
+                del rollout  # the next one needs its memory
                 if losses is None:  # stopped between two steps: the next start takes the others
                     job.save(metrics={})
                     break
@@ -208,6 +210,8 @@ def train_command(settings: Settings) -> None:
         code, message = EXIT_LOCKED, str(reason)
     except checkpoint.CheckpointError as reason:
         code, message = EXIT_SETTING, str(reason)
+    except DoesNotFit as error:
+        code, message = EXIT_DOES_NOT_FIT, f"This training does not fit: {error}"
     except torch.OutOfMemoryError as error:
         # It did fit: another program has taken memory since, and the next start plans with the rest.
         code = EXIT_CRASH if control.has_progressed else EXIT_DOES_NOT_FIT

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from commands.cli import flags_of
 from data_sources.lake.lake import Lake
@@ -29,7 +32,7 @@ from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
 from training.data_feed import Prefetch, fresh_bars, holdout_start_ns, make_market, refresh_command
 from training.distributed import agreed_stop
-from training.memory import DoesNotFit, plan_memory
+from training.memory import plan_memory
 from training.metrics import Phases
 from training.progress import Summary, TrainingProgress
 from training.trainer import Trainer
@@ -49,14 +52,12 @@ class Job:
     A context manager. Methods marked (all ranks) are collective: every rank calls them at the same point.
     """
 
-    trainer: Trainer  # from the first ``begin_run`` on
-
     def __init__(self, settings: Settings, control: Control) -> None:
         self.settings = settings
         self.control = control
         self.stopping = False
         self._folder = Path(settings.checkpoint_dir)
-        self._has_trainer = False
+        self._trainer: Trainer | None = None
         self._exam, self._exam_at = Exam(), (0, 0)  # the newest, and the run and epoch of its weights
 
     def __enter__(self) -> Job:
@@ -71,18 +72,16 @@ class Job:
             self.ranks = ranks = stack.enter_context(distributed.start())
             stack.enter_context(checkpoint.exclusive(self._folder, ranks.is_first))
             self.control.listen()
-            log_dir = Path(settings.log_dir) if ranks.is_first else None
-            self.console = stack.enter_context(
-                Console(log_dir, log_level=settings.log_level, prometheus_port=settings.prometheus_port)
-            )
+            log_dir, port = Path(settings.log_dir) if ranks.is_first else None, settings.prometheus_port
+            console = Console(log_dir, log_level=settings.log_level, prometheus_port=port)
+            self.console = stack.enter_context(console)
             self._phases = Phases(self.console.phase)
             command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
             self._prefetch = stack.enter_context(Prefetch(command))
             self.progress, self._saved = self._find_checkpoint()
             on_saved = partial(champion.apply_decision, pending=[])
-            self._writer = stack.enter_context(
-                CheckpointWriter(self._folder, settings.keep_checkpoints, ranks.is_first, on_saved)
-            )
+            writer = CheckpointWriter(self._folder, settings.keep_checkpoints, ranks.is_first, on_saved)
+            self._writer = stack.enter_context(writer)
             self._examiner = Examiner(self._folder, ranks, self.control)
             self._summary = Summary(self.progress.transitions)
             self._opened = stack.pop_all()
@@ -91,40 +90,44 @@ class Job:
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
 
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer, from the first ``begin_run`` on."""
+        assert self._trainer is not None
+        return self._trainer
+
     # --- runs ---------------------------------------------------------------------------------------------
 
     def begin_run(self) -> bool:
         """Put this run's bars on the device and hand them to the trainer; False when training ends (all ranks).
 
         Raises:
-            ExitProgram: there are no bars, or the training does not fit into the GPU's memory.
+            ExitProgram: there are no bars.
+            DoesNotFit: training does not fit into the GPU's memory.
         """
         settings, progress = self.settings, self.progress
         if self.stopping or progress.is_past(settings.runs):
             return False
         lake = Lake(Path(settings.data_dir), self.console)
         with self._phases.during("data"):
-            parts = self.ranks, self.control, self.console, self._prefetch
-            data = fresh_bars(lake, settings, progress, *parts)
+            data = fresh_bars(
+                lake, settings, progress, self.ranks, self.control, self.console, self._prefetch
+            )
             if data is None:  # asked to stop while bars were loading
                 return False
             self.console.data(data)
             statistics = self._saved.statistics if self._saved else None
-            if self._has_trainer:
-                statistics = self.trainer.env.market.statistics
+            if self._trainer:
+                statistics = self._trainer.env.market.statistics
             market = make_market(settings, data.bars, self.ranks.device, statistics)
         progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))
         self._fingerprint = data.fingerprint
-        if self._has_trainer:
-            self.trainer.set_market(market)
+        if self._trainer:
+            self._trainer.set_market(market)
         else:
-            with heartbeat_thread(COMPILER_SECONDS):
-                self.trainer = self._make_trainer(market)
-            self._has_trainer, self._saved = True, None  # the checkpoint takes gigabytes
+            self._trainer, self._saved = self._make_trainer(market), None  # a checkpoint takes gigabytes
         log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
-        self.console.begin(
-            settings, progress, f"{self.ranks.world_size} x {self.ranks.device.type}", self.control
-        )
+        self.console.begin(settings, progress, str(self.ranks), self.control)
         return True
 
     def end_run(self) -> None:
@@ -175,19 +178,24 @@ class Job:
             self.stop_now()  # a request that came meanwhile has interrupted the exam
         return self._exam.figures
 
+    def _exam_of_weights(self) -> Exam:
+        """Return the exam of the weights as they are; empty if they were not examined."""
+        return self._exam if self._exam_at == (self.progress.run, self.progress.epoch) else Exam()
+
     def log(self, metrics: dict[str, Any]) -> None:
         """Show and record one epoch; the seconds of its phases are added to ``metrics``."""
         metrics |= self._phases.figures()
         self.console.epoch(metrics, self.settings.epochs)
+        for line in self._exam_of_weights().lines:
+            log.info(line)
         self._summary.count(metrics["rollout/reward_bps"])
 
     def save(self, metrics: Mapping[str, Any]) -> None:
         """Write a checkpoint in the background, with the exam of these weights if there was one (all ranks)."""
-        exam = self._exam if self._exam_at == (self.progress.run, self.progress.epoch) else Exam()
-        for line in exam.lines:
-            log.info(line)
         with self._phases.during("checkpoint"):
-            self._writer.save(self.trainer.checkpoint(self._fingerprint, metrics, exam.record))
+            self._writer.save(
+                self.trainer.checkpoint(self._fingerprint, metrics, self._exam_of_weights().record)
+            )
 
     def end_epoch(self) -> None:
         """Record that training progresses, and fetch the next run's bars ahead when it is time."""
@@ -202,28 +210,22 @@ class Job:
         Raises:
             ExitProgram: that was done MAX_ROLLBACKS times in this run already.
         """
-        progress = self.progress
-        rollbacks = progress.rollbacks + 1
-        reason = f"run {progress.run} epoch {progress.epoch}: most gradients are not finite"
+        rollbacks = self.progress.rollbacks + 1
+        reason = f"run {self.progress.run} epoch {self.progress.epoch}: most gradients are not finite"
         if rollbacks > MAX_ROLLBACKS:
             raise ExitProgram(EXIT_SETTING, f"{reason}, after {MAX_ROLLBACKS} rollbacks: lower learning_rate")
-        log.warning(
-            f"{reason}; back to the newest checkpoint, with {0.5**rollbacks:.3g} of the learning rate"
-        )
+        log.warning(f"{reason}; back to the newest checkpoint, at {0.5**rollbacks:.3g} of the learning rate")
         self._writer.finish()
         self.progress, self._saved = self._find_checkpoint()
         self.progress.rollbacks = rollbacks
-        self._has_trainer = False
-        del self.trainer  # the next one needs its memory
+        self._exam, self._trainer = Exam(), None
+        gc.collect()  # compiled code refers to the weights in a circle
+        torch.cuda.empty_cache()
 
     # --- parts --------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> tuple[TrainingProgress, Checkpoint | None]:
-        """Return the training's progress and its newest checkpoint, None at its beginning (all ranks).
-
-        Raises:
-            ExitProgram: the checkpoint is of another model; nothing is overwritten.
-        """
+        """Return the training's progress and its newest checkpoint, None at its beginning (all ranks)."""
         settings, saved = self.settings, checkpoint.newest_for_all(self._folder, self.ranks)
         if saved is None:
             return TrainingProgress(), None
@@ -240,11 +242,9 @@ class Job:
         return progress, saved
 
     def _make_trainer(self, market: Market) -> Trainer:
-        try:
+        with heartbeat_thread(COMPILER_SECONDS):
             plan = plan_memory(self.settings, market.num_bytes, self.ranks)
             trainer = Trainer(market, self.settings, self.ranks, plan, self.progress, self._saved)
-        except DoesNotFit as error:
-            raise ExitProgram(EXIT_DOES_NOT_FIT, f"This training does not fit: {error}") from error
         trainer.on_phase = self._phases.now
         trainer.log_sizes()
         return trainer

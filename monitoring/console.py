@@ -81,11 +81,11 @@ class Console:
         self._state = DashboardState()
         self._screen: Screen | None = None
         self._watch = health.Watch()
+        self._telemetry = Telemetry(log_dir, prometheus_port) if log_dir else None
         self._handler = _Handler(self)
         log.addHandler(self._handler)
         log.setLevel(logging.DEBUG)
         log.propagate = False  # a library that configures the root logger would print every line again
-        self._telemetry = Telemetry(log_dir, prometheus_port) if log_dir else None
 
     def __enter__(self) -> Console:
         return self
@@ -217,8 +217,13 @@ class Console:
         state.checkpoint_every = settings.checkpoint_every
         state.keep_checkpoints = settings.keep_checkpoints
         frame = _Frame(state, Painter(self._rich), control, Path(settings.checkpoint_dir))
-        self._screen = Screen(self._stream, frame, control.report_screen)
-        self._screen.open()
+        screen = Screen(self._stream, frame, control.report_screen)
+        try:
+            screen.open()
+        except OSError as error:
+            log.warning(f"no dashboard: {error}")
+            return
+        self._screen = screen
 
     def phase(self, name: str) -> None:
         """Show the training's phase on the dashboard."""

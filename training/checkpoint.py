@@ -140,7 +140,7 @@ class Checkpoint:
         """
         path = self.path
         if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(self.model)):
-            raise CheckpointError(f"{path} was not saved: its weights are not finite. Training continues.")
+            raise CheckpointError(f"{path} was not saved: its weights are not finite")
         assert self.resume is not None
         weights = {"format": FORMAT} | {key: getattr(self, key) for key in _WEIGHTS_KEYS}
         resume = {key: getattr(self.resume, key) for key in _keys(ResumeState)}
@@ -150,7 +150,7 @@ class Checkpoint:
             write_atomically(self._resume_path, lambda file: torch.save(resume, file))
             write_atomically(path, lambda file: torch.save(weights, file))
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} was not saved: {_reason(error)}. Training continues.") from error
+            raise CheckpointError(f"{path} was not saved: {_reason(error)}") from error
         try:
             prune(path.parent, keep)
         except OSError as error:
@@ -176,6 +176,10 @@ class Checkpoint:
 
     def mismatch(self, settings: Settings) -> str:
         """Return why training cannot resume from it with these settings and features, "" if it can."""
+        with same_version(self.path):
+            return self._mismatch(settings)
+
+    def _mismatch(self, settings: Settings) -> str:
         for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
             if self.config[name] != getattr(settings, name):
                 return (
@@ -353,7 +357,7 @@ def newest_for_all(folder: Path, ranks: Ranks) -> Checkpoint | None:
         return None
     if not ranks.is_first:
         saved = named(folder, name)
-    if len(set(ranks.gather(saved.transitions if saved else None))) > 1:
+    if len(set(ranks.gather((saved.transitions, saved.resume is None) if saved else None))) > 1:
         saved = ranks.broadcast(saved)
     return saved
 

@@ -102,6 +102,7 @@ class CheckpointWriter:
         if not self._wanted:
             return
         self.finish()
+        self.last_save_failed = False
         self._writing = self._thread.submit(self._write, self._snapshot.take(checkpoint))
 
     def finish(self) -> str:
@@ -115,9 +116,9 @@ class CheckpointWriter:
         try:
             checkpoint.save(self._keep)
         except CheckpointError as error:
-            log.warning(str(error))
-            self.newest, self.last_save_failed = f"not saved: {error}", True
+            log.warning(f"{error}. Training continues.")
+            self.newest, self.last_save_failed = str(error), True
             return
         log.info(f"Saved {checkpoint.path}")
         self._on_saved(checkpoint)
-        self.newest, self.last_save_failed = str(checkpoint.path), False
+        self.newest = str(checkpoint.path)

@@ -101,12 +101,12 @@ def compile_objective(
     try:
         dry_run(objective, num_segments, context_bars, horizon, ranks)
     except torch.OutOfMemoryError:
-        _uncompile(objective)
+        uncompile(objective)
         raise
     except CompilerErrors as error:
         reason = _describe(error)
     if ranks.any(bool(reason)):
-        _uncompile(objective)
+        uncompile(objective)
         return reason or "it failed on another rank"
     return ""
 
@@ -157,8 +157,9 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {reason.splitlines()[0]}"
 
 
-def _uncompile(objective: Objective) -> None:
+def uncompile(objective: Objective) -> None:
+    """Undo ``compile_objective``."""
     for module in objective.policy.trunk.modules():
         vars(module).pop("forward", None)  # the class has its own
-    del objective.after_trunk
+    vars(objective).pop("after_trunk", None)
     torch._dynamo.reset()

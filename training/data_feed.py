@@ -305,7 +305,7 @@ def refresh_command(settings: Settings, flags: Sequence[str]) -> list[str] | Non
 
     ``flags`` give the program the same settings.
     """
-    if set(settings.sources) == {"simulated"}:
+    if not data_request(settings, time.time_ns()).needs_lake:
         return None
     return [sys.executable, "-P", background_process.__file__, "data", "--background", *flags]
 

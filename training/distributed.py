@@ -39,6 +39,9 @@ class Ranks:
     device: torch.device
     cpu_group: Any = None  # a gloo group on the CPU: flags and objects, which never wait for the GPU
 
+    def __str__(self) -> str:
+        return f"{self.world_size} x {self.device.type}"
+
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which downloads, prints and saves."""

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, same_version
 
 
 @dataclass
@@ -25,7 +25,8 @@ class TrainingProgress:
         """Return the progress that a checkpoint was saved with."""
         progress = TrainingProgress(saved.run, saved.epoch, saved.transitions)
         if saved.resume:
-            progress = TrainingProgress(**saved.resume.clock)
+            with same_version(saved.path):
+                progress = TrainingProgress(**saved.resume.clock)
         progress.trained_until_ns = max(progress.trained_until_ns, saved.trained_until_ns)
         return progress
 

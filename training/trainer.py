@@ -19,7 +19,7 @@ from envs.trading_env import TradingEnv
 from models.policy import Policy, uses_bf16
 from models.transformer import TransformerConfig
 from training.checkpoint import Checkpoint, ResumeState, name_of
-from training.compilation import compile_accounts, compile_objective, dry_run
+from training.compilation import compile_accounts, compile_objective, dry_run, uncompile
 from training.distributed import Ranks
 from training.learner import Learner
 from training.losses import Objective
@@ -101,7 +101,7 @@ class Trainer:
             log.warning(f"not all is compiled, so training is somewhat slower: {self.not_compiled}")
         log.info(
             f"Policy: {num_parameters:,} parameters, trunk in {'bf16' if self.policy.bf16 else 'fp32'}, on "
-            f"{ranks.world_size} x {ranks.device.type}; {settings.envs_per_gpu * ranks.world_size:,} accounts; "
+            f"{ranks}; {settings.envs_per_gpu * ranks.world_size:,} accounts; "
             f"{self.transitions_per_step:,} transitions per optimizer step, "
             f"{self.learner.micro_batch_segments} segments per micro-batch; "
             f"{self.flops_per_transition() / 1e9:.3g} GFLOP per transition"
@@ -137,6 +137,7 @@ class Trainer:
             return plan
         log.warning(f"the GPU's memory was full with {plan}; half the micro-batch is tried")
         plan = plan.smaller()
+        uncompile(self.objective)
         try:
             self._compile_and_run(plan)
         except torch.OutOfMemoryError as error:

@@ -150,7 +150,7 @@ def test_pruning_ignores_files_that_are_already_gone(tmp_path: Path, monkeypatch
 
 def test_a_folder_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"was not saved: .*Training continues\."):
+    with pytest.raises(CheckpointError, match=r"was not saved: "):
         save(tmp_path / "file", 1, 1)
 
 

@@ -86,22 +86,22 @@ def test_a_source_that_hangs_costs_the_next_run_seconds_and_is_said(
     assert before <= ahead.take() <= time.time_ns()
     assert is_gone(child)
     assert caplog.messages == [
-        "the refresh in the background is not done; this run takes the bars that have arrived"
+        "the background refresh is not done; this run takes the bars that have arrived"
     ]
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
-    [("raise KeyError('x')", "KeyError: 'x'"), ("", "it said nothing"), ("print('{}')", "{}")],
+    ("code", "expected"),
+    [("raise KeyError('x')", "KeyError: 'x'"), ("", "it printed nothing"), ("print('{}')", "{}")],
 )
 def test_a_failure_is_one_warning_and_the_caller_refreshes_itself(
-    start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture, code: str, told: str
+    start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture, code: str, expected: str
 ) -> None:
     ahead = start(code)
     ahead.after_epoch(5)
     child_of(ahead).wait(60)
     assert ahead.take() == 0
-    assert caplog.messages == [f"the refresh in the background failed: {told}"]
+    assert caplog.messages == [f"the background refresh failed: {expected}"]
 
 
 def test_a_program_that_cannot_be_started_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
