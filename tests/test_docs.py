@@ -100,6 +100,45 @@ def test_every_file_that_is_named_exists(document: Path) -> None:
                 assert (ROOT / word).exists(), word
 
 
+def test_the_readme_shows_every_package_and_no_other() -> None:
+    (tree,) = re.findall(r"^```\n(continuous_training\.py .*?)^```", text_of(ROOT / "README.md"), re.M | re.S)
+    shown, parents = set(), [""]
+    for line in tree.splitlines():
+        indent, name, what = re.fullmatch(r"( *)(\S+?)/?  +(\S.*)", line).groups()  # type: ignore[union-attr]
+        parents = [*parents[: len(indent) // 2 + 1], name]
+        shown.add("/".join(parents[1:]))
+        assert what, name
+    packages = {
+        name_of(init.parent) for package in PACKAGES for init in (ROOT / package).rglob("__init__.py")
+    }
+    assert shown == packages | {"continuous_training.py", "tests", "benchmarks", "docs"}
+
+
+def test_contributors_are_led_to_files_that_hold_the_named_symbols() -> None:
+    text = text_of(ROOT / "CONTRIBUTING.md")
+    rows = table_rows(text, "| to change | look in | and |")
+    for what, places, _ in rows:
+        found = re.findall(r"`([\w/]+\.py)`(?: \(`(\w+)`\))?", places)
+        assert found, what
+        for file, symbol in found:
+            assert not symbol or symbol in names_defined_in(ROOT / file), (what, file, symbol)
+    first = text.split("## Read these ten files first")[1].split("\n## ")[0]
+    files = re.findall(r"^\d+\. `(\S+)`: .+\.$", first, re.M)
+    assert len(files) == 10 and all((ROOT / file).is_file() for file in files)
+
+
+def names_defined_in(source: Path) -> set[str]:
+    """Names of the functions, classes and constants at the top of a module."""
+    names = set()
+    for node in ast.parse(text_of(source)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
 # --- commands and flags -------------------------------------------------------------------------------------
 
 
