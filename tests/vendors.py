@@ -1,4 +1,4 @@
-"""Three vendors on loopback that know the same market up to this minute, and a program of its own beside them."""
+"""Three vendors on loopback with one market up to this minute, and a copy of the program."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def midnight_ns(day: dt.date) -> int:
 
 
 class Vendors:
-    """Polygon, Binance and Yahoo. Polygon's newest stock file is not out before ``publish`` puts it there.
+    """Polygon, Binance and Yahoo. Polygon's newest stock file is out only after ``publish``.
 
     AAPL was split in the middle of the time: Polygon's prices jump there, Yahoo's are adjusted. MSFT has both
     sources, NVDA only Yahoo. JNJ, NEWUSDT and X:SOL-USD have under 2,000 bars.
@@ -51,7 +51,7 @@ class Vendors:
         self.polygon.empty()
         self.binance = BinanceNow(0, ("BTCUSDT", "ETHUSDT", "NEWUSDT"))
         self.binance.listed_ns["NEWUSDT"] = time.time_ns() - 1200 * MINUTE_NS
-        # Of today Yahoo knows nothing: the stories go the same way whether or not New York is open.
+        # Yahoo has nothing of today: the tests run alike whether or not New York is open.
         self.yahoo = YahooServer(midnight_ns(TODAY), ("AAPL", "MSFT", "NVDA"))
         self.sessions = self.yahoo.sessions(midnight_ns(SINCE), midnight_ns(TODAY))
         self.days = [
@@ -90,7 +90,7 @@ class Vendors:
         self.polygon.put(key_of(day, STOCKS), day_file(lines))
 
     def publish(self) -> None:
-        """Let Polygon's newest day file appear."""
+        """Publish Polygon's newest day file."""
         self._put_stocks(len(self.days) - 1, ("AAPL", "MSFT"), self.days[-1])
 
     @property
@@ -112,14 +112,14 @@ class Vendors:
         return len(self.polygon.log) + len(self.binance.requests) + len(self.yahoo.requests)
 
     def zips(self) -> list[str]:
-        """Archive files of Binance that were asked for, without their checksums."""
+        """Requested archive files of Binance, without their checksums."""
         return [path for path in self.binance.requests if path.endswith(".zip")]
 
     def klines(self) -> list[str]:
         return [path for path in self.binance.requests if "/klines?" in path]
 
     def minutes(self) -> list[str]:
-        """Yahoo's charts of minutes that were asked for."""
+        """Requested charts of minutes from Yahoo."""
         return [path for path in self.yahoo.requests if "interval=1m" in path]
 
 
@@ -144,12 +144,12 @@ def program_with_keys(folder: Path, addresses: dict[str, str]) -> Path:
 
 
 def environment_of_a_user(**additions: str) -> dict[str, str]:
-    """Return an environment that leaves keys and addresses to the .env, but for ``additions``."""
+    """Return an environment without keys and addresses, which .env has, except for ``additions``."""
     return {name: value for name, value in environment().items() if name not in NAMES_IN_ENV} | additions
 
 
 def closed_port() -> str:
-    """Return an address at which nobody listens."""
+    """Return an address without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"

@@ -15,7 +15,7 @@ __all__ = ["DAY_NS", "flat", "ns", "read", "table", "walk", "with_values"]
 
 
 def ns(text: str) -> int:
-    """Give the instant "2026-11-20 14:30" (UTC) as int64 ns."""
+    """Return the instant "2026-11-20 14:30" (UTC) as int64 ns."""
     moment = datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC)
     return int(moment.timestamp()) * 1_000_000_000
 
@@ -37,10 +37,10 @@ def walk(symbol: str, start_ns: int, num_bars: int, *, seed: int = 0, price: flo
 
 
 def table(symbol, open_time, opened, high, low, close, volume) -> pa.Table:
-    """Put columns together; ``symbol`` is one name for all or one per row."""
+    """Return columns as a table; ``symbol`` is one name for all rows or one per row."""
     names = [symbol] * len(open_time) if isinstance(symbol, str) else symbol
     columns = [np.asarray(open_time, np.int64)]
-    columns += [np.asarray(each, np.float64) for each in (opened, high, low, close, volume)]
+    columns += [np.asarray(values, np.float64) for values in (opened, high, low, close, volume)]
     return pa.table(
         [pa.array(names, pa.string()), *columns],
         names=["symbol", "open_time", "open", "high", "low", "close", "volume"],
@@ -57,7 +57,7 @@ def with_values(given: pa.Table, rows, **columns) -> pa.Table:
 
 
 def flat(prices, start_ns: int, symbol: str = "AAA", volume: float = 10.0) -> pa.Table:
-    """Make bars whose open, high, low and close are one price each."""
+    """Return bars whose open, high, low and close are one price."""
     prices = np.asarray(prices, np.float64)
     time = start_ns + np.arange(len(prices)) * MINUTE_NS
     return table(symbol, time, prices, prices, prices, prices, np.full(len(prices), volume))

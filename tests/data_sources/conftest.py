@@ -10,7 +10,7 @@ import pytest
 from data_sources.lake.lake import Lake
 from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon_refresh import Polygon
-from tests.data_sources.vendors.polygon_desk import KEY_ID, SECRET
+from tests.data_sources.vendors.polygon_harness import KEY_ID, SECRET
 from tests.data_sources.vendors.s3_server import S3Server
 
 

@@ -24,22 +24,22 @@ from data_sources.vendors.polygon_refresh import Polygon
 QUICK = RetryPolicy(read_seconds=20, total_seconds=30, backoff_seconds=0.01, attempts=2)
 
 
-def run(asked: dict) -> int:
-    if asked.get("largest_file"):  # the operating system lets no file grow beyond it, as on a full disk
+def run(job: dict) -> int:
+    if job.get("largest_file"):  # no file may grow beyond it, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest_file"],) * 2)
-    symbols = {"stocks": asked["stocks"], "binance_pairs": asked["pairs"]}
-    request = DataRequest(("polygon", "binance"), symbols, asked["start_ns"], asked["now_ns"])
-    binance = Binance(asked["binance"], asked["binance"], policy=QUICK)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
+    symbols = {"stocks": job["stocks"], "binance_pairs": job["pairs"]}
+    request = DataRequest(("polygon", "binance"), symbols, job["start_ns"], job["now_ns"])
+    binance = Binance(job["binance"], job["binance"], policy=QUICK)
     with (
-        patch.object(Polygon, "from_environment", lambda: Polygon("key", "secret", asked["s3"], QUICK)),
+        patch.object(Polygon, "from_environment", lambda: Polygon("key", "secret", job["s3"], QUICK)),
         patch.object(Binance, "from_environment", lambda: binance),
     ):
-        reports = refresh(Lake(Path(asked["root"])), request, asked["now_ns"], NullProgress())
+        reports = refresh(Lake(Path(job["root"])), request, job["now_ns"], NullProgress())
     return 0 if all(report.status == "ok" for report in reports.values()) else 1
 
 
-def say(number: int) -> None:
+def answer(number: int) -> None:
     sys.stdout.write(f"{number}\n")
     sys.stdout.flush()
 
@@ -53,9 +53,9 @@ def main() -> None:
                 code = run(json.loads(line))
             finally:
                 os._exit(code)
-        say(child)
+        answer(child)
         _, status = os.waitpid(child, 0)
-        say(os.waitstatus_to_exitcode(status))
+        answer(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

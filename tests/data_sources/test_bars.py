@@ -12,7 +12,7 @@ def bars_of(given, symbol="AAA", asset_class="stock"):
 
 
 def broken(name, place, value):
-    columns = {each: walk("AAA", START, 10)[each].to_numpy().copy() for each in COLUMNS}
+    columns = {name: walk("AAA", START, 10)[name].to_numpy().copy() for name in COLUMNS}
     columns[name][place] = value
     return columns
 

@@ -1,4 +1,4 @@
-"""kill -9 at random instants of a refresh: the lake verifies, no earned bar is lost, the next refresh completes.
+"""kill -9 at random instants of a refresh: the lake verifies, no kept bar is lost, the next refresh completes.
 
 KILLS=50 makes it fifty instants instead of twelve.
 """
@@ -24,7 +24,7 @@ from data_sources.lake.lake import Lake
 from tests.data_sources.bar_tables import read
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.data_sources.vendors.loopback import ns
-from tests.data_sources.vendors.polygon_desk import DAYS, closes, expected_closes, put_days
+from tests.data_sources.vendors.polygon_harness import DAYS, closes, expected_closes, put_days
 from tests.data_sources.vendors.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +36,8 @@ START_NS, NOW_NS = ns("2026-11-15T00:00"), ns("2026-11-22T12:00:30")
 class Refreshes:
     """Refreshes in processes of their own, one at a time."""
 
-    def __init__(self, asked: dict[str, object]) -> None:
-        self.asked = asked
+    def __init__(self, job: dict[str, object]) -> None:
+        self.job = job
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.data_sources.refresh_forks"],
             cwd=ROOT,
@@ -53,7 +53,7 @@ class Refreshes:
     def run(self, root: Path, kill_after: float | None = None, **more: object) -> int:
         """Return the exit code, -9 when the kill came before the end."""
         assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(self.asked | {"root": str(root)} | more) + "\n")
+        self._server.stdin.write(json.dumps(self.job | {"root": str(root)} | more) + "\n")
         self._server.stdin.flush()
         child = self._line()
         killer = threading.Timer(kill_after or 0.0, lambda: os.kill(child, signal.SIGKILL))
@@ -81,8 +81,8 @@ def refreshes(binance: BinanceServer) -> Iterator[Refreshes]:
     s3 = S3Server()
     s3.empty()
     put_days(s3, STOCKS)
-    asked = {"s3": s3.endpoint, "binance": binance.url, "stocks": STOCKS, "pairs": PAIRS}
-    running = Refreshes(asked | {"start_ns": START_NS, "now_ns": NOW_NS})
+    job = {"s3": s3.endpoint, "binance": binance.url, "stocks": STOCKS, "pairs": PAIRS}
+    running = Refreshes(job | {"start_ns": START_NS, "now_ns": NOW_NS})
     yield running
     running.stop()
     s3.stop()
@@ -121,17 +121,17 @@ def test_killed_at_random_instants_a_refresh_loses_nothing_and_the_next_one_comp
         lake = Lake(root)
         assert lake.verify() == []
         kept = held(lake)
-        assert kept.items() <= whole.items()  # only whole parts, each with what belongs into it
+        assert kept.items() <= whole.items()  # only whole parts
         num_empty_handed += not kept
         if code == 0 or num_killed % 3 == 0:
-            assert refreshes.run(root) == 0  # the lock is free, and only what lacks is fetched
+            assert refreshes.run(root) == 0  # the lock is free, and only missing parts are fetched
             assert_complete(Lake(root), binance)
             assert list(root.rglob("*.tmp")) == []
             shutil.rmtree(root)
     assert num_empty_handed < num_killed  # instants within the refresh, not before it
 
 
-def test_what_a_killed_refresh_has_kept_is_not_asked_for_again(
+def test_what_a_killed_refresh_kept_is_not_fetched_again(
     refreshes: Refreshes, binance: BinanceServer, tmp_path: Path
 ) -> None:
     assert refreshes.run(tmp_path / "lake") == 0

@@ -82,11 +82,11 @@ def raises(error):
 def test_a_source_without_key_is_skipped_in_the_words_of_the_documents_by_the_real_source(lake, monkeypatch):
     monkeypatch.delenv("POLYGON_S3_ACCESS_KEY", raising=False)
     monkeypatch.delenv("POLYGON_S3_SECRET_KEY", raising=False)
-    told = Warnings()
-    report = refresh(lake, request_for("polygon"), NOW, told)["polygon"]
+    warnings = Warnings()
+    report = refresh(lake, request_for("polygon"), NOW, warnings)["polygon"]
     assert report.status == "skipped"
     assert report.message == "Polygon skipped: POLYGON_S3_ACCESS_KEY is not set, see .env.example"
-    assert told.texts == [("polygon", report.message)]
+    assert warnings.texts == [("polygon", report.message)]
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,15 @@ def test_a_source_without_key_is_skipped_in_the_words_of_the_documents_by_the_re
         (KeyError("data\nof two lines"), "KeyError: 'data\\nof two lines'"),
     ],
 )
-def test_a_source_that_fails_says_why_and_what_is_kept_and_the_others_still_arrive(lake, error, text):
+def test_a_failed_source_reports_why_and_what_is_kept_and_the_others_still_arrive(lake, error, text):
     put(lake, "binance", "BTCUSDT", walk("BTCUSDT", START, 1440))
     sources = fakes(
         binance=raises(error),
         yahoo=writes("yahoo", "AAPL", session("AAPL", 16)),
         polygon=raises(MissingCredentials("POLYGON_S3_ACCESS_KEY is not set, see .env.example")),
     )
-    told = Warnings()
-    reports = refresh(lake, request_for("polygon", "binance", "yahoo"), NOW, told, sources=sources)
+    warnings = Warnings()
+    reports = refresh(lake, request_for("polygon", "binance", "yahoo"), NOW, warnings, sources=sources)
     assert {source: report.status for source, report in reports.items()} == {
         "polygon": "skipped",
         "binance": "failed",
@@ -119,20 +119,20 @@ def test_a_source_that_fails_says_why_and_what_is_kept_and_the_others_still_arri
     assert failed.message == f"Binance failed: {text}; 1,440 bars up to 2026-11-21 00:00 UTC are kept"
     assert (failed.rows, failed.newest_ns) == (1440, NOW)
     assert reports["yahoo"].message == "Yahoo ok: 390 bars up to 2026-11-21 00:00 UTC are kept"
-    assert [source for source, _ in told.texts] == ["polygon", "binance"]
+    assert [source for source, _ in warnings.texts] == ["polygon", "binance"]
     assert len(load(lake, request_for("binance", "yahoo")).bars) == 2
 
 
-def test_a_failing_source_with_nothing_in_the_lake_says_so(lake):
+def test_a_failing_source_with_nothing_in_the_lake_is_reported_as_that(lake):
     sources = fakes(yahoo=raises(BadAnswer("no")))
     report = refresh(lake, request_for("yahoo"), NOW, NullProgress(), sources=sources)["yahoo"]
     assert report.message == "Yahoo failed: no; nothing is kept of it yet"
     assert (report.rows, report.newest_ns) == (0, None)
 
 
-def test_a_lake_held_by_another_writer_fails_every_source_and_ends_nothing(lake):
+def test_a_lake_locked_by_another_writer_fails_every_source_and_ends_nothing(lake):
     put(lake, "yahoo", "AAPL", session("AAPL", 16))
-    never = raises(AssertionError("must not be asked"))
+    never = raises(AssertionError("must not be called"))
     sources = fakes(yahoo=never, binance=never)
     with Lake(lake.root).writing():
         reports = refresh(lake, request_for("yahoo", "binance"), NOW, NullProgress(), sources=sources)
@@ -156,7 +156,7 @@ def test_an_interrupt_leaves_the_refresh_and_frees_the_lock(lake):
         pass
 
 
-def test_sources_are_handed_the_request_the_clock_and_the_split_ledger(lake):
+def test_sources_get_the_request_the_time_and_the_split_ledger(lake):
     def update(given_lake, request, now_ns, progress, splits):
         assert (given_lake, request.symbols["stocks"], now_ns) == (lake, ("AAPL",), NOW)
         splits.update("AAPL", [Split(datetime.date(2026, 11, 18), 4.0)])
@@ -174,7 +174,7 @@ def test_an_unknown_source_is_refused_by_name():
 # ------------------------------------------------------------------------------------------- load
 
 
-def test_an_empty_lake_gives_no_bars_and_says_so_of_every_symbol(lake):
+def test_an_empty_lake_gives_no_bars_and_a_reason_for_every_symbol(lake):
     data = load(lake, request_for("polygon", "binance", "yahoo"))
     assert data.bars == []
     assert data.dropped == {"AAPL": "no bars", "BTCUSDT": "no bars", "X:BTC-USD": "no bars"}
@@ -271,7 +271,7 @@ def test_raw_polygon_and_adjusted_yahoo_meet_on_one_scale_after_a_split(lake):
     )
 
 
-def test_a_split_that_nobody_reported_is_flagged_by_the_two_sources_and_by_the_jump(lake):
+def test_an_unreported_split_is_flagged_by_the_two_sources_and_by_the_jump(lake):
     monday, tuesday = (
         scaled(flat([100.0] * 390, MONDAY_OPEN, "AAPL"), 10),
         flat([100.0] * 390, MONDAY_OPEN + DAY_NS, "AAPL", 100.0),
@@ -316,14 +316,14 @@ def test_a_bad_tick_at_the_edge_of_a_part_is_found_when_its_neighbours_are_known
     for day in (0, 1):
         span = {"start_ns": START + day * DAY_NS, "end_ns": START + (day + 1) * DAY_NS}
         part = put(lake, "binance", "BTCUSDT", spiked.slice(1440 * day, 1440), unit=f"u{day}", **span)
-        assert part.rejected == {}  # the first bar of a part: nothing proves it wrong yet
+        assert part.rejected == {}  # as the first bar of a part it cannot be judged yet
     data = load(lake, request_for("binance"))
     assert START + DAY_NS not in data.bars[0].open_time
     assert data.rows[0].rejected == {"bad_tick": 1}
     assert data.rows[0].num_gaps == 1
 
 
-def test_rejected_rows_are_counted_per_symbol_and_unfinished_minutes_are_no_fault(lake):
+def test_rejected_rows_are_counted_per_symbol_and_unfinished_minutes_are_not(lake):
     btc = with_values(walk("BTCUSDT", START, 1440), [7, 8], close=np.nan)
     part = put(lake, "binance", "BTCUSDT", btc, now_ns=START + 1440 * MINUTE_NS)
     assert part.rejected == {"not_closed": 1, "not_finite": 2}
@@ -391,7 +391,7 @@ def test_loading_takes_little_memory_beside_the_bars_themselves(lake):
     for pair in pairs:
         put(lake, "binance", pair, walk(pair, START, 40_000), now_ns=end + DAY_NS, end_ns=end)
     request = request_for("binance", symbols={"binance_pairs": pairs}, end_ns=end)
-    load(lake, request)  # what is imported and cached at first use
+    load(lake, request)  # warms imports and caches
     pools = pa.total_allocated_bytes()
     tracemalloc.start()
     try:
@@ -402,4 +402,4 @@ def test_loading_takes_little_memory_beside_the_bars_themselves(lake):
     size = sum(getattr(bars, name).nbytes for bars in data.bars for name in COLUMNS)
     assert size == 8 * 40_000 * 48
     assert peak < 1.5 * size
-    assert pa.total_allocated_bytes() == pools  # no Arrow buffer is held by the result
+    assert pa.total_allocated_bytes() == pools  # the result keeps no Arrow buffer

@@ -22,7 +22,7 @@ def test_the_market_is_the_same_all_day_and_more_symbols_leave_the_first_as_they
 def test_seeds_and_symbols_are_different_markets():
     a, b = simulated_bars(2, 2000, 0, END)
     (c,) = simulated_bars(1, 2000, 1, END)
-    returns = [np.diff(np.log(each.close)) for each in (a, b, c)]
+    returns = [np.diff(np.log(bars.close)) for bars in (a, b, c)]
     assert abs(np.corrcoef(returns) - np.eye(3)).max() < 0.1
 
 

@@ -65,7 +65,7 @@ def is_same(one, other):
     )
 
 
-def test_a_copy_is_what_loading_gives_accounts_and_fingerprint_included(lake):
+def test_a_snapshot_is_what_loading_returns_rows_and_fingerprint_included(lake):
     loaded, copied = (
         load(lake, request_for()),
         snapshot.open_snapshot(snapshot.provide(lake, request_for())),
@@ -80,7 +80,7 @@ def test_a_copy_is_what_loading_gives_accounts_and_fingerprint_included(lake):
     assert copied.dropped == {"FEWUSDT": "100 bars, fewer than 2,000"}
 
 
-def test_a_run_that_is_resumed_gets_its_own_bars_back_although_the_lake_has_learned_more(lake):
+def test_a_resumed_run_gets_its_own_bars_although_the_lake_has_new_ones(lake):
     first = snapshot.provide(lake, request_for())
     before = load(lake, request_for())
     put(lake, "AAAUSDT", seed=77)
@@ -102,12 +102,12 @@ def test_bars_are_views_of_the_mapped_file_and_writing_to_them_stays_in_the_proc
     assert path.read_bytes() == content
 
 
-def test_making_a_copy_takes_little_memory_beside_one_symbol(lake):
+def test_writing_a_snapshot_takes_little_memory_beside_one_symbol(lake):
     pairs = [f"P{number}USDT" for number in range(8)]
     for pair in pairs:
         put(lake, pair)
     request = request_for(symbols={"binance_pairs": pairs})
-    load(lake, request)  # what is imported and cached at first use
+    load(lake, request)  # warms imports and caches
     tracemalloc.start()
     try:
         path = snapshot.provide(lake, request)
@@ -119,7 +119,7 @@ def test_making_a_copy_takes_little_memory_beside_one_symbol(lake):
 
 @pytest.mark.parametrize("place", [0, 4, 40, 100, 5_000, -3, -15, -200])
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
-def test_damage_anywhere_is_found_by_verify_and_the_copy_made_again(lake, suffix, place):
+def test_damage_anywhere_is_found_by_verify_and_the_snapshot_written_again(lake, suffix, place):
     path = snapshot.provide(lake, request_for())
     assert snapshot.verify(lake) == []
     content = bytearray(path.with_suffix(suffix).read_bytes())
@@ -132,7 +132,7 @@ def test_damage_anywhere_is_found_by_verify_and_the_copy_made_again(lake, suffix
 
 @pytest.mark.parametrize("kept_bytes", [0, 7, 1_000, -1])
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
-def test_a_copy_that_was_cut_is_not_opened_and_made_again(lake, suffix, kept_bytes):
+def test_a_truncated_snapshot_is_not_opened_and_written_again(lake, suffix, kept_bytes):
     path = snapshot.provide(lake, request_for())
     half = path.with_suffix(suffix)
     half.write_bytes(half.read_bytes()[:kept_bytes])
@@ -142,7 +142,7 @@ def test_a_copy_that_was_cut_is_not_opened_and_made_again(lake, suffix, kept_byt
     assert is_same(snapshot.open_snapshot(again), load(lake, request_for()))
 
 
-def test_the_oldest_copies_go(lake):
+def test_the_oldest_snapshots_are_removed(lake):
     paths = [
         snapshot.provide(lake, request_for(end_ns=END - number * MINUTE_NS), kept_snapshots=2)
         for number in range(4)
@@ -152,7 +152,7 @@ def test_the_oldest_copies_go(lake):
     assert len(copies(lake)) == 3
 
 
-def test_a_refresh_leaves_a_copy_alone_that_is_being_written(lake):
+def test_a_refresh_leaves_a_snapshot_alone_that_is_being_written(lake):
     folder = lake.root / READY_FOLDER
     folder.mkdir()
     (folder / ".a.npy.1-ab.tmp").write_bytes(b"half")
@@ -161,7 +161,7 @@ def test_a_refresh_leaves_a_copy_alone_that_is_being_written(lake):
     assert files(lake) == [".a.npy.1-ab.tmp"]
 
 
-def test_a_full_disk_is_a_lake_error_that_leaves_nothing_behind(lake):
+def test_a_full_disk_is_a_lake_error_that_leaves_no_file(lake):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -172,7 +172,7 @@ def test_a_full_disk_is_a_lake_error_that_leaves_nothing_behind(lake):
     assert files(lake) == []
 
 
-def test_half_a_snapshot_is_none(lake):
+def test_half_a_snapshot_does_not_count(lake):
     for suffix in (".npy", ".jsonl"):
         path = snapshot.provide(lake, request_for())
         path.with_suffix(suffix).unlink()
@@ -182,7 +182,7 @@ def test_half_a_snapshot_is_none(lake):
         assert is_same(snapshot.open_snapshot(path), load(lake, request_for()))
 
 
-def test_copies_of_the_former_format_are_removed(lake):
+def test_snapshots_of_the_former_format_are_removed(lake):
     folder = lake.root / READY_FOLDER
     folder.mkdir()
     (folder / "0123456789ab-0123456789ab-0123456789abcdef.bars").write_bytes(b"BARS")

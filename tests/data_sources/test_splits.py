@@ -97,7 +97,7 @@ def test_an_odd_ratio_counts_only_if_the_prices_jumped_by_it(tmp_path, ratio, cl
         assert ledger.adjust(jumped).close[0] == pytest.approx(jumped.close[0] / ratio)
 
 
-def test_the_ledger_outlives_the_process_and_an_empty_answer_takes_nothing_away(tmp_path):
+def test_the_ledger_outlives_the_process_and_an_empty_answer_removes_nothing(tmp_path):
     SplitLedger(tmp_path).update("NVDA", [Split(datetime.date(2024, 6, 10), 10.0)])
     SplitLedger(tmp_path).update("NVDA", [])
     SplitLedger(tmp_path).update("NVDA", [Split(datetime.date(2021, 7, 20), 4.0)])
@@ -132,19 +132,19 @@ def test_a_ledger_that_cannot_be_written_is_a_lake_error_and_unchanged(tmp_path)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -2.0, float("nan"), float("inf")])
-def test_a_ratio_that_cannot_be_is_refused(ratio):
+def test_an_impossible_ratio_is_refused(ratio):
     with pytest.raises(ValueError, match="finite and above zero"):
         Split(DATE, ratio)
 
 
 @pytest.mark.parametrize("ratio", [2.0, 3.0, 10.0, 50.0, 0.5, 0.1])
-def test_a_forgotten_split_is_flagged_with_its_ratio_and_first_new_bar(ratio):
+def test_a_missing_split_is_flagged_with_its_ratio_and_first_new_bar(ratio):
     found = suspect_splits(two_sessions(ratio))
-    assert [(each.symbol, each.open_time) for each in found] == [("AAA", OPEN + DAY_NS)]
+    assert [(jump.symbol, jump.open_time) for jump in found] == [("AAA", OPEN + DAY_NS)]
     assert found[0].ratio == pytest.approx(ratio)
 
 
-def test_moves_that_are_no_split_are_not_flagged():
+def test_moves_that_are_not_splits_are_not_flagged():
     assert suspect_splits(two_sessions(1.0)) == []
     assert suspect_splits(two_sessions(1.7)) == []  # no common ratio
     assert suspect_splits(two_sessions(10.0, volume_ratio=0.2)) == []  # volume fell, too
@@ -168,7 +168,7 @@ def test_the_regular_session_follows_new_yorks_clock_over_daylight_saving(day, f
     assert np.unique(new_york_time(kept) // DAY_NS).tolist() == [ns(f"{day} 00:00") // DAY_NS]
 
 
-def test_the_calendar_knows_half_days_and_closures_and_says_when_it_does_not_know():
+def test_the_calendar_has_half_days_and_closures_and_returns_none_beyond_its_end():
     minutes = expected_minutes(ns("2024-11-23 00:00"), ns("2026-11-23 00:00"))
     assert len(minutes) == 193_710
     assert in_regular_session(minutes).all()

@@ -1,4 +1,4 @@
-"""``top:N``: who counts in which month, that nothing later decides, and that no day is downloaded twice for it."""
+"""``top:N``: the members of each month, by nothing that is known only later, and no day downloaded twice."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon import US_STOCKS
 from data_sources.vendors.polygon_days import read_day_and_largest
 from data_sources.vendors.polygon_refresh import Polygon
-from tests.data_sources.vendors.polygon_desk import rows
+from tests.data_sources.vendors.polygon_harness import rows
 from tests.data_sources.vendors.s3_server import CRYPTO, S3Server, day_file, key_of
 
 MONTHS = {9: (14, 15), 10: (1, 2, 30), 11: (2, 3, 20)}
 DAYS = [dt.date(2026, month, day) for month, days in MONTHS.items() for day in days]
 START, NOW = ns("2026-10-01 00:00"), ns("2026-11-22 00:00")
-# What each trades in September, October and November; DEAD is gone after 2 October.
+# What each symbol trades in September, October and November; DEAD is gone after 2 October.
 VOLUMES = {
     "DEAD": (9000, 9000, 0),
     "AAA": (500, 8000, 100),
@@ -51,7 +51,7 @@ def server(running_server: S3Server) -> S3Server:
 
 
 def refresh(server: S3Server, lake: Lake, *stocks: str, crypto: tuple[str, ...] = ()) -> list[str]:
-    """Refresh, and return the days that were downloaded."""
+    """Refresh and return the downloaded days."""
     server.log.clear()
     source = Polygon("key", "secret", server.endpoint, RetryPolicy(read_seconds=5, attempts=2))
     source.refresh(lake, stocks, crypto, START, NOW, NOW, NullProgress())
@@ -59,7 +59,7 @@ def refresh(server: S3Server, lake: Lake, *stocks: str, crypto: tuple[str, ...] 
 
 
 def loaded_months(lake: Lake, *stocks: str) -> dict[str, list[int]]:
-    """Return in which months each symbol has bars."""
+    """Return the months in which each symbol has bars."""
     request = DataRequest(("polygon",), {"stocks": stocks}, START, NOW, min_bars=10)
     months = {}
     for bars in load(lake, request).bars:
@@ -68,16 +68,16 @@ def loaded_months(lake: Lake, *stocks: str) -> dict[str, list[int]]:
     return months
 
 
-def test_the_largest_of_the_days_before_a_month_count_in_it_dead_or_not_whatever_comes_later(
+def test_the_largest_of_the_days_before_a_month_are_its_members_delisted_or_not(
     server: S3Server, lake: Lake
 ) -> None:
     assert refresh(server, lake, "top:1") == [str(day) for day in DAYS]  # with September, to know October's
-    # BBB trades most of all, but only in November; DEAD was the largest as far as anyone knew in October
+    # BBB trades most of all, but only in November; DEAD was the largest as known in October
     assert loaded_months(lake, "top:1") == {"AAA": [11], "DEAD": [10]}
     assert loaded_months(lake, "top:1", "CCC") == {"AAA": [11], "DEAD": [10], "CCC": [10, 11]}
 
 
-def test_a_rule_that_changes_its_mind_downloads_no_day_twice(server: S3Server, lake: Lake) -> None:
+def test_a_rule_with_other_members_downloads_no_day_twice(server: S3Server, lake: Lake) -> None:
     refresh(server, lake, "top:1", "DDD")
     assert refresh(server, lake, "top:1", "DDD") == []
     server.put(key_of(dt.date(2026, 11, 21)), day_of(dt.date(2026, 11, 21)))
@@ -92,7 +92,7 @@ def test_a_republished_day_keeps_what_the_rule_and_the_names_had(server: S3Serve
     refresh(server, lake, "top:1", "DDD")
     before = lake.parts("polygon", "us_stocks_sip")["2026-11-20"]
     server.put(key_of(DAYS[-1]), day_file([line for ticker in VOLUMES for line in rows(ticker, DAYS[-1])]))
-    assert refresh(server, lake, "AAA") == ["2026-11-20"]  # asked for by name only
+    assert refresh(server, lake, "AAA") == ["2026-11-20"]  # by name only
     after = lake.parts("polygon", "us_stocks_sip")["2026-11-20"]
     assert set(before.symbols) <= set(after.symbols)
     assert len(after.dollar_volume) == 3
@@ -135,14 +135,14 @@ def test_months_that_touch_are_one_interval_and_equal_ones_go_by_name(lake: Lake
 
 
 @pytest.mark.parametrize("rule", ["top:", "top:0", "top:many", "top:-3", "top:1000000"])
-def test_what_begins_like_a_rule_must_be_one(rule: str) -> None:
+def test_a_malformed_rule_is_refused(rule: str) -> None:
     with pytest.raises(ValueError, match="such as top:500"):
         top_of(["AAPL", rule])
     with pytest.raises(ValueError, match="such as top:500"):
         DataRequest(("polygon",), {"stocks": (rule,)}, START, NOW)
 
 
-def test_names_and_rules_are_told_apart() -> None:
+def test_names_and_rules_are_distinguished() -> None:
     assert named(["AAPL", "top:5", "AAPL", "top:7"]) == ("AAPL",)
     assert top_of(["AAPL", "top:5", "top:7"]) == 7
     with pytest.raises(ValueError, match="binance_pairs must be names"):

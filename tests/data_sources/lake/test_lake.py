@@ -62,7 +62,7 @@ def test_what_is_written_is_read_back_by_another_lake_object_with_its_ledger_ent
     assert again.datasets("binance") == ["AAA"]
 
 
-def test_an_answer_without_rows_is_kept_as_an_entry_so_that_it_is_not_asked_for_again(lake):
+def test_an_answer_without_rows_is_kept_as_a_part_so_that_it_is_not_fetched_again(lake):
     put(lake, walk("AAA", START, 0))
     part = Lake(lake.root).parts("binance", "AAA")["2026-11-20"]
     assert (part.rows, part.symbols, part.end_ns) == (0, ("AAA",), START + DAY_NS)
@@ -76,19 +76,19 @@ def test_nothing_is_there_before_anything_was_written_and_no_folder_is_made(lake
     assert not lake.root.exists()
 
 
-def test_rejected_rows_lie_beside_their_part_and_leave_with_it(lake):
+def test_rejected_rows_are_beside_their_part_and_removed_with_it(lake):
     bars = with_values(walk("AAA", START, 100), [5, 6], close=np.nan)
     part = put(lake, bars)
     quarantine = part_file(lake).with_name("2026-11-20.quarantine.parquet")
     assert part.rejected == {"not_finite": 2}
     assert pq.read_table(quarantine)["reason"].to_pylist() == ["not_finite"] * 2
     assert list(lake.parts("binance", "AAA")) == ["2026-11-20"]
-    put(lake, walk("AAA", START, 100))  # the vendor mended it
+    put(lake, walk("AAA", START, 100))  # the vendor repaired it
     assert not quarantine.exists()
     put(lake, bars, version="v2")
     lake.remove(part)
     assert list(part_file(lake).parent.iterdir()) == []
-    lake.remove(part)  # twice is once
+    lake.remove(part)  # it is gone already
 
 
 @pytest.mark.parametrize("later_first", [False, True])
@@ -105,7 +105,7 @@ def test_where_parts_overlap_the_row_fetched_later_wins_and_no_row_is_lost(lake,
     assert read(lake, "binance", "AAA", None, *EVER).equals(pa.concat_tables([old, new.slice(50)]))
 
 
-def test_reading_cuts_to_the_interval_and_the_symbols_asked_for(lake):
+def test_reading_cuts_to_the_interval_and_the_requested_symbols(lake):
     both = pa.concat_tables([walk("AAA", START, 100, seed=1), walk("BBB", START, 100, seed=2)])
     put(lake, both, source="polygon", dataset="us_stocks_sip")
     put(lake, walk("AAA", START + DAY_NS, 9), "2026-11-21", source="polygon", dataset="us_stocks_sip",
@@ -116,11 +116,14 @@ def test_reading_cuts_to_the_interval_and_the_symbols_asked_for(lake):
     columns = lake.columns("polygon", "us_stocks_sip", ["BBB", "CCC"], *interval)
     assert columns["BBB"]["fetched_ns"].tolist() == [NOW] * 10
     columns = lake.columns("polygon", "us_stocks_sip", None, *EVER)
-    assert {symbol: len(each["open_time"]) for symbol, each in columns.items()} == {"AAA": 109, "BBB": 100}
-    assert all(array.flags.writeable for each in columns.values() for array in each.values())
+    assert {symbol: len(arrays["open_time"]) for symbol, arrays in columns.items()} == {
+        "AAA": 109,
+        "BBB": 100,
+    }
+    assert all(array.flags.writeable for arrays in columns.values() for array in arrays.values())
 
 
-def test_of_a_part_of_many_symbols_the_wanted_ones_come_whole(lake, monkeypatch):
+def test_the_wanted_symbols_of_a_large_part_come_whole(lake, monkeypatch):
     monkeypatch.setattr("data_sources.lake.parts.ROW_GROUP_ROWS", 7)
     names = [f"S{number:02d}" for number in range(20)]
     bars = pa.concat_tables([walk(name, START, 5, seed=number) for number, name in enumerate(names)])
@@ -175,7 +178,7 @@ def test_a_part_is_plain_parquet_for_other_programs(lake):
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 3, 8, 100, -1, -9])
-def test_a_truncated_part_is_set_aside_told_and_absent_so_that_it_is_fetched_again(lake, warned, kept_bytes):
+def test_a_truncated_part_is_set_aside_with_a_warning_and_absent(lake, warned, kept_bytes):
     put(lake, walk("AAA", START, 100))
     path = part_file(lake)
     path.write_bytes(path.read_bytes()[:kept_bytes])
@@ -227,7 +230,7 @@ def test_verify_names_what_is_damaged_and_is_quiet_about_the_rest(lake):
     assert Lake(lake.root).verify() == []
 
 
-def test_half_an_answer_under_the_same_version_does_not_replace_the_bars_kept(lake):
+def test_half_an_answer_under_the_same_version_does_not_replace_the_kept_bars(lake):
     put(lake, walk("AAA", START, 1000))
     with pytest.raises(BadAnswer, match="got 900 bars where 1000 are kept"):
         put(lake, walk("AAA", START, 900))
@@ -285,7 +288,7 @@ def test_a_second_writer_is_refused_by_name_until_the_first_is_gone_even_by_kill
     put(lake, walk("AAA", START, 5))
 
 
-def test_holds_nest_and_a_second_lake_object_of_one_process_is_excluded_too(lake):
+def test_locks_nest_and_exclude_a_second_lake_object_of_the_same_process(lake):
     with lake.writing(), lake.writing():
         put(lake, walk("AAA", START, 5))
         with pytest.raises(LakeError, match=f"process {os.getpid()}"), Lake(lake.root).writing():
@@ -319,7 +322,7 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_parts_and_a_free_lock(l
         fresh = Lake(lake.root, warned)
         assert fresh.verify() == []
         versions = {int(part.version) for part in fresh.parts("binance", "AAA").values()}
-        # the one in flight may be there too; what was acknowledged is, unless overwritten by that one
+        # acknowledged parts exist, unless the one in flight overwrote them
         newest = {max(k for k in acknowledged if k % 7 == unit) for unit in {k % 7 for k in acknowledged}}
         assert len(newest - versions) <= 1
         with fresh.writing():
@@ -330,7 +333,7 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_parts_and_a_free_lock(l
 
 
 def test_a_full_disk_is_a_lake_error_that_leaves_the_old_part(lake):
-    """The operating system refuses to let the file grow, as on a full disk."""
+    """The operating system lets no file grow, as on a full disk."""
     put(lake, walk("AAA", START, 10))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
@@ -343,7 +346,7 @@ def test_a_full_disk_is_a_lake_error_that_leaves_the_old_part(lake):
     assert [path.name for path in part_file(lake).parent.iterdir()] == ["2026-11-20.parquet"]
 
 
-def test_a_lake_where_a_file_stands_in_the_way_is_a_lake_error(tmp_path):
+def test_a_file_in_place_of_the_lake_is_a_lake_error(tmp_path):
     (tmp_path / "lake").write_text("not a folder")
     with pytest.raises(LakeError, match="cannot write to"), Lake(tmp_path / "lake").writing():
         pass
@@ -353,7 +356,7 @@ def test_a_read_only_lake_is_read_and_refuses_writing_with_a_lake_error(lake):
     put(lake, walk("AAA", START, 10))
     code = (
         "import os\n"
-        "os.getuid() or (os.setgid(65534), os.setuid(65534))\n"  # root is never refused, so be nobody
+        "os.getuid() or (os.setgid(65534), os.setuid(65534))\n"  # root is never refused: become another user
         "from data_sources.errors import LakeError\n"
         "lake = Lake(Path(sys.argv[1]))\n"
         "print(len(lake.columns('binance', 'AAA', None, 0, 2**62)['AAA']['open_time']))\n"
@@ -364,20 +367,20 @@ def test_a_read_only_lake_is_read_and_refuses_writing_with_a_lake_error(lake):
     )
     folders = [lake.root, lake.root / "binance", part_file(lake).parent]
     parents = [
-        each for each in lake.root.parents if each.stat().st_uid == os.getuid() and len(each.parts) > 2
+        path for path in lake.root.parents if path.stat().st_uid == os.getuid() and len(path.parts) > 2
     ]
-    modes = {each: each.stat().st_mode for each in folders + parents}
+    modes = {path: path.stat().st_mode for path in folders + parents}
     try:
-        for each in parents:
-            each.chmod(modes[each] | 0o055)
-        for each in folders:
-            each.chmod(0o555)
+        for path in parents:
+            path.chmod(modes[path] | 0o055)
+        for path in folders:
+            path.chmod(0o555)
         (lake.root / ".lock").chmod(0o444)
-        said, _ = start_python(code, lake.root).communicate()
+        output, _ = start_python(code, lake.root).communicate()
     finally:
-        for each, mode in modes.items():
-            each.chmod(mode)
-    rows, error = said.splitlines()
+        for path, mode in modes.items():
+            path.chmod(mode)
+    rows, error = output.splitlines()
     assert rows == "10"
     assert error.startswith(f"cannot write to {lake.root}: Permission denied")
 

@@ -90,7 +90,7 @@ def test_missing_volume_becomes_zero_and_rounding_of_highs_is_clamped_both_count
     assert cleaned.table["volume"][3].as_py() == 0
 
 
-def test_rows_that_were_not_asked_for_are_kept_out():
+def test_rows_that_were_not_requested_are_rejected():
     both = pa.concat_tables(
         [walk("AAA", START, 5), walk("BBB", START, 5), walk("AAA", START + 3 * DAY_NS, 5)]
     )
@@ -101,7 +101,7 @@ def test_rows_that_were_not_asked_for_are_kept_out():
     assert cleaned.table.equals(walk("AAA", START, 5))
 
 
-def test_null_names_and_the_ticker_na_are_told_apart():
+def test_null_names_and_the_ticker_na_are_distinguished():
     rows = table([None, "", "NA", "NULL"], [START] * 4, *[[1.0] * 4] * 5)
     cleaned = clean(rows, now_ns=NOW)
     assert cleaned.table["symbol"].to_pylist() == ["NA", "NULL"]
@@ -161,7 +161,7 @@ def marked(prices, opens=None):
         [],
     ],
 )
-def test_moves_that_nothing_proves_wrong_are_kept(prices):
+def test_moves_without_proof_of_an_error_are_kept(prices):
     assert not any(marked(prices))
 
 
@@ -201,7 +201,7 @@ rows_of_junk = st.lists(st.tuples(st.sampled_from(["A", "B", ""]), moments, *[va
 
 @settings(max_examples=150, deadline=None)
 @given(rows_of_junk)
-def test_whatever_comes_in_every_row_is_accounted_for_and_what_stays_makes_bars(rows):
+def test_every_row_is_accounted_for_and_those_that_stay_are_bars(rows):
     columns = list(zip(*rows, strict=True)) if rows else [[]] * 7
     cleaned = clean(table(list(columns[0]), *columns[1:]), now_ns=NOW)
     assert cleaned.table.num_rows + sum(cleaned.rejected.values()) == len(rows)

@@ -1,4 +1,4 @@
-"""A loopback HTTP server with faults on demand, and a Progress that keeps what it hears."""
+"""A loopback HTTP server with faults on demand, and a Progress that records its calls."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Fault:
 
 
 class Notes:
-    """A Progress that keeps what it is told."""
+    """A Progress that records its calls."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -60,7 +60,7 @@ class Notes:
 
 
 class LoopbackServer:
-    """Answers with ``plain``, unless a fault says otherwise."""
+    """Answers with ``plain``, unless a fault changes it."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
@@ -131,7 +131,7 @@ class LoopbackServer:
         handler.wfile.write(body)
 
     def answered_with(self, fault: Fault) -> None:
-        """Take note of a fault that was given for an answer."""
+        """Count a fault that was used for an answer."""
 
     def _send_head(
         self, handler: BaseHTTPRequestHandler, status: int, size: int, headers: dict[str, str]

@@ -144,7 +144,7 @@ class S3Server:
             settings.INITIAL_NO_AUTH_ACTION_COUNT = before
 
     def gets(self) -> list[str]:
-        """Keys of the objects that were asked for, in order, repeats included."""
+        """Keys of the requested objects, in order, repeats included."""
         return [path.split(f"/{BUCKET}/")[1].split("?")[0] for _, path, _ in self.log if ".csv.gz" in path]
 
     def lists(self) -> list[str]:
@@ -218,7 +218,9 @@ class S3Server:
             for name, value in headers.items():
                 request.send_header(name, value)
             request.send_header("Content-Length", str(len(body)))
-            if request.close_connection:  # said, or a client may send its next request into the closing
+            if (
+                request.close_connection
+            ):  # announced, else the client may send its next request while we close
                 request.send_header("Connection", "close")
             request.end_headers()
             if fault and fault.kind == "drip":

@@ -1,4 +1,4 @@
-"""Binance's adapter with python-binance and requests as they are, against a loopback server of our own."""
+"""Binance with the real python-binance and requests, against a loopback server of ours."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from data_sources.errors import LakeError, RateLimited, Refused, SourceUnavailab
 from data_sources.lake.lake import Lake
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.binance_rest import Rest
-from tests.data_sources.vendors.binance_desk import CLOSED, DAY_NS, NOW, POLICY, START, Desk
+from tests.data_sources.vendors.binance_harness import CLOSED, DAY_NS, NOW, POLICY, START, Harness
 from tests.data_sources.vendors.binance_server import MINUTE_NS, BinanceServer, bars_of
 from tests.data_sources.vendors.loopback import Fault, Notes, ns
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def harness(tmp_path: Path) -> Iterator[Harness]:
     with BinanceServer(NOW) as server:
-        yield Desk(server, tmp_path / "lake")
+        yield Harness(server, tmp_path / "lake")
 
 
 def day_names(first: int, last: int) -> set[str]:
     return {f"2026-11-{day:02d}" for day in range(first, last + 1)}
 
 
-# ------------------------------------------------------------------ the plain course
+# ------------------------------------------------------------------ a normal refresh
 
 
-def test_a_first_refresh_brings_every_closed_bar_and_never_the_forming_one(desk: Desk) -> None:
-    desk.refresh("BTCUSDT", "ETHUSDT")
+def test_a_first_refresh_brings_every_closed_bar_and_never_the_forming_one(harness: Harness) -> None:
+    harness.refresh("BTCUSDT", "ETHUSDT")
     for pair in ("BTCUSDT", "ETHUSDT"):
-        desk.assert_complete(pair)
-        assert desk.units(pair) == {"2026-10", "recent"} | day_names(1, 22)
-    assert desk.notes.warnings == []
-    assert desk.notes.units == desk.notes.total
-    assert desk.notes.num_bytes > 1_000_000
-    assert "2 of 2 pairs up to date" in desk.notes.summary
+        harness.assert_complete(pair)
+        assert harness.units(pair) == {"2026-10", "recent"} | day_names(1, 22)
+    assert harness.notes.warnings == []
+    assert harness.notes.units == harness.notes.total
+    assert harness.notes.num_bytes > 1_000_000
+    assert "2 of 2 pairs up to date" in harness.notes.summary
 
 
-def test_a_part_names_its_file_and_its_sha256(desk: Desk) -> None:
-    desk.refresh()
-    part = desk.lake.parts("binance", "BTCUSDT")["2026-10"]
+def test_a_part_names_its_file_and_its_sha256(harness: Harness) -> None:
+    harness.refresh()
+    part = harness.lake.parts("binance", "BTCUSDT")["2026-10"]
     assert part.key == "data/spot/monthly/klines/BTCUSDT/1m/BTCUSDT-1m-2026-10.zip"
     assert len(part.version) == 64
     assert (part.start_ns, part.end_ns, part.rows) == (
@@ -53,107 +53,109 @@ def test_a_part_names_its_file_and_its_sha256(desk: Desk) -> None:
     )
 
 
-def test_a_refresh_without_news_asks_for_nothing_within_the_minute_and_one_page_after_it(desk: Desk) -> None:
-    desk.refresh("BTCUSDT", "ETHUSDT")
-    fingerprint = desk.lake.fingerprint()
-    assert desk.refresh("BTCUSDT", "ETHUSDT") == []
-    assert desk.lake.fingerprint() == fingerprint
-    desk.binance = desk.new_adapter()  # a restarted daemon knows as much
-    requests = desk.refresh("BTCUSDT", "ETHUSDT", seconds_later=60)
+def test_a_refresh_without_news_asks_for_nothing_within_the_minute_and_one_page_after_it(
+    harness: Harness,
+) -> None:
+    harness.refresh("BTCUSDT", "ETHUSDT")
+    fingerprint = harness.lake.fingerprint()
+    assert harness.refresh("BTCUSDT", "ETHUSDT") == []
+    assert harness.lake.fingerprint() == fingerprint
+    harness.binance = harness.new_client()  # a restarted daemon knows as much
+    requests = harness.refresh("BTCUSDT", "ETHUSDT", seconds_later=60)
     assert len(requests) == 2
     assert all("/klines?" in path for path in requests)
-    desk.assert_complete(end_ns=CLOSED + MINUTE_NS)
+    harness.assert_complete(end_ns=CLOSED + MINUTE_NS)
 
 
-def test_days_take_the_place_of_recent_bars_and_a_month_that_of_its_days(desk: Desk) -> None:
-    desk.refresh()
-    desk.refresh(seconds_later=2 * 86400)
-    assert desk.units() == {"2026-10", "recent"} | day_names(1, 24)
-    assert desk.lake.parts("binance", "BTCUSDT")["recent"].start_ns == ns("2026-11-25T00:00")
-    desk.assert_complete(end_ns=CLOSED + 2 * DAY_NS)
-    desk.server.now_ns = ns("2026-12-09T12:00:30")
-    desk.refresh()
-    assert {"2026-10", "2026-11", "2026-12-01", "recent"} <= desk.units()
-    assert not any(unit.startswith("2026-11-") for unit in desk.units())
-    desk.assert_complete(end_ns=ns("2026-12-09T12:00"))
+def test_days_replace_recent_bars_and_a_month_replaces_its_days(harness: Harness) -> None:
+    harness.refresh()
+    harness.refresh(seconds_later=2 * 86400)
+    assert harness.units() == {"2026-10", "recent"} | day_names(1, 24)
+    assert harness.lake.parts("binance", "BTCUSDT")["recent"].start_ns == ns("2026-11-25T00:00")
+    harness.assert_complete(end_ns=CLOSED + 2 * DAY_NS)
+    harness.server.now_ns = ns("2026-12-09T12:00:30")
+    harness.refresh()
+    assert {"2026-10", "2026-11", "2026-12-01", "recent"} <= harness.units()
+    assert not any(unit.startswith("2026-11-") for unit in harness.units())
+    harness.assert_complete(end_ns=ns("2026-12-09T12:00"))
 
 
-def test_a_new_pair_fetches_its_own_past_and_nothing_else(desk: Desk) -> None:
-    desk.refresh("BTCUSDT")
-    requests = desk.refresh("BTCUSDT", "ETHUSDT")
+def test_a_new_pair_fetches_its_own_past_and_nothing_else(harness: Harness) -> None:
+    harness.refresh("BTCUSDT")
+    requests = harness.refresh("BTCUSDT", "ETHUSDT")
     assert requests
     assert all("ETHUSDT" in path for path in requests)
 
 
-def test_an_earlier_start_fetches_only_the_earlier_months(desk: Desk) -> None:
-    desk.refresh()
-    requests = desk.refresh(start_ns=ns("2026-09-20T00:00"))
+def test_an_earlier_start_fetches_only_the_earlier_months(harness: Harness) -> None:
+    harness.refresh()
+    requests = harness.refresh(start_ns=ns("2026-09-20T00:00"))
     assert [path.rsplit("/", 1)[1] for path in requests] == [
         "BTCUSDT-1m-2026-09.zip.CHECKSUM",
         "BTCUSDT-1m-2026-09.zip",
     ]
 
 
-def test_a_window_that_ended_long_ago_needs_no_recent_bars(desk: Desk) -> None:
-    now_ns = desk.server.now_ns
-    desk.binance.refresh(desk.lake, ["BTCUSDT"], START, ns("2026-10-25T00:00"), now_ns, desk.notes)
-    assert desk.units() == {"2026-10"}
+def test_a_window_that_ended_long_ago_needs_no_recent_bars(harness: Harness) -> None:
+    now_ns = harness.server.now_ns
+    harness.binance.refresh(harness.lake, ["BTCUSDT"], START, ns("2026-10-25T00:00"), now_ns, harness.notes)
+    assert harness.units() == {"2026-10"}
 
 
 # ------------------------------------------------------------------ listing, delisting, outages
 
 
-def test_months_before_a_listing_are_remembered_as_empty(desk: Desk) -> None:
-    desk.server.listed_ns["BTCUSDT"] = ns("2026-10-12T10:00")
+def test_months_before_a_listing_are_remembered_as_empty(harness: Harness) -> None:
+    harness.server.listed_ns["BTCUSDT"] = ns("2026-10-12T10:00")
     start_ns = ns("2026-03-05T00:00")
-    requests = desk.refresh(start_ns=start_ns)
+    requests = harness.refresh(start_ns=start_ns)
     assert (
         sum("monthly" in path and "CHECKSUM" in path for path in requests) == 2
     )  # October, and September's 404
-    parts = desk.lake.parts("binance", "BTCUSDT")
+    parts = harness.lake.parts("binance", "BTCUSDT")
     assert [
         (parts[f"2026-{month:02d}"].rows, parts[f"2026-{month:02d}"].version) for month in range(3, 10)
     ] == [(0, "")] * 7
-    desk.assert_complete(start_ns=start_ns)
-    assert len(desk.refresh(start_ns=start_ns, seconds_later=60)) == 1
-    assert desk.notes.warnings == []
+    harness.assert_complete(start_ns=start_ns)
+    assert len(harness.refresh(start_ns=start_ns, seconds_later=60)) == 1
+    assert harness.notes.warnings == []
 
 
-def test_a_listing_is_found_without_rest_too(desk: Desk) -> None:
-    desk.server.listed_ns["BTCUSDT"] = ns("2026-09-12T10:00")
-    desk.server.faults = [Fault("/api/", status=503, body=b"{}")]
+def test_a_listing_is_found_without_rest_too(harness: Harness) -> None:
+    harness.server.listed_ns["BTCUSDT"] = ns("2026-09-12T10:00")
+    harness.server.faults = [Fault("/api/", status=503, body=b"{}")]
     start_ns = ns("2026-07-05T00:00")
-    desk.refresh(start_ns=start_ns)
-    assert {"2026-07", "2026-08", "2026-09", "2026-10", "2026-11-23"} <= desk.units()
+    harness.refresh(start_ns=start_ns)
+    assert {"2026-07", "2026-08", "2026-09", "2026-10", "2026-11-23"} <= harness.units()
     with pytest.raises(SourceUnavailable):  # nothing new without REST
-        desk.refresh(start_ns=start_ns, seconds_later=60)
-    assert not any("monthly" in path for path in desk.server.requests)
+        harness.refresh(start_ns=start_ns, seconds_later=60)
+    assert not any("monthly" in path for path in harness.server.requests)
 
 
-def test_a_delisted_pair_keeps_its_bars_and_costs_one_page(desk: Desk) -> None:
-    desk.server.delisted_ns["BTCUSDT"] = ns("2026-09-10T03:00")
+def test_a_delisted_pair_keeps_its_bars_and_costs_one_page(harness: Harness) -> None:
+    harness.server.delisted_ns["BTCUSDT"] = ns("2026-09-10T03:00")
     start_ns = ns("2026-08-20T00:00")
-    desk.refresh(start_ns=start_ns)
-    desk.assert_complete(start_ns=start_ns)
-    desk.binance = desk.new_adapter()
-    assert len(desk.refresh(start_ns=start_ns, seconds_later=60)) == 1
-    desk.assert_complete(start_ns=start_ns)
+    harness.refresh(start_ns=start_ns)
+    harness.assert_complete(start_ns=start_ns)
+    harness.binance = harness.new_client()
+    assert len(harness.refresh(start_ns=start_ns, seconds_later=60)) == 1
+    harness.assert_complete(start_ns=start_ns)
 
 
-def test_an_outage_stays_a_gap_and_is_asked_for_once(desk: Desk) -> None:
-    desk.server.outages = [
+def test_an_outage_stays_a_gap_and_is_requested_once(harness: Harness) -> None:
+    harness.server.outages = [
         (ns("2026-10-21T03:00"), ns("2026-10-21T05:30")),
         (ns("2026-11-20T03:00"), ns("2026-11-20T03:01")),
     ]
-    desk.refresh()
-    desk.assert_complete()
-    assert len(desk.refresh(seconds_later=60)) == 1
+    harness.refresh()
+    harness.assert_complete()
+    assert len(harness.refresh(seconds_later=60)) == 1
 
 
-def test_an_unknown_pair_fails_alone_and_names_its_successor(desk: Desk) -> None:
-    desk.refresh("MATICUSDT", "BTCUSDT", "../etc")
-    desk.assert_complete()
-    assert sorted(desk.notes.warnings) == [
+def test_an_unknown_pair_fails_alone_and_names_its_successor(harness: Harness) -> None:
+    harness.refresh("MATICUSDT", "BTCUSDT", "../etc")
+    harness.assert_complete()
+    assert sorted(harness.notes.warnings) == [
         "'../etc' is not a Binance pair; pairs look like BTCUSDT",
         "MATICUSDT: Binance does not know this pair; it is POLUSDT now",
     ]
@@ -162,46 +164,46 @@ def test_an_unknown_pair_fails_alone_and_names_its_successor(desk: Desk) -> None
 # ------------------------------------------------------------------ hosts that refuse, limit or fail
 
 
-def test_a_blocked_place_still_gets_the_archive_and_the_advice(desk: Desk) -> None:
-    desk.server.faults = [Fault("/api/", status=451, body=b'{"code":0,"msg":"restricted location"}')]
-    requests = desk.refresh()
+def test_a_blocked_country_still_gets_the_archive_and_the_advice(harness: Harness) -> None:
+    harness.server.faults = [Fault("/api/", status=451, body=b'{"code":0,"msg":"restricted location"}')]
+    requests = harness.refresh()
     assert sum(path.startswith("/api") for path in requests) == 1
-    assert "BINANCE_API_URL=https://data-api.binance.vision" in desk.notes.warnings[-1]
-    desk.assert_complete(end_ns=ns("2026-11-24T00:00"))  # yesterday's file, out two hours ago, stands in
-    desk.server.faults = []
-    desk.refresh(seconds_later=60)
-    desk.assert_complete(end_ns=CLOSED + MINUTE_NS)
+    assert "BINANCE_API_URL=https://data-api.binance.vision" in harness.notes.warnings[-1]
+    harness.assert_complete(end_ns=ns("2026-11-24T00:00"))  # by yesterday's file, out two hours ago
+    harness.server.faults = []
+    harness.refresh(seconds_later=60)
+    harness.assert_complete(end_ns=CLOSED + MINUTE_NS)
 
 
-def test_a_blocked_place_without_news_in_the_archive_is_an_error(desk: Desk) -> None:
-    desk.server.faults = [Fault("/api/", status=451, body=b'{"code":0,"msg":"restricted location"}')]
-    desk.refresh()
+def test_a_blocked_country_without_news_in_the_archive_is_an_error(harness: Harness) -> None:
+    harness.server.faults = [Fault("/api/", status=451, body=b'{"code":0,"msg":"restricted location"}')]
+    harness.refresh()
     with pytest.raises(Refused, match=r"data-api\.binance\.vision"):
-        desk.refresh(seconds_later=3600)
-    desk.assert_complete(end_ns=ns("2026-11-24T00:00"))
+        harness.refresh(seconds_later=3600)
+    harness.assert_complete(end_ns=ns("2026-11-24T00:00"))
 
 
 @pytest.mark.parametrize("status", [403, 404, 451, 500, 503])
-def test_rest_carries_on_without_the_archive(desk: Desk, status: int) -> None:
-    desk.server.faults = [Fault("/data/", status=status, body=b"<html>")]
-    desk.refresh()
-    desk.assert_complete()
-    desk.server.faults = []
-    desk.refresh(seconds_later=86400)
-    assert "2026-11-23" in desk.units()
-    desk.assert_complete(end_ns=CLOSED + DAY_NS)
+def test_rest_carries_on_without_the_archive(harness: Harness, status: int) -> None:
+    harness.server.faults = [Fault("/data/", status=status, body=b"<html>")]
+    harness.refresh()
+    harness.assert_complete()
+    harness.server.faults = []
+    harness.refresh(seconds_later=86400)
+    assert "2026-11-23" in harness.units()
+    harness.assert_complete(end_ns=CLOSED + DAY_NS)
 
 
-def test_two_dead_hosts_are_an_error_that_costs_no_bar_and_few_requests(desk: Desk) -> None:
-    desk.refresh("BTCUSDT", "ETHUSDT")
-    desk.server.faults = [Fault(".", status=503, body=b"null")]
+def test_two_dead_hosts_are_an_error_that_costs_no_bar_and_few_requests(harness: Harness) -> None:
+    harness.refresh("BTCUSDT", "ETHUSDT")
+    harness.server.faults = [Fault(".", status=503, body=b"null")]
     with pytest.raises(SourceUnavailable):
-        desk.refresh("BTCUSDT", "ETHUSDT", seconds_later=3 * 86400)
-    assert len(desk.server.requests) < 40
-    desk.assert_complete()
-    desk.server.faults = []
-    desk.refresh("BTCUSDT", "ETHUSDT")
-    desk.assert_complete(end_ns=CLOSED + 3 * DAY_NS)
+        harness.refresh("BTCUSDT", "ETHUSDT", seconds_later=3 * 86400)
+    assert len(harness.server.requests) < 40
+    harness.assert_complete()
+    harness.server.faults = []
+    harness.refresh("BTCUSDT", "ETHUSDT")
+    harness.assert_complete(end_ns=CLOSED + 3 * DAY_NS)
 
 
 def test_nothing_listens(tmp_path: Path) -> None:
@@ -210,51 +212,51 @@ def test_nothing_listens(tmp_path: Path) -> None:
         binance.refresh(Lake(tmp_path), ["BTCUSDT"], START, NOW, NOW, Notes())
 
 
-def test_retry_after_is_honoured(desk: Desk) -> None:
-    # The server bans whoever asks before the second is over.
-    desk.server.faults = [
+def test_retry_after_is_honoured(harness: Harness) -> None:
+    # The server bans a client that asks before the second is over.
+    harness.server.faults = [
         Fault("/api/", status=429, headers={"Retry-After": "1"}, body=b'{"code":-1003}', count=1)
     ]
-    desk.refresh(start_ns=ns("2026-11-20T00:00"))
-    desk.assert_complete(start_ns=ns("2026-11-20T00:00"))
-    assert desk.notes.warnings == []
+    harness.refresh(start_ns=ns("2026-11-20T00:00"))
+    harness.assert_complete(start_ns=ns("2026-11-20T00:00"))
+    assert harness.notes.warnings == []
 
 
-def test_a_ban_stops_rest_at_once_and_outlives_the_refresh(desk: Desk) -> None:
+def test_a_ban_stops_rest_at_once_and_outlives_the_refresh(harness: Harness) -> None:
     ban = Fault("/api/", status=418, headers={"Retry-After": "3600"}, body=b'{"code":-1003,"msg":"banned"}')
-    desk.server.faults = [ban]
-    requests = desk.refresh()
+    harness.server.faults = [ban]
+    requests = harness.refresh()
     assert sum(path.startswith("/api") for path in requests) == 1
     with pytest.raises(RateLimited):
-        desk.refresh(seconds_later=60)
-    assert not any(path.startswith("/api") for path in desk.server.requests)
-    desk.assert_complete(end_ns=ns("2026-11-24T00:00"))
+        harness.refresh(seconds_later=60)
+    assert not any(path.startswith("/api") for path in harness.server.requests)
+    harness.assert_complete(end_ns=ns("2026-11-24T00:00"))
 
 
-def test_most_of_the_weight_used_makes_it_wait_for_the_next_minute(desk: Desk) -> None:
-    desk.server.weight = 4800
-    rest = Rest(desk.server.url, POLICY)
+def test_most_of_the_weight_used_makes_it_wait_for_the_next_minute(harness: Harness) -> None:
+    harness.server.weight = 4800
+    rest = Rest(harness.server.url, POLICY)
     assert len(rest.page("BTCUSDT", START, CLOSED)) == 1000
-    with pytest.raises(RateLimited, match="wait"):  # over POLICY's two seconds, so it says so instead
+    with pytest.raises(RateLimited, match="wait"):  # longer than POLICY's two seconds
         rest.page("BTCUSDT", START, CLOSED)
-    assert len(desk.server.requests) == 1
+    assert len(harness.server.requests) == 1
 
 
 # ------------------------------------------------------------------ the lake's side
 
 
-def test_a_lake_that_another_writes_to_is_an_error_before_any_request(desk: Desk) -> None:
-    with Lake(desk.lake.root).writing(), pytest.raises(LakeError):
-        desk.refresh()
-    assert desk.server.requests == []
+def test_a_lake_that_another_writes_to_is_an_error_before_any_request(harness: Harness) -> None:
+    with Lake(harness.lake.root).writing(), pytest.raises(LakeError):
+        harness.refresh()
+    assert harness.server.requests == []
 
 
-def test_addresses_come_from_the_environment(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BINANCE_API_URL", desk.server.url + "/")
-    monkeypatch.setenv("BINANCE_ARCHIVE_URL", desk.server.url + "/")
+def test_addresses_come_from_the_environment(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BINANCE_API_URL", harness.server.url + "/")
+    monkeypatch.setenv("BINANCE_ARCHIVE_URL", harness.server.url + "/")
     start_ns = ns("2026-11-22T00:00")
-    Binance.from_environment().refresh(desk.lake, ["BTCUSDT"], start_ns, NOW, NOW, desk.notes)
-    desk.assert_complete(start_ns=start_ns)
+    Binance.from_environment().refresh(harness.lake, ["BTCUSDT"], start_ns, NOW, NOW, harness.notes)
+    harness.assert_complete(start_ns=start_ns)
 
 
 def test_the_server_of_these_tests_gives_valid_bars() -> None:

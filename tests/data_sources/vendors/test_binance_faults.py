@@ -1,4 +1,4 @@
-"""Damaged answers and bad rows from Binance: what is held stays, the rest heals."""
+"""Damaged answers and bad rows from Binance: kept bars stay, the rest heals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 
 from data_sources.errors import BadAnswer, DataError
 from data_sources.vendors.binance_archive import Archive, days, months
-from tests.data_sources.vendors.binance_desk import CLOSED, NOW, POLICY, QUICK, START, Desk
+from tests.data_sources.vendors.binance_harness import CLOSED, NOW, POLICY, QUICK, START, Harness
 from tests.data_sources.vendors.binance_server import HOUR_NS, MINUTE_NS, BinanceServer, zipped
 from tests.data_sources.vendors.loopback import Fault, ns
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def harness(tmp_path: Path) -> Iterator[Harness]:
     with BinanceServer(NOW) as server:
-        yield Desk(server, tmp_path / "lake")
+        yield Harness(server, tmp_path / "lake")
 
 
 # ------------------------------------------------------------------ damaged answers
@@ -48,68 +48,68 @@ def damage(kind: str, path: str, count: int | None = None) -> list[Fault]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind != "corrupt"])
-def test_a_damaged_page_costs_nothing_that_is_held_and_heals(desk: Desk, kind: str) -> None:
+def test_a_damaged_page_costs_no_kept_bar_and_heals(harness: Harness, kind: str) -> None:
     start_ns = ns("2026-11-24T00:00")
-    desk.refresh(start_ns=start_ns)
-    desk.binance = desk.new_adapter(QUICK)
-    desk.server.faults = damage(kind, "/api/")
+    harness.refresh(start_ns=start_ns)
+    harness.binance = harness.new_client(QUICK)
+    harness.server.faults = damage(kind, "/api/")
     with pytest.raises(DataError):
-        desk.refresh(start_ns=start_ns, seconds_later=3600)
-    desk.assert_complete(start_ns=start_ns)
-    desk.server.faults = []
-    desk.refresh(start_ns=start_ns)
-    desk.assert_complete(start_ns=start_ns, end_ns=CLOSED + HOUR_NS)
+        harness.refresh(start_ns=start_ns, seconds_later=3600)
+    harness.assert_complete(start_ns=start_ns)
+    harness.server.faults = []
+    harness.refresh(start_ns=start_ns)
+    harness.assert_complete(start_ns=start_ns, end_ns=CLOSED + HOUR_NS)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind not in ("hanging", "dripping")])
 @pytest.mark.parametrize("which", [r"11-20\.zip$", r"11-20\.zip\.CHECKSUM$"])
-def test_rest_stands_in_for_a_damaged_file(desk: Desk, kind: str, which: str) -> None:
+def test_rest_replaces_a_damaged_file(harness: Harness, kind: str, which: str) -> None:
     start_ns = ns("2026-11-19T00:00")
-    desk.server.faults = damage(kind, which)
-    desk.refresh(start_ns=start_ns)
-    assert "2026-11-20" not in desk.units()
-    assert "2026-11-21" in desk.units()
-    desk.assert_complete(start_ns=start_ns)
+    harness.server.faults = damage(kind, which)
+    harness.refresh(start_ns=start_ns)
+    assert "2026-11-20" not in harness.units()
+    assert "2026-11-21" in harness.units()
+    harness.assert_complete(start_ns=start_ns)
 
 
 @pytest.mark.parametrize("kind", ["hanging", "dripping"])
-def test_an_archive_that_stalls_is_given_up(desk: Desk, kind: str) -> None:
+def test_an_archive_that_stalls_is_given_up(harness: Harness, kind: str) -> None:
     start_ns = ns("2026-11-20T00:00")
-    desk.binance = desk.new_adapter(QUICK)
-    desk.server.faults = damage(kind, "/data/")
-    desk.refresh(start_ns=start_ns)
-    desk.assert_complete(start_ns=start_ns)
+    harness.binance = harness.new_client(QUICK)
+    harness.server.faults = damage(kind, "/data/")
+    harness.refresh(start_ns=start_ns)
+    harness.assert_complete(start_ns=start_ns)
 
 
-def test_one_damaged_download_is_simply_repeated(desk: Desk) -> None:
-    desk.server.faults = damage("corrupt", r"2026-10\.zip$", count=1)
-    desk.refresh()
-    desk.assert_complete()
-    assert "2026-10" in desk.units()
-    assert desk.notes.warnings == []
+def test_one_damaged_download_is_simply_repeated(harness: Harness) -> None:
+    harness.server.faults = damage("corrupt", r"2026-10\.zip$", count=1)
+    harness.refresh()
+    harness.assert_complete()
+    assert "2026-10" in harness.units()
+    assert harness.notes.warnings == []
 
 
-def test_the_days_stand_in_for_a_month_with_a_false_checksum(desk: Desk) -> None:
-    desk.server.faults = [Fault(r"2026-10\.zip\.CHECKSUM", "body", body=b"0" * 64 + b"  x.zip\n")]
-    desk.refresh()
-    assert {"2026-10-20", "2026-10-31"} <= desk.units()
-    assert "sha256" in " ".join(desk.notes.warnings)
-    desk.assert_complete()
-    desk.server.faults = []
-    desk.refresh(seconds_later=7 * 3600)
-    assert "2026-10" in desk.units()
-    desk.assert_complete(end_ns=CLOSED + 7 * HOUR_NS)
+def test_the_days_replace_a_month_with_a_false_checksum(harness: Harness) -> None:
+    harness.server.faults = [Fault(r"2026-10\.zip\.CHECKSUM", "body", body=b"0" * 64 + b"  x.zip\n")]
+    harness.refresh()
+    assert {"2026-10-20", "2026-10-31"} <= harness.units()
+    assert "sha256" in " ".join(harness.notes.warnings)
+    harness.assert_complete()
+    harness.server.faults = []
+    harness.refresh(seconds_later=7 * 3600)
+    assert "2026-10" in harness.units()
+    harness.assert_complete(end_ns=CLOSED + 7 * HOUR_NS)
 
 
-def test_a_file_of_another_pair_or_day_is_not_taken(desk: Desk) -> None:
-    archive = Archive(desk.server.url, POLICY)
+def test_a_file_of_another_pair_or_day_is_not_taken(harness: Harness) -> None:
+    archive = Archive(harness.server.url, POLICY)
     (unit,) = days(ns("2026-11-20T00:00"), ns("2026-11-21T00:00"))
     for body in (
         zipped("ETHUSDT-1m-2026-11-20.csv", "1,1,1,1,1,1\n"),
         zipped("BTCUSDT-1m-2026-11-20.csv", ""),
     ):
         checksum = hashlib.sha256(body).hexdigest().encode() + b"  x\n"
-        desk.server.faults = [
+        harness.server.faults = [
             Fault(r"20\.zip$", "body", body=body),
             Fault(r"20\.zip\.CHECKSUM$", "body", body=checksum),
         ]
@@ -126,17 +126,17 @@ def test_a_file_of_another_pair_or_day_is_not_taken(desk: Desk) -> None:
     ],
 )
 def test_stamps_in_ms_and_us_and_headers_are_understood(
-    desk: Desk, day: str, unit_ns: int, header: str
+    harness: Harness, day: str, unit_ns: int, header: str
 ) -> None:
     (unit,) = days(ns(f"{day}T00:00"), ns(f"{day}T23:00"))
     row = f"{unit.start_ns // unit_ns},1.5,2.0,1.0,1.25,7,0,0,0,0,0,0\n"
     odd = f"{unit.start_ns // unit_ns + 60_000_000_000 // unit_ns},1.5,oops,1.0,,7\n"
     body = zipped(f"BTCUSDT-1m-{day}.csv", header + row + odd)
-    desk.server.faults = [
+    harness.server.faults = [
         Fault(r"\.zip$", "body", body=body),
         Fault(r"CHECKSUM$", "body", body=hashlib.sha256(body).hexdigest().encode() + b"  x\n"),
     ]
-    file = Archive(desk.server.url, POLICY).fetch("BTCUSDT", unit)
+    file = Archive(harness.server.url, POLICY).fetch("BTCUSDT", unit)
     assert file is not None
     first, second = file.table.to_pylist()
     assert first == {
@@ -195,33 +195,33 @@ BAD_ROWS: dict[str, Callable[[list[list[Any]]], list[list[Any]]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
-def test_bad_rows_in_pages_never_reach_the_bars_and_heal(desk: Desk, kind: str) -> None:
+def test_bad_rows_in_pages_never_reach_the_bars_and_heal(harness: Harness, kind: str) -> None:
     start_ns = ns("2026-11-22T00:00")
-    desk.refresh(start_ns=start_ns)
-    desk.server.faults = [Fault("/api/", "rows", rows=BAD_ROWS[kind])]
-    desk.refresh(start_ns=start_ns, seconds_later=6 * 3600)
-    times = desk.minutes(start_ns=start_ns)
-    truth, _ = desk.server.truth("BTCUSDT", start_ns, CLOSED + 6 * HOUR_NS)
+    harness.refresh(start_ns=start_ns)
+    harness.server.faults = [Fault("/api/", "rows", rows=BAD_ROWS[kind])]
+    harness.refresh(start_ns=start_ns, seconds_later=6 * 3600)
+    times = harness.minutes(start_ns=start_ns)
+    truth, _ = harness.server.truth("BTCUSDT", start_ns, CLOSED + 6 * HOUR_NS)
     assert np.isin(times, truth).all()
-    assert np.isin(truth[truth < CLOSED], times).all()  # what was held is held
-    desk.server.faults = []
-    desk.refresh(start_ns=start_ns, seconds_later=60)
-    desk.assert_complete(start_ns=start_ns, end_ns=CLOSED + 6 * HOUR_NS + MINUTE_NS)
+    assert np.isin(truth[truth < CLOSED], times).all()  # kept bars stay
+    harness.server.faults = []
+    harness.refresh(start_ns=start_ns, seconds_later=60)
+    harness.assert_complete(start_ns=start_ns, end_ns=CLOSED + 6 * HOUR_NS + MINUTE_NS)
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
-def test_rest_mends_what_is_bad_in_a_file(desk: Desk, kind: str) -> None:
+def test_rest_mends_what_is_bad_in_a_file(harness: Harness, kind: str) -> None:
     start_ns = ns("2026-11-19T00:00")
-    desk.server.faults = [Fault(r"2026-11-20", "rows", rows=BAD_ROWS[kind])]
-    desk.refresh(start_ns=start_ns)
-    assert "2026-11-20" in desk.units()
-    desk.assert_complete(start_ns=start_ns)
-    assert len(desk.refresh(start_ns=start_ns, seconds_later=60)) == 1
+    harness.server.faults = [Fault(r"2026-11-20", "rows", rows=BAD_ROWS[kind])]
+    harness.refresh(start_ns=start_ns)
+    assert "2026-11-20" in harness.units()
+    harness.assert_complete(start_ns=start_ns)
+    assert len(harness.refresh(start_ns=start_ns, seconds_later=60)) == 1
 
 
-def test_minutes_told_in_two_ways_and_days_under_a_false_date_are_not_believed(desk: Desk) -> None:
+def test_ambiguous_minutes_and_days_under_a_false_date_are_rejected(harness: Harness) -> None:
     start_ns = ns("2026-11-19T00:00")
-    desk.server.faults = [
+    harness.server.faults = [
         Fault(
             "2026-11-20",
             "rows",
@@ -229,29 +229,29 @@ def test_minutes_told_in_two_ways_and_days_under_a_false_date_are_not_believed(d
         ),
         Fault("2026-11-21", "rows", rows=lambda rows: [[row[0] + 86_400_000_000, *row[1:]] for row in rows]),
     ]
-    desk.refresh(start_ns=start_ns)
-    desk.assert_complete(start_ns=start_ns)
-    assert "2026-11-21" not in desk.units()
+    harness.refresh(start_ns=start_ns)
+    harness.assert_complete(start_ns=start_ns)
+    assert "2026-11-21" not in harness.units()
 
 
-def test_a_bar_that_a_new_file_lacks_is_kept(desk: Desk) -> None:
-    desk.refresh()
-    desk.server.now_ns = ns("2026-12-09T12:00:30")
-    desk.server.faults = [
+def test_a_bar_that_a_new_file_lacks_is_kept(harness: Harness) -> None:
+    harness.refresh()
+    harness.server.now_ns = ns("2026-12-09T12:00:30")
+    harness.server.faults = [
         Fault(r"2026-11\.zip", "rows", rows=lambda rows: rows[:20_000] + rows[25_000:]),
         Fault(f"startTime={ns('2026-11-14T21:20') // 10**6}", status=503, body=b"{}"),
     ]
-    desk.refresh()
-    assert {"2026-11", "kept-2026-11"} <= desk.units()
-    assert "2026-11-05" not in desk.units()
-    truth, _ = desk.server.truth("BTCUSDT", START, CLOSED)
-    assert np.isin(truth, desk.minutes()).all()
+    harness.refresh()
+    assert {"2026-11", "kept-2026-11"} <= harness.units()
+    assert "2026-11-05" not in harness.units()
+    truth, _ = harness.server.truth("BTCUSDT", START, CLOSED)
+    assert np.isin(truth, harness.minutes()).all()
 
 
-def test_a_bar_stored_half_made_under_a_fast_clock_heals(desk: Desk) -> None:
+def test_a_bar_stored_half_made_under_a_fast_clock_heals(harness: Harness) -> None:
     start_ns = ns("2026-11-23T00:00")
-    fast_ns = desk.server.now_ns + 50 * 10**9
-    desk.binance.refresh(desk.lake, ["BTCUSDT"], start_ns, fast_ns, fast_ns, desk.notes)
-    assert desk.minutes(start_ns=start_ns)[-1] == CLOSED
-    desk.refresh(start_ns=start_ns, seconds_later=120)
-    desk.assert_complete(start_ns=start_ns, end_ns=CLOSED + 2 * MINUTE_NS)
+    fast_ns = harness.server.now_ns + 50 * 10**9
+    harness.binance.refresh(harness.lake, ["BTCUSDT"], start_ns, fast_ns, fast_ns, harness.notes)
+    assert harness.minutes(start_ns=start_ns)[-1] == CLOSED
+    harness.refresh(start_ns=start_ns, seconds_later=120)
+    harness.assert_complete(start_ns=start_ns, end_ns=CLOSED + 2 * MINUTE_NS)

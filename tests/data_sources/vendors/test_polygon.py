@@ -1,4 +1,4 @@
-"""The Polygon adapter against a real S3 service over HTTP (moto): what arrives, and what is asked for."""
+"""Polygon against a real S3 service over HTTP (moto): the bars that arrive, and the requests made for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_sources.vendors import polygon_days, polygon_refresh
 from data_sources.vendors.polygon import GLOBAL_CRYPTO, US_STOCKS
 from data_sources.vendors.polygon_days import read_day
 from tests.data_sources.bar_tables import read
-from tests.data_sources.vendors.polygon_desk import (
+from tests.data_sources.vendors.polygon_harness import (
     DAYS,
     END_NS,
     NUM_BARS,
@@ -78,7 +78,7 @@ def test_a_late_day_and_a_republished_day_are_the_only_ones_fetched(server, sour
     assert set(volumes.to_pylist()) == {9999.5}
 
 
-def test_a_replacement_with_far_fewer_rows_is_taken_and_said(server, source, lake):
+def test_a_replacement_with_far_fewer_rows_is_kept_with_a_warning(server, source, lake):
     put_days(server, ["AAPL"])
     refresh(source, lake, ["AAPL"])
     server.put(key_of(DAYS[2]), day_file(rows("AAPL", DAYS[2], num_bars=NUM_BARS // 2)))
@@ -99,7 +99,7 @@ def test_an_added_symbol_is_fetched_for_every_day_and_a_dropped_one_is_kept(serv
     assert server.gets() == []
 
 
-def test_a_symbol_that_is_in_no_file_is_named_once_and_not_asked_for_again(server, source, lake):
+def test_a_symbol_in_no_file_is_named_once_and_not_fetched_again(server, source, lake):
     put_days(server, ["AAPL"])
     assert any(
         "no bars of APPL in 5 day files" in line for line in refresh(source, lake, ["AAPL", "APPL"]).warnings
@@ -207,6 +207,6 @@ def test_a_lake_that_cannot_be_written_stops_the_refresh_with_its_own_error(serv
         refresh(source, lake, ["AAPL"])
 
 
-def test_nothing_asked_for_makes_no_request(server, source, lake):
+def test_no_symbols_make_no_request(server, source, lake):
     refresh(source, lake, [])
     assert server.log == []

@@ -10,7 +10,7 @@ import pytest
 from data_sources.errors import DataError, MissingCredentials, Refused, SourceUnavailable
 from data_sources.vendors import polygon_files, polygon_refresh
 from data_sources.vendors.polygon_refresh import Polygon
-from tests.data_sources.vendors.polygon_desk import (
+from tests.data_sources.vendors.polygon_harness import (
     DAYS,
     KEY_ID,
     NUM_BARS,
@@ -52,7 +52,7 @@ BROKEN_FILES = {
 
 
 @pytest.mark.parametrize("broken", BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
-def test_a_broken_day_file_is_asked_for_twice_and_the_other_days_arrive(server, source, lake, broken):
+def test_a_broken_day_file_is_requested_twice_and_the_other_days_arrive(server, source, lake, broken):
     put_days(server, ["AAPL"])
     server.put(key_of(DAYS[2]), broken)
     (warning,) = refresh(source, lake, ["AAPL"]).warnings
@@ -81,7 +81,7 @@ def test_a_broken_replacement_leaves_the_kept_day_alone(server, source, lake):
 
 
 @pytest.mark.parametrize("kind", ["cut", "reset", "page", "drop"])
-def test_an_answer_broken_on_its_way_is_asked_for_again_within_the_refresh(server, source, lake, kind):
+def test_an_answer_broken_in_transit_is_requested_again_within_the_refresh(server, source, lake, kind):
     put_days(server, ["AAPL"])
     server.faults.append(Fault(kind, count=1))
     assert refresh(source, lake, ["AAPL"]).warnings == []
@@ -120,7 +120,7 @@ def test_a_burst_of_503_is_waited_out(server, source, lake):
     assert held_days(lake) == DAYS
 
 
-def test_a_429_is_obeyed_for_as_long_as_it_says(server, source, lake):
+def test_a_429_is_obeyed_for_as_long_as_it_demands(server, source, lake):
     put_days(server, ["AAPL"])
     server.faults.append(Fault("status", status=429, headers={"Retry-After": "0"}, count=1))
     assert refresh(source, lake, ["AAPL"]).warnings == []
@@ -135,7 +135,7 @@ def test_a_day_that_failed_in_a_bad_minute_is_tried_again_at_the_end(server, sou
     assert held_days(lake) == DAYS
 
 
-def test_a_source_that_dies_after_the_first_day_keeps_it_and_is_not_asked_for_ever(server, source, lake):
+def test_a_source_that_dies_after_the_first_day_keeps_it_and_is_given_up(server, source, lake):
     days = [dt.date(2026, 11, day) for day in range(1, 21)]
     put_days(server, ["AAPL"], days)
     server.faults.append(Fault("status", r"2026-11-(0\d|1\d)\.csv", status=500))
@@ -178,7 +178,7 @@ def test_a_refused_connection_is_a_source_that_is_down(source, lake):
         refresh(replace(with_policy(source, attempts=1), endpoint="http://127.0.0.1:9"), lake, ["AAPL"])
 
 
-def test_a_web_page_in_place_of_a_listing_is_no_empty_listing(server, source, lake):
+def test_a_web_page_instead_of_a_listing_is_not_an_empty_listing(server, source, lake):
     put_days(server, ["AAPL"])
     server.faults.append(Fault("page", "list-type"))
     with pytest.raises(SourceUnavailable):
@@ -191,19 +191,19 @@ def test_a_missing_bucket_points_at_the_endpoint(server, source, lake):
         refresh(source, lake, ["AAPL"])
 
 
-def test_a_window_without_any_day_file_is_said(server, source, lake):
+def test_a_window_without_any_day_file_is_a_warning(server, source, lake):
     (warning,) = refresh(source, lake, ["AAPL"]).warnings
     assert "no day file is listed" in warning
 
 
-def test_an_object_gone_since_the_listing_is_no_fault(server, source, lake):
+def test_an_object_gone_since_the_listing_is_not_an_error(server, source, lake):
     put_days(server, ["AAPL"])
     server.faults.append(Fault("status", str(DAYS[2]), status=404))
     assert refresh(source, lake, ["AAPL"]).warnings == []
     assert held_days(lake) == [day for day in DAYS if day != DAYS[2]]
 
 
-def test_crypto_outside_of_the_plan_is_asked_for_once_and_said_once_while_stocks_arrive(server, source, lake):
+def test_crypto_outside_of_the_plan_is_requested_and_reported_once_while_stocks_arrive(server, source, lake):
     put_days(server, ["AAPL"])
     put_days(server, ["X:BTC-USD"], data_type=CRYPTO)
     key_id, secret = server.new_user(denied=["global_crypto/*"])
@@ -289,13 +289,13 @@ def test_no_message_representation_or_file_holds_a_secret(server, source, lake):
     put_days(server, ["AAPL"])
     server.put(key_of(DAYS[1]), b"junk")
     server.faults.append(Fault("status", str(DAYS[2]), status=403))
-    said = [*refresh(source, lake, ["AAPL", "NOPE"]).warnings, repr(source), str(source)]
+    texts = [*refresh(source, lake, ["AAPL", "NOPE"]).warnings, repr(source), str(source)]
     for status in (400, 401, 403, 404, 429, 500):
         server.faults[:] = [Fault("status", "list-type", status=status)]
         with pytest.raises(DataError) as raised:
             refresh(with_policy(source, attempts=1), lake, ["AAPL"])
-        said.append(str(raised.value))
-    for text in said:
+        texts.append(str(raised.value))
+    for text in texts:
         assert SECRET not in text and KEY_ID not in text and "\n" not in text
     for path in lake.root.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()

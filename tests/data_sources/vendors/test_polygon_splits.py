@@ -48,7 +48,7 @@ class Server:
     def __init__(self) -> None:
         self.entries: list[Any] = []
         self.answers: list[tuple[int, dict[str, str], bytes]] = []
-        self.asked: list[dict[str, list[str]]] = []
+        self.queries: list[dict[str, list[str]]] = []
         self.hangs = threading.Event()
         self.released = threading.Event()
         server = self
@@ -76,7 +76,7 @@ class Server:
 
     def answer(self, path: str, authorization: str) -> tuple[int, dict[str, str], bytes]:
         query = parse_qs(urlsplit(path).query)
-        self.asked.append(query)
+        self.queries.append(query)
         if self.answers:
             return self.answers.pop(0)
         if authorization != f"Bearer {KEY}":
@@ -117,17 +117,17 @@ def test_every_page_is_read_and_only_our_stocks_reach_the_ledger(server: Server,
     ]  # fmt: skip
     assert ledger.splits("XYZ")[0].ratio == pytest.approx(1 / 30)
     assert ledger.splits("ZZZ") == []
-    assert len(server.asked) == 3
-    assert server.asked[0]["ticker.any_of"] == ["AAPL,NFLX,XYZ"]
-    assert server.asked[0]["execution_date.gte"] == ["2024-11-24"]
-    assert server.asked[0]["execution_date.lte"] == ["2026-11-24"]
+    assert len(server.queries) == 3
+    assert server.queries[0]["ticker.any_of"] == ["AAPL,NFLX,XYZ"]
+    assert server.queries[0]["execution_date.gte"] == ["2024-11-24"]
+    assert server.queries[0]["execution_date.lte"] == ["2026-11-24"]
     assert source(server).update(ledger, ["AAPL", "NFLX", "XYZ"], START, NOW) == (0, 0)
 
 
 def test_without_a_list_of_stocks_the_whole_market_is_learned(server: Server, ledger: SplitLedger) -> None:
     server.entries = [entry("AAPL", "2026-11-10"), entry("ZZZ", "2026-11-10")]
     assert source(server).update(ledger, None, START, NOW) == (2, 0)
-    assert "ticker.any_of" not in server.asked[0]
+    assert "ticker.any_of" not in server.queries[0]
 
 
 def test_one_split_that_two_vendors_date_differently_counts_once(server: Server, ledger: SplitLedger) -> None:
@@ -147,9 +147,7 @@ def test_one_split_that_two_vendors_date_differently_counts_once(server: Server,
         None,
     ],
 )
-def test_an_entry_that_cannot_be_read_costs_itself_only(
-    server: Server, ledger: SplitLedger, bad: Any
-) -> None:
+def test_an_unreadable_entry_costs_itself_only(server: Server, ledger: SplitLedger, bad: Any) -> None:
     server.entries = [bad, entry("AAPL", "2026-11-12")]
     assert source(server).update(ledger, ["AAPL"], START, NOW) == (1, 1)
 
@@ -181,7 +179,7 @@ def test_a_bad_answer_is_one_line_without_the_key_and_heals(
     assert source(server).update(ledger, ["AAPL"], START, NOW) == (1, 0)
 
 
-def test_one_bad_answer_is_simply_asked_again_and_a_short_wait_is_waited_out(
+def test_one_bad_answer_is_requested_again_and_a_short_wait_is_waited_out(
     server: Server, ledger: SplitLedger
 ) -> None:
     server.entries = [entry("AAPL", "2026-11-10")]
@@ -213,10 +211,10 @@ def test_the_key_is_optional_and_never_shown(monkeypatch: pytest.MonkeyPatch) ->
             PolygonSplits.from_environment()
 
 
-def test_a_refresh_asks_for_splits_and_a_fault_there_is_a_warning_only(
+def test_a_refresh_fetches_splits_and_an_error_there_is_only_a_warning(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Told(NullProgress):
+    class Warnings(NullProgress):
         texts: list[str] = []  # noqa: RUF012
 
         def warn(self, source: str, message: str) -> None:
@@ -228,11 +226,11 @@ def test_a_refresh_asks_for_splits_and_a_fault_there_is_a_warning_only(
     monkeypatch.delenv("POLYGON_S3_ACCESS_KEY", raising=False)
     lake = Lake(tmp_path / "lake")
     request = DataRequest(("polygon",), {"stocks": ("AAPL",)}, START, NOW)
-    told = Told()
-    refresh(lake, request, NOW, told)
+    warnings = Warnings()
+    refresh(lake, request, NOW, warnings)
     assert SplitLedger(lake.root).splits("AAPL") == [Split(datetime.date(2026, 11, 10), 10.0)]
-    assert told.texts[0] == "splits: 1 unreadable entries"
+    assert warnings.texts[0] == "splits: 1 unreadable entries"
     monkeypatch.setenv("POLYGON_API_KEY", "wrong")
-    refresh(lake, request, NOW, told)
-    assert "refuses access (HTTP 401): check POLYGON_API_KEY" in told.texts[2]
-    assert "POLYGON_S3_ACCESS_KEY is not set" in told.texts[-1]
+    refresh(lake, request, NOW, warnings)
+    assert "refuses access (HTTP 401): check POLYGON_API_KEY" in warnings.texts[2]
+    assert "POLYGON_S3_ACCESS_KEY is not set" in warnings.texts[-1]

@@ -1,4 +1,4 @@
-"""Damaged answers, refusals and bad rows from Yahoo: what is held stays, the rest heals."""
+"""Damaged answers, refusals and bad rows from Yahoo: kept bars stay, the rest heals."""
 
 from __future__ import annotations
 
@@ -13,22 +13,33 @@ from data_sources.errors import DataError, RateLimited, Refused, SourceUnavailab
 from data_sources.vendors import yahoo_refresh
 from data_sources.vendors.yahoo_refresh import Yahoo
 from tests.data_sources.vendors.loopback import Fault, ns
-from tests.data_sources.vendors.yahoo_desk import DAY_NS, EVENING, HTML, MINUTES, NOW, POLICY, STOCKS, Desk
+from tests.data_sources.vendors.yahoo_harness import (
+    DAY_NS,
+    EVENING,
+    HTML,
+    MINUTES,
+    NOW,
+    POLICY,
+    STOCKS,
+    Harness,
+)
 from tests.data_sources.vendors.yahoo_server import MINUTE_NS, Rows, YahooServer
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def harness(tmp_path: Path) -> Iterator[Harness]:
     with YahooServer(NOW, STOCKS) as server:
-        yield Desk(server, tmp_path / "lake")
+        yield Harness(server, tmp_path / "lake")
 
 
-def test_a_failed_answer_is_not_replayed_from_yfinances_cache(desk: Desk) -> None:
-    desk.server.faults = [Fault(MINUTES, "body", 502, body=HTML, count=2)]  # yfinance itself tries each twice
-    desk.refresh()
+def test_a_failed_answer_is_not_replayed_from_yfinances_cache(harness: Harness) -> None:
+    harness.server.faults = [
+        Fault(MINUTES, "body", 502, body=HTML, count=2)
+    ]  # yfinance itself tries each twice
+    harness.refresh()
     for stock in STOCKS:
-        desk.assert_holds(stock)
-    assert desk.notes.warnings == []
+        harness.assert_holds(stock)
+    assert harness.notes.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -49,135 +60,135 @@ def test_a_failed_answer_is_not_replayed_from_yfinances_cache(desk: Desk) -> Non
     ],
     ids=lambda fault: f"{fault.kind}-{fault.status}-{fault.body[:8]!r}",
 )
-def test_one_stocks_failure_is_one_warning_and_heals(desk: Desk, fault: Fault) -> None:
-    desk.server.faults = [fault]
-    desk.refresh()
-    desk.assert_holds("AAPL")
-    desk.assert_holds("NVDA")
-    assert [warning[:5] for warning in desk.notes.warnings] == ["MSFT:"]
-    desk.server.faults = []
-    desk.refresh()
-    desk.assert_holds("MSFT")
-    assert desk.notes.warnings == []
+def test_one_stocks_failure_is_one_warning_and_heals(harness: Harness, fault: Fault) -> None:
+    harness.server.faults = [fault]
+    harness.refresh()
+    harness.assert_holds("AAPL")
+    harness.assert_holds("NVDA")
+    assert [warning[:5] for warning in harness.notes.warnings] == ["MSFT:"]
+    harness.server.faults = []
+    harness.refresh()
+    harness.assert_holds("MSFT")
+    assert harness.notes.warnings == []
 
 
-def test_an_unknown_stock_is_said_once_and_costs_few_requests(desk: Desk) -> None:
-    desk.refresh("AAPL", "ZZZZ", "MSFT")
-    assert desk.notes.warnings == ["ZZZZ: Yahoo does not know this symbol (HTTP 404)"]
-    assert len(desk.charts("/ZZZZ")) <= 2
-    desk.assert_holds("MSFT")
+def test_an_unknown_stock_is_reported_once_and_costs_few_requests(harness: Harness) -> None:
+    harness.refresh("AAPL", "ZZZZ", "MSFT")
+    assert harness.notes.warnings == ["ZZZZ: Yahoo does not know this symbol (HTTP 404)"]
+    assert len(harness.charts("/ZZZZ")) <= 2
+    harness.assert_holds("MSFT")
 
 
-def test_only_unknown_stocks_are_an_error(desk: Desk) -> None:
+def test_only_unknown_stocks_are_an_error(harness: Harness) -> None:
     with pytest.raises(DataError, match="does not know this symbol"):
-        desk.refresh("ZZZZ", "YYYY")
+        harness.refresh("ZZZZ", "YYYY")
 
 
-def test_a_window_that_should_have_bars_and_has_none_is_a_warning_and_asked_for_again(desk: Desk) -> None:
+def test_a_week_without_its_bars_is_a_warning_and_fetched_again(harness: Harness) -> None:
     empty = Fault("/MSFT.*1m", "rows", rows=lambda rows: {name: [] for name in rows}, count=2)
-    desk.server.faults = [empty]
-    desk.refresh(at=EVENING)
-    assert desk.notes.warnings == [
+    harness.server.faults = [empty]
+    harness.refresh(at=EVENING)
+    assert harness.notes.warnings == [
         "MSFT: no bars came for the week of 2026-02-16, 2026-02-23, although the market was open"
     ]
-    assert len(desk.refresh()) == 2
-    desk.assert_holds("MSFT", start_ns=EVENING - 29 * DAY_NS, end_ns=EVENING)
-    assert desk.refresh() == []
+    assert len(harness.refresh()) == 2
+    harness.assert_holds("MSFT", start_ns=EVENING - 29 * DAY_NS, end_ns=EVENING)
+    assert harness.refresh() == []
 
 
-def test_a_week_that_stays_short_is_not_asked_for_at_every_refresh(desk: Desk) -> None:
-    desk.server.faults = [
+def test_a_week_that_stays_short_is_not_fetched_at_every_refresh(harness: Harness) -> None:
+    harness.server.faults = [
         Fault("/MSFT.*period1=1772.*1m", "rows", rows=lambda rows: {n: v[:900] for n, v in rows.items()})
     ]
-    asked = [len(desk.refresh("MSFT", at=EVENING + i * 60 * MINUTE_NS)) for i in range(5)]
+    asked = [len(harness.refresh("MSFT", at=EVENING + i * 60 * MINUTE_NS)) for i in range(5)]
     assert asked[1:] == [1, 1, 0, 0]
-    desk.server.faults = []
-    desk.refresh("MSFT", at=EVENING + 47 * 60 * MINUTE_NS)
-    desk.assert_holds("MSFT", start_ns=EVENING - 27 * DAY_NS, end_ns=desk.server.now_ns)
+    harness.server.faults = []
+    harness.refresh("MSFT", at=EVENING + 47 * 60 * MINUTE_NS)
+    harness.assert_holds("MSFT", start_ns=EVENING - 27 * DAY_NS, end_ns=harness.server.now_ns)
 
 
-def test_a_rate_limit_stops_the_source_and_keeps_what_came(desk: Desk) -> None:
-    desk.server.faults = [
+def test_a_rate_limit_stops_the_source_and_keeps_what_came(harness: Harness) -> None:
+    harness.server.faults = [
         Fault("/(MSFT|NVDA)", "status", 429, {"Retry-After": "7"}, b"Too Many Requests"),
     ]
     with pytest.raises(RateLimited, match=r"rate limit .* retry in 7 s") as caught:
-        desk.refresh()
+        harness.refresh()
     assert caught.value.retry_after == 7
-    assert not desk.charts("/NVDA")
-    desk.assert_holds("AAPL")
-    desk.server.faults = []
-    assert not any("/NVDA" in r and "2026" in r for r in desk.refresh())
+    assert not harness.charts("/NVDA")
+    harness.assert_holds("AAPL")
+    harness.server.faults = []
+    assert not any("/NVDA" in r and "2026" in r for r in harness.refresh())
     for stock in STOCKS:
-        desk.assert_holds(stock)
+        harness.assert_holds(stock)
 
 
-def test_a_limited_crumb_alone_stops_nothing_and_is_not_begged_for(desk: Desk) -> None:
-    desk.server.wants_crumb = False
-    desk.server.faults = [Fault("getcrumb", "status", 429, body=b"Too Many Requests")]
-    desk.refresh()
-    desk.assert_holds("NVDA")
-    assert sum("getcrumb" in request for request in desk.server.requests) <= 2
+def test_a_limited_crumb_alone_stops_nothing_and_is_not_requested_again(harness: Harness) -> None:
+    harness.server.wants_crumb = False
+    harness.server.faults = [Fault("getcrumb", "status", 429, body=b"Too Many Requests")]
+    harness.refresh()
+    harness.assert_holds("NVDA")
+    assert sum("getcrumb" in request for request in harness.server.requests) <= 2
 
 
-def test_a_refusal_is_said_as_one(desk: Desk) -> None:
-    desk.server.faults = [Fault("/chart/", "body", 403, body=HTML)]
+def test_a_refusal_is_reported_as_one(harness: Harness) -> None:
+    harness.server.faults = [Fault("/chart/", "body", 403, body=HTML)]
     with pytest.raises(Refused, match="HTTP 403"):
-        desk.refresh()
+        harness.refresh()
 
 
-def test_a_host_that_is_not_there_is_given_up_early(desk: Desk) -> None:
+def test_a_host_that_is_not_there_is_given_up_early(harness: Harness) -> None:
     stocks = [f"S{number}" for number in range(22)]
     with YahooServer(NOW) as gone:
         pass
-    desk.server.url, url = gone.url, desk.server.url
+    harness.server.url, url = gone.url, harness.server.url
     with pytest.raises(SourceUnavailable, match="3 stocks in a row"):
-        desk.refresh(*stocks)
-    desk.server.url = url
-    desk.refresh()
-    desk.assert_holds("AAPL")
+        harness.refresh(*stocks)
+    harness.server.url = url
+    harness.refresh()
+    harness.assert_holds("AAPL")
 
 
-def test_a_host_that_hangs_is_given_up_early(desk: Desk) -> None:
-    desk.server.faults = [Fault("", "hang")]
+def test_a_host_that_hangs_is_given_up_early(harness: Harness) -> None:
+    harness.server.faults = [Fault("", "hang")]
     with pytest.raises(SourceUnavailable, match="3 stocks in a row"):
-        desk.refresh(*(f"S{number}" for number in range(22)))
-    assert len(desk.server.requests) <= 10
+        harness.refresh(*(f"S{number}" for number in range(22)))
+    assert len(harness.server.requests) <= 10
 
 
 def test_a_slow_source_has_a_deadline_and_keeps_what_came(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk.refresh("AAPL", at=EVENING)
+    harness.refresh("AAPL", at=EVENING)
     monkeypatch.setattr(yahoo_refresh, "MINIMUM_SECONDS", 0.0)
     monkeypatch.setattr(yahoo_refresh, "SECONDS_PER_STOCK", 0.0)
     with pytest.raises(SourceUnavailable, match="too slow"):
-        desk.refresh()
-    desk.assert_holds("AAPL", start_ns=EVENING - 29 * DAY_NS, end_ns=EVENING)
+        harness.refresh()
+    harness.assert_holds("AAPL", start_ns=EVENING - 29 * DAY_NS, end_ns=EVENING)
 
 
-def test_yahoos_own_words_reach_the_user(desk: Desk) -> None:
-    desk.server.now_ns += 3 * DAY_NS  # a host whose clock is ahead: the oldest week is too old for it
-    ahead = desk.server.now_ns
+def test_yahoos_own_words_reach_the_user(harness: Harness) -> None:
+    harness.server.now_ns += 3 * DAY_NS  # a host whose clock is ahead: the oldest week is too old for it
+    ahead = harness.server.now_ns
     now = NOW
-    Yahoo(desk.server.url, policy=POLICY).refresh(
-        desk.lake, ["AAPL"], now - 60 * DAY_NS, now, now, desk.notes, desk.ledger
+    Yahoo(harness.server.url, policy=POLICY).refresh(
+        harness.lake, ["AAPL"], now - 60 * DAY_NS, now, now, harness.notes, harness.ledger
     )
-    assert desk.server.now_ns == ahead
-    [warning] = desk.notes.warnings
+    assert harness.server.now_ns == ahead
+    [warning] = harness.notes.warnings
     assert "The requested range must be within the last 30 days." in warning
-    desk.assert_holds("AAPL", start_ns=ns("2026-02-23T00:00"))
+    harness.assert_holds("AAPL", start_ns=ns("2026-02-23T00:00"))
 
 
-def test_another_symbols_answer_is_not_kept(desk: Desk) -> None:
+def test_another_symbols_answer_is_not_kept(harness: Harness) -> None:
     meta = YahooServer._meta
 
     def mixed_up(self: YahooServer, symbol: str, *rest: Any) -> dict[str, Any]:
         return meta(self, "NVDA" if symbol == "MSFT" else symbol, *rest)
 
-    desk.server._meta = mixed_up.__get__(desk.server)  # type: ignore[method-assign]
-    desk.refresh()
-    assert desk.minutes("MSFT") == set()
-    assert desk.notes.warnings == ["MSFT: asked Yahoo for MSFT, got NVDA"]
+    harness.server._meta = mixed_up.__get__(harness.server)  # type: ignore[method-assign]
+    harness.refresh()
+    assert harness.minutes("MSFT") == set()
+    assert harness.notes.warnings == ["MSFT: asked Yahoo for MSFT, got NVDA"]
 
 
 def spoilt(every: int, spoil: Callable[[float], Any], *fields: str) -> Callable[[Rows], Rows]:
@@ -226,22 +237,22 @@ PRICES = ("open", "high", "low", "close")
     ).split(),
 )
 def test_spoilt_rows_cost_no_kept_bar_and_heal(
-    desk: Desk, rows: Callable[[Rows], Rows], is_filled: bool
+    harness: Harness, rows: Callable[[Rows], Rows], is_filled: bool
 ) -> None:
     if is_filled:
-        desk.refresh("AAPL", at=EVENING - 2 * DAY_NS)
-    before = desk.minutes("AAPL")
-    desk.server.faults = [Fault(MINUTES, "rows", rows=rows)]
-    desk.refresh("AAPL", at=EVENING)
-    held = desk.columns("AAPL")
+        harness.refresh("AAPL", at=EVENING - 2 * DAY_NS)
+    before = harness.minutes("AAPL")
+    harness.server.faults = [Fault(MINUTES, "rows", rows=rows)]
+    harness.refresh("AAPL", at=EVENING)
+    held = harness.columns("AAPL")
     if held:
-        # What is held is right, bar by bar, even while the vendor is not.
-        times, values = desk.server.truth("AAPL", int(held["open_time"][0]), EVENING)
+        # Every kept bar is right, even while the vendor is not.
+        times, values = harness.server.truth("AAPL", int(held["open_time"][0]), EVENING)
         places = np.searchsorted(times, held["open_time"])
         assert (times[places] == held["open_time"]).all()
         np.testing.assert_array_equal(held["close"], values[places, 3])
-    assert before <= desk.minutes("AAPL")
-    desk.server.faults = []
-    desk.refresh("AAPL", at=EVENING + 30 * MINUTE_NS)
-    desk.assert_holds("AAPL", start_ns=EVENING - 28 * DAY_NS, end_ns=EVENING)
-    assert desk.notes.warnings == []
+    assert before <= harness.minutes("AAPL")
+    harness.server.faults = []
+    harness.refresh("AAPL", at=EVENING + 30 * MINUTE_NS)
+    harness.assert_holds("AAPL", start_ns=EVENING - 28 * DAY_NS, end_ns=EVENING)
+    assert harness.notes.warnings == []

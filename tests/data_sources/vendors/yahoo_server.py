@@ -77,7 +77,7 @@ class YahooServer(LoopbackServer):
         return self._known_at(symbol, times, 0)
 
     def _known_at(self, symbol: str, times: np.ndarray, known_ns: int) -> np.ndarray:
-        """``bars_of`` is what every split leaves behind; nobody knows of those after ``known_ns``."""
+        """Return FIELDS with the splits up to ``known_ns``; those of ``bars_of`` have all splits."""
         values = bars_of(symbol, times)
         for day, ratio in self.splits.get(symbol, []):
             executed = int(datetime(day.year, day.month, day.day, tzinfo=NEW_YORK).timestamp()) * 10**9
@@ -102,7 +102,7 @@ class YahooServer(LoopbackServer):
             if self.wants_crumb and not (has_cookie and query.get("crumb") == CRUMB):
                 return _error(401, "Unauthorized", "Invalid Crumb", "finance")
             return self._chart(chart[1], query, faults)
-        if parts.path == "/":  # fc.yahoo.com says 404 and gives its cookie all the same
+        if parts.path == "/":  # fc.yahoo.com answers 404 and still sets its cookie
             return 404, b"", {"Set-Cookie": f"A3={COOKIE}; Max-Age=31536000; Path=/; HttpOnly"}
         return _error(404, "Not Found", "no such page", "finance")
 

@@ -1,4 +1,4 @@
-"""What Binance's tests share: a loopback exchange, a lake and an adapter at one desk."""
+"""Shared by Binance's tests: a loopback exchange, a lake and a client."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ POLICY = RetryPolicy(
 QUICK = replace(POLICY, read_seconds=0.8, total_seconds=1.2)  # for servers that stall
 
 
-class Desk:
-    """A server, a lake and an adapter, and what one wants to know of them."""
+class Harness:
+    """A server, a lake and a client, and questions about them."""
 
     def __init__(self, server: BinanceServer, folder: Path) -> None:
         self.server, self.lake, self.notes = server, Lake(folder), Notes()
-        self.binance = self.new_adapter()
+        self.binance = self.new_client()
 
-    def new_adapter(self, policy: RetryPolicy = POLICY) -> Binance:
+    def new_client(self, policy: RetryPolicy = POLICY) -> Binance:
         return Binance(self.server.url, self.server.url, policy=policy)
 
     def refresh(self, *pairs: str, start_ns: int = START, seconds_later: int = 0) -> list[str]:
-        """Refresh, and return the requests that it took."""
+        """Refresh and return the requests it made."""
         self.server.now_ns += seconds_later * 10**9
         self.server.requests.clear()
         self.notes = Notes()
@@ -60,7 +60,7 @@ class Desk:
         end_ns: int = CLOSED,
         without: tuple[int, ...] = (),
     ) -> None:
-        """Every bar of the truth is there, bit for bit, and no other."""
+        """The lake has every bar of the truth, bit for bit, and no other."""
         table = read(self.lake, "binance", pair, [pair], start_ns, self.server.now_ns + DAY_NS)
         times, values = self.server.truth(pair, start_ns, end_ns)
         keep = ~np.isin(times, np.array(without, np.int64))

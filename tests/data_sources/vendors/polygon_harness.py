@@ -1,4 +1,4 @@
-"""What the tests of the Polygon adapter share: made-up days, a refresh that is watched, a look at the lake."""
+"""Shared by Polygon's tests: made-up days, a recorded refresh, and the lake's contents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_BARS = 30
 
 
 class Recorder:
-    """A Progress that remembers."""
+    """A Progress that records its calls."""
 
     def __init__(self) -> None:
         self.total: int | None = None

@@ -1,4 +1,4 @@
-"""What Yahoo's tests share: a loopback server, a lake and an adapter at one desk."""
+"""Shared by Yahoo's tests: a loopback server, a lake and a client."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HTML = b"<!DOCTYPE html><html><body>Oh dear</body></html>"
 MINUTES = "interval=1m"  # of a chart request
 
 
-class Desk:
-    """A server, a lake and an adapter, and what one wants to know of them."""
+class Harness:
+    """A server, a lake and a client, and questions about them."""
 
     def __init__(self, server: YahooServer, folder: Path) -> None:
         self.server, self.folder, self.notes = server, folder, Notes()
@@ -37,7 +37,7 @@ class Desk:
         return SplitLedger(self.folder)
 
     def refresh(self, *stocks: str, at: int | None = None) -> list[str]:
-        """Refresh, at another time if one is given, and return the chart requests that it took."""
+        """Refresh, at another time if one is given, and return the chart requests it made."""
         self.server.now_ns = now_ns = at or self.server.now_ns
         self.server.requests.clear()
         self.notes = Notes()
@@ -56,7 +56,7 @@ class Desk:
         return set(self.columns(stock).get("open_time", np.empty(0)).tolist())
 
     def assert_holds(self, stock: str, start_ns: int = REACH, end_ns: int = CLOSED) -> None:
-        """Every bar of the span with its values, adjusted by the ledger, and none else after ``start_ns``."""
+        """The lake has every bar of the span, adjusted by the ledger, and no other after ``start_ns``."""
         columns = self.columns(stock)
         bars = Bars(stock, "stock", *(columns[name] for name in COLUMNS))
         bars = self.ledger.adjust(bars, fetched_ns=columns["fetched_ns"]).between(start_ns, 2**62)
