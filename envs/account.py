@@ -156,6 +156,7 @@ def observe(
     played: Tensor,
     cost_rate: Tensor,
     constants: tuple[Tensor, ...],
+    log_start: Tensor | None = None,
 ) -> Tensor:
     """Return the account observations, (N, A) float32; TradingEnv documents their columns.
 
@@ -165,6 +166,7 @@ def observe(
         played: decisions in this episode.
         cost_rate: fee and slippage.
         constants: offset and scale of the last 6 columns, (6, 1) each, and the targets, (K, 1).
+        log_start: log equity at the start of the episode; None for 0.
     """
     offset, scale, targets = constants
     value = account.units * close
@@ -175,7 +177,7 @@ def observe(
             value.div_(equity).sub_(account.target),
             log_equity - account.log_at_trade,
             log_equity - account.log_peak,
-            log_equity,
+            log_equity if log_start is None else log_equity - log_start,
             played,
             cost_rate,
         )

@@ -132,6 +132,7 @@ class TradingEnv:
         self._kept = self._account = AccountState.of(self._amounts, alive)
         self._fresh = AccountState.fresh(1, dtype, self.device)
         number = torch.arange(n, device=self.device)
+        self._log_start: Tensor | None = None  # (N,) log equity at the start of the episode; None for 0
         self._symbol = torch.zeros_like(number)
         self._cursor = torch.zeros_like(number)  # newest closed bar when the segment began
         # Decisions of this episode while alive. The first episodes begin at all ages, so that later ones do not
@@ -245,7 +246,7 @@ class TradingEnv:
         if self._observed is not None:
             return self._observed
         close = self.segment.closes[self._step]
-        return observe(self.account, close, self._played, self._cost_rate, self._constants)
+        return observe(self.account, close, self._played, self._cost_rate, self._constants, self._log_start)
 
     @torch.no_grad()
     def play(self, decide: Decide, *inputs: Tensor) -> Trajectory:
@@ -262,7 +263,7 @@ class TradingEnv:
         """
         if self._step:
             raise RuntimeError(f"{self._step} steps of the segment are taken: call begin_segment()")
-        if self.compiled:
+        if self.compiled and self._log_start is None:
             played = self._played.clone()
             self._observed, columns = self._compiled_steps.play(decide, inputs, self.account_observations())
             by_account, log_equity, rewards, *outputs = columns

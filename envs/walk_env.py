@@ -26,10 +26,11 @@ class ExamEnv(TradingEnv):
     - Account n makes its first decision at the first bar of ``places[n]``'s symbol that opens at or after the
       place's time and has C bars before it, which may be older than the time. It continues segment by segment
       while H + 1 more bars follow; up to H bars at the end of a stretch are left over.
-    - It is one account throughout: where an episode of ``episode_bars`` ends, its position stays and only its
-      equity counts from 1 again, so that the policy sees what it was trained on. Rewards add up to the log return
-      of the whole walk. Ruin is final, as in an episode.
-    - After a hole the account starts again in cash. ``truncated`` marks the end of a stretch.
+    - It is one account throughout: its orders are as large as it has grown, and ruin, a fraction of its first
+      equity, is final. Where an episode of ``episode_bars`` ends, only the observations of the episode (its age,
+      its gain and its peak) start again, so that the policy sees what it was trained on. Rewards add up to the
+      log return of the whole walk.
+    - After a hole the account continues in cash, with a new episode. ``truncated`` marks the end of a stretch.
     - An account whose walk is over, or whose symbol has no bar to walk, is not ``alive``: it stays in cash, earns
       0 and counts nowhere.
 
@@ -77,6 +78,8 @@ class ExamEnv(TradingEnv):
             self._flat = where, torch.tensor(rates, dtype=dtype, device=self.device)
         self._round = 0
         self._played.zero_()
+        self._log_start = self._began_at = torch.zeros_like(self._played)
+        self._fresh = self._kept  # after a hole, the same account
 
     @property
     def schedule(self) -> Tensor:
@@ -102,26 +105,24 @@ class ExamEnv(TradingEnv):
         if self._round:
             out |= ~account.alive
         account.alive.logical_and_(~out)
-        account.cash.copy_(torch.where(out, account.log_equity.exp(), account.cash))
+        over = (start != self._cursor) & ~out
+        in_cash = out | over
+        account.cash.copy_(torch.where(in_cash, account.log_equity.exp(), account.cash))
         for tensor in (account.units, account.owed, account.target):
-            tensor.masked_fill_(out, 0)
+            tensor.masked_fill_(in_cash, 0)
+        new_episode = over | (self._played + self.config.horizon > self.config.episode_bars)
+        self._played.masked_fill_(new_episode, 0)
+        for tensor, begins in (
+            (self._began_at, new_episode),
+            (account.log_peak, new_episode),
+            (account.log_at_trade, over),
+        ):
+            tensor.copy_(torch.where(begins, account.log_equity, tensor))
         # Accounts that are out still need a bar that exists; any will do.
         self._cursor.masked_fill_(out, self.config.context_bars)
-        self._over.copy_((start != self._cursor) & ~out)
-        self._count_from_one(self._played + self.config.horizon > self.config.episode_bars)
+        self._over.copy_(over)
         self._round += 1
         return self._symbols, start
-
-    def _count_from_one(self, old: Tensor) -> None:
-        # The next episode with the same position: rescale money so that equity is 1.
-        account = self._kept
-        scale = torch.where(old & account.alive, account.log_equity.neg().exp(), 1.0)
-        for tensor in (account.cash, account.units, account.owed):
-            tensor.mul_(scale)
-        for tensor in (account.log_equity, account.log_peak, account.log_at_trade):
-            tensor.add_(scale.log())
-        account.log_peak.masked_fill_(old, 0)
-        self._played.masked_fill_(old, 0)
 
     def _cut(self) -> Tensor:
         return self._schedule[self._round] != self._cursor

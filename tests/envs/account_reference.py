@@ -111,4 +111,4 @@ class ReferenceAccount:
 
 
 def _rate(cost: Cost, order: float) -> float:
-    return cost(order) if callable(cost) else cost
+    return float(cost(order) if callable(cost) else cost)  # a float32 would round the rest

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from data_sources.bars import MINUTE_NS
 from envs.walk_env import ExamEnv
-from tests.envs.account_reference import ReferenceAccount
+from tests.envs.account_reference import ReferenceAccount, cost_in_bar
 from tests.envs.markets import CONTEXT, HORIZON, config_of, market_of, walk
 
 YEAR_MINUTES = 365.25 * 24 * 60
@@ -18,16 +22,24 @@ def exam_of(market, places, **changes):
     return ExamEnv(market, config, "cpu", places)
 
 
-def play(env, seed=0):
+def at_random(count, generator):
+    return torch.randint(0, 3, (count,), generator=generator)
+
+
+def long_most_of_the_time(count, generator):
+    return 1 + (torch.rand(count, generator=generator) < 0.7).long()
+
+
+def play(env, choose=at_random):
     """Return rewards, alive before, truncated, actions and cursors of all decisions, (segments x H, N) each."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(env.num_segments):
         env.begin_segment()
         for _ in range(HORIZON):
             env.account_observations()
             alive, cursor = env.alive.clone(), env.cursor.clone()
-            actions = torch.randint(0, 3, (env.config.num_envs,), generator=generator)
+            actions = choose(env.config.num_envs, generator)
             rewards, _, truncated = env.step(actions)
             rows.append((rewards, alive, truncated, actions, cursor))
     return [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -67,22 +79,69 @@ def test_rewards_add_up_to_the_return_of_one_account_over_the_whole_walk():
     assert statistics["decisions"] == len(rewards)
 
 
-def test_the_policy_sees_episodes_as_in_training_and_the_position_stays():
+def test_the_policy_sees_episodes_as_in_training_and_the_account_stays():
     env = exam_of(market_of(walk("AAA", 300)), [("AAA", 0)])
-    exposure = 0.0
+    units, begun, peak = 0.0, 0.0, 0.0
     for segment in range(6):
         env.begin_segment()
-        before = env.account.units * env.segment.prices[0] / env.account.log_equity.exp()
+        log_equity = float(env.account.log_equity)
+        if segment % 2 == 0:
+            begun = peak = log_equity
         seen = env.account_observations()[0]
+        marked = math.log(float(env.account.cash + env.account.units * env.segment.closes[0]))
+        assert seen[3 + 2] == pytest.approx(10 * (marked - float(env.account.log_peak)), abs=1e-6)
+        assert seen[3 + 3] == pytest.approx(10 * (marked - begun), abs=1e-6)
         assert seen[3 + 4] == pytest.approx(1 - (segment % 2) / 2)
+        assert float(env.account.log_peak) == pytest.approx(peak)
         if segment:
             assert seen[2] == 1  # the long position
-            assert float(before) == pytest.approx(exposure, rel=1e-9)
-        if segment % 2 == 0:
-            assert env.account.log_equity.abs() < 1e-15
+            assert float(env.account.units) == units
         for _ in range(HORIZON):
+            peak = max(peak, float(env.account.log_equity))
             env.step(torch.tensor([2]))
-        exposure = float(env.account.units * env.segment.prices[-1] / env.account.log_equity.exp())
+        units = float(env.account.units)
+    assert begun != 0
+
+
+def test_a_large_order_pays_for_all_that_the_account_has_grown_to_beyond_holes_too():
+    bars = walk("AAA", 400, sigma=0.005, gaps={150: 300})
+    growth = np.exp(0.014 * np.arange(400))
+    prices = {name: getattr(bars, name) * growth for name in ("open", "high", "low", "close")}
+    prices["open"] = prices["open"].astype(np.float32).astype(float)
+    bars = replace(bars, volume=bars.volume / growth, **prices)
+    rules = {"range_slippage": 0.02, "volume_slippage": 0.02, "account_value": 300.0}
+    env = exam_of(market_of(bars), [("AAA", 0)], **rules)
+    rewards, alive, _, actions, cursor = play(env, long_most_of_the_time)
+    assert alive.all()
+    account, last = ReferenceAccount(0.2, held=0.0), None
+    for reward, action, bar in zip(rewards[:, 0], actions[:, 0].tolist(), cursor[:, 0].tolist(), strict=True):
+        if last is not None and bar != last + 1:  # after a hole, in cash
+            account = ReferenceAccount(0.2, held=0.0, cash=account.equity(bars.open[last + 2]))
+        last = bar
+        expected = account.fill(
+            env.config.positions[action],
+            bars.open[bar + 1],
+            bars.open[bar + 2],
+            cost_in_bar(bars, bar + 1, env.config),
+            0.05 * (bars.open_time[bar + 2] - bars.open_time[bar + 1]) / MINUTE_NS / YEAR_MINUTES,
+            cost_in_bar(bars, bar + 2, env.config),
+        )
+        assert float(reward) == pytest.approx(expected, abs=1e-6)
+    assert account.equity(bars.open[last + 2]) > 5
+    assert float(env.account.log_equity) == pytest.approx(
+        math.log(account.equity(bars.open[last + 2])), rel=1e-6
+    )
+
+
+def test_slow_losses_over_many_episodes_are_a_ruin():
+    fall = 100 * np.exp(-0.02 * np.arange(400))
+    bars = replace(walk("AAA", 400), open=fall, high=fall, low=fall, close=fall)
+    env = exam_of(market_of(bars), [("AAA", 0)])
+    rewards, alive, *_ = play(env, lambda *_: torch.tensor([2]))
+    ruined = int(alive.sum())
+    # Half the equity is lost in an episode of 32 bars; a fifth is left after 80.
+    assert ruined == pytest.approx(math.log(1 / 0.2) / 0.02, abs=2)
+    assert float(rewards.sum().exp()) == pytest.approx(0.2, rel=0.03)
 
 
 def test_the_ruined_stay_ruined_and_the_finished_count_nowhere():

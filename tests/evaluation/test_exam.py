@@ -74,8 +74,8 @@ def test_a_baseline_earns_what_an_account_in_plain_floats_earns(
     account = ReferenceAccount(1e-6, held=0.0)
     positions = set()
     for t, fill in enumerate(fills):
-        if t and fill != fills[t - 1] + 1:  # after a hole the account starts again, in cash
-            account = ReferenceAccount(1e-6, held=0.0)
+        if t and fill != fills[t - 1] + 1:  # after a hole the account continues in cash
+            account = ReferenceAccount(1e-6, held=0.0, cash=account.equity(opens[fills[t - 1] + 1]))
         before = account.equity(opens[fill])
         costs, borrowed, traded = account.costs, account.borrow_costs, account.traded
         borrow = CONFIG.borrow_rate * (bars.open_time[fill + 1] - bars.open_time[fill]) / YEAR_NS
