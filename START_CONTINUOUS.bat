@@ -12,6 +12,8 @@ rem Works from any folder. With "set NOPAUSE=1" the window does not wait for a k
 setlocal EnableExtensions DisableDelayedExpansion
 cd /d "%~dp0"
 set "PYTHONUTF8=1"
+set "PYTHONHOME="
+set "PYTHONSAFEPATH="
 
 set "PY="
 set "PYARGS="

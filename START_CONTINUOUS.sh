@@ -9,6 +9,7 @@
 #
 # Ctrl+C finishes the epoch, saves and exits; a second one aborts. Works from any folder.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source runtime/venv.sh
 prepare_venv requirements_simple.txt

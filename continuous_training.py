@@ -10,8 +10,13 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from runtime import surroundings
+
+if __name__ == "__main__":
+    surroundings.prepare_process()
 # The allocator reads this when torch is first imported, hence the imports below it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
 
@@ -226,7 +231,7 @@ def train_command(settings: Settings) -> None:
 def main() -> None:
     """Run the named command, or ``train``."""
     try:
-        load_dotenv()
+        load_dotenv(Path(__file__).with_name(".env"))  # not one of a folder above
     except (OSError, UnicodeDecodeError):
         exit_with(
             EXIT_SETTING, "Invalid setting: .env must be a readable text file in UTF-8: save it again as one"

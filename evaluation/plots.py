@@ -26,6 +26,7 @@ from evaluation.measures import drawdown, equity_curve
 
 Array = NDArray[np.float64]
 
+matplotlib.rcdefaults()  # a matplotlibrc of the user's may need LaTeX
 # In lower case, as matplotlib writes them.
 ACCENT, SECOND, INK, MUTED, FAINT = "#0072b2", "#d55e00", "#1f2328", "#6b7280", "#e3e6ea"
 BOUGHT = "#009e73"

@@ -23,6 +23,15 @@ PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
 LOG = VENV / "install.log"
 UNFINISHED = VENV / "unfinished"
 IS_NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11))"
+# Where pip finds packages and how it gets there; its other variables would install elsewhere, or something else.
+PIP_KEPT = tuple(
+    f"PIP_{name}"
+    for name in (
+        *("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "CONFIG_FILE", "KEYRING_PROVIDER"),
+        *("CERT", "CLIENT_CERT", "TRUSTED_HOST", "PROXY", "TIMEOUT", "DEFAULT_TIMEOUT", "RETRIES"),
+        *("CACHE_DIR", "NO_CACHE_DIR", "CONSTRAINT", "PREFER_BINARY", "NO_BUILD_ISOLATION", "USE_FEATURE"),
+    )
+)
 LOG_LINES = 30  # shown to the user if the installation fails
 
 
@@ -101,6 +110,14 @@ def _make_venv() -> None:
     UNFINISHED.unlink()
 
 
+def _pip_environment() -> dict[str, str]:
+    """Return the environment without what would make pip install elsewhere, or something else."""
+    kept = {
+        name: text for name, text in os.environ.items() if not name.startswith("PIP_") or name in PIP_KEPT
+    }
+    return kept | {"PIP_USER": "0"}  # also of a pip.conf: a virtual environment refuses it
+
+
 def _run_pip(requirements: Path) -> None:
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     with (
@@ -110,6 +127,7 @@ def _run_pip(requirements: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
+            env=_pip_environment(),
             text=True,
             encoding="utf-8",
             errors="replace",

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from runtime import surroundings
 from runtime.processes import LINUX, WINDOWS
 
 # The parent may itself be a rank of something (Slurm, another torchrun): its numbers are not ours.
@@ -132,10 +133,16 @@ def count_gpus(environment: Mapping[str, str]) -> int:
     return max(1, installed)
 
 
-def program_environment(launch: Launch) -> dict[str, str]:
-    """Return the environment of every process of the program: the user's, without inherited rank numbers."""
+def clean_environment() -> dict[str, str]:
+    """Return the user's environment without inherited rank numbers and what was meant for other programs."""
     inherited = {name: value for name, value in os.environ.items() if name not in INHERITED_RANKS}
-    return inherited | {"WORLD_SIZE_PLANNED": str(launch.world_size)}
+    surroundings.shut_out(inherited)
+    return inherited
+
+
+def program_environment(launch: Launch) -> dict[str, str]:
+    """Return the environment of every process that trains."""
+    return clean_environment() | {"WORLD_SIZE_PLANNED": str(launch.world_size)}
 
 
 def _count(environment: Mapping[str, str], name: str, default: Callable[[Mapping[str, str]], int]) -> int:

@@ -39,7 +39,7 @@ from runtime.control import (
     StopRequest,
     SupervisorControl,
 )
-from runtime.launch import Launch, program_environment
+from runtime.launch import Launch, clean_environment, program_environment
 from runtime.processes import WINDOWS, Processes
 
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
@@ -298,8 +298,8 @@ def say(line: str) -> None:
 
 def _run_alone(command: list[str]) -> int:
     if not WINDOWS:  # where exec would not replace the process
-        os.execv(command[0], command)
-    return subprocess.call(command)
+        os.execve(command[0], command, clean_environment())
+    return subprocess.call(command, env=clean_environment())
 
 
 def _describe_exit(code: int) -> str:

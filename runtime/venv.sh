@@ -1,6 +1,9 @@
 # Sourced by START_CONTINUOUS.sh and tests/run.sh, in the project's folder.
 # shellcheck shell=bash
 
+# Of another Python, or against finding this program's own modules.
+unset PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONINSPECT
+
 # prepare_venv FILE: find a Python, and install the requirements FILE into .venv.
 prepare_venv() {
     local candidate

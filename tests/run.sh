@@ -5,6 +5,7 @@
 #   bash tests/run.sh -m "not slow"   # the quick ones
 #   bash tests/run.sh tests/envs -x   # one folder, up to the first failure
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source runtime/venv.sh
 prepare_venv requirements_dev.txt

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from commands.selftest import Result, Trial
 
+matplotlib.rcdefaults()  # a matplotlibrc of the user's may need LaTeX
 BASELINES = (("reference", "C2"), ("buy_and_hold", "C7"), ("random", "C3"))
 
 

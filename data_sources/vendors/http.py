@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase, HTTPBasicAuth
+from requests.utils import get_auth_from_url
 from urllib3.exceptions import HTTPError
 
 from data_sources.errors import BadAnswer, DataError, RateLimited, Refused, SourceUnavailable
@@ -153,8 +155,17 @@ class DeadlineAdapter(HTTPAdapter):
         return response
 
 
+class _AddressAuth(AuthBase):
+    """Credentials of the address itself. A session that has an ``auth`` does not look into netrc."""
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        credentials = get_auth_from_url(request.url or "")
+        return HTTPBasicAuth(*credentials)(request) if any(credentials) else request
+
+
 def prepare(session: requests.Session, policy: RetryPolicy, max_bytes: int) -> requests.Session:
-    """Mount the deadline on a session."""
+    """Mount the deadline on a session, and keep ``~/.netrc`` out; proxies and certificates stay the system's."""
+    session.auth = _AddressAuth()
     adapter = DeadlineAdapter(policy.total_seconds, max_bytes)
     session.mount("https://", adapter)
     session.mount("http://", adapter)

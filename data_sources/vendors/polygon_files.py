@@ -76,6 +76,10 @@ class FlatFiles:
                 "profile": (None, None, None, None),
                 "config_file": (None, None, os.devnull, None),
                 "credentials_file": (None, None, os.devnull, None),
+                "data_path": (None, None, None, None),
+                "defaults_mode": (None, None, "legacy", None),
+                "use_dualstack_endpoint": (None, None, None, None),  # which, as FIPS, excludes an endpoint
+                "use_fips_endpoint": (None, None, None, None),
             }
         )
         self._client: Any = boto3.Session(access_key, secret_key, botocore_session=session).client(

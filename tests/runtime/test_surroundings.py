@@ -1,0 +1,122 @@
+"""What the shell, a notebook or another program left behind changes nothing; what is the machine's stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from data_sources.vendors.http import RetryPolicy, prepare
+from runtime import install, surroundings
+from tests.program import ALONE, PATIENCE, ROOT, environment, tiny_flags
+
+# Each of these broke a command, or could: names of absent backends, accounts, folders and ranks.
+HOSTILE = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PROMETHEUS_MULTIPROC_DIR": "/nonexistent",
+    "PYTHON_DOTENV_DISABLED": "1",
+    "PYTHONWARNINGS": "error",
+    "PYTHONIOENCODING": "ascii",
+    "AWS_PROFILE": "gone",
+    "AWS_USE_FIPS_ENDPOINT": "true",
+    "AWS_DEFAULTS_MODE": "nonsense",
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+    "AWS_DATA_PATH": "/nonexistent",
+    "PET_STANDALONE": "1",
+    "PET_NNODES": "7",
+    "GIT_DIR": "/nonexistent",
+    "FORCE_COLOR": "1",
+    "NO_PROXY": "",
+    "SLURM_PROCID": "3",
+    "MASTER_ADDR": "elsewhere",
+}
+
+
+def test_every_command_runs_in_hostile_surroundings(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / ".config" / "matplotlib").mkdir(parents=True)
+    (home / ".config" / "matplotlib" / "matplotlibrc").write_text("text.usetex: True\nbackend: nonsense\n")
+    (home / ".netrc").write_text("default login anonymous password user@example.org\n")
+    (home / ".aws").mkdir()
+    (home / ".aws" / "config").write_text("not an ini file")
+    hostile = environment(**HOSTILE, HOME=str(home), MATPLOTLIBRC=str(home / ".config" / "matplotlib"))
+    folders = tiny_flags(tmp_path, epochs=1, runs=1, checkpoint_every=1, holdout_days=1)
+    best = tmp_path / "checkpoints" / "run1_epoch1.pt"
+    reports = ["--report-dir", str(tmp_path / "reports")]
+    for words in (
+        ["-m", "runtime.supervisor", *folders],
+        ["-m", "runtime.supervisor", "check", "--offline", *folders],
+        [*ALONE, "data", "--json", *folders],
+        [*ALONE, "episode", str(best), "--symbol", "SIM000", "--output", str(tmp_path / "episode.png")],
+        [*ALONE, "evaluate", str(best), *reports],
+        [*ALONE, "export", str(best), "--output", str(tmp_path / "exported")],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT, env=hostile, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
+        )  # fmt: skip
+        assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])
+    assert (tmp_path / "episode.png").is_file()
+
+
+def test_netrc_replaces_no_key_and_credentials_of_an_address_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("default login anonymous password user@example.org\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    session = prepare(requests.Session(), RetryPolicy(), 1_000)
+    assert session.trust_env  # proxies and certificates
+    key = requests.Request("GET", "http://127.0.0.1/", headers={"Authorization": "Bearer key"})
+    assert session.prepare_request(key).headers["Authorization"] == "Bearer key"
+    assert (
+        "Authorization" not in session.prepare_request(requests.Request("GET", "http://127.0.0.1/")).headers
+    )
+    own = session.prepare_request(requests.Request("GET", "http://me:word@127.0.0.1/"))
+    assert own.headers["Authorization"].startswith("Basic ")
+
+
+def test_what_is_the_machines_stays() -> None:
+    kept = {
+        "HTTPS_PROXY": "http://proxy:1",
+        "REQUESTS_CA_BUNDLE": "/ca.pem",
+        "AWS_CA_BUNDLE": "/ca.pem",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "OMP_NUM_THREADS": "2",
+        "NCCL_DEBUG": "INFO",
+        "POLYGON_API_KEY": "key",
+        "PYTHONWARNINGS": "default",
+    }
+    left = dict(kept) | {"AWS_SECRET_ACCESS_KEY": "other", "MPLBACKEND": "x"}
+    surroundings.shut_out(left)
+    assert left == kept | {"NETRC": os.devnull}
+
+
+def test_pip_installs_here_and_from_the_users_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PIP_TARGET", "PIP_USER", "PIP_DRY_RUN", "PIP_NO_DEPS", "PIP_INDEX_URL"):
+        monkeypatch.setenv(name, "1")
+    seen = {name: text for name, text in install._pip_environment().items() if name.startswith("PIP_")}
+    assert {"PIP_INDEX_URL": "1", "PIP_USER": "0"}.items() <= seen.items()
+    assert not {"PIP_TARGET", "PIP_DRY_RUN", "PIP_NO_DEPS"} & seen.keys()
+
+
+def test_only_the_programs_own_env_file_is_read(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "continuous_training.py").write_bytes((ROOT / "continuous_training.py").read_bytes())
+    (tmp_path / ".env").write_text("POLYGON_API_URL=of-a-folder-above\n")
+    code = (
+        "import os, sys, runpy; sys.argv = ['continuous_training.py', '--version']\n"
+        "try: runpy.run_path('continuous_training.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(os.environ.get('POLYGON_API_URL'))"
+    )
+    clean = {name: text for name, text in os.environ.items() if name != "POLYGON_API_URL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project, env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["None"], done.stdout + done.stderr
