@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -74,8 +74,10 @@ class Console:
         self._level = logging.getLevelNamesMapping()[log_level.upper()]
         # Redirected, tables may be wide, and a line stays one line however long it is.
         self._stream = sys.stderr if to_stderr else sys.stdout
-        width = None if self._stream.isatty() else 200
-        self._rich = RichConsole(highlight=False, width=width, stderr=to_stderr)
+        self._is_terminal = _is_terminal(self._stream)
+        width = None if self._is_terminal else 200
+        # Forced either way: FORCE_COLOR would put colours and moving bars into files.
+        self._rich = _Rich(highlight=False, width=width, stderr=to_stderr, force_terminal=self._is_terminal)
         self._bars: Progress | None = None
         self._data_shown = False
         self._state = DashboardState()
@@ -119,7 +121,10 @@ class Console:
 
     def emit(self, text: str) -> None:
         """Write text for machines to standard output, exactly as it is."""
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except (OSError, ValueError):
+            self._fall_silent()
 
     @property
     def width(self) -> int:
@@ -191,7 +196,7 @@ class Console:
         try:
             is_one_line = isinstance(thing, str) and not self._rich.is_terminal
             self._rich.print(thing, style=style, soft_wrap=is_one_line)
-        except OSError:
+        except (OSError, ValueError):
             self._fall_silent()
 
     def _fall_silent(self) -> None:
@@ -210,7 +215,7 @@ class Console:
         if not state.history:  # a resumed training shows the epochs before
             history = read_metrics(self._log_dir, KEPT_EPOCHS, progress.transitions)
         state.begin(progress.run, progress.epoch, progress.transitions, history)
-        is_able = self._stream.isatty() and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
+        is_able = self._is_terminal and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
         if not settings.dashboard or self.quiet or self._screen or not is_able:
             return
         state.epochs, state.runs, state.device = settings.epochs, settings.runs, device
@@ -338,6 +343,13 @@ class Console:
             self._telemetry.record(metrics)
 
 
+class _Rich(RichConsole):
+    """Rich's console, which would end the program with SystemExit when the reader of its output is gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 class _Handler(logging.Handler):
     """Shows log records on a console."""
 
@@ -401,6 +413,13 @@ def _short(value: Any) -> str:
 
 def _utc(time_ns: int | None, form: str) -> str:
     return "" if time_ns is None else utc_time(time_ns, form)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except (OSError, ValueError):  # closed
+        return False
 
 
 def _is_number(text: str) -> bool:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runtime import surroundings
 from runtime.locking import try_lock
 from runtime.processes import WINDOWS
 
@@ -179,5 +180,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    surroundings.guard_streams()
     os.environ.pop("PYTHONHOME", None)  # of another Python; the new one would use it
     sys.exit(main(sys.argv[1:]))

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from runtime import surroundings
 from runtime.control import (
     ABORT,
     CONTROL_DIR,
@@ -322,4 +323,5 @@ def _seconds(environment: Mapping[str, str], name: str, default: float) -> float
 
 
 if __name__ == "__main__":
+    surroundings.guard_streams()
     sys.exit(main(sys.argv[1:]))

@@ -6,10 +6,14 @@ of the machine, and stay. Standard library only.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import select
 import sys
 import warnings
 from collections.abc import MutableMapping
+from typing import Any, TextIO
 
 # Read by libraries, and meant for other programs.
 FOREIGN = (
@@ -23,6 +27,9 @@ FOREIGN = (
 # AWS: Polygon's S3 is not Amazon's. PET: torchrun's own options, as Kubeflow sets them. GIT: within a hook.
 FOREIGN_PREFIXES = ("AWS_", "BOTO_", "PET_", "GIT_")
 KEPT = ("AWS_CA_BUNDLE",)
+# The reader of a stream is gone for good; Windows reports EINVAL. Other errors, as of a full disk, may pass.
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE, errno.ECONNRESET, errno.EINVAL)
+FULL_SECONDS = 5.0
 
 
 def shut_out(environment: MutableMapping[str, str]) -> None:
@@ -40,6 +47,58 @@ def prepare_process() -> None:
     if "error" in os.environ.get("PYTHONWARNINGS", ""):  # a library's warning is no crash
         warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "error"]  # type: ignore[index]
     shut_out(os.environ)
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):  # an encoding that lacks a character
-            stream.reconfigure(errors="backslashreplace")
+    guard_streams()
+
+
+class _Output(io.FileIO):
+    """A standard stream whose reader may go away: what is written then is lost, and nothing else."""
+
+    def write(self, data: Any) -> int:
+        try:
+            count = super().write(data)
+            while count is None and select.select((), (self,), (), FULL_SECONDS)[1]:
+                count = super().write(data)  # a program beside this one made the terminal non-blocking
+        except OSError as error:
+            if error.errno in GONE:
+                _open_nowhere(self.fileno())
+            count = None
+        return memoryview(data).nbytes if count is None else count
+
+
+def guard_streams() -> None:
+    """Let no standard stream that is closed, goes away or lacks a character end or damage the program."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed from the start: the next file opened would become the output of libraries
+            _open_nowhere(number)
+    sys.stdout, sys.stderr = _guard(sys.stdout, 1), _guard(sys.stderr, 2)
+
+
+def _guard(stream: TextIO | None, number: int) -> TextIO:
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - until the process ends
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.reconfigure(errors="backslashreplace")
+    unbuffered = getattr(stream.buffer, "raw", stream.buffer)
+    if not isinstance(unbuffered, io.FileIO):
+        return stream  # a console of Windows
+    stream.flush()
+    raw: Any = _Output(number, "wb", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.buffer is unbuffered else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _open_nowhere(number: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere == number:
+        os.set_inheritable(number, True)
+        return
+    os.dup2(nowhere, number)
+    os.close(nowhere)

@@ -14,6 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main
 
+from runtime.surroundings import guard_streams
+
 
 def run(arguments: list[str]) -> int:
     """Launch as ``torchrun`` does and return the exit code of the group."""
@@ -30,4 +32,5 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    guard_streams()
     sys.exit(run(sys.argv[1:]))

@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from data_sources.vendors.http import RetryPolicy, prepare
+from monitoring.console import Console
 from runtime import install, surroundings
 from tests.program import ALONE, PATIENCE, ROOT, environment, tiny_flags
 
@@ -120,3 +121,46 @@ def test_only_the_programs_own_env_file_is_read(tmp_path: Path) -> None:
         cwd=project, env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["None"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("shell", ["2>&1 | head -1", "2>&-", ">&- 2>&- <&-", ">/dev/full 2>&1"])
+def test_a_training_whose_output_goes_nowhere_saves_and_ends_with_its_code(
+    tmp_path: Path, shell: str
+) -> None:
+    words = [sys.executable, "-m", "runtime.supervisor", *tiny_flags(tmp_path, epochs=4, runs=1)]
+    code = tmp_path / "code"
+    command = f'("$@"; echo $? > {code}) {shell}'
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", *words], cwd=ROOT, env=environment(), timeout=PATIENCE
+    )
+    assert code.read_text().strip() == "0", done
+    assert {path.name for path in (tmp_path / "checkpoints").glob("run*.pt")} == {
+        "run1_epoch2.pt",
+        "run1_epoch4.pt",
+    }
+    assert (
+        len((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()) == 4
+    )  # of one start, not of five
+
+
+def test_a_mistake_keeps_its_exit_code_without_a_reader(tmp_path: Path) -> None:
+    for shell in ("2>&-", "2>/dev/full", ">&- 2>&-"):
+        command = f'"$@" {shell}'
+        words = [sys.executable, *ALONE, "check", "--epochs", "none"]
+        done = subprocess.run(["bash", "-c", command, "bash", *words], cwd=ROOT, env=environment())
+        assert done.returncode == 2, shell
+
+
+def test_rich_raises_instead_of_ending_the_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone)
+        with Console(tmp_path) as console:
+            console.line("lost")
+            assert console.quiet
+            console.line("silent")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # so that closing it can flush
+    monkeypatch.setattr(sys, "stdout", None)
+    with Console(tmp_path) as console:
+        console.line("nowhere")
