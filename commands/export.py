@@ -28,7 +28,7 @@ from evaluation.measures import jsonable
 from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema
 from models.exported import CARD, FORMAT, WEIGHTS, ExportError, load_policy
 from models.policy import Policy
-from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_folder
+from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_file, sync_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir")  # of one machine, so not in the card
@@ -115,7 +115,7 @@ def command(
         _write(trained, temporary, output, with_graphs, log)
         for path in temporary.iterdir():
             with path.open("rb") as file:
-                os.fsync(file.fileno())
+                sync_file(file, output.parent)
         _replace_folder(temporary, output)
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error

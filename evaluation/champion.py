@@ -20,7 +20,7 @@ import torch
 from envs.config import EnvConfig
 from envs.features import FeatureStatistics
 from evaluation import ledger
-from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, replace, sync_folder, write_atomically
 from training.checkpoint import BEST, Checkpoint, CheckpointError, same_version
 
 log = logging.getLogger("continuous_training")
@@ -99,5 +99,5 @@ def _put_in_place(path: Path, best: Path) -> None:
         with path.open("rb") as source:
             write_atomically(best, lambda file: shutil.copyfileobj(source, file))
         return
-    temporary.replace(best)
+    replace(temporary, best)
     sync_folder(best.parent)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.files import sync_folder
+from runtime.files import sync_file, sync_folder
 
 NAME = "ledger.jsonl"
 Line = Mapping[str, Any]
@@ -50,7 +50,7 @@ def append(path: Path, line: Line) -> None:
         try:
             if file.write(text) < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
+            sync_file(file, path.parent)
         except OSError:
             file.truncate(size)
             raise

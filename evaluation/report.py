@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY, Contestants, Walk
 from evaluation.measures import Measures, break_even, break_even_interval, jsonable, measure
 from evaluation.verdict import Verdict
-from runtime.files import TEMPORARY_SUFFIX, sync_folder
+from runtime.files import TEMPORARY_SUFFIX, sync_file, sync_folder
 
 FORMAT = 1
 # Drawn where metrics.jsonl has them: key and title.
@@ -186,8 +185,7 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
         for name, content in files:
             with (unfinished / name).open("xb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file, folder.parent)
         sync_folder(unfinished)
         if folder.exists():
             folder.replace(aside)

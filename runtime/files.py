@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import logging
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+log = logging.getLogger("continuous_training")
+
 TEMPORARY_SUFFIX = ".tmp"
+# What SMB, VirtualBox and WSL shares, FUSE and others answer to a call that they do not implement.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOTTY)
+FOLDER_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR)
+NO_OVERWRITE = (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EBUSY)
+NO_SYNC = "this file system does not sync files: a power cut can damage what was written last"
+NO_FOLDER_SYNC = "this file system does not sync folders: a power cut can lose the newest files"
+NO_RENAME_OVER = "this file system does not rename over a file: a crash in between can lose it"
+_warned: set[tuple[int, str]] = set()
+_probed: list[str] | None = None  # collects the lacks during find_lacks
 _COPY_BYTES = 1 << 20
 
 
@@ -29,9 +42,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with temporary.open("xb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            sync_file(file, path.parent)
+        replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error matters
             temporary.unlink(missing_ok=True)
@@ -40,14 +52,90 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` durable. Windows has no such call and does not need one."""
+    """Make renames and removals in ``folder`` durable, where the file system can: what is written stands without.
+
+    Windows has no such call and does not need one.
+    """
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, *FOLDER_UNREADABLE):
+            raise
+        warn_once(folder, NO_FOLDER_SYNC)
+
+
+def sync_file(file: BinaryIO, folder: Path) -> None:
+    """Make what was written to a file of ``folder`` durable, where the file system can."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(folder, NO_SYNC)
+
+
+def replace(path: Path, target: Path) -> None:
+    """Rename ``path`` to ``target``, over an existing file; in two steps where the file system refuses one.
+
+    Raises:
+        OSError: it cannot be renamed; ``target`` is as it was.
+    """
+    try:
+        path.replace(target)
+        return
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, *NO_OVERWRITE) or not target.is_file():
+            raise
+        first = error
+    aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        target.rename(aside)
+    except OSError:
+        raise first from None
+    try:
+        path.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise first from None
+    warn_once(target.parent, NO_RENAME_OVER)
+    aside.unlink(missing_ok=True)
+
+
+def warn_once(folder: Path, lack: str) -> None:
+    """Warn once per file system and process of what it cannot promise."""
+    if _probed is not None:
+        _probed.append(lack)
+        return
+    with contextlib.suppress(OSError):
+        key = (folder.stat().st_dev, lack)
+        if key not in _warned:
+            _warned.add(key)
+            log.warning(f"{folder}: {lack}")
+
+
+def find_lacks(folder: Path) -> list[str]:
+    """Write, sync and rename in a folder as the program does; return what its file system cannot promise.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    global _probed
+    _probed = []
+    probe = folder / f".probe.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    try:
+        for _ in range(2):  # the second is over an existing file
+            write_atomically(probe, lambda file: file.write(b"probe"))
     finally:
-        os.close(descriptor)
+        lacks, _probed = _probed, None
+        probe.unlink(missing_ok=True)
+    return list(dict.fromkeys(lacks))
 
 
 def sha256_of(path: Path) -> str:

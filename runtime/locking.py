@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runtime.files import UNSUPPORTED, warn_once
+
 LOCK_NAME = ".lock"
+NO_LOCK_ERRORS = (*UNSUPPORTED, errno.ENOLCK)
+NO_LOCKS = (
+    "this file system has no locks: nothing keeps out a second program that writes here; start only one"
+)
+_held_here: set[Path] = set()  # lock files that this process holds
 _LOCK_OFFSET = 1 << 30  # a locked byte cannot be read on Windows: lock one beyond the holder's name
 
 
@@ -56,6 +65,7 @@ class FolderLock:
             with self._guard:
                 self._holds -= 1
                 if self._holds == 0:
+                    _held_here.discard(self._path.absolute())
                     os.close(self._descriptor)  # releases the lock; the file stays and means nothing
 
     def _acquire(self) -> None:
@@ -64,7 +74,12 @@ class FolderLock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise self._unwritable(error) from error
-        if not try_lock(descriptor):
+        is_locked = _flock(descriptor, wait=False)
+        if is_locked is None:  # no locks here: at least no second writer of this process
+            is_locked = self._path.absolute() not in _held_here
+            if is_locked:
+                warn_once(self._path.parent, NO_LOCKS)
+        if not is_locked:
             holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
             os.close(descriptor)
             raise FolderHeld(
@@ -77,6 +92,7 @@ class FolderLock:
             os.close(descriptor)
             raise self._unwritable(error) from error
         self._descriptor = descriptor
+        _held_here.add(self._path.absolute())
 
     def _unwritable(self, error: OSError) -> FolderUnwritable:
         reason = error.strerror or error
@@ -89,8 +105,19 @@ def try_lock(descriptor: int, *, wait: bool = False) -> bool:
     """Take an exclusive lock on an open file; the operating system releases it when the process ends.
 
     Returns:
-        Whether the lock was taken; with ``wait``, always True.
+        Whether no other process has it; always True with ``wait``, and where the file system has no locks.
     """
+    return _flock(descriptor, wait) is not False
+
+
+def can_lock(folder: Path) -> bool:
+    """Whether a file in ``folder`` can be locked. Raises OSError where none can be written."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return _flock(file.fileno(), wait=False) is not None
+
+
+def _flock(descriptor: int, wait: bool) -> bool | None:
+    """Return whether the lock was taken; None if the file system has no locks."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -111,4 +138,8 @@ def try_lock(descriptor: int, *, wait: bool = False) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCK_ERRORS:
+            raise
+        return None
     return True

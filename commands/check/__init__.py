@@ -14,7 +14,9 @@ from commands.check import machine, sources
 from commands.check.report import Line, print_report
 from data_sources import refresh
 from runtime.control import EXIT_LOCKED, EXIT_SETTING
+from runtime.files import find_lacks
 from runtime.launch import Launch
+from runtime.locking import NO_LOCKS, can_lock
 from training import checkpoint, validation
 from training.data_feed import data_request
 
@@ -41,6 +43,7 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
     request = data_request(settings, now_ns)
     yield from check_folder(settings, launch.world_size, launch.node_rank in ("", "0"))
     yield from _check_checkpoint(settings)
+    yield from _check_file_systems(settings, request.needs_lake)
     yield from sources.keys(request, environment)
     if offline:
         yield Line("sources", "OK", "not contacted, for --offline")
@@ -53,6 +56,20 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
     yield machine.check_memory(here, settings, request, launch)
     yield from machine.check_disks(settings, request)
     yield from machine.check_versions()
+
+
+def _check_file_systems(settings: Settings, needs_lake: bool) -> Iterator[Line]:
+    """Write, sync, rename and lock as the program does; a line for each folder that cannot promise something."""
+    for name, folder in validation.folders(settings):
+        if name == "data_dir" and not needs_lake:
+            continue
+        place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
+        try:
+            lacks = find_lacks(place) + ([] if can_lock(place) else [NO_LOCKS])
+        except OSError as error:
+            lacks = [f"{place} cannot be written: {error.strerror or error}"]
+        if lacks:
+            yield Line("folder", "warning", f"{name} {folder}: {'; '.join(lacks)}")
 
 
 def check_folder(settings: Settings, world_size: int, writes: bool) -> Iterator[Line]:

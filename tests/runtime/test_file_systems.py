@@ -1,0 +1,143 @@
+"""File systems that refuse what training does not need: syncs of folders, locks, links, renames over a file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import files
+from runtime.files import NO_FOLDER_SYNC, NO_RENAME_OVER, NO_SYNC, find_lacks, replace, write_atomically
+from runtime.locking import NO_LOCKS, FolderHeld, FolderLock, can_lock
+from tests.program import PATIENCE, ROOT, environment, tiny_flags
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_warned", set())
+
+
+def refusing(call: Callable[..., Any], code: int, only_folders: bool = False) -> Callable[..., Any]:
+    def refuse(descriptor: int, *rest: Any) -> Any:
+        if only_folders and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return call(descriptor, *rest)
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS])
+@pytest.mark.parametrize(("only_folders", "lack"), [(True, NO_FOLDER_SYNC), (False, NO_SYNC)])
+def test_a_refused_sync_is_one_warning_and_no_failed_write(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    only_folders: bool,
+    lack: str,
+) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(os.fsync, code, only_folders))
+    with caplog.at_level(logging.WARNING):
+        for name in ("a", "b", "b"):
+            write_atomically(tmp_path / name, lambda file: file.write(b"x"))
+    assert caplog.text.count(lack) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert lack in find_lacks(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_sync_that_fails_is_a_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(os.fsync, code))
+    with pytest.raises(OSError, match=os.strerror(code)):
+        write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_without_locks_a_folder_is_held_within_the_process_and_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(fcntl.flock, code))
+    assert not can_lock(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with FolderLock(tmp_path).hold(), pytest.raises(FolderHeld), FolderLock(tmp_path).hold():
+                pass
+    assert caplog.text.count(NO_LOCKS) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EEXIST, errno.EINVAL, errno.EACCES, errno.EPERM])
+def test_a_file_is_replaced_where_a_rename_over_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    rename = os.rename
+
+    def refuse(path: Any, target: Any, **_: Any) -> None:
+        if Path(target).exists():
+            raise OSError(code, os.strerror(code))
+        rename(path, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
+    for content in (b"old", b"new"):
+        write_atomically(tmp_path / "file", lambda file, content=content: file.write(content))
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert find_lacks(tmp_path) == [NO_RENAME_OVER]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(OSError):
+        replace(tmp_path / "none", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <sys/stat.h>
+int flock(int fd, int op) { errno = ENOLCK; return -1; }
+int link(const char *a, const char *b) { errno = EPERM; return -1; }
+int fsync(int fd) {
+    struct stat s;
+    if (!fstat(fd, &s) && S_ISDIR(s.st_mode)) { errno = EINVAL; return -1; }
+    int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
+    return real(fd);
+}
+"""
+
+
+def test_training_saves_and_check_names_the_lacks_on_such_a_file_system(tmp_path: Path) -> None:
+    (tmp_path / "shim.c").write_text(SHIM)
+    shim = tmp_path / "shim.so"
+    try:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
+    except FileNotFoundError:
+        pytest.skip("needs gcc")
+    flags = tiny_flags(tmp_path, epochs=2, runs=1)
+    outputs = []
+    for command in ("train", "check"):
+        words = [sys.executable, "-m", "runtime.supervisor", command, *flags]
+        words += ["--offline"] if command == "check" else []
+        done = subprocess.run(
+            words,
+            cwd=ROOT,
+            env=environment(LD_PRELOAD=str(shim)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stdout
+        outputs.append(done.stdout)
+    assert (tmp_path / "checkpoints" / "run1_epoch2.pt").exists()
+    assert outputs[0].count(NO_FOLDER_SYNC) == 1 and "not saved" not in outputs[0]
+    assert outputs[1].count(f"{NO_FOLDER_SYNC}; {NO_LOCKS}") == 3  # checkpoints, logs, reports
