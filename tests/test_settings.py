@@ -1,4 +1,4 @@
-"""A wrong setting is one line with the value, the rule and the fix; a right one is what people typed."""
+"""An invalid setting is one line with the value, the rule and the fix; a valid one is used as typed."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def test_every_preset_fits_every_usual_number_of_processes(preset: str, world_si
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (
             {"d_model": 100, "num_heads": 8},
@@ -105,10 +105,10 @@ def test_every_preset_fits_every_usual_number_of_processes(preset: str, world_si
         ({"binance_pairs": ("top:5",)}, "binance_pairs=top:5 must be symbols"),
     ],
 )
-def test_a_wrong_setting_names_the_value_the_rule_and_the_fix(given: dict[str, Any], told: str) -> None:
+def test_an_invalid_setting_names_the_value_the_rule_and_the_fix(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         Settings(**given)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -156,7 +156,7 @@ def test_wrong_settings_on_the_command_line_exit_2_with_one_line() -> None:
         assert arguments[1] in lines[0]
 
 
-def test_an_env_file_that_is_no_utf_8_is_told_in_one_line_without_its_content(tmp_path: Path) -> None:
+def test_an_env_file_that_is_no_utf_8_is_one_line_without_its_content(tmp_path: Path) -> None:
     # The program looks for .env beside itself.
     script = shutil.copy(ROOT / "continuous_training.py", tmp_path)
     (tmp_path / ".env").write_text("POLYGON_SECRET_KEY=hush", encoding="utf-16")
@@ -169,7 +169,7 @@ def test_an_env_file_that_is_no_utf_8_is_told_in_one_line_without_its_content(tm
     ]
 
 
-def test_only_rank_0_tells_and_preflight_counts_the_planned_ranks(tmp_path: Path) -> None:
+def test_only_rank_0_prints_and_preflight_counts_the_planned_ranks(tmp_path: Path) -> None:
     folder = ["--checkpoint-dir", str(tmp_path)]
     quiet = run("train", "--batch-size", "7", *folder, RANK="1")
     assert (quiet.returncode, quiet.stderr) == (2, "")
@@ -187,7 +187,7 @@ def test_presets_name_settings_only() -> None:
     assert all(set(preset) <= names for preset in PRESETS.values())
 
 
-def test_a_folder_that_is_a_file_is_told_in_one_line_with_the_right_code(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_file_is_one_line_with_the_right_code(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for flag, code in (("--checkpoint-dir", 2), ("--data-dir", 3)):
         done = run(

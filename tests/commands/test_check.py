@@ -1,4 +1,4 @@
-"""The command ``check`` against vendors on loopback: all is well, and each thing that can be wrong, one by one."""
+"""The command ``check`` against vendors on loopback: all is well, then every fault on its own."""
 
 from __future__ import annotations
 
@@ -103,23 +103,23 @@ def of_source(source: str) -> Settings:
     return replace(SMALL, sources=(source,))
 
 
-def test_where_all_is_well_every_line_says_so(vendors: Vendors) -> None:
+def test_where_all_is_well_every_line_is_ok(vendors: Vendors) -> None:
     found = lines()
     assert [line for line in found if line.level != "OK"] == []
     assert [line.topic for line in found] == [
         "settings", "folder", "checkpoint", "keys", "keys", "keys", "sources", "sources", "sources", "sources",
         "sources", "sources", "clock", "GPU", "memory", "disk", "disk", "versions",
     ]  # fmt: skip
-    told = [line.text for line in found if line.topic == "sources"]
+    texts = [line.text for line in found if line.topic == "sources"]
     days = vendors.days[-2], vendors.days  # of the newest one there is no file yet
-    assert told[0] == f"Polygon us_stocks_sip accepts the keys; newest day file {days[0]}"
-    assert told[1].startswith("Polygon global_crypto accepts the keys; newest day file ")
-    assert told[2:5] == [
+    assert texts[0] == f"Polygon us_stocks_sip accepts the keys; newest day file {days[0]}"
+    assert texts[1].startswith("Polygon global_crypto accepts the keys; newest day file ")
+    assert texts[2:5] == [
         "Polygon splits accepts the key",
         "Binance API answers for BTCUSDT",
         "Binance archive answers",
     ]
-    assert told[5].startswith("Yahoo answers for AAPL with ")
+    assert texts[5].startswith("Yahoo answers for AAPL with ")
     assert not Path(SMALL.data_dir).exists()  # nothing was fetched for keeps
 
 
@@ -128,7 +128,7 @@ ALONE = {"POLYGON_S3_ACCESS_KEY", "POLYGON_S3_SECRET_KEY", "POLYGON_S3_ENDPOINT"
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "expected"),
     [
         ("POLYGON_S3_ACCESS_KEY", "", "Polygon is skipped: POLYGON_S3_ACCESS_KEY is not set"),
         ("POLYGON_S3_SECRET_KEY", "with a space", "POLYGON_S3_SECRET_KEY has spaces"),
@@ -141,19 +141,19 @@ ALONE = {"POLYGON_S3_ACCESS_KEY", "POLYGON_S3_SECRET_KEY", "POLYGON_S3_ENDPOINT"
         ("POLYGON_S3_ENDPOINT", "closed", "(list us_stocks_sip 2026) does not answer"),
     ],
 )
-def test_a_key_or_address_that_is_wrong_is_told_with_its_fix(
-    vendors: Vendors, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+def test_a_wrong_key_or_address_is_reported_with_its_fix(
+    vendors: Vendors, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
 ) -> None:
     monkeypatch.setenv(variable, closed_port() if value == "closed" else value)
     found = faults(of_source(variable.split("_")[0].lower()))
-    assert ("warning", True) in [(level, told in text) for _, level, text, _ in found], found
-    assert any(told in text and variable in text for _, _, text, _ in found)
+    assert ("warning", True) in [(level, expected in text) for _, level, text, _ in found], found
+    assert any(expected in text and variable in text for _, _, text, _ in found)
     # Nothing else would give bars here.
     assert ("error" in {level for _, level, _, _ in found}) == (variable in ALONE), found
 
 
 @pytest.mark.parametrize(
-    ("server", "fault", "told"),
+    ("server", "fault", "expected"),
     [
         ("polygon", S3Fault("status", "us_stocks_sip.*gz", status=403), "(get us_stocks_sip"),
         ("polygon", S3Fault("status", "prefix=global_crypto", status=403), "(list global_crypto"),
@@ -165,12 +165,12 @@ def test_a_key_or_address_that_is_wrong_is_told_with_its_fix(
         ("yahoo", Fault("chart", status=403), "Yahoo: Yahoo refuses access (HTTP 403)"),
     ],
 )  # fmt: skip
-def test_a_refusal_and_a_silence_are_told_apart(vendors: Vendors, server: str, fault: Any, told: str) -> None:
+def test_a_refusal_differs_from_a_silence(vendors: Vendors, server: str, fault: Any, expected: str) -> None:
     getattr(vendors, server).faults.append(replace(fault))
     (text,) = [
         text for _, _, text, _ in faults(of_source(server)) if text.endswith("; a start continues without it")
     ]
-    assert told in text
+    assert expected in text
     assert ("refuses access" in text) == (fault.status in (403, 451))
     assert ("check the network" in text) == (fault.status in (200, 503))
 
@@ -182,19 +182,19 @@ def test_one_source_that_fails_is_no_error(vendors: Vendors) -> None:
 
 
 @pytest.mark.parametrize(
-    ("server", "fault", "told"),
+    ("server", "fault", "expected"),
     [
         ("polygon", S3Fault("hang", "us_stocks"), "Polygon us_stocks_sip: http"),
         ("binance", Fault("/klines\\?", kind="hang"), "Binance API: Binance does not answer"),
     ],
 )
-def test_a_source_that_says_nothing_is_not_waited_for(
-    vendors: Vendors, monkeypatch: pytest.MonkeyPatch, server: str, fault: Any, told: str
+def test_a_silent_source_does_not_hold_up_the_check(
+    vendors: Vendors, monkeypatch: pytest.MonkeyPatch, server: str, fault: Any, expected: str
 ) -> None:
     impatient_policy = RetryPolicy(connect_seconds=30, read_seconds=0.2, total_seconds=3, attempts=1)
     monkeypatch.setattr(http, "PROBE_POLICY", impatient_policy)
     getattr(vendors, server).faults.append(replace(fault))
-    assert any(told in text for _, _, text, _ in faults(of_source(server)))
+    assert any(expected in text for _, _, text, _ in faults(of_source(server)))
 
 
 def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
@@ -205,7 +205,7 @@ def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
     good = vendors.binance.url
     for name in ("BINANCE_API_URL", "BINANCE_ARCHIVE_URL"):
         monkeypatch.setenv(name, closed_port())
-    *_, last = [each for each in faults(settings) if each[0] == "sources"]
+    *_, last = [fault for fault in faults(settings) if fault[0] == "sources"]
     assert last[1] == "error" and last[3] == 3
     assert last[2].startswith("no source of bars answers, and data_cache holds none: set the keys in .env")
     for name in ("BINANCE_API_URL", "BINANCE_ARCHIVE_URL"):
@@ -215,26 +215,26 @@ def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
         monkeypatch.setenv(name, closed_port())
     found = faults(settings)
     assert {level for _, level, _, _ in found} == {"warning"}
-    told = f"a start trains on the {rows_held(settings):,} bars in data_cache"
-    assert rows_held(settings) >= 1440 and any(told in text for _, _, text, _ in found)
+    expected = f"a start trains on the {rows_held(settings):,} bars in data_cache"
+    assert rows_held(settings) >= 1440 and any(expected in text for _, _, text, _ in found)
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "told"),
+    ("num_processes", "expected"),
     [
         ("3", "Invalid setting: batch_size=8192 must be a multiple of horizon x processes = 128 x 3"),
         ("some", "Invalid setting: NPROC must be a whole number of at least 1, was 'some'"),
     ],
 )
 def test_what_the_start_scripts_would_refuse_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_processes: str, told: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_processes: str, expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NPROC", num_processes)
     settings = replace(SMALL, sources=("simulated",))
-    ((topic, level, text, code),) = [each for each in faults(settings) if each[0] == "settings"]
+    ((topic, level, text, code),) = [fault for fault in faults(settings) if fault[0] == "settings"]
     assert (topic, level, code) == ("settings", "error", 2)
-    assert text.startswith(told)
+    assert text.startswith(expected)
 
 
 def of_checkpoint(folder: Path, **changes: Any) -> list[tuple[str, str, str, int]]:
@@ -243,7 +243,7 @@ def of_checkpoint(folder: Path, **changes: Any) -> list[tuple[str, str, str, int
     settings = replace(
         settings, sources=("simulated",), checkpoint_dir=str(folder / "checkpoints"), **changes
     )
-    return [each for each in faults(settings, offline=True) if each[0] in ("folder", "checkpoint")]
+    return [fault for fault in faults(settings, offline=True) if fault[0] in ("folder", "checkpoint")]
 
 
 def test_the_folder_is_looked_at_as_a_start_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +321,7 @@ def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("here", "cuda", "settings", "level", "told"),
+    ("here", "cuda", "settings", "level", "expected"),
     [
         (gpus(80), "12.8", FULL, "OK", "0: H100, 85.9 GB, driver 570.86, torch for CUDA 12.8"),
         (Machine(), "", FULL, "warning", "none: an epoch of this model takes hours on CPUs; use --preset small"),
@@ -331,20 +331,20 @@ def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
     ],
 )  # fmt: skip
 def test_gpus_are_named_and_their_absence_explained(
-    monkeypatch: pytest.MonkeyPatch, here: Machine, cuda: str, settings: Settings, level: str, told: str
+    monkeypatch: pytest.MonkeyPatch, here: Machine, cuda: str, settings: Settings, level: str, expected: str
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     (line,) = machine.check_gpus(here, settings)
-    assert line.level == level and told in line.text
+    assert line.level == level and expected in line.text
 
 
 def test_the_parameters_are_those_of_the_policy(tmp_path: Path) -> None:
     saved = Checkpoint.read(untrained(tmp_path))
-    assert num_parameters(Settings(**saved.config)) == sum(each.numel() for each in saved.model.values())
+    assert num_parameters(Settings(**saved.config)) == sum(weight.numel() for weight in saved.model.values())
     assert num_parameters(FULL) == pytest.approx(604e6, rel=0.01)
 
 
-def test_disks_that_are_too_small_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_disks_that_are_too_small_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for free, levels in (
         (100, ["OK", "OK"]),
@@ -376,7 +376,7 @@ def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "level", "told"),
+    ("seconds", "level", "expected"),
     [
         ((), "warning", "not compared: no source sent its time"),
         ((0.4,), "OK", "within 1 s of Binance's"),
@@ -385,17 +385,17 @@ def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
         ((-7.0,), "warning", "7 s behind Binance's"),
     ],
 )
-def test_a_clock_that_is_off_is_told(seconds: tuple[float, ...], level: str, told: str) -> None:
-    line = clock([Answer("Binance API", seconds_ahead=each) for each in seconds] + [Answer("Yahoo")])
-    assert line.level == level and line.text.startswith(told)
+def test_a_clock_that_is_off_is_reported(seconds: tuple[float, ...], level: str, expected: str) -> None:
+    line = clock([Answer("Binance API", seconds_ahead=offset) for offset in seconds] + [Answer("Yahoo")])
+    assert line.level == level and line.text.startswith(expected)
 
 
 def test_the_clock_is_compared_with_what_servers_say(
     vendors: Vendors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = "Sat, 01 Jan 2000 12:00:00 GMT"
-    monkeypatch.setattr(BaseHTTPRequestHandler, "date_time_string", lambda *_: told)
-    (line,) = [each for each in lines(of_source("binance")) if each.topic == "clock"]
+    date = "Sat, 01 Jan 2000 12:00:00 GMT"
+    monkeypatch.setattr(BaseHTTPRequestHandler, "date_time_string", lambda *_: date)
+    (line,) = [line for line in lines(of_source("binance")) if line.topic == "clock"]
     assert line.level == "warning" and " s ahead of Binance's: set it" in line.text
 
 
@@ -421,9 +421,9 @@ def test_the_command_for_people_and_for_machines(tmp_path: Path) -> None:
         )
 
     fine = run("--json")
-    told = json.loads(fine.stdout)
-    assert (fine.returncode, told["ok"], told["exit_code"]) == (0, True, 0)
-    assert {"topic", "level", "text"} == set(told["checks"][0])
+    content = json.loads(fine.stdout)
+    assert (fine.returncode, content["ok"], content["exit_code"]) == (0, True, 0)
+    assert {"topic", "level", "text"} == set(content["checks"][0])
     with checkpoint.exclusive(tmp_path / "checkpoints"):
         held = run("--offline")
     assert held.returncode == 75

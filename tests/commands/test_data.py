@@ -53,16 +53,16 @@ def data_command(
     )
 
 
-def told(answer: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def content_of(answer: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert answer.returncode == 0, answer.stderr
     result: dict[str, Any] = json.loads(answer.stdout)
     return result
 
 
-def test_json_is_the_truth_no_refresh_asks_nobody_and_verify_finds_what_a_refresh_heals(
+def test_json_is_the_truth_no_refresh_asks_no_source_and_verify_finds_what_a_refresh_repairs(
     server: BinanceServer, tmp_path: Path
 ) -> None:
-    first = told(data_command(server, tmp_path, "--json"))
+    first = content_of(data_command(server, tmp_path, "--json"))
     entry, unknown = first["series"]
     start_ns = int(datetime.fromisoformat(first["from"]).timestamp()) * 10**9
     times, _ = server.truth("BTCUSDT", start_ns, server.now_ns // MINUTE_NS * MINUTE_NS)
@@ -75,13 +75,13 @@ def test_json_is_the_truth_no_refresh_asks_nobody_and_verify_finds_what_a_refres
     assert first["symbols"][0]["stretches"][0]["bars"] == entry["bars"]
 
     server.requests.clear()
-    again = told(data_command(server, tmp_path, "--json", "--no-refresh"))
+    again = content_of(data_command(server, tmp_path, "--json", "--no-refresh"))
     assert server.requests == []
     assert again["fingerprint"] == first["fingerprint"]
     assert again["refreshed"] == {}
 
     lake = Lake(tmp_path / "data")
-    part = max(lake.parts("binance", "BTCUSDT").values(), key=lambda each: (each.rows, each.unit))
+    part = max(lake.parts("binance", "BTCUSDT").values(), key=lambda part: (part.rows, part.unit))
     path = lake.root / "binance" / "BTCUSDT" / f"{part.unit}.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -95,12 +95,13 @@ def test_json_is_the_truth_no_refresh_asks_nobody_and_verify_finds_what_a_refres
     assert answer.returncode == 0
     assert f"damaged and set aside: binance/BTCUSDT/{part.unit}" in answer.stdout
     assert (
-        told(data_command(server, tmp_path, "--json", "--no-refresh"))["series"][0]["bars"] >= entry["bars"]
+        content_of(data_command(server, tmp_path, "--json", "--no-refresh"))["series"][0]["bars"]
+        >= entry["bars"]
     )
     assert lake.verify() == []
 
 
-def test_in_the_background_it_says_one_line_and_leaves_the_copy_that_the_next_run_maps(
+def test_in_the_background_it_prints_one_line_and_leaves_the_snapshot_that_the_next_run_maps(
     server: BinanceServer, tmp_path: Path
 ) -> None:
     settings = Settings(
@@ -118,13 +119,13 @@ def test_in_the_background_it_says_one_line_and_leaves_the_copy_that_the_next_ru
         text=True,
     )
     assert child.stdout is not None
-    said = json.loads(child.stdout.read())  # its standard input stays open, as long as it likes
+    printed = json.loads(child.stdout.read())  # its standard input stays open
     child.communicate()
     assert child.returncode == 0
-    assert said["warnings"] == []
+    assert printed["warnings"] == []
     (copy,) = (tmp_path / "data" / ".ready").glob("*.npy")
     (bars,) = open_snapshot(copy).bars
-    assert bars.open_time[-1] > said["now_ns"] - 10 * 60 * MINUTE_NS
+    assert bars.open_time[-1] > printed["now_ns"] - 10 * 60 * MINUTE_NS
 
 
 def test_without_a_bar_it_ends_with_3(server: BinanceServer, tmp_path: Path) -> None:
@@ -176,6 +177,6 @@ def test_a_symbol_of_two_sources_has_a_row_for_each_and_one_for_the_merged_serie
     row = row_of(Series(bars, np.empty(0, np.int8), extents), "no bars")
     request = DataRequest(("polygon", "yahoo"), {"stocks": ("AAA",)}, END - 10 * DAY_NS, END)
     series = data.report(LoadedData([], {}, [row], "f"), {}, [], request)["series"]
-    assert [(each["source"], each["verdict"]) for each in series] == [
+    assert [(entry["source"], entry["verdict"]) for entry in series] == [
         ("polygon", "ok"), ("yahoo", "no bars"), ("merged", "no bars"),
     ]  # fmt: skip

@@ -57,7 +57,7 @@ def test_the_policy_comes_back_to_the_last_bit_with_all_that_is_known_of_it(
     assert card["data"] == {"fingerprint": "0123456789abcdef", "cutoff": "2026-11-20T12:00:31+00:00"}
     assert card["exam"] == {"exam/return_percent": 1.5}
     assert card["settings"]["binance_pairs"] == ["BTCUSDT", "ETHUSDT"]
-    assert str(tmp_path) not in text  # where a machine keeps its files is nobody's business
+    assert str(tmp_path) not in text  # a machine's folders are private
     assert {path.name for path in exported.iterdir()} == {
         "README.md", "card.json", "example.py", "model.safetensors",
     }  # fmt: skip
@@ -77,8 +77,8 @@ def test_the_example_acts_on_a_frame_of_bars(trained: TrainedPolicy, exported: P
     assert shown.returncode == 0, shown.stderr
     ((decision,), _) = trained.actor.decide([bars])
     target, probability = decision.when_holding(0.0)
-    told = f"BTCUSDT: {target:+g} of equity from the next open on, probability {probability:.3f}\n"
-    assert (shown.stdout, shown.stderr) == (told, "")
+    expected = f"BTCUSDT: {target:+g} of equity from the next open on, probability {probability:.3f}\n"
+    assert (shown.stdout, shown.stderr) == (expected, "")
     assert len((exported / "example.py").read_text().splitlines()) <= 27
 
 
@@ -91,18 +91,18 @@ def test_a_frame_is_taken_as_bars_or_refused_in_a_line() -> None:
     frame = frame_of(bars)
     numbers = frame.assign(open_time=bars.open_time)
     text = frame.assign(open_time=frame["open_time"].dt.strftime("%Y-%m-%d %H:%M:%S"))
-    for each in (frame, numbers, text):
-        taken = bars_of_frame(each, "AAA", "crypto")
+    for table in (frame, numbers, text):
+        taken = bars_of_frame(table, "AAA", "crypto")
         assert all(getattr(taken, name).flags.writeable for name in COLUMNS)
         assert all(np.array_equal(getattr(taken, name), getattr(bars, name)) for name in COLUMNS)
-    for wrong, told in (
+    for wrong, message in (
         (frame.drop(columns="volume"), "AAA: the frame must have open_time, .*; volume missing"),
         (frame[::-1], "AAA: open_time strictly ascending is broken at bar 0"),
         (frame.assign(close=-1.0), "AAA: close finite and above zero is broken at bar 0 of 50"),
         (frame.assign(close="much"), "AAA: close must be numbers"),
         (frame.assign(open_time="soon"), "AAA: open_time must be times"),
     ):
-        with pytest.raises(ValueError, match=f"^{told}"):
+        with pytest.raises(ValueError, match=f"^{message}"):
             bars_of_frame(wrong, "AAA", "crypto")
     with pytest.raises(ValueError, match="AAA: asset_class must be crypto or stock, was bond"):
         bars_of_frame(frame, "AAA", "bond")  # type: ignore[arg-type]
@@ -158,8 +158,8 @@ def test_what_is_damaged_or_of_another_program_is_refused_in_a_line(
     card, weights = exported / "card.json", exported / "model.safetensors"
     good, tensors = card.read_text(), weights.read_bytes()
 
-    def refused(told: str) -> None:
-        with pytest.raises(ExportError, match=told) as error:
+    def refused(message: str) -> None:
+        with pytest.raises(ExportError, match=message) as error:
             Actor.with_card(load_policy(exported), exported)
         assert "\n" not in str(error.value)
         card.write_text(good)

@@ -65,26 +65,28 @@ def run(trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], now_ns: int,
 def test_the_newest_closed_bar_is_fetched_and_decided_upon(
     trained: TrainedPolicy, server: BinanceServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told, _ = run(trained, capsys, NOW, holdings={"ETHUSDT": 1.0})
-    assert told["no_signal"] == {}
-    assert (told["checkpoint"], told["run"], told["epoch"]) == ("run1_epoch2.pt", 1, 2)
-    for each, (symbol, holding) in zip(told["signals"], (("BTCUSDT", 0.0), ("ETHUSDT", 1.0)), strict=True):
-        assert (each["symbol"], each["holding"], each["state"]) == (symbol, holding, "ok")
+    content, _ = run(trained, capsys, NOW, holdings={"ETHUSDT": 1.0})
+    assert content["no_signal"] == {}
+    assert (content["checkpoint"], content["run"], content["epoch"]) == ("run1_epoch2.pt", 1, 2)
+    for entry, (symbol, holding) in zip(
+        content["signals"], (("BTCUSDT", 0.0), ("ETHUSDT", 1.0)), strict=True
+    ):
+        assert (entry["symbol"], entry["holding"], entry["state"]) == (symbol, holding, "ok")
         # The minute of 12:00 is running.
-        assert (each["bar"], each["closed"]) == ("2026-11-20T11:59:00Z", "2026-11-20T12:00:00Z")
-        assert (each["age_seconds"], each["minutes_behind"]) == (31.0, 0)
+        assert (entry["bar"], entry["closed"]) == ("2026-11-20T11:59:00Z", "2026-11-20T12:00:00Z")
+        assert (entry["age_seconds"], entry["minutes_behind"]) == (31.0, 0)
         _, values = server.truth(symbol, NOW - 2 * MINUTE_NS, NOW - MINUTE_NS)
-        assert each["close"] == values[-1, 3]
-        assert sum(each["probabilities"].values()) == pytest.approx(1)
-        assert each["probability"] == max(each["probabilities"].values())
-        assert each["probabilities"][f"{each['target']:g}"] == each["probability"]
-        held = {choice["holding"]: choice for choice in each["if_holding"]}
+        assert entry["close"] == values[-1, 3]
+        assert sum(entry["probabilities"].values()) == pytest.approx(1)
+        assert entry["probability"] == max(entry["probabilities"].values())
+        assert entry["probabilities"][f"{entry['target']:g}"] == entry["probability"]
+        held = {choice["holding"]: choice for choice in entry["if_holding"]}
         assert set(held) == {-1.0, 0.0, 1.0}
-        assert held[holding] == {name: each[name] for name in held[holding]}
-    # Replayed from the lake up to an earlier minute it says what it said then.
+        assert held[holding] == {name: entry[name] for name in held[holding]}
+    # Up to an earlier minute, from the lake, it decides as it did then.
     earlier, _ = run(trained, capsys, NOW - 20 * MINUTE_NS, refreshes=False)
     assert earlier["signals"][0]["bar"] == "2026-11-20T11:39:00Z"
-    assert earlier["signals"][0]["probabilities"] != told["signals"][0]["probabilities"]
+    assert earlier["signals"][0]["probabilities"] != content["signals"][0]["probabilities"]
 
 
 def test_a_minute_later_the_next_bar_speaks_and_a_dead_source_makes_it_stale(
@@ -104,12 +106,12 @@ def test_a_minute_later_the_next_bar_speaks_and_a_dead_source_makes_it_stale(
     with Console(Path(trained.settings.log_dir), to_stderr=True) as console:
         signals.watch(trained, SignalOptions(("BTCUSDT",), as_json=True), console, lambda: now[0], sleep)
     out, err = capsys.readouterr()
-    told = [json.loads(line)["signals"] for line in out.splitlines()]
+    minutes = [json.loads(line)["signals"] for line in out.splitlines()]
     assert slept == [35.0, 60.0, 60.0, 60.0, 60.0]
-    assert [(len(each), each[0]["bar"][11:16], each[0]["state"]) for each in told] == [
+    assert [(len(minute), minute[0]["bar"][11:16], minute[0]["state"]) for minute in minutes] == [
         (1, "11:59", "ok"), (1, "12:00", "ok"), (1, "12:01", "ok"), (1, "12:01", "stale"), (1, "12:01", "stale"),
     ]  # fmt: skip
-    assert sum("HTTP 451" in line for line in err.splitlines()) == 1  # told once, while it stays so
+    assert sum("HTTP 451" in line for line in err.splitlines()) == 1  # once, while it stays down
 
 
 def test_unknown_symbols_are_left_out_unless_they_are_named(
@@ -119,12 +121,12 @@ def test_unknown_symbols_are_left_out_unless_they_are_named(
         run(trained, capsys, NOW, symbols=("NEWUSDT",))
     server.pairs = (*PAIRS, "NEWUSDT")
     wider = replace(trained, settings=replace(trained.settings, binance_pairs=server.pairs))
-    told, warned = run(wider, capsys, NOW)
-    assert [each["symbol"] for each in told["signals"]] == list(PAIRS)
-    assert list(told["no_signal"]) == ["NEWUSDT"]
+    content, warned = run(wider, capsys, NOW)
+    assert [entry["symbol"] for entry in content["signals"]] == list(PAIRS)
+    assert list(content["no_signal"]) == ["NEWUSDT"]
     assert "no signal for NEWUSDT: not in the training; name it in --symbols" in warned
-    told, _ = run(wider, capsys, NOW, symbols=("NEWUSDT",))
-    assert [(each["symbol"], each["in_training"]) for each in told["signals"]] == [("NEWUSDT", False)]
+    content, _ = run(wider, capsys, NOW, symbols=("NEWUSDT",))
+    assert [(entry["symbol"], entry["in_training"]) for entry in content["signals"]] == [("NEWUSDT", False)]
     with pytest.raises(ValueError, match="--holding XRPUSDT is unknown; there are: BTCUSDT, ETHUSDT"):
         run(trained, capsys, NOW, refreshes=False, holdings={"XRPUSDT": 1.0})
 
@@ -132,7 +134,7 @@ def test_unknown_symbols_are_left_out_unless_they_are_named(
 def test_a_narrow_terminal_shows_what_matters_most(trained: TrainedPolicy) -> None:
     bars = [walk("BTCUSDT", 300), walk("SHIBUSDT", 300, seed=1)]
     decisions, _ = trained.actor.decide(bars)
-    found = [Signal(each, 0.0, 0, "ok", True) for each in decisions]
+    found = [Signal(decision, 0.0, 0, "ok", True) for decision in decisions]
     now_ns = decisions[0].close_time + 90 * 10**9
     shown = {width: signals.table(trained, found, now_ns, width)[1] for width in (200, 80, 60, 50, 20)}
     always = ["symbol", "target", "probability", "age", "state"]
@@ -195,15 +197,15 @@ def test_a_watch_asks_when_the_minute_is_published() -> None:
 
 
 @pytest.mark.parametrize(
-    ("holding", "told"),
+    ("holding", "message"),
     [
         ("BTCUSDT", "--holding BTCUSDT must be such as BTCUSDT=1"),
         ("BTCUSDT=half", "--holding BTCUSDT=half must be such as BTCUSDT=1"),
         ("BTCUSDT=0.5", "--holding BTCUSDT=0.5 must be one of the policy's positions: -1, 0, 1"),
     ],
 )
-def test_a_holding_is_a_symbol_and_a_position(holding: str, told: str) -> None:
-    with pytest.raises(ValueError, match=f"^{told}$"):
+def test_a_holding_is_a_symbol_and_a_position(holding: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
         SignalOptions.parse("", [holding], True, False, (-1.0, 0.0, 1.0))
     good = SignalOptions.parse(" A, B,A", ["A=1", "B = -1"], True, False, (-1.0, 0.0, 1.0))
     assert (good.symbols, good.holdings) == (("A", "B"), {"A": 1.0, "B": -1.0})
@@ -235,4 +237,4 @@ def test_the_command_as_people_and_machines_call_it(server: BinanceServer, tmp_p
     command = [sys.executable, *words, "--json", "--no-refresh"]
     once = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert once.returncode == 0, once.stderr
-    assert [each["symbol"] for each in json.loads(once.stdout)["signals"]] == list(PAIRS)
+    assert [entry["symbol"] for entry in json.loads(once.stdout)["signals"]] == list(PAIRS)
