@@ -17,6 +17,7 @@ import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("commands", "data_sources", "envs", "evaluation", "models", "monitoring", "runtime", "training")
 PATIENCE = float(os.environ.get("PATIENCE", "120"))  # a bound for a busy machine, not an expectation
 NAMES_IN_ENV = re.findall(r"^([A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), flags=re.M)
 SUPERVISED = ("-m", "runtime.supervisor")

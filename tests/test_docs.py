@@ -32,7 +32,7 @@ from evaluation.trained_policy import TrainedPolicy
 from models.policy import Policy
 from runtime import control
 from tests.data_sources.vendors.loopback import Answer, Fault, LoopbackServer, Notes
-from tests.program import ALONE, NAMES_IN_ENV, ROOT, Start, checkpoint, is_same, metrics, tiny_flags
+from tests.program import ALONE, NAMES_IN_ENV, PACKAGES, ROOT, Start, checkpoint, is_same, metrics, tiny_flags
 
 MARKDOWN = sorted(
     path for folder in ("", "docs", "benchmarks", "checkpoints") for path in (ROOT / folder).glob("*.md")
@@ -41,7 +41,6 @@ START_SCRIPTS = [ROOT / "START_CONTINUOUS.sh", ROOT / "START_CONTINUOUS.bat"]
 # docs/LOG.md and CHANGELOG.md tell what was, with the flags of their day.
 CURRENT = [path for path in MARKDOWN if path.name not in ("LOG.md", "CHANGELOG.md", "RESULTS.md")]
 WITH_COMMANDS = [*CURRENT, *START_SCRIPTS, ROOT / ".env.example"]
-PACKAGES = "commands data_sources envs evaluation models monitoring runtime training".split()
 OWN_FOLDERS = (*PACKAGES, "benchmarks", "docs", "tests", ".ci")
 START = re.compile(r"(?:START_CONTINUOUS\.(?:sh|bat)|python continuous_training\.py)(?= |`|$)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from continuous_training import Settings
+from data_sources.bars import COLUMNS
 from data_sources.calendar import new_york_midnight_ns
 from data_sources.lake.lake import Lake
+from data_sources.lake.quality import bar_table
 from data_sources.load import load
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.data_sources.vendors.loopback import Fault
@@ -171,13 +172,12 @@ class Story:
         lake, pair = self.lake("other exam"), "BTCUSDT"
         self.exam_start_ns = midnight_ns(TODAY) - (1 + EXAM_DAYS) * DAY_NS - 60 * 10**9
         for part in list(lake.parts("binance", pair).values()):
-            bars = lake.read("binance", pair, [pair], part.start_ns, part.end_ns)
-            factor = np.where(bars["open_time"].to_numpy() >= self.exam_start_ns, 1.5, 1.0)
-            for name in ("open", "high", "low", "close"):
-                prices = pa.array(bars[name].to_numpy() * factor)
-                bars = bars.set_column(bars.column_names.index(name), name, prices)
+            bars = lake.columns("binance", pair, [pair], part.start_ns, part.end_ns)[pair]
+            factor = np.where(bars["open_time"] >= self.exam_start_ns, 1.5, 1.0)
+            prices = {name: bars[name] * factor for name in ("open", "high", "low", "close")}
+            table = bar_table(pair, [(bars | prices)[name] for name in COLUMNS])
             lake.write(
-                "binance", pair, part.unit, bars, key=part.key, version=part.version, start_ns=part.start_ns,
+                "binance", pair, part.unit, table, key=part.key, version=part.version, start_ns=part.start_ns,
                 end_ns=part.end_ns, symbols=part.symbols, now_ns=part.fetched_ns,
             )  # fmt: skip
 

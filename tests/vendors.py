@@ -15,7 +15,7 @@ from tests.data_sources.vendors import binance_server
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.data_sources.vendors.s3_server import CRYPTO, STOCKS, S3Server, day_file, key_of
 from tests.data_sources.vendors.yahoo_server import YahooServer
-from tests.program import NAMES_IN_ENV, ROOT, environment
+from tests.program import NAMES_IN_ENV, PACKAGES, ROOT, environment
 
 MINUTE_NS, DAY_NS = 60 * 10**9, 86_400 * 10**9
 KEY_ID, SECRET = "AKIACANARYCANARYCANA", "canary/secret+canary/secret+canary/secret"
@@ -135,7 +135,7 @@ def program_with_keys(folder: Path, addresses: dict[str, str]) -> Path:
     """Copy the program into ``folder`` and write the .env that a user would; return the folder."""
     folder.mkdir()
     no_caches = shutil.ignore_patterns("__pycache__")
-    for package in ("data_sources", "envs", "models", "training"):
+    for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package, ignore=no_caches)
     shutil.copy2(ROOT / "continuous_training.py", folder)
     keys = {"POLYGON_S3_ACCESS_KEY": KEY_ID, "POLYGON_S3_SECRET_KEY": SECRET}
