@@ -150,7 +150,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
 
 def helps_of(settings_class: type[Settings]) -> dict[str, str]:
     """Return the comment of every setting, by name."""
-    return {name: comment for _, name, comment in _documented(settings_class)}
+    return {name: comment for _, name, comment in _read_comments(settings_class)}
 
 
 def flags_of(settings: Settings) -> list[str]:
@@ -172,9 +172,9 @@ def flags_of(settings: Settings) -> list[str]:
 def _setting_options(settings_class: type[Settings], *, show_defaults: bool) -> Iterator[inspect.Parameter]:
     types = get_type_hints(settings_class)
     defaults = {field.name: field.default for field in fields(settings_class)}
-    for section, name, comment in _documented(settings_class):
+    for section, name, comment in _read_comments(settings_class):
         # Markup of ours, as typer puts its own in a column beside the help, where long ones are cut off.
-        default = f" [dim]\\[default: {_shown(defaults[name])}][/dim]" if show_defaults else ""
+        default = f" [dim]\\[default: {_format_default(defaults[name])}][/dim]" if show_defaults else ""
         annotation: Any
         if types[name] is bool:
             option = typer.Option(help=comment + default, rich_help_panel=section)
@@ -197,7 +197,7 @@ def _annotation(label: str, option: Any) -> Any:
     return Annotated[type(label, (), {}) | None, option]
 
 
-def _documented(settings_class: type[Settings]) -> Iterator[tuple[str, str, str]]:
+def _read_comments(settings_class: type[Settings]) -> Iterator[tuple[str, str, str]]:
     """Yield section, name and comment of every setting, read from the source of the class."""
     section = ""
     for title, name, comment in CLASS_LINE.findall(inspect.getsource(settings_class)):
@@ -217,7 +217,7 @@ def _type_label(hint: Any) -> str:
     return arguments[0].__name__ if arguments else hint.__name__
 
 
-def _shown(default: Any, separator: str = ", ") -> str:
+def _format_default(default: Any, separator: str = ", ") -> str:
     """Return a default as people read it, a long list shortened."""
     if default is None:
         return "not set"
@@ -227,7 +227,7 @@ def _shown(default: Any, separator: str = ", ") -> str:
         return f"{default:g}"
     if not isinstance(default, tuple):
         return str(default)
-    parts = [_shown(part) for part in default]
+    parts = [_format_default(part) for part in default]
     if len(parts) > LONGEST_LIST:
         return f"{separator.join(parts[:3])} and {len(parts) - 3} more"
     return separator.join(parts)
@@ -281,7 +281,7 @@ def _parse_given(
             parsed[name] = _parse(types[name], value)
         except ValueError as error:
             default = defaults[name]
-            example = ", or none" if default is None else f", such as {_shown(default, ',')}"
+            example = ", or none" if default is None else f", such as {_format_default(default, ',')}"
             raise ValueError(f"{name}={value!r} must be {error}{example}") from None
     return parsed
 

@@ -281,7 +281,7 @@ def table(
 ) -> tuple[str, list[str], list[list[str]]]:
     """Return title, columns and rows for people; the least important columns are left out if it is too wide."""
     title = f"{trained.checkpoint.path.name} at {utc_time(now_ns)} UTC; no orders are sent"
-    per_position = [f"from {_signed(position)}" for position in trained.env_config(1).positions]
+    per_position = [f"from {_format_position(position)}" for position in trained.env_config(1).positions]
     rows = [
         _row(signal, now_ns) | dict(zip(per_position, _targets(signal), strict=True)) for signal in signals
     ]
@@ -301,8 +301,8 @@ def _row(signal: Signal, now_ns: int) -> dict[str, str]:
     notes += [] if signal.in_training else ["not in the training"]
     return {
         "symbol": decision.symbol,
-        "holding": _signed(signal.holding),
-        "target": _signed(target),
+        "holding": _format_position(signal.holding),
+        "target": _format_position(target),
         "probability": f"{probability:.1%}",
         "closed, UTC": utc_time(decision.close_time, "%m-%d %H:%M"),
         "age": age((now_ns - decision.close_time) / 1e9),
@@ -311,8 +311,10 @@ def _row(signal: Signal, now_ns: int) -> dict[str, str]:
 
 
 def _targets(signal: Signal) -> list[str]:
-    return [_signed(signal.decision.when_holding(position)[0]) for position in signal.decision.positions]
+    return [
+        _format_position(signal.decision.when_holding(position)[0]) for position in signal.decision.positions
+    ]
 
 
-def _signed(position: float) -> str:
+def _format_position(position: float) -> str:
     return f"{position:+g}" if position else "0"

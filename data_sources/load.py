@@ -21,7 +21,7 @@ from data_sources.lake.lake import FETCHED, Lake
 from data_sources.lake.quality import bad_ticks
 from data_sources.sources import DataRequest, Source, SymbolGroup
 from data_sources.splits import SplitLedger, near_common_ratio, suspect_splits
-from data_sources.universe import Interval, members, named, top_of
+from data_sources.universe import Interval, members, plain_names, top_of
 from data_sources.vendors import SOURCES
 
 SYMBOLS_AT_ONCE = 48  # of a dataset with many: bounds the memory in use beside the result
@@ -124,8 +124,8 @@ class _Reader:
         if group.dataset and top_of(names):
             span = (request.start_ns, request.end_ns)
             found = members(lake, source.name, group.dataset, top_of(names), *span)
-            self._chosen = {symbol: found[symbol] for symbol in found.keys() - set(named(names))}
-        self.symbols = sorted({*named(names), *self._chosen})
+            self._chosen = {symbol: found[symbol] for symbol in found.keys() - set(plain_names(names))}
+        self.symbols = sorted({*plain_names(names), *self._chosen})
         self._rejected: dict[str, dict[str, Counter[str]]] = {}  # by dataset and symbol
         self._batch: dict[str, Columns] = {}
         self._batch_end = 0  # place in ``symbols``
@@ -143,10 +143,10 @@ class _Reader:
         if columns is not None and symbol in self._chosen:
             columns = _within_any(columns, self._chosen[symbol])
         if columns is not None and self.group.asset_class == "stock" and not self._request.extended_hours:
-            columns = _masked(columns, in_regular_session(columns["open_time"]))
+            columns = _select(columns, in_regular_session(columns["open_time"]))
         return columns
 
-    def rejected(self, symbol: str) -> Counter[str]:
+    def count_rejected(self, symbol: str) -> Counter[str]:
         """Count the rows that failed a check in the parts of the interval; unfinished minutes do not count."""
         dataset = self._dataset_of(symbol)
         if dataset not in self._rejected:
@@ -163,7 +163,7 @@ class _Reader:
     def series(self, symbol: str) -> Series:
         """Return the series of a symbol that no other source has."""
         bars = _bars(symbol, self.group.asset_class, self.columns(symbol))
-        rejected = {self.source.name: self.rejected(symbol)}
+        rejected = {self.source.name: self.count_rejected(symbol)}
         return _without_bad_ticks(Series(bars, _marks(self.source, len(bars)), rejected=rejected))
 
     def _dataset_of(self, symbol: str) -> str:
@@ -175,8 +175,8 @@ def _stocks(readers: Sequence[_Reader], ledger: SplitLedger, request: DataReques
     for symbol in sorted({symbol for reader in readers for symbol in reader.symbols}):
         own = [reader for reader in readers if symbol in reader.symbols]
         pieces = [(reader.source, _adjusted_bars(reader, symbol, ledger, request)) for reader in own]
-        series = _merged(symbol, pieces, ledger)
-        series.rejected = {reader.source.name: reader.rejected(symbol) for reader in own}
+        series = _merge(symbol, pieces, ledger)
+        series.rejected = {reader.source.name: reader.count_rejected(symbol) for reader in own}
         yield _without_bad_ticks(series)
 
 
@@ -187,7 +187,7 @@ def _adjusted_bars(reader: _Reader, symbol: str, ledger: SplitLedger, request: D
     return ledger.adjust(bars, fetched_ns=fetched_ns, until_ns=request.end_ns)
 
 
-def _merged(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedger) -> Series:
+def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedger) -> Series:
     """Merge a stock's bars: of each day the first source's, unless it has far fewer than the next one."""
     source, bars = pieces[0]
     result = Series(bars, _marks(source, len(bars)))
@@ -281,8 +281,8 @@ def _marks(source: Source, count: int) -> NDArray[np.int8]:
 def _within_any(columns: Columns, intervals: Sequence[Interval]) -> Columns:
     """Keep the bars that open in one of the intervals, which are in order."""
     edges = np.array(intervals, np.int64).reshape(-1)
-    return _masked(columns, np.searchsorted(edges, columns["open_time"], side="right") % 2 == 1)
+    return _select(columns, np.searchsorted(edges, columns["open_time"], side="right") % 2 == 1)
 
 
-def _masked(columns: Columns, mask: NDArray[np.bool_]) -> Columns:
+def _select(columns: Columns, mask: NDArray[np.bool_]) -> Columns:
     return {name: array[mask] for name, array in columns.items()}

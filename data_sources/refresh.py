@@ -74,7 +74,7 @@ def refresh(
         except (DataError, OSError) as error:  # the lake itself is at fault
             for source in fetched:
                 if source.name not in reports:
-                    reports[source.name] = _failed(lake, source, error, time.monotonic() - started)
+                    reports[source.name] = _failure_report(lake, source, error, time.monotonic() - started)
     for source in fetched:
         if reports[source.name].status != "ok":
             progress.warn(source.name, reports[source.name].message)
@@ -91,15 +91,15 @@ def _refresh_one(
     except MissingCredentials as error:
         return SourceReport("skipped", f"{source.label} skipped: {error}", time.monotonic() - started)
     except (DataError, OSError, ImportError) as error:
-        return _failed(lake, source, error, time.monotonic() - started)
+        return _failure_report(lake, source, error, time.monotonic() - started)
     except Exception as error:
         # A bug of ours: logged with its traceback, and still no reason to stop training.
         logger.exception("the source %s broke", source.name)
-        return _failed(lake, source, error, time.monotonic() - started)
+        return _failure_report(lake, source, error, time.monotonic() - started)
     return SourceReport("ok", f"{source.label} ok: {kept}", time.monotonic() - started, rows, newest_ns)
 
 
-def _failed(lake: Lake, source: Source, error: Exception, seconds: float) -> SourceReport:
+def _failure_report(lake: Lake, source: Source, error: Exception, seconds: float) -> SourceReport:
     reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.split())
     try:

@@ -48,7 +48,9 @@ def provide(lake: Lake, request: DataRequest, *, kept_snapshots: int = KEPT_SNAP
     asked, interval = _names(request)
     folder = lake.root / READY_FOLDER
     try:
-        for path in sorted(folder.glob(f"{asked}-{interval}-*{SUFFIX}"), key=_changed, reverse=True):
+        for path in sorted(
+            folder.glob(f"{asked}-{interval}-*{SUFFIX}"), key=_modification_time, reverse=True
+        ):
             with contextlib.suppress(LakeError):  # damaged: written again below
                 open_snapshot(path)
                 os.utime(path)
@@ -180,9 +182,9 @@ def _remove(path: Path) -> None:
 
 def _prune(folder: Path, asked: str, kept_snapshots: int) -> None:
     def older_than(seconds: float, pattern: str) -> list[Path]:
-        return [path for path in folder.glob(pattern) if time.time() - _changed(path) > seconds]
+        return [path for path in folder.glob(pattern) if time.time() - _modification_time(path) > seconds]
 
-    own = sorted(folder.glob(f"{asked}-*{SUFFIX}"), key=_changed, reverse=True)[kept_snapshots:]
+    own = sorted(folder.glob(f"{asked}-*{SUFFIX}"), key=_modification_time, reverse=True)[kept_snapshots:]
     unused = older_than(UNUSED_SECONDS, f"*{SUFFIX}")
     leftovers = older_than(LEFTOVER_SECONDS, f".*{TEMPORARY_SUFFIX}")
     for path in (*own, *unused, *leftovers, *folder.glob(f"*{FORMER_SUFFIX}")):
@@ -190,7 +192,7 @@ def _prune(folder: Path, asked: str, kept_snapshots: int) -> None:
             _remove(path)
 
 
-def _changed(path: Path) -> float:
+def _modification_time(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

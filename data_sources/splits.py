@@ -141,7 +141,7 @@ class SplitLedger:
             before = bars.open_time < executed_ns
             if fetched_ns is not None:
                 before &= fetched_ns < executed_ns
-            if before.any() and (split.is_clean or _jumped(bars, executed_ns, split.ratio)):
+            if before.any() and (split.is_clean or _is_jump(bars, executed_ns, split.ratio)):
                 factor[before] *= split.ratio
         if (factor == 1).all():
             return bars
@@ -208,7 +208,7 @@ def near_common_ratio(ratio: float) -> float | None:
     return next((other for other in common if abs(ratio / other - 1) < RATIO_TOLERANCE), None)
 
 
-def _jumped(bars: Bars, executed_ns: int, ratio: float) -> bool:
+def _is_jump(bars: Bars, executed_ns: int, ratio: float) -> bool:
     """Return whether the jump at ``executed_ns`` is nearer to the ratio than to no change."""
     place = int(np.searchsorted(bars.open_time, executed_ns))
     if place == 0 or place == len(bars):

@@ -39,7 +39,7 @@ def top_of(names: Iterable[str]) -> int:
     return largest
 
 
-def named(names: Iterable[str]) -> tuple[str, ...]:
+def plain_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return the names that are not rules, each once."""
     return tuple(dict.fromkeys(name for name in names if not name.startswith("top:")))
 

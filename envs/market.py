@@ -117,17 +117,17 @@ class Market:
         def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
-        def joined(name: str) -> np.ndarray:
+        def join(name: str) -> np.ndarray:
             return np.concatenate([getattr(series, name) for series in bars])
 
-        opens, open_time = joined("open"), joined("open_time")
+        opens, open_time = join("open"), join("open_time")
         starts = _starts(open_time, offsets, is_crypto, holdout_start_ns, context_bars, horizon)
         quotes = (
             opens,
-            joined("close"),
+            join("close"),
             np.concatenate(steps) / YEAR_NS,
-            (joined("high") - joined("low")) / opens,
-            joined("volume") * opens,
+            (join("high") - join("low")) / opens,
+            join("volume") * opens,
         )
         return Market(
             symbols=symbols,

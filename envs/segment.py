@@ -152,9 +152,8 @@ class Statistics:
         self.time_in[self.cash_index] += decisions
         for index, spent in enumerate(self.time_in):
             if index != self.cash_index:
-                decided = (
-                    held.numel() - (held ^ index).count_nonzero()
-                )  # on bytes throughout, which is faster
+                # On bytes throughout, which is faster.
+                decided = held.numel() - (held ^ index).count_nonzero()
                 spent.add_(decided)
                 self.time_in[self.cash_index] -= decided
         episodes = torch.stack((torch.ones_like(ended), account.log_equity, ~account.alive)).double()

@@ -126,9 +126,8 @@ def examine(
                 for policy in policies.values()
             ]
         env.begin_segment()
-        bars = (
-            env.cursor[:num_symbols] + ahead[:, None]
-        )  # (H, S); accounts that have ended are in cash at some bar
+        # (H, S); accounts that have ended are in cash at some bar
+        bars = env.cursor[:num_symbols] + ahead[:, None]
         rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
         encoded = [segments[number % num_ahead] for segments in projected]
         with _one_thread(env.device):

@@ -17,7 +17,7 @@ from runtime.control import heartbeat
 from training.distributed import Ranks
 from training.hindsight import hindsight_advantages
 from training.losses import Losses, Objective, Targets, advantages_and_returns
-from training.parallel import parallel
+from training.parallel import parallelize
 from training.rollout import Rollout
 from training.validation import minibatch_segments
 
@@ -36,7 +36,7 @@ class Learner:
         self.ranks = ranks
         self.micro_batch_segments = micro_batch_segments
         self.minibatch_segments = minibatch_segments(settings, ranks.world_size)
-        self.parallel = parallel(objective, ranks, settings.parallel == "fsdp")
+        self.parallel = parallelize(objective, ranks, settings.parallel == "fsdp")
         # Matrices decay, gains and biases do not (the usual rule of transformer training).
         matrices = [p for p in self.parallel.parameters if p.dim() >= 2]
         vectors = [p for p in self.parallel.parameters if p.dim() < 2]
@@ -53,7 +53,7 @@ class Learner:
         self.rate_scale = 1.0  # lowered by a rollback to a checkpoint
         # One stream per rank: ranks shuffle and sample differently.
         self.generator = torch.Generator(ranks.device).manual_seed(settings.seed * 1_000_003 + ranks.rank)
-        self.stopped: dict[str, Any] | None = None  # where an update was stopped
+        self.stopped_at: dict[str, Any] | None = None  # where the update was stopped
 
     def learning_rate(self, run_fraction: float) -> float:
         """Return the rate now: linear warm-up once, then a cosine down over each run, and up again.
@@ -80,15 +80,15 @@ class Learner:
             rollout: this rank's N segments.
             run_fraction: how far the run is, 0 to 1, for the learning rate.
             stop_now: asked before every optimizer step; True stops the update there, on all ranks together.
-            resume_from: what ``stopped`` was when this update was stopped; it takes the steps that are left.
+            resume_from: ``stopped_at`` of the same update, which then takes the remaining steps.
 
         Returns:
             Diagnostics averaged over ranks and steps, as device scalars (nothing waits for the device); None
-            when it was stopped: ``stopped`` holds where, and resuming needs the same rollout.
+            when stopped: ``stopped_at`` holds where, and resuming needs the same rollout.
         """
         targets, explained_variance = self._targets(rollout)
         statistics = _Statistics(rollout.actions.device)
-        self.stopped, steps = None, 0
+        self.stopped_at, steps = None, 0
         if resume_from:
             steps = resume_from["steps"]
             statistics.load_state_dict(resume_from["statistics"])
@@ -99,7 +99,7 @@ class Learner:
             if number < steps:
                 continue
             if stop_now():
-                self.stopped = {
+                self.stopped_at = {
                     "steps": number,
                     "generator": before_shuffles,
                     "statistics": statistics.state_dict(),
@@ -110,7 +110,7 @@ class Learner:
             if number == 0:
                 statistics.freeze_first()
         return {
-            **statistics.averaged(self.ranks),
+            **statistics.average(self.ranks),
             "ppo/explained_variance": explained_variance,
             "learning_rate": rate,
         }
@@ -168,18 +168,18 @@ class Learner:
                 settings.gamma,
                 settings.gae_lambda,
             )
-            advantages = self._normalised(advantages, rollout.valid)[..., None].expand_as(rollout.log_policy)
+            advantages = self._normalise(advantages, rollout.valid)[..., None].expand_as(rollout.log_policy)
             weights = F.one_hot(rollout.actions, advantages.shape[-1]).to(advantages.dtype)
         else:
             advantages, returns = hindsight_advantages(
                 rollout.hindsight, rollout.valid, settings.gamma, settings.gae_lambda
             )
-            advantages = self._scaled(advantages, rollout.valid)
+            advantages = self._scale(advantages, rollout.valid)
             weights = rollout.log_policy.exp()
         targets = Targets(rollout.log_policy, weights, advantages, returns, rollout.valid)
         return targets, self._explained_variance(rollout, returns)
 
-    def _scaled(self, advantages: Tensor, valid: Tensor) -> Tensor:
+    def _scale(self, advantages: Tensor, valid: Tensor) -> Tensor:
         """Give advantages (N, T, K) a mean square of 1 over all choices, likely or not, of all ranks.
 
         Their mean under the policy is 0 already. Weighted by the policy instead, they would grow without
@@ -190,7 +190,7 @@ class Learner:
         count, squares = self.ranks.sum(sums).unbind()
         return (advantages / ((squares / count).sqrt() + 1e-8)).to(advantages.dtype)
 
-    def _normalised(self, advantages: Tensor, valid: Tensor) -> Tensor:
+    def _normalise(self, advantages: Tensor, valid: Tensor) -> Tensor:
         """Give advantages mean 0 and deviation 1 over the valid decisions of all ranks."""
         weight = valid.to(torch.float64)
         wide = advantages.double()
@@ -278,7 +278,7 @@ class _Statistics:
         """Remember the KL of the first minibatch: rollout and update should agree there."""
         self.first_kl = self.sums[self.NAMES.index("ppo/approx_kl")].clone()
 
-    def averaged(self, ranks: Ranks) -> dict[str, Tensor]:
+    def average(self, ranks: Ranks) -> dict[str, Tensor]:
         """Average over ranks and steps (all ranks take part)."""
         steps = max(1, self.steps)
         means = ranks.sum(torch.cat((self.sums / steps, self.first_kl[None]))) / ranks.world_size

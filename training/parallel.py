@@ -47,7 +47,7 @@ class Parallel(Protocol):
         """Return all weights of the policy, unsharded, by name (all ranks)."""
 
 
-def parallel(objective: Objective, ranks: Ranks, sharded: bool) -> Parallel:
+def parallelize(objective: Objective, ranks: Ranks, sharded: bool) -> Parallel:
     """Prepare an objective's policy for training on these ranks."""
     return Sharded(objective, ranks) if sharded and ranks.world_size > 1 else Replicated(objective, ranks)
 

@@ -195,8 +195,8 @@ class Trainer:
     def _own_state(self) -> dict[str, Any]:
         state = {"env": self.env.state_dict(), "generator": self.learner.generator.get_state()}
         if self._pending_update:
-            rollout, stopped = self._pending_update
-            state["update"] = stopped | {"rollout": rollout.state_dict(), "plan": self._update_plan()}
+            rollout, stopped_at = self._pending_update
+            state["update"] = stopped_at | {"rollout": rollout.state_dict(), "plan": self._update_plan()}
         return state
 
     def _update_plan(self) -> list[Any]:
@@ -249,7 +249,8 @@ class Trainer:
         self.learner.rate_scale = progress.rate_scale
         resume_from = self._pending_update[1] if self._pending_update else None
         losses = self.learner.update(rollout, progress.epoch / self.settings.epochs, stop_now, resume_from)
-        self._pending_update = (rollout, self.learner.stopped) if self.learner.stopped else None
+        stopped_at = self.learner.stopped_at
+        self._pending_update = (rollout, stopped_at) if stopped_at else None
         if losses is not None:
             self._stopwatch.mark()
             progress.tick(rollout.num_segments * rollout.horizon * self.ranks.world_size)

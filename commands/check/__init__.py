@@ -49,7 +49,7 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
         yield Line("sources", "OK", "not contacted, for --offline")
     elif request.needs_lake:
         answers = refresh.probe(request, now_ns)
-        yield from sources.answered(answers, settings)
+        yield from sources.check_answers(answers, settings)
         yield sources.clock(answers)
     here = machine.read_machine()
     yield from machine.check_gpus(here, settings)

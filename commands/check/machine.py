@@ -16,7 +16,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from commands.check.report import Line
 from commands.check.sources import rows_held
 from data_sources.sources import DataRequest
-from data_sources.universe import named, top_of
+from data_sources.universe import plain_names, top_of
 from envs.features import FEATURES
 from models.policy import uses_bf16
 from monitoring.format import size
@@ -109,7 +109,7 @@ def bars_per_week(request: DataRequest) -> int:
     for source in request.chosen:
         for group in source.groups:
             names = group.symbols(request)
-            count = len(named(names)) + (top_of(names) if group.dataset else 0)
+            count = len(plain_names(names)) + (top_of(names) if group.dataset else 0)
             minutes = count * MINUTES_PER_WEEK[group.asset_class]
             bars[group.setting] = max(minutes, bars.get(group.setting, 0))
     return sum(bars.values())

@@ -30,7 +30,7 @@ def keys(request: DataRequest, environment: Mapping[str, str]) -> Iterator[Line]
             yield Line("keys", "warning", f"{name} is not set: {without}; see .env.example")
 
 
-def answered(answers: Sequence[Answer], settings: Settings) -> Iterator[Line]:
+def check_answers(answers: Sequence[Answer], settings: Settings) -> Iterator[Line]:
     """Report how each source answered; if none did, a start has only what the lake holds."""
     for answer in answers:
         if answer.error is None:

@@ -190,7 +190,7 @@ class Lake:
             dollar_volume=dict(dollar_volume or {}),
         )
         path = self._path(part)
-        quarantine = path.with_name(_escaped(unit) + QUARANTINE_SUFFIX)
+        quarantine = path.with_name(_escape(unit) + QUARANTINE_SUFFIX)
         with self.writing():
             self._refuse_shrinking(part, cleaned.table)
             try:
@@ -215,7 +215,7 @@ class Lake:
         with self.writing():
             try:
                 path.unlink(missing_ok=True)
-                path.with_name(_escaped(part.unit) + QUARANTINE_SUFFIX).unlink(missing_ok=True)
+                path.with_name(_escape(part.unit) + QUARANTINE_SUFFIX).unlink(missing_ok=True)
                 if path.parent.exists():
                     sync_folder(path.parent)
             except OSError as error:
@@ -261,7 +261,7 @@ class Lake:
                     pieces.setdefault(symbol, []).append(piece)
         merged = {}
         for symbol in sorted(pieces):
-            columns = _merged(pieces.pop(symbol))
+            columns = _merge(pieces.pop(symbol))
             if len(columns["open_time"]):
                 merged[symbol] = columns
         return merged
@@ -359,10 +359,10 @@ class Lake:
                 raise LakeError(f"cannot remove {leftover}: {error.strerror or error}") from error
 
     def _folder(self, *names: str) -> Path:
-        return self.root.joinpath(*map(_escaped, names))
+        return self.root.joinpath(*map(_escape, names))
 
     def _path(self, part: Part) -> Path:
-        return self._folder(part.source, part.dataset) / (_escaped(part.unit) + SUFFIX)
+        return self._folder(part.source, part.dataset) / (_escape(part.unit) + SUFFIX)
 
 
 def _fault_of(table: pa.Table, part: Part) -> str:
@@ -383,7 +383,7 @@ def _fault_of(table: pa.Table, part: Part) -> str:
     return ""
 
 
-def _escaped(name: str) -> str:
+def _escape(name: str) -> str:
     """Return any text as one file name of every system: "^GSPC" -> "%5EGSPC", ".." -> "%2E."."""
     escaped = quote(name, safe="")
     return "%2E" + escaped[1:] if escaped.startswith(".") else escaped
@@ -412,7 +412,7 @@ def _part_files(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
     return sorted(found)
 
 
-def _merged(pieces: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+def _merge(pieces: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Join one symbol's pieces, oldest interval first; of rows for one minute the last fetched one stays."""
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in (*COLUMNS, FETCHED)}
     time = columns["open_time"]

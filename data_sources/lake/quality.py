@@ -86,7 +86,7 @@ def clean(
     frame = raw.with_columns(_reasons(now_ns, start_ns, end_ns, symbols).alias("reason"))
     frame = frame.with_row_index("row")
     good = frame.filter(pl.col("reason").is_null())
-    repaired = _counted(
+    repaired = _nonzero(
         volume_missing=good.filter(pl.col("volume").is_null() | pl.col("volume").is_nan()).height,
         ohlc_clamped=good.filter(_out_of_order(0.0)).height,
     )
@@ -258,5 +258,5 @@ def _duplicates(good: pl.DataFrame) -> pl.Series:
     return good.select(reason.alias("reason")).to_series()
 
 
-def _counted(**counts: int) -> dict[str, int]:
+def _nonzero(**counts: int) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}

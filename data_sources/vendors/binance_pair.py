@@ -21,7 +21,7 @@ from data_sources.lake.quality import SCHEMA, clean, closed_before
 from data_sources.progress import Progress
 from data_sources.vendors.binance_archive import Archive, Unit, days, months
 from data_sources.vendors.binance_parts import SOURCE, PairParts
-from data_sources.vendors.binance_rest import PAGE_BARS, Rest, UnknownPair, concatenated, last_minute_ns
+from data_sources.vendors.binance_rest import PAGE_BARS, Rest, UnknownPair, concatenate, last_minute_ns
 
 SUCCESSORS = {"MATICUSDT": "POLUSDT"}
 OVERLAP_NS = 3 * MINUTE_NS  # fetched again, so that a bar kept half made under a wrong clock heals
@@ -269,7 +269,7 @@ class PairRefresh:
             cursor = last_minute_ns(page) + MINUTE_NS
             if len(page) < PAGE_BARS and cursor >= settled_ns:
                 break
-        return concatenated(pages), cursor, error
+        return concatenate(pages), cursor, error
 
     def _extend_recent(self) -> None:
         """Extend ``recent`` to the newest closed bar, and drop from it what the archive has by now."""
@@ -368,7 +368,7 @@ class PairRefresh:
                 break
             pages.append(page)
             cursor = last_minute_ns(page) + MINUTE_NS
-        found = concatenated(pages)
+        found = concatenate(pages)
         found = found.filter(pc.is_in(found.column("open_time"), value_set=pa.array(missing)))
         if f"fill-{part.unit}" in self._parts.by_unit:  # it had bad rows; keep the good ones
             found = pa.concat_tables([found, held])

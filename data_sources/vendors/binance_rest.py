@@ -95,7 +95,7 @@ class Rest:
                 limit=limit,
             )  # fmt: skip
         except BinanceAPIException as error:
-            raise self._translated(pair, error) from error
+            raise self._translate(pair, error) from error
         except BinanceRequestException as error:
             raise BadAnswer(f"{pair}: expected klines, got no JSON (a captive portal or proxy?)") from error
         except requests.RequestException as error:
@@ -124,7 +124,7 @@ class Rest:
             self.host.pause(61.0 - second)
 
     @staticmethod
-    def _translated(pair: str, error: BinanceAPIException) -> DataError:
+    def _translate(pair: str, error: BinanceAPIException) -> DataError:
         status = error.status_code
         if status == 400 and error.code == -1121:
             return UnknownPair(f"{pair}: Binance does not know this pair")
@@ -171,6 +171,6 @@ def last_minute_ns(table: pa.Table) -> int:
     return newest - newest % MINUTE_NS
 
 
-def concatenated(tables: Sequence[pa.Table]) -> pa.Table:
+def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
     """Join pages; of none, an empty table."""
     return pa.concat_tables(tables) if tables else SCHEMA.empty_table()

@@ -50,7 +50,7 @@ def read_day(content: bytes, key: str, symbols: Sequence[str], start_ns: int, en
         BadAnswer: not gzip, cut, wrong checksum, wrong columns, text instead of numbers, or times of another
             day (a real file of 2019 was a day late).
     """
-    frame = _parsed(content, key, symbols).filter(pl.col("symbol").is_in(list(symbols)))
+    frame = _parse(content, key, symbols).filter(pl.col("symbol").is_in(list(symbols)))
     return _table(frame, key, start_ns, end_ns)
 
 
@@ -81,7 +81,7 @@ def read_day_and_largest(
     Raises:
         BadAnswer: see ``read_day``.
     """
-    frame = _parsed(content, key, None)
+    frame = _parse(content, key, None)
     sound = (pl.col("volume") > 0) & pl.col("volume").is_finite() & (pl.col("close") > 0)
     traded = (
         frame.filter(pl.col("symbol").str.ends_with(ending) & sound)
@@ -96,7 +96,7 @@ def read_day_and_largest(
     return _table(frame, key, start_ns, end_ns), dollars
 
 
-def _parsed(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataFrame:
+def _parse(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataFrame:
     """Return the rows of ``symbols`` and perhaps of others; None: of all."""
     if not content.startswith(b"\x1f\x8b"):
         begin = f"begins with {content[:20]!a}" if content else "is empty"
@@ -149,7 +149,7 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
     header: bytes | None = None
     kept: list[bytes] = []
     rest = b""
-    for piece in itertools.chain(_ahead(_decompressed(content)), (b"\n",)):  # the last line may lack its end
+    for piece in itertools.chain(_ahead(_decompress(content)), (b"\n",)):  # the last line may lack its end
         first, end = piece.find(b"\n") + 1, piece.rfind(b"\n") + 1
         if not end:
             rest += piece
@@ -165,7 +165,7 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
     return header or b"", b"".join(kept)
 
 
-def _decompressed(content: bytes) -> Iterator[bytes]:
+def _decompress(content: bytes) -> Iterator[bytes]:
     """Yield the text of a gzip file of one or more members, checking lengths and checksums."""
     member = isal_zlib.decompressobj(isal_zlib.MAX_WBITS | 16)
     for start in range(0, len(content), PIECE_BYTES):

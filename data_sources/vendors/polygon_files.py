@@ -197,7 +197,7 @@ class FlatFiles:
             try:
                 return request()
             except aws.ClientError as error:
-                raise self._translated(error, task) from error
+                raise self._translate(error, task) from error
             except (aws.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
                 # Its type alone: its text may hold more than a user should paste somewhere.
                 reason = type(error).__name__
@@ -205,7 +205,7 @@ class FlatFiles:
 
         return self.host.retry(once)
 
-    def _translated(self, error: aws.ClientError, task: str) -> Exception:
+    def _translate(self, error: aws.ClientError, task: str) -> Exception:
         """Return our error for an error answer: one line, without the vendor's own text."""
         metadata = error.response.get("ResponseMetadata", {})
         status = int(metadata.get("HTTPStatusCode", 0))

@@ -27,7 +27,7 @@ import pyarrow as pa
 from data_sources.errors import BadAnswer, DataError, MissingCredentials, Refused, SourceUnavailable
 from data_sources.lake.lake import Lake, Part
 from data_sources.progress import Progress
-from data_sources.universe import KEPT_FOLD, kept_rule, look_back, named, top_of
+from data_sources.universe import KEPT_FOLD, kept_rule, look_back, plain_names, top_of
 from data_sources.vendors.http import RetryPolicy, require_address
 from data_sources.vendors.polygon import GLOBAL_CRYPTO, US_STOCKS, DataType
 from data_sources.vendors.polygon_days import read_day, read_day_and_largest
@@ -116,7 +116,7 @@ class Polygon:
             LakeError: the lake cannot be written.
         """
         wanted = [
-            (data_type, named(symbols), KEPT_FOLD * top_of(symbols))
+            (data_type, plain_names(symbols), KEPT_FOLD * top_of(symbols))
             for data_type, symbols in ((US_STOCKS, stocks), (GLOBAL_CRYPTO, crypto))
             if symbols
         ]
@@ -309,7 +309,7 @@ class _TypeRefresh:
     def _symbols_for(self, file: DayFile) -> tuple[str, ...]:
         """Return the symbols to take by name: never fewer than the lake already has of that day."""
         part = self.held.get(file.day.isoformat())
-        return tuple(dict.fromkeys((*named(part.symbols if part else ()), *self.symbols)))
+        return tuple(dict.fromkeys((*plain_names(part.symbols if part else ()), *self.symbols)))
 
     def _largest_for(self, file: DayFile) -> int:
         """Return how many of the day's largest to take, again never fewer."""
@@ -366,7 +366,7 @@ class _TypeRefresh:
 def _is_news(file: DayFile, needed: set[str], part: Part | None) -> bool:
     if part is None or part.version != file.version:
         return True
-    return not set(named(needed)) <= set(part.symbols) or top_of(needed) > top_of(part.symbols)
+    return not set(plain_names(needed)) <= set(part.symbols) or top_of(needed) > top_of(part.symbols)
 
 
 def _summary(works: Sequence[_TypeRefresh]) -> str:

@@ -146,12 +146,12 @@ class Client:
         except DataError:
             raise
         except Exception as error:  # a strange answer can do anything to its parser
-            failure = self._translated(error)
+            failure = self._translate(error)
             if self.wire.failure is None and not isinstance(error, OSError | ValueError | YFException):
                 self._abandon_cache()
             raise failure from error
 
-    def _translated(self, error: Exception) -> DataError:
+    def _translate(self, error: Exception) -> DataError:
         """Return our error for a failed question, by what was on the wire first and by yfinance second."""
         from yfinance.exceptions import YFRateLimitError
 

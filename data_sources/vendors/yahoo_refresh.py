@@ -114,7 +114,7 @@ class _Refresh:
         self._progress, self._start_ns, self._pause_seconds = progress, start_ns, pause_seconds
         self._path = lake.root / SOURCE / SPLITS_ASKED
         # Per stock: since when splits were asked for, when that was, how many the ledger had then.
-        self._asked = _read_asked(self._path)
+        self._asked = _read_requests(self._path)
         self._attempts: int | None = None  # for the next question; None: the policy's
         self._written = 0
         self._notes: dict[str, list[str]] = {}
@@ -157,7 +157,7 @@ class _Refresh:
                 f"{self._written} weeks written, {self._client.wire.requests} requests",
             )
             if self._asked != asked:
-                self._write_asked()
+                self._write_requests()
         if stocks and len(self._failed) == len(stocks) and not self._written:
             raise self._failed[next(iter(reported or stocks))]
 
@@ -263,7 +263,7 @@ class _Refresh:
         self._ledger.update(symbol, new)
         return new_york_midnight_ns(max(split.execution_date for split in new))
 
-    def _write_asked(self) -> None:
+    def _write_requests(self) -> None:
         text = json.dumps(self._asked, indent=0, sort_keys=True)
         try:
             write_atomically(self._path, lambda file: file.write(text.encode()))
@@ -271,7 +271,7 @@ class _Refresh:
             raise LakeError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 
-def _read_asked(path: Path) -> dict[str, tuple[int, int, int]]:
+def _read_requests(path: Path) -> dict[str, tuple[int, int, int]]:
     """Return when splits were asked for. An unreadable file costs a question per stock, no more."""
     try:
         return {

@@ -12,7 +12,7 @@ from data_sources.lake.lake import Lake
 from data_sources.load import load
 from data_sources.progress import NullProgress
 from data_sources.sources import DataRequest
-from data_sources.universe import members, named, top_of
+from data_sources.universe import members, plain_names, top_of
 from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon import US_STOCKS
 from data_sources.vendors.polygon_days import read_day_and_largest
@@ -143,7 +143,7 @@ def test_a_malformed_rule_is_refused(rule: str) -> None:
 
 
 def test_names_and_rules_are_distinguished() -> None:
-    assert named(["AAPL", "top:5", "AAPL", "top:7"]) == ("AAPL",)
+    assert plain_names(["AAPL", "top:5", "AAPL", "top:7"]) == ("AAPL",)
     assert top_of(["AAPL", "top:5", "top:7"]) == 7
     with pytest.raises(ValueError, match="binance_pairs must be names"):
         DataRequest(("binance",), {"binance_pairs": ("top:5",)}, START, NOW)

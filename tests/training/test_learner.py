@@ -21,9 +21,8 @@ def test_the_micro_batch_size_does_not_change_the_update(micro: int) -> None:
         policy = small_policy()
         learner = small_learner(policy, minibatch=8, micro=size)
         for group in learner.optimizer.param_groups:
-            group["eps"] = (
-                1e-4  # Adam's usual 1e-8 blows the rounding of a gradient near 0 up to a whole step
-            )
+            # Adam's usual 1e-8 blows the rounding of a gradient near 0 up to a whole step.
+            group["eps"] = 1e-4
         learner.update(made_up_rollout(policy, 16), run_fraction=0.0)
         results.append(policy.state_dict())
     for name, value in results[0].items():
@@ -128,11 +127,11 @@ def test_a_stopped_update_goes_on_at_the_very_step(steps: int) -> None:
     expected = unbroken.update(rollout, run_fraction=0.5)
     asked = iter(range(9))
     assert first.update(rollout, 0.5, stop_now=lambda: next(asked) == steps) is None
-    assert first.optimizer_steps == steps and first.stopped is not None
+    assert first.optimizer_steps == steps and first.stopped_at is not None
     second.policy.load_state_dict(first.policy.state_dict())
     second.load_state_dict(first.state_dict())
-    figures = second.update(rollout, 0.5, resume_from=first.stopped)
-    assert second.stopped is None and expected is not None and figures is not None
+    figures = second.update(rollout, 0.5, resume_from=first.stopped_at)
+    assert second.stopped_at is None and expected is not None and figures is not None
     assert {name: float(value) for name, value in figures.items()} == {
         name: float(value) for name, value in expected.items()
     }
