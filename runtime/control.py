@@ -83,7 +83,7 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        # No I/O and no collective: they do not belong into a handler.
+        # No I/O and no collective: they do not belong in a handler.
         now = time.monotonic()
         level = STOP_AT_EPOCH_END if number == signal.SIGINT else STOP_NOW
         if number == signal.SIGINT and self.level and now - self._first > KEY_BOUNCE_SECONDS:
@@ -176,7 +176,7 @@ class Control:
             return
         # A worker's SIGTERM is either meant for the whole service (systemd), and then the supervisor gets it
         # too and sets the stop byte, or comes from torchrun, which ends the ranks whose peer died. A thread
-        # tells them apart: the main thread may be stuck in a collective, and torchrun would wait 30 s.
+        # distinguishes them: the main thread may be stuck in a collective, and torchrun would wait 30 s.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.signal(signal.SIGTERM, lambda *_: None)

@@ -73,7 +73,7 @@ def tiny_flags(folder: Path, **changes: Any) -> list[str]:
 
 
 def environment(**additions: str) -> dict[str, str]:
-    """Return an environment in which no key or address of whoever runs the tests is left."""
+    """Return an environment without keys and addresses of the person running the tests."""
     clean = {name: value for name, value in os.environ.items() if name not in NAMES_IN_ENV}
     blank = dict.fromkeys(NAMES_IN_ENV, "")  # set, though empty: the checkout's own .env does not count
     own = {"OMP_NUM_THREADS": "1", "NPROC": "1", "COLUMNS": "300", "PYTHONUNBUFFERED": "1"}
@@ -148,7 +148,7 @@ class Start:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop everything that it started, and let it go on."""
+        """Stop everything that it started, then let it continue."""
         processes = psutil.Process(self.process.pid).children(recursive=True)
         for process in processes:
             process.suspend()
@@ -188,16 +188,16 @@ def names_of(folder: Path) -> set[str]:
 
 
 def written_to(terminal: int) -> str:
-    """Read a terminal until nobody has it any more."""
+    """Read a terminal until no process has it open."""
     written = b""
-    with suppress(OSError):  # how Linux tells the end of a terminal
+    with suppress(OSError):  # how Linux signals the end of a terminal
         while part := os.read(terminal, 65_536):
             written += part
     return written.decode(errors="replace")
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Tell whether two nests of tensors and plain values are the same to the last bit."""
+    """Return whether two nests of tensors and plain values are the same to the last bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):

@@ -38,14 +38,14 @@ MARKDOWN = sorted(
     path for folder in ("", "docs", "benchmarks", "checkpoints") for path in (ROOT / folder).glob("*.md")
 )
 START_SCRIPTS = [ROOT / "START_CONTINUOUS.sh", ROOT / "START_CONTINUOUS.bat"]
-# docs/LOG.md and CHANGELOG.md tell what was, with the flags of their day.
+# docs/LOG.md and CHANGELOG.md describe the past, with the flags of their day.
 CURRENT = [path for path in MARKDOWN if path.name not in ("LOG.md", "CHANGELOG.md", "RESULTS.md")]
 WITH_COMMANDS = [*CURRENT, *START_SCRIPTS, ROOT / ".env.example"]
 OWN_FOLDERS = (*PACKAGES, "benchmarks", "docs", "tests", ".ci")
 START = re.compile(r"(?:START_CONTINUOUS\.(?:sh|bat)|python continuous_training\.py)(?= |`|$)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
-# The processes of one start tell each other these; nobody sets them by hand.
+# The processes of one start set these for each other; users never do.
 BETWEEN_PROCESSES = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "WORLD_SIZE_PLANNED"}
 OF_OTHERS = {
     "CUDA_VISIBLE_DEVICES",
@@ -219,7 +219,7 @@ def test_the_readme_lists_every_setting_with_its_default_and_help() -> None:
     for (name, default, what), field in zip(rows, fields(Settings), strict=True):
         value = field.default
         shown = (
-            ",".join(f"{each:g}" if isinstance(each, float) else each for each in value)
+            ",".join(f"{part:g}" if isinstance(part, float) else part for part in value)
             if (isinstance(value, tuple))
             else "not set"
             if value is None
@@ -241,8 +241,8 @@ def environment_names(source: Path) -> set[str]:
             near = [*node.iter.elts, *node.body]
         else:
             continue
-        if any("environ" in ast.unparse(each) for each in near):
-            names |= {each.value for each in near if isinstance(each, ast.Constant)}
+        if any("environ" in ast.unparse(node) for node in near):
+            names |= {node.value for node in near if isinstance(node, ast.Constant)}
     return {name for name in names if isinstance(name, str) and ENVIRONMENT_NAME.fullmatch(name)}
 
 

@@ -85,9 +85,9 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
         start.ends()
         yield folder, start, second
     finally:
-        for each in (start, second):
-            if each:
-                each.kill()
+        for started in (start, second):
+            if started:
+                started.kill()
 
 
 def run_again(folder: Path, **changes: object) -> Start:
@@ -307,7 +307,7 @@ def test_a_checkpoint_holds_weights_configuration_symbols_run_and_epoch(unbroken
 def assert_same_end(folder: Path, other: Path) -> None:
     assert is_same(checkpoint(folder, LAST)["model"], checkpoint(other, LAST)["model"])
     ours, theirs = (
-        torch.load(each / "checkpoints" / "resume" / LAST, weights_only=True) for each in (folder, other)
+        torch.load(parent / "checkpoints" / "resume" / LAST, weights_only=True) for parent in (folder, other)
     )
     ours["clock"].pop("cutoff_ns"), theirs["clock"].pop("cutoff_ns")
     assert is_same(ours, theirs)
@@ -353,7 +353,7 @@ def test_sigterm_in_the_middle_of_an_update_changes_nothing_in_the_end(
 
 
 def test_the_next_run_goes_on_with_weights_and_optimizer(unbroken: tuple[Path, str], killed: Path) -> None:
-    """One run, then a start for the second, is the same as two runs in one go: nothing begins anew."""
+    """One run, then a start for the second, is the same as two runs in one go: nothing starts over."""
     again = run_again(killed, runs=2)
     end_of_run_1 = f"run1_epoch{EPOCHS}.pt"
     assert f"Resuming from {killed}/checkpoints/{end_of_run_1} (512 transitions)" in again.output
@@ -414,14 +414,14 @@ def test_ctrl_c_finishes_the_epoch_saves_prints_a_summary_and_exits_0(
     assert start.process.returncode == 0, start.output
     run, epoch = epochs_of(folder)[-1]
     final = folder / "checkpoints" / f"run{run}_epoch{epoch}.pt"
-    told = start.output.split("Stopping after this epoch")[1]
+    summary = start.output.split("Stopping after this epoch")[1]
     order = [
-        told.index(part)
+        summary.index(part)
         for part in (f"Saved {final}", "Summary: ", "Reward: ", f"Newest checkpoint: {final}")
     ]
     assert order == sorted(order)
     num_epochs = 24 * (run - 1) + epoch
-    assert f"Summary: {num_epochs} epochs in " in told
+    assert f"Summary: {num_epochs} epochs in " in summary
     saved = checkpoint(folder, final.name)
     assert (saved["run"], saved["epoch"]) == (run, epoch)
     assert saved["transitions"] == num_epochs * TRANSITIONS_PER_EPOCH
@@ -435,7 +435,7 @@ def test_a_start_after_ctrl_c_goes_on_from_there(interrupted: tuple[Path, Start,
     assert f"Resuming from {folder}/checkpoints/run{run}_epoch{epoch}.pt" in again.output
     assert epoch == 24 or f"Run {run}: epochs {epoch + 1} to 24" in again.output
     last = run + 1
-    assert epochs_of(folder) == [(each, number) for each in range(1, last + 1) for number in range(1, 25)]
+    assert epochs_of(folder) == [(run, number) for run in range(1, last + 1) for number in range(1, 25)]
     resume = torch.load(folder / "checkpoints" / "resume" / f"run{last}_epoch24.pt", weights_only=True)
     assert resume["learner"]["optimizer_steps"] == last * 24 * STEPS_PER_EPOCH
 

@@ -85,10 +85,10 @@ class Story:
         self.program = program_with_keys(folder / "program", vendors.addresses)
         self.starts: dict[str, Start] = {}
 
-    def tell(self) -> None:
-        nobody = closed_port()
+    def play(self) -> None:
+        closed = closed_port()
         unreachable = dict.fromkeys(
-            ("POLYGON_S3_ENDPOINT", "BINANCE_API_URL", "BINANCE_ARCHIVE_URL", "YAHOO_BASE_URL"), nobody
+            ("POLYGON_S3_ENDPOINT", "BINANCE_API_URL", "BINANCE_ARCHIVE_URL", "YAHOO_BASE_URL"), closed
         )
 
         self._run(
@@ -99,7 +99,7 @@ class Story:
         empty = {"sources": "polygon,yahoo", "runs": 1}
         self._run(
             self._start("first", ALONE, {"runs": 1}),
-            self._start("nothing", ALONE, empty, POLYGON_S3_ACCESS_KEY="", YAHOO_BASE_URL=nobody),
+            self._start("nothing", ALONE, empty, POLYGON_S3_ACCESS_KEY="", YAHOO_BASE_URL=closed),
         )
         self.first = self._asked()
         self.newest_ns = {part.dataset: part.end_ns for part in self.lake("first").all_parts()}
@@ -187,7 +187,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with Vendors() as vendors:
         story = Story(tmp_path_factory.mktemp("story"), vendors)
         try:
-            story.tell()
+            story.play()
             yield story
         finally:
             for start in story.starts.values():
@@ -214,12 +214,12 @@ def test_bars_of_all_three_vendors_end_in_one_market(story: Story) -> None:
     assert epochs_of(story.folder / "first") == [(run, epoch) for run in (1, 2) for epoch in (1, 2)]
 
 
-def test_symbols_under_2000_bars_are_dropped_and_told_by_name(story: Story) -> None:
-    told = story.lines("first", "dropped, ")
+def test_symbols_under_2000_bars_are_dropped_and_listed_by_name(story: Story) -> None:
+    dropped = story.lines("first", "dropped, ")
     for symbol, bars in (("JNJ", "780"), ("NEWUSDT", "1,..."), ("X:SOL-USD", "1,800")):
-        (line,) = [line for line in told if re.search(rf"\b{re.escape(symbol)}$", line)]
+        (line,) = [line for line in dropped if re.search(rf"\b{re.escape(symbol)}$", line)]
         assert re.search(rf"dropped, {bars} bars, fewer than 2,000: ", line)
-    assert len(told) == len(TOO_FEW)
+    assert len(dropped) == len(TOO_FEW)
     for name in ("run1_epoch2.pt", "run2_epoch2.pt"):
         assert not TOO_FEW & set(checkpoint(story.folder / "first", name)["symbols"])
 
@@ -317,11 +317,9 @@ def test_sources_that_are_down_are_a_warning_each_and_cached_bars_are_used(story
         (line,) = story.lines("down", f"Warning: {source} failed: ")
         assert re.search(r"; [\d,]+ bars up to \S+ \S+ UTC are kept$", line), line
     assert set(checkpoint(story.folder / "down", "run1_epoch2.pt")["symbols"]) == ENOUGH
-    told = story.output("down").split("6 symbols, ")[0].splitlines()
-    assert len([line for line in told if line.startswith("Warning: ")]) == 3
-    assert not [
-        line for line in told if not line.startswith(("Warning: ", "binance: ", "yahoo: "))
-    ]  # no noise
+    printed = story.output("down").split("6 symbols, ")[0].splitlines()
+    assert len([line for line in printed if line.startswith("Warning: ")]) == 3
+    assert all(line.startswith(("Warning: ", "binance: ", "yahoo: ")) for line in printed)  # no noise
 
 
 def test_no_source_at_all_is_exit_code_3_with_what_to_do(story: Story) -> None:
@@ -340,7 +338,7 @@ def test_a_corrupt_cache_file_is_set_aside_and_fetched_again(story: Story) -> No
         assert line.startswith("Warning: ") and "will be fetched again" in line
         assert (root / name).exists()
         source, dataset, unit = name.removesuffix(".parquet").split("/")
-        ours, theirs = (Lake(each).parts(source, dataset)[unit] for each in (root, kept))
+        ours, theirs = (Lake(path).parts(source, dataset)[unit] for path in (root, kept))
         assert ours.content == theirs.content
     flipped, _ = story.damaged
     assert [path.split("1m-")[1] for path in story.mended.zips] == [f"{Path(flipped).stem}.zip"]

@@ -164,9 +164,9 @@ def test_no_checkpoint_and_no_bar_file_holds_a_key_in_a_packed_form(trained: Tra
     checkpoints = [*trained.folder.glob("checkpoints/**/*.pt")]
     bars = [*trained.folder.glob("data/**/*.parquet")]
     assert len(checkpoints) > 4 and bars
-    told = [repr(without_tensors(torch.load(path, weights_only=True))) for path in checkpoints]
-    told += [str(pq.read_schema(path).metadata) for path in bars]
-    assert not [text for text in told if any(form.decode() in text for form in FORMS)]
+    texts = [repr(without_tensors(torch.load(path, weights_only=True))) for path in checkpoints]
+    texts += [str(pq.read_schema(path).metadata) for path in bars]
+    assert not [text for text in texts if any(form.decode() in text for form in FORMS)]
 
 
 def test_no_list_of_processes_shows_a_key(trained: Trained) -> None:

@@ -124,6 +124,6 @@ def start(timeout: timedelta = RENDEZVOUS_TIMEOUT) -> Iterator[Ranks]:
 
 
 def agreed_stop(level: int, ranks: Ranks, control: Control) -> bool:
-    """Tell whether any rank is asked to stop at ``level`` or more urgently (all ranks take part)."""
+    """Return whether any rank was asked to stop at ``level`` or above (all ranks take part)."""
     heartbeat()
     return ranks.any(control.stop_level >= level)

@@ -1,4 +1,4 @@
-"""The rules for settings. An error is one line: the value, the rule, and a value that would do."""
+"""The rules for settings; an error names the value, the rule and a valid value, in one line."""
 
 from __future__ import annotations
 

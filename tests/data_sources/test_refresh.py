@@ -212,7 +212,7 @@ def test_polygon_wins_on_its_days_and_yahoo_fills_the_others(lake):
     for name in COLUMNS:
         np.testing.assert_array_equal(getattr(bars, name), expected[name].to_numpy())
     row = data.rows[0]
-    assert [(each.source, each.num_bars) for each in row.stretches] == [
+    assert [(stretch.source, stretch.num_bars) for stretch in row.stretches] == [
         ("polygon", 390), ("yahoo", 390), ("polygon", 390), ("yahoo", 390),
     ]  # fmt: skip
     assert row.sources == ("polygon", "yahoo")
@@ -225,9 +225,15 @@ def test_a_piece_of_a_day_at_polygon_does_not_win_over_yahoos_whole_day(lake):
     both = [session("AAPL", 16, price=100.01), session("AAPL", 17, price=100.01)]
     put(lake, "yahoo", "AAPL", pa.concat_tables(both))
     row = load(lake, request_for("polygon", "yahoo")).rows[0]
-    assert [(each.source, each.num_bars) for each in row.stretches] == [("polygon", 390), ("yahoo", 390)]
+    assert [(stretch.source, stretch.num_bars) for stretch in row.stretches] == [
+        ("polygon", 390),
+        ("yahoo", 390),
+    ]
     assert row.flags == ("Yahoo replaces Polygon on days with few bars: 1",)
-    assert [(each.source, each.num_bars) for each in row.by_source] == [("polygon", 585), ("yahoo", 780)]
+    assert [(extent.source, extent.num_bars) for extent in row.by_source] == [
+        ("polygon", 585),
+        ("yahoo", 780),
+    ]
     assert row.difference == pytest.approx(1e-4, rel=0.01)
     thin = pa.concat_tables([session("AAPL", 16), session("AAPL", 17).slice(0, 330)])  # a few quiet minutes
     put_polygon(lake, thin)

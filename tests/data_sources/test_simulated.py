@@ -36,14 +36,14 @@ def test_returns_have_the_stated_size_and_persistence_and_nothing_is_there_witho
     sigma, strength, persistence = 0.002, 0.5, 0.95
     kwargs = {"sigma": sigma, "persistence": persistence}
     bars = simulated_bars(8, 40_000, 3, END, strength=strength, **kwargs)
-    r = np.stack([np.log(each.close / each.open) for each in bars])
+    r = np.stack([np.log(series.close / series.open) for series in bars])
     assert abs(r.std() / (sigma * np.sqrt(1 + strength**2)) - 1) < 0.01
     for lag in (1, 5, 20):  # E[r(t) r(t+lag)] of a two-state chain: (sigma strength)^2 (2p-1)^lag
         expected = (sigma * strength) ** 2 * (2 * persistence - 1) ** lag
         assert abs(np.mean(r[:, lag:] * r[:, :-lag]) / expected - 1) < 0.2 or lag == 20
         assert abs(np.mean(r[:, lag:] * r[:, :-lag]) - expected) < 5 * r.var() / np.sqrt(r.size)
     noise = simulated_bars(8, 40_000, 3, END, strength=0.0, **kwargs)
-    r = np.stack([np.log(each.close / each.open) for each in noise])
+    r = np.stack([np.log(series.close / series.open) for series in noise])
     assert abs(np.mean(r[:, 1:] * r[:, :-1])) < 4 * r.var() / np.sqrt(r.size)
 
 

@@ -1,4 +1,4 @@
-"""The plain way to roll out and update, kept as a reference: the window is encoded anew for every decision.
+"""The plain way to roll out and update, kept as a reference: the window is encoded again for every decision.
 
 About as many times slower as the window has bars. tests/training/test_rollout.py holds the quick way to it,
 benchmarks/training_peers.py measures the speed-up.
@@ -63,7 +63,7 @@ def collect_by_windows(
 
 
 class WindowLearner(Learner):
-    """Shuffles decisions instead of segments, and encodes each one's window of ``context`` bars anew."""
+    """Shuffles decisions instead of segments, and encodes the window of ``context`` bars of each again."""
 
     def decisions(self, rollout: Rollout) -> tuple[Targets, Tensor, Tensor]:
         """Return targets (N * T, ...), windows (N * T, C, F) and accounts (N * T, 1, A) of all decisions."""

@@ -1,4 +1,4 @@
-"""What is compiled does the same, and a compiler that fails is told and done without."""
+"""Compiled code computes the same, and a failing compiler is reported and not used."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def without_compiler() -> AbstractContextManager[None]:
     return torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
 
 
-def test_without_a_compiler_the_objective_is_left_as_it_was_and_the_reason_is_told() -> None:
+def test_without_a_compiler_the_objective_is_left_as_it_was_and_the_reason_is_reported() -> None:
     policy = small_policy()
     objective = Objective(policy, SETTINGS)
     bars = torch.randn(2, CONTEXT + HORIZON, FEATURES)
@@ -85,7 +85,7 @@ def test_a_rollout_of_compiled_accounts_is_the_plain_one(monkeypatch: pytest.Mon
     assert len(expected.actions.unique()) == 3
 
 
-def test_without_a_compiler_accounts_are_stepped_one_by_one_and_the_reason_is_told() -> None:
+def test_without_a_compiler_accounts_are_stepped_one_by_one_and_the_reason_is_reported() -> None:
     env = env_of(mixed_market(), num_envs=4)
     with without_compiler():
         reason = compile_accounts(env, policy_for(env), ALONE)

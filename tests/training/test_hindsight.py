@@ -182,14 +182,14 @@ def test_with_impact_what_a_fresh_account_chooses_grows_as_it_is_rewarded(
     env = env_of(market, positions=positions, **given)
     for chosen in range(len(positions)):
         rewards = []
-        for one in (env, plain):
-            one.restart(seed=chosen)
-            one.begin_segment()
-            if one is env:
-                growth = growth_of_every_choice(one.segment.fills_ahead(), positions, torch.zeros(()))
-            rewards.append(one.step(torch.full((16,), chosen))[0])
+        for played in (env, plain):
+            played.restart(seed=chosen)
+            played.begin_segment()
+            if played is env:
+                growth = growth_of_every_choice(played.segment.fills_ahead(), positions, torch.zeros(()))
+            rewards.append(played.step(torch.full((16,), chosen))[0])
             for _ in range(HORIZON - 1):
-                one.step(torch.full((16,), chosen))
+                played.step(torch.full((16,), chosen))
         torch.testing.assert_close(growth[:, 0, cash, chosen], rewards[0], rtol=0, atol=2e-7)
         if chosen != cash:
             assert (rewards[0] < rewards[1]).all()

@@ -161,7 +161,7 @@ def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path
         torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=2e-6)
     for name, figure in statistics.items():
         assert result["figures"][name] == pytest.approx(float(figure), rel=1e-3, abs=1e-6), name
-    # One checkpoint for both ways: whoever takes over, in either way, learns the same.
+    # One checkpoint for both ways: whichever resumes it learns the same.
     for name, value in result["after"][0].items():
         torch.testing.assert_close(result["after"][1][name], value, rtol=1e-4, atol=2e-6)
         assert not torch.equal(value, result["weights"][name])

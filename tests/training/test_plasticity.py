@@ -99,8 +99,8 @@ def test_asking_for_it_changes_no_number_of_the_training() -> None:
             rollout = trainer.collect()
             trainer.update(rollout)
             if asks:
-                told = plasticity(trainer.policy, fixed_batch(trainer.env.market))
-                assert all(math.isfinite(value) for value in told.values())
+                figures = plasticity(trainer.policy, fixed_batch(trainer.env.market))
+                assert all(math.isfinite(value) for value in figures.values())
         state = {
             "model": trainer.policy.state_dict(),
             "learner": trainer.learner.state_dict(),

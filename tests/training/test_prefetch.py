@@ -1,4 +1,4 @@
-"""The refresh in the background: its result is taken, its faults delay nothing, and it outlives nobody."""
+"""The background refresh: its result is used, its faults delay nothing, and it never outlives its parent."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def start() -> Iterator[Callable[[str], Prefetch]]:
         return made[-1]
 
     yield begin
-    for each in made:
-        each.__exit__()
+    for prefetch in made:
+        prefetch.__exit__()
 
 
 def child_of(running: Prefetch) -> psutil.Process:

@@ -1,4 +1,4 @@
-"""A trainer goes on in the middle of an update, and takes up states of other devices as far as they fit."""
+"""A trainer resumes in the middle of an update, and loads states of other devices as far as they fit."""
 
 from __future__ import annotations
 
