@@ -54,7 +54,7 @@ POLYGON_CRYPTO = tuple(
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting. The comment of each is its --help; None means "not set"."""
+    """Every setting. Its comment is its --help; None means "not set"."""
 
     # --- data ---------------------------------------------------------------------------------------------
     sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # where bars come from; or simulated
@@ -128,7 +128,7 @@ class Settings:
         validation.check(self)
 
 
-# Sizes, written down in one place. "full" is what the class says: the promised sizes.
+# Named sets of sizes. "full" is the defaults of the class.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "full": {},
     # One GPU of 8-24 GB; on two CPU cores an epoch takes seconds.
@@ -140,7 +140,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "batch_size": 8_192,
         "learning_rate": 3e-4,
     },
-    # Offline, a minute or two on a laptop: a simulated market with something to find.
+    # Offline, a minute or two on a laptop: a simulated market with an edge to find.
     "demo": {
         "sources": ("simulated",),
         "envs_per_gpu": 128,
@@ -233,9 +233,7 @@ def main() -> None:
     try:
         load_dotenv(Path(__file__).with_name(".env"))  # not one of a folder above
     except (OSError, UnicodeDecodeError):
-        exit_with(
-            EXIT_SETTING, "Invalid setting: .env must be a readable text file in UTF-8: save it again as one"
-        )
+        exit_with(EXIT_SETTING, "Invalid setting: .env must be a readable text file in UTF-8: save it as one")
     run(application(Settings, PRESETS, train_command, __doc__), sys.argv[1:])
 
 

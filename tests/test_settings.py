@@ -165,7 +165,7 @@ def test_an_env_file_that_is_no_utf_8_is_one_line_without_its_content(tmp_path: 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines() == [
-        "Invalid setting: .env must be a readable text file in UTF-8: save it again as one"
+        "Invalid setting: .env must be a readable text file in UTF-8: save it as one"
     ]
 
 

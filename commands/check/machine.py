@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
 from commands.check.report import Line
-from commands.check.sources import rows_held
+from commands.check.sources import stored_rows
 from data_sources.sources import DataRequest
 from data_sources.universe import plain_names, top_of
 from envs.features import FEATURES
@@ -130,7 +130,7 @@ def check_disks(settings: Settings, request: DataRequest) -> Iterator[Line]:
     yield _on_disk(text, folder, missing, weights + resume, "lower --keep-checkpoints")
     if not request.needs_lake:
         return
-    lake, rows = Path(settings.data_dir), rows_held(settings)
+    lake, rows = Path(settings.data_dir), stored_rows(settings)
     stored = sum(_size_of(lake / source, "*.parquet") for source in request.sources)
     per_bar = stored / rows if rows else LAKE_BYTES_PER_BAR
     week = int(bars_per_week(request) * per_bar)

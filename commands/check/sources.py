@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_SECONDS_APART = 5.0  # a minute counts as closed after so long
 
 
-def keys(request: DataRequest, environment: Mapping[str, str]) -> Iterator[Line]:
+def check_keys(request: DataRequest, environment: Mapping[str, str]) -> Iterator[Line]:
     """Report which keys are set; never their values."""
     needed = {name: without for source in request.chosen for name, without in source.keys(request).items()}
     if not needed:
@@ -47,9 +47,9 @@ def check_answers(answers: Sequence[Answer], settings: Settings) -> Iterator[Lin
             yield Line("sources", "warning", f"{answer.asked}: {reason}; a start continues without it")
     if any(answer.error is None for answer in answers if answer.gives_bars):
         return
-    held = rows_held(settings)
-    if held:
-        text = f"no source of bars answers: a start trains on the {held:,} bars in {settings.data_dir}"
+    stored = stored_rows(settings)
+    if stored:
+        text = f"no source of bars answers: a start trains on the {stored:,} bars in {settings.data_dir}"
         yield Line("sources", "warning", text)
     else:
         text = (
@@ -59,7 +59,7 @@ def check_answers(answers: Sequence[Answer], settings: Settings) -> Iterator[Lin
         yield Line("sources", "error", text, EXIT_NO_DATA)
 
 
-def rows_held(settings: Settings) -> int:
+def stored_rows(settings: Settings) -> int:
     """Count the lake's bars of the settings' sources, whatever their age; 0 where it cannot be read."""
     lake = Lake(Path(settings.data_dir))
     try:
@@ -73,7 +73,7 @@ def rows_held(settings: Settings) -> int:
         return 0
 
 
-def clock(answers: Sequence[Answer]) -> Line:
+def check_clock(answers: Sequence[Answer]) -> Line:
     """Compare this machine's clock with those of the servers that sent their time."""
     offsets = {answer.asked: answer.seconds_ahead for answer in answers if answer.seconds_ahead is not None}
     if not offsets:

@@ -20,7 +20,7 @@ import torch
 from commands import check
 from commands.check import machine
 from commands.check.report import Line
-from commands.check.sources import clock, rows_held
+from commands.check.sources import check_clock, stored_rows
 from continuous_training import PRESETS, Settings
 from data_sources import sources
 from data_sources.lake.lake import Lake
@@ -215,8 +215,8 @@ def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
         monkeypatch.setenv(name, closed_port())
     found = faults(settings)
     assert {level for _, level, _, _ in found} == {"warning"}
-    expected = f"a start trains on the {rows_held(settings):,} bars in data_cache"
-    assert rows_held(settings) >= 1440 and any(expected in text for _, _, text, _ in found)
+    expected = f"a start trains on the {stored_rows(settings):,} bars in data_cache"
+    assert stored_rows(settings) >= 1440 and any(expected in text for _, _, text, _ in found)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,9 @@ def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
     ],
 )
 def test_a_clock_that_is_off_is_reported(seconds: tuple[float, ...], level: str, expected: str) -> None:
-    line = clock([Answer("Binance API", seconds_ahead=offset) for offset in seconds] + [Answer("Yahoo")])
+    line = check_clock(
+        [Answer("Binance API", seconds_ahead=offset) for offset in seconds] + [Answer("Yahoo")]
+    )
     assert line.level == level and line.text.startswith(expected)
 
 
