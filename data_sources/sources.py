@@ -1,6 +1,6 @@
-"""What a request asks of sources of bars, and what the program has to know of a source.
+"""Requests for bars, and the interface of a source; ``vendors/__init__.py`` has the list of all sources.
 
-``data_sources/vendors`` lists all sources; docs/adding_a_source.md shows how to add one.
+Adding one: docs/adding_a_source.md.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Source:
     is_computed = False
 
     def keys(self, request: DataRequest) -> Keys:
-        """Return the environment variables with keys that a request needs: what happens without each."""
+        """Return the environment variables with keys that a request needs, by name: what is missing without it."""
         return {}
 
     def refresh(
@@ -162,13 +162,10 @@ class Source:
 def ask(
     asked: str, question: Callable[[], tuple[str, str]], address: str = "", gives_bars: bool = True
 ) -> Answer:
-    """Ask one question of a probe.
+    """Ask one question of a probe; the other arguments are fields of its Answer.
 
     Args:
-        asked: see Answer; so are ``address`` and ``gives_bars``.
         question: returns what came, in words, and the HTTP header Date ("" without one).
-        address: see Answer.
-        gives_bars: see Answer.
     """
     asked_at = time.time()
     try:

@@ -103,10 +103,14 @@ class Examiner:
             raise _Stopped
 
     def _examine(self, trainer: Trainer, policy: Policy, fingerprint: str) -> Exam:
-        began, progress = time.monotonic(), trainer.progress
+        began = time.monotonic()
+        progress, market = trainer.progress, trainer.env.market
         path = self._folder / checkpoint.BEST
-        file, obstacle, read, start_ns = _identity(path), "", None, progress.trained_until_ns
-        policies, market = {POLICY: policy}, trainer.env.market
+        file = _identity(path)
+        champion_read = None
+        obstacle = ""
+        start_ns = progress.trained_until_ns
+        policies = {POLICY: policy}
         best = self._best if self._best and self._best.file == file else None
         if best:
             start_ns = max(start_ns, best.trained_until_ns)
@@ -115,11 +119,12 @@ class Examiner:
         try:
             if file and not best:
                 try:
-                    read = champion.read(path, market.statistics, trainer.env.config)
-                    policies[CHAMPION] = read.policy(market.device, policy.bf16)
-                    start_ns = max(start_ns, read.trained_until_ns)
+                    champion_read = champion.read(path, market.statistics, trainer.env.config)
+                    policies[CHAMPION] = champion_read.policy(market.device, policy.bf16)
+                    start_ns = max(start_ns, champion_read.trained_until_ns)
                 except checkpoint.CheckpointError as error:
-                    read, obstacle = None, f"{error}; move it away to let another one take its place"
+                    champion_read = None
+                    obstacle = f"{error}; move it away to let another one take its place"
             walks = examine(
                 policies,
                 market,
@@ -133,9 +138,15 @@ class Examiner:
         except (NoSegment, torch.OutOfMemoryError) as error:
             self._log_once(_reason_for_none(error, start_ns, trainer))
             return Exam()
-        if read and file:
-            name, until_ns = read.name, read.trained_until_ns
-            best = self._best = _Best(file, fingerprint, start_ns, name, until_ns, walks[CHAMPION])
+        if champion_read and file:
+            best = self._best = _Best(
+                file,
+                fingerprint,
+                start_ns,
+                champion_read.name,
+                champion_read.trained_until_ns,
+                walks[CHAMPION],
+            )
         if best:
             walks = {POLICY: walks[POLICY], CHAMPION: best.walks} | walks
         return self._judge(walks, progress, fingerprint, best.name if best else "", obstacle, began)

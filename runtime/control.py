@@ -59,6 +59,14 @@ _EXIT_CODE = "exit_code"
 _NO_CODE = b"none"
 
 
+class ExitProgram(Exception):
+    """End the program with an exit code and a one-line message that says what to do."""
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class StopRequest:
     """The stop that signals request: set by their handler, polled by the program.
 
@@ -270,11 +278,3 @@ def heartbeat_while_waiting() -> contextlib.AbstractContextManager[None]:
 def _overwrite(path: Path, content: bytes) -> None:
     with path.open("r+b", buffering=0) as file:
         file.write(content)
-
-
-class ExitProgram(Exception):
-    """End the program with an exit code and a one-line message that says what to do."""
-
-    def __init__(self, code: int, message: str = "") -> None:
-        super().__init__(message)
-        self.code = code
