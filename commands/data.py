@@ -58,7 +58,7 @@ def show(
     title = f"{len(loaded.bars)} symbols, {sum(map(len, loaded.bars)):,} bars, data {loaded.fingerprint}"
     if content["series"]:
         console.table(title, COLUMNS, map(_cells, content["series"]))
-    console.data_warnings(loaded)
+    console.show_data_warnings(loaded)
     for name in damaged:
         log.warning(f"damaged and set aside: {name}" + ("" if refreshes else "; a refresh fetches it again"))
     return code

@@ -115,7 +115,7 @@ class Job:
             )
             if data is None:  # asked to stop while bars were loading
                 return False
-            self.console.data(data)
+            self.console.show_data(data)
             statistics = self._saved.statistics if self._saved else None
             if self._trainer:
                 statistics = self._trainer.env.market.statistics
@@ -127,7 +127,7 @@ class Job:
         else:
             self._trainer, self._saved = self._make_trainer(market), None  # a checkpoint takes gigabytes
         log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
-        self.console.begin(settings, progress, str(self.ranks), self.control)
+        self.console.begin_run(settings, progress, str(self.ranks), self.control)
         return True
 
     def end_run(self) -> None:
@@ -185,7 +185,7 @@ class Job:
     def log(self, metrics: dict[str, Any]) -> None:
         """Show and record one epoch; the seconds of its phases are added to ``metrics``."""
         metrics |= self._phases.figures()
-        self.console.epoch(metrics, self.settings.epochs)
+        self.console.show_epoch(metrics, self.settings.epochs)
         for line in self._exam_of_weights().lines:
             log.info(line)
         self._summary.count(metrics["rollout/reward_bps"])

@@ -105,7 +105,7 @@ class Console:
 
     # ------------------------------------------------------------------------------- lines and tables
 
-    def line(self, text: str, style: str = "", level: int = logging.INFO) -> None:
+    def print_line(self, text: str, style: str = "", level: int = logging.INFO) -> None:
         """Print one line, unless its level is below that of the console."""
         heartbeat()
         if level < self._level or self.quiet:
@@ -147,7 +147,7 @@ class Console:
             table.add_row(*map(escape, row))
         self._print(table)
 
-    def data(self, data: LoadedData) -> None:
+    def show_data(self, data: LoadedData) -> None:
         """Show what was loaded, as a table the first time, then as a line; and warnings about it."""
         columns = ("symbol", "sources", "bars", "first", "last, UTC", "coverage", "gaps", "rejected")
         used = [row for row in data.rows if not row.dropped]
@@ -166,11 +166,12 @@ class Console:
         ]
         newest_ns: dict[str, int] = {}
         symbols: Counter[str] = Counter()
-        for extent in (extent for row in used for extent in row.by_source):
-            if extent.last_ns is not None:
-                end_ns = extent.last_ns + MINUTE_NS
-                newest_ns[extent.source] = max(newest_ns.get(extent.source, 0), end_ns)
-                symbols[extent.source] += 1
+        for row in used:
+            for extent in row.by_source:
+                if extent.last_ns is not None:
+                    end_ns = extent.last_ns + MINUTE_NS
+                    newest_ns[extent.source] = max(newest_ns.get(extent.source, 0), end_ns)
+                    symbols[extent.source] += 1
         self._state.newest_ns, self._state.symbols = newest_ns, symbols
         title = f"{len(rows)} symbols, {sum(map(len, data.bars)):,} bars, data {data.fingerprint}"
         if rows and not self._data_shown:
@@ -178,9 +179,9 @@ class Console:
             self._data_shown = True
         elif rows:
             log.info(title)
-        self.data_warnings(data)
+        self.show_data_warnings(data)
 
-    def data_warnings(self, data: LoadedData) -> None:
+    def show_data_warnings(self, data: LoadedData) -> None:
         """Warn about flags of symbols, and list the symbols that were dropped."""
         for row in data.rows:
             for flag in row.flags:
@@ -206,7 +207,9 @@ class Console:
 
     # -------------------------------------------------------------------------------------- dashboard
 
-    def begin(self, settings: Settings, progress: TrainingProgress, device: str, control: Control) -> None:
+    def begin_run(
+        self, settings: Settings, progress: TrainingProgress, device: str, control: Control
+    ) -> None:
         """Begin a run. On a terminal the first one opens the dashboard, unless the settings disable it."""
         if self._log_dir is None:
             return
@@ -318,7 +321,7 @@ class Console:
 
     # ---------------------------------------------------------------------------------------- metrics
 
-    def epoch(self, metrics: Row, epochs: int) -> None:
+    def show_epoch(self, metrics: Row, epochs: int) -> None:
         """Record an epoch's metrics, show them as a line or on the dashboard, and warn about new findings."""
         if self.quiet and self._telemetry is None:
             heartbeat()
@@ -360,9 +363,9 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
-            self._console.line(f"Warning: {text}", "yellow", record.levelno)
+            self._console.print_line(f"Warning: {text}", "yellow", record.levelno)
         else:
-            self._console.line(text, "", record.levelno)
+            self._console.print_line(text, "", record.levelno)
 
 
 class _Frame:

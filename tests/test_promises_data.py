@@ -107,10 +107,8 @@ class Story:
             shutil.copytree(self.folder / "first" / "data", self.folder / name / "data")
 
         self.vendors.publish()
-        older = {
-            "runs": 1,
-            "start_date": SINCE - dt.timedelta(days=7),
-        }  # so that every source has something to ask
+        # So that every source has something to ask.
+        older = {"runs": 1, "start_date": SINCE - dt.timedelta(days=7)}
         with BinanceServer(0) as broken:  # whatever it is asked for, it is out of order
             broken.faults.append(Fault("", status=503))
             self._run(

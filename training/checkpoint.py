@@ -307,7 +307,7 @@ def _load(path: Path, device: torch.device | str) -> dict[str, Any]:
     return loaded
 
 
-def named(folder: Path, name: str) -> Checkpoint | None:
+def _read_complete(folder: Path, name: str) -> Checkpoint | None:
     """Read one checkpoint with its resume state; None if either is missing or damaged."""
     try:
         return Checkpoint.read(folder / name).with_resume()
@@ -356,7 +356,7 @@ def newest_for_all(folder: Path, ranks: Ranks) -> Checkpoint | None:
     if not name:
         return None
     if not ranks.is_first:
-        saved = named(folder, name)
+        saved = _read_complete(folder, name)
     if len(set(ranks.gather((saved.transitions, saved.resume is None) if saved else None))) > 1:
         saved = ranks.broadcast(saved)
     return saved

@@ -42,7 +42,7 @@ def print_report(lines: Iterable[Line], console: Console, as_json: bool) -> int:
     for line in lines:
         printed.append(line)
         if not as_json:
-            console.line(f"{line.level:<8} {line.topic:<11} {line.text}", STYLES[line.level])
+            console.print_line(f"{line.level:<8} {line.topic:<11} {line.text}", STYLES[line.level])
     code = next((line.code for line in printed if line.level == "error"), EXIT_OK)
     if as_json:
         checks = [{"topic": line.topic, "level": line.level, "text": line.text} for line in printed]
@@ -50,5 +50,5 @@ def print_report(lines: Iterable[Line], console: Console, as_json: bool) -> int:
     else:
         counts = Counter(line.level for line in printed)
         parts = [f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in ("warning", "error")]
-        console.line(f"{counts['OK']} ok, {', '.join(parts)}")
+        console.print_line(f"{counts['OK']} ok, {', '.join(parts)}")
     return code

@@ -237,9 +237,8 @@ def test_backtesting_py_agrees_on_final_equity(seed):
             pass
 
         def next(self):
-            fill = (
-                len(self.data) - 2
-            )  # an order fills at the next bar's open, and there are two bars at first
+            # An order fills at the next bar's open, and there are two bars at first.
+            fill = len(self.data) - 2
             if fill < length and orders[fill] > 0:
                 self.buy(size=orders[fill])
             elif fill < length and orders[fill] < 0:

@@ -384,8 +384,8 @@ def test_a_terminal_without_dashboard_gets_lines(
         monkeypatch.setattr(sys, "stdout", terminal)
         with Console(tmp_path) as console:
             settings = Settings(dashboard=wanted, checkpoint_dir=str(tmp_path))
-            console.begin(settings, TrainingProgress(), "1 x cpu", Control())
-            console.epoch(row(1), 200)
+            console.begin_run(settings, TrainingProgress(), "1 x cpu", Control())
+            console.show_epoch(row(1), 200)
     written = written_to(ours)
     os.close(ours)
     assert (ENTER in written) == (LEAVE in written) == wanted
@@ -406,11 +406,11 @@ def test_a_terminal_stopped_with_ctrl_s_blocks_neither_the_training_nor_its_end(
         "screen.CLOSE_SECONDS = 1.0\n"
         "folder = Path(sys.argv[1])\n"
         "with Console(folder) as console:\n"
-        "    console.begin(Settings(checkpoint_dir=str(folder)), TrainingProgress(), '1 x cpu', Control())\n"
+        "    console.begin_run(Settings(checkpoint_dir=str(folder)), TrainingProgress(), '1 x cpu', Control())\n"
         "    time.sleep(1.0)\n"
         "    termios.tcflow(1, termios.TCOOFF)\n"
         "    for epoch in range(1, 200):\n"
-        "        console.epoch(row(epoch), 200)\n"
+        "        console.show_epoch(row(epoch), 200)\n"
         "        logging.getLogger('continuous_training').warning(f'warning {epoch}')\n"
         "        time.sleep(0.01)\n"
         "(folder / 'ended').touch()\n"
@@ -436,8 +436,8 @@ def test_log_level_selects_the_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str, lines: int, figures: int
 ) -> None:
     with Console(tmp_path, log_level=level) as console:
-        console.epoch(row(1, **{"ppo/approx_kl": 0.3}), 200)
-        console.epoch(row(2, **{"ppo/approx_kl": 0.3}), 200)
+        console.show_epoch(row(1, **{"ppo/approx_kl": 0.3}), 200)
+        console.show_epoch(row(2, **{"ppo/approx_kl": 0.3}), 200)
         logging.getLogger("continuous_training").info("\u2192 \u00e9")
     output = capsys.readouterr().out
     assert output.isascii() and "\x1b" not in output

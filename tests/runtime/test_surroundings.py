@@ -138,9 +138,8 @@ def test_a_training_whose_output_goes_nowhere_saves_and_ends_with_its_code(
         "run1_epoch2.pt",
         "run1_epoch4.pt",
     }
-    assert (
-        len((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()) == 4
-    )  # of one start, not of five
+    # Of one start, not of five.
+    assert len((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_mistake_keeps_its_exit_code_without_a_reader(tmp_path: Path) -> None:
@@ -157,10 +156,10 @@ def test_rich_raises_instead_of_ending_the_program(monkeypatch: pytest.MonkeyPat
     with os.fdopen(writer, "w", buffering=1) as gone, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", gone)
         with Console(tmp_path) as console:
-            console.line("lost")
+            console.print_line("lost")
             assert console.quiet
-            console.line("silent")
+            console.print_line("silent")
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # so that closing it can flush
     monkeypatch.setattr(sys, "stdout", None)
     with Console(tmp_path) as console:
-        console.line("nowhere")
+        console.print_line("nowhere")

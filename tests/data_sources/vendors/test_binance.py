@@ -109,9 +109,8 @@ def test_months_before_a_listing_are_remembered_as_empty(harness: Harness) -> No
     harness.server.listed_ns["BTCUSDT"] = ns("2026-10-12T10:00")
     start_ns = ns("2026-03-05T00:00")
     requests = harness.refresh(start_ns=start_ns)
-    assert (
-        sum("monthly" in path and "CHECKSUM" in path for path in requests) == 2
-    )  # October, and September's 404
+    # October, and September's 404.
+    assert sum("monthly" in path and "CHECKSUM" in path for path in requests) == 2
     parts = harness.lake.parts("binance", "BTCUSDT")
     assert [
         (parts[f"2026-{month:02d}"].rows, parts[f"2026-{month:02d}"].version) for month in range(3, 10)

@@ -88,9 +88,8 @@ def test_a_new_stock_costs_its_own_requests_only(harness: Harness) -> None:
 
 
 def test_the_running_minute_and_the_live_row_are_not_kept(harness: Harness) -> None:
-    harness.refresh(
-        "AAPL", at=ns("2026-03-17T18:00:04")
-    )  # 17:59 closed four seconds ago and may still change
+    # 17:59 closed four seconds ago and may still change.
+    harness.refresh("AAPL", at=ns("2026-03-17T18:00:04"))
     assert max(harness.minutes("AAPL")) == ns("2026-03-17T17:58")
     assert not any("misaligned" in warning for warning in harness.notes.warnings)
 
@@ -182,9 +181,8 @@ def test_time_zones_are_remembered_beside_the_bars(harness: Harness, tmp_path: P
     assert len(harness.charts("range=1d")) == 1
     harness.refresh("AAPL", at=NOW + 20 * 60 * 10**9)
     assert len(harness.charts("range=1d")) == 0
-    other = Harness(
-        harness.server, tmp_path / "other lake"
-    )  # of the same process: yfinance's state is global
+    # Of the same process: yfinance's state is global.
+    other = Harness(harness.server, tmp_path / "other lake")
     other.refresh("AAPL")
     assert (other.folder / ".yfinance" / "tkr-tz.db").exists()
     assert not (Path(other.folder) / "yahoo" / ".yfinance").exists()

@@ -33,9 +33,8 @@ def harness(tmp_path: Path) -> Iterator[Harness]:
 
 
 def test_a_failed_answer_is_not_replayed_from_yfinances_cache(harness: Harness) -> None:
-    harness.server.faults = [
-        Fault(MINUTES, "body", 502, body=HTML, count=2)
-    ]  # yfinance itself tries each twice
+    # The library yfinance itself tries each twice.
+    harness.server.faults = [Fault(MINUTES, "body", 502, body=HTML, count=2)]
     harness.refresh()
     for stock in STOCKS:
         harness.assert_holds(stock)
