@@ -195,7 +195,7 @@ def test_every_flag_that_is_named_exists(document: Path, commands: dict[str, set
 
 def test_the_readme_shows_every_command(commands: dict[str, set[str]]) -> None:
     shown = " ".join(row[0] for row in table_rows(text_of(ROOT / "README.md"), "| command | what |"))
-    # The start scripts call it, not users.
+    # The supervisor calls preflight, users do not.
     assert {name for name in commands if f"continuous_training.py {name}" not in shown} == {"preflight"}
 
 
