@@ -211,7 +211,8 @@ def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedg
         result.flags.append(f"a split of about {jump.ratio:g} on {day} is not in the ledger")
     if len(bars):
         executed = [split.executed_ns for split in ledger.splits(symbol)]
-        result.num_splits = sum(bars.open_time[0] < moment <= bars.open_time[-1] for moment in executed)
+        first, last = int(bars.open_time[0]), int(bars.open_time[-1])
+        result.num_splits = sum(first < moment <= last for moment in executed)
     extents = {source.name: extent_of(piece) for source, piece in pieces if len(piece)}
     if len(extents) > 1:  # of a single one the series itself is the extent
         result.by_source = extents

@@ -129,7 +129,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         program = program_with_keys(folder / "program", addresses)
         (program / ".env").write_text("".join(f"{name}={v}\n" for name, v in (IN_FILE | addresses).items()))
         losses = program / "training" / "losses.py"
-        losses.write_text(losses.read_text().replace("-> Losses:\n", CRASH))
+        losses.write_text(losses.read_text().replace("-> Losses:\n", CRASH, 1))
         start = Start(folder / "output", [*SUPERVISED, *tiny_flags(folder, **FLAGS)], env, cwd=program)
         try:
             start.wait_for("run1_epoch2.pt")
