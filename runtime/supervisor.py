@@ -1,7 +1,7 @@
 """Supervise training: launch it, forward stop requests, restart it after a crash or hang.
 
 The start scripts become ``python -m runtime.supervisor [command] [--flag value ...]``. It supervises ``train``
-(the default); any other command, and ``--help``, just runs as one process.
+(the default); any other command, ``--help`` and ``--version`` just run as one process.
 
     Ctrl+C             finish the epoch, save, exit 0; again, over a second later: abort, exit 130
     SIGTERM, SIGHUP    save at the next safe point, exit 0 (SIGHUP stays ignored under nohup)
@@ -262,7 +262,8 @@ class Supervisor:
 
 def main(arguments: Sequence[str], *, script: Path = SCRIPT, limits: Limits | None = None) -> int:
     """Run one command of the program and return its exit code."""
-    if "--help" in arguments or (arguments and arguments[0] != "train" and not arguments[0].startswith("-")):
+    is_command = bool(arguments) and arguments[0] != "train" and not arguments[0].startswith("-")
+    if is_command or "--help" in arguments or arguments[:1] == ["--version"]:
         return _run_alone([sys.executable, str(script), *arguments])
     stop = StopRequest()
     stop.listen(*STOP_SIGNALS)

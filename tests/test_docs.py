@@ -48,7 +48,7 @@ ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
 # The processes of one start set these for each other; users never do.
 BETWEEN_PROCESSES = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "WORLD_SIZE_PLANNED"}
 # Documented by CUDA, Python and torch.
-OF_OTHERS = {"CUDA_VISIBLE_DEVICES", "PYTHONHOME", "PYTORCH_CUDA_ALLOC_CONF"}
+OF_OTHERS = {"CUDA_VISIBLE_DEVICES", "NETRC", "PYTHONHOME", "PYTHONWARNINGS", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 def text_of(path: Path) -> str:

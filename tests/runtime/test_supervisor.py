@@ -408,7 +408,9 @@ def test_a_closed_pipe_does_not_end_it(daemon):
     assert run.process.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize("arguments", [("check", "--epochs", "2"), ("train", "--help"), ("--help",)])
+@pytest.mark.parametrize(
+    "arguments", [("check", "--epochs", "2"), ("train", "--help"), ("--help",), ("--version",)]
+)
 def test_other_commands_and_help_run_alone(daemon, arguments):
     run = daemon(*arguments, NPROC="4").start()
     output, _ = run.process.communicate(timeout=PATIENCE)
