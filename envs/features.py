@@ -83,13 +83,13 @@ class History:
     @cached_property
     def minutes_since_previous(self) -> Tensor:
         """Minutes from the previous bar's open; 1 at the first bar."""
-        minutes = (self.open_time - lag(self.open_time, 1)) / MINUTE_NS
+        minutes = (self.open_time - lagged(self.open_time, 1)) / MINUTE_NS
         minutes[:1] = 1.0
         return minutes.float()
 
     def log_return(self, bars: int) -> Tensor:
         """Log return of the close over ``bars`` bars; 0 where the history is shorter."""
-        change = (self.log_close - lag(self.log_close, bars)).float()
+        change = (self.log_close - lagged(self.log_close, bars)).float()
         change[:bars] = 0.0
         return change
 
@@ -115,7 +115,7 @@ class History:
         return rolling_means(self.volume.float(), [240])[240]
 
 
-def lag(series: Tensor, bars: int) -> Tensor:
+def lagged(series: Tensor, bars: int) -> Tensor:
     """Return the series ``bars`` bars earlier; 0 before its start."""
     shifted = torch.zeros_like(series)
     if bars < len(series):
@@ -135,10 +135,10 @@ def rolling_means(series: Tensor, windows: Iterable[int]) -> dict[int, Tensor]:
     while width <= longest:
         for window in sums:
             if window & width:
-                sums[window] += lag(power, covered[window])
+                sums[window] += lagged(power, covered[window])
                 covered[window] += width
         if 2 * width <= longest:
-            power = power + lag(power, width)
+            power = power + lagged(power, width)
         width *= 2
     count = torch.arange(1, len(series) + 1, device=series.device, dtype=series.dtype)
     return {window: total.div_(count.clamp(max=window)) for window, total in sums.items()}
@@ -195,7 +195,7 @@ for _bars in (1, 5, 15, 60, 240, 1440):
 @feature
 def jump(history: History) -> Tensor:
     """Log of this open / the previous close: the move between two bars, such as overnight."""
-    change = (history.open.log() - lag(history.log_close, 1)).float()
+    change = (history.open.log() - lagged(history.log_close, 1)).float()
     change[:1] = 0.0
     return _scale_by_volatility(history, change)
 
@@ -274,7 +274,7 @@ def volume_for_the_time_of_day(history: History) -> Tensor:
     # Each half hour separately: a shared running sum would carry rounding from the future.
     order = torch.argsort(half_hour, stable=True)
     for places in order.split(torch.bincount(half_hour, minlength=48).tolist()):
-        usual[places] = lag(rolling_means(volumes[places], [window])[window], 1)
+        usual[places] = lagged(rolling_means(volumes[places], [window])[window], 1)
     return _log_ratio(volumes, usual)
 
 

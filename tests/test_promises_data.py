@@ -333,7 +333,7 @@ def test_a_corrupt_cache_file_is_set_aside_and_fetched_again(story: Story) -> No
     for name in story.damaged:
         assert (root / f"{name}.corrupt").exists()
         (line,) = story.lines("mended", name.removesuffix(".parquet"))
-        assert line.startswith("Warning: ") and "will be fetched again" in line
+        assert line.startswith("Warning: ") and "to be fetched again" in line
         assert (root / name).exists()
         source, dataset, unit = name.removesuffix(".parquet").split("/")
         ours, theirs = (Lake(path).parts(source, dataset)[unit] for path in (root, kept))

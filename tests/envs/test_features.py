@@ -22,7 +22,7 @@ from envs.features import (
     FeatureStatistics,
     compute,
     feature,
-    lag,
+    lagged,
     local_minutes,
     rolling_max,
     rolling_means,
@@ -129,8 +129,8 @@ def test_rolling_mean_and_max_are_those_of_the_window(window):
 
 
 def test_a_lag_longer_than_the_history_is_all_zeros():
-    assert lag(torch.ones(3), 5).tolist() == [0.0, 0.0, 0.0]
-    assert lag(torch.arange(4), 1).tolist() == [0, 0, 1, 2]
+    assert lagged(torch.ones(3), 5).tolist() == [0.0, 0.0, 0.0]
+    assert lagged(torch.arange(4), 1).tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize(
