@@ -27,15 +27,15 @@ def at_micro_batches(act: Callable[[int, Any], Any]) -> None:
     """Replace the losses of every micro-batch of every update by ``act(number, losses)``."""
     from training import learner
 
-    healthy, number = learner.parallel, count(1)
+    healthy, number = learner.parallelize, count(1)
 
     def planted(*arguments):
         ways = healthy(*arguments)
-        # Around what is compiled, and after the rehearsal.
+        # Around compiled code, and after the dry run.
         ways.objective.register_forward_hook(lambda module, given, losses: act(next(number), losses))
         return ways
 
-    learner.parallel = planted
+    learner.parallelize = planted
 
 
 def plant_nan(rank: int, first: int, last: int) -> None:

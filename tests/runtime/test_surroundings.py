@@ -15,6 +15,8 @@ from monitoring.console import Console
 from runtime import install, surroundings
 from tests.program import ALONE, PATIENCE, ROOT, environment, tiny_flags
 
+long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
+
 # Each of these broke a command, or could: names of absent backends, accounts, folders and ranks.
 HOSTILE = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -123,7 +125,15 @@ def test_only_the_programs_own_env_file_is_read(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1:] == ["None"], done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("shell", ["2>&1 | head -1", "2>&-", ">&- 2>&- <&-", ">/dev/full 2>&1"])
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "2>&1 | head -1",
+        ">&- 2>&- <&-",
+        pytest.param("2>&-", marks=long),
+        pytest.param(">/dev/full 2>&1", marks=long),
+    ],
+)
 def test_a_training_whose_output_goes_nowhere_saves_and_ends_with_its_code(
     tmp_path: Path, shell: str
 ) -> None:
