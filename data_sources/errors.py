@@ -13,6 +13,10 @@ An exception of a vendor's library never leaves its module; it is the ``__cause_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class DataError(Exception):
     """Base of every error of this package. Its text is one line for the user."""
@@ -44,3 +48,14 @@ class BadAnswer(DataError):
 
 class LakeError(DataError):
     """The lake's folder cannot be read, written or locked."""
+
+
+@contextmanager
+def lake_errors(action: str, path: Path, *unless: type[OSError]) -> Iterator[None]:
+    """Raise an OSError of the block as a LakeError such as "cannot read PATH: Permission denied"."""
+    try:
+        yield
+    except unless:
+        raise
+    except OSError as error:
+        raise LakeError(f"cannot {action} {path}: {error.strerror or error}") from error

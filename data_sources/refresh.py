@@ -13,7 +13,7 @@ from data_sources.calendar import utc
 from data_sources.errors import DataError, MissingCredentials
 from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
-from data_sources.sources import Answer, DataRequest, Source
+from data_sources.sources import Answer, DataRequest, RefreshJob, Source
 from data_sources.splits import SplitLedger
 from data_sources.vendors import SOURCES
 
@@ -48,14 +48,7 @@ def refresh(
     failed are also reported through ``progress.warn``. Only an interrupt leaves this function as an exception.
 
     Args:
-        lake: locked against other writers meanwhile.
-        request: sources, symbols and interval.
-        now_ns: the present; later minutes, and those not closed for 5 seconds, are not fetched.
-        progress: see Source.refresh.
-        sources: other sources under these names, for tests.
-
-    Returns:
-        A report per source, in the order of ``request.sources``.
+        sources: other sources under these names, for tests; the other arguments make the RefreshJob.
     """
     wanted = {name: sources[name] for name in request.sources}
     reports = {
@@ -68,9 +61,9 @@ def refresh(
         started = time.monotonic()
         try:
             with lake.writing():
-                splits = SplitLedger(lake.root)
+                job = RefreshJob(lake, request, now_ns, progress, SplitLedger(lake.root))
                 for source in fetched:
-                    reports[source.name] = _refresh_one(lake, request, now_ns, progress, source, splits)
+                    reports[source.name] = _refresh_one(job, source)
         except (DataError, OSError) as error:  # the lake itself is at fault
             for source in fetched:
                 if source.name not in reports:
@@ -81,21 +74,19 @@ def refresh(
     return {name: reports[name] for name in wanted}
 
 
-def _refresh_one(
-    lake: Lake, request: DataRequest, now_ns: int, progress: Progress, source: Source, splits: SplitLedger
-) -> SourceReport:
+def _refresh_one(job: RefreshJob, source: Source) -> SourceReport:
     started = time.monotonic()
     try:
-        source.refresh(lake, request, now_ns, progress, splits)
-        rows, newest_ns, kept = _kept(lake, source)
+        source.refresh(job)
+        rows, newest_ns, kept = _kept(job.lake, source)
     except MissingCredentials as error:
         return SourceReport("skipped", f"{source.label} skipped: {error}", time.monotonic() - started)
     except (DataError, OSError, ImportError) as error:
-        return _failure_report(lake, source, error, time.monotonic() - started)
+        return _failure_report(job.lake, source, error, time.monotonic() - started)
     except Exception as error:
         # A bug of ours: logged with its traceback, and still no reason to stop training.
         logger.exception("the source %s broke", source.name)
-        return _failure_report(lake, source, error, time.monotonic() - started)
+        return _failure_report(job.lake, source, error, time.monotonic() - started)
     return SourceReport("ok", f"{source.label} ok: {kept}", time.monotonic() - started, rows, newest_ns)
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, Bars
 from data_sources.coverage import SymbolRow
-from data_sources.errors import LakeError
+from data_sources.errors import LakeError, lake_errors
 from data_sources.lake.lake import READY_FOLDER, Lake
 from data_sources.load import LoadedData, each_symbol, fingerprint
 from data_sources.sources import DataRequest
@@ -47,7 +47,7 @@ def provide(lake: Lake, request: DataRequest, *, kept_snapshots: int = KEPT_SNAP
     """
     asked, interval = _names(request)
     folder = lake.root / READY_FOLDER
-    try:
+    with lake_errors("write", folder):
         for path in sorted(
             folder.glob(f"{asked}-{interval}-*{SUFFIX}"), key=_modification_time, reverse=True
         ):
@@ -59,9 +59,7 @@ def provide(lake: Lake, request: DataRequest, *, kept_snapshots: int = KEPT_SNAP
         path = folder / f"{asked}-{interval}-{fingerprint(lake, request)}{SUFFIX}"
         _write(path, lake, request)
         _prune(folder, asked, kept_snapshots)
-    except OSError as error:
-        raise LakeError(f"cannot write {folder}: {error.strerror or error}") from error
-    return path
+        return path
 
 
 def open_snapshot(path: Path) -> LoadedData:
@@ -95,22 +93,19 @@ def verify(lake: Lake) -> list[str]:
     """Read every snapshot whole; remove the damaged ones and return their names.
 
     Raises:
-        LakeError: a snapshot cannot be read, or a damaged one not be removed.
+        LakeError: a damaged one cannot be removed.
     """
     damaged = []
     for path in sorted((lake.root / READY_FOLDER).glob(f"*{SUFFIX}")):
         try:
             open_snapshot(path)
-            is_whole = _checksum(path) == _read_header(path)["values_crc32"]
+            with lake_errors("read", path):
+                is_whole = _checksum(path) == _read_header(path)["values_crc32"]
         except LakeError:
             is_whole = False
-        except OSError as error:
-            raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
         if not is_whole:
-            try:
+            with lake_errors("remove", path):
                 _remove(path)
-            except OSError as error:
-                raise LakeError(f"cannot remove {path}: {error.strerror or error}") from error
             damaged.append(f"{READY_FOLDER}/{path.name}")
     return damaged
 
@@ -156,10 +151,8 @@ def _write_array_header(file: BinaryIO, num_values: int) -> None:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    try:
+    with lake_errors("read", path):
         checksum, _, text = path.with_suffix(HEADER_SUFFIX).read_bytes().partition(b"\n")
-    except OSError as error:
-        raise LakeError(f"cannot read {path}: {error}") from error
     if checksum != b"%d" % zlib.crc32(text):
         raise LakeError(f"{path} is damaged; it is written again from the lake")
     header: dict[str, Any] = json.loads(text)

@@ -102,8 +102,37 @@ class Answer:
     gives_bars: bool = True
 
 
+@dataclass(frozen=True)
+class RefreshJob:
+    """What a source gets for a refresh.
+
+    Attributes:
+        lake: locked against other writers.
+        request: symbols and interval.
+        now_ns: the present; later minutes, and those not closed for 5 seconds, must not be written.
+        progress: receives work done, warnings, and one summary per source.
+        splits: receives the splits that a source lists.
+    """
+
+    lake: Lake
+    request: DataRequest
+    now_ns: int
+    progress: Progress
+    splits: SplitLedger
+
+    @property
+    def start_ns(self) -> int:
+        """The first instant wanted."""
+        return self.request.start_ns
+
+    @property
+    def end_ns(self) -> int:
+        """The end of what is wanted and may exist."""
+        return min(self.request.end_ns, self.now_ns)
+
+
 class Source:
-    """A source of bars; ``refresh`` brings what the lake lacks. One instance of each is in vendors.SOURCES.
+    """A source of bars. One instance of each is in vendors.SOURCES.
 
     Attributes:
         name: in the setting ``sources``, in reports and as the lake's folder.
@@ -123,17 +152,8 @@ class Source:
         """Return the environment variables with keys that a request needs, by name: what is missing without it."""
         return {}
 
-    def refresh(
-        self, lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger
-    ) -> None:
+    def refresh(self, job: RefreshJob) -> None:
         """Write to the lake what it lacks of the request; what arrived stays, whatever is raised.
-
-        Args:
-            lake: locked against other writers.
-            request: symbols and interval; its end may be later than ``now_ns``.
-            now_ns: the present; later minutes, and those not closed for 5 seconds, must not be written.
-            progress: receives work done, warnings, and one summary.
-            splits: receives the splits that the source lists.
 
         Raises:
             MissingCredentials: a key is not set; the source is skipped.
@@ -162,11 +182,7 @@ class Source:
 def ask(
     asked: str, question: Callable[[], tuple[str, str]], address: str = "", gives_bars: bool = True
 ) -> Answer:
-    """Ask one question of a probe; the other arguments are fields of its Answer.
-
-    Args:
-        question: returns what came, in words, and the HTTP header Date ("" without one).
-    """
+    """Ask ``question``, which returns what came, in words, and the HTTP header Date ("" without one)."""
     asked_at = time.time()
     try:
         found, date = question()

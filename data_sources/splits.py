@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from data_sources.bars import DAY_NS, Bars
 from data_sources.calendar import in_regular_session, new_york_midnight_ns, new_york_time
-from data_sources.errors import LakeError
+from data_sources.errors import LakeError, lake_errors
 from runtime.files import write_atomically
 
 FILE_NAME = "splits.json"
@@ -114,10 +114,8 @@ class SplitLedger:
             return
         updated = self._splits | {symbol: dict(sorted(merged.items()))}
         text = json.dumps({"splits": dict(sorted(updated.items()))}, indent=1)
-        try:
+        with lake_errors("write", self._path):
             write_atomically(self._path, lambda file: file.write(text.encode()))
-        except OSError as error:
-            raise LakeError(f"cannot write {self._path}: {error.strerror or error}") from error
         self._splits = updated
 
     def adjust(

@@ -9,6 +9,7 @@ There is no index to get out of step: the lake holds what the folder holds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, Bars
-from data_sources.errors import BadAnswer, LakeError
+from data_sources.errors import BadAnswer, LakeError, lake_errors
 from data_sources.lake.parts import (
     SUFFIX,
     DamagedPartError,
@@ -98,7 +99,8 @@ class Lake:
                 part = known[1]
             else:
                 try:
-                    part = parse_footer(path)
+                    with lake_errors("read", path, FileNotFoundError):
+                        part = parse_footer(path)
                     if self._path(part) != path:
                         raise DamagedPartError(
                             f"by its footer it is {part.source}/{part.dataset}/{part.unit}"
@@ -108,8 +110,6 @@ class Lake:
                 except DamagedPartError as error:
                     self._set_aside(path, error)
                     continue
-                except OSError as error:
-                    raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
                 with self._known_guard:
                     self._known[path] = (stamp, part)
             found[part.unit] = part
@@ -117,23 +117,13 @@ class Lake:
 
     def datasets(self, source: str) -> list[str]:
         """Return the datasets of one source with at least one part, sorted."""
-        try:
-            folders = [entry for entry in self._folder(source).iterdir() if entry.is_dir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise LakeError(f"cannot list {self.root / source}: {error.strerror or error}") from error
+        folders = _folders(self._folder(source))
         return sorted(unquote(folder.name) for folder in folders if _part_files(folder))
 
     def sources(self) -> list[str]:
         """Return the sources with at least one dataset, sorted."""
-        try:
-            folders = [entry for entry in self.root.iterdir() if entry.is_dir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise LakeError(f"cannot list {self.root}: {error.strerror or error}") from error
-        return sorted(name for folder in folders if self.datasets(name := unquote(folder.name)))
+        names = [unquote(folder.name) for folder in _folders(self.root)]
+        return sorted(name for name in names if self.datasets(name))
 
     def write(
         self,
@@ -193,7 +183,7 @@ class Lake:
         quarantine = path.with_name(_escape(unit) + QUARANTINE_SUFFIX)
         with self.writing():
             self._refuse_shrinking(part, cleaned.table)
-            try:
+            with lake_errors("write", path):
                 # Quarantine first: a kill between the two leaves a superfluous file, never a missing one.
                 if cleaned.quarantined.num_rows:
                     write_atomically(
@@ -203,8 +193,6 @@ class Lake:
                     quarantine.unlink(missing_ok=True)
                 write_atomically(path, lambda file: write_part(file, cleaned.table, part))
                 stamp = _stamp(path)
-            except OSError as error:
-                raise LakeError(f"cannot write {path}: {error.strerror or error}") from error
         with self._known_guard:
             self._known[path] = (stamp, part)
         return part
@@ -212,14 +200,11 @@ class Lake:
     def remove(self, part: Part) -> None:
         """Remove a part and its quarantine, if they exist."""
         path = self._path(part)
-        with self.writing():
-            try:
-                path.unlink(missing_ok=True)
-                path.with_name(_escape(part.unit) + QUARANTINE_SUFFIX).unlink(missing_ok=True)
-                if path.parent.exists():
-                    sync_folder(path.parent)
-            except OSError as error:
-                raise LakeError(f"cannot remove {path}: {error.strerror or error}") from error
+        with self.writing(), lake_errors("remove", path):
+            path.unlink(missing_ok=True)
+            path.with_name(_escape(part.unit) + QUARANTINE_SUFFIX).unlink(missing_ok=True)
+            if path.parent.exists():
+                sync_folder(path.parent)
         with self._known_guard:
             self._known.pop(path, None)
 
@@ -232,11 +217,7 @@ class Lake:
         checksum are verified; a damaged part is set aside with a warning, the rest is returned.
 
         Args:
-            source: see ``write``.
-            dataset: see ``write``.
-            symbols: which symbols, None for all. Those without a bar are absent from the result.
-            start_ns: first open_time.
-            end_ns: after the last open_time.
+            symbols: None for all. Those without a bar are absent from the result.
 
         Returns:
             Per symbol: COLUMNS, and "fetched_ns" (int64), when the part of each row was fetched. The arrays are
@@ -310,14 +291,13 @@ class Lake:
     def _rows(self, part: Part, symbols: set[str] | None = None) -> pa.Table | None:
         path = self._path(part)
         try:
-            return parse_part(path, symbols)
+            with lake_errors("read", path, FileNotFoundError):
+                return parse_part(path, symbols)
         except FileNotFoundError:
             return None  # removed by the writer since the folder was listed: superseded by another part
         except DamagedPartError as error:
             self._set_aside(path, error)
             return None
-        except OSError as error:
-            raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
 
     def _refuse_shrinking(self, part: Part, table: pa.Table) -> None:
         """Protect bars from half an answer that looks like a whole one (same version)."""
@@ -353,10 +333,8 @@ class Lake:
         for leftover in self.root.rglob(f".*{TEMPORARY_SUFFIX}"):
             if leftover.parent.name == READY_FOLDER:
                 continue
-            try:
+            with lake_errors("remove", leftover):
                 leftover.unlink(missing_ok=True)
-            except OSError as error:
-                raise LakeError(f"cannot remove {leftover}: {error.strerror or error}") from error
 
     def _folder(self, *names: str) -> Path:
         return self.root.joinpath(*map(_escape, names))
@@ -394,21 +372,29 @@ def _stamp(path: Path | os.DirEntry[str]) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, nothing if it does not exist."""
+    try:
+        with (
+            lake_errors("list", folder, FileNotFoundError, NotADirectoryError),
+            os.scandir(folder) as entries,
+        ):
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+
+
 def _part_files(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
     """Return the part files of a folder with (mtime, size), sorted by name."""
     found = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith(SUFFIX) and not entry.name.endswith(QUARANTINE_SUFFIX):
-                    try:
-                        found.append((Path(entry.path), _stamp(entry)))
-                    except FileNotFoundError:
-                        continue  # removed since it was listed
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise LakeError(f"cannot list {folder}: {error.strerror or error}") from error
+    for entry in _entries(folder):
+        if entry.name.endswith(SUFFIX) and not entry.name.endswith(QUARANTINE_SUFFIX):
+            with contextlib.suppress(FileNotFoundError), lake_errors("read", folder, FileNotFoundError):
+                found.append((Path(entry.path), _stamp(entry)))
     return sorted(found)
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_sources.lake.lake import Lake
-from data_sources.progress import Progress
-from data_sources.sources import Answer, DataRequest, Source, SymbolGroup, ask
-from data_sources.splits import SplitLedger
+from data_sources.sources import Answer, DataRequest, RefreshJob, Source, SymbolGroup, ask
 
 PAIRS = SymbolGroup("crypto", "binance_pairs")
 
@@ -17,14 +14,10 @@ class _Binance(Source):
 
     # Imported on use: python-binance takes a second, and its absence must cost this source alone.
 
-    def refresh(
-        self, lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger
-    ) -> None:
+    def refresh(self, job: RefreshJob) -> None:
         from data_sources.vendors.binance_refresh import Binance
 
-        end_ns = min(request.end_ns, now_ns)
-        pairs = PAIRS.symbols(request)
-        Binance.from_environment().refresh(lake, pairs, request.start_ns, end_ns, now_ns, progress)
+        Binance.from_environment().refresh(job)
 
     def probe(self, request: DataRequest, now_ns: int) -> Iterator[Answer]:
         from data_sources.vendors import http

@@ -26,14 +26,7 @@ import requests
 from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
 from data_sources.calendar import to_ns, utc
 from data_sources.errors import BadAnswer
-from data_sources.vendors.http import (
-    Host,
-    RetryPolicy,
-    error_of,
-    prepare,
-    retry_after_seconds,
-    unreachable,
-)
+from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, unreachable
 
 MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
 
@@ -142,7 +135,7 @@ class Archive:
                 response.status_code,
                 "Binance archive",
                 fix="set BINANCE_ARCHIVE_URL to a mirror, or use another network",
-                retry_after=retry_after_seconds(response.headers),
+                headers=response.headers,
             )
         if not body:
             raise BadAnswer(f"{key}: empty answer")

@@ -15,10 +15,9 @@ import pyarrow.compute as pc
 
 from data_sources.bars import DAY_NS, HOUR_NS, MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, LakeError
-from data_sources.lake.lake import Lake
 from data_sources.lake.parts import Part
 from data_sources.lake.quality import SCHEMA, clean, closed_before
-from data_sources.progress import Progress
+from data_sources.sources import RefreshJob
 from data_sources.vendors.binance_archive import Archive, Unit, days, months
 from data_sources.vendors.binance_parts import SOURCE, PairParts
 from data_sources.vendors.binance_rest import PAGE_BARS, Rest, UnknownPair, concatenate, last_minute_ns
@@ -47,20 +46,11 @@ class Hosts:
 class PairRefresh:
     """One pair's part of a refresh; runs in one thread."""
 
-    def __init__(
-        self,
-        hosts: Hosts,
-        lake: Lake,
-        pair: str,
-        start_ns: int,
-        end_ns: int,
-        now_ns: int,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, hosts: Hosts, job: RefreshJob, pair: str) -> None:
         self._rest, self._archive, self._absent_since = hosts.rest, hosts.archive, hosts.absent_since
-        self._pair, self._progress, self._now_ns = pair, progress, now_ns
-        self._start_ns = start_ns - start_ns % MINUTE_NS
-        self._end_ns = min(end_ns, closed_before(now_ns))
+        self._pair, self._progress, self._now_ns = pair, job.progress, job.now_ns
+        self._start_ns = job.start_ns - job.start_ns % MINUTE_NS
+        self._end_ns = min(job.end_ns, closed_before(job.now_ns))
         self.error: DataError | None = None
         # Of REST: pages left to ask for; whether it does not know the pair; its first bar since start_ns.
         self._pages_left = REST_PAGES
@@ -70,7 +60,7 @@ class PairRefresh:
         self._asked: set[str] = set()
         self._hosts_agree = False
         self._is_name = re.fullmatch(r"[A-Z0-9]{2,20}", pair) is not None
-        self._parts = PairParts(lake, pair, now_ns)
+        self._parts = PairParts(job.lake, pair, job.now_ns)
         self.num_steps = 1 + (len(self._due_files(LATE_NS)) if self._is_name else 0)
 
     @property

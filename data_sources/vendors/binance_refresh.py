@@ -6,12 +6,11 @@ Archive and REST are two hosts and fail independently; binance_pair.py decides w
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from data_sources.errors import DataError
-from data_sources.lake.lake import Lake
-from data_sources.progress import Progress
+from data_sources.sources import RefreshJob
+from data_sources.vendors.binance import PAIRS
 from data_sources.vendors.binance_archive import Archive
 from data_sources.vendors.binance_pair import Hosts, PairRefresh
 from data_sources.vendors.binance_parts import SOURCE
@@ -55,29 +54,19 @@ class Binance:
         self._hosts.archive.probe(pair, now_ns)
         return "answers", ""
 
-    def refresh(
-        self, lake: Lake, pairs: Sequence[str], start_ns: int, end_ns: int, now_ns: int, progress: Progress
-    ) -> None:
-        """Bring the pairs' datasets up to date over [start_ns, end_ns), as far as minutes have closed.
+    def refresh(self, job: RefreshJob) -> None:
+        """Bring the pairs' datasets up to date, as far as minutes have closed.
 
         Each pair fails alone, with one warning; what arrived stays.
 
         Raises:
             DataError: not one pair could be brought forward, or the lake cannot be written.
         """
-        with lake.writing():
-            self._refresh(lake, pairs, start_ns, end_ns, now_ns, progress)
-
-    def _refresh(
-        self, lake: Lake, pairs: Sequence[str], start_ns: int, end_ns: int, now_ns: int, progress: Progress
-    ) -> None:
         rest, archive = self._hosts.rest.host, self._hosts.archive.host
         rest.begin_refresh()
         archive.begin_refresh()
-        works = [
-            PairRefresh(self._hosts, lake, pair, start_ns, end_ns, now_ns, progress)
-            for pair in dict.fromkeys(pairs)
-        ]
+        progress = job.progress
+        works = [PairRefresh(self._hosts, job, pair) for pair in dict.fromkeys(PAIRS.symbols(job.request))]
         progress.start(SOURCE, "files and pairs", sum(work.num_steps for work in works))
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix=SOURCE)
         try:

@@ -20,15 +20,7 @@ import requests
 from data_sources.bars import MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.lake.quality import SCHEMA
-from data_sources.vendors.http import (
-    FinalAnswer,
-    Host,
-    RetryPolicy,
-    error_of,
-    prepare,
-    retry_after_seconds,
-    unreachable,
-)
+from data_sources.vendors.http import FinalAnswer, Host, RetryPolicy, error_of, prepare, unreachable
 
 with warnings.catch_warnings():  # python-binance 1.0.37 imports names that websockets 14 calls deprecated
     warnings.filterwarnings("ignore", "websockets", DeprecationWarning)
@@ -135,7 +127,7 @@ class Rest:
             "Binance",
             fix=f"{cause}, or set BINANCE_API_URL=https://data-api.binance.vision",
             details="" if status in (401, 403, 418, 429, 451) else f"for {pair}, code {error.code}: {text}",
-            retry_after=retry_after_seconds(error.response.headers),
+            headers=error.response.headers,
         )
 
 

@@ -54,29 +54,39 @@ class Banned(RateLimited):
 
 
 def error_of(
-    status: int, host: str, *, fix: str, details: str = "", retry_after: float | None = None
+    status: int, host: str, *, fix: str, details: str = "", headers: Mapping[str, str] | None = None
 ) -> DataError:
-    """Return our error for an HTTP status that is no success.
+    """Return our error for an HTTP status that is not a success.
 
     Args:
         status: of HTTP, or Yahoo's 999 for a rate limit.
-        host: whose answer it is; begins the message.
+        host: the host's name, with which the message begins.
         fix: what a user can do about a refusal.
         details: the vendor's own code or words.
-        retry_after: seconds, where the vendor sent them.
+        headers: for Retry-After.
     """
-    answer = f"HTTP {status}{details and ' '}{details}"
-    wait = "" if retry_after is None else f"; retry in {retry_after:g} s"
+    answer = f"HTTP {status} {details}".rstrip()
     if status in (401, 403, 451):
         return Refused(f"{host} refuses access ({answer}): {fix}")
-    if status == 418:
-        return Banned(f"{host} banned this address for too many requests ({answer}){wait}", retry_after)
-    if status in (429, 999):
-        return RateLimited(f"{host} rate limit ({answer}){wait}", retry_after)
+    if status in (418, 429, 999):
+        seconds = _retry_after(headers or {})
+        wait = "" if seconds is None else f"; retry in {seconds:g} s"
+        if status == 418:
+            return Banned(f"{host} banned this address for too many requests ({answer}){wait}", seconds)
+        return RateLimited(f"{host} rate limit ({answer}){wait}", seconds)
     text = f"{host} answered {answer}"
     if status >= 500:
         return SourceUnavailable(text)
     return FinalAnswer(text) if status >= 400 else BadAnswer(text)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds of Retry-After; None where it is absent, a date or nonsense."""
+    try:
+        seconds = float(headers.get("Retry-After") or headers.get("retry-after") or "")
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def unreachable(host: str, error: BaseException) -> SourceUnavailable:
@@ -90,15 +100,6 @@ def short(error: BaseException) -> str:
     text = " ".join(str(getattr(cause, "reason", None) or cause).split())
     text = re.split(r"See http|https?://", text)[0].rstrip(" .,;:(")[:120]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of Retry-After; None where it is absent, a date or nonsense."""
-    try:
-        seconds = float(headers.get("Retry-After", ""))
-    except ValueError:
-        return None
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def require_address(variable: str, value: str, example: str) -> None:

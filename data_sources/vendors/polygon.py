@@ -10,10 +10,7 @@ from zoneinfo import ZoneInfo
 
 from data_sources.calendar import to_ns, utc
 from data_sources.errors import DataError, LakeError
-from data_sources.lake.lake import Lake
-from data_sources.progress import Progress
-from data_sources.sources import Answer, DataRequest, Keys, Source, SymbolGroup, ask
-from data_sources.splits import SplitLedger
+from data_sources.sources import Answer, DataRequest, Keys, RefreshJob, Source, SymbolGroup, ask
 from data_sources.universe import top_of
 
 
@@ -62,37 +59,32 @@ class _Polygon(Source):
 
     # Imported on use: boto3 takes a second, and its absence must cost this source alone.
 
-    def refresh(
-        self, lake: Lake, request: DataRequest, now_ns: int, progress: Progress, splits: SplitLedger
-    ) -> None:
+    def refresh(self, job: RefreshJob) -> None:
         from data_sources.vendors.polygon_refresh import Polygon
 
-        stocks, crypto = STOCKS.symbols(request), CRYPTO.symbols(request)
+        stocks = STOCKS.symbols(job.request)
         if stocks:
-            self._refresh_splits(stocks, request.start_ns, now_ns, progress, splits)
-        end_ns = min(request.end_ns, now_ns)
-        Polygon.from_environment().refresh(lake, stocks, crypto, request.start_ns, end_ns, now_ns, progress)
+            self._refresh_splits(job, stocks)
+        Polygon.from_environment().refresh(job)
 
-    def _refresh_splits(
-        self, stocks: tuple[str, ...], start_ns: int, now_ns: int, progress: Progress, splits: SplitLedger
-    ) -> None:
-        """Fetch splits where there is a key; without, Yahoo's and those of earlier refreshes must do."""
+    def _refresh_splits(self, job: RefreshJob, stocks: tuple[str, ...]) -> None:
+        """Fetch splits if there is a key; without, Yahoo's and those of earlier refreshes must do."""
         from data_sources.vendors.polygon_splits import PolygonSplits
 
         has_rule = top_of(stocks) > 0
         try:
             source = PolygonSplits.from_environment()
             if source is not None:
-                _, num_bad = source.update(splits, None if has_rule else stocks, start_ns, now_ns)
+                _, num_bad = source.update(job.splits, None if has_rule else stocks, job.start_ns, job.now_ns)
                 if num_bad:
-                    progress.warn(self.name, f"splits: {num_bad} unreadable entries")
+                    job.progress.warn(self.name, f"splits: {num_bad} unreadable entries")
             elif has_rule:
                 message = "splits of stocks that are not named need POLYGON_API_KEY, see .env.example"
-                progress.warn(self.name, message)
+                job.progress.warn(self.name, message)
         except LakeError:
             raise
         except DataError as error:
-            progress.warn(self.name, f"splits: {error}")
+            job.progress.warn(self.name, f"splits: {error}")
 
     def probe(self, request: DataRequest, now_ns: int) -> Iterator[Answer]:
         from data_sources.vendors import http

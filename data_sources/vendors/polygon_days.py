@@ -33,67 +33,56 @@ COLUMN_TYPES: dict[str, type[pl.DataType]] = {
 }
 
 
-def read_day(content: bytes, key: str, symbols: Sequence[str], start_ns: int, end_ns: int) -> pa.Table:
-    """Decode a whole day file and return the rows of ``symbols``, as they are in the file.
+def read_day(
+    content: bytes,
+    key: str,
+    symbols: Sequence[str],
+    start_ns: int,
+    end_ns: int,
+    num_largest: int = 0,
+    ending: str = "",
+) -> tuple[pa.Table, dict[str, int]]:
+    """Decode a whole day file; return its rows of ``symbols`` and of the day's largest, as they are in the file.
 
     Args:
         content: gzip CSV with one header line; columns are found by name, in any order.
         key: its name, for messages.
         symbols: tickers to take.
-        start_ns: start of the file's day.
-        end_ns: end of the file's day, exclusive.
+        start_ns: start of the file's day; ``end_ns`` is its end.
+        num_largest: how many more tickers to take, the largest of those with ``ending``.
 
     Returns:
-        symbol, open_time (int64 ns UTC), open, high, low, close, volume (float64); null where empty.
+        symbol, open_time (int64 ns UTC), open, high, low, close, volume (float64), null where empty; and how much
+        each of the largest traded: the day's volume times its median close, in dollars. The median, since one
+        bad print would make any ticker the largest.
 
     Raises:
         BadAnswer: not gzip, cut, wrong checksum, wrong columns, text instead of numbers, or times of another
             day (a real file of 2019 was a day late).
     """
-    frame = _parse(content, key, symbols).filter(pl.col("symbol").is_in(list(symbols)))
-    return _table(frame, key, start_ns, end_ns)
-
-
-def read_day_and_largest(
-    content: bytes,
-    key: str,
-    symbols: Sequence[str],
-    num_largest: int,
-    ending: str,
-    start_ns: int,
-    end_ns: int,
-) -> tuple[pa.Table, dict[str, int]]:
-    """Decode a whole day file as ``read_day`` does, with the rows of the day's largest tickers too.
-
-    Args:
-        content: see ``read_day``; so are the others.
-        key: see ``read_day``.
-        symbols: taken in any case.
-        num_largest: how many more to take.
-        ending: of the tickers to choose from.
-        start_ns: see ``read_day``.
-        end_ns: see ``read_day``.
-
-    Returns:
-        The rows, and how much each of the largest traded: the day's volume times its median close, in dollars.
-        The median, since one bad print would make any ticker the largest.
-
-    Raises:
-        BadAnswer: see ``read_day``.
-    """
-    frame = _parse(content, key, None)
-    sound = (pl.col("volume") > 0) & pl.col("volume").is_finite() & (pl.col("close") > 0)
-    traded = (
-        frame.filter(pl.col("symbol").str.ends_with(ending) & sound)
-        .group_by("symbol")
-        .agg((pl.col("volume").sum() * pl.col("close").median()).alias("dollars"))
-        .filter(pl.col("dollars").is_finite())
-        .sort(["dollars", "symbol"], descending=[True, False])
-        .head(num_largest)
-    )
-    dollars = {symbol: round(amount) for symbol, amount in traded.iter_rows()}
+    frame = _parse(content, key, None if num_largest else symbols)
+    dollars: dict[str, int] = {}
+    if num_largest:
+        sound = (pl.col("volume") > 0) & pl.col("volume").is_finite() & (pl.col("close") > 0)
+        traded = (
+            frame.filter(pl.col("symbol").str.ends_with(ending) & sound)
+            .group_by("symbol")
+            .agg((pl.col("volume").sum() * pl.col("close").median()).alias("dollars"))
+            .filter(pl.col("dollars").is_finite())
+            .sort(["dollars", "symbol"], descending=[True, False])
+            .head(num_largest)
+        )
+        dollars = {symbol: round(amount) for symbol, amount in traded.iter_rows()}
     frame = frame.filter(pl.col("symbol").is_in([*symbols, *dollars]))
-    return _table(frame, key, start_ns, end_ns), dollars
+    times = frame["open_time"]
+    strays = times.filter(((times < start_ns) | (times >= end_ns)).fill_null(True))
+    if len(strays) > STRAY_FRACTION * len(frame):
+        raise BadAnswer(
+            f"{key}: {len(strays):,} of {len(frame):,} rows are not of that day, such as"
+            f" {strays.to_numpy()[0].astype('datetime64[ns]').astype('datetime64[s]')}"
+        )
+    table: pa.Table = frame.to_arrow()
+    return table.set_column(0, "symbol", table.column("symbol").cast(pa.string())), dollars
 
 
 def _parse(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataFrame:
@@ -120,18 +109,6 @@ def _parse(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataFr
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         reason = " ".join(str(error).split())[:100]
         raise BadAnswer(f"{key}: damaged ({ascii(reason)[1:-1]})") from error
-
-
-def _table(frame: pl.DataFrame, key: str, start_ns: int, end_ns: int) -> pa.Table:
-    times = frame["open_time"]
-    strays = times.filter(((times < start_ns) | (times >= end_ns)).fill_null(True))
-    if len(strays) > STRAY_FRACTION * len(frame):
-        raise BadAnswer(
-            f"{key}: {len(strays):,} of {len(frame):,} rows are not of that day, such as"
-            f" {strays.to_numpy()[0].astype('datetime64[ns]').astype('datetime64[s]')}"
-        )
-    table: pa.Table = frame.to_arrow()
-    return table.set_column(0, "symbol", table.column("symbol").cast(pa.string()))
 
 
 def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, bytes]:

@@ -23,7 +23,7 @@ import urllib3.exceptions
 from botocore.config import Config
 
 from data_sources.errors import BadAnswer, Refused, SourceUnavailable
-from data_sources.vendors.http import Host, RetryPolicy, error_of, retry_after_seconds
+from data_sources.vendors.http import Host, RetryPolicy, error_of
 from data_sources.vendors.polygon import DataType
 
 BUCKET = "flatfiles"
@@ -54,15 +54,7 @@ class Body:
 
 
 class FlatFiles:
-    """The bucket, for one pair of keys. Safe to use from several threads.
-
-    Args:
-        endpoint: scheme and host of the S3 service.
-        access_key: S3 access key id.
-        secret_key: its secret, kept by the client library only.
-        policy: how long to wait and how often to try.
-        connections: kept open at most.
-    """
+    """The bucket, for one pair of keys; the client library alone keeps the secret. Safe for several threads."""
 
     def __init__(
         self, endpoint: str, access_key: str, secret_key: str, policy: RetryPolicy, connections: int
@@ -132,8 +124,7 @@ class FlatFiles:
             What came, in words, and the server's time as the HTTP header Date.
 
         Raises:
-            Refused: these keys may not list or read it.
-            SourceUnavailable: no answer, or no day file at all.
+            DataError: as ``list_year``, or there is no day file at all.
         """
         files = self.list_year(data_type, today.year) or self.list_year(data_type, today.year - 1)
         if not files:
@@ -222,8 +213,7 @@ class FlatFiles:
         if status == 400:  # an expired key
             return Refused(f"{host} refuses access (HTTP 400 {details}): {fix}")
         headers = metadata.get("HTTPHeaders", {})
-        wait = retry_after_seconds({"Retry-After": headers.get("retry-after", "")})
-        answer = error_of(status, host, fix=fix, details=details, retry_after=wait)
+        answer = error_of(status, host, fix=fix, details=details, headers=headers)
         return SourceUnavailable(str(answer)) if isinstance(answer, BadAnswer) else answer
 
 

@@ -25,12 +25,12 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from data_sources.errors import BadAnswer, DataError, MissingCredentials, Refused, SourceUnavailable
-from data_sources.lake.lake import Lake, Part
-from data_sources.progress import Progress
+from data_sources.lake.parts import Part
+from data_sources.sources import RefreshJob
 from data_sources.universe import KEPT_FOLD, kept_rule, look_back, plain_names, top_of
 from data_sources.vendors.http import RetryPolicy, require_address
-from data_sources.vendors.polygon import GLOBAL_CRYPTO, US_STOCKS, DataType
-from data_sources.vendors.polygon_days import read_day, read_day_and_largest
+from data_sources.vendors.polygon import CRYPTO, GLOBAL_CRYPTO, STOCKS, US_STOCKS, DataType
+from data_sources.vendors.polygon_days import read_day
 from data_sources.vendors.polygon_files import DayFile, FlatFiles
 
 SOURCE = "polygon"
@@ -85,30 +85,11 @@ class Polygon:
     def _files(self) -> FlatFiles:
         return FlatFiles(self.endpoint, self.access_key, self.secret_key, self.policy, 2 * PARALLEL_GETS)
 
-    def refresh(
-        self,
-        lake: Lake,
-        stocks: Sequence[str],
-        crypto: Sequence[str],
-        start_ns: int,
-        end_ns: int,
-        now_ns: int,
-        progress: Progress,
-    ) -> None:
-        """Bring the lake's days in [start_ns, end_ns) up to date with the vendor's listing.
+    def refresh(self, job: RefreshJob) -> None:
+        """Bring the lake's days up to date with the vendor's listing.
 
         What arrives is kept whatever happens later. A damaged day is a warning and left for the next
         refresh; so is a data type, or an age, that the plan does not cover.
-
-        Args:
-            lake: gets the days, datasets "us_stocks_sip" and "global_crypto", unit "YYYY-MM-DD".
-            stocks: symbols as in the files, such as "BRK.B", or a rule, "top:500" (universe.py); if empty, the
-                data type is skipped.
-            crypto: pairs as in the files, such as "X:BTC-USD", or a rule.
-            start_ns: first instant wanted.
-            end_ns: end of what is wanted.
-            now_ns: the present; bars that have not closed by then are not kept.
-            progress: counts days and bytes.
 
         Raises:
             Refused: none of the data types may even be listed with these keys.
@@ -117,41 +98,32 @@ class Polygon:
         """
         wanted = [
             (data_type, plain_names(symbols), KEPT_FOLD * top_of(symbols))
-            for data_type, symbols in ((US_STOCKS, stocks), (GLOBAL_CRYPTO, crypto))
-            if symbols
+            for group, data_type in ((STOCKS, US_STOCKS), (CRYPTO, GLOBAL_CRYPTO))
+            if (symbols := group.symbols(job.request))
         ]
-        if not wanted or end_ns <= start_ns:
-            progress.finish(SOURCE, "no symbols to fetch")
+        if not wanted or job.end_ns <= job.start_ns:
+            job.progress.finish(SOURCE, "no symbols to fetch")
             return
-        files = self._files()
-        with lake.writing():
-            works = self._list(files, lake, wanted, start_ns, end_ns, now_ns, progress)
-            progress.start(SOURCE, "day files", sum(len(work.missing) for work in works))
-            for work in works:
-                work.run()
-                work.warn_of_gaps()
-                if work.unreachable:  # one host serves all data types
-                    text = f"{work.unreachable}; {work.arrived} of {len(work.missing)} day files arrived"
-                    raise SourceUnavailable(text) from work.unreachable
-        progress.finish(SOURCE, _summary(works))
+        works = self._list(self._files(), job, wanted)
+        job.progress.start(SOURCE, "day files", sum(len(work.missing) for work in works))
+        for work in works:
+            work.run()
+            work.warn_of_gaps()
+            if work.unreachable:  # one host serves all data types
+                text = f"{work.unreachable}; {work.arrived} of {len(work.missing)} day files arrived"
+                raise SourceUnavailable(text) from work.unreachable
+        job.progress.finish(SOURCE, _summary(works))
 
     def _list(
-        self,
-        files: FlatFiles,
-        lake: Lake,
-        wanted: Sequence[tuple[DataType, tuple[str, ...], int]],
-        start_ns: int,
-        end_ns: int,
-        now_ns: int,
-        progress: Progress,
+        self, files: FlatFiles, job: RefreshJob, wanted: Sequence[tuple[DataType, tuple[str, ...], int]]
     ) -> list[_TypeRefresh]:
         """List every data type and compare with the lake; a type that may not be listed is left out."""
         works: list[_TypeRefresh] = []
         refusals: list[Refused] = []
         days = {
             data_type: (
-                data_type.day_of(look_back(start_ns) if num_largest else start_ns),
-                data_type.day_of(end_ns - 1),
+                data_type.day_of(look_back(job.start_ns) if num_largest else job.start_ns),
+                data_type.day_of(job.end_ns - 1),
             )
             for data_type, _, num_largest in wanted
         }
@@ -173,21 +145,19 @@ class Polygon:
                 listed = [file for file in listed if first <= file.day <= last]
                 listed.sort(key=lambda file: file.day, reverse=True)
                 if not listed and (last - first).days >= 7:
-                    progress.warn(SOURCE, f"{data_type.dataset}: no day file is listed for {first} to {last}")
-                held = lake.parts(SOURCE, data_type.dataset)
+                    job.progress.warn(
+                        SOURCE, f"{data_type.dataset}: no day file is listed for {first} to {last}"
+                    )
+                held = job.lake.parts(SOURCE, data_type.dataset)
                 needed = {*symbols, *kept_rule(num_largest)}
                 missing = [file for file in listed if _is_news(file, needed, held.get(file.day.isoformat()))]
-                works.append(
-                    _TypeRefresh(
-                        files, lake, progress, now_ns, data_type, symbols, num_largest, held, missing
-                    )
-                )
+                works.append(_TypeRefresh(files, job, data_type, symbols, num_largest, held, missing))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         if not works:
             raise refusals[0]
         for refused in refusals:
-            progress.warn(SOURCE, str(refused))
+            job.progress.warn(SOURCE, str(refused))
         return works
 
 
@@ -206,9 +176,7 @@ class _TypeRefresh:
     """The refresh of one data type: what it needs, and how far it came."""
 
     files: FlatFiles
-    lake: Lake
-    progress: Progress
-    now_ns: int
+    job: RefreshJob
     data_type: DataType
     symbols: tuple[str, ...]  # by name
     num_largest: int  # kept of each day beside them, for a rule
@@ -240,7 +208,7 @@ class _TypeRefresh:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     file = pending.pop(future)
-                    self.progress.advance(SOURCE)
+                    self.job.progress.advance(SOURCE)
                     try:
                         day = future.result()
                         denied_in_a_row = 0
@@ -253,7 +221,7 @@ class _TypeRefresh:
                         denied_in_a_row += 1
                         if self.arrived == 0 or denied_in_a_row >= DENIED_IN_A_ROW:
                             self.denied += [older.day for older in ahead]
-                            self.progress.advance(SOURCE, len(ahead))
+                            self.job.progress.advance(SOURCE, len(ahead))
                             ahead.clear()
                     except BadAnswer as error:  # damaged, or the lake has better bars of the same version
                         self._leave(error)
@@ -266,7 +234,7 @@ class _TypeRefresh:
                         elif file not in retried:  # a bad minute of the host: once more, at the end
                             retried.add(file)
                             ahead.append(file)
-                            self.progress.advance(SOURCE, -1)
+                            self.job.progress.advance(SOURCE, -1)
                         else:
                             self._leave(error)
                 parallel = PARALLEL_GETS
@@ -279,7 +247,7 @@ class _TypeRefresh:
     def _leave(self, error: DataError) -> None:
         self.left += 1
         if self.left <= WARNINGS_PER_TYPE:
-            self.progress.warn(SOURCE, f"{error}; left for the next refresh")
+            self.job.progress.warn(SOURCE, f"{error}; left for the next refresh")
 
     def _fetch(self, file: DayFile) -> _Day:
         """Return one day's rows of our symbols; a damaged answer is asked for once more."""
@@ -287,19 +255,10 @@ class _TypeRefresh:
         symbols, num_largest = self._symbols_for(file), self._largest_for(file)
         for is_last in (False, True):
             try:
-                body = self.files.get(file, lambda count: self.progress.advance(SOURCE, 0, count))
-                if num_largest:
-                    table, dollars = read_day_and_largest(
-                        body.content,
-                        file.key,
-                        symbols,
-                        num_largest,
-                        self.data_type.ending,
-                        start_ns,
-                        end_ns,
-                    )
-                else:
-                    table, dollars = read_day(body.content, file.key, symbols, start_ns, end_ns), {}
+                body = self.files.get(file, lambda count: self.job.progress.advance(SOURCE, 0, count))
+                table, dollars = read_day(
+                    body.content, file.key, symbols, start_ns, end_ns, num_largest, self.data_type.ending
+                )
                 return _Day(table, body.version, len(body.content), dollars)
             except BadAnswer:
                 if is_last:
@@ -320,7 +279,7 @@ class _TypeRefresh:
         """Write one day and count it."""
         unit = file.day.isoformat()
         start_ns, end_ns = self.data_type.interval(file.day)
-        part = self.lake.write(
+        part = self.job.lake.write(
             SOURCE,
             self.data_type.dataset,
             unit,
@@ -330,7 +289,7 @@ class _TypeRefresh:
             start_ns=start_ns,
             end_ns=end_ns,
             symbols=(*self._symbols_for(file), *day.dollar_volume, *kept_rule(self._largest_for(file))),
-            now_ns=self.now_ns,
+            now_ns=self.job.now_ns,
             dollar_volume=day.dollar_volume,
         )
         self.arrived += 1
@@ -339,7 +298,7 @@ class _TypeRefresh:
             self.rows[count["values"].as_py()] += count["counts"].as_py()
         before = self.held.get(unit)
         if before and before.version != part.version and part.rows < 0.95 * before.rows:
-            self.progress.warn(
+            self.job.progress.warn(
                 SOURCE,
                 f"{self.data_type.dataset} {unit}: the vendor's new file has {part.rows:,} rows of our"
                 f" symbols, the previous one had {before.rows:,}",
@@ -349,16 +308,18 @@ class _TypeRefresh:
         """Warn once of what did not come, and of symbols without bars."""
         dataset = self.data_type.dataset
         if self.denied:
-            self.progress.warn(
+            self.job.progress.warn(
                 SOURCE,
                 f"{dataset}: {len(self.denied)} missing days up to {max(self.denied)} are listed but refused"
                 " (HTTP 403): the plan of these keys does not cover this data type, or files of that age",
             )
         if self.left > WARNINGS_PER_TYPE and not self.unreachable:
-            self.progress.warn(SOURCE, f"{dataset}: {self.left} days in all are left for the next refresh")
+            self.job.progress.warn(
+                SOURCE, f"{dataset}: {self.left} days in all are left for the next refresh"
+            )
         unknown = [symbol for symbol in self.symbols if symbol not in self.rows]
         if unknown and self.arrived >= 5:
-            self.progress.warn(
+            self.job.progress.warn(
                 SOURCE, f"{dataset}: no bars of {', '.join(unknown)} in {self.arrived} day files"
             )
 

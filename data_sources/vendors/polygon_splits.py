@@ -21,14 +21,7 @@ import requests
 from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.splits import Split, SplitLedger
-from data_sources.vendors.http import (
-    Host,
-    RetryPolicy,
-    error_of,
-    prepare,
-    require_address,
-    retry_after_seconds,
-)
+from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, require_address
 
 DEFAULT_URL = "https://api.massive.com"  # https://api.polygon.io is the older name of the host
 PATH = "/stocks/v1/splits"
@@ -72,21 +65,15 @@ class PolygonSplits:
     def update(
         self, ledger: SplitLedger, stocks: Sequence[str] | None, start_ns: int, now_ns: int
     ) -> tuple[int, int]:
-        """Add the splits executed from ``start_ns`` to ``now_ns`` to the ledger.
+        """Add the splits of ``stocks`` (None: all) executed from ``start_ns`` to ``now_ns`` to the ledger.
 
-        Args:
-            ledger: gets them.
-            stocks: of which stocks; None for all that there are.
-            start_ns: the first day.
-            now_ns: the last day; later splits may still be called off.
+        Later ones may still be called off.
 
         Returns:
             How many splits were new, and how many entries were unreadable.
 
         Raises:
-            Refused: the key is wrong, or its plan has no splits.
-            RateLimited, SourceUnavailable, BadAnswer: the last attempt's error; the pages before it are kept.
-            LakeError: the ledger cannot be written.
+            DataError: the last attempt's error; the pages before it are kept.
         """
         query = {
             "execution_date.gte": f"{utc(start_ns):%Y-%m-%d}",
@@ -131,7 +118,7 @@ class PolygonSplits:
         status = answer.status_code
         if status != 200:
             fix = "check POLYGON_API_KEY, the REST key, not the S3 pair"
-            raise error_of(status, self.url, fix=fix, retry_after=retry_after_seconds(answer.headers))
+            raise error_of(status, self.url, fix=fix, headers=answer.headers)
         try:
             page = answer.json()
         except ValueError as error:

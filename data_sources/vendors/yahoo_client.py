@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,16 +29,7 @@ from data_sources.bars import MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.lake.quality import SCHEMA, bar_table
 from data_sources.splits import Split
-from data_sources.vendors.http import (
-    FinalAnswer,
-    Host,
-    RetryPolicy,
-    error_of,
-    prepare,
-    retry_after_seconds,
-    short,
-    unreachable,
-)
+from data_sources.vendors.http import FinalAnswer, Host, RetryPolicy, error_of, prepare, short, unreachable
 
 CHART_PATH = "/v8/finance/chart/"
 COOKIE_HOST = "fc.yahoo.com"
@@ -164,7 +155,7 @@ class Client:
             return FinalAnswer("Yahoo does not know this symbol (HTTP 404)")
         if status in (401, 403, 429, 451) or status >= 500:
             fix = "try another network, or set YAHOO_BASE_URL"
-            return error_of(status, "Yahoo", fix=fix, retry_after=wire.retry_after)
+            return error_of(status, "Yahoo", fix=fix, headers=wire.headers)
         reason = getattr(error, "yahoo_reason", None)
         if reason:
             return FinalAnswer(f"Yahoo answered: {' '.join(str(reason).split())[:200]}")
@@ -247,7 +238,7 @@ def _splits(frame: pd.DataFrame) -> list[Split]:
 class Wire:
     """Sends, bounds and counts every request of yfinance's.
 
-    ``status``, ``failure`` and ``retry_after`` are those of the last chart request of the question.
+    ``status``, ``failure`` and ``headers`` are those of the last chart request of the question.
     """
 
     def __init__(self, base_url: str | None, host: Host, deadline: float) -> None:
@@ -255,7 +246,7 @@ class Wire:
         self.num_bytes = 0
         self.status: int | None = None
         self.failure: OSError | None = None
-        self.retry_after: float | None = None
+        self.headers: Mapping[str, str] = {}
         self._base_url = base_url
         self._host = host
         self._deadline = deadline
@@ -264,7 +255,7 @@ class Wire:
 
     def begin_question(self) -> None:
         """Forget the last chart request."""
-        self.status = self.failure = self.retry_after = None
+        self.status, self.failure, self.headers = None, None, {}
 
     def begin_session(self) -> None:
         """Forget cookie and crumb."""
@@ -310,8 +301,7 @@ class Wire:
         if not is_chart and (netloc == COOKIE_HOST or response.status_code >= 400):
             self._side_answers[side] = response
         if is_chart:
-            self.status, self.failure = response.status_code, None
-            self.retry_after = retry_after_seconds(response.headers)
+            self.status, self.failure, self.headers = response.status_code, None, response.headers
         return response
 
     def _rewritten(self, url: str) -> str:

@@ -11,16 +11,16 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from data_sources.bars import DAY_NS
 from data_sources.calendar import new_york_midnight_ns
 from data_sources.errors import BadAnswer, DataError, LakeError, RateLimited, Refused, SourceUnavailable
-from data_sources.lake.lake import Lake
-from data_sources.progress import Progress
-from data_sources.splits import Split, SplitLedger
+from data_sources.sources import RefreshJob
+from data_sources.splits import Split
+from data_sources.universe import plain_names
 from data_sources.vendors.http import FinalAnswer, RetryPolicy
+from data_sources.vendors.yahoo import STOCKS
 from data_sources.vendors.yahoo_client import CHART_PATH, Client
 from data_sources.vendors.yahoo_weeks import SOURCE, Plan, Want, store
 from runtime.files import write_atomically
@@ -66,53 +66,32 @@ class Yahoo:
                 client.close()
         return f"answers for {stock} with {count:,} minutes of the last days", ""
 
-    def refresh(
-        self,
-        lake: Lake,
-        stocks: Sequence[str],
-        start_ns: int,
-        end_ns: int,
-        now_ns: int,
-        progress: Progress,
-        splits: SplitLedger,
-    ) -> None:
-        """Bring the stocks' datasets up to date over the part of [start_ns, end_ns) that Yahoo still has.
+    def refresh(self, job: RefreshJob) -> None:
+        """Bring the stocks' datasets up to date over the part of the interval that Yahoo still has.
 
-        Each stock fails alone, with one warning; what arrived stays. ``splits`` gets every split since
-        ``start_ns``.
+        Each stock fails alone, with one warning; what arrived stays. The ledger gets every split since the start.
 
         Raises:
             RateLimited, Refused, SourceUnavailable: the source was given up; the rest is left as it was.
             DataError: not one stock could be brought up to date, or the lake cannot be written.
         """
-        stocks = list(dict.fromkeys(stocks))
+        stocks = list(plain_names(STOCKS.symbols(job.request)))
         deadline = time.monotonic() + MINIMUM_SECONDS + SECONDS_PER_STOCK * len(stocks)
-        client = Client(self._base_url, self._policy, deadline, lake.root / CACHE_FOLDER)
-        plan = Plan(start_ns, end_ns, now_ns)
-        pause_seconds = 0.0 if self._base_url else PAUSE_SECONDS
-        with lake.writing():
-            try:
-                _Refresh(lake, plan, client, splits, progress, start_ns, pause_seconds).run(stocks)
-            finally:
-                client.close()
+        client = Client(self._base_url, self._policy, deadline, job.lake.root / CACHE_FOLDER)
+        try:
+            _Refresh(job, client, pause_seconds=0.0 if self._base_url else PAUSE_SECONDS).run(stocks)
+        finally:
+            client.close()
 
 
 class _Refresh:
     """One refresh, and what it knows of each stock."""
 
-    def __init__(
-        self,
-        lake: Lake,
-        plan: Plan,
-        client: Client,
-        ledger: SplitLedger,
-        progress: Progress,
-        start_ns: int,
-        pause_seconds: float,
-    ) -> None:
-        self._lake, self._plan, self._client, self._ledger = lake, plan, client, ledger
-        self._progress, self._start_ns, self._pause_seconds = progress, start_ns, pause_seconds
-        self._path = lake.root / SOURCE / SPLITS_ASKED
+    def __init__(self, job: RefreshJob, client: Client, pause_seconds: float) -> None:
+        self._job, self._client, self._pause_seconds = job, client, pause_seconds
+        self._lake, self._ledger, self._progress = job.lake, job.splits, job.progress
+        self._plan = Plan(job.start_ns, job.end_ns, job.now_ns)
+        self._path = job.lake.root / SOURCE / SPLITS_ASKED
         # Per stock: since when splits were asked for, when that was, how many the ledger had then.
         self._asked = _read_requests(self._path)
         self._attempts: int | None = None  # for the next question; None: the policy's
@@ -229,7 +208,7 @@ class _Refresh:
         self._learn(symbol, splits)
         period = f"period1={want.start_ns // 10**9}&period2={want.end_ns // 10**9}"
         key = f"{CHART_PATH}{symbol}?interval=1m&{period}"
-        stored = store(self._lake, symbol, want, table, key, self._ledger, self._plan.now_ns)
+        stored = store(self._job, symbol, want, table, key)
         self._written += 1
         if table.num_rows and not stored.is_complete:
             counts = "".join(f", {count} {reason}" for reason, count in stored.rejected.items())
@@ -246,14 +225,14 @@ class _Refresh:
     def _splits_are_due(self, symbol: str) -> bool:
         start_ns, asked_ns, num_known = self._asked.get(symbol, (0, 0, 0))
         is_lost = len(self._ledger.splits(symbol)) < num_known  # a ledger that was damaged starts empty
-        return is_lost or self._start_ns < start_ns or self._plan.now_ns - asked_ns >= SPLITS_AGE_NS
+        return is_lost or self._job.start_ns < start_ns or self._job.now_ns - asked_ns >= SPLITS_AGE_NS
 
     def _fetch_older_splits(self, symbol: str) -> int:
         """Fetch the splits since the lake's start; return when the last new one was executed, or 0."""
-        now_ns = self._plan.now_ns
-        found = self._client.splits(symbol, self._start_ns, now_ns, self._attempts)
+        now_ns = self._job.now_ns
+        found = self._client.splits(symbol, self._job.start_ns, now_ns, self._attempts)
         changed_ns = self._learn(symbol, found)
-        self._asked[symbol] = (self._start_ns, now_ns, len(self._ledger.splits(symbol)))
+        self._asked[symbol] = (self._job.start_ns, now_ns, len(self._ledger.splits(symbol)))
         return changed_ns
 
     def _learn(self, symbol: str, found: list[Split]) -> int:

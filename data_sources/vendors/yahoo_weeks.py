@@ -23,9 +23,10 @@ from data_sources.calendar import (
     new_york_midnight_ns,
     new_york_time,
 )
-from data_sources.lake.lake import Lake, Part
+from data_sources.lake.parts import Part
 from data_sources.lake.quality import NOT_QUARANTINED, bar_table, clean, closed_before
-from data_sources.splits import Split, SplitLedger
+from data_sources.sources import RefreshJob
+from data_sources.splits import Split
 
 SOURCE = "yahoo"
 REACH_NS = 29 * DAY_NS  # Yahoo's 30, less one for clocks that differ and for slow refreshes
@@ -137,25 +138,15 @@ class Stored:
     is_complete: bool
 
 
-def store(
-    lake: Lake, symbol: str, want: Want, fresh: pa.Table, vendor_key: str, ledger: SplitLedger, now_ns: int
-) -> Stored:
-    """Write one week's part: the answer's bars, and the kept ones where the answer has none.
+def store(job: RefreshJob, symbol: str, want: Want, fresh: pa.Table, vendor_key: str) -> Stored:
+    """Write one week's part: the bars of the answer ``fresh``, and the kept ones where it has none.
 
     Kept bars are brought to the answer's scale: splits executed since they were fetched are applied.
-
-    Args:
-        lake: gets the part.
-        symbol: the stock, also the dataset.
-        want: the request.
-        fresh: the answer, SCHEMA; may be empty.
-        vendor_key: Yahoo's name of the answer.
-        ledger: all splits known by now.
-        now_ns: the time of the fetch.
 
     Raises:
         BadAnswer, LakeError: as lake.write.
     """
+    now_ns = job.now_ns
     time = fresh["open_time"].to_numpy()
     inside = (time >= want.start_ns) & (time < want.end_ns)
     table = fresh.filter(pa.array(inside))
@@ -164,7 +155,7 @@ def store(
     start_ns = want.start_ns
     if want.kept is not None:
         start_ns = min(start_ns, want.kept.start_ns)
-        kept = _kept(lake, symbol, want.week, ledger, now_ns)
+        kept = _kept(job, symbol, want.week)
         if kept is not None:
             # Yahoo fills volumes in late; one that goes back to zero is an error.
             traded = good[cleaned.table["volume"].to_numpy() > 0]
@@ -184,20 +175,20 @@ def store(
     newly_broken = bool(rejected) and want.kept is not None and not want.kept.rejected
     times = 1 if newly_broken else want.times_incomplete + 1
     key = vendor_key if is_complete else f"{vendor_key}#incomplete-{times}"
-    lake.write(
+    job.lake.write(
         SOURCE, symbol, want.week.name, table, key=key, version="",
         start_ns=start_ns, end_ns=want.end_ns, symbols=(symbol,), now_ns=now_ns,
     )  # fmt: skip
     return Stored(int(held.sum()), len(settled), rejected, is_complete)
 
 
-def _kept(lake: Lake, symbol: str, week: Week, ledger: SplitLedger, now_ns: int) -> Bars | None:
+def _kept(job: RefreshJob, symbol: str, week: Week) -> Bars | None:
     """Return the lake's bars of a week, adjusted for every split executed by now."""
-    columns = lake.columns(SOURCE, symbol, [symbol], week.start_ns, week.end_ns).get(symbol)
+    columns = job.lake.columns(SOURCE, symbol, [symbol], week.start_ns, week.end_ns).get(symbol)
     if columns is None:
         return None
     bars = Bars(symbol, "stock", *(columns[name] for name in COLUMNS))
-    return ledger.adjust(bars, fetched_ns=columns["fetched_ns"], until_ns=now_ns)
+    return job.splits.adjust(bars, fetched_ns=columns["fetched_ns"], until_ns=job.now_ns)
 
 
 def _sessions_complete(settled: NDArray[np.int64], held: NDArray[np.bool_]) -> bool:

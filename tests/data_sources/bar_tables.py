@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +12,11 @@ import pyarrow as pa
 from data_sources.bars import DAY_NS, MINUTE_NS
 from data_sources.lake.lake import Lake
 from data_sources.lake.quality import SCHEMA
+from data_sources.progress import NullProgress, Progress
+from data_sources.sources import DataRequest, RefreshJob
+from data_sources.splits import SplitLedger
 
-__all__ = ["DAY_NS", "flat", "ns", "read", "table", "walk", "with_values"]
+__all__ = ["DAY_NS", "flat", "job_for", "ns", "read", "table", "walk", "with_values"]
 
 
 def ns(text: str) -> int:
@@ -72,3 +77,18 @@ def read(
         names = pa.repeat(pa.scalar(symbol, pa.string()), len(columns["open_time"]))
         tables.append(pa.table([names, *(columns[name] for name in SCHEMA.names[1:])], schema=SCHEMA))
     return pa.concat_tables(tables)
+
+
+@contextmanager
+def job_for(
+    lake: Lake,
+    symbols: Mapping[str, Sequence[str]],
+    start_ns: int,
+    end_ns: int,
+    now_ns: int,
+    progress: Progress | None = None,
+) -> Iterator[RefreshJob]:
+    """A job for one source, with the lake locked as ``refresh`` does it."""
+    request = DataRequest((), symbols, start_ns, end_ns)
+    with lake.writing():
+        yield RefreshJob(lake, request, now_ns, progress or NullProgress(), SplitLedger(lake.root))

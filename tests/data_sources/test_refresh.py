@@ -66,11 +66,11 @@ def fakes(**refreshes):
 
 
 def writes(source, dataset, bars):
-    return lambda lake, request, now_ns, progress, splits: put(lake, source, dataset, bars) and None
+    return lambda job: put(job.lake, source, dataset, bars) and None
 
 
 def raises(error):
-    def refresh(lake, request, now_ns, progress, splits):
+    def refresh(job):
         raise error
 
     return refresh
@@ -157,9 +157,9 @@ def test_an_interrupt_leaves_the_refresh_and_frees_the_lock(lake):
 
 
 def test_sources_get_the_request_the_time_and_the_split_ledger(lake):
-    def update(given_lake, request, now_ns, progress, splits):
-        assert (given_lake, request.symbols["stocks"], now_ns) == (lake, ("AAPL",), NOW)
-        splits.update("AAPL", [Split(datetime.date(2026, 11, 18), 4.0)])
+    def update(job):
+        assert (job.lake, job.request.symbols["stocks"], job.now_ns) == (lake, ("AAPL",), NOW)
+        job.splits.update("AAPL", [Split(datetime.date(2026, 11, 18), 4.0)])
 
     reports = refresh(lake, request_for("yahoo"), NOW, NullProgress(), sources=fakes(yahoo=update))
     assert reports["yahoo"].status == "ok"

@@ -6,16 +6,15 @@ import datetime as dt
 
 import numpy as np
 import pytest
-from bar_tables import DAY_NS, ns, walk
+from bar_tables import DAY_NS, job_for, ns, walk
 
 from data_sources.lake.lake import Lake
 from data_sources.load import load
-from data_sources.progress import NullProgress
 from data_sources.sources import DataRequest
 from data_sources.universe import members, plain_names, top_of
 from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon import US_STOCKS
-from data_sources.vendors.polygon_days import read_day_and_largest
+from data_sources.vendors.polygon_days import read_day
 from data_sources.vendors.polygon_refresh import Polygon
 from tests.data_sources.vendors.polygon_harness import rows
 from tests.data_sources.vendors.s3_server import CRYPTO, S3Server, day_file, key_of
@@ -54,7 +53,8 @@ def refresh(server: S3Server, lake: Lake, *stocks: str, crypto: tuple[str, ...] 
     """Refresh and return the downloaded days."""
     server.log.clear()
     source = Polygon("key", "secret", server.endpoint, RetryPolicy(read_seconds=5, attempts=2))
-    source.refresh(lake, stocks, crypto, START, NOW, NOW, NullProgress())
+    with job_for(lake, {"stocks": stocks, "polygon_crypto": crypto}, START, NOW, NOW) as job:
+        source.refresh(job)
     return sorted(key[-17:-7] for key in server.gets())
 
 
@@ -105,7 +105,7 @@ def test_a_day_is_ranked_by_volume_times_median_close_and_one_bad_print_changes_
     lines[-1] = ",".join([*fields[:2], "9e9", "9e9", "9e9", "9e9", *fields[6:]])
     lines += ["NEG,-5,1,1,1,1,1,1", "EMPTY,,1,1,1,1,1,1"]
     span = US_STOCKS.interval(day)
-    table, dollars = read_day_and_largest(day_file(lines), "key", ["CCC"], 2, "", *span)
+    table, dollars = read_day(day_file(lines), "key", ["CCC"], *span, num_largest=2)
     assert list(dollars) == ["AAA", "BBB"]
     closes = [float(line.split(",")[3]) for line in rows("AAA", day)]
     assert dollars["AAA"] == pytest.approx(1000 * len(closes) * np.median(closes), abs=1)

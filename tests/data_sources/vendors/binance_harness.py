@@ -10,7 +10,7 @@ import numpy as np
 from data_sources.lake.lake import Lake
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.http import RetryPolicy
-from tests.data_sources.bar_tables import read
+from tests.data_sources.bar_tables import job_for, read
 from tests.data_sources.vendors.binance_server import HOUR_NS, BinanceServer
 from tests.data_sources.vendors.loopback import Notes, ns
 
@@ -45,8 +45,13 @@ class Harness:
         self.server.requests.clear()
         self.notes = Notes()
         now_ns = self.server.now_ns
-        self.binance.refresh(self.lake, pairs or ("BTCUSDT",), start_ns, now_ns, now_ns, self.notes)
+        self.refresh_until(now_ns, *pairs, start_ns=start_ns, now_ns=now_ns)
         return list(self.server.requests)
+
+    def refresh_until(self, end_ns: int, *pairs: str, start_ns: int, now_ns: int) -> None:
+        symbols = {"binance_pairs": pairs or ("BTCUSDT",)}
+        with job_for(self.lake, symbols, start_ns, end_ns, now_ns, self.notes) as job:
+            self.binance.refresh(job)
 
     def minutes(
         self, pair: str = "BTCUSDT", start_ns: int = START, end_ns: int = CLOSED + DAY_NS

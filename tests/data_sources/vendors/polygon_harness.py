@@ -7,7 +7,7 @@ import threading
 
 from data_sources.lake.lake import Lake
 from data_sources.vendors.polygon_refresh import Polygon
-from tests.data_sources.bar_tables import read
+from tests.data_sources.bar_tables import job_for, read
 from tests.data_sources.vendors.s3_server import STOCKS, S3Server, day_file, key_of
 
 KEY_ID, SECRET = "AKIAHIDDENHIDDEN", "hidden/secret+hidden"
@@ -79,7 +79,9 @@ def refresh(
     source: Polygon, lake: Lake, stocks: list[str], crypto: list[str] | None = None, start_ns: int = START_NS
 ) -> Recorder:
     recorder = Recorder()
-    source.refresh(lake, stocks, crypto or [], start_ns, END_NS, NOW_NS, recorder)
+    symbols = {"stocks": stocks, "polygon_crypto": crypto or []}
+    with job_for(lake, symbols, start_ns, END_NS, NOW_NS, recorder) as job:
+        source.refresh(job)
     return recorder
 
 

@@ -12,9 +12,10 @@ from data_sources.errors import LakeError, RateLimited, Refused, SourceUnavailab
 from data_sources.lake.lake import Lake
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.binance_rest import Rest
+from tests.data_sources.bar_tables import job_for
 from tests.data_sources.vendors.binance_harness import CLOSED, DAY_NS, NOW, POLICY, START, Harness
 from tests.data_sources.vendors.binance_server import MINUTE_NS, BinanceServer, bars_of
-from tests.data_sources.vendors.loopback import Fault, Notes, ns
+from tests.data_sources.vendors.loopback import Fault, ns
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_an_earlier_start_fetches_only_the_earlier_months(harness: Harness) -> N
 
 def test_a_window_that_ended_long_ago_needs_no_recent_bars(harness: Harness) -> None:
     now_ns = harness.server.now_ns
-    harness.binance.refresh(harness.lake, ["BTCUSDT"], START, ns("2026-10-25T00:00"), now_ns, harness.notes)
+    harness.refresh_until(ns("2026-10-25T00:00"), start_ns=START, now_ns=now_ns)
     assert harness.units() == {"2026-10"}
 
 
@@ -207,8 +208,9 @@ def test_two_dead_hosts_are_an_error_that_costs_no_bar_and_few_requests(harness:
 
 def test_nothing_listens(tmp_path: Path) -> None:
     binance = Binance("http://127.0.0.1:9", "http://127.0.0.1:9", policy=POLICY)
-    with pytest.raises(SourceUnavailable):
-        binance.refresh(Lake(tmp_path), ["BTCUSDT"], START, NOW, NOW, Notes())
+    symbols = {"binance_pairs": ["BTCUSDT"]}
+    with job_for(Lake(tmp_path), symbols, START, NOW, NOW) as job, pytest.raises(SourceUnavailable):
+        binance.refresh(job)
 
 
 def test_retry_after_is_honoured(harness: Harness) -> None:
@@ -254,7 +256,8 @@ def test_addresses_come_from_the_environment(harness: Harness, monkeypatch: pyte
     monkeypatch.setenv("BINANCE_API_URL", harness.server.url + "/")
     monkeypatch.setenv("BINANCE_ARCHIVE_URL", harness.server.url + "/")
     start_ns = ns("2026-11-22T00:00")
-    Binance.from_environment().refresh(harness.lake, ["BTCUSDT"], start_ns, NOW, NOW, harness.notes)
+    harness.binance = Binance.from_environment()
+    harness.refresh(start_ns=start_ns)
     harness.assert_complete(start_ns=start_ns)
 
 

@@ -251,7 +251,7 @@ def test_a_bar_that_a_new_file_lacks_is_kept(harness: Harness) -> None:
 def test_a_bar_stored_half_made_under_a_fast_clock_heals(harness: Harness) -> None:
     start_ns = ns("2026-11-23T00:00")
     fast_ns = harness.server.now_ns + 50 * 10**9
-    harness.binance.refresh(harness.lake, ["BTCUSDT"], start_ns, fast_ns, fast_ns, harness.notes)
+    harness.refresh_until(fast_ns, start_ns=start_ns, now_ns=fast_ns)
     assert harness.minutes(start_ns=start_ns)[-1] == CLOSED
     harness.refresh(start_ns=start_ns, seconds_later=120)
     harness.assert_complete(start_ns=start_ns, end_ns=CLOSED + 2 * MINUTE_NS)

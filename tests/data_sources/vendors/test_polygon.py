@@ -177,7 +177,7 @@ def test_every_wanted_line_is_found_wherever_the_pieces_of_the_file_are_cut(monk
             gzip.compress(re.sub(r"(?m)^([A-Z:-]+),", r'"\1",', text).encode()),  # quoted
             gzip.compress(b"\xef\xbb\xbf" + text.encode()),  # byte order mark
         ):
-            table = read_day(body, "key", wanted, start_ns, end_ns)
+            table, _ = read_day(body, "key", wanted, start_ns, end_ns)
             found = list(
                 zip(*(table.column(name).to_pylist() for name in ("symbol", "open_time")), strict=True)
             )

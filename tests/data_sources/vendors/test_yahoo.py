@@ -206,9 +206,7 @@ def test_nothing_is_printed(harness: Harness, capfd: pytest.CaptureFixture[str])
 
 def test_the_environment_names_another_host(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YAHOO_BASE_URL", harness.server.url + "/")
-    Yahoo.from_environment().refresh(
-        harness.lake, ["AAPL"], NOW - 5 * DAY_NS, NOW, NOW, harness.notes, harness.ledger
-    )
+    harness.refresh_at(NOW, "AAPL", days=5, yahoo=Yahoo.from_environment())
     assert list(harness.lake.parts("yahoo", "AAPL")) == ["2026-03-09", "2026-03-16"]
 
 

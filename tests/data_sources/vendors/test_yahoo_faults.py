@@ -11,7 +11,6 @@ import pytest
 
 from data_sources.errors import DataError, RateLimited, Refused, SourceUnavailable
 from data_sources.vendors import yahoo_refresh
-from data_sources.vendors.yahoo_refresh import Yahoo
 from tests.data_sources.vendors.loopback import Fault, ns
 from tests.data_sources.vendors.yahoo_harness import (
     DAY_NS,
@@ -19,7 +18,6 @@ from tests.data_sources.vendors.yahoo_harness import (
     HTML,
     MINUTES,
     NOW,
-    POLICY,
     STOCKS,
     Harness,
 )
@@ -168,10 +166,7 @@ def test_a_slow_source_has_a_deadline_and_keeps_what_came(
 def test_yahoos_own_words_reach_the_user(harness: Harness) -> None:
     harness.server.now_ns += 3 * DAY_NS  # a host whose clock is ahead: the oldest week is too old for it
     ahead = harness.server.now_ns
-    now = NOW
-    Yahoo(harness.server.url, policy=POLICY).refresh(
-        harness.lake, ["AAPL"], now - 60 * DAY_NS, now, now, harness.notes, harness.ledger
-    )
+    harness.refresh_at(NOW, "AAPL", days=60)
     assert harness.server.now_ns == ahead
     [warning] = harness.notes.warnings
     assert "The requested range must be within the last 30 days." in warning

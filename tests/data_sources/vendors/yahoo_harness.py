@@ -11,6 +11,7 @@ from data_sources.lake.lake import Lake
 from data_sources.splits import SplitLedger
 from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.yahoo_refresh import Yahoo
+from tests.data_sources.bar_tables import job_for
 from tests.data_sources.vendors.loopback import Notes, ns
 from tests.data_sources.vendors.yahoo_server import MINUTE_NS, YahooServer
 
@@ -41,10 +42,13 @@ class Harness:
         self.server.now_ns = now_ns = at or self.server.now_ns
         self.server.requests.clear()
         self.notes = Notes()
-        Yahoo(self.server.url, policy=POLICY).refresh(
-            self.lake, stocks or STOCKS, now_ns - 730 * DAY_NS, now_ns, now_ns, self.notes, self.ledger
-        )
+        self.refresh_at(now_ns, *stocks or STOCKS)
         return self.charts()
+
+    def refresh_at(self, now_ns: int, *stocks: str, days: int = 730, yahoo: Yahoo | None = None) -> None:
+        span = (now_ns - days * DAY_NS, now_ns, now_ns)
+        with job_for(self.lake, {"stocks": stocks}, *span, self.notes) as job:
+            (yahoo or Yahoo(self.server.url, policy=POLICY)).refresh(job)
 
     def charts(self, path: str = "/chart/") -> list[str]:
         return [request for request in self.server.requests if "/chart/" in request and path in request]
