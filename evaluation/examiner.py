@@ -19,6 +19,7 @@ from evaluation import champion, ledger
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
 from evaluation.measures import Measures, measure
+from evaluation.trained_policy import NEVER_NS
 from evaluation.verdict import Verdict, beats, verdict
 from models.policy import Policy
 from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waiting
@@ -29,8 +30,6 @@ from training.progress import TrainingProgress
 from training.trainer import Trainer
 
 log = logging.getLogger("continuous_training")
-
-NEVER_NS = 2**62
 
 
 @dataclass(frozen=True)
