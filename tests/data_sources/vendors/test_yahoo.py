@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -23,13 +22,7 @@ from tests.data_sources.vendors.yahoo_harness import (
     STOCKS,
     Harness,
 )
-from tests.data_sources.vendors.yahoo_server import MINUTE_NS, YahooServer
-
-
-@pytest.fixture
-def harness(tmp_path: Path) -> Iterator[Harness]:
-    with YahooServer(NOW, STOCKS) as server:
-        yield Harness(server, tmp_path / "lake")
+from tests.data_sources.vendors.yahoo_server import MINUTE_NS
 
 
 def test_a_first_refresh_brings_every_closed_minute_that_yahoo_still_has(harness: Harness) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,6 @@ from tests.data_sources.vendors.yahoo_harness import (
     Harness,
 )
 from tests.data_sources.vendors.yahoo_server import MINUTE_NS, Rows, YahooServer
-
-
-@pytest.fixture
-def harness(tmp_path: Path) -> Iterator[Harness]:
-    with YahooServer(NOW, STOCKS) as server:
-        yield Harness(server, tmp_path / "lake")
 
 
 def test_a_failed_answer_is_not_replayed_from_yfinances_cache(harness: Harness) -> None:
