@@ -35,7 +35,7 @@ from runtime.control import (
     Control,
     ExitProgram,
 )
-from training import checkpoint, validation
+from training import checkpoint, setting_types, validation
 from training.memory import DoesNotFit
 
 STOCKS = tuple(
@@ -53,6 +53,7 @@ POLYGON_CRYPTO = tuple(
 
 
 @dataclass(frozen=True)
+@setting_types.allow_any_default
 class Settings:
     """Every setting. Its comment is its --help; None means "not set"."""
 
@@ -123,6 +124,8 @@ class Settings:
     prometheus_port: int | None = None  # the newest metrics on this port of 127.0.0.1, for Prometheus
 
     def __post_init__(self) -> None:
+        for name, value in setting_types.convert_all(self).items():
+            object.__setattr__(self, name, value)
         for name, folder in validation.folders(self):
             object.__setattr__(self, name, os.path.expanduser(folder))  # noqa: PTH111 - Path would drop "./"
         validation.check(self)
@@ -203,7 +206,7 @@ def train_command(settings: Settings) -> None:
     code, message = EXIT_OK, ""
     control = Control()
     try:
-        validation.check_batch(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        validation.check_training(settings, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         control.report_exit_code(EXIT_SETTING)
         exit_with(EXIT_SETTING, f"Invalid setting: {error}")

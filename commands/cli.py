@@ -16,6 +16,7 @@ import typer
 
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, export, name_of
 from runtime.control import EXIT_SETTING, ExitProgram
+from training.setting_types import KINDS, shown
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -93,8 +94,10 @@ def command_from(
     def command(preset: str | None, demo: bool, **given: Any) -> None:
         options = {parameter.name: _expand_path(given.pop(parameter.name)) for parameter in own}
         try:
-            sizes = presets[_preset_name(presets, preset, demo)]
-            settings = settings_class(**{**sizes, **_parse_given(settings_class, types, given)})
+            name = _preset_name(presets, preset, demo)
+            if unknown := presets[name].keys() - types.keys():
+                raise ValueError(f"preset {name} has {', '.join(sorted(unknown))}, which is no setting")
+            settings = settings_class(**{**presets[name], **_parse_given(settings_class, types, given)})
         except ValueError as error:
             exit_with(EXIT_SETTING, f"Invalid setting: {error}")
         _call(run, settings, options)
@@ -282,7 +285,7 @@ def _parse_given(
         except ValueError as error:
             default = defaults[name]
             example = ", or none" if default is None else f", such as {_format_default(default, ',')}"
-            raise ValueError(f"{name}={value!r} must be {error}{example}") from None
+            raise ValueError(f"{name}={shown(value)} must be {error}{example}") from None
     return parsed
 
 
@@ -306,8 +309,7 @@ def _parse(hint: Any, value: Any) -> Any:
     try:
         return hint(value)
     except ValueError:
-        kind = {int: "a whole number", float: "a number"}.get(hint, hint.__name__)
-        raise ValueError(kind) from None
+        raise ValueError(KINDS[hint]) from None
 
 
 def _expand_path(value: Any) -> Any:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from continuous_training import Settings
 
 AT_LEAST_ONE = ("num_envs", "context_bars", "horizon", "episode_bars")
+SHOWN = 200  # characters of a wrong value
 ZERO_OR_MORE = (
     "stock_fee_bps",
     "crypto_fee_bps",
@@ -87,7 +88,9 @@ class EnvConfig:
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
-    """Raise ``ValueError("name=value rule")`` unless the rule holds."""
+    """Raise ``ValueError("name=value rule")``, one line, unless the rule holds."""
     if not holds:
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        raise ValueError(f"{name}={shown} {rule}")
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        message = f"{name}={shown} {rule}"
+        raise ValueError("".join(character if character.isprintable() else "?" for character in message))

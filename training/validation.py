@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from data_sources import universe
 from data_sources.calendar import parse_day
 from data_sources.vendors import RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from envs.config import EnvConfig, require
+from training.setting_types import shown
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
 FIRST_DATE = date(2003, 1, 1)  # no source has earlier bars
 
-# EnvConfig checks the settings of the environment.
-AT_LEAST_ONE = (
-    "history_days",
-    "min_bars",
-    "simulated_symbols",
-    "simulated_bars",
-    "envs_per_gpu",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "batch_size",
-    "update_passes",
-    "epochs",
-    "checkpoint_every",
-    "keep_checkpoints",
-)
-ZERO_OR_MORE = ("holdout_days", "warmup_steps", "weight_decay", "entropy_coef", "value_coef")
+# The least and the most; what is beyond has no meaning, or could only be a slip. EnvConfig has more rules.
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "history_days": (1, math.inf),
+    "min_bars": (1, 10**7),
+    "holdout_days": (0, 10**4),
+    "simulated_symbols": (1, 10**4),
+    "simulated_bars": (1, 10**7),
+    "envs_per_gpu": (1, 2**20),
+    "context_bars": (1, 10**5),
+    "horizon": (1, 10**5),
+    "episode_bars": (1, 10**7),
+    "stock_fee_bps": (0, 10**4),
+    "crypto_fee_bps": (0, 10**4),
+    "slippage_bps": (0, 10**4),
+    "range_slippage": (0, 10),
+    "volume_slippage": (0, 10),
+    "account_value": (0, 10**15),
+    "flat_before_close": (0, 389),
+    "borrow_rate": (0, 100),
+    "cost_ramp": (0, 1),
+    "d_model": (1, 2**17),
+    "num_layers": (1, 1_000),
+    "num_heads": (1, 2**16),
+    "batch_size": (1, 2**31),
+    "micro_batch_segments": (1, 2**20),
+    "update_passes": (1, 1_000),
+    "learning_rate": (0, 1),
+    "warmup_steps": (0, 10**9),
+    "final_learning_rate_fraction": (0, 1),
+    "weight_decay": (0, 100),
+    "max_grad_norm": (0, 10**12),
+    "gae_lambda": (0, 1),
+    "clip_coef": (0, 10),
+    "entropy_coef": (0, 100),
+    "value_coef": (0, 1_000),
+    "epochs": (1, 10**9),
+    "runs": (1, 10**9),
+    "checkpoint_every": (1, 10**9),
+    "keep_checkpoints": (1, 10**6),
+    "prometheus_port": (1, 65_535),
+}
+ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef")
+OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port")
+LARGEST_POSITION = 100.0
+LONGEST_SYMBOL = 32
+MINUTES_PER_DAY = 1_440
 
 
 def folders(settings: Settings) -> list[tuple[str, str]]:
@@ -44,13 +75,54 @@ def folders(settings: Settings) -> list[tuple[str, str]]:
 
 
 def check(settings: Settings) -> None:
-    """Check every setting by itself and against the others.
+    """Check every setting by itself and against the others; their types are right (setting_types.py).
 
     Raises:
         ValueError: names the setting, its value, the rule, and a value that would do.
     """
-    for name, holds, rule in _rules(settings):
-        require(holds, name, getattr(settings, name), rule)
+    try:
+        for name, holds, rule in _rules(settings):
+            require(holds, name, getattr(settings, name), rule)
+    except AttributeError as error:
+        if error.obj is not settings:
+            raise
+        raise ValueError(f"{error.name} is missing: it must be among the settings, see README.md") from None
+
+
+def check_training(settings: Settings, world_size: int) -> None:
+    """Check what a training needs beyond valid settings: bars left to train on, and a batch of whole segments.
+
+    Raises:
+        ValueError: names the setting, its value, the rule, and a value that would do.
+    """
+    s = settings
+    sources = [SOURCES[source] for source in s.sources]
+    lists = dict.fromkeys(group.setting for source in sources for group in source.groups)
+    has_symbols = not lists or any(getattr(s, setting) for setting in lists)
+    require(has_symbols, "sources", s.sources, f"must have symbols: set {' or '.join(lists)}")
+    if all(source.is_computed for source in sources):
+        rule = f"must be at least min_bars={s.min_bars}"
+        require(s.simulated_bars >= s.min_bars, "simulated_bars", s.simulated_bars, rule)
+        num_days, lengthen = s.simulated_bars / MINUTES_PER_DAY, "simulated_bars"
+    elif s.start_date:
+        end = parse_day(s.end_date) if s.end_date else datetime.now(UTC)
+        num_days, lengthen = (end - parse_day(s.start_date)).days + 1.0, "the days from start_date on"
+    else:
+        num_days, lengthen = float(s.history_days), "history_days"
+    rule = (
+        f"must be below the {num_days:.4g} days of bars, so that some are left to train on: raise {lengthen}"
+    )
+    require(s.holdout_days < num_days, "holdout_days", s.holdout_days, rule)
+    if all(source.is_computed for source in sources):
+        held_out = s.holdout_days * MINUTES_PER_DAY
+        least = held_out + s.context_bars + s.horizon + 3
+        rule = (
+            f"must be {least} or more: {held_out} in holdout_days, and a segment of context_bars and horizon"
+        )
+        require(s.simulated_bars >= least, "simulated_bars", s.simulated_bars, rule)
+    same = Path(s.checkpoint_dir).resolve() == Path(s.data_dir).resolve()
+    require(not same, "data_dir", s.data_dir, "must be another folder than checkpoint_dir")
+    check_batch(settings, world_size)
 
 
 def check_batch(settings: Settings, world_size: int) -> None:
@@ -87,38 +159,36 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         parts = value if isinstance(value, tuple) else (value,)
         finite = all(math.isfinite(part) for part in parts if isinstance(part, float))
         yield field.name, finite, "must be finite"
-    for name in AT_LEAST_ONE:
-        yield name, getattr(s, name) >= 1, "must be 1 or more"
-    for name in ZERO_OR_MORE:
-        yield name, getattr(s, name) >= 0, "must be 0 or more"
+    for name in ABOVE_ZERO:
+        yield name, getattr(s, name) > 0, "must be above 0"
+    for name, (least, most) in LIMITS.items():
+        value, unset = getattr(s, name), ", or not set" if name in OPTIONAL else ""
+        yield name, value is None or value >= least, f"must be {least} or more{unset}"
+        yield name, value is None or value <= most, f"must be at most {most}{unset}"
+    too_large = [position for position in s.positions if abs(position) > LARGEST_POSITION]
+    rule = f"must be fractions of equity, from -{LARGEST_POSITION:g} to {LARGEST_POSITION:g}"
+    yield "positions", not too_large, rule
     EnvConfig.from_settings(s)  # raises its own errors
     yield "positions", 0.0 in s.positions, "must have 0 among them"
     yield "seed", 0 <= s.seed < 2**31, "must be 0 or more and below 2147483648"
-    for name in ("learning_rate", "max_grad_norm", "clip_coef"):
-        yield name, getattr(s, name) > 0, "must be above 0"
     yield "gamma", 0 <= s.gamma < 1, "must be 0 or more and below 1, such as 0.99"
-    for name in ("gae_lambda", "final_learning_rate_fraction", "cost_ramp"):
-        yield name, 0 <= getattr(s, name) <= 1, "must be from 0 to 1"
-    for name in ("runs", "micro_batch_segments"):
-        value = getattr(s, name)
-        yield name, value is None or value >= 1, "must be 1 or more, or not set"
 
     for name, folder in folders(s):
         yield name, bool(folder.strip()), "must be a folder; . is the program's own"
         # What expanduser leaves: ~NAME of no user. A folder of that name has to be meant, as in a shell.
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
 
-    port = s.prometheus_port
-    yield "prometheus_port", port is None or 1 <= port <= 65_535, "must be 1 to 65535, or not set"
-
-    sources = ", ".join(SOURCES)
+    known = ", ".join(SOURCES)
     unknown = [source for source in s.sources if source not in SOURCES]
-    yield "sources", bool(s.sources), f"must name at least one of: {sources}"
-    yield "sources", not unknown, f"has {', '.join(unknown)}, which is unknown; use some of: {sources}"
+    yield "sources", bool(s.sources), f"must name at least one of: {known}"
+    yield "sources", not unknown, f"has {', '.join(unknown)}, which is unknown; use some of: {known}"
     mixed = "simulated" in s.sources and len(s.sources) > 1
     yield "sources", not mixed, "must not mix simulated bars with real ones"
 
     for name in SYMBOL_SETTINGS:
+        strange = [symbol for symbol in getattr(s, name) if not _is_symbol(symbol)]
+        rule = f"has {shown(strange[0])}, which is no symbol" if strange else ""
+        yield name, not strange, f"{rule}: one in each pair of quotes, without spaces, commas and slashes"
         rule = "must be symbols"
         if name in RULE_SETTINGS:
             rule += ", or a rule such as top:500: the largest by dollar volume, as known at each date"
@@ -146,6 +216,12 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     for name, hint in get_type_hints(type(s)).items():
         choices = get_args(hint) if get_origin(hint) is Literal else (getattr(s, name),)
         yield name, getattr(s, name) in choices, f"must be one of: {', '.join(map(str, choices))}"
+
+
+def _is_symbol(name: str) -> bool:
+    """Whether it could be a symbol, or a rule; sources know their own."""
+    fits = name.isprintable() and 1 <= len(name) <= LONGEST_SYMBOL
+    return fits and bool(name.strip(".")) and not set(name) & set(" ,;/\\\"'")
 
 
 def _are_symbols(names: tuple[str, ...], may_be_rule: bool) -> bool:

@@ -81,7 +81,7 @@ def check_folder(settings: Settings, world_size: int, writes: bool) -> Iterator[
         writes: False on machines that never lock the folder.
     """
     try:
-        validation.check_batch(settings, world_size)
+        validation.check_training(settings, world_size)
         yield Line("settings", "OK", f"valid for {world_size} process{'es' if world_size > 1 else ''}")
     except ValueError as error:
         yield Line.setting(str(error))
