@@ -25,6 +25,7 @@ INHERITED_RANKS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+LOOPBACK = "127.0.0.1"
 RENDEZVOUS_SECONDS = 600  # for all machines to join; less than the supervisor's START_SECONDS
 
 
@@ -78,9 +79,12 @@ class Launch:
         python = [sys.executable, "-u"]
         if self.world_size == 1:
             return [([*python, *worker], {})]
-        threads = {"OMP_NUM_THREADS": str(max(1, _usable_cores() // self.num_ranks))}
+        additions = {"OMP_NUM_THREADS": str(max(1, _usable_cores() // self.num_ranks))}
+        if LINUX and self.num_nodes == 1:
+            additions["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the machine's name
         if self.launcher == "torchrun":
-            nodes = ["--standalone"]
+            # By number: a machine's own name may resolve to nothing, or to an address that it has no more.
+            nodes = ["--standalone", f"--local-addr={LOOPBACK}"]
             if self.num_nodes > 1:
                 # static: rank 0, which downloads and saves, is always on node 0. The c10d rendezvous numbers
                 # machines in the order in which they join.
@@ -98,11 +102,11 @@ class Launch:
                 "--signals-to-handle=SIGUSR2",  # none: stopping goes through the control folder
                 "--shutdown-timeout=10",
             ]
-            return [([*python, "-m", "runtime.torchrun", *nodes, *flags, *worker], threads)]
-        common = threads | {
+            return [([*python, "-m", "runtime.torchrun", *nodes, *flags, *worker], additions)]
+        common = additions | {
             "WORLD_SIZE": str(self.num_ranks),
             "LOCAL_WORLD_SIZE": str(self.num_ranks),
-            "MASTER_ADDR": "127.0.0.1",  # by name, Windows may find a virtual network card
+            "MASTER_ADDR": LOOPBACK,  # by name, Windows may find a virtual network card
             "MASTER_PORT": str(_free_port()),
         }
         if WINDOWS:
@@ -162,5 +166,5 @@ def _usable_cores() -> int:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.program import PATIENCE, SUPERVISED, Start, checkpoint, environment, 
 
 TWO_RANKS = {"runs": 1, "batch_size": 64}
 LAST = "run1_epoch8.pt"
+IN_UTS_NAMESPACE = "import os, sys; os.execvp('unshare', ['unshare', '--uts', 'sh', '-c', sys.argv[1]])"
 long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
 
 
@@ -102,6 +105,19 @@ def test_a_stop_at_a_random_moment_exits_0(unbroken: Path, tmp_path: Path, sent:
 @long
 def test_a_clock_that_jumps_back_an_hour_does_not_change_the_result(unbroken: Path, tmp_path: Path) -> None:
     start_slowly(tmp_path, CLOCK_BACK="1").ends_well()
+    assert_ends_like(unbroken, tmp_path)
+
+
+@long
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0,
+    reason="needs unshare, root",
+)
+def test_two_ranks_train_on_a_machine_whose_name_does_not_resolve(unbroken: Path, tmp_path: Path) -> None:
+    words = " ".join([*SUPERVISED, *tiny_flags(tmp_path, **TWO_RANKS)])
+    command = f"hostname no-such-host; exec {sys.executable} {words}"
+    start = Start(tmp_path / "out", ["-c", IN_UTS_NAMESPACE, command], environment(NPROC="2")).ends_well()
+    assert "resolve" not in start.output
     assert_ends_like(unbroken, tmp_path)
 
 

@@ -1,7 +1,10 @@
 """Launch settings: the variables, torchrun's command line, and how many ranks a machine gets."""
 
+import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,7 +38,26 @@ def test_many_machines_meet_at_the_endpoint():
     ((command, _),) = launch.commands(["worker.py", "train"])
     assert launch.world_size == 8
     assert {"--nnodes=2", "--rdzv-endpoint=first:29500", "--node-rank=1"} < set(command)
-    assert "--standalone" not in command
+    assert "--standalone" not in command and not [word for word in command if "local-addr" in word]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torchrun")
+def test_ranks_of_one_machine_meet_though_its_name_does_not_resolve(tmp_path):
+    """A name that does not resolve costs torchrun's ranks five minutes, then the next start the same."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket; socket.getfqdn = lambda name='': 'no.such.host'"
+    )
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, os, pathlib, sys\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(json.dumps(dict(os.environ)))\n"
+    )
+    ((command, additions),) = Launch(num_ranks=2, launcher="torchrun").commands([str(worker), str(tmp_path)])
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parents[2]}"
+    subprocess.run(command, env=os.environ | additions | {"PYTHONPATH": path}, check=True, timeout=120)
+    for rank in ("0", "1"):
+        seen = json.loads((tmp_path / rank).read_text())
+        assert seen["MASTER_ADDR"] == "127.0.0.1" and seen["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for nvidia-smi")
