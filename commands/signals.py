@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass
 from data_sources.calendar import expected_minutes
 from data_sources.coverage import minutes_behind
+from data_sources.errors import LakeBusy, LakeError
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData, load
 from data_sources.progress import Progress, WarningCollector
@@ -37,6 +38,7 @@ log = logging.getLogger("continuous_training")
 LOOK_BACK_DAYS = 45  # of bars for the features; the longest window is 10 days of trading
 # Minutes of trading that the newest bar may lag: a quiet minute has no bar, and a vendor takes seconds.
 FRESH_MINUTES = 5
+WAIT_SECONDS = 120.0  # for a refresh by the daemon; a usual one takes seconds
 PUBLISHED_SECONDS = 6.0  # from a minute's end to the request for its bar; data_sources accepts none before 5
 
 
@@ -178,11 +180,10 @@ def run(
         DataError: the lake cannot be read.
     """
     settings = trained.settings
-    request = request_of(settings, now_ns, options.symbols)
     lake = Lake(Path(settings.data_dir), progress)
     if options.refreshes:
-        refresh(lake, request, now_ns, progress)
-    data = load(lake, request)
+        now_ns = _refresh(lake, settings, options, now_ns, progress)
+    data = load(lake, request_of(settings, now_ns, options.symbols))
     signals, missing = compute_signals(trained, data, now_ns, options)
     if options.as_json:
         content = report(trained, signals, missing, now_ns, data.fingerprint)
@@ -197,6 +198,21 @@ def run(
             f"bars end at end_date={settings.end_date}, as in the training: --end-date none lifts that"
         )
     return bool(signals)
+
+
+def _refresh(lake: Lake, settings: Settings, options: SignalOptions, now_ns: int, progress: Progress) -> int:
+    """Refresh the bars, after another process's refresh if one is under way; return the time of the request."""
+    request_of(settings, now_ns, options.symbols)  # an unknown symbol needs no wait
+    try:
+        with lake.writing(WAIT_SECONDS, progress) as waited_ns:
+            now_ns += waited_ns
+            refresh(lake, request_of(settings, now_ns, options.symbols), now_ns, progress)
+    except LakeBusy as error:
+        now_ns += int(WAIT_SECONDS * 1e9)
+        progress.warn("lake", f"not refreshed, as it is still busy after {WAIT_SECONDS:.0f} s: {error}")
+    except LakeError as error:
+        progress.warn("lake", f"not refreshed: {error}")
+    return now_ns
 
 
 def watch(

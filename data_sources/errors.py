@@ -7,6 +7,7 @@
     - RateLimited            ... for ``retry_after`` seconds, if the vendor sent them
   x BadAnswer                one answer (file, page) is damaged or does not fit the request
   x LakeError                the lake's folder cannot be read, written or locked
+    - LakeBusy               ... while another process writes
 
 An exception of a vendor's library never leaves its module; it is the ``__cause__`` of one of these.
 """
@@ -48,6 +49,10 @@ class BadAnswer(DataError):
 
 class LakeError(DataError):
     """The lake's folder cannot be read, written or locked."""
+
+
+class LakeBusy(LakeError):
+    """Another process writes to the lake: which."""
 
 
 @contextmanager

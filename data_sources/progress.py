@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Protocol
 
 
@@ -35,6 +37,31 @@ class NullProgress:
 
     def warn(self, source: str, message: str) -> None:
         """Ignore."""
+
+
+class Waiting:
+    """Reports the wait for another process that refreshes the lake; called a few times a second meanwhile."""
+
+    def __init__(self, root: Path, progress: Progress) -> None:
+        self._root, self._progress = root, progress
+        self._began_ns = 0
+        self.nanoseconds = 0
+
+    def __call__(self, holder: str) -> None:
+        """Report the wait for ``holder``, such as "process 123"."""
+        if not self._began_ns:
+            self._began_ns = time.monotonic_ns()
+            self._progress.start("lake", f"waiting for {holder}, which refreshes {self._root}", None)
+        self._progress.advance("lake", 0)
+
+    def end(self) -> None:
+        """Stop counting."""
+        if self._began_ns:
+            self.nanoseconds = time.monotonic_ns() - self._began_ns
+            seconds = self.nanoseconds / 1e9
+            self._progress.finish(
+                "lake", f"waited {seconds:.0f} s for another process to refresh {self._root}"
+            )
 
 
 class WarningCollector(NullProgress):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_sources.calendar import utc
-from data_sources.errors import DataError, MissingCredentials
+from data_sources.errors import DataError, LakeBusy, MissingCredentials
 from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
 from data_sources.sources import Answer, DataRequest, RefreshJob, Source
@@ -18,6 +18,8 @@ from data_sources.splits import SplitLedger
 from data_sources.vendors import SOURCES
 
 logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,17 @@ def refresh(
     progress: Progress,
     *,
     sources: Mapping[str, Source] = SOURCES,
+    wait_seconds: float = WAIT_SECONDS,
 ) -> dict[str, SourceReport]:
     """Fetch from every source of the request what the lake lacks, one source after another.
 
-    Whatever a source does, the others get their turn and what arrived stays. Sources that were skipped or
-    failed are also reported through ``progress.warn``. Only an interrupt leaves this function as an exception.
+    Whatever a source does, the others get their turn and what arrived stays. A refresh by another process is
+    waited for. Sources that were skipped or failed are also reported through ``progress.warn``. Only an interrupt
+    leaves this function as an exception.
 
     Args:
         sources: other sources under these names, for tests; the other arguments make the RefreshJob.
+        wait_seconds: how long to wait for another process that writes to the lake.
     """
     wanted = {name: sources[name] for name in request.sources}
     reports = {
@@ -60,7 +65,7 @@ def refresh(
     if fetched:
         started = time.monotonic()
         try:
-            with lake.writing():
+            with lake.writing(wait_seconds, progress):
                 job = RefreshJob(lake, request, now_ns, progress, SplitLedger(lake.root))
                 for source in fetched:
                     reports[source.name] = _refresh_one(job, source)
@@ -93,11 +98,12 @@ def _refresh_one(job: RefreshJob, source: Source) -> SourceReport:
 def _failure_report(lake: Lake, source: Source, error: Exception, seconds: float) -> SourceReport:
     reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
     reason = " ".join(reason.split())
+    status: Literal["skipped", "failed"] = "skipped" if isinstance(error, LakeBusy) else "failed"
     try:
         rows, newest_ns, kept = _kept(lake, source)
     except DataError:
         rows, newest_ns, kept = 0, None, "its part of the lake cannot be read"
-    return SourceReport("failed", f"{source.label} failed: {reason}; {kept}", seconds, rows, newest_ns)
+    return SourceReport(status, f"{source.label} {status}: {reason}; {kept}", seconds, rows, newest_ns)
 
 
 def _kept(lake: Lake, source: Source) -> tuple[int, int | None, str]:

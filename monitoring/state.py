@@ -45,6 +45,8 @@ class Task:
     @property
     def text(self) -> str:
         """How far it is."""
+        if not self.done and self.total is None:
+            return self.unit
         total = f" of {self.total:,}" if self.total is not None else ""
         size = f", {self.num_bytes / 1e6:.1f} MB" if self.num_bytes else ""
         left = ""

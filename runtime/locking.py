@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ NO_LOCK_ERRORS = (*UNSUPPORTED, errno.ENOLCK)
 NO_LOCKS = (
     "this file system has no locks: nothing keeps out a second program that writes here; start only one"
 )
+POLL_SECONDS = 0.2
 _held_here: set[Path] = set()  # lock files that this process holds
 _LOCK_OFFSET = 1 << 30  # a locked byte cannot be read on Windows: lock one beyond the holder's name
 
@@ -28,7 +29,11 @@ class FolderLockError(Exception):
 
 
 class FolderHeld(FolderLockError):
-    """Another process, or another part of this one, holds the folder."""
+    """Another process, or another part of this one, holds the folder; ``holder`` is such as "process 123"."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder} is written by {holder} now; wait for it or stop it")
+        self.holder = holder
 
 
 class FolderUnwritable(FolderLockError):
@@ -48,8 +53,14 @@ class FolderLock:
         self._descriptor = -1
 
     @contextmanager
-    def hold(self) -> Iterator[bool]:
+    def hold(
+        self, wait_seconds: float = 0.0, on_wait: Callable[[str], object] = lambda holder: None
+    ) -> Iterator[bool]:
         """Hold the lock; yields True for the outermost hold, False within another.
+
+        Args:
+            wait_seconds: how long to wait for another holder.
+            on_wait: called with the holder a few times a second meanwhile; what it raises ends the wait.
 
         Raises:
             FolderHeld: another holder has it.
@@ -57,7 +68,7 @@ class FolderLock:
         """
         with self._guard:
             if outermost := self._holds == 0:
-                self._acquire()
+                self._wait(time.monotonic() + wait_seconds, on_wait)
             self._holds += 1
         try:
             yield outermost
@@ -67,6 +78,16 @@ class FolderLock:
                 if self._holds == 0:
                     _held_here.discard(self._path.absolute())
                     os.close(self._descriptor)  # releases the lock; the file stays and means nothing
+
+    def _wait(self, end: float, on_wait: Callable[[str], object]) -> None:
+        while True:
+            try:
+                return self._acquire()
+            except FolderHeld as error:
+                if time.monotonic() >= end:
+                    raise
+                on_wait(error.holder)
+            time.sleep(POLL_SECONDS)
 
     def _acquire(self) -> None:
         try:
@@ -82,9 +103,7 @@ class FolderLock:
         if not is_locked:
             holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
             os.close(descriptor)
-            raise FolderHeld(
-                f"{self._path.parent} is written by {holder or 'another process'} now; wait for it or stop it"
-            )
+            raise FolderHeld(self._path.parent, holder or "another process")
         try:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()}\n".encode())

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, Bars
-from data_sources.errors import BadAnswer, LakeError, lake_errors
+from data_sources.errors import BadAnswer, LakeBusy, LakeError, lake_errors
 from data_sources.lake.parts import (
     SUFFIX,
     DamagedPartError,
@@ -37,9 +37,9 @@ from data_sources.lake.parts import (
     write_part,
 )
 from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, clean
-from data_sources.progress import NullProgress, Progress
+from data_sources.progress import NullProgress, Progress, Waiting
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
-from runtime.locking import FolderLock, FolderLockError
+from runtime.locking import FolderHeld, FolderLock, FolderLockError
 
 __all__ = ["Lake", "Part"]
 
@@ -68,22 +68,33 @@ class Lake:
         self._known_guard = threading.Lock()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, wait_seconds: float = 0.0, progress: Progress | None = None) -> Iterator[int]:
         """Lock the lake for a refresh, so that no other process writes; may be nested.
 
-        Leftovers of killed writers are removed first.
+        Leftovers of killed writers are removed first. Yields the nanoseconds that another process's refresh was
+        waited for.
+
+        Args:
+            wait_seconds: how long to wait for another process's refresh.
+            progress: shows the wait, and may interrupt it.
 
         Raises:
-            LakeError: another process has the lock (named), or the folder cannot be written.
+            LakeBusy: another process has the lock (named).
+            LakeError: the folder cannot be written.
         """
+        waiting = Waiting(self.root, progress or NullProgress())
         with ExitStack() as lock:
             try:
-                is_outermost = lock.enter_context(self._lock.hold())
+                is_outermost = lock.enter_context(self._lock.hold(wait_seconds, waiting))
+            except FolderHeld as error:
+                raise LakeBusy(str(error)) from error
             except FolderLockError as error:
                 raise LakeError(str(error)) from error
+            finally:
+                waiting.end()
             if is_outermost:
                 self._sweep()
-            yield
+            yield waiting.nanoseconds
 
     def parts(self, source: str, dataset: str) -> dict[str, Part]:
         """Return the parts of one dataset by unit, from the footers alone.

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,6 +38,14 @@ from tests.data_sources.vendors.loopback import Fault, ns
 from tests.envs.markets import walk
 from tests.program import PATIENCE, ROOT, Start, environment
 from tests.training.checkpoints import NOW, PAIRS, untrained
+
+HOLD = """
+import pathlib, sys
+from runtime.locking import FolderLock
+with FolderLock(pathlib.Path(sys.argv[1])).hold():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +121,38 @@ def test_a_minute_later_the_next_bar_speaks_and_a_dead_source_makes_it_stale(
         (1, "11:59", "ok"), (1, "12:00", "ok"), (1, "12:01", "ok"), (1, "12:01", "stale"), (1, "12:01", "stale"),
     ]  # fmt: skip
     assert sum("HTTP 451" in line for line in err.splitlines()) == 1  # once, while it stays down
+
+
+def test_a_refresh_under_way_is_waited_for_and_used(
+    trained: TrainedPolicy,
+    server: BinanceServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run(trained, capsys, NOW)
+    server.now_ns = NOW + 2 * MINUTE_NS
+    lake = trained.settings.data_dir
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, lake], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as daemon:
+        assert daemon.stdin and daemon.stdout
+        assert daemon.stdout.readline() == "held\n"
+        timer = threading.Timer(1.0, daemon.stdin.close)
+        timer.start()
+        content, warned = run(trained, capsys, NOW + MINUTE_NS)
+        timer.join()
+    assert [entry["bar"][11:16] for entry in content["signals"]] == ["12:00", "12:00"]
+    assert content["signals"][0]["age_seconds"] >= 31.8  # by the clock after the wait
+    assert not any(word in warned for word in ("failed", "skipped", "written by", "Warning"))
+
+    monkeypatch.setattr(signals, "WAIT_SECONDS", 0.3)
+    with Lake(Path(lake)).writing():
+        content, warned = run(trained, capsys, NOW + 20 * MINUTE_NS)
+    assert (
+        f"Warning: lake: not refreshed, as it is still busy after 0 s: {lake} is written by process" in warned
+    )
+    assert "Binance" not in warned
+    assert [entry["state"] for entry in content["signals"]] == ["stale", "stale"]
 
 
 def test_unknown_symbols_are_left_out_unless_they_are_named(

@@ -1,5 +1,7 @@
 import datetime
+import threading
 import tracemalloc
+from contextlib import ExitStack
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,11 @@ class Warnings(NullProgress):
 
     def warn(self, source, message):
         self.texts.append((source, message))
+
+
+class Impatient(NullProgress):
+    def advance(self, source, units=1, num_bytes=0):
+        raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -130,14 +137,31 @@ def test_a_failing_source_with_nothing_in_the_lake_is_reported_as_that(lake):
     assert (report.rows, report.newest_ns) == (0, None)
 
 
-def test_a_lake_locked_by_another_writer_fails_every_source_and_ends_nothing(lake):
+def test_a_lake_that_stays_locked_skips_every_source_and_ends_nothing(lake):
     put(lake, "yahoo", "AAPL", session("AAPL", 16))
     never = raises(AssertionError("must not be called"))
-    sources = fakes(yahoo=never, binance=never)
+    sources, request = fakes(yahoo=never, binance=never), request_for("yahoo", "binance")
     with Lake(lake.root).writing():
-        reports = refresh(lake, request_for("yahoo", "binance"), NOW, NullProgress(), sources=sources)
+        reports = refresh(lake, request, NOW, NullProgress(), sources=sources, wait_seconds=0.3)
+    assert all("skipped" in report.message for report in reports.values())
     assert all("is written by process" in report.message for report in reports.values())
     assert reports["yahoo"].rows == 390
+
+
+def test_another_refresh_is_waited_for_and_a_stop_request_ends_the_wait(lake):
+    put(lake, "yahoo", "AAPL", session("AAPL", 16))
+    calls = []
+    sources = fakes(yahoo=lambda job: calls.append(job.now_ns))
+    other = ExitStack()
+    other.enter_context(Lake(lake.root).writing())
+    with other, pytest.raises(KeyboardInterrupt):
+        refresh(lake, request_for("yahoo"), NOW, Impatient(), sources=sources)
+    other.enter_context(Lake(lake.root).writing())
+    timer = threading.Timer(0.5, other.close)
+    timer.start()
+    report = refresh(lake, request_for("yahoo"), NOW, NullProgress(), sources=sources)["yahoo"]
+    timer.join()
+    assert (report.status, calls) == ("ok", [NOW])
 
 
 def test_a_lake_that_cannot_be_made_fails_every_source_and_ends_nothing(tmp_path):
