@@ -7,6 +7,7 @@ checkpoint, with the same outcome.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -20,7 +21,7 @@ import torch
 from envs.config import EnvConfig
 from envs.features import FeatureStatistics
 from evaluation import ledger
-from runtime.files import TEMPORARY_SUFFIX, replace, sync_folder, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, replace, sha256_of, sync_folder, write_atomically
 from training.checkpoint import BEST, Checkpoint, CheckpointError, same_version
 
 log = logging.getLogger("continuous_training")
@@ -59,9 +60,13 @@ def _replace_best(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
     """Replace ``best.pt`` if that was decided; return the line for the ledger."""
     line = dict(line)
     if line["decision"] == PROMOTED:
+        path, best = folder / line["checkpoint"], folder / BEST
         try:
-            _put_in_place(folder / line["checkpoint"], folder / BEST)
+            _put_in_place(path, best)
         except OSError as error:
+            if _is_in_place(path, best):
+                log.warning(f"{best} was written, but a power cut may undo that: {error.strerror}")
+                return line
             line |= {"decision": REFUSED, "reason": f"{BEST} was not written: {error.strerror}"}
             log.warning(f"{line['checkpoint']} should have become the champion, but {line['reason']}")
     return line
@@ -92,6 +97,11 @@ def read(path: Path, statistics: FeatureStatistics, env: EnvConfig) -> Checkpoin
 
 def _put_in_place(path: Path, best: Path) -> None:
     # A second name for the same file takes no room and outlives the first one.
+    if best.exists() and best.samefile(
+        path
+    ):  # put there by a start that was killed before the ledger; rename does nothing then
+        sync_folder(best.parent)
+        return
     temporary = best.with_name(f".{best.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         os.link(path, temporary)
@@ -99,5 +109,14 @@ def _put_in_place(path: Path, best: Path) -> None:
         with path.open("rb") as source:
             write_atomically(best, lambda file: shutil.copyfileobj(source, file))
         return
-    replace(temporary, best)
+    try:
+        replace(temporary, best)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error matters
+            temporary.unlink()
+        raise
     sync_folder(best.parent)
+
+
+def _is_in_place(path: Path, best: Path) -> bool:
+    return best.exists() and (best.samefile(path) or sha256_of(best) == sha256_of(path))

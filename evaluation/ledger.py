@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.files import sync_file, sync_folder
+from runtime.files import make_folder, sync_file, sync_folder
 
 NAME = "ledger.jsonl"
 Line = Mapping[str, Any]
@@ -21,10 +21,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         OSError: the file exists and cannot be read.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
+    content = _content(path) or b""
     return [line for text in content.splitlines() if (line := _parse(text)) is not None]
 
 
@@ -40,11 +37,11 @@ def append(path: Path, line: Line) -> None:
         OSError: the disk is full, or the file cannot be written; earlier lines stay.
     """
     text = json.dumps(line, allow_nan=False).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    size = _intact_size(path)
+    make_folder(path.parent)
+    content = _content(path)
+    size = _intact_size(content or b"")
     # A last line without its newline is an exam all the same.
-    text = b"\n" + text if _lacks_newline(path, size) else text
+    text = b"\n" + text if content and size and content[size - 1 : size] != b"\n" else text
     with path.open("ab", buffering=0) as file:
         file.truncate(size)
         try:
@@ -54,7 +51,7 @@ def append(path: Path, line: Line) -> None:
         except OSError:
             file.truncate(size)
             raise
-    if is_new:
+    if content is None:
         sync_folder(path.parent)
 
 
@@ -67,12 +64,15 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     return dict(line)
 
 
-def _intact_size(path: Path) -> int:
+def _content(path: Path) -> bytes | None:
+    # Not exists(), which takes a folder that cannot be read for an empty one: every line would be cut off.
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _intact_size(content: bytes) -> int:
     # Bytes up to the end of the last intact line.
-    content = path.read_bytes() if path.exists() else b""
     end = content.rfind(b"\n") + 1
     return len(content) if _parse(content[end:]) is not None else end
-
-
-def _lacks_newline(path: Path, size: int) -> bool:
-    return size > 0 and path.read_bytes()[size - 1 : size] != b"\n"

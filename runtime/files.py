@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: the folder cannot be written or the disk is full; ``path`` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         with temporary.open("xb") as file:
@@ -51,7 +51,21 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder where it is missing, with those above it, durably: a file in it is no safer than its name.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [folder] if not folder.is_dir() else []
+    while missing and not missing[-1].parent.is_dir():
+        missing.append(missing[-1].parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_folder(made.parent, warns=False)  # the writing into it will
+
+
+def sync_folder(folder: Path, warns: bool = True) -> None:
     """Make renames and removals in ``folder`` durable, where the file system can: what is written stands without.
 
     Windows has no such call and does not need one.
@@ -67,7 +81,8 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (*UNSUPPORTED, *FOLDER_UNREADABLE):
             raise
-        warn_once(folder, NO_FOLDER_SYNC)
+        if warns:
+            warn_once(folder, NO_FOLDER_SYNC)
 
 
 def sync_file(file: BinaryIO, folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.files import UNSUPPORTED, warn_once
+from runtime.files import UNSUPPORTED, make_folder, warn_once
 
 LOCK_NAME = ".lock"
 NO_LOCK_ERRORS = (*UNSUPPORTED, errno.ENOLCK)
@@ -91,7 +91,7 @@ class FolderLock:
 
     def _acquire(self) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise self._unwritable(error) from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from envs.features import FEATURES, FeatureStatistics
 from models.policy import Policy
-from runtime.files import TEMPORARY_SUFFIX, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from training.distributed import Ranks
 
@@ -145,7 +146,7 @@ class Checkpoint:
         weights = {"format": FORMAT} | {key: getattr(self, key) for key in _WEIGHTS_KEYS}
         resume = {key: getattr(self.resume, key) for key in _keys(ResumeState)}
         try:
-            self._resume_path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._resume_path.parent)
             _make_room(path.parent, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES)
             write_atomically(self._resume_path, lambda file: torch.save(resume, file))
             write_atomically(path, lambda file: torch.save(weights, file))
@@ -232,9 +233,21 @@ def name_of(run: int, epoch: int, step: int = 0) -> str:
 
 
 def existing(folder: Path) -> list[Path]:
-    """List the checkpoints in a folder, newest first."""
-    files = [path for path in folder.glob("*.pt") if path.is_file()]
-    return sorted((path for path in files if NAME.fullmatch(path.name)), key=_numbers, reverse=True)
+    """List the checkpoints in a folder, newest first.
+
+    Raises:
+        OSError: the folder exists and cannot be read.
+    """
+    return sorted(_series(folder), key=_numbers, reverse=True)
+
+
+def _series(folder: Path) -> list[Path]:
+    # Not glob, which takes a folder that cannot be read for an empty one: nothing would count as kept.
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry) for entry in entries if NAME.fullmatch(entry.name) and entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -260,9 +273,7 @@ def _surplus(folder: Path, keep: int, num_resume_states: int) -> list[Path]:
     paths = existing(folder)
     last_of_run = {_numbers(path)[0]: path for path in reversed(paths)}
     kept = {path.name for path in paths[:num_resume_states]}
-    states = sorted(
-        path for path in (folder / RESUME).glob("*.pt") if path.name not in kept and path.is_file()
-    )
+    states = sorted(path for path in _series(folder / RESUME) if path.name not in kept)
     return states + [path for path in reversed(paths[keep:]) if last_of_run[_numbers(path)[0]] != path]
 
 
@@ -319,10 +330,17 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Find the newest checkpoint that can be trusted; return it, and warnings about newer ones.
 
     One with its resume state is preferred to a newer one without: an exact continuation beats a few epochs.
+
+    Raises:
+        CheckpointError: the folder exists and cannot be read.
     """
     warnings: list[str] = []
     weights_only: Checkpoint | None = None
-    for path in existing(folder):
+    try:
+        paths = existing(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {_reason(error)}") from error
+    for path in paths:
         try:
             checkpoint = Checkpoint.read(path)
         except CheckpointError as error:

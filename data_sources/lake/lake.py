@@ -195,14 +195,14 @@ class Lake:
         with self.writing():
             self._refuse_shrinking(part, cleaned.table)
             with lake_errors("write", path):
-                # Quarantine first: a kill between the two leaves a superfluous file, never a missing one.
+                # Whatever comes between the two leaves a superfluous file, never a missing one.
                 if cleaned.quarantined.num_rows:
                     write_atomically(
                         quarantine, lambda file: pq.write_table(cleaned.quarantined, file, compression="zstd")
                     )
-                else:
-                    quarantine.unlink(missing_ok=True)
                 write_atomically(path, lambda file: write_part(file, cleaned.table, part))
+                if not cleaned.quarantined.num_rows:
+                    quarantine.unlink(missing_ok=True)
                 stamp = _stamp(path)
         with self._known_guard:
             self._known[path] = (stamp, part)
