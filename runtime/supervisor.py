@@ -183,7 +183,7 @@ class Supervisor:
                 delay = self._limits.delay_seconds(crashes)
                 if self._launch.num_nodes > 1:  # a machine that is back sooner meets the others' old group
                     delay = self._limits.longest_delay_seconds
-                say(f"Training died: {error}. Resuming from the newest checkpoint in {delay:.0f} s.")
+                say(f"Training died: {error}. Restarting from the newest checkpoint in {delay:.0f} s.")
             if not self._wait(delay):
                 say("Stopped. The next start resumes from the newest checkpoint on disk.")
                 return EXIT_ABORTED if self._stop.level == ABORT else EXIT_OK

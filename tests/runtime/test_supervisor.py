@@ -267,7 +267,7 @@ def test_a_stop_while_workers_start_exits_0(daemon, sent):
 
 def test_a_stop_between_a_crash_and_the_restart_exits_0(daemon):
     run = daemon(MISHAP="step:1", limits={"first_delay_seconds": 30.0, "longest_delay_seconds": 30.0}).start()
-    assert "Resuming from the newest checkpoint" in run.process.stderr.readline()
+    assert "Restarting from the newest checkpoint" in run.process.stderr.readline()
     run.process.send_signal(signal.SIGTERM)
     assert run.ends()[0] == 0
     assert len(run.starts()) == 1 and run.has_left_nothing()
