@@ -112,7 +112,8 @@ class Settings:
     epochs: int = 200  # epochs per run; an epoch is one segment per account and its update
     runs: int | None = None  # stop after this many runs, including those of earlier starts; not set: never
     checkpoint_every: int = 25  # epochs between checkpoints
-    keep_checkpoints: int = 16  # newest checkpoints to keep, besides the last one of every run
+    keep_checkpoints: int = 16  # newest checkpoints to keep, of any run
+    keep_runs: int = 8  # newest runs of which to keep the last checkpoint; older: one a day, then one a week
     seed: int = 0  # of weights, accounts and shuffles
     checkpoint_dir: str = "checkpoints"  # where checkpoints are written, and training resumes from the newest
     data_dir: str = "data_cache"  # the lake of downloaded bars

@@ -80,7 +80,8 @@ class Job:
             self._prefetch = stack.enter_context(Prefetch(command))
             self.progress, self._saved = self._find_checkpoint()
             on_saved = partial(champion.apply_decision, pending=[])
-            writer = CheckpointWriter(self._folder, settings.keep_checkpoints, ranks.is_first, on_saved)
+            keep, runs = settings.keep_checkpoints, settings.keep_runs
+            writer = CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs)
             self._writer = stack.enter_context(writer)
             self._examiner = Examiner(self._folder, ranks, self.control)
             self._summary = Summary(self.progress.transitions)
@@ -193,9 +194,8 @@ class Job:
     def save(self, metrics: Mapping[str, Any]) -> None:
         """Write a checkpoint in the background, with the exam of these weights if there was one (all ranks)."""
         with self._phases.during("checkpoint"):
-            self._writer.save(
-                self.trainer.checkpoint(self._fingerprint, metrics, self._exam_of_weights().record)
-            )
+            saved = self.trainer.checkpoint(self._fingerprint, metrics, self._exam_of_weights().record)
+            self._writer.save(saved)
 
     def end_epoch(self) -> None:
         """Record that training progresses, and fetch the next run's bars ahead when it is time."""

@@ -32,6 +32,7 @@ from monitoring.screen import Screen
 from monitoring.state import KEPT_EPOCHS, DashboardState, Task
 from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control, heartbeat
 from training.progress import TrainingProgress
+from training.retention import most_files
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -223,7 +224,7 @@ class Console:
             return
         state.epochs, state.runs, state.device = settings.epochs, settings.runs, device
         state.checkpoint_every = settings.checkpoint_every
-        state.keep_checkpoints = settings.keep_checkpoints
+        state.keep_checkpoints = most_files(settings)
         frame = _Frame(state, Painter(self._rich), control, Path(settings.checkpoint_dir))
         screen = Screen(self._stream, frame, control.report_screen)
         try:

@@ -166,7 +166,8 @@ class _Page:
         texts += [line.text.removeprefix("Warning: ") for line in reversed(self.state.warnings)]
         if self.state.disk.is_short:
             texts.insert(
-                0, "the disk is nearly full: no room for two more checkpoints; lower keep_checkpoints"
+                0,
+                "the disk is nearly full: no room for two more checkpoints; lower keep_checkpoints or keep_runs",
             )
         lines: list[Text] = []
         for text in dict.fromkeys(texts):

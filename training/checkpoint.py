@@ -32,6 +32,7 @@ from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from training.distributed import Ranks
+from training.retention import thin_out
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -127,13 +128,14 @@ class Checkpoint:
         """
         return replace(self, resume=ResumeState.read(self._resume_path))
 
-    def save(self, keep: int) -> None:
+    def save(self, keep: int, keep_runs: int | None = None) -> None:
         """Write both files, make their folder where missing, and prune old checkpoints (rank 0 only).
 
         If the disk has no room, files that pruning would remove sooner or later go first.
 
         Args:
-            keep: how many checkpoints stay, beside the last one of every older run.
+            keep: how many checkpoints stay, of any run.
+            keep_runs: of how many runs the last one stays (see retention); None: of all.
 
         Raises:
             CheckpointError: the disk is full or refuses, or a weight is not finite; nothing torn is left, and
@@ -147,13 +149,13 @@ class Checkpoint:
         resume = {key: getattr(self.resume, key) for key in _keys(ResumeState)}
         try:
             make_folder(self._resume_path.parent)
-            _make_room(path.parent, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES)
+            _make_room(path.parent, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES, keep_runs)
             write_atomically(self._resume_path, lambda file: torch.save(resume, file))
             write_atomically(path, lambda file: torch.save(weights, file))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{path} was not saved: {_reason(error)}") from error
         try:
-            prune(path.parent, keep)
+            prune(path.parent, keep, keep_runs)
         except OSError as error:
             log.warning(f"old checkpoints were not removed: {_reason(error)}")
 
@@ -250,9 +252,9 @@ def _series(folder: Path) -> list[Path]:
         return []
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete old checkpoints: the newest ``keep`` stay, and the last of every run before them."""
-    for path in _surplus(folder, keep, NUM_RESUME_STATES):
+def prune(folder: Path, keep: int, keep_runs: int | None = None) -> None:
+    """Delete old checkpoints, except the newest ``keep`` and the last of the runs that ``keep_runs`` asks for."""
+    for path in _surplus(folder, keep, keep_runs, NUM_RESUME_STATES):
         path.unlink(missing_ok=True)
 
 
@@ -268,16 +270,18 @@ def sweep_unfinished(folder: Path) -> None:
                 leftover.unlink()
 
 
-def _surplus(folder: Path, keep: int, num_resume_states: int) -> list[Path]:
+def _surplus(folder: Path, keep: int, keep_runs: int | None, num_resume_states: int) -> list[Path]:
     """List the files beyond what is kept, in order of removal: resume states first, then oldest first."""
     paths = existing(folder)
-    last_of_run = {_numbers(path)[0]: path for path in reversed(paths)}
+    last_of_run = {_numbers(path)[0]: path for path in reversed(paths)}  # runs from the oldest
+    lasts = list(reversed(last_of_run.values()))
+    stay = {*paths[:keep], *(lasts if keep_runs is None else thin_out(lasts, keep_runs))}
     kept = {path.name for path in paths[:num_resume_states]}
     states = sorted(path for path in _series(folder / RESUME) if path.name not in kept)
-    return states + [path for path in reversed(paths[keep:]) if last_of_run[_numbers(path)[0]] != path]
+    return states + [path for path in reversed(paths) if path not in stay]
 
 
-def _make_room(folder: Path, num_bytes: int) -> None:
+def _make_room(folder: Path, num_bytes: int, keep_runs: int | None) -> None:
     """Make sure that the disk has ``num_bytes`` free, at the cost of files that no restart needs.
 
     Raises:
@@ -287,7 +291,7 @@ def _make_room(folder: Path, num_bytes: int) -> None:
     if missing <= 0:
         return
     # The champion is a second name of a checkpoint: removing the first one would free nothing.
-    surplus = [path for path in _surplus(folder, 1, 1) if path.stat().st_nlink == 1]
+    surplus = [path for path in _surplus(folder, 1, keep_runs, 1) if path.stat().st_nlink == 1]
     if sum(path.stat().st_size for path in surplus) < missing:
         raise OSError(errno.ENOSPC, "the disk is full")
     for path in surplus:

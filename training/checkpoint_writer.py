@@ -68,6 +68,7 @@ class CheckpointWriter:
         keep: int,
         wanted: bool,
         on_saved: Callable[[Checkpoint], None] = lambda _: None,
+        keep_runs: int | None = None,
     ) -> None:
         """Remove what a killed writer left in the folder, which this process has locked.
 
@@ -76,8 +77,9 @@ class CheckpointWriter:
             keep: see Checkpoint.save.
             wanted: False on ranks that do not write.
             on_saved: called in the writing thread with every checkpoint that is on disk.
+            keep_runs: see Checkpoint.save.
         """
-        self._keep = keep
+        self._keep = (keep,) if keep_runs is None else (keep, keep_runs)
         self._wanted = wanted
         self._on_saved = on_saved
         self._snapshot = Snapshot()
@@ -114,7 +116,7 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
-            checkpoint.save(self._keep)
+            checkpoint.save(*self._keep)
         except CheckpointError as error:
             log.warning(f"{error}. Training continues.")
             self.newest, self.last_save_failed = str(error), True

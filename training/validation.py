@@ -59,6 +59,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "runs": (1, 10**9),
     "checkpoint_every": (1, 10**9),
     "keep_checkpoints": (1, 10**6),
+    "keep_runs": (1, 10**6),
     "prometheus_port": (1, 65_535),
 }
 ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef")

@@ -25,6 +25,7 @@ from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch
 from training import checkpoint
 from training.memory import USABLE, DoesNotFit, MemoryNeeds, num_parameters, plan
+from training.retention import most_files
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -121,13 +122,14 @@ def check_disks(settings: Settings, request: DataRequest) -> Iterator[Line]:
     weights = parameters * WEIGHT_BYTES + checkpoint.SPARE_BYTES
     resume = parameters * RESUME_BYTES + checkpoint.SPARE_BYTES
     # New files are written before old ones are removed.
-    total = (settings.keep_checkpoints + 1) * weights + (checkpoint.NUM_RESUME_STATES + 1) * resume
+    total = (most_files(settings) + 1) * weights + (checkpoint.NUM_RESUME_STATES + 1) * resume
     text = (
         f"checkpoints: {size(weights)} each and {size(resume)} a resume state, {size(total)} in all with "
-        f"--keep-checkpoints {settings.keep_checkpoints}, and {size(weights)} more per run"
+        f"--keep-checkpoints {settings.keep_checkpoints} and --keep-runs {settings.keep_runs}, and "
+        f"{size(weights)} more a week"
     )
     missing = max(0, total - _size_of(folder, "*.pt"))
-    yield _on_disk(text, folder, missing, weights + resume, "lower --keep-checkpoints")
+    yield _on_disk(text, folder, missing, weights + resume, "lower --keep-checkpoints or --keep-runs")
     if not request.needs_lake:
         return
     lake, rows = Path(settings.data_dir), stored_rows(settings)
