@@ -14,6 +14,7 @@ import typer
 from commands import check, data, episode, export, signals
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
+from data_sources.lake.quality import closed_before
 from evaluation.trained_policy import TrainedPolicy
 from monitoring.console import Console
 from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, ExitProgram
@@ -61,7 +62,9 @@ def data_command(
         lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
         try:
             if background:
-                console.emit(data.in_background(lake, request, now_ns))
+                cutoff_ns = closed_before(now_ns)
+                request = data_request(settings, cutoff_ns)
+                console.emit(data.in_background(lake, request, now_ns, cutoff_ns))
             elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
                 raise ExitProgram(code, "There are no bars." if code == EXIT_NO_DATA else "")
         except DataError as error:

@@ -64,8 +64,10 @@ def show(
     return code
 
 
-def in_background(lake: Lake, request: DataRequest, now_ns: int) -> str:
-    """Refresh, and write the snapshot that the next run will map; return JSON for training/data_feed.py.
+def in_background(lake: Lake, request: DataRequest, now_ns: int, cutoff_ns: int) -> str:
+    """Refresh, and write the snapshot that the next run will map; return JSON for training/prefetch.py.
+
+    ``request`` is for the bars up to ``cutoff_ns``, the last ones that have closed at ``now_ns``.
 
     Raises:
         LakeError: the lake cannot be read, or the snapshot cannot be written.
@@ -73,7 +75,7 @@ def in_background(lake: Lake, request: DataRequest, now_ns: int) -> str:
     collector = WarningCollector()
     refresh(lake, request, now_ns, collector)
     snapshot.provide(lake, request)
-    return json.dumps({"now_ns": now_ns, "warnings": collector.warnings})
+    return json.dumps({"now_ns": cutoff_ns, "warnings": collector.warnings})
 
 
 def report(

@@ -27,10 +27,10 @@ from runtime.control import (
     ExitProgram,
     heartbeat_thread,
 )
-from training import checkpoint, distributed
+from training import checkpoint, distributed, prefetch
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
-from training.data_feed import Prefetch, fresh_bars, holdout_start_ns, make_market, refresh_command
+from training.data_feed import fresh_bars, holdout_start_ns, make_market, refresh_command
 from training.distributed import agreed_stop
 from training.memory import plan_memory
 from training.metrics import Phases
@@ -77,7 +77,7 @@ class Job:
             self.console = stack.enter_context(console)
             self._phases = Phases(self.console.phase)
             command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
-            self._prefetch = stack.enter_context(Prefetch(command))
+            self._prefetch = stack.enter_context(prefetch.Prefetch(command))
             self.progress, self._saved = self._find_checkpoint()
             on_saved = partial(champion.apply_decision, pending=[])
             keep, runs = settings.keep_checkpoints, settings.keep_runs

@@ -17,6 +17,7 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,11 +40,50 @@ LEFTOVER_SECONDS = 86_400.0  # what no process is writing any more by now
 _CHUNK_BYTES = 1 << 18
 
 
-def provide(lake: Lake, request: DataRequest, *, kept_snapshots: int = KEPT_SNAPSHOTS) -> Path:
+def provide(
+    lake: Lake,
+    request: DataRequest,
+    *,
+    symbols: Collection[str] = (),
+    kept_snapshots: int = KEPT_SNAPSHOTS,
+) -> Path | None:
     """Return the snapshot that ``request`` began with, written now if there is none; old ones are removed.
+
+    Args:
+        lake: where the bars are.
+        request: which bars.
+        symbols: those that the snapshot must have, if it was written before.
+        kept_snapshots: how many of this request stay.
+
+    Returns:
+        None where the lake has no bars to train on: a snapshot without bars is never kept.
 
     Raises:
         LakeError: the lake cannot be read, or the snapshot cannot be written (disk full, read-only).
+    """
+    path = find(lake, request, symbols)
+    if path is not None:
+        with lake_errors("write", path):
+            os.utime(path)
+        return path
+    asked, interval = _names(request)
+    folder = lake.root / READY_FOLDER
+    with lake_errors("write", folder):
+        path = folder / f"{asked}-{interval}-{fingerprint(lake, request)}{SUFFIX}"
+        has_bars = _write(path, lake, request)
+        if not has_bars:
+            _remove(path)
+        _prune(folder, asked, kept_snapshots)
+        return path if has_bars else None
+
+
+def find(lake: Lake, request: DataRequest, symbols: Collection[str] = ()) -> Path | None:
+    """Return the newest snapshot of ``request`` that has bars, those of ``symbols`` among them; None without one.
+
+    Damaged and empty ones are removed on the way.
+
+    Raises:
+        LakeError: the folder cannot be read, or a snapshot cannot be removed.
     """
     asked, interval = _names(request)
     folder = lake.root / READY_FOLDER
@@ -51,15 +91,14 @@ def provide(lake: Lake, request: DataRequest, *, kept_snapshots: int = KEPT_SNAP
         for path in sorted(
             folder.glob(f"{asked}-{interval}-*{SUFFIX}"), key=_modification_time, reverse=True
         ):
-            with contextlib.suppress(LakeError):  # damaged: written again below
-                open_snapshot(path)
-                os.utime(path)
+            names: set[str] = set()
+            with contextlib.suppress(LakeError):
+                names = {bars.symbol for bars in open_snapshot(path).bars}
+            if not names:
+                _remove(path)
+            elif names.issuperset(symbols):
                 return path
-            _remove(path)
-        path = folder / f"{asked}-{interval}-{fingerprint(lake, request)}{SUFFIX}"
-        _write(path, lake, request)
-        _prune(folder, asked, kept_snapshots)
-        return path
+    return None
 
 
 def open_snapshot(path: Path) -> LoadedData:
@@ -119,7 +158,8 @@ def _names(request: DataRequest) -> tuple[str, str]:
     return asked, interval_name
 
 
-def _write(path: Path, lake: Lake, request: DataRequest) -> None:
+def _write(path: Path, lake: Lake, request: DataRequest) -> bool:
+    """Write a snapshot; return whether it has any bars."""
     rows: list[dict[str, Any]] = []
 
     def write_columns(file: BinaryIO) -> None:
@@ -142,6 +182,7 @@ def _write(path: Path, lake: Lake, request: DataRequest) -> None:
     text = json.dumps(header).encode()
     content = b"%d\n%s" % (zlib.crc32(text), text)
     write_atomically(path.with_suffix(HEADER_SUFFIX), lambda file: file.write(content))
+    return any(not row["dropped"] for row in rows)
 
 
 def _write_array_header(file: BinaryIO, num_values: int) -> None:

@@ -1,29 +1,28 @@
-"""The bars of a run: rank 0 refreshes the lake, ahead of time where it can; then every rank maps the same copy."""
+"""The bars of a run: rank 0 refreshes the lake where needed; then every rank maps the same copy."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from data_sources import snapshot
 from data_sources.bars import Bars
-from data_sources.calendar import date_ns
+from data_sources.calendar import date_ns, utc
+from data_sources.coverage import SymbolRow
 from data_sources.errors import LakeError
 from data_sources.lake.lake import READY_FOLDER, Lake
+from data_sources.lake.quality import closed_before
 from data_sources.load import LoadedData, load
 from data_sources.progress import Progress
 from data_sources.refresh import refresh
 from data_sources.sources import DataRequest
+from data_sources.universe import top_of
 from data_sources.vendors import SYMBOL_SETTINGS
 from envs.features import FeatureStatistics
 from envs.market import Market
@@ -37,6 +36,7 @@ from runtime.control import (
     heartbeat_while_waiting,
 )
 from training.distributed import Ranks, agreed_stop
+from training.prefetch import Prefetch
 from training.progress import TrainingProgress
 
 if TYPE_CHECKING:
@@ -57,42 +57,130 @@ def fresh_bars(
     """Refresh the lake on rank 0, then load this run's bars on every rank; None when asked to stop meanwhile.
 
     If the lake was refreshed while the last run trained, no source is asked. A resumed run keeps the bars that it
-    began with, so that its numbers continue as if nothing had happened. A source that fails is reported and
-    skipped; the run uses what the lake holds of it.
+    began with, so that its numbers continue as if nothing had happened; where they are gone, as on another
+    machine, they are fetched again. A source that fails is reported and skipped; the run uses what the lake holds
+    of it.
 
     Args:
         lake: the downloaded bars.
         settings: which bars to load.
-        progress: its ``cutoff_ns`` is set if this run has none yet.
+        progress: its ``cutoff_ns`` is set if this run has none yet, and its ``num_bars``.
         ranks: all take part.
         control: polled for stop requests.
         reporter: shows the progress of the refresh.
         prefetch: the refresh in the background.
 
     Raises:
-        ExitProgram: the lake cannot be read, or ranks read different bars.
+        ExitProgram: the lake cannot be read, ranks read different bars, or symbols that the run began with are
+            gone and ``missing_symbols`` is "stop".
     """
-    if progress.cutoff_ns == 0:
-        cutoff_ns = prefetch.take() if ranks.is_first else 0
-        if ranks.is_first and not cutoff_ns:
-            cutoff_ns = time.time_ns()
-            interruptible = Interruptible(reporter, lambda: control.stop_level > 0)
-            # A stop is agreed on by the ranks below.
-            with contextlib.suppress(StopRequested), _exit_without_lake(progress):
-                refresh(lake, data_request(settings, cutoff_ns), cutoff_ns, interruptible)
-        with heartbeat_while_waiting():
-            cutoff_ns = ranks.broadcast(cutoff_ns)
-        if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
-            return None
-        progress.cutoff_ns = cutoff_ns
+    cutoff_ns = progress.cutoff_ns
+    if ranks.is_first:
+        with _exit_without_lake(progress):
+            cutoff_ns = _bring_up_to_date(lake, settings, progress, control, reporter, prefetch)
+    with heartbeat_while_waiting():
+        cutoff_ns = ranks.broadcast(cutoff_ns)
+    if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
+        return None
+    progress.cutoff_ns = cutoff_ns
     request = data_request(settings, progress.cutoff_ns)
     with _exit_without_lake(progress):
-        data = _map_copy(lake, request, ranks)
+        data = _map_copy(lake, request, progress.num_bars, ranks)
     if len(set(ranks.gather(data.fingerprint))) > 1:
         raise ExitProgram(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
         )
+    if request.needs_lake:
+        _compare_with_beginning(data, progress, settings, lake)
+    progress.num_bars = {bars.symbol: len(bars) for bars in data.bars}
     return data
+
+
+def _bring_up_to_date(
+    lake: Lake,
+    settings: Settings,
+    progress: TrainingProgress,
+    control: Control,
+    reporter: Progress,
+    prefetch: Prefetch,
+) -> int:
+    """Ask the sources for what this run lacks, if anything; return where its bars end."""
+    cutoff_ns = progress.cutoff_ns
+    if cutoff_ns:
+        request = data_request(settings, cutoff_ns)
+        if not request.needs_lake or snapshot.find(lake, request, progress.num_bars):
+            return cutoff_ns
+        log.warning(
+            f"{lake.root} has no copy of the bars that run {progress.run} began with: the sources are asked for "
+            f"them again, up to {utc(cutoff_ns):%Y-%m-%d %H:%M} UTC"
+        )
+    else:
+        cutoff_ns = prefetch.take()
+        if cutoff_ns:
+            return cutoff_ns
+    now_ns = time.time_ns()
+    # Only what has closed: the same request will have the same bars later.
+    cutoff_ns = cutoff_ns or closed_before(now_ns)
+    interruptible = Interruptible(reporter, lambda: control.stop_level > 0)
+    with contextlib.suppress(StopRequested):  # a stop is agreed on by the ranks afterwards
+        refresh(lake, data_request(settings, cutoff_ns), now_ns, interruptible)
+    return cutoff_ns
+
+
+def lost_symbols(rows: Iterable[SymbolRow], num_bars: Iterable[str], request: DataRequest) -> dict[str, str]:
+    """Return the symbols that a run began with and cannot have now, with the reason.
+
+    Args:
+        rows: of what was loaded for ``request``.
+        num_bars: the symbols that the run began with.
+        request: symbols that it does not name were given up by the settings.
+    """
+    dropped = {row.symbol: row.dropped for row in rows}
+    has_rule = any(map(top_of, request.symbols.values()))  # whose choice depends on the days in the lake
+    return {symbol: dropped.get(symbol, "no bars") for symbol in num_bars if dropped.get(symbol, has_rule)}
+
+
+def _compare_with_beginning(
+    data: LoadedData, progress: TrainingProgress, settings: Settings, lake: Lake
+) -> None:
+    """Compare a resumed run's bars with those that it began with; fewer are reported.
+
+    Raises:
+        ExitProgram: symbols are gone, and the settings do not allow that.
+    """
+    now = {bars.symbol: len(bars) for bars in data.bars}
+    lost = lost_symbols(data.rows, progress.num_bars, data_request(settings, progress.cutoff_ns))
+    if lost:
+        listed = _first_of([f"{symbol} ({reason})" for symbol, reason in lost.items()])
+        text = (
+            f"run {progress.run} began with symbols that {lake.root} and the sources no longer have: {listed}"
+        )
+        if settings.missing_symbols == "stop":
+            raise ExitProgram(
+                EXIT_NO_DATA,
+                f"{text[0].upper()}{text[1:]}. Copy the data_dir that it began with to {lake.root} (see Moving "
+                "house in docs/checkpoints.md), or continue without them: --missing-symbols continue",
+            )
+        log.warning(f"{text}; it continues without them")
+    if unnamed := [symbol for symbol in progress.num_bars if symbol not in now and symbol not in lost]:
+        log.warning(
+            f"run {progress.run} continues without {_first_of(unnamed)}, which the settings no longer name"
+        )
+    fewer = [
+        f"{symbol} {now[symbol]:,} of {count:,}"
+        for symbol, count in progress.num_bars.items()
+        if now.get(symbol, count) < count
+    ]
+    if fewer:
+        log.warning(
+            f"run {progress.run} continues with fewer bars than it began with: {_first_of(fewer)}; Yahoo has "
+            "minutes of 30 days only, older ones are in the data_dir that it began with"
+        )
+
+
+def _first_of(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def make_market(
@@ -158,12 +246,13 @@ def _exit_without_lake(progress: TrainingProgress) -> Iterator[None]:
         raise ExitProgram(code, f"{error}: check the disk, or use another --data-dir") from error
 
 
-def _map_copy(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:
+def _map_copy(lake: Lake, request: DataRequest, symbols: Collection[str], ranks: Ranks) -> LoadedData:
     """Map the shared copy of the run's bars; without disk space for one, every rank reads the lake itself."""
     name = ""
     if ranks.is_first and request.needs_lake:
         try:
-            name = snapshot.provide(lake, request).name
+            path = snapshot.provide(lake, request, symbols=symbols)
+            name = path.name if path else ""
         except LakeError as error:
             log.warning(f"every rank and restart reads all of the lake: {error}")
     with heartbeat_while_waiting():
@@ -174,130 +263,6 @@ def _map_copy(lake: Lake, request: DataRequest, ranks: Ranks) -> LoadedData:
         return snapshot.open_snapshot(lake.root / READY_FOLDER / name)
     except LakeError as error:
         return LoadedData([], {}, [], str(error))  # another fingerprint than rank 0's
-
-
-TOP_UP_SECONDS = 600.0
-PICK_UP_SECONDS = 5.0  # a process that is nearly done may finish when the run ends
-
-
-class Prefetch:
-    """Refreshes the lake for the next run while this one trains, in a process of low priority. A context manager.
-
-    It starts with the first epoch of a run, so that missing bars have the whole run to arrive, and once more when
-    about ten minutes are left, so that the next run begins with fresh ones. Its result is taken as it is when the
-    run ends: a source that is down delays the background process only. A process that still works then is killed;
-    the lake keeps what arrived.
-
-    Args:
-        command: the process to start; its last line of output is ``{"now_ns": ..., "warnings": [...]}``. None:
-            nothing is fetched ahead (other ranks; a market that needs no refresh).
-        clock: seconds, for tests.
-    """
-
-    def __init__(self, command: Sequence[str] | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._command = command
-        self._clock = clock
-        self._child: subprocess.Popen[bytes] | None = None
-        self._output: IO[bytes] | None = None
-        self._ready_ns = 0
-        self._warnings: list[str] = []
-        self._begin_run()
-
-    def __enter__(self) -> Prefetch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end_child()
-
-    def after_epoch(self, epochs_left: int) -> None:
-        """Start what is due; returns at once."""
-        if self._command is None:
-            return
-        now = self._clock()
-        self._epochs += 1
-        if self._child is not None and self._child.poll() is not None:
-            self._take_result()
-        if self._child is not None or epochs_left == 0:
-            return
-        if not self._starts:
-            self._start(now)
-        elif len(self._starts) == 1 and now - self._starts[0] >= TOP_UP_SECONDS:
-            seconds_left = epochs_left * (now - self._began) / self._epochs
-            if seconds_left <= TOP_UP_SECONDS:
-                self._start(now)
-
-    def take(self) -> int:
-        """End the run; return the time (ns UTC) up to which the lake was refreshed meanwhile.
-
-        0 if it was not: the caller must refresh. A refresh that has begun and is far from done counts, too.
-        """
-        if self._child is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(0.0 if self._ready_ns else PICK_UP_SECONDS)
-            if self._child.poll() is not None:
-                self._take_result()
-            elif not self._ready_ns:
-                log.warning("the background refresh is not done; this run takes the bars that have arrived")
-                self._ready_ns = time.time_ns()
-        self._end_child()
-        ready_ns = self._ready_ns
-        for warning in self._warnings:
-            log.warning(warning)
-        self._begin_run()
-        return ready_ns
-
-    def _begin_run(self) -> None:
-        self._began = self._clock()
-        self._epochs = 0
-        self._starts: list[float] = []
-        self._ready_ns = 0
-        self._warnings = []
-
-    def _start(self, now: float) -> None:
-        assert self._command is not None
-        self._starts.append(now)
-        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when its process ended
-        # No GPUs, one core, rank 0; a session (on Windows: a group) of its own, out of Ctrl+C's reach.
-        quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "RANK": "0"}
-        new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-        low_priority = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0)
-        try:
-            self._child = subprocess.Popen(
-                self._command,
-                env=os.environ | quiet,
-                stdin=subprocess.PIPE,  # closes when this process is gone
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                creationflags=new_group | low_priority,
-            )
-        except OSError as error:
-            output.close()
-            log.warning(f"the next run's bars are not fetched in the background: {error}")
-            return
-        self._output = output
-
-    def _take_result(self) -> None:
-        """Read the output of the child that has ended."""
-        assert self._child is not None and self._output is not None
-        self._output.seek(0)
-        lines = self._output.read().decode("utf-8", "replace").strip().splitlines() or ["it printed nothing"]
-        try:
-            result = json.loads(lines[-1])
-            self._ready_ns, self._warnings = int(result["now_ns"]), list(result["warnings"])
-        except (ValueError, KeyError, TypeError):
-            log.warning(f"the background refresh failed: {lines[-1][:300]}")
-        self._end_child()
-
-    def _end_child(self) -> None:
-        child, output, self._child, self._output = self._child, self._output, None, None
-        if child is not None:
-            child.kill()
-            child.wait()
-            assert child.stdin is not None
-            child.stdin.close()
-        if output is not None:
-            output.close()
 
 
 def refresh_command(settings: Settings, flags: Sequence[str]) -> list[str] | None:

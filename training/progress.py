@@ -19,6 +19,9 @@ class TrainingProgress:
     cutoff_ns: int = 0  # this run's bars end here; 0: not chosen yet
     trained_until_ns: int = 0  # no bar that opens at or after it was ever trained on, in this run or before
     rollbacks: int = 0  # in this run: returns to a checkpoint since gradients were not finite
+    num_bars: dict[str, int] = field(
+        default_factory=dict
+    )  # that this run began with, by symbol; {}: not loaded
 
     @staticmethod
     def of(saved: Checkpoint) -> TrainingProgress:
@@ -27,6 +30,8 @@ class TrainingProgress:
         if saved.resume:
             with same_version(saved.path):
                 progress = TrainingProgress(**saved.resume.clock)
+        if progress.cutoff_ns and not progress.num_bars:  # written before they were counted
+            progress.num_bars = dict.fromkeys(saved.symbols, 0)
         progress.trained_until_ns = max(progress.trained_until_ns, saved.trained_until_ns)
         return progress
 
@@ -55,6 +60,7 @@ class TrainingProgress:
         self.epoch = 0
         self.cutoff_ns = 0
         self.rollbacks = 0
+        self.num_bars = {}
 
     @property
     def rate_scale(self) -> float:

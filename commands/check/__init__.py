@@ -6,18 +6,20 @@ It trains nothing and keeps nothing that it fetches. The exit code is the one th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.check import machine, sources
 from commands.check.report import Line, print_report
 from data_sources import refresh
+from data_sources.sources import Answer
 from runtime.control import EXIT_LOCKED, EXIT_SETTING
 from runtime.files import find_lacks
 from runtime.launch import Launch
 from runtime.locking import NO_LOCKS, can_lock
 from training import checkpoint, validation
+from training.checkpoint import Checkpoint
 from training.data_feed import data_request
 
 if TYPE_CHECKING:
@@ -42,15 +44,19 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
     now_ns = time.time_ns()
     request = data_request(settings, now_ns)
     yield from check_folder(settings, launch.world_size, launch.node_rank in ("", "0"))
-    yield from _check_checkpoint(settings)
+    saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
+    yield from _check_checkpoint(saved, warnings, settings)
     yield from _check_file_systems(settings, request.needs_lake)
     yield from sources.check_keys(request, environment)
+    answers: list[Answer] = []
     if offline:
         yield Line("sources", "OK", "not contacted, for --offline")
     elif request.needs_lake:
         answers = refresh.probe(request, now_ns)
         yield from sources.check_answers(answers, settings)
         yield sources.check_clock(answers)
+    if saved is not None:
+        yield from sources.check_run_bars(saved, settings, answers, offline)
     here = machine.read_machine()
     yield from machine.check_gpus(here, settings)
     yield machine.check_memory(here, settings, request, launch)
@@ -95,9 +101,10 @@ def check_folder(settings: Settings, world_size: int, writes: bool) -> Iterator[
         yield Line("folder", "error", str(reason), EXIT_SETTING)
 
 
-def _check_checkpoint(settings: Settings) -> Iterator[Line]:
-    """Read the checkpoint that a start would resume from, and compare it with the settings."""
-    saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
+def _check_checkpoint(
+    saved: Checkpoint | None, warnings: Iterable[str], settings: Settings
+) -> Iterator[Line]:
+    """Compare the checkpoint that a start would resume from with the settings."""
     for warning in warnings:
         yield Line("checkpoint", "warning", warning)
     if saved is None:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.check.report import Line
+from data_sources import snapshot
 from data_sources.errors import LakeError, MissingCredentials, RateLimited, SourceUnavailable
 from data_sources.lake.lake import Lake
+from data_sources.load import each_symbol
 from data_sources.sources import Answer, DataRequest
 from runtime.control import EXIT_NO_DATA
+from training.checkpoint import Checkpoint, CheckpointError
+from training.data_feed import data_request, lost_symbols
+from training.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -57,6 +62,47 @@ def check_answers(answers: Sequence[Answer], settings: Settings) -> Iterator[Lin
             "network, or try it offline with --demo"
         )
         yield Line("sources", "error", text, EXIT_NO_DATA)
+
+
+def check_run_bars(
+    saved: Checkpoint, settings: Settings, answers: Sequence[Answer], offline: bool
+) -> Iterator[Line]:
+    """Report whether the bars that a run in progress began with are still there, or could be fetched again."""
+    try:
+        progress = TrainingProgress.of(saved)
+    except CheckpointError:
+        return  # reported before
+    request = data_request(settings, progress.cutoff_ns)
+    if not progress.cutoff_ns or progress.epoch >= settings.epochs or not request.needs_lake:
+        return  # the start begins a run on fresh bars
+    lake, began_with = Lake(Path(settings.data_dir)), f"run {progress.run} began with"
+    try:
+        if snapshot.find(lake, request, progress.num_bars):
+            yield Line("bars", "OK", f"those that {began_with} are in {settings.data_dir}")
+            return
+        rows = [row for _, row in each_symbol(lake, request)]
+    except LakeError as error:
+        yield Line("bars", "warning", f"those that {began_with} cannot be read: {error}")
+        return
+    lost = lost_symbols(rows, progress.num_bars, request)
+    if not lost:
+        yield Line("bars", "OK", f"every symbol that {began_with} has bars in {settings.data_dir}")
+        return
+    text = (
+        f"{settings.data_dir} lacks bars that {began_with}, of {len(lost)} symbols such as {next(iter(lost))}"
+    )
+    copy = "copy the data_dir that it began with (see Moving house in docs/checkpoints.md)"
+    if offline or any(answer.error is None for answer in answers if answer.gives_bars):
+        text += (
+            f": a start fetches what the sources still have, and stops if a symbol is left without; or {copy}"
+        )
+        yield Line("bars", "warning", text)
+    elif settings.missing_symbols == "continue" and len(lost) < len(progress.num_bars):
+        yield Line(
+            "bars", "warning", f"{text}, and no source answers: a start continues without them; or {copy}"
+        )
+    else:
+        yield Line("bars", "error", f"{text}, and no source answers: {copy}", EXIT_NO_DATA)
 
 
 def stored_rows(settings: Settings) -> int:

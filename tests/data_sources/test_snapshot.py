@@ -56,6 +56,12 @@ def copies(lake):
     return arrays
 
 
+def snapshot_path(lake, request):
+    """Where the snapshot of the lake as it is would be."""
+    asked, interval = snapshot._names(request)
+    return lake.root / READY_FOLDER / f"{asked}-{interval}-{snapshot.fingerprint(lake, request)}.npy"
+
+
 def is_same(one, other):
     assert [bars.symbol for bars in one.bars] == [bars.symbol for bars in other.bars]
     return all(
@@ -190,7 +196,30 @@ def test_snapshots_of_the_former_format_are_removed(lake):
     assert copies(lake) == [path.name]
 
 
-def test_a_request_without_a_usable_symbol_has_an_empty_snapshot(lake):
+def test_a_snapshot_without_bars_is_neither_kept_nor_used(lake):
     request = request_for(min_bars=10 * MINUTES)
-    data = snapshot.open_snapshot(snapshot.provide(lake, request))
-    assert data.bars == [] and len(data.dropped) == 4
+    assert snapshot.provide(lake, request) is None
+    assert files(lake) == []
+
+
+def test_a_snapshot_without_bars_of_an_earlier_version_is_replaced_once_there_are_bars(tmp_path):
+    lake = Lake(tmp_path / "lake")
+    empty = snapshot_path(lake, request_for())
+    snapshot._write(empty, lake, request_for())
+    assert len(files(lake)) == 2 and snapshot.open_snapshot(empty).bars == []
+    put(lake, "AAAUSDT")
+    path = snapshot.provide(lake, request_for())
+    assert [bars.symbol for bars in snapshot.open_snapshot(path).bars] == ["AAAUSDT"]
+    assert copies(lake) == [path.name]
+
+
+def test_a_snapshot_that_lacks_a_symbol_of_the_run_is_not_used_for_it(tmp_path):
+    lake = Lake(tmp_path / "lake")
+    put(lake, "AAAUSDT")
+    first = snapshot.provide(lake, request_for())
+    put(lake, "BBBUSDT", seed=1)
+    assert snapshot.find(lake, request_for(), ["AAAUSDT"]) == first
+    assert snapshot.find(lake, request_for(), ["AAAUSDT", "BBBUSDT"]) is None
+    second = snapshot.provide(lake, request_for(), symbols=["AAAUSDT", "BBBUSDT"])
+    assert [bars.symbol for bars in snapshot.open_snapshot(second).bars] == ["AAAUSDT", "BBBUSDT"]
+    assert snapshot.provide(lake, request_for()) == second  # the newer one, also for a run that began with it

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +18,25 @@ import pytest
 import torch
 
 from continuous_training import Settings
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData
 from data_sources.progress import NullProgress
-from runtime.control import Control
+from runtime.control import EXIT_NO_DATA, Control, ExitProgram
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.drill.programs import living
-from tests.program import ALONE, PATIENCE, SUPERVISED, Start, environment, tiny_flags
+from tests.program import (
+    ALONE,
+    PATIENCE,
+    SUPERVISED,
+    Start,
+    environment,
+    tiny_flags,
+)
 from tests.vendors import BinanceNow
-from training.data_feed import Prefetch, fresh_bars
+from training.data_feed import fresh_bars
 from training.distributed import Ranks
+from training.prefetch import Prefetch
 from training.progress import TrainingProgress
 
 
@@ -61,7 +72,7 @@ def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bar
         progress = TrainingProgress()
         first = bars_of(progress, 0)
         assert server.requests
-        assert progress.cutoff_ns > server.now_ns
+        assert progress.cutoff_ns > server.now_ns - 2 * MINUTE_NS
 
         server.requests.clear()
         ahead_ns = progress.cutoff_ns + 1
@@ -75,6 +86,75 @@ def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bar
     resumed = bars_of(progress, 0)
     assert resumed.fingerprint == first.fingerprint
     np.testing.assert_array_equal(resumed.bars[0].close, first.bars[0].close)
+
+
+@pytest.fixture
+def binance(monkeypatch: pytest.MonkeyPatch) -> Iterator[BinanceServer]:
+    monkeypatch.delenv("CONTROL_DIR", raising=False)
+    with BinanceServer(time.time_ns()) as server:
+        monkeypatch.setenv("BINANCE_API_URL", server.url)
+        monkeypatch.setenv("BINANCE_ARCHIVE_URL", server.url)
+        yield server
+
+
+def bars_elsewhere(folder: Path, progress: TrainingProgress, **changes: Any) -> LoadedData | None:
+    """Return the bars of a run on a machine whose lake is ``folder``."""
+    pairs = {"binance_pairs": ("BTCUSDT", "ETHUSDT")}
+    settings = Settings(sources=("binance",), history_days=2, data_dir=str(folder), **pairs | changes)
+    prefetch, ranks = cast(Prefetch, Taken(0)), Ranks(0, 1, torch.device("cpu"))
+    return fresh_bars(Lake(folder), settings, progress, ranks, Control(), NullProgress(), prefetch)
+
+
+def test_a_run_resumed_on_another_machine_fetches_the_bars_that_it_began_with(
+    binance: BinanceServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = TrainingProgress(epoch=2)
+    first = bars_elsewhere(tmp_path / "here", progress)
+    assert first is not None and progress.num_bars == {bars.symbol: len(bars) for bars in first.bars}
+    cutoff_ns = progress.cutoff_ns
+    binance.now_ns += 3 * DAY_NS  # newer bars exist by now
+    again = bars_elsewhere(tmp_path / "there", replace(progress))
+    assert again is not None and binance.requests
+    for before, after in zip(first.bars, again.bars, strict=True):
+        for name in COLUMNS:
+            np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    assert progress.cutoff_ns == cutoff_ns
+    assert "no copy of the bars that run 1 began with" in caplog.text
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_resumed_run_never_loses_a_symbol_in_silence(
+    binance: BinanceServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_copied: bool
+) -> None:
+    progress = TrainingProgress(epoch=2)
+    bars_elsewhere(tmp_path / "here", progress)
+    if is_copied:  # half of it
+        shutil.copytree(tmp_path / "here" / "binance" / "BTCUSDT", tmp_path / "there" / "binance" / "BTCUSDT")
+    binance.pairs = ("BTCUSDT",)
+    with pytest.raises(ExitProgram, match=r"ETHUSDT \(no bars\).*--missing-symbols continue") as stopped:
+        bars_elsewhere(tmp_path / "there", replace(progress))
+    assert stopped.value.code == EXIT_NO_DATA
+
+    allowed = bars_elsewhere(tmp_path / "there", replace(progress), missing_symbols="continue")
+    assert allowed is not None and [bars.symbol for bars in allowed.bars] == ["BTCUSDT"]
+    assert "it continues without them" in caplog.text
+    unnamed = bars_elsewhere(tmp_path / "there", replace(progress), binance_pairs=("BTCUSDT",))
+    assert unnamed is not None and "without ETHUSDT, which the settings no longer name" in caplog.text
+
+    shutil.copytree(tmp_path / "here" / "binance", tmp_path / "there" / "binance", dirs_exist_ok=True)
+    healed = bars_elsewhere(tmp_path / "there", replace(progress))
+    assert healed is not None and len(healed.bars) == 2
+
+
+def test_a_resumed_run_with_fewer_bars_names_them(
+    binance: BinanceServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = TrainingProgress(epoch=2)
+    bars_elsewhere(tmp_path / "here", progress)
+    binance.listed_ns["ETHUSDT"] = progress.cutoff_ns - 2_500 * MINUTE_NS
+    bars_elsewhere(tmp_path / "there", replace(progress))
+    count = progress.num_bars["ETHUSDT"]
+    assert f"fewer bars than it began with: ETHUSDT 2,500 of {count:,}" in caplog.text
 
 
 class Second(Ranks):

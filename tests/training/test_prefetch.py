@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from training import data_feed
-from training.data_feed import TOP_UP_SECONDS, Prefetch
+from data_sources.lake.quality import closed_before
+from training import prefetch as prefetching
+from training.prefetch import TOP_UP_SECONDS, Prefetch
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTER = "import sys, time, json, os\nfrom runtime.background_process import be_background\nbe_background()\n"
@@ -78,12 +79,12 @@ def test_the_process_has_the_lowest_priority_and_a_session_of_its_own(
 def test_a_source_that_hangs_costs_the_next_run_seconds_and_is_said(
     start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_feed, "PICK_UP_SECONDS", 0.2)
+    monkeypatch.setattr(prefetching, "PICK_UP_SECONDS", 0.2)
     ahead = start(HANG)
     ahead.after_epoch(5)
     child = child_of(ahead)
     before = time.time_ns()
-    assert before <= ahead.take() <= time.time_ns()
+    assert closed_before(before) <= ahead.take() <= time.time_ns()
     assert is_gone(child)
     assert caplog.messages == [
         "the background refresh is not done; this run takes the bars that have arrived"
@@ -121,7 +122,7 @@ def test_leaving_ends_it(start: Callable[[str], Prefetch]) -> None:
 
 def test_it_dies_with_a_training_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom training.data_feed import Prefetch\n"
+        "import sys, time\nfrom training.prefetch import Prefetch\n"
         "ahead = Prefetch(sys.argv[1:])\nahead.after_epoch(5)\n"
         "print(ahead._child.pid, flush=True)\ntime.sleep(1000)"
     )
