@@ -176,7 +176,8 @@ def train(settings: Settings, control: Control) -> None:
                 losses = job.trainer.update(rollout, job.stop_now)  # asks before every optimizer step
                 del rollout  # the next one needs its memory
                 if losses is None:  # stopped between two steps: the next start takes the others
-                    job.save(metrics={})
+                    if not job.is_corrupt():
+                        job.save(metrics={})
                     break
                 job.agree_on_stop()  # a signal to one rank stops all of them
                 metrics = job.trainer.metrics(losses)  # the one place where the host waits for the GPU
@@ -189,6 +190,10 @@ def train(settings: Settings, control: Control) -> None:
 
                 # once in a while: exam on held-out days, then a checkpoint (all ranks take part)
                 is_due = job.checkpoint_is_due()
+                if is_due and job.is_corrupt():  # a silent error of a GPU or a host
+                    job.log(metrics)
+                    job.return_to_checkpoint()
+                    break
                 if is_due:
                     metrics |= job.examine()
                 job.log(metrics)

@@ -32,6 +32,7 @@ from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
 from training.data_feed import fresh_bars, holdout_start_ns, make_market, refresh_command
 from training.distributed import agreed_stop
+from training.integrity import Inspections
 from training.memory import plan_memory
 from training.metrics import Phases
 from training.progress import Summary, TrainingProgress
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("continuous_training")
 
-MAX_ROLLBACKS = 3  # in one run
 COMPILER_SECONDS = 3600.0  # a compiler that takes longer counts as hanging
 
 
@@ -58,6 +58,7 @@ class Job:
         self.stopping = False
         self._folder = Path(settings.checkpoint_dir)
         self._trainer: Trainer | None = None
+        self._inspections = Inspections()
         self._exam, self._exam_at = Exam(), (0, 0)  # the newest, and the run and epoch of its weights
 
     def __enter__(self) -> Job:
@@ -170,6 +171,11 @@ class Job:
         due = epoch % settings.checkpoint_every == 0 or epoch == settings.epochs
         return due or self.stopping or self.ranks.any(self._writer.last_save_failed)
 
+    def is_corrupt(self) -> bool:
+        """Whether a rank's numbers are wrong, which a warning names; they are not to be saved (all ranks)."""
+        with self._phases.during("checkpoint"):
+            return self._inspections.is_corrupt(self.trainer.learner.find_corruption)
+
     def examine(self) -> dict[str, float]:
         """Score the policy on held-out days, unless asked to stop now; return its metrics (all ranks)."""
         self._exam, self._exam_at = Exam(), (self.progress.run, self.progress.epoch)
@@ -205,24 +211,18 @@ class Job:
         self._prefetch.after_epoch(0 if is_last_run else settings.epochs - progress.epoch)
 
     def roll_back(self) -> None:
-        """Resume from the newest checkpoint at half the learning rate, until the run ends (all ranks).
+        """Return to the newest checkpoint, at half the learning rate until the run ends (all ranks)."""
+        rollbacks = self.progress.count_rollback()
+        self.return_to_checkpoint()
+        self.progress.rollbacks = rollbacks
 
-        Raises:
-            ExitProgram: that was done MAX_ROLLBACKS times in this run already.
-        """
-        rollbacks = self.progress.rollbacks + 1
-        reason = f"run {self.progress.run} epoch {self.progress.epoch}: most gradients are not finite"
-        if rollbacks > MAX_ROLLBACKS:
-            raise ExitProgram(EXIT_SETTING, f"{reason}, after {MAX_ROLLBACKS} rollbacks: lower learning_rate")
-        log.warning(f"{reason}; back to the newest checkpoint, at {0.5**rollbacks:.3g} of the learning rate")
+    def return_to_checkpoint(self) -> None:
+        """Make the next ``begin_run`` resume from the newest checkpoint (all ranks)."""
         self._writer.finish()
         self.progress, self._saved = self._find_checkpoint()
-        self.progress.rollbacks = rollbacks
         self._exam, self._trainer = Exam(), None
         gc.collect()  # compiled code refers to the weights in a circle
         torch.cuda.empty_cache()
-
-    # --- parts --------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> tuple[TrainingProgress, Checkpoint | None]:
         """Return the training's progress and its newest checkpoint, None at its beginning (all ranks)."""

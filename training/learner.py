@@ -16,6 +16,7 @@ from torch import Tensor
 from runtime.control import heartbeat
 from training.distributed import Ranks
 from training.hindsight import hindsight_advantages
+from training.integrity import Inspector, Sample, Seal, sample_of
 from training.losses import Losses, Objective, Targets, advantages_and_returns
 from training.parallel import parallelize
 from training.rollout import Rollout
@@ -54,6 +55,19 @@ class Learner:
         # One stream per rank: ranks shuffle and sample differently.
         self.generator = torch.Generator(ranks.device).manual_seed(settings.seed * 1_000_003 + ranks.rank)
         self.stopped_at: dict[str, Any] | None = None  # where the update was stopped
+        self.seal = Seal(self._owned)
+        self._inspector = Inspector(objective, self.parallel, ranks)
+        self._sample: Sample | None = None  # of the newest rollout
+
+    def find_corruption(self) -> tuple[str, str]:
+        """Compare this rank's numbers with the other ranks' and with each other, see Inspector (all ranks)."""
+        return self._inspector.find(self.seal, self._sample)
+
+    def _owned(self) -> list[Tensor]:
+        """Return the tensors that only a step changes: weights, then moments, each in the order of parameters."""
+        states = [self.optimizer.state.get(parameter, {}) for parameter in self.parallel.parameters]
+        moments = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states if name in state]
+        return [*self.parallel.parameters, *moments]
 
     def learning_rate(self, run_fraction: float) -> float:
         """Return the rate now: linear warm-up once, then a cosine down over each run, and up again.
@@ -87,6 +101,7 @@ class Learner:
             when stopped: ``stopped_at`` holds where, and resuming needs the same rollout.
         """
         targets, explained_variance = self._targets(rollout)
+        self._sample = sample_of(rollout.bars, rollout.accounts, targets, self.micro_batch_segments)
         statistics = _Statistics(rollout.actions.device)
         self.stopped_at, steps = None, 0
         if resume_from:
@@ -151,7 +166,9 @@ class Learner:
             group["lr"] = rate
         # The fused kernel leaves weights and moments alone where found_inf is 1: a skip without a host sync.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.seal.check()
         self.optimizer.step()
+        self.seal.renew()
         self.optimizer.zero_grad()
         self.optimizer_steps += 1
         return norm, skipped
@@ -230,6 +247,7 @@ class Learner:
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
         self.optimizer_steps = int(state["optimizer_steps"])
+        self.seal.close()
 
     def _moments(
         self, state: Mapping[int, Mapping[str, Tensor]], convert: Callable[[Tensor, Tensor], Tensor]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from runtime.control import EXIT_SETTING, ExitProgram
 from training.checkpoint import Checkpoint, same_version
+
+log = logging.getLogger("continuous_training")
+
+MAX_ROLLBACKS = 3  # in one run
 
 
 @dataclass
@@ -61,6 +67,19 @@ class TrainingProgress:
         self.cutoff_ns = 0
         self.rollbacks = 0
         self.num_bars = {}
+
+    def count_rollback(self) -> int:
+        """Log that most gradients were not finite; return the number of this rollback in the run.
+
+        Raises:
+            ExitProgram: there were MAX_ROLLBACKS already.
+        """
+        reason = f"run {self.run} epoch {self.epoch}: most gradients are not finite"
+        if self.rollbacks == MAX_ROLLBACKS:
+            raise ExitProgram(EXIT_SETTING, f"{reason}, after {MAX_ROLLBACKS} rollbacks: lower learning_rate")
+        rate = 0.5 ** (self.rollbacks + 1)
+        log.warning(f"{reason}; back to the newest checkpoint, at {rate:.3g} of the learning rate")
+        return self.rollbacks + 1
 
     @property
     def rate_scale(self) -> float:
