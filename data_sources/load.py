@@ -18,7 +18,7 @@ from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars
 from data_sources.calendar import in_regular_session, new_york_time
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.lake.lake import FETCHED, Lake
-from data_sources.lake.quality import bad_ticks
+from data_sources.lake.quality import BAD_TICK, bad_ticks
 from data_sources.sources import DataRequest, Source, SymbolGroup
 from data_sources.splits import SplitLedger, near_common_ratio, suspect_splits
 from data_sources.universe import Interval, members, plain_names, top_of
@@ -27,7 +27,8 @@ from data_sources.vendors import SOURCES
 SYMBOLS_AT_ONCE = 48  # of a dataset with many: bounds the memory in use beside the result
 MIN_COMMON_BARS = 30  # of two sources, to compare their levels
 SOURCES_DIFFER = 0.001  # median relative difference of closes that is worth a flag
-THIN_DAY = 0.8  # of the other source's bars on a day; with fewer the preferred source is the worse one
+THIN_DAY = 0.8  # of a day's bars; a source with fewer is flagged
+RULES = "2"  # of the checks while loading; another number makes another fingerprint
 
 Columns = dict[str, NDArray[Any]]
 
@@ -87,7 +88,7 @@ def fingerprint(lake: Lake, request: DataRequest) -> str:
     """
     digest = hashlib.sha256()
     if request.needs_lake:
-        digest.update(lake.fingerprint().encode())
+        digest.update(RULES.encode() + lake.fingerprint().encode())
         digest.update(json.dumps(SplitLedger(lake.root).as_dict(), sort_keys=True).encode())
     for source in request.chosen:
         if source.is_computed:
@@ -157,6 +158,7 @@ class _Reader:
                         counts.setdefault(name, Counter()).update(reasons)
             for found in counts.values():
                 found.pop("not_closed", None)
+                found.pop(BAD_TICK, None)  # of parts by an earlier version; the lake returns those rows
             self._rejected[dataset] = counts
         return Counter(self._rejected[dataset].get(symbol, {}))
 
@@ -188,21 +190,20 @@ def _adjusted_bars(reader: _Reader, symbol: str, ledger: SplitLedger, request: D
 
 
 def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedger) -> Series:
-    """Merge a stock's bars: of each day the first source's, unless it has far fewer than the next one."""
+    """Merge a stock's bars: the first source's, and where it has a hole the next one's."""
     source, bars = pieces[0]
     result = Series(bars, _marks(source, len(bars)))
     for other, more in pieces[1:]:
         result.difference, flags = _compare(source, result.bars, other, more)
-        keeps, fills, num_thin = _better_days(result.bars, more)
+        fills, num_thin = _fill_holes(result.bars, more)
         if num_thin:
-            flags.append(f"{other.label} replaces {source.label} on days with few bars: {num_thin}")
-        time = np.concatenate([result.bars.open_time[keeps], more.open_time[fills]])
-        order = np.argsort(time, kind="stable")
+            flags.append(f"{other.label} fills in for {source.label} on days with few bars: {num_thin}")
+        order = np.argsort(np.concatenate([result.bars.open_time, more.open_time[fills]]), kind="stable")
         columns = {
-            name: np.concatenate([getattr(result.bars, name)[keeps], getattr(more, name)[fills]])[order]
+            name: np.concatenate([getattr(result.bars, name), getattr(more, name)[fills]])[order]
             for name in COLUMNS
         }
-        result.source = np.concatenate([result.source[keeps], _marks(other, int(fills.sum()))])[order]
+        result.source = np.concatenate([result.source, _marks(other, int(fills.sum()))])[order]
         result.bars = Bars(symbol, "stock", **columns)
         result.flags += flags
     bars = result.bars
@@ -219,24 +220,23 @@ def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedg
     return result
 
 
-def _better_days(first: Bars, second: Bars) -> tuple[NDArray[np.bool_], NDArray[np.bool_], int]:
-    """Choose a source per day of New York: the first one, unless it has far fewer bars of the session.
+def _fill_holes(first: Bars, second: Bars) -> tuple[NDArray[np.bool_], int]:
+    """Choose the bars of a second source for minutes that the first one lacks.
+
+    It must have seen trades in that minute, else it is only quiet; unless the first has no bar yet of that day, as
+    when its file is still to come. No later bar counts, so a choice stays when more arrive.
 
     Returns:
-        Which bars of each to take, and how many days of the first one went to the second.
+        Which bars of the second source to take, and on how many days the first has under 80 % of the bars of both.
     """
-    days = [new_york_time(bars.open_time) // DAY_NS for bars in (first, second)]
-    regular = [in_regular_session(bars.open_time) for bars in (first, second)]
-    all_days, places = np.unique(np.concatenate(days), return_inverse=True)
-    split = len(first)
-    counts = [
-        np.bincount(place[mask], minlength=len(all_days))
-        for place, mask in zip((places[:split], places[split:]), regular, strict=True)
-    ]
-    is_held = np.isin(all_days, days[0])
-    is_thin = is_held & (counts[0] < THIN_DAY * counts[1])
-    first_wins = is_held & ~is_thin
-    return first_wins[places[:split]], ~first_wins[places[split:]], int(is_thin.sum())
+    day, known_days = (new_york_time(bars.open_time) // DAY_NS for bars in (second, first))
+    midnight = second.open_time - new_york_time(second.open_time) % DAY_NS
+    so_far = np.searchsorted(first.open_time, second.open_time, side="right")
+    is_first_to_come = so_far == np.searchsorted(first.open_time, midnight)
+    fills = ~np.isin(second.open_time, first.open_time) & ((second.volume > 0) | is_first_to_come)
+    days, counts = np.unique(known_days, return_counts=True)
+    filled = np.bincount(np.searchsorted(days, day[fills & np.isin(day, days)]), minlength=len(days))
+    return fills, int((counts < THIN_DAY * (counts + filled)).sum())
 
 
 def _compare(source: Source, bars: Bars, other: Source, more: Bars) -> tuple[float | None, list[str]]:
@@ -263,7 +263,7 @@ def _bars(symbol: str, asset_class: AssetClass, columns: Columns | None) -> Bars
 
 
 def _without_bad_ticks(series: Series) -> Series:
-    """Check again with both neighbours: the first and last bars of a part had only one."""
+    """Leave out rows at a price that nothing before them confirms; a live series leaves out the same ones."""
     bars = series.bars
     bad = bad_ticks(bars.open_time, bars.open, bars.close)
     if not bad.any():
@@ -271,7 +271,7 @@ def _without_bad_ticks(series: Series) -> Series:
     kept = Bars(bars.symbol, bars.asset_class, *(getattr(bars, name)[~bad] for name in COLUMNS))
     for name, count in zip(SOURCES, np.bincount(series.source[bad], minlength=len(SOURCES)), strict=True):
         if count:
-            series.rejected.setdefault(name, Counter())["bad_tick"] += int(count)
+            series.rejected.setdefault(name, Counter())[BAD_TICK] += int(count)
     return dataclasses.replace(series, bars=kept, source=series.source[~bad])
 
 

@@ -1,7 +1,8 @@
 """Look-ahead checks on the user's own bars, the first part of the self-test.
 
-All bars after some moment are replaced by unrelated ones: everything known, decided or filled up to that moment
-must stay the same, bit for bit. Then the bars of the holdout are replaced: nothing in training may change.
+All rows of the vendor, then all bars, after some moment are replaced by unrelated ones: everything known, decided
+or filled up to that moment must stay the same, bit for bit. Then the bars of the holdout are replaced: nothing in
+training may change.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sources.bars import DAY_NS, MINUTE_NS, Bars
+from commands.selftest.vendor_rows import load_through_a_lake
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS, Bars
 from data_sources.calendar import new_york_time
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
@@ -44,6 +46,9 @@ log = logging.getLogger("continuous_training")
 SYMBOLS = 4  # stocks, and as many of crypto
 TRAINING_BARS = 30_000  # per symbol, the newest before the holdout
 CUTS = 6  # of each kind per symbol, after which bars are replaced to check features
+# The last rows before a cut, and the factor of their prices: prints, crashes, and a level that stays.
+EXCURSIONS = ((1, 10.0), (2, 0.7), (3, 0.3), (5, 4.0))
+ROWS_BEFORE, ROWS_AFTER = 1_500, 500  # such a cut
 SEGMENTS = 3  # per symbol, to check decisions
 HOLDOUT_SEGMENTS = 64  # of all symbols, to check that the holdout is unused
 
@@ -112,6 +117,10 @@ def find_look_ahead(bars: Sequence[Bars], settings: Settings, ranks: Ranks) -> t
             f"all bars are held out: fetch older ones, or lower holdout_days={settings.holdout_days}"
         )
     found: dict[str, str] = {}
+    for series, cut in bars_that_change(bars, settings.extended_hours):
+        subject = f"{series.symbol}: rows"
+        line = f"{series.symbol}: bars up to {_minute(series, cut)} depend on later rows of the vendor"
+        found.setdefault(subject, line)
     for series in bars:
         cuts = features_that_look_ahead(series, _choose_cuts(series), device=ranks.device)
         for name, cut in cuts.items():
@@ -122,6 +131,40 @@ def find_look_ahead(bars: Sequence[Bars], settings: Settings, ranks: Ranks) -> t
         for subject, line in checks.check_decisions(series):
             found.setdefault(subject, line)
     return [*found.values(), *checks.check_holdout()], checks.played
+
+
+def bars_that_change(bars: Sequence[Bars], extended_hours: bool) -> Iterator[tuple[Bars, int]]:
+    """Yield series, and an index up to which their bars depend on the vendor's later rows.
+
+    Rows are checked and merged before they are bars. Up to a cut, two lakes get the same rows; the last ones leave
+    the price level. Then one gets the rows that came, at the old level, and the other one gets unrelated rows.
+
+    Args:
+        bars: one series per symbol.
+        extended_hours: as in the settings.
+
+    Raises:
+        LakeError: no temporary folder can be written.
+    """
+    random = np.random.default_rng(0)
+    usable = [series for series in bars if len(series) > ROWS_AFTER]
+    for seed, (length, factor) in enumerate(EXCURSIONS if usable else ()):
+        cuts = [int(random.integers(length, len(series) - length)) for series in usable]
+        came, others = [], []
+        for series, cut in zip(usable, cuts, strict=True):
+            first = max(0, cut - ROWS_BEFORE)
+            columns = {name: getattr(series, name)[first : cut + ROWS_AFTER].copy() for name in COLUMNS}
+            for name in COLUMNS[1:5]:
+                columns[name][cut + 1 - length - first : cut + 1 - first] *= factor
+            rows = replace(series, **columns)
+            came.append((rows, cut + 1 - first))
+            others.append((replace_bars_after(rows, cut - first, seed), cut + 1 - first))
+        expected, actual = (load_through_a_lake(rows, extended_hours) for rows in (came, others))
+        for series, cut in zip(usable, cuts, strict=True):
+            end_ns = int(series.open_time[cut]) + 1
+            ours, theirs = (loaded[series.symbol].between(0, end_ns) for loaded in (expected, actual))
+            if any(not np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in COLUMNS):
+                yield series, cut
 
 
 def features_that_look_ahead(

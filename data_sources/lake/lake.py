@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -36,7 +37,7 @@ from data_sources.lake.parts import (
     symbol_runs,
     write_part,
 )
-from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, clean
+from data_sources.lake.quality import BAD_TICK, OUTSIDE_TOLERANCE_NS, clean
 from data_sources.progress import NullProgress, Progress, Waiting
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
@@ -191,7 +192,7 @@ class Lake:
             dollar_volume=dict(dollar_volume or {}),
         )
         path = self._path(part)
-        quarantine = path.with_name(_escape(unit) + QUARANTINE_SUFFIX)
+        quarantine = self._quarantine_path(part)
         with self.writing():
             self._refuse_shrinking(part, cleaned.table)
             with lake_errors("write", path):
@@ -213,7 +214,7 @@ class Lake:
         path = self._path(part)
         with self.writing(), lake_errors("remove", path):
             path.unlink(missing_ok=True)
-            path.with_name(_escape(part.unit) + QUARANTINE_SUFFIX).unlink(missing_ok=True)
+            self._quarantine_path(part).unlink(missing_ok=True)
             if path.parent.exists():
                 sync_folder(path.parent)
         with self._known_guard:
@@ -241,16 +242,15 @@ class Lake:
                 part.start_ns - OUTSIDE_TOLERANCE_NS < end_ns
                 and start_ns < part.end_ns + OUTSIDE_TOLERANCE_NS
             )
-            table = self._rows(part, wanted) if part.rows and wanted and reaches else None
-            if table is None:
-                continue
-            arrays = {name: table[name].to_numpy() for name in COLUMNS}
-            for symbol, first, last in symbol_runs(table):
-                if symbol in wanted:
-                    low, high = first + np.searchsorted(arrays["open_time"][first:last], (start_ns, end_ns))
-                    piece = {name: array[low:high] for name, array in arrays.items()}
-                    piece[FETCHED] = np.full(high - low, part.fetched_ns)
-                    pieces.setdefault(symbol, []).append(piece)
+            for table in self._tables(part, wanted) if wanted and reaches else ():
+                arrays = {name: table[name].to_numpy() for name in COLUMNS}
+                for symbol, first, last in symbol_runs(table):
+                    if symbol in wanted:
+                        times = arrays["open_time"][first:last]
+                        low, high = first + np.searchsorted(times, (start_ns, end_ns))
+                        piece = {name: array[low:high] for name, array in arrays.items()}
+                        piece[FETCHED] = np.full(high - low, part.fetched_ns)
+                        pieces.setdefault(symbol, []).append(piece)
         merged = {}
         for symbol in sorted(pieces):
             columns = _merge(pieces.pop(symbol))
@@ -310,6 +310,24 @@ class Lake:
             self._set_aside(path, error)
             return None
 
+    def _tables(self, part: Part, symbols: set[str]) -> Iterator[pa.Table]:
+        if part.rows and (table := self._rows(part, symbols)) is not None:
+            yield table
+        if not part.rejected.get(BAD_TICK):
+            return
+        # An earlier version set these rows aside for what later rows showed; they are bars.
+        path = self._quarantine_path(part)
+        try:
+            with lake_errors("read", path, FileNotFoundError):
+                aside = pq.read_table(path)
+            ticks = aside.filter(pc.equal(aside["reason"], BAD_TICK))
+            yield clean(ticks, now_ns=part.fetched_ns, symbols=part.symbols).table
+        except FileNotFoundError:
+            return  # removed by hand, or with its part
+        except (LakeError, pa.ArrowException, KeyError, BadAnswer) as error:
+            name = path.relative_to(self.root).as_posix()
+            self._progress.warn(part.source, f"{name} cannot be used ({error}); its rows are left out")
+
     def _refuse_shrinking(self, part: Part, table: pa.Table) -> None:
         """Protect bars from half an answer that looks like a whole one (same version)."""
         kept = self.parts(part.source, part.dataset).get(part.unit)
@@ -352,6 +370,9 @@ class Lake:
 
     def _path(self, part: Part) -> Path:
         return self._folder(part.source, part.dataset) / (_escape(part.unit) + SUFFIX)
+
+    def _quarantine_path(self, part: Part) -> Path:
+        return self._folder(part.source, part.dataset) / (_escape(part.unit) + QUARANTINE_SUFFIX)
 
 
 def _fault_of(table: pa.Table, part: Part) -> str:

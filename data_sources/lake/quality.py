@@ -1,7 +1,9 @@
 """Which rows of a vendor's answer are bars: ordered checks, each counted; no row is dropped without a reason.
 
-The order: place (symbol, time), values, duplicates, bad ticks. Values come before duplicates so that of two
-rows for one minute a broken one never wins over a good one.
+The order: place (symbol, time), values, duplicates. Values come before duplicates so that of two rows for one
+minute a broken one never wins over a good one. All of that is decided by the rows of one minute alone.
+``bad_ticks``, which needs the bars before a row, runs when a series is loaded: parts may begin anywhere. No check
+looks at a later row, so that what was a bar when it was new stays one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
+from data_sources.bars import COLUMNS, DAY_NS, HOUR_NS, MINUTE_NS
 from data_sources.errors import BadAnswer
 
 SCHEMA = pa.schema(
@@ -26,11 +28,15 @@ EARLIEST_NS = 1_420_070_400_000_000_000  # 2015-01-01; an older stamp is in anot
 CLOSING_GRACE_NS = 5_000_000_000  # vendors still change a bar for a moment after its minute
 OUTSIDE_TOLERANCE_NS = DAY_NS // 2  # a US session ends after midnight UTC, so a day's file may reach over
 OHLC_TOLERANCE = 1e-6  # relative; rounding at the vendor, clamped
-TICK_JUMP = 0.20  # log return; smaller moves are never bad ticks
-TICK_SIGMAS = 10.0
-TICK_MAX_BARS = 3
-TICK_LOOK_AHEAD = 5  # bars that must mostly lie at the old level after the tick
-_MAD_TO_SIGMA = 1.4826
+# Prices per unit in any currency: a coin of 1e-9 bitcoin, a share of a million dollars, an index in rupiah.
+LEAST_PRICE, LARGEST_PRICE = 1e-12, 1e12
+LARGEST_VOLUME = 1e18
+LARGEST_RANGE = 100.0  # high / low of one minute; exchanges bust such trades
+BAD_TICK = "bad_tick"
+TICK_FACTOR = 2.0
+TICK_LEVEL_BARS = 30  # earlier bars, whose opens and closes are the level
+TICK_CONFIRMED_BY = 3  # rows in a row at a new level, before the one that is a bar again
+TICK_GAP_NS = HOUR_NS  # prices before a longer gap prove nothing
 # Counted but not kept aside: an early row comes again as a whole bar, an equal row adds nothing.
 NOT_QUARANTINED = ("not_closed", "duplicate")
 
@@ -99,10 +105,7 @@ def clean(
     late_reasons = _duplicates(good)
     kept = good.filter(late_reasons.is_null())
     rejects = [good.with_columns(late_reasons.alias("reason")).filter(late_reasons.is_not_null())]
-    ticks = pl.Series(_bad_ticks_of_all(kept))
-    rejects.append(kept.filter(ticks).with_columns(pl.lit("bad_tick").alias("reason")))
     rejects.append(frame.filter(pl.col("reason").is_not_null()))
-    bars = kept.filter(~ticks).select(SCHEMA.names)
 
     rejected = pl.concat([part.select("row", "symbol", "reason") for part in rejects]).sort("row")
     by_symbol: dict[str, dict[str, int]] = {}
@@ -112,7 +115,7 @@ def clean(
     quarantined = table.select(SCHEMA.names).take(pa.array(aside["row"].to_numpy()))
     quarantined = quarantined.append_column("reason", pa.array(aside["reason"].to_list(), pa.string()))
     return Cleaned(
-        bars.to_arrow().cast(SCHEMA),
+        kept.select(SCHEMA.names).to_arrow().cast(SCHEMA),
         dict(sorted(Counter(rejected["reason"].to_list()).items())),
         quarantined,
         by_symbol,
@@ -123,76 +126,66 @@ def clean(
 def bad_ticks(
     open_time: NDArray[np.int64], open_price: NDArray[np.float64], close: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """Mark the bars of one symbol that leave the price level and come back within 3 bars.
+    """Mark rows of one symbol that open where nothing was traded lately: orders would fill at that price.
 
-    A move is suspect above 20 % and above 10 robust standard deviations of its UTC day's one-bar log returns;
-    it is bad only when the level returns (to a quarter of the move) and most of the next 5 bars stay there. A
-    move that stays is never marked, nor is the first or last bar, since nothing proves them wrong; a caller
-    that knows the neighbouring days can call again with them.
+    A row is marked if its open is under half or over double of all opens and closes of the 30 bars before it, the
+    newest of which is at most an hour old. If three rows before it were marked and opened within that factor of
+    each other and of it, the level is confirmed and the row is a bar. So a crash that trades down is never marked
+    (prices move within bars: each opens where the last closed), an isolated print always is, and after a jump that
+    stays three rows are lost.
+
+    Whether a row is marked depends on rows up to it alone: marks never change when later rows arrive.
+
+    Args:
+        open_time: (num_rows,) int64 ns, ascending.
+        open_price: (num_rows,) above zero.
+        close: (num_rows,) above zero.
     """
-    bad = np.zeros(len(close), np.bool_)
-    if len(close) < 3:
-        return bad
-    log_open, log_close = np.log(open_price), np.log(close)
-    moves = np.maximum(np.abs(np.diff(log_close)), np.abs(log_open[1:] - log_close[:-1]))
-    suspects = np.flatnonzero(moves > TICK_JUMP) + 1
-    day = open_time // DAY_NS
-    thresholds: dict[int, float] = {}
-    resume, resumed_level = -1, 0.0
-    for i in suspects.tolist():  # rare; all else is vectorised
-        if i < resume:
+    marked = np.zeros(len(close), np.bool_)
+    low, high = np.minimum(open_price, close), np.maximum(open_price, close)
+    # Until a row is marked, the bars before a row are the rows before it.
+    suspects = np.flatnonzero(
+        (open_price * TICK_FACTOR < _of_rows_before(low, np.minimum))
+        | (open_price > _of_rows_before(high, np.maximum) * TICK_FACTOR)
+    ).tolist()
+    done = 0
+    for suspect in suspects:  # rare; all else is vectorised
+        if suspect < done:
             continue
-        level = resumed_level if i == resume else log_close[i - 1]
-        today = int(day[i])
-        if today not in thresholds:
-            first, last = np.searchsorted(day, (today, today + 1))
-            returns = np.abs(np.diff(log_close[first:last]))
-            sigma = _MAD_TO_SIGMA * float(np.median(returns)) if len(returns) else 0.0
-            thresholds[today] = max(TICK_JUMP, TICK_SIGMAS * sigma)
-        length = _tick_length(i, level, log_open, log_close, thresholds[today])
-        if length:
-            bad[i : i + length] = True
-            resume, resumed_level = i + length, level
-    return bad
+        level = list(range(max(0, suspect - TICK_LEVEL_BARS), suspect))  # the bars to compare with
+        waiting: list[int] = []  # marked rows in a row, at one level
+        i, last_marked = suspect, suspect
+        while i < len(close) and i - last_marked <= TICK_LEVEL_BARS:
+            price = open_price[i]
+            is_recent = bool(level) and open_time[i] - open_time[level[-1]] <= TICK_GAP_NS
+            if is_recent and not _is_near(price, low[level], high[level]):
+                if waiting and not _is_near(price, open_price[waiting], open_price[waiting]):
+                    waiting.clear()
+                if len(waiting) < TICK_CONFIRMED_BY:
+                    waiting.append(i)
+                    marked[i], last_marked = True, i
+                    i += 1
+                    continue
+            waiting.clear()
+            level = [*level[1 - TICK_LEVEL_BARS :], i]
+            i += 1
+        done = i
+    return marked
 
 
-def _tick_length(
-    i: int, level: float, log_open: NDArray[np.float64], log_close: NDArray[np.float64], threshold: float
-) -> int:
-    """Return how many bars from ``i`` on are one bad tick away from ``level``, 0 for none."""
-    away = abs(log_close[i] - level)
-    if away <= threshold:  # the close is fine; is the open alone off?
-        opened = abs(log_open[i] - level)
-        lone = opened > threshold and abs(log_open[i] - log_close[i]) > threshold and away <= opened / 4
-        return 1 if lone and _stays(i, level, opened, log_close) else 0
-    for length in range(1, TICK_MAX_BARS + 1):
-        back = i + length
-        if back >= len(log_close):
-            return 0
-        distance = abs(log_close[back] - level)
-        if distance <= away / 4:
-            return length if _stays(back, level, away, log_close) else 0
-        if distance <= threshold:
-            return 0  # neither away nor back: a real, wild move
-    return 0
+def _of_rows_before(values: NDArray[np.float64], best: np.ufunc) -> NDArray[np.float64]:
+    """Return the least or largest of the TICK_LEVEL_BARS values before each one; the first one's is itself."""
+    result = np.append(values[:1], values[:-1])
+    width = 1
+    while width < TICK_LEVEL_BARS:
+        step = min(width, TICK_LEVEL_BARS - width)
+        result[step:] = best(result[step:], result[:-step])
+        width += step
+    return result
 
 
-def _stays(back: int, level: float, away: float, log_close: NDArray[np.float64]) -> bool:
-    after = np.abs(log_close[back : back + TICK_LOOK_AHEAD] - level)
-    return bool(2 * np.count_nonzero(after <= away / 2) > len(after))
-
-
-def _bad_ticks_of_all(kept: pl.DataFrame) -> NDArray[np.bool_]:
-    """Run bad_ticks for each symbol of a frame sorted by (symbol, open_time)."""
-    marks = np.zeros(len(kept), np.bool_)
-    if not len(kept):
-        return marks
-    columns = [kept[name].to_numpy() for name in ("open_time", "open", "close")]
-    lengths = kept["symbol"].rle().struct.field("len").to_numpy()
-    ends = np.cumsum(lengths, dtype=np.int64)
-    for first, last in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
-        marks[first:last] = bad_ticks(*(column[first:last] for column in columns))
-    return marks
+def _is_near(price: float, low: NDArray[np.float64], high: NDArray[np.float64]) -> bool:
+    return bool(low.min() <= price * TICK_FACTOR and price <= high.max() * TICK_FACTOR)
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:
@@ -234,13 +227,16 @@ def _reasons(
         ("not_finite", pl.col("volume").is_infinite().fill_null(False)),
         ("not_positive", pl.any_horizontal(price <= 0 for price in prices)),
         ("negative_volume", pl.col("volume").fill_nan(0.0).fill_null(0.0) < 0),
+        ("absurd", pl.any_horizontal(~price.is_between(LEAST_PRICE, LARGEST_PRICE) for price in prices)),
+        ("absurd", pl.col("volume").fill_nan(0.0).fill_null(0.0) > LARGEST_VOLUME),
         ("ohlc_broken", _out_of_order(OHLC_TOLERANCE)),
+        ("absurd", pl.col("high") > LARGEST_RANGE * pl.col("low")),
     ]
-    if symbols is not None:
-        checks.insert(1, ("wrong_symbol", ~pl.col("symbol").is_in(list(symbols))))
     if start_ns is not None and end_ns is not None:
         inside = (time >= start_ns - OUTSIDE_TOLERANCE_NS) & (time < end_ns + OUTSIDE_TOLERANCE_NS)
-        checks.insert(-6, ("outside_interval", ~inside))
+        checks.insert(5, ("outside_interval", ~inside))
+    if symbols is not None:
+        checks.insert(1, ("wrong_symbol", ~pl.col("symbol").is_in(list(symbols))))
     return pl.coalesce(pl.when(broken).then(pl.lit(reason)) for reason, broken in checks)
 
 

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,20 @@ def bars() -> list[Bars]:
 
 def test_nothing_looks_ahead(bars: list[Bars]) -> None:
     assert lookahead.find_look_ahead(bars, SETTINGS, ALONE) == ([], ["SIM000", "SIM001"])
+
+
+def test_cleaning_that_looks_ahead_is_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [bars[0], replace(bars[1], asset_class="stock")]
+    assert list(lookahead.bars_that_change(both, extended_hours=True)) == []
+
+    def comes_back(open_time: np.ndarray, open_price: np.ndarray, close: np.ndarray) -> np.ndarray:
+        before, after = np.roll(close, 1), np.roll(close, -1)
+        return (abs(np.log(close / before)) > 0.2) & (abs(np.log(after / before)) < 0.2)
+
+    monkeypatch.setattr("data_sources.load.bad_ticks", comes_back)
+    found, _ = lookahead.find_look_ahead(bars, SETTINGS, ALONE)
+    assert [line.split(" up to ")[0] for line in found] == ["SIM000: bars", "SIM001: bars"]
+    assert found[0].endswith(" depend on later rows of the vendor")
 
 
 def test_a_feature_that_sees_the_next_bar_is_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:

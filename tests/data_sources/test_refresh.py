@@ -244,23 +244,24 @@ def test_polygon_wins_on_its_days_and_yahoo_fills_the_others(lake):
     assert load(lake, request_for("polygon")).rows[0].num_bars == 780
 
 
-def test_a_piece_of_a_day_at_polygon_does_not_win_over_yahoos_whole_day(lake):
+def test_yahoo_fills_minutes_that_polygon_lacks_on_a_day(lake):
     put_polygon(lake, pa.concat_tables([session("AAPL", 16), session("AAPL", 17).slice(0, 195)]))
     both = [session("AAPL", 16, price=100.01), session("AAPL", 17, price=100.01)]
     put(lake, "yahoo", "AAPL", pa.concat_tables(both))
     row = load(lake, request_for("polygon", "yahoo")).rows[0]
     assert [(stretch.source, stretch.num_bars) for stretch in row.stretches] == [
-        ("polygon", 390),
-        ("yahoo", 390),
+        ("polygon", 585),
+        ("yahoo", 195),
     ]
-    assert row.flags == ("Yahoo replaces Polygon on days with few bars: 1",)
+    assert row.flags == ("Yahoo fills in for Polygon on days with few bars: 1",)
     assert [(extent.source, extent.num_bars) for extent in row.by_source] == [
         ("polygon", 585),
         ("yahoo", 780),
     ]
     assert row.difference == pytest.approx(1e-4, rel=0.01)
-    thin = pa.concat_tables([session("AAPL", 16), session("AAPL", 17).slice(0, 330)])  # a few quiet minutes
-    put_polygon(lake, thin)
+    quiet = with_values(both[1], slice(330, 390), volume=0.0)  # no trade at Yahoo, too
+    put(lake, "yahoo", "AAPL", pa.concat_tables([both[0], quiet]))
+    put_polygon(lake, pa.concat_tables([session("AAPL", 16), session("AAPL", 17).slice(0, 330)]))
     assert load(lake, request_for("polygon", "yahoo")).rows[0].sources == ("polygon",)
 
 
@@ -338,19 +339,6 @@ def test_gaps_are_counted_within_sessions_and_never_filled(lake):
     put(lake, "binance", "BTCUSDT", pa.concat_tables([btc.slice(0, 500), btc.slice(600)]))
     row = load(lake, request_for("binance")).rows[0]
     assert (row.num_gaps, row.longest_gap_minutes, row.num_bars, row.coverage) == (1, 100, 900, 0.9)
-
-
-def test_a_bad_tick_at_the_edge_of_a_part_is_found_when_its_neighbours_are_known(lake):
-    btc = walk("BTCUSDT", START, 2880)
-    spiked = with_values(btc, [1440], **dict.fromkeys(COLUMNS[1:5], 900.0))
-    for day in (0, 1):
-        span = {"start_ns": START + day * DAY_NS, "end_ns": START + (day + 1) * DAY_NS}
-        part = put(lake, "binance", "BTCUSDT", spiked.slice(1440 * day, 1440), unit=f"u{day}", **span)
-        assert part.rejected == {}  # as the first bar of a part it cannot be judged yet
-    data = load(lake, request_for("binance"))
-    assert START + DAY_NS not in data.bars[0].open_time
-    assert data.rows[0].rejected == {"bad_tick": 1}
-    assert data.rows[0].num_gaps == 1
 
 
 def test_rejected_rows_are_counted_per_symbol_and_unfinished_minutes_are_not(lake):

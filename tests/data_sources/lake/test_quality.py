@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from bar_tables import DAY_NS, flat, ns, table, walk, with_values
+from bar_tables import DAY_NS, ns, table, walk, with_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,64 +129,105 @@ def test_an_empty_table_stays_an_empty_table():
     assert cleaned.table.equals(SCHEMA.empty_table())
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
-@pytest.mark.parametrize("factor", [10.0, 0.1, 1.4, 0.7])
-def test_a_spike_that_reverts_within_three_bars_is_dropped_in_both_directions(length, factor):
-    bars = walk("AAA", START, 300)
-    rows = np.arange(100, 100 + length)
-    prices = {name: bars[name].to_numpy()[rows] * factor for name in COLUMNS[1:5]}
-    cleaned = clean(with_values(bars, rows, **prices), now_ns=NOW)
-    assert cleaned.rejected == {"bad_tick": length}
-    assert cleaned.table.equals(pa.concat_tables([bars.slice(0, 100), bars.slice(100 + length)]))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"open": 1e300, "high": 1e300, "close": 1e300},
+        {"low": 5e-324},
+        {"volume": 1e30},
+        {"low": 0.5},  # and a high of 100: a trade that the exchange busts
+    ],
+)
+def test_an_absurd_price_is_no_bar(change):
+    assert reasons_of(with_values(walk("AAA", START, 50), [7], **change)) == {"absurd": 1}
 
 
-def marked(prices, opens=None):
+def test_a_part_keeps_rows_off_the_price_level_since_only_a_whole_series_shows_it():
+    spiked = with_values(walk("AAA", START, 300), [100, 101], **dict.fromkeys(COLUMNS[1:5], 900.0))
+    cleaned = clean(spiked, now_ns=NOW)
+    assert (cleaned.table.equals(spiked), cleaned.rejected) == (True, {})
+
+
+def marked(prices, opens=None, minutes=None):
     prices = np.asarray(prices, float)
     opens = prices if opens is None else np.asarray(opens, float)
-    return bad_ticks(START + np.arange(len(prices)) * MINUTE_NS, opens, prices).tolist()
+    minutes = np.arange(len(prices)) if minutes is None else np.asarray(minutes)
+    return np.flatnonzero(bad_ticks(START + minutes * MINUTE_NS, opens, prices)).tolist()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("factor", [10.0, 0.1, 2.2, 0.45])
+def test_a_print_off_the_level_is_marked_at_once_in_both_directions(length, factor):
+    prices = [100] * 40 + [100 * factor] * length
+    expected = list(range(40, 40 + length))
+    assert marked(prices) == expected
+    assert marked(prices + [100] * 40) == expected
 
 
 @pytest.mark.parametrize(
-    "prices",
+    ("prices", "lost"),
     [
-        [100] * 10 + [150] * 10,  # a jump that stays, such as a split or news
-        [100] * 10 + [10] * 10,
-        [100] * 10 + [150] * 4 + [100] * 10,  # four bars: trade at that level was real
-        [100] * 10 + [115] + [100] * 10,  # under 20 %
-        [100] * 10 + [150, 125] + [125] * 10,  # comes back half the way only
-        [150] + [100] * 10,  # nothing before it to compare with
-        [100] * 10 + [150],  # nothing after it
-        [100, 150],
-        [100],
-        [],
+        ([100] * 10 + [40] * 20, [10, 11, 12]),  # a level that stays: the fourth row confirms it
+        ([100] * 10 + [300] * 4 + [100] * 10, [10, 11, 12]),  # back to a level of the last 30 bars
+        ([100] * 40 + [300] * 40 + [100] * 40, [40, 41, 42, 80, 81, 82]),
+        ([100] * 10 + [300, 900, 30, 300, 30] + [100] * 9, [10, 11, 12, 13, 14]),  # rows that do not agree
+        ([100] * 10 + [300, 300, 100, 300, 300] + [100] * 9, [10, 11, 13, 14]),
+        ([100] * 10 + [150] * 3 + [55] + [199] * 9, []),
+        ([150], []),
+        ([], []),
     ],
 )
-def test_moves_without_proof_of_an_error_are_kept(prices):
-    assert not any(marked(prices))
+def test_a_new_level_needs_three_rows_before_it_is_believed(prices, lost):
+    assert marked(prices) == lost
 
 
-def test_a_bad_tick_back_to_the_old_level_after_a_real_jump_takes_only_itself():
-    assert np.flatnonzero(marked([100] * 10 + [150, 150, 100] + [150] * 10)).tolist() == [12]
+def test_a_crash_that_trades_down_within_its_bars_is_all_bars():
+    opens, closes = [100] * 10 + [100, 60, 20, 9, 30, 80], [100] * 10 + [60, 20, 9, 30, 80, 95]
+    assert marked(closes, opens) == []
 
 
-def test_an_open_alone_off_the_level_is_a_bad_tick_since_orders_fill_there():
-    assert np.flatnonzero(marked([100] * 9, [100] * 4 + [300] + [100] * 4)).tolist() == [4]
+def test_an_open_alone_off_the_level_is_marked_since_orders_fill_there():
+    assert marked([100] * 9, [100] * 4 + [300] + [100] * 4) == [4]
 
 
-def test_a_day_whose_every_minute_is_wild_raises_the_threshold_above_twenty_percent():
-    wild = 100 * np.exp(np.tile([0.0, 0.05], 50))  # sigma of about 7 %
-    wild[50] *= np.exp(0.3)
-    assert not any(marked(wild))
-    calm = 100 * np.exp(np.tile([0.0, 0.0005], 50))
-    calm[50] *= np.exp(0.3)
-    assert np.flatnonzero(marked(calm)).tolist() == [50]
+def test_after_an_hour_without_a_bar_any_price_is_a_bar():
+    assert marked([100, 100, 300, 300], minutes=[0, 1, 60, 61]) == [2, 3]
+    assert marked([100, 100, 300, 300], minutes=[0, 1, 62, 63]) == []
+    assert marked([100, 300, 900, 300], minutes=[0, 20, 40, 61]) == [1, 2]  # over an hour since the last bar
 
 
-def test_a_neighbouring_symbols_price_is_never_taken_for_a_jump():
-    bars = pa.concat_tables(
-        [flat([1.0] * 3, START, "A"), flat([900.0], START, "B"), flat([1.0] * 3, START, "C")]
-    )
-    assert clean(bars, now_ns=NOW).rejected == {}
+def plain_bad_ticks(minutes, opens, closes):
+    """The rule of bad_ticks, row by row."""
+    marks, bars, waiting = [], [], []
+    for minute, price, close in zip(minutes, opens, closes, strict=True):
+        level = [value for bar in bars[-30:] for value in bar[1:]]
+        is_off = level and minute - bars[-1][0] <= 60 and not min(level) / 2 <= price <= max(level) * 2
+        if is_off and waiting and not min(waiting) / 2 <= price <= max(waiting) * 2:
+            waiting = []
+        if is_off and len(waiting) < 3:
+            waiting.append(price)
+            marks.append(True)
+            continue
+        waiting = []
+        bars.append((minute, price, close))
+        marks.append(False)
+    return marks
+
+
+moves = st.sampled_from([1.0] * 12 + [0.5, 2.0, 4.0, 0.25, 10.0, 0.1, 1.5])
+rows_with_moves = st.lists(st.tuples(st.sampled_from([1] * 9 + [30, 61]), moves, moves), max_size=120)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows_with_moves, st.data())
+def test_marks_follow_the_plain_rule_and_never_change_when_later_rows_arrive(rows, data):
+    minutes = np.cumsum([row[0] for row in rows], dtype=np.int64)
+    opens, closes = (64.0 * np.array([row[place] for row in rows]) for place in (1, 2))
+    marks = bad_ticks(START + minutes * MINUTE_NS, opens, closes)
+    assert marks.tolist() == plain_bad_ticks(minutes.tolist(), opens.tolist(), closes.tolist())
+    cut = data.draw(st.integers(0, len(rows)))
+    first = bad_ticks(START + minutes[:cut] * MINUTE_NS, opens[:cut], closes[:cut])
+    assert first.tolist() == marks[:cut].tolist()
 
 
 values = st.one_of(
