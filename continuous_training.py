@@ -160,6 +160,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "entropy_coef": 0.003,
         "crypto_fee_bps": 1.0,
         "epochs": 50,
+        "runs": 1,
         "checkpoint_dir": "checkpoints/demo",
         "log_dir": "logs/demo",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +159,8 @@ def _verdict(
         return "too few bars"
     if is_series and any("split" in flag for flag in row.flags):
         return "split missing"
-    latest = max(STALE_MINUTES.get((source, row.asset_class), 60) for source in sources)
+    # What is computed ends where it was asked to, and is never fetched again.
+    latest = max(STALE_MINUTES.get((source, row.asset_class), math.inf) for source in sources)
     if behind is not None and behind > latest:
         return "stale"
     if extent.coverage is not None and extent.coverage < THIN_COVERAGE[row.asset_class]:

@@ -128,7 +128,7 @@ class Job:
             self._trainer.set_market(market)
         else:
             self._trainer, self._saved = self._make_trainer(market), None  # a checkpoint takes gigabytes
-        log.info(f"Run {progress.run}: epochs {progress.epoch + 1} to {settings.epochs}")
+        log.info(progress.describe_run(settings.cost_ramp, settings.epochs))
         self.console.begin_run(settings, progress, str(self.ranks), self.control)
         return True
 
@@ -195,7 +195,7 @@ class Job:
         self.console.show_epoch(metrics, self.settings.epochs)
         for line in self._exam_of_weights().lines:
             log.info(line)
-        self._summary.count(metrics["rollout/reward_bps"])
+        self._summary.count(metrics["rollout/reward_bps"], metrics["rollout/cost_scale"])
 
     def save(self, metrics: Mapping[str, Any]) -> None:
         """Write a checkpoint in the background, with the exam of these weights if there was one (all ranks)."""

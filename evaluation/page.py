@@ -74,7 +74,7 @@ def _environment() -> Environment:
 
 
 def _number(value: float | None, form: str) -> str:
-    return NONE if value is None else format(value, form).replace("-", "\N{MINUS SIGN}")
+    return NONE if value is None else format(value, form)
 
 
 def _interval(interval: Interval | None, form: str, factor: float = 1.0) -> str:

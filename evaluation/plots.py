@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -27,6 +28,7 @@ from evaluation.measures import drawdown, equity_curve
 Array = NDArray[np.float64]
 
 matplotlib.rcdefaults()  # a matplotlibrc of the user's may need LaTeX
+matplotlib.rcParams["axes.unicode_minus"] = False  # the same minus as in everything that is printed
 # In lower case, as matplotlib writes them.
 ACCENT, SECOND, INK, MUTED, FAINT = "#0072b2", "#d55e00", "#1f2328", "#6b7280", "#e3e6ea"
 BOUGHT = "#009e73"
@@ -42,6 +44,7 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 WIDTHS = (8.6, 3.6)  # inches, page and phone
 NARROW = 5.0  # inches; a narrower picture is for a phone
 LEAST_TRADE = 0.2  # a smaller change of the position is drift
+LEAST_VALUE = 1e-12  # of a metric; what is smaller is a rounding error
 POINTS = 700  # of a line: about one per pixel of a page
 
 
@@ -51,7 +54,7 @@ def equity(contestants: Contestants, width: float) -> Figure:
     ends = []
     for name, walks in contestants.items():
         time, curve = equity_curve(walks)
-        percent = 100 * (lasts(curve) - 1)
+        percent = _percent(lasts(curve) - 1)
         axes.plot(lasts(time), percent, label=name, **STYLES[name])
         ends.append((float(percent[-1]), name))
         _format_dates(axes, time, width)
@@ -67,7 +70,7 @@ def drawdowns(contestants: Contestants, width: float) -> Figure:
     ends = []
     for name in (POLICY, BUY_AND_HOLD):
         time, curve = equity_curve(contestants[name])
-        percent = 100 * minima(drawdown(curve))
+        percent = _percent(minima(drawdown(curve)))
         axes.plot(lasts(time), percent, label=name, **STYLES[name])
         if name == POLICY:
             axes.fill_between(lasts(time), percent, color=ACCENT, alpha=0.25, linewidth=0)
@@ -96,16 +99,17 @@ def cost_curve(
         width: in inches.
     """
     figure, axes = _new_figure(width, 2.6)
-    percent = (100 * np.array(returns)).round(9)  # without a trade the return is a rounding error
+    percent = _percent(np.array(returns))
     axes.plot(costs_bps, percent, color=ACCENT, linewidth=1.8, marker="o", markersize=5, zorder=3)
     _draw_zero_line(axes)
     for cost, value in zip(costs_bps, percent, strict=True):
         if width > NARROW or cost in (costs_bps[0], costs_bps[-1]):
-            text = f"{value:+.2f} %".replace("-", "\N{MINUS SIGN}")
-            axes.annotate(text, (cost, value), (4, 6), textcoords="offset points", color=INK, fontsize=8)
+            axes.annotate(
+                f"{value:+.2f} %", (cost, value), (4, 6), textcoords="offset points", color=INK, fontsize=8
+            )
     axes.plot(
         as_trained[0],
-        100 * as_trained[1],
+        _percent(np.array(as_trained[1])),
         "D",
         color=SECOND,
         markersize=6,
@@ -160,7 +164,7 @@ def episode(walk: Walk, title: str) -> Figure:
 
     # As fractions of the initial equity, payments add up.
     fees, borrowing = (
-        100 * part * walk.equity_before for part in (walk.costs - walk.borrowing, walk.borrowing)
+        _percent(part * walk.equity_before) for part in (walk.costs - walk.borrowing, walk.borrowing)
     )
     labels = ("fees and slippage", "borrowing")
     paid.stackplot(bars, fees.cumsum(), borrowing.cumsum(), labels=labels, colors=(SECOND, ACCENT))
@@ -189,6 +193,7 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
         _style(axes)
         found = [(at, row[key]) for at, row in enumerate(rows, 1) if row.get(key) is not None]
         places, values = np.array(found, np.float64).reshape(-1, 2).T
+        values = np.where(np.abs(values) < LEAST_VALUE, 0.0, values)
         marker = "o" if len(places) < 30 else None
         axes.plot(places, values, color=ACCENT, linewidth=0.8, alpha=0.45, marker=marker, markersize=2.5)
         if len(values) >= 20:
@@ -262,9 +267,12 @@ def _style(axes: Axes) -> None:
     axes.yaxis.label.set_color(MUTED)
     axes.xaxis.label.set_fontsize(8.5)
     axes.yaxis.label.set_fontsize(8.5)
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "\N{MINUS SIGN}"))
-    )
+    axes.yaxis.set_major_formatter(FuncFormatter(partial(_format_tick, axes)))
+
+
+def _format_tick(axes: Axes, value: float, _: int | None) -> str:
+    low, high = axes.get_ylim()
+    return f"{0.0 if abs(value) < 1e-9 * (high - low) else value:,.6g}"
 
 
 def _draw_walk(
@@ -289,7 +297,7 @@ def _draw_walk(
     limit = max(1.0, float(np.abs(walk.position).max())) * 1.1
     positions.set_ylim(-limit, limit)
     positions.set_ylabel("position")
-    percent = 100 * np.expm1(np.cumsum(walk.log_returns))
+    percent = _percent(np.expm1(np.cumsum(walk.log_returns)))
     net.plot(place, means(percent), color=ACCENT, linewidth=1.4, label="policy")
     _draw_zero_line(net)
     count = 4 if size[0] < NARROW else 8
@@ -298,6 +306,11 @@ def _draw_walk(
     panels[-1].set_xticks(ticks, [f"{time:%m-%d\n%H:%M}" for time in times])
     figure.align_ylabels()
     return figure, panels
+
+
+def _percent(fractions: Array) -> Array:
+    """Return percent without rounding errors, which would be all that an axis shows where nothing was traded."""
+    return (100 * fractions).round(9) + 0.0
 
 
 def _draw_zero_line(axes: Axes) -> None:

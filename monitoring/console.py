@@ -396,6 +396,7 @@ def _line_of(metrics: Row, epochs: int) -> str:
     parts = [
         f"run {metrics['run']} epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}",
         f"reward {metrics['rollout/reward_bps']:+.3f} bp/bar",
+        *([f"costs {scale:.0%}"] if (scale := metrics.get("rollout/cost_scale", 1.0)) < 1 else []),
         f"return {metrics['rollout/episode_return_percent']:+.2f}%",
         f"loss {metrics['loss/policy']:+.4f}/{metrics['loss/value']:.4f}",
         f"kl {metrics['ppo/approx_kl']:.4f}",

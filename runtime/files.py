@@ -25,6 +25,7 @@ NO_RENAME_OVER = "this file system does not rename over a file: a crash in betwe
 _warned: set[tuple[int, str]] = set()
 _probed: list[str] | None = None  # collects the lacks during find_lacks
 _COPY_BYTES = 1 << 20
+ZIP_START = b"PK\x03\x04"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -151,6 +152,17 @@ def find_lacks(folder: Path) -> list[str]:
         lacks, _probed = _probed, None
         probe.unlink(missing_ok=True)
     return list(dict.fromkeys(lacks))
+
+
+def fault_of_zip(path: Path, expected: str) -> str:
+    """Return what is wrong with a file that is no whole zip file; ``expected`` says what it should be."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(len(ZIP_START))
+        if not start:
+            return "is empty: use another one"
+        if start != ZIP_START:
+            return f"is not {expected}"
+    return "is damaged, its end is missing: use another one"
 
 
 def sha256_of(path: Path) -> str:

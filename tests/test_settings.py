@@ -182,6 +182,11 @@ def test_only_rank_0_prints_and_preflight_counts_the_planned_ranks(tmp_path: Pat
     )
 
 
+def test_the_demo_ends_by_itself() -> None:
+    demo = Settings(**PRESETS["demo"])
+    assert (demo.runs, demo.epochs) == (1, 50)
+
+
 def test_presets_name_settings_only() -> None:
     names = {field.name for field in fields(Settings)}
     assert all(set(preset) <= names for preset in PRESETS.values())

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from envs.features import FEATURES, FeatureStatistics
 from models.policy import Policy
-from runtime.files import TEMPORARY_SUFFIX, make_folder, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, fault_of_zip, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from training.distributed import Ranks
 from training.retention import thin_out
@@ -313,7 +313,10 @@ def _load(path: Path, device: torch.device | str) -> dict[str, Any]:
         if damaged:
             raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
         loaded: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError) as error:
+        fault = fault_of_zip(path, f"a checkpoint of this program; one is such as checkpoints/{BEST}")
+        raise CheckpointError(f"{path} {fault}") from error
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
     except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this program: {_reason(error)}") from error

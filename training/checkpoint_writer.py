@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from training.checkpoint import Checkpoint, CheckpointError, sweep_unfinished
+from training.checkpoint import Checkpoint, CheckpointError, existing, sweep_unfinished
 
 log = logging.getLogger("continuous_training")
 
@@ -85,7 +85,7 @@ class CheckpointWriter:
         self._snapshot = Snapshot()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self.newest = "none"
+        self.newest = str(next(iter(existing(folder)), "none"))
         self.last_save_failed = False
         if wanted:
             try:

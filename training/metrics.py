@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,10 +79,32 @@ class Phases:
         return figures
 
 
+class Yardstick:
+    """The fastest that a large matrix product has been on this device: the reference of ``perf/mfu``.
+
+    At the start another program may use the device, so it is measured again in epochs 10, 100, 1000, ... and
+    whenever training itself is faster.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._epochs = 0
+        self.rate = matmul_rate(device, dtype)  # FLOP/s
+
+    def share(self, rate: float) -> float:
+        """Return an epoch's FLOP/s as a share of it, at most 1."""
+        self._epochs += 1
+        if rate > self.rate or (self._epochs >= 10 and math.log10(self._epochs).is_integer()):
+            with contextlib.suppress(torch.OutOfMemoryError):  # training has the memory
+                self.rate = max(self.rate, matmul_rate(self._device, self._dtype))
+        self.rate = max(self.rate, rate)
+        return rate / self.rate
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the floating-point operations per second of a square matrix product on this device.
 
-    The reference of ``perf/mfu``, since no product reaches the peaks of data sheets. Takes a fraction of a second.
+    No product reaches the peaks of data sheets. Takes a fraction of a second.
     """
     size = 8_192 if device.type == "cuda" else 1_024
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -56,6 +57,14 @@ class TrainingProgress:
             return 1.0
         return min(1.0, self.epoch / (cost_ramp * epochs))
 
+    def describe_run(self, cost_ramp: float, epochs: int) -> str:
+        """Return the run's number and epochs, and over which of them costs grow."""
+        text = f"Run {self.run}: epochs {self.epoch + 1} to {epochs}"
+        if self.cost_scale(cost_ramp, epochs) < 1:
+            last = math.ceil(cost_ramp * epochs)
+            text += f"; costs grow from zero to full by epoch {last + 1}, and the reward falls by them"
+        return text
+
     def is_past(self, runs: int | None) -> bool:
         """Whether this many runs are done; never, when no number is set."""
         return runs is not None and self.run > runs
@@ -99,11 +108,13 @@ class Summary:
     began: float = field(default_factory=time.monotonic)
     epochs: int = 0
     rewards: list[float] = field(default_factory=list)  # bp per bar, one an epoch
+    cost_scales: list[float] = field(default_factory=list)
 
-    def count(self, reward_bps: float) -> None:
+    def count(self, reward_bps: float, cost_scale: float) -> None:
         """Count one finished epoch."""
         self.epochs += 1
         self.rewards.append(reward_bps)
+        self.cost_scales.append(cost_scale)
 
     def lines(self, progress: TrainingProgress, newest_checkpoint: str) -> list[str]:
         """Return it as lines for the user."""
@@ -119,5 +130,10 @@ class Summary:
                 f"Reward: {sum(first) / tenth:+.3f} bp/bar over the first {tenth} epochs, "
                 f"{sum(last) / tenth:+.3f} over the last {tenth}, best {max(self.rewards):+.3f}"
             )
+            scales = self.cost_scales[0], self.cost_scales[-1]
+            if scales[0] < scales[1]:
+                lines[-1] += (
+                    f"; costs grew from {scales[0]:.0%} to {scales[1]:.0%} of their full size meanwhile"
+                )
         lines.append(f"Newest checkpoint: {newest_checkpoint}")
         return lines

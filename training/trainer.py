@@ -24,7 +24,7 @@ from training.distributed import Ranks
 from training.learner import Learner
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryPlan
-from training.metrics import Stopwatch, fixed_batch, gpu_figures, matmul_rate, plasticity
+from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, plasticity
 from training.parallel import Sharded
 from training.progress import TrainingProgress
 from training.rollout import Rollout, collect
@@ -75,7 +75,7 @@ class Trainer:
         self.memory_plan = self._dry_run(plan)
         # The rollout of an update that a stop request interrupted, and where; the next epoch begins there.
         self._pending_update: tuple[Rollout, dict[str, Any]] | None = None
-        self._matmul_rate = matmul_rate(ranks.device, torch.bfloat16 if self.policy.bf16 else torch.float32)
+        self._yardstick = Yardstick(ranks.device, torch.bfloat16 if self.policy.bf16 else torch.float32)
         if saved:
             self.policy.load_state_dict(saved.model)
         self.learner = Learner(self.objective, ranks, self.memory_plan.micro_batch_segments)
@@ -294,9 +294,9 @@ class Trainer:
             "perf/transitions_per_second": transitions / seconds,
             "perf/episodes_per_second": episodes_ended / seconds,
             # Of what a matrix product reaches on as many of these devices.
-            "perf/mfu": transitions
-            * self.flops_per_transition()
-            / (seconds * self._matmul_rate * self.ranks.world_size),
+            "perf/mfu": self._yardstick.share(
+                transitions * self.flops_per_transition() / (seconds * self.ranks.world_size)
+            ),
         }
         # A shard alone shows nothing.
         if self.ranks.is_first and not isinstance(self.learner.parallel, Sharded):

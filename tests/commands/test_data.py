@@ -142,7 +142,7 @@ def verdict_of(asset_class: str, source: str, minutes_behind: int, *, step: int 
     time_ns = newest - np.arange(3_000 * step, 0, -step, dtype=np.int64) * MINUTE_NS + step * MINUTE_NS
     prices = [np.full(len(time_ns), 100.0)] * 4
     bars = Bars("AAA", asset_class, time_ns, *prices, np.ones(len(time_ns)))  # type: ignore[arg-type]
-    index = ("polygon", "binance", "yahoo").index(source)
+    index = ("polygon", "binance", "yahoo", "simulated").index(source)
     row = row_of(Series(bars, np.full(len(bars), index, np.int8), **more), "")
     request = DataRequest((source,), {}, END - 10 * DAY_NS, END)
     report = data.report(LoadedData([bars], {}, [row], "f"), {}, [], request)
@@ -156,6 +156,7 @@ def verdict_of(asset_class: str, source: str, minutes_behind: int, *, step: int 
         (("crypto", "binance", 90), "stale"),
         (("crypto", "polygon", 1_500), "ok"),
         (("crypto", "polygon", 3_000), "stale"),
+        (("crypto", "simulated", 1_439), "ok"),  # it ends at midnight
     ],
 )
 def test_how_far_a_source_may_lag_depends_on_when_it_publishes(given: Any, verdict: str) -> None:

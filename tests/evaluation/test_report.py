@@ -225,6 +225,24 @@ def test_labels_in_a_picture_keep_their_digits() -> None:
     assert len(labels) > 2 and len(set(labels)) == len(labels)
 
 
+def test_a_flat_policy_has_axes_of_numbers_that_mean_something() -> None:
+    flat = of_daily(*[3e-17, -2e-17, 1e-17] * 3, symbol="AAA")
+    report = report_of(
+        [flat], num_trials=1, training=[{"loss/entropy": 1e-17 * (-1) ** number} for number in range(30)]
+    )
+    pictures = report.pictures()
+    for name in ("equity", "drawdown", "symbol1_AAA", "training"):
+        svg = plots.as_svg(pictures[name](8.6), name)
+        labels = re.findall(r">([^<>]*)</text>", svg)
+        assert labels and not any(re.search(r"e-\d|\N{MINUS SIGN}", label) for label in labels), labels
+
+
+def test_there_is_one_minus(files: dict[str, bytes]) -> None:
+    svg = plots.as_svg(edge().pictures()["drawdown"](8.6), "drawdown")
+    assert re.search(r">-\d", svg)
+    assert "\N{MINUS SIGN}" not in svg + files["report.html"].decode()
+
+
 def test_a_png_is_on_white_for_dark_viewers_too() -> None:
     figure = edge().pictures()["drawdown"](8.6)
     assert Image.open(io.BytesIO(plots.as_png(figure, dpi=20))).getpixel((0, 0)) == (255, 255, 255, 255)

@@ -249,3 +249,20 @@ def test_a_newest_checkpoint_with_a_missing_key_is_skipped(tmp_path: Path) -> No
     found, warnings = checkpoint.newest(tmp_path)
     assert found is not None and found.path == older
     assert f"{path} is of another version of this program: it has no symbols" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", " is empty"),
+        (b"epochs: 3\n", " is not a checkpoint of this program; one is such as checkpoints/best.pt"),
+        (b"\x89PNG\r\n", " is not a checkpoint of this program"),
+        (b"PK\x03\x04" + bytes(100), " is damaged, its end is missing"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_that(tmp_path: Path, content: bytes, fault: str) -> None:
+    path = tmp_path / "run1_epoch2.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.read(path)
+    assert str(error.value).startswith(f"{path}{fault}") and "zip" not in str(error.value)

@@ -96,6 +96,13 @@ def test_the_next_start_removes_what_killed_writers_left(tmp_path: Path) -> None
         assert not any(path.exists() for path in leftovers)
 
 
+def test_the_newest_checkpoint_is_known_before_anything_is_saved(tmp_path: Path) -> None:
+    for name in ("run1_epoch2.pt", "run1_epoch10.pt", "best.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with CheckpointWriter(tmp_path, 16, wanted=True) as writer:
+        assert writer.finish() == str(tmp_path / "run1_epoch10.pt")
+
+
 # --- a disk that is really full -----------------------------------------------------------------------------
 
 
