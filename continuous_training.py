@@ -35,7 +35,7 @@ from runtime.control import (
     Control,
     ExitProgram,
 )
-from training import checkpoint, setting_types, validation
+from training import checkpoint, devices, setting_types, validation
 from training.memory import DoesNotFit
 
 STOCKS = tuple(
@@ -94,6 +94,7 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 on GPUs, else fp32
     compile: Literal["auto", "on", "off"] = "auto"  # compile the model and the accounts; auto: on GPUs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # whole model on each GPU; fsdp: a shard, for larger models
+    device: str = "auto"  # auto: every GPU, else the CPU; cpu; cuda; or one GPU, such as cuda:1
     # --- optimisation -------------------------------------------------------------------------------------
     batch_size: int = 65_536  # transitions per optimizer step over all GPUs
     micro_batch_segments: int | None = None  # segments per forward and backward; not set: what fits in memory
@@ -219,7 +220,11 @@ def train_command(settings: Settings) -> None:
         control.report_exit_code(EXIT_SETTING)
         exit_with(EXIT_SETTING, f"Invalid setting: {error}")
     try:
+        if control.folder is None:  # else the supervisor's preflight has compared them
+            devices.find(settings, os.environ)
         train(settings, control)
+    except devices.DeviceError as reason:
+        code, message = EXIT_SETTING, str(reason)
     except ExitProgram as reason:
         code, message = reason.code, str(reason)
     except checkpoint.FolderInUse as reason:

@@ -17,7 +17,7 @@ from data_sources.lake.lake import Lake
 from data_sources.lake.quality import closed_before
 from evaluation.trained_policy import TrainedPolicy
 from monitoring.console import Console
-from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, ExitProgram
+from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, EXIT_SETTING, ExitProgram, report_ranks
 from training import distributed
 from training.data_feed import data_request
 
@@ -28,13 +28,19 @@ log = logging.getLogger("continuous_training")
 
 
 def preflight_command(settings: Settings) -> None:
-    """Check settings and checkpoint folder before any process trains; silent when all is well."""
-    world_size = int(os.environ.get("WORLD_SIZE_PLANNED", "1"))
+    """Check devices, settings and folder before any process trains; one line says what training computes on."""
+    try:
+        launch, found = check.plan_launch(settings, os.environ)
+    except ValueError as error:
+        raise ExitProgram(EXIT_SETTING, str(error)) from error
     # Of several machines that share the folder only the first writes, so only that one locks it.
-    is_first = os.environ.get("NODE_RANK") in (None, "", "0")
-    for line in check.check_folder(settings, world_size, is_first):
+    is_first = launch.node_rank in ("", "0")
+    for line in check.check_folder(settings, launch.world_size, is_first):
         if line.code:
             raise ExitProgram(line.code, line.text)
+    report_ranks(launch.num_ranks)
+    for text in (f"Trains {found.text}.", *(f"Warning: {text}" for text in found.warnings)):
+        typer.echo(text, err=True)
 
 
 def check_command(
@@ -78,7 +84,7 @@ def selftest_command(
     """Prove on markets with a known best policy that training works and nothing looks ahead; takes a while."""
     from commands.selftest import TRIALS, Sizes, lookahead, report, run_trials  # matplotlib takes a second
 
-    with distributed.start() as ranks, Console(Path(settings.log_dir)):
+    with distributed.start(wanted=settings.device) as ranks, Console(Path(settings.log_dir)):
         failures = lookahead.run(settings, ranks)
         seed_list = range(settings.seed, settings.seed + seeds)
         results = run_trials(settings, TRIALS, Sizes(), seed_list, ranks)

@@ -122,7 +122,7 @@ def command_from(
 def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., None]) -> Callable[..., None]:
     """Return a function for typer that takes a checkpoint, and the settings to use it with as options.
 
-    ``run`` is called with the TrainedPolicy, on the GPU where there is one, and with its own options. A setting
+    ``run`` is called with the TrainedPolicy, on --device, and with its own options. A setting
     that is not given is that of the training. An unusable checkpoint, or a ValueError of the settings or of
     ``run``, is one line, exit code 2.
     """
@@ -130,16 +130,16 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
     own = _own_parameters(settings_class, run)
 
     def command(checkpoint: Path, **given: Any) -> None:
-        from evaluation.trained_policy import TrainedPolicy, device_for_use
+        from evaluation.trained_policy import TrainedPolicy
         from models.exported import ExportError
+        from training import devices
         from training.checkpoint import CheckpointError
 
         options = {parameter.name: _expand_path(given.pop(parameter.name)) for parameter in own}
         try:
             changes = _parse_given(settings_class, types, given)
-            trained = TrainedPolicy.read(
-                _expand_path(checkpoint), settings_class, device_for_use(), **changes
-            )
+            device = devices.of_rank(changes.get("device", "auto"), local_rank=0)
+            trained = TrainedPolicy.read(_expand_path(checkpoint), settings_class, device, **changes)
             _call(run, trained, options)
         except (CheckpointError, ExportError) as error:
             exit_with(EXIT_SETTING, str(error))

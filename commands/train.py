@@ -70,7 +70,7 @@ class Job:
         """
         settings = self.settings
         with ExitStack() as stack:
-            self.ranks = ranks = stack.enter_context(distributed.start())
+            self.ranks = ranks = stack.enter_context(distributed.start(wanted=settings.device))
             stack.enter_context(checkpoint.exclusive(self._folder, ranks.is_first))
             self.control.listen()
             log_dir, port = Path(settings.log_dir) if ranks.is_first else None, settings.prometheus_port

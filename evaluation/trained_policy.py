@@ -72,7 +72,8 @@ class TrainedPolicy:
                     raise ValueError(
                         f"{name}={changes[name]}, but {path} was trained with {name}={config[name]}"
                     )
-            known = {field.name for field in fields(settings_class)}
+            # What the training computed on may not exist here, or be busy with it.
+            known = {field.name for field in fields(settings_class)} - {"device"}
             settings = settings_class(**{k: v for k, v in config.items() if k in known} | changes)
         statistics = checkpoint.statistics
         if statistics.names != tuple(FEATURES):
@@ -107,11 +108,6 @@ class TrainedPolicy:
             ValueError: no symbol has enough bars for a segment.
         """
         return Market.from_settings(bars, self.settings, self.device, NEVER_NS, self.statistics)
-
-
-def device_for_use() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from models.linear import Linear
 from models.transformer import TransformerConfig, Trunk
 
+BF16_CAPABILITY = (8, 0)  # Ampere
+
 
 class Head(nn.Module):
     """Account-aware actor and critic on top of the trunk's output.
@@ -76,9 +78,14 @@ class Head(nn.Module):
         return (log_policy + noise).argmax(dim=-1), log_policy, value
 
 
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a trunk of this ``precision`` ("auto", "bf16" or "fp32") computes in bf16 on the device."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+def uses_bf16(precision: str, device: torch.device, capability: tuple[int, int] | None = None) -> bool:
+    """Return whether a trunk of this ``precision`` ("auto", "bf16" or "fp32") computes in bf16 on the device.
+
+    "auto" does so on GPUs of compute ``capability`` 8.0 or newer (by default the device's): older ones emulate it.
+    """
+    if precision != "auto" or device.type != "cuda":
+        return precision == "bf16"
+    return (capability or torch.cuda.get_device_capability(device)) >= BF16_CAPABILITY
 
 
 class Policy(nn.Module):

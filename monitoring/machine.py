@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 import pynvml
 
+from runtime.cores import memory_limit, usable_cores
 from training.checkpoint import NUM_RESUME_STATES, RESUME
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Gauges:
         return Machine(
             gpus=tuple(self._gpu(i, handle) for i, handle in enumerate(self._handles)),
             cpu=psutil.cpu_percent() / 100,
-            num_cores=psutil.cpu_count() or 1,
+            num_cores=usable_cores(),
             memory_used=float(memory.total - memory.available),
             memory_total=float(memory.total),
             driver=self.driver,
@@ -149,9 +148,5 @@ def _text(name: str | bytes) -> str:
 
 def memory_bytes() -> int:
     """Return the memory of this machine, or of the container around this process."""
-    total = psutil.virtual_memory().total
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups, second and first version
-        with contextlib.suppress(OSError):
-            limit = (CGROUP / name).read_text().strip()
-            total = min(total, int(limit)) if limit.isdigit() else total
-    return int(total)
+    total = int(psutil.virtual_memory().total)
+    return min(total, memory_limit() or total)

@@ -1,10 +1,11 @@
-"""How the supervisor and its workers communicate: five small files in one folder, no sockets, no signals.
+"""How the supervisor and its workers communicate: six small files in one folder, no sockets, no signals.
 
 * ``stop``: one byte, supervisor to workers: 0 run, 1 stop at the end of the epoch, 2 at the next safe point
 * ``heartbeat``: touched by workers while they make progress, by each at most once a second
 * ``progress``: touched when an epoch is finished
 * ``screen``: one byte, 1 while a worker's dashboard has the terminal; if it dies, the supervisor restores that
 * ``exit_code``: the workers' exit code as text; torchrun does not pass it on reliably
+* ``ranks``: how many of them this machine gets, as text, from the preflight, which asks torch for the GPUs
 
 All exist, with content, before a worker starts, and are overwritten in place: that works on a full disk, where
 a new file would not. The environment variable CONTROL_DIR names the folder. Standard library only.
@@ -57,6 +58,7 @@ KEY_BOUNCE_SECONDS = 1.0
 _STOP, _HEARTBEAT, _PROGRESS, _SCREEN = "stop", "heartbeat", "progress", "screen"
 _EXIT_CODE = "exit_code"
 _NO_CODE = b"none"
+_RANKS = "ranks"
 
 
 class ExitProgram(Exception):
@@ -113,6 +115,7 @@ class SupervisorControl:
         for name in (_STOP, _HEARTBEAT, _PROGRESS, _SCREEN):
             (self.folder / name).write_bytes(b"0")
         (self.folder / _EXIT_CODE).write_bytes(_NO_CODE)
+        (self.folder / _RANKS).write_bytes(b"1")
 
     def __enter__(self) -> SupervisorControl:
         return self
@@ -134,6 +137,10 @@ class SupervisorControl:
         """Return the exit code that the workers reported, if any."""
         text = (self.folder / _EXIT_CODE).read_bytes().strip()
         return int(text) if text.isdigit() else None
+
+    def num_ranks(self) -> int:
+        """Return the number of ranks on this machine that the preflight has planned."""
+        return int((self.folder / _RANKS).read_bytes())
 
     def is_screen_taken(self) -> bool:
         """Return whether a worker's dashboard has the terminal."""
@@ -231,6 +238,12 @@ class Control:
 
 _heartbeat_file: Path | None = None  # of the Control that this process made last
 _last_heartbeat = -math.inf
+
+
+def report_ranks(number: int) -> None:
+    """Report to the supervisor, if there is one, how many ranks this machine gets."""
+    if folder := os.environ.get(CONTROL_DIR):
+        _overwrite(Path(folder) / _RANKS, b"%d" % number)
 
 
 def heartbeat() -> None:

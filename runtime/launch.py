@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime import surroundings
+from runtime.cores import limit_threads
 from runtime.processes import LINUX, WINDOWS
 
 # The parent may itself be a rank of something (Slurm, another torchrun): its numbers are not ours.
@@ -33,7 +33,7 @@ RENDEZVOUS_SECONDS = 600  # for all machines to join; less than the supervisor's
 class Launch:
     """How many ranks to start, on which machines, with which launcher."""
 
-    num_ranks: int = 1  # on this machine
+    num_ranks: int = 1  # on this machine; where NPROC is not set, the preflight counts the GPUs
     launcher: str = "torchrun"  # or "direct": this program starts each rank itself, as on Windows
     num_nodes: int = 1
     node_rank: str = ""
@@ -41,15 +41,15 @@ class Launch:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> Launch:
-        """Read NPROC, NNODES, NODE_RANK, RDZV_ENDPOINT and LAUNCHER; count the GPUs where NPROC is not set.
+        """Read NPROC, NNODES, NODE_RANK, RDZV_ENDPOINT and LAUNCHER.
 
         Raises:
             ValueError: one of them is invalid; the text has its name, the rule and the value.
         """
         launch = Launch(
-            num_ranks=_count(environment, "NPROC", count_gpus),
+            num_ranks=_count(environment, "NPROC"),
             launcher=environment.get("LAUNCHER") or ("torchrun" if LINUX else "direct"),
-            num_nodes=_count(environment, "NNODES", lambda _: 1),
+            num_nodes=_count(environment, "NNODES"),
             node_rank=environment.get("NODE_RANK", ""),
             rendezvous=environment.get("RDZV_ENDPOINT", ""),
         )
@@ -79,7 +79,7 @@ class Launch:
         python = [sys.executable, "-u"]
         if self.world_size == 1:
             return [([*python, *worker], {})]
-        additions = {"OMP_NUM_THREADS": str(max(1, _usable_cores() // self.num_ranks))}
+        additions = limit_threads(self.num_ranks)
         if LINUX and self.num_nodes == 1:
             additions["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the machine's name
         if self.launcher == "torchrun":
@@ -117,26 +117,6 @@ class Launch:
         ]
 
 
-def count_gpus(environment: Mapping[str, str]) -> int:
-    """Count the NVIDIA GPUs that training may use, at least 1. Not with torch, whose import takes seconds."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return 1
-    try:
-        listing = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 1
-    installed = sum(line.startswith("GPU ") for line in listing.splitlines())
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        if "-1" in names:  # CUDA ignores this and all that follows
-            names = names[: names.index("-1")]
-        installed = min(installed, len(names))
-    return max(1, installed)
-
-
 def clean_environment() -> dict[str, str]:
     """Return the user's environment without inherited rank numbers and what was meant for other programs."""
     inherited = {name: value for name, value in os.environ.items() if name not in INHERITED_RANKS}
@@ -144,24 +124,11 @@ def clean_environment() -> dict[str, str]:
     return inherited
 
 
-def program_environment(launch: Launch) -> dict[str, str]:
-    """Return the environment of every process that trains."""
-    return clean_environment() | {"WORLD_SIZE_PLANNED": str(launch.world_size)}
-
-
-def _count(environment: Mapping[str, str], name: str, default: Callable[[Mapping[str, str]], int]) -> int:
-    text = environment.get(name, "").strip()
-    if not text:
-        return default(environment)
+def _count(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "").strip() or "1"
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, was {text!r}")
     return int(text)
-
-
-def _usable_cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,7 +40,7 @@ from runtime.control import (
     StopRequest,
     SupervisorControl,
 )
-from runtime.launch import Launch, clean_environment, program_environment
+from runtime.launch import Launch, clean_environment
 from runtime.processes import WINDOWS, Processes
 
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
@@ -120,8 +120,7 @@ class Supervisor:
         self._worker = worker
         self._processes = Processes(run_id=control.folder.name)
         self._forwarded = 0  # the stop level that the workers know of
-        self._environment = program_environment(launch)
-        self._environment[CONTROL_DIR] = str(control.folder)
+        self._environment = clean_environment() | {CONTROL_DIR: str(control.folder)}
 
     def run(self) -> int:
         """Train until a final exit code, which is returned, and leave no process behind."""
@@ -137,10 +136,8 @@ class Supervisor:
         return code
 
     def _preflight(self) -> int | None:
-        """Validate the settings in one process, so an error is printed once and not per rank."""
-        self._processes.start(
-            [sys.executable, self._script, "preflight", *self._flags], program_environment(self._launch)
-        )
+        """Validate settings and devices in one process, so an error is printed once and not per rank."""
+        self._processes.start([sys.executable, self._script, "preflight", *self._flags], self._environment)
         while (code := self._processes.exit_codes()[0]) is None:
             if self._stop.level:
                 say("Stopped before training started.")
@@ -150,6 +147,7 @@ class Supervisor:
         if code < 0:
             say(f"The check of the settings failed: {_describe_exit(code)}.")
             return EXIT_GAVE_UP
+        self._launch = replace(self._launch, num_ranks=self._control.num_ranks())
         return code or None
 
     def _train(self) -> int:

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import MutableMapping
 from typing import Any, TextIO
 
+from runtime.cores import limit_threads
+
 # Read by libraries, and meant for other programs.
 FOREIGN = (
     "MPLBACKEND",  # a notebook's, which is not installed here
@@ -47,6 +49,7 @@ def prepare_process() -> None:
     if "error" in os.environ.get("PYTHONWARNINGS", ""):  # a library's warning is no crash
         warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "error"]  # type: ignore[index]
     shut_out(os.environ)
+    os.environ.update(limit_threads())  # torch's would be as many as the machine has cores
     guard_streams()
 
 

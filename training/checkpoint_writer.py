@@ -35,7 +35,7 @@ class Snapshot:
         It is valid until the next call.
         """
         copied: Nest = self._copy(nest, ())
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # else the copies were made by the CPU
             torch.cuda.synchronize()
         return copied
 

@@ -19,6 +19,7 @@ import torch.distributed as torch_distributed
 from torch import Tensor
 
 from runtime.control import Control, heartbeat
+from training import devices
 
 # Rank 0 may download for hours on a first start while the others wait.
 OBJECT_TIMEOUT = timedelta(hours=24)
@@ -83,25 +84,25 @@ class Ranks:
 
 
 @contextmanager
-def start(timeout: timedelta = RENDEZVOUS_TIMEOUT) -> Iterator[Ranks]:
+def start(timeout: timedelta = RENDEZVOUS_TIMEOUT, wanted: str = "auto") -> Iterator[Ranks]:
     """Join the ranks that torchrun (or the supervisor) started; a single process needs no group.
 
-    NCCL with one GPU per local rank where there are GPUs, gloo on CPUs.
+    NCCL with one GPU per local rank on GPUs, gloo on CPUs.
 
     Args:
+        wanted: the setting ``device``.
         timeout: how long the ranks wait for each other.
 
     Raises:
+        DeviceError: there is no such GPU.
         torch.distributed.DistStoreError: one of them did not join.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = devices.of_rank(wanted, local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-    else:
-        device = torch.device("cpu")
     if world_size == 1:
         yield Ranks(0, 1, device)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import UTC, date, datetime
@@ -178,6 +179,9 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         yield name, bool(folder.strip()), "must be a folder; . is the program's own"
         # What expanduser leaves: ~NAME of no user. A folder of that name has to be meant, as in a shell.
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
+
+    is_device = bool(re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", s.device))
+    yield "device", is_device, "must be auto, cpu, cuda, or one GPU such as cuda:1"
 
     known = ", ".join(SOURCES)
     unknown = [source for source in s.sources if source not in SOURCES]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +15,20 @@ from commands.check import machine, sources
 from commands.check.report import Line, print_report
 from data_sources import refresh
 from data_sources.sources import Answer
+from monitoring.machine import memory_bytes
 from runtime.control import EXIT_LOCKED, EXIT_SETTING
 from runtime.files import find_lacks
 from runtime.launch import Launch
 from runtime.locking import NO_LOCKS, can_lock
-from training import checkpoint, validation
+from training import checkpoint, devices, validation
 from training.checkpoint import Checkpoint
 from training.data_feed import data_request
+from training.devices import Devices
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-__all__ = ["check_all", "check_folder", "print_report"]
+__all__ = ["check_all", "check_folder", "plan_launch", "print_report"]
 
 
 def check_all(settings: Settings, environment: Mapping[str, str], offline: bool) -> Iterator[Line]:
@@ -36,9 +39,11 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
         environment: keys, NPROC and its like.
         offline: contact no source.
     """
-    launch = Launch()
+    launch, found = Launch(), None
     try:
-        launch = Launch.from_environment(environment)
+        launch, found = plan_launch(settings, environment)
+    except devices.DeviceError as error:
+        yield Line("GPU", "error", str(error), EXIT_SETTING)
     except ValueError as error:
         yield Line.setting(str(error))
     now_ns = time.time_ns()
@@ -57,11 +62,23 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
         yield sources.check_clock(answers)
     if saved is not None:
         yield from sources.check_run_bars(saved, settings, answers, offline)
-    here = machine.read_machine()
-    yield from machine.check_gpus(here, settings)
-    yield machine.check_memory(here, settings, request, launch)
+    if found:
+        yield from machine.check_devices(found, settings)
+        yield machine.check_memory(found, memory_bytes(), settings, request, launch)
     yield from machine.check_disks(settings, request)
     yield from machine.check_versions()
+
+
+def plan_launch(settings: Settings, environment: Mapping[str, str]) -> tuple[Launch, Devices]:
+    """Decide how many ranks this machine starts, and on what; a start and ``check`` both ask here.
+
+    Raises:
+        ValueError: one of the variables is invalid.
+        DeviceError: the GPUs that are asked for, or built in, cannot be used.
+    """
+    launch = Launch.from_environment(environment)
+    found = devices.find(settings, environment)
+    return replace(launch, num_ranks=found.num_ranks), found
 
 
 def _check_file_systems(settings: Settings, needs_lake: bool) -> Iterator[Line]:

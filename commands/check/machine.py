@@ -20,10 +20,10 @@ from data_sources.universe import plain_names, top_of
 from envs.features import FEATURES
 from models.policy import uses_bf16
 from monitoring.format import size
-from monitoring.machine import Gauges, Gpu, Machine, memory_bytes
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch
 from training import checkpoint
+from training.devices import Devices
 from training.memory import USABLE, DoesNotFit, MemoryNeeds, num_parameters, plan
 from training.retention import most_files
 
@@ -39,40 +39,23 @@ MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440}
 BAR_BYTES = 2 * len(FEATURES) + 5 * 4 + 8 + 2  # of one bar in envs.market.Market
 
 
-def read_machine() -> Machine:
-    """Read this machine: NVIDIA's driver, the GPUs that torch sees, and the memory of this container."""
-    gauges = Gauges()
-    gauges.close()
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [torch.cuda.get_device_properties(number) for number in range(count)]
-    gpus = tuple(Gpu(number, gpu.name, memory_total=gpu.total_memory) for number, gpu in enumerate(found))
-    return Machine(gpus, memory_total=memory_bytes(), driver=gauges.driver)
-
-
-def check_gpus(machine: Machine, settings: Settings) -> Iterator[Line]:
-    """Report what the training would compute on."""
-    cuda = torch.version.cuda  # None for a torch built without it
-    for gpu in machine.gpus:
-        text = f"{gpu.index}: {gpu.name}, {size(gpu.memory_total or 0)}, driver {machine.driver or 'unknown'}"
-        yield Line("GPU", "OK", f"{text}, torch for CUDA {cuda}")
-    if machine.gpus:
-        return
-    if machine.driver and not cuda:
-        text = f"driver {machine.driver} is installed, but torch was built without CUDA"
-        yield Line("GPU", "warning", f"{text}: install the torch that pytorch.org names for your CUDA")
-    elif machine.driver:
-        text = f"driver {machine.driver} is installed, but torch for CUDA {cuda} sees no GPU"
-        yield Line("GPU", "warning", f"{text}: update the driver, or check CUDA_VISIBLE_DEVICES")
-    elif num_parameters(settings) > LARGE:
-        yield Line("GPU", "warning", "none: an epoch of this model takes hours on CPUs; use --preset small")
+def check_devices(found: Devices, settings: Settings) -> Iterator[Line]:
+    """Report what the training would compute on, and what would slow it down there."""
+    if not found.gpus and num_parameters(settings) > LARGE:
+        text = "an epoch of this model takes hours there; use --preset small"
+        yield Line("GPU", "warning", f"trains {found.text}: {text}")
     else:
-        yield Line("GPU", "OK", "none: trains on CPUs")
+        yield Line("GPU", "OK", f"trains {found.text}")
+    for text in found.warnings:
+        yield Line("GPU", "warning", text)
 
 
-def check_memory(machine: Machine, settings: Settings, request: DataRequest, launch: Launch) -> Line:
-    """Compare the needs of one process with its GPU's memory, or with its part of the RAM."""
-    gpu_bytes = min((int(gpu.memory_total or 0) for gpu in machine.gpus), default=None)
-    bf16 = uses_bf16(settings.precision, torch.device("cuda" if machine.gpus else "cpu"))
+def check_memory(
+    found: Devices, memory_total: int, settings: Settings, request: DataRequest, launch: Launch
+) -> Line:
+    """Compare the needs of one process with its GPU's memory, or with its part of the RAM (bytes)."""
+    gpu_bytes = min((gpu.memory_total for gpu in found.gpus), default=None)
+    bf16 = uses_bf16(settings.precision, torch.device(found.kind), found.capability)
     needs = MemoryNeeds.of(settings, num_bars(request) * BAR_BYTES, launch.num_ranks, bf16)
     try:
         chosen = plan(needs, gpu_bytes, settings.micro_batch_segments)
@@ -85,7 +68,7 @@ def check_memory(machine: Machine, settings: Settings, request: DataRequest, lau
             text += f": micro_batch_segments={wanted} would not fit"
             return Line("memory", "warning", text)
         return Line("memory", "OK", text)
-    available = int(machine.memory_total) // launch.num_ranks
+    available = memory_total // launch.num_ranks
     part = f"machine's part for one of {launch.num_ranks} processes"
     place = "machine" if launch.num_ranks == 1 else part
     if chosen.needed_bytes <= USABLE * available:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from commands import check
 from commands.check import machine
@@ -28,7 +27,6 @@ from data_sources.refresh import refresh
 from data_sources.sources import Answer
 from data_sources.vendors import http
 from data_sources.vendors.http import RetryPolicy
-from monitoring.machine import Gpu, Machine
 from runtime.launch import Launch
 from tests.data_sources.vendors.loopback import Answer as HttpAnswer
 from tests.data_sources.vendors.loopback import Fault, LoopbackServer, Notes
@@ -36,15 +34,17 @@ from tests.data_sources.vendors.s3_server import Fault as S3Fault
 from tests.program import NAMES_IN_ENV, PATIENCE, ROOT, environment
 from tests.training.checkpoints import NOW, untrained
 from tests.vendors import KEY_ID, SECRET, Vendors, closed_port
-from training import checkpoint
+from training import checkpoint, devices
 from training.checkpoint import Checkpoint
 from training.data_feed import data_request
+from training.devices import Devices, SeenGpu
 from training.memory import MemoryNeeds, num_parameters, plan
 
 GB, GIB = 10**9, 2**30
 FULL = Settings()
 SMALL = Settings(**PRESETS["small"])
 REST_KEY = "restkeyrestkeyrestkey"
+CPU = Devices(1, text="on the CPU")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -76,7 +76,8 @@ def vendors(
     # The machine may be busy.
     patient_policy = RetryPolicy(connect_seconds=30, read_seconds=60, total_seconds=90, attempts=1)
     monkeypatch.setattr(http, "PROBE_POLICY", patient_policy)
-    monkeypatch.setattr(machine, "read_machine", lambda: Machine(memory_total=16 * GB))
+    monkeypatch.setattr(check, "memory_bytes", lambda: 16 * GB)
+    monkeypatch.setattr(devices, "find", lambda *_: Devices(1, text="on the CPU"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100 * GB))
     monkeypatch.chdir(tmp_path)
     yield running[0]
@@ -270,10 +271,15 @@ def test_the_folder_is_looked_at_as_a_start_would(tmp_path: Path, monkeypatch: p
     assert level == "warning" and "run1_epoch3.pt" in text and text.endswith("the one before it is used")
 
 
-def gpus(*gib: int) -> Machine:
-    """Return a machine with GPUs of these sizes and a driver."""
-    found = tuple(Gpu(i, "H100", memory_total=size * GIB) for i, size in enumerate(gib))
-    return Machine(found, driver="570.86")
+def gpus(*gib: int) -> Devices:
+    """Return GPUs of these sizes."""
+    found = tuple(SeenGpu(i, "H100", (9, 0), size * GIB) for i, size in enumerate(gib))
+    return Devices(len(found), found, "on H100")
+
+
+def memory_line(found: Devices, settings: Settings, ram: float = 16 * GIB, num_ranks: int = 1) -> Line:
+    launch = Launch(num_ranks=num_ranks)
+    return machine.check_memory(found, int(ram), settings, request_of(settings), launch)
 
 
 def request_of(settings: Settings) -> Any:
@@ -289,24 +295,22 @@ def mended_by(text: str, settings: Settings) -> Settings:
 
 def test_memory_that_is_too_small_is_an_error_and_its_fix_fits() -> None:
     large = gpus(80)
-    fine = machine.check_memory(large, FULL, request_of(FULL), Launch())
+    fine = memory_line(large, FULL)
     assert fine.level == "OK" and "the GPU has 80.0 GiB" in fine.text
     few = gpus(8, 80)
-    line = machine.check_memory(few, FULL, request_of(FULL), Launch())
+    line = memory_line(few, FULL)
     assert (line.level, line.code) == ("error", 4)
     mended = mended_by(line.text, FULL)
-    assert machine.check_memory(few, mended, request_of(mended), Launch()).level == "OK", line.text
+    assert memory_line(few, mended).level == "OK", line.text
     many = replace(FULL, micro_batch_segments=128)
     middle = gpus(24)
-    line = machine.check_memory(middle, many, request_of(many), Launch())
+    line = memory_line(middle, many)
     assert line.level == "warning" and line.text.endswith("micro_batch_segments=128 would not fit")
     crowded = replace(SMALL, stocks=("top:3000",), binance_pairs=())
-    line = machine.check_memory(Machine(memory_total=16 * GIB), crowded, request_of(crowded), Launch())
+    line = memory_line(CPU, crowded)
     assert line.code == 4 and "set history_days to " in line.text
     fewer = mended_by(line.text, crowded)
-    assert (
-        machine.check_memory(Machine(memory_total=16 * GIB), fewer, request_of(fewer), Launch()).level == "OK"
-    )
+    assert memory_line(CPU, fewer).level == "OK"
 
 
 def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
@@ -314,30 +318,31 @@ def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
     need = plan(
         MemoryNeeds.of(simulated, machine.num_bars(request_of(simulated)) * machine.BAR_BYTES, 1, False), None
     )
-    ram = Machine(memory_total=int(1.5 * need.needed_bytes))
-    assert machine.check_memory(ram, simulated, request_of(simulated), Launch()).level == "OK"
-    four = machine.check_memory(ram, simulated, request_of(simulated), Launch(num_ranks=4))
+    ram = 1.5 * need.needed_bytes
+    assert memory_line(CPU, simulated, ram).level == "OK"
+    four = memory_line(CPU, simulated, ram, num_ranks=4)
     assert four.code == 4 and "the machine's part for one of 4 processes has" in four.text
-    close = Machine(memory_total=int(1.05 * need.needed_bytes))
-    assert machine.check_memory(close, simulated, request_of(simulated), Launch()).level == "warning"
+    assert memory_line(CPU, simulated, 1.05 * need.needed_bytes).level == "warning"
 
 
 @pytest.mark.parametrize(
-    ("here", "cuda", "settings", "level", "expected"),
+    ("found", "settings", "level", "expected"),
     [
-        (gpus(80), "12.8", FULL, "OK", "0: H100, 85.9 GB, driver 570.86, torch for CUDA 12.8"),
-        (Machine(), "", FULL, "warning", "none: an epoch of this model takes hours on CPUs; use --preset small"),
-        (Machine(), "", SMALL, "OK", "none: trains on CPUs"),
-        (gpus(), "", FULL, "warning", "driver 570.86 is installed, but torch was built without CUDA"),
-        (gpus(), "13.0", FULL, "warning", "torch for CUDA 13.0 sees no GPU: update the driver"),
+        (gpus(80), FULL, "OK", "trains on H100"),
+        (CPU, FULL, "warning", "trains on the CPU: an epoch of this model takes hours there; use --preset small"),
+        (CPU, SMALL, "OK", "trains on the CPU"),
     ],
 )  # fmt: skip
-def test_gpus_are_named_and_their_absence_explained(
-    monkeypatch: pytest.MonkeyPatch, here: Machine, cuda: str, settings: Settings, level: str, expected: str
-) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    (line,) = machine.check_gpus(here, settings)
-    assert line.level == level and expected in line.text
+def test_the_device_is_named(found: Devices, settings: Settings, level: str, expected: str) -> None:
+    (line,) = machine.check_devices(found, settings)
+    assert (line.level, line.text) == (level, expected)
+
+
+def test_gpus_that_cannot_be_used_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,9")
+    ((topic, level, text, code),) = [f for f in faults(replace(SMALL, sources=("simulated",)), True) if f[3]]
+    assert (topic, level, code) == ("GPU", "error", 2) and "--device cpu" in text
 
 
 def test_the_parameters_are_those_of_the_policy(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.launch import Launch, count_gpus
+from runtime.launch import Launch
 
 
 @pytest.mark.parametrize(
@@ -58,31 +58,3 @@ def test_ranks_of_one_machine_meet_though_its_name_does_not_resolve(tmp_path):
     for rank in ("0", "1"):
         seen = json.loads((tmp_path / rank).read_text())
         assert seen["MASTER_ADDR"] == "127.0.0.1" and seen["GLOO_SOCKET_IFNAME"] == "lo"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for nvidia-smi")
-@pytest.mark.parametrize(
-    ("visible", "expected"),
-    [
-        (None, 3),
-        ("", 1),
-        ("-1", 1),
-        ("0", 1),
-        ("0,2", 2),
-        ("0,-1,2", 1),
-        ("GPU-a,GPU-b", 2),
-        ("0,1,2,3,4", 3),
-    ],
-)
-def test_ranks_default_to_the_visible_gpus(tmp_path, monkeypatch, visible, expected):
-    listing = "GPU 0: X (UUID: GPU-a)\n  MIG 1g: Device 0\nGPU 1: X (UUID: GPU-b)\nGPU 2: X (UUID: GPU-c)\n"
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert count_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
-
-
-def test_a_machine_without_nvidia_tools_gets_one_rank(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert count_gpus({}) == 1
