@@ -29,6 +29,7 @@ from types import FrameType
 from runtime.processes import die_with_parent, hold_folder
 
 CONTROL_DIR = "CONTROL_DIR"
+FOLDER_PREFIX = "continuous_training_"
 
 # The terminal's alternate screen: a dashboard enters it, and the supervisor leaves it when a rank died there.
 ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"
@@ -110,7 +111,7 @@ class SupervisorControl:
     """The supervisor's side. A context manager: creates the folder, holds it, and removes it."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="continuous_training_"))
+        self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._held = hold_folder(self.folder)
         for name in (_STOP, _HEARTBEAT, _PROGRESS, _SCREEN):
             (self.folder / name).write_bytes(b"0")
@@ -159,6 +160,16 @@ class SupervisorControl:
     def progress(self) -> int:
         """Return a number that changes with every finished epoch."""
         return (self.folder / _PROGRESS).stat().st_mtime_ns
+
+
+def seconds_since(folder: Path) -> tuple[float, float]:
+    """Return the seconds since the newest heartbeat, and since the newest start of the workers (or their end).
+
+    Args:
+        folder: a supervisor's control folder, for programs beside it: by the system's clock, as they look once.
+    """
+    beat, start = ((folder / name).stat().st_mtime for name in (_HEARTBEAT, _EXIT_CODE))
+    return time.time() - beat, time.time() - start
 
 
 class Control:

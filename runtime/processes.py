@@ -55,21 +55,34 @@ def die_with_parent(held_folder: Path | None = None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if held_folder is None:
         return
-    import fcntl
-
     try:
-        descriptor = os.open(held_folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: many workers may try at once
-    except BlockingIOError:
-        os.close(descriptor)
+        if not is_held(held_folder):
+            os._exit(1)
     except FileNotFoundError:
         os._exit(1)
     except OSError as error:
         if error.errno not in NO_LOCK_ERRORS:  # else there are no locks to look at
             raise
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process that lives holds the folder (see ``hold_folder``).
+
+    Raises:
+        OSError: there is no such folder, or its file system has no locks.
+    """
+    if sys.platform == "win32":
+        return folder.is_dir()
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: many may look at once
+    except BlockingIOError:
+        return True
+    finally:
         os.close(descriptor)
-    else:
-        os._exit(1)
+    return False
 
 
 if sys.platform == "win32":

@@ -11,7 +11,8 @@ The start scripts become ``python -m runtime.supervisor [command] [--flag value 
 
 Environment: NPROC (ranks on this machine; default one per GPU), NNODES, NODE_RANK and RDZV_ENDPOINT (many
 machines), LAUNCHER (torchrun or direct), START_SECONDS and HANG_SECONDS (how long training may run without a
-heartbeat before and after its first one). Standard library only, a dozen megabytes, no thread.
+heartbeat before and after its first one); NOTIFY_SOCKET and WATCHDOG_USEC under systemd. Standard library only,
+a dozen megabytes, no thread.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from runtime.control import (
 )
 from runtime.launch import Launch, clean_environment
 from runtime.processes import WINDOWS, Processes
+from runtime.service_manager import ServiceManager
 
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -60,6 +62,18 @@ class Limits:
     crashes: int = 5  # without a finished epoch in between
     first_delay_seconds: float = 1.0  # doubles with each crash
     longest_delay_seconds: float = 15.0
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str]) -> Limits:
+        """Read START_SECONDS and HANG_SECONDS.
+
+        Raises:
+            ValueError: one of them is no number of seconds.
+        """
+        return Limits(
+            start_seconds=_seconds(environment, "START_SECONDS", Limits.start_seconds),
+            hang_seconds=_seconds(environment, "HANG_SECONDS", Limits.hang_seconds),
+        )
 
     def delay_seconds(self, crashes: int) -> float:
         """Return the delay of the restart after this many crashes in a row."""
@@ -109,6 +123,7 @@ class Supervisor:
         control: SupervisorControl,
         worker: Sequence[str],
         errors: WorkerErrors | None = None,
+        manager: ServiceManager | None = None,
     ) -> None:
         """``worker`` is the command line after python: the script, its command, and the user's flags."""
         self._launch = launch
@@ -116,6 +131,7 @@ class Supervisor:
         self._stop = stop
         self._control = control
         self._errors = errors
+        self._manager = manager or ServiceManager({})
         self._script, _, *self._flags = worker
         self._worker = worker
         self._processes = Processes(run_id=control.folder.name)
@@ -142,6 +158,7 @@ class Supervisor:
             if self._stop.level:
                 say("Stopped before training started.")
                 return EXIT_OK
+            self._manager.ping()
             time.sleep(POLL_SECONDS / 2)
         self._processes.sweep()
         if code < 0:
@@ -155,6 +172,7 @@ class Supervisor:
             say(f"Starting {self._launch.world_size} ranks.")
         crashes = 0
         while True:
+            self._manager.report_status("starting")
             progress, heartbeat = self._control.progress(), self._control.heartbeat()
             self._control.clear_exit_code()
             for command, additions in self._launch.commands(self._worker):
@@ -181,7 +199,9 @@ class Supervisor:
                 delay = self._limits.delay_seconds(crashes)
                 if self._launch.num_nodes > 1:  # a machine that is back sooner meets the others' old group
                     delay = self._limits.longest_delay_seconds
-                say(f"Training died: {error}. Restarting from the newest checkpoint in {delay:.0f} s.")
+                line = f"Training died: {error}. Restarting from the newest checkpoint in {delay:.0f} s."
+                self._manager.report_status(line)
+                say(line)
             if not self._wait(delay):
                 say("Stopped. The next start resumes from the newest checkpoint on disk.")
                 return EXIT_ABORTED if self._stop.level == ABORT else EXIT_OK
@@ -193,10 +213,11 @@ class Supervisor:
             GroupDiedError: it crashed, or recorded no heartbeat for too long.
         """
         heartbeat = self._control.heartbeat()
-        silence, limit = 0.0, self._limits.start_seconds
+        silence, limit, has_started = 0.0, self._limits.start_seconds, False
         polled = time.monotonic()
         while True:
             time.sleep(POLL_SECONDS)
+            self._manager.ping()
             # While the whole machine is frozen (a snapshot, a paused container) no heartbeat is possible.
             silence += min(time.monotonic() - polled, MAX_POLL_SECONDS)
             polled = time.monotonic()
@@ -213,6 +234,9 @@ class Supervisor:
                 return self._final_code(codes)
             newest = self._control.heartbeat()
             if newest != heartbeat:
+                if not has_started and not self._forwarded:
+                    self._manager.report_ready("training")
+                has_started = True
                 heartbeat, silence, limit = newest, 0.0, self._limits.hang_seconds
             elif silence > limit:
                 raise GroupDiedError(f"no heartbeat for {limit:.0f} s")
@@ -223,6 +247,7 @@ class Supervisor:
             return
         self._forwarded = level
         self._control.request_stop(level)
+        self._manager.report_stopping()
         if level == STOP_AT_EPOCH_END:
             say("\nStopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.")
         else:
@@ -246,6 +271,7 @@ class Supervisor:
         """Wait; return False as soon as a stop is requested."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._stop.level:
+            self._manager.ping()
             time.sleep(POLL_SECONDS / 2)
         return not self._stop.level
 
@@ -263,15 +289,12 @@ def main(arguments: Sequence[str], *, script: Path = SCRIPT, limits: Limits | No
     is_command = bool(arguments) and arguments[0] != "train" and not arguments[0].startswith("-")
     if is_command or "--help" in arguments or arguments[:1] == ["--version"]:
         return _run_alone([sys.executable, str(script), *arguments])
-    stop = StopRequest()
+    stop, manager = StopRequest(), ServiceManager(os.environ)
     stop.listen(*STOP_SIGNALS)
     flags = arguments[1:] if arguments[:1] == ["train"] else arguments
     try:
         launch = Launch.from_environment(os.environ)
-        limits = limits or Limits(
-            start_seconds=_seconds(os.environ, "START_SECONDS", Limits.start_seconds),
-            hang_seconds=_seconds(os.environ, "HANG_SECONDS", Limits.hang_seconds),
-        )
+        limits = limits or Limits.from_environment(os.environ)
     except ValueError as error:
         say(str(error))
         return EXIT_SETTING
@@ -279,7 +302,7 @@ def main(arguments: Sequence[str], *, script: Path = SCRIPT, limits: Limits | No
         with SupervisorControl() as control, contextlib.ExitStack() as on_exit:
             errors = on_exit.enter_context(WorkerErrors(control.folder)) if is_interactive() else None
             worker = [str(script), "train", *flags]
-            return Supervisor(launch, limits, stop, control, worker, errors).run()
+            return Supervisor(launch, limits, stop, control, worker, errors, manager).run()
     except OSError as error:
         say(f"Cannot start or supervise training: {error}")
         return EXIT_GAVE_UP

@@ -47,8 +47,11 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
 # The processes of one start set these for each other; users never do.
 BETWEEN_PROCESSES = {"LOCAL_RANK", "RANK", "WORLD_SIZE"}
-# Documented by CUDA, curl, Python and torch.
-OF_OTHERS = {"CUDA_VISIBLE_DEVICES", "NETRC", "PYTHONHOME", "PYTHONWARNINGS", "PYTORCH_CUDA_ALLOC_CONF"}
+# Documented by CUDA, curl, Python, torch and systemd.
+OF_OTHERS = {
+    *("CUDA_VISIBLE_DEVICES", "NETRC", "PYTHONHOME", "PYTHONWARNINGS", "PYTORCH_CUDA_ALLOC_CONF"),
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
+}
 
 
 def text_of(path: Path) -> str:
