@@ -8,6 +8,7 @@ the targets and, where 0 is not among them, cash.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def growth_of_every_choice(
     if "impact" in fills:
         fills = {**fills, "impact": fills["impact"] * log_equity.exp()}
     price = fills["price"]
-    held = torch.tensor(_holdable(positions), dtype=price.dtype, device=price.device)
+    held = _holdable(tuple(positions), price.dtype, price.device)
     shape = (*price.shape, len(held), len(positions))
     exposure = held[:, None].expand(shape)
     state = AccountState.fresh(1, price.dtype, price.device)
@@ -55,7 +56,7 @@ def accounts_in_every_position(accounts: Tensor, positions: Sequence[float]) -> 
     At the position held they are unchanged. Any other position counts as reached just now, at no cost: no drift,
     no gain since.
     """
-    num_targets, num_held = len(positions), len(_holdable(positions))
+    num_targets, num_held = len(positions), len(positions) + (0.0 not in positions)
     one_hot = torch.eye(num_held, num_targets, dtype=accounts.dtype, device=accounts.device)
     same = (accounts[..., None, :num_targets] == one_hot).all(-1, keepdim=True)
     drift_and_gain = accounts[..., None, num_targets : num_targets + 2]
@@ -70,5 +71,7 @@ def held_index(accounts: Tensor, positions: Sequence[float]) -> Tensor:
     return one_hot.argmax(-1).masked_fill(~one_hot.any(-1), len(positions))
 
 
-def _holdable(positions: Sequence[float]) -> list[float]:
-    return [*positions] if 0.0 in positions else [*positions, 0.0]
+@cache
+def _holdable(positions: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # (J,). Kept: to copy it to a GPU makes the host wait for all that is queued there.
+    return torch.tensor(positions if 0.0 in positions else (*positions, 0.0), dtype=dtype, device=device)

@@ -103,6 +103,20 @@ def test_before_the_bell_every_choice_is_cash() -> None:
     assert advantages[~only_cash].abs().max() > 1e-3
 
 
+def test_growth_copies_nothing_from_the_host_after_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A copy to a GPU makes the host wait for all that is queued there.
+    env = env_of(market_of(walk()))
+    env.begin_segment()
+    fills, positions = env.segment.fills_ahead(), env.config.positions
+    first = growth_of_every_choice(fills, positions, torch.zeros(()))
+
+    def copied(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was made of the host's numbers")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    assert torch.equal(growth_of_every_choice(fills, positions, torch.zeros(())), first)
+
+
 @pytest.mark.parametrize("positions", [(-1.0, 0.0, 1.0), (0.0, 0.5, 2.0), (-1.0, 1.0)])
 def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, ...]) -> None:
     # A weekend after every tenth bar, so that every segment holds one: it costs more than a minute does.
