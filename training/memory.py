@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from envs.config import EnvConfig
 from envs.features import FEATURES
 from models.policy import Policy, uses_bf16
-from models.transformer import TransformerConfig
 from training.distributed import Ranks
-from training.validation import minibatch_segments
+from training.validation import minibatch_segments, policy_sizes
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -240,13 +238,8 @@ def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int
 
 def num_parameters(settings: Settings) -> int:
     """Count the policy's weights without allocating them."""
-    max_length = settings.context_bars + settings.horizon + 1
-    env = EnvConfig.from_settings(settings)
     with torch.device("meta"):
-        trunk = TransformerConfig(
-            len(FEATURES), settings.d_model, settings.num_layers, settings.num_heads, max_length
-        )
-        return Policy(trunk, env.num_account_features, len(env.positions)).num_parameters()
+        return Policy.from_sizes(policy_sizes(settings, len(FEATURES))).num_parameters()
 
 
 def gpu_memory(device: torch.device) -> int:

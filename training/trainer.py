@@ -17,7 +17,6 @@ from envs.config import EnvConfig
 from envs.market import Market
 from envs.trading_env import TradingEnv
 from models.policy import Policy, uses_bf16
-from models.transformer import TransformerConfig
 from training.checkpoint import Checkpoint, ResumeState, name_of
 from training.compilation import compile_accounts, compile_objective, dry_run, uncompile
 from training.distributed import Ranks
@@ -28,6 +27,7 @@ from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, pla
 from training.parallel import Sharded
 from training.progress import TrainingProgress
 from training.rollout import Rollout, collect
+from training.validation import policy_sizes
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -67,7 +67,8 @@ class Trainer:
         env_config = EnvConfig.from_settings(settings)
         self.env = TradingEnv(market, env_config, ranks.device, seed=settings.seed * 1_000_003 + ranks.rank)
         torch.manual_seed(settings.seed)  # every rank draws the same initial weights
-        self.policy = self._new_policy().to(ranks.device)
+        sizes = policy_sizes(settings, market.num_features)
+        self.policy = Policy.from_sizes(sizes, uses_bf16(settings.precision, ranks.device)).to(ranks.device)
         self.objective = Objective(self.policy, settings)
         self.not_compiled = "not requested"
         if compile_is_on(settings, ranks.device):
@@ -113,18 +114,6 @@ class Trainer:
                 f"batch_size={settings.batch_size:,} is more than the {self.transitions_per_step:,} transitions "
                 "of an epoch, which make one step; raise envs_per_gpu for a larger one"
             )
-
-    def _new_policy(self) -> Policy:
-        settings, env = self.settings, self.env
-        trunk = TransformerConfig(
-            num_features=env.market.num_features,
-            d_model=settings.d_model,
-            num_layers=settings.num_layers,
-            num_heads=settings.num_heads,
-            max_length=settings.context_bars + settings.horizon + 1,
-        )
-        bf16 = uses_bf16(settings.precision, self.ranks.device)
-        return Policy(trunk, env.num_account_features, len(settings.positions), bf16)
 
     def _dry_run(self, plan: MemoryPlan) -> MemoryPlan:
         """Return the plan that works on this GPU: the given one, or one with half the micro-batch (all ranks).

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from data_sources import universe
 from data_sources.calendar import parse_day
@@ -152,6 +152,23 @@ def check_batch(settings: Settings, world_size: int) -> None:
 def minibatch_segments(settings: Settings, world_size: int) -> int:
     """Return the segments of one process per optimizer step; at most those that it collects."""
     return min(settings.batch_size // (settings.horizon * world_size), settings.envs_per_gpu)
+
+
+def policy_sizes(settings: Settings, num_features: int) -> dict[str, Any]:
+    """Return the sizes of the policy of these settings, as ``Policy.from_sizes`` takes them."""
+    trunk = {
+        "num_features": num_features,
+        "d_model": settings.d_model,
+        "num_layers": settings.num_layers,
+        "num_heads": settings.num_heads,
+        "max_length": settings.context_bars + settings.horizon + 1,
+    }
+    account_features = EnvConfig.from_settings(settings).num_account_features
+    return {
+        "trunk": trunk,
+        "num_account_features": account_features,
+        "num_positions": len(settings.positions),
+    }
 
 
 def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:

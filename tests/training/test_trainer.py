@@ -20,9 +20,10 @@ from runtime.control import Control
 from tests.training.rollouts import ALONE, SETTINGS
 from training.checkpoint import Checkpoint, newest
 from training.losses import Objective
-from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan
+from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan, num_parameters
 from training.progress import TrainingProgress
 from training.trainer import Trainer
+from training.validation import policy_sizes
 
 NEVER = 2**62
 
@@ -175,3 +176,10 @@ def test_accounts_for_which_no_memory_is_left_are_a_training_that_does_not_fit(m
     monkeypatch.setattr(training.trainer, "compile_accounts", out_of_memory)
     with pytest.raises(DoesNotFit, match=r"the GPU has 1\.0 GiB"):
         small_trainer(memory=MemoryPlan(demand, 2**30, 8))
+
+
+def test_the_policy_has_the_sizes_that_the_memory_plan_counts() -> None:
+    trainer = small_trainer()
+    num_features = trainer.env.market.num_features
+    assert trainer.policy.sizes == policy_sizes(trainer.settings, num_features)
+    assert trainer.policy.num_parameters() == num_parameters(trainer.settings)
