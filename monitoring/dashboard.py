@@ -207,9 +207,9 @@ class _Page:
     def _rows(self, width: int, figures: Sequence[Figure]) -> list[Text]:
         rows = []
         for figure in figures:
-            if figure.metric not in self.state.metrics:
-                continue
             values = self.state.values(figure.metric)
+            if not values or not (figure.is_occasional or figure.metric in self.state.metrics):
+                continue
             value = "not finite" if values[-1] is None else figure.form(values[-1])
             style = WARNING if figure.metric in self.alarming else ""
             rows.append(self.row(figure.label, value, self.curve(values, width - LABEL - VALUE - 2), style))
@@ -332,6 +332,7 @@ class Figure:
     metric: str
     label: str
     form: Callable[[float], str]
+    is_occasional: bool = False  # not in every epoch: its newest value stays
 
 
 REWARD = (
@@ -349,9 +350,9 @@ LEARNING = (
     Figure("ppo/skipped_steps", "skipped steps", "{:.0f}".format),
     Figure("ppo/first_kl", "first KL", "{:.1e}".format),
     Figure("learning_rate", "learning rate", "{:.2e}".format),
-    Figure("plasticity/dormant_units", "dormant units", "{:.1%}".format),
-    Figure("plasticity/effective_rank", "effective rank", "{:.1f}".format),
-    Figure("plasticity/weight_norm", "weight norm", "{:.4g}".format),
+    Figure("plasticity/dormant_units", "dormant units", "{:.1%}".format, is_occasional=True),
+    Figure("plasticity/effective_rank", "effective rank", "{:.1f}".format, is_occasional=True),
+    Figure("plasticity/weight_norm", "weight norm", "{:.4g}".format, is_occasional=True),
 )
 SPEED = (
     Figure("perf/transitions_per_second", "transitions/s", "{:,.0f}".format),

@@ -80,7 +80,10 @@ def number(row: Row, name: str) -> float | None:
 
 @dataclass(frozen=True)
 class _Limit:
-    """The rule that a metric of the newest epoch does not pass a limit. ``what`` formats the metric's value."""
+    """The rule that a metric does not pass a limit, in the newest epoch that has it: some are not in every epoch.
+
+    ``what`` formats the metric's value.
+    """
 
     metric: str
     limit: float
@@ -89,7 +92,8 @@ class _Limit:
     is_lowest: bool = False
 
     def __call__(self, recent: Sequence[Row]) -> Finding | None:
-        value = number(recent[-1], self.metric)
+        rows = [row for row in recent[-LONG:] if self.metric in row]
+        value = number(rows[-1], self.metric) if rows else None
         if value is None or (value >= self.limit if self.is_lowest else value <= self.limit):
             return None
         side = "below" if self.is_lowest else "above"

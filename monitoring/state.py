@@ -135,8 +135,8 @@ class DashboardState:
         return [line for line in self.lines if line.is_warning and self.now - line.at < WARNING_SECONDS]
 
     def values(self, name: str) -> list[float | None]:
-        """Return one metric over the epochs in ``history``."""
-        return [number(row, name) for row in self.history]
+        """Return one metric over the epochs in ``history`` that have it; None where it is not finite."""
+        return [number(row, name) for row in self.history if name in row]
 
     @property
     def pace(self) -> float | None:

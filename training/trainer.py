@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 LARGE_MODEL = 50_000_000  # parameters: hours per epoch on a CPU
+PLASTICITY_EVERY = 10  # epochs; 30 to 50 ms on a GPU, in which all ranks wait
 
 
 def compile_is_on(settings: Settings, device: torch.device) -> bool:
@@ -287,8 +288,9 @@ class Trainer:
                 transitions * self.flops_per_transition() / (seconds * self.ranks.world_size)
             ),
         }
-        # A shard alone shows nothing.
-        if self.ranks.is_first and not isinstance(self.learner.parallel, Sharded):
+        # A shard alone shows nothing; the other ranks wait meanwhile, so not in every epoch.
+        due = progress.epoch == 1 or progress.epoch % PLASTICITY_EVERY == 0
+        if due and self.ranks.is_first and not isinstance(self.learner.parallel, Sharded):
             figures |= plasticity(self.policy, fixed_batch(self.env.market))
         if self.ranks.device.type == "cuda":
             figures |= gpu_figures(self.ranks.device)

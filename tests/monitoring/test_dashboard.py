@@ -223,6 +223,12 @@ def test_missing_metrics_have_no_row_and_broken_ones_are_not_finite() -> None:
     assert not [line for line in lines if "MFU" in line]
 
 
+def test_what_is_measured_now_and_then_keeps_its_row_in_between() -> None:
+    measured = row(3, **{"plasticity/weight_norm": 12.5})
+    lines = text_of(replace(full_state(), history=[measured, *map(row, range(4, 13))]))
+    assert value_of(lines, "weight norm") == "12.5"
+
+
 def test_without_unicode_all_of_it_is_ascii() -> None:
     terminal = RichConsole(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), force_terminal=True)
     lines = Painter(terminal)(full_state(), 100, 50)

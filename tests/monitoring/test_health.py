@@ -52,6 +52,10 @@ THRESHOLDS = [
 ]
 
 
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in HEALTHY.items() if key != name}
+
+
 def after_healthy_epochs(**changes: Any) -> list[dict[str, Any]]:
     return [*[HEALTHY] * LONG, HEALTHY | changes]
 
@@ -156,3 +160,16 @@ def test_the_docs_state_the_same_thresholds() -> None:
     for metric, words in documented.items():
         assert words in rows[metric], metric
     assert len(documented) == len(health.RULES) - 1  # the rule of finite losses is explained above the table
+
+
+def test_what_is_measured_now_and_then_lasts_until_it_is_measured_again() -> None:
+    name = "plasticity/dormant_units"
+    bad, unmeasured, good = HEALTHY | {name: 0.9}, without(name), HEALTHY
+    assert names([HEALTHY, bad]) == [name]
+    assert names([HEALTHY, bad, *[unmeasured] * 9]) == [name]
+    assert names([HEALTHY, bad, *[unmeasured] * 9, good]) == []
+    watch, recent, reported = Watch(), [HEALTHY], []
+    for row in [bad, *[unmeasured] * 9] * 3:
+        recent.append(row)
+        reported += watch.new(findings(recent))
+    assert len(reported) == 1

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import training.trainer
 from tests.program import is_same
 from tests.training.rollouts import CONTEXT, FEATURES, HORIZON, small_policy
 from tests.training.test_trainer import small_trainer
@@ -100,6 +101,20 @@ def test_the_batch_is_the_same_every_time_and_spread_over_the_market() -> None:
     assert torch.equal(batch, fixed_batch(small_trainer().env.market))
     assert len(batch.flatten(1).unique(dim=0)) == NUM_SEGMENTS
     assert BARS_OF_EACH * NUM_SEGMENTS == 256  # as docs/metrics.md says
+
+
+def test_it_is_measured_in_the_first_and_in_every_tenth_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, calls = small_trainer(), []
+    real = training.trainer.plasticity
+    monkeypatch.setattr(training.trainer, "plasticity", lambda *given: (calls.append(1), real(*given))[1])
+    losses = trainer.update(trainer.collect())
+    assert losses is not None
+    measured = []
+    for trainer.progress.epoch in range(1, 31):
+        if any(name.startswith("plasticity/") for name in trainer.metrics(losses)):
+            measured.append(trainer.progress.epoch)
+    assert measured == [1, 10, 20, 30]
+    assert len(calls) == 4
 
 
 def test_asking_for_it_changes_no_number_of_the_training() -> None:
