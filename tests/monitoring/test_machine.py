@@ -10,7 +10,7 @@ import torch
 
 from monitoring.machine import Disk, Gauges, Gpu, read_disk
 from tests.monitoring.nvml import Nvml
-from training.metrics import gpu_figures
+from training.metrics import gpu_figures, matmul_rate
 
 
 def test_every_gpu_is_read_in_plain_units() -> None:
@@ -78,3 +78,16 @@ def test_a_metric_that_the_gpu_does_not_report_is_left_out(monkeypatch: Any) -> 
         "gpu/power_watts": pytest.approx(412.3),
         "gpu/temperature_celsius": 61.0,
     }
+
+
+def test_the_yardstick_of_mfu_multiplies_random_numbers(monkeypatch: Any) -> None:
+    # A product of ones flips few bits: a GPU draws less power for it, and runs at clocks that training never sees.
+    multiplied, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *pair: (multiplied.append(pair), mm(*pair))[1])
+    before = torch.get_rng_state()
+    assert matmul_rate(torch.device("cpu"), torch.bfloat16) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    for left, right in multiplied:
+        assert not torch.equal(left, right)
+        for matrix in (left, right):
+            assert matrix.dtype == torch.bfloat16 and matrix.float().std() > 0.9
