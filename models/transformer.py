@@ -53,6 +53,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """(..., D) -> (..., D), normalised in float32, returned in the input's precision, on CPUs and GPUs alike."""
+    # Autocast on a GPU, not on a CPU, would keep a float32 copy of the input for the backward, and return float32.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the input's precision, with a float32 gain.
 
@@ -61,7 +68,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+        return rms_norm(x, self.weight.type_as(x), self.eps)
 
 
 class Attention(nn.Module):
@@ -79,8 +86,8 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_width)
-        q = rotate(F.rms_norm(q, (self.head_width,)), cos, sin).type_as(v)
-        k = rotate(F.rms_norm(k, (self.head_width,)), cos, sin).type_as(v)
+        q = rotate(rms_norm(q), cos, sin).type_as(v)
+        k = rotate(rms_norm(k), cos, sin).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2)[:, first:].reshape(batch, length - first, width))
 

@@ -9,3 +9,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def precision_of_training() -> None:
+    """TF32 on GPUs, as distributed.start sets it: the compiler warns of its absence, and a warning is an error."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.transformer import Attention, TransformerConfig, Trunk, rotary_angles, rotate
+from models.transformer import Attention, RMSNorm, TransformerConfig, Trunk, rms_norm, rotary_angles, rotate
 
 CONFIG = TransformerConfig(num_features=5, d_model=32, num_layers=2, num_heads=4, max_length=24)
 
@@ -113,3 +113,12 @@ def test_counted_operations_are_those_of_the_matrix_products_and_of_half_the_att
         trunk(torch.randn(1, 20, 6), num_last)
     attention = 3 * 2 * 20**2 * 32  # the counter ignores that attention is causal
     assert trunk.forward_flops(20, num_last) == counter.get_total_flops() - attention
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_norms_keep_the_precision_of_their_input(device: str) -> None:
+    x = torch.zeros(2, 3, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
+    norm = RMSNorm(8).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert norm(x).dtype == rms_norm(x).dtype == torch.bfloat16
+    assert norm(x.float()).dtype == torch.float32
