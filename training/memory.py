@@ -25,9 +25,15 @@ log = logging.getLogger("continuous_training")
 
 STATE_BYTES = 16  # per parameter: float32 weight, gradient and the optimizer's two moments
 BF16_COPY_BYTES = 2  # per parameter, while a forward and backward use it
-# Kept for the backward, per unit of width, layer and bar, by blocks that are not compiled (fewer when they are);
-# tests/training/test_memory.py counts them.
+BUCKET_BYTES = 4  # per parameter: DDP averages gradients in memory of its own
+# Kept for the backward, per unit of width, layer and bar. On a CPU: tests/training/test_memory.py counts them.
 ACTIVATION_BYTES = {"bf16": 60, "fp32": 86}
+# On a GPU, whose attention and norms keep less, compiled or not: tests/nullgpu compares the plan with the peak.
+GPU_ACTIVATION_BYTES = {"bf16": 36, "fp32": 72}
+GPU_LAST_BYTES = {
+    "bf16": 24,
+    "fp32": 48,
+}  # per unit of width and bar: head and losses, gradients on their way
 INPUT_BYTES = {"bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
 USABLE = 0.9  # of a GPU's memory: CUDA itself and the allocator's rounding take the rest
 MOST_SEGMENTS = 128  # a GPU is busy long before that
@@ -54,6 +60,7 @@ class MemoryNeeds:
     market_bytes: int
     num_heads: int = 1
     shards: int = 1  # ranks among which the trunk's weights are divided
+    replicas: int = 1  # ranks that hold all weights, and average their gradients
     # The setting that decides how many bars there are, and its value.
     bars_setting: tuple[str, int] = ("history_days", 1)
 
@@ -76,6 +83,7 @@ class MemoryNeeds:
             market_bytes=market_bytes,
             num_heads=settings.num_heads,
             shards=world_size if settings.parallel == "fsdp" else 1,
+            replicas=1 if settings.parallel == "fsdp" else world_size,
             bars_setting=(
                 bars_setting,
                 getattr(settings, bars_setting) if bars_setting != "start_date" else 0,
@@ -89,12 +97,31 @@ class MemoryNeeds:
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and moments; with shards also two whole blocks, on their way."""
-        block = 12 * self.d_model**2
-        trunk = self.num_layers * block if self.shards > 1 else 0
-        held = (self.num_parameters - trunk) + trunk // self.shards + (2 * block if self.shards > 1 else 0)
-        copied = 2 * block if self.shards > 1 else self.num_parameters
-        return held * STATE_BYTES + copied * BF16_COPY_BYTES * self.bf16
+        """Weights, gradients and moments; with shards two whole blocks too, with replicas buckets."""
+        held, copied = self._held_parameters, self.num_parameters
+        if self.shards > 1:
+            copied = 2 * self._block_parameters
+            held += copied
+        buckets = self.num_parameters * BUCKET_BYTES if self.replicas > 1 else 0
+        return held * STATE_BYTES + copied * BF16_COPY_BYTES * self.bf16 + buckets
+
+    @property
+    def _block_parameters(self) -> int:
+        return 12 * self.d_model**2
+
+    @property
+    def _held_parameters(self) -> int:
+        # Of this rank between two updates.
+        trunk = self.num_layers * self._block_parameters if self.shards > 1 else 0
+        return (self.num_parameters - trunk) + trunk // self.shards
+
+    @property
+    def exam_bytes(self) -> int:
+        """All that an exam needs of rank 0: it has no gradients, but the champion, and with shards all weights."""
+        buckets = self.num_parameters * BUCKET_BYTES if self.replicas > 1 else 0
+        copies = 2 if self.shards > 1 else 1
+        weights = self._held_parameters * (STATE_BYTES - 4) + copies * 4 * self.num_parameters + buckets
+        return weights + self.bars_bytes + self.rollout_bytes
 
     @property
     def rollout_bytes(self) -> int:
@@ -113,13 +140,13 @@ class MemoryNeeds:
         """All but the activations."""
         return self.state_bytes + self.bars_bytes + self.rollout_bytes
 
-    def segment_bytes(self, recompute: bool) -> int:
+    def segment_bytes(self, recompute: bool, on_gpu: bool = True) -> int:
         """Activations of one segment of a micro-batch."""
         precision = "bf16" if self.bf16 else "fp32"
-        unit = self.d_model * (self.context_bars + self.horizon)
-        if recompute:
-            return unit * (self.num_layers * INPUT_BYTES[precision] + ACTIVATION_BYTES[precision])
-        return unit * self.num_layers * ACTIVATION_BYTES[precision]
+        block = (GPU_ACTIVATION_BYTES if on_gpu else ACTIVATION_BYTES)[precision]
+        last = GPU_LAST_BYTES[precision] if on_gpu else 0
+        blocks = self.num_layers * INPUT_BYTES[precision] + block if recompute else self.num_layers * block
+        return self.d_model * (self.context_bars + self.horizon) * (blocks + last)
 
 
 @dataclass(frozen=True)
@@ -130,16 +157,22 @@ class MemoryPlan:
     memory_bytes: int | None  # of the GPU; None on a CPU, where nothing is planned
     micro_batch_segments: int
     recompute: bool = False  # blocks are recomputed in the backward pass instead of kept
+    on_gpu: bool = True
 
     @property
     def activation_bytes(self) -> int:
         """Of one micro-batch."""
-        return self.micro_batch_segments * self.needs.segment_bytes(self.recompute)
+        return self.micro_batch_segments * self.needs.segment_bytes(self.recompute, self.on_gpu)
+
+    @property
+    def training_bytes(self) -> int:
+        """All that an update needs."""
+        return self.needs.fixed_bytes + self.activation_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """All of it."""
-        return self.needs.fixed_bytes + self.activation_bytes
+        """All that training needs, exams included: one that does not fit is left out."""
+        return max(self.training_bytes, self.needs.exam_bytes)
 
     def smaller(self) -> MemoryPlan:
         """Return the plan with half the micro-batch, after it did not fit.
@@ -155,11 +188,15 @@ class MemoryPlan:
     def __str__(self) -> str:
         needs = self.needs
         text = (
-            f"{_gib(self.needed_bytes)}: weights and optimizer {_gib(needs.state_bytes)}, bars "
+            f"{_gib(self.training_bytes)}: weights and optimizer {_gib(needs.state_bytes)}, bars "
             f"{_gib(needs.bars_bytes)}, rollout {_gib(needs.rollout_bytes)}, activations "
             f"{_gib(self.activation_bytes)} for {self.micro_batch_segments} segments"
         )
-        return text + (", computed twice to save memory" if self.recompute else "")
+        if self.recompute:
+            text += ", computed twice to save memory"
+        if needs.exam_bytes > self.training_bytes:
+            text += f"; an exam {_gib(needs.exam_bytes)}"
+        return text
 
     def suggest_fix(self, place: str = "GPU") -> str:
         """Return what needs how much memory, and one setting to change with a value that fits."""
@@ -171,9 +208,9 @@ class MemoryPlan:
             "state": needs.state_bytes,
         }
         largest = max(parts, key=lambda name: parts[name])
-        left = USABLE * have - (self.needed_bytes - parts[largest])
+        left = USABLE * have - (self.training_bytes - parts[largest])
         # If the other parts alone are too large: a step in the right direction.
-        share = left / parts[largest] if left > 0 else 0.5 * have / self.needed_bytes
+        share = left / parts[largest] if left > 0 else 0.5 * have / self.training_bytes
         name, value = needs.bars_setting
         if largest == "bars" and name == "start_date":
             fix = f"choose a later start_date, so that {share:.0%} of the days are left"
@@ -196,7 +233,7 @@ class MemoryPlan:
         step, room = 2 * self.needs.num_heads, USABLE * (self.memory_bytes or 0)
         narrower = range(self.needs.d_model - step, step, -step)
         plans = (replace(self, needs=self.needs.with_width(width)) for width in narrower)
-        return next((plan.needs.d_model for plan in plans if plan.needed_bytes <= room), step)
+        return next((plan.needs.d_model for plan in plans if plan.training_bytes <= room), step)
 
 
 def plan_memory(settings: Settings, market_bytes: int, ranks: Ranks) -> MemoryPlan:
@@ -224,7 +261,8 @@ def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int
     """
     most = micro_batch_segments or (MOST_SEGMENTS if memory_bytes else 16)
     if memory_bytes is None:
-        return MemoryPlan(needs, None, micro_batch_segments or _largest_divisor(_common(needs), most))
+        segments = micro_batch_segments or _largest_divisor(_common(needs), most)
+        return MemoryPlan(needs, None, segments, on_gpu=False)
     left = USABLE * memory_bytes - needs.fixed_bytes
     for recompute in (False, True):
         fitting = int(left // needs.segment_bytes(recompute))

@@ -71,10 +71,10 @@ def check_memory(
     available = memory_total // launch.num_ranks
     part = f"machine's part for one of {launch.num_ranks} processes"
     place = "machine" if launch.num_ranks == 1 else part
-    if chosen.needed_bytes <= USABLE * available:
+    if chosen.training_bytes <= USABLE * available:
         return Line("memory", "OK", f"{chosen}; the {place} has {available / 2**30:.1f} GiB")
     fix = replace(chosen, memory_bytes=available).suggest_fix(place)
-    if chosen.needed_bytes <= available:
+    if chosen.training_bytes <= available:
         return Line("memory", "warning", f"it barely fits: {fix}")
     return Line("memory", "error", fix, EXIT_DOES_NOT_FIT)
 

@@ -73,7 +73,7 @@ def test_recomputing_changes_no_gradient() -> None:
 
 @pytest.mark.parametrize(
     ("gib", "bf16", "segments", "recompute"),
-    [(80, True, 128, False), (80, False, 128, False), (40, True, 64, False), (24, True, 16, False)],
+    [(80, True, 128, False), (80, False, 128, False), (40, True, 128, False), (24, True, 32, False)],
 )
 def test_the_full_model_gets_what_its_weights_leave(
     gib: int, bf16: bool, segments: int, recompute: bool
@@ -105,6 +105,27 @@ def test_shares_make_room_for_what_one_gpu_cannot_hold() -> None:
     assert plan(replace(large, shards=8), 40 * GIB).micro_batch_segments >= 1
 
 
+def test_ddp_keeps_gradients_a_second_time() -> None:
+    alone = MemoryNeeds.of(Settings(), 2 * GIB, world_size=1, bf16=True)
+    four = MemoryNeeds.of(Settings(batch_size=4 * 65_536), 2 * GIB, world_size=4, bf16=True)
+    assert four.state_bytes - alone.state_bytes == 4 * alone.num_parameters
+    sharded = MemoryNeeds.of(Settings(batch_size=4 * 65_536, parallel="fsdp"), 2 * GIB, 4, bf16=True)
+    assert sharded.state_bytes < alone.state_bytes
+
+
+def test_an_exam_needs_the_champion_and_what_is_sharded_whole() -> None:
+    # A champion takes the place of the gradients; the whole policy beside it may be more than a rank's shard.
+    for replicas in (1, 4):
+        needs = replace(FULL, replicas=replicas)
+        assert needs.exam_bytes > needs.num_parameters * (12 + 4 + 4 * (replicas > 1))
+        assert MemoryPlan(needs, 80 * GIB, 1).needed_bytes == MemoryPlan(needs, 80 * GIB, 1).training_bytes
+    large = replace(FULL, num_parameters=2_500_000_000, d_model=4_096, num_layers=12, shards=8)
+    chosen = MemoryPlan(large, 80 * GIB, 1)
+    assert chosen.needed_bytes == large.exam_bytes > chosen.training_bytes
+    assert large.exam_bytes > 8 * large.num_parameters
+    assert f"; an exam {large.exam_bytes / GIB:.1f} GiB" in str(chosen)
+
+
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
@@ -126,7 +147,7 @@ def test_what_cannot_fit_is_refused_with_the_one_setting_to_change(changes: dict
 
 def test_what_people_set_stays_while_it_fits_and_is_lowered_where_it_does_not() -> None:
     assert plan(FULL, 80 * GIB, 48).micro_batch_segments == 48
-    assert plan(FULL, 24 * GIB, 512).micro_batch_segments == 16
+    assert plan(FULL, 24 * GIB, 512).micro_batch_segments == 32
     assert plan(FULL, None, 512).micro_batch_segments == 512
     assert plan(FULL, None).micro_batch_segments == 16
     assert plan(replace(FULL, envs_per_gpu=509, minibatch_segments=509), None).micro_batch_segments == 16
