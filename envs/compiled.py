@@ -22,7 +22,8 @@ MOST_VARIANTS = 64
 
 
 @cache
-def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return a function of tensors, several steps of a recursion over time, compiled for a type of device."""
     options: dict[str, str | int | bool | Callable[..., Any]] = {
         "size_asserts": False,
         # One loop over the accounts for a whole step: by default it is split after 64 operations, and values that
@@ -79,7 +80,7 @@ class CompiledSteps:
         horizon = len(segment.held)
         for first in range(0, horizon, UNROLLED_DECISIONS):
             length = min(UNROLLED_DECISIONS, horizon - first)
-            run = _compiled(_decisions, self._device) if length == UNROLLED_DECISIONS else _decisions
+            run = compiled(_decisions, self._device) if length == UNROLLED_DECISIONS else _decisions
             rows = slice(first, first + length)
             observed, columns = run(
                 decide,

@@ -1,4 +1,4 @@
-"""Compile the update and the accounts, and dry-run them before training: does the compiler work, is memory enough?
+"""Compile update, hindsight and accounts, and dry-run them: does the compiler work, is memory enough?
 
 Compilers fail on machines that otherwise train well: no C++ compiler, another driver, a full temporary folder.
 So everything that is compiled is tried first, and used on all ranks or on none.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.distributed import Ranks
+from training.hindsight import Hindsight, hindsight_advantages
 from training.losses import Objective, Targets
 
 CompilerErrors = (RuntimeError, OSError)  # TorchDynamoException is a RuntimeError
@@ -144,6 +145,44 @@ def _play_on_zeros(env: TradingEnv, policy: Policy) -> None:
     market = torch.zeros(*by_time, policy.head.mix.in_features, device=env.device)
     noise = torch.zeros(*by_time, len(env.config.positions), device=env.device)
     twin.play(policy.head.choose, market, noise)
+
+
+def compile_hindsight(objective: Objective, env: TradingEnv, ranks: Ranks) -> str:
+    """Compile the recursion of hindsight advantages, where they are used (all ranks).
+
+    Returns:
+        Why it was not compiled, in one line; empty if it was, or need not be.
+    """
+    settings = objective.settings
+    if settings.advantages != "hindsight":
+        return ""
+    reason = ""
+    try:
+        zeros, valid = _hindsight_of_zeros(env)
+        hindsight_advantages(zeros, valid, settings.gamma, settings.gae_lambda, is_compiled=True)
+    except CompilerErrors as error:
+        reason = _describe(error)
+    if ranks.any(bool(reason)):
+        return f"hindsight is valued step by step: {reason or 'the compiler failed on another rank'}"
+    objective.hindsight_is_compiled = True
+    return ""
+
+
+def _hindsight_of_zeros(env: TradingEnv) -> tuple[Hindsight, Tensor]:
+    config, device = env.config, env.device
+    num_targets = len(config.positions)
+    num_held = num_targets + (0.0 not in config.positions)
+    by_decision = config.num_envs, config.horizon
+    choices = *by_decision, num_held, num_targets
+    growth, log_policy = (torch.zeros(choices, device=device) for _ in range(2))
+    values = torch.zeros(config.num_envs, config.horizon + 1, num_held, device=device)
+    held = torch.zeros(by_decision, device=device, dtype=torch.int64)
+    ends = torch.zeros(choices, device=device, dtype=torch.bool)
+    zeros = Hindsight(growth, ends, log_policy, values, held)
+    if env.segment.allowed is not None:
+        zeros.only_cash = torch.zeros(by_decision, device=device, dtype=torch.bool)
+        zeros.cash = config.positions.index(0.0)
+    return zeros, torch.ones(by_decision, device=device, dtype=torch.bool)
 
 
 def _raise_together(out_of_memory: str, ranks: Ranks) -> None:

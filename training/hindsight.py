@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from envs.compiled import compiled
+
+UNROLLED_STEPS = 8  # of the recursion, in one compiled call
+
 
 @dataclass
 class Hindsight:
@@ -66,11 +70,63 @@ def choice_values(
     return q, expected
 
 
-def hindsight_advantages(
+def compiled_choice_values(
     hindsight: Hindsight, valid: Tensor, gamma: float, trace_lambda: float
 ) -> tuple[Tensor, Tensor]:
+    """Compute ``choice_values`` in few calls: on a GPU, its steps take longer to launch than to compute."""
+    horizon, num_held, num_choices = hindsight.growth.shape[1:]
+    discount = gamma * (~hindsight.ends).to(hindsight.growth.dtype)
+    columns = [hindsight.growth, discount, hindsight.log_policy.exp(), hindsight.values[:, :-1], valid]
+    if hindsight.only_cash is not None:
+        columns.append(hindsight.only_cash)
+    following = hindsight.values[:, -1, :num_choices].contiguous()
+    parts = []
+    for last in range(horizon, 0, -UNROLLED_STEPS):
+        rows = slice(max(0, last - UNROLLED_STEPS), last)
+        run = compiled(_steps, valid.device.type) if last >= UNROLLED_STEPS else _steps
+        *part, following = run(following, [c[:, rows] for c in columns], hindsight.cash, trace_lambda)
+        parts.append(part)
+    q, expected = (torch.cat(column[::-1]).movedim(-1, 0) for column in zip(*parts, strict=True))
+    return q.unflatten(1, (horizon, num_held, num_choices)), expected.unflatten(1, (horizon, num_held))
+
+
+def _steps(
+    following: Tensor, columns: list[Tensor], cash: int, trace_lambda: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take S steps of the recursion, the last first: q (S * J * K, N), expected (S * J, N) and the next following.
+
+    Tensors of (N,) alone, so that all of it is one kernel over the segments.
+    """
+    growth, discount, policy, values, valid, *only_cash = columns
+    num_held, num_choices = growth.shape[2:]
+    future = list(following.unbind(1))
+    q_rows: list[Tensor] = []
+    expected_rows: list[Tensor] = []
+    for t in reversed(range(growth.shape[1])):
+        q = [
+            [growth[:, t, j, k] + discount[:, t, j, k] * future[k] for k in range(num_choices)]
+            for j in range(num_held)
+        ]
+        if only_cash:
+            q = [[torch.where(only_cash[0][:, t], row[cash], value) for value in row] for row in q]
+        expected = []
+        for j, row in enumerate(q):
+            realised = policy[:, t, j, 0] * row[0]
+            for k in range(1, num_choices):
+                realised = realised + policy[:, t, j, k] * row[k]
+            expected.append(torch.where(valid[:, t], realised, values[:, t, j]))
+        future = [torch.lerp(values[:, t, k], expected[k], trace_lambda) for k in range(num_choices)]
+        q_rows = [value for row in q for value in row] + q_rows
+        expected_rows = expected + expected_rows
+    return torch.stack(q_rows), torch.stack(expected_rows), torch.stack(future, dim=1)
+
+
+def hindsight_advantages(
+    hindsight: Hindsight, valid: Tensor, gamma: float, trace_lambda: float, is_compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return advantages (N, T, K) of every choice from what was held, and the critic's targets (N, T)."""
-    q, expected = choice_values(hindsight, valid, gamma, trace_lambda)
+    values_of = compiled_choice_values if is_compiled else choice_values
+    q, expected = values_of(hindsight, valid, gamma, trace_lambda)
     held = hindsight.held[..., None]
     returns = expected.gather(-1, held)
     q = q.gather(-2, held[..., None].expand(*held.shape, q.shape[-1])).squeeze(-2)

@@ -33,6 +33,7 @@ class Learner:
     def __init__(self, objective: Objective, ranks: Ranks, micro_batch_segments: int) -> None:
         """``micro_batch_segments``: segments of one forward and backward."""
         self.policy = objective.policy
+        self._hindsight_is_compiled = objective.hindsight_is_compiled
         self.settings = settings = objective.settings
         self.ranks = ranks
         self.micro_batch_segments = micro_batch_segments
@@ -189,7 +190,11 @@ class Learner:
             weights = F.one_hot(rollout.actions, advantages.shape[-1]).to(advantages.dtype)
         else:
             advantages, returns = hindsight_advantages(
-                rollout.hindsight, rollout.valid, settings.gamma, settings.gae_lambda
+                rollout.hindsight,
+                rollout.valid,
+                settings.gamma,
+                settings.gae_lambda,
+                self._hindsight_is_compiled,
             )
             advantages = self._scale(advantages, rollout.valid)
             weights = rollout.log_policy.exp()

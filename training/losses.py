@@ -122,6 +122,7 @@ class Objective(nn.Module):
         super().__init__()
         self.policy = policy
         self.settings = settings
+        self.hindsight_is_compiled = False  # see compilation.compile_hindsight
 
     def forward(self, bars: Tensor, accounts: Tensor, targets: Targets, num_decisions: int) -> Losses:
         """Evaluate one micro-batch.

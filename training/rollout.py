@@ -129,7 +129,7 @@ def collect(
         held = held_index(accounts, config.positions)
         seen = Hindsight(growth, ends, log_policies, critic, held)
         if env.segment.allowed is not None:
-            seen.only_cash = ~env.segment.allowed.t()
+            seen.only_cash = ~env.segment.allowed.t().contiguous()
             seen.cash = config.positions.index(0.0)
     return Rollout(
         bars[:, :-1],

@@ -18,7 +18,13 @@ from envs.market import Market
 from envs.trading_env import TradingEnv
 from models.policy import Policy, uses_bf16
 from training.checkpoint import Checkpoint, ResumeState, name_of
-from training.compilation import compile_accounts, compile_objective, dry_run, uncompile
+from training.compilation import (
+    compile_accounts,
+    compile_hindsight,
+    compile_objective,
+    dry_run,
+    uncompile,
+)
 from training.distributed import Ranks
 from training.learner import Learner
 from training.losses import Objective
@@ -139,9 +145,11 @@ class Trainer:
         sizes = plan.micro_batch_segments, settings.context_bars, settings.horizon
         self.policy.trunk.recompute = plan.recompute
         if compile_is_on(settings, self.ranks.device):
-            self.not_compiled = compile_objective(
-                self.objective, *sizes, self.ranks, settings.parallel == "fsdp"
-            ) or compile_accounts(self.env, self.policy, self.ranks)
+            self.not_compiled = (
+                compile_objective(self.objective, *sizes, self.ranks, settings.parallel == "fsdp")
+                or compile_accounts(self.env, self.policy, self.ranks)
+                or compile_hindsight(self.objective, self.env, self.ranks)
+            )
         elif self.ranks.device.type == "cuda":
             dry_run(self.objective, *sizes, self.ranks)
 

@@ -155,6 +155,6 @@ def test_given_actions_in_compiled_calls_earn_what_plain_steps_do(monkeypatch):
 @of_the_compiler
 def test_a_process_may_compile_for_more_sizes_than_torch_allows_by_default():
     with torch._dynamo.config.patch(recompile_limit=2):
-        run = compiled._compiled(lambda x: x + 1, "cpu")
+        run = compiled.compiled(lambda x: x + 1, "cpu")
         for size in range(2, 6):
             assert torch.equal(run(torch.ones(size)), torch.full((size,), 2.0))

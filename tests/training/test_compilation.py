@@ -21,7 +21,8 @@ from tests.training.rollouts import (
     small_learner,
     small_policy,
 )
-from training.compilation import compile_accounts, compile_objective
+from training import hindsight
+from training.compilation import compile_accounts, compile_hindsight, compile_objective
 from training.losses import Objective
 
 # The compiler asks the trunk's output for it and hides the warning, but not where warnings are errors.
@@ -106,3 +107,30 @@ def test_the_rehearsal_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch
     with torch._dynamo.config.patch(error_on_recompile=True):
         for hindsight in (True, False, True):
             learner.update(rollout_of(env, policy, chunk=2, hindsight=hindsight), run_fraction=0.0)
+
+
+@pytest.mark.slow
+def test_compiled_hindsight_gives_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hindsight, "UNROLLED_STEPS", 2)  # quicker to compile
+    env = env_of(mixed_market(), flat_before_close=3)
+    policy = policy_for(env)
+    plain, quick = Objective(policy, SETTINGS), Objective(policy, SETTINGS)
+    assert compile_hindsight(quick, env, ALONE) == "" and quick.hindsight_is_compiled
+    rollout = rollout_of(env, policy, hindsight=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    targets = [small_learner(objective)._targets(rollout)[0] for objective in (plain, quick)]
+    for name, value in vars(targets[0]).items():
+        torch.testing.assert_close(getattr(targets[1], name), value, rtol=1e-4, atol=1e-5)
+    # Zeros and rollout look alike to the compiler.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_without_a_compiler_hindsight_is_valued_step_by_step() -> None:
+    env = env_of(mixed_market())
+    objective = Objective(policy_for(env), SETTINGS)
+    hindsight.compiled.cache_clear()
+    with without_compiler():
+        reason = compile_hindsight(objective, env, ALONE)
+    hindsight.compiled.cache_clear()
+    assert reason.startswith("hindsight is valued step by step: ") and "ompiler" in reason
+    assert not objective.hindsight_is_compiled

@@ -14,7 +14,8 @@ from envs.market import YEAR_NS
 from tests.envs.account_reference import ReferenceAccount
 from tests.envs.markets import HORIZON, env_of, market_of, walk
 from tests.training.rollouts import calm_and_wild, made_up_hindsight, policy_for, rollout_of
-from training.hindsight import Hindsight, choice_values, hindsight_advantages
+from training import hindsight as recursion
+from training.hindsight import Hindsight, choice_values, compiled_choice_values, hindsight_advantages
 from training.rollout import Rollout
 
 
@@ -115,6 +116,24 @@ def test_growth_copies_nothing_from_the_host_after_the_first_time(monkeypatch: p
 
     monkeypatch.setattr(torch, "tensor", copied)
     assert torch.equal(growth_of_every_choice(fills, positions, torch.zeros(())), first)
+
+
+@pytest.mark.parametrize("bell", [False, True])
+@pytest.mark.parametrize("num_held", [3, 4])
+def test_the_compiled_recursion_is_the_plain_one(
+    num_held: int, bell: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By threes of eight steps: the first part is shorter. The compiler itself: test_compilation.py.
+    monkeypatch.setattr(recursion, "UNROLLED_STEPS", 3)
+    monkeypatch.setattr(recursion, "compiled", lambda function, device: function)
+    generator = torch.Generator().manual_seed(2)
+    hindsight = made_up_hindsight(generator, 5, num_held)
+    valid = torch.rand(5, hindsight.growth.shape[1], generator=generator) < 0.8
+    if bell:
+        hindsight.only_cash, hindsight.cash = torch.rand(valid.shape, generator=generator) < 0.4, 1
+    plain = choice_values(hindsight, valid, 0.97, 0.9)
+    quick = compiled_choice_values(hindsight, valid, 0.97, 0.9)
+    torch.testing.assert_close(quick, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("positions", [(-1.0, 0.0, 1.0), (0.0, 0.5, 2.0), (-1.0, 1.0)])

@@ -155,6 +155,7 @@ def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeyp
     )
     plan = MemoryPlan(demand, 2**30, 8)
     monkeypatch.setattr(training.trainer, "compile_accounts", lambda env, policy, ranks: "")
+    monkeypatch.setattr(training.trainer, "compile_hindsight", lambda objective, env, ranks: "")
     monkeypatch.setattr(training.trainer, "compile_objective", out_of_memory_above(4))
     trainer = small_trainer(memory=plan)
     assert tried == [8, 4]
