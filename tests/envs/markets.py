@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +52,26 @@ def constant(symbol: str = "AAA", num_bars: int = 600, asset_class: AssetClass =
 def market_of(*bars: Bars, holdout_start_ns: int = NEVER, **given: object) -> Market:
     given = {"context_bars": CONTEXT, "horizon": HORIZON, **given}
     return Market.from_bars(bars, device="cpu", holdout_start_ns=holdout_start_ns, **given)
+
+
+def moved(market: Market, device: torch.device | str) -> Market:
+    """A market made on the CPU, on another device."""
+    values = {field.name: getattr(market, field.name) for field in fields(market)}
+    tensors = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(market, **tensors)
+
+
+@contextmanager
+def without_syncs() -> Iterator[None]:
+    """Raise where the host waits for the GPU inside."""
+    with warnings.catch_warnings():
+        # That torch does not detect all of them; tests/nullgpu does.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def config_of(**changes: Any) -> EnvConfig:

@@ -13,21 +13,21 @@ import torch
 from commands.selftest.lookahead import replace_bars_after
 from data_sources.bars import MINUTE_NS
 from data_sources.calendar import expected_minutes, minutes_left
-from envs.market import Market
 from envs.trading_env import TradingEnv
 from tests.envs.account_reference import ReferenceAccount
 from tests.envs.markets import (
     CONTEXT,
     FREE,
     HORIZON,
-    NEVER,
     config_of,
     constant,
     env_of,
     market_of,
     mixed_market,
+    moved,
     play_segment,
     walk,
+    without_syncs,
 )
 
 
@@ -382,20 +382,14 @@ def test_a_market_of_other_sizes_is_refused():
 
 @pytest.mark.gpu
 def test_a_rollout_never_waits_for_the_device():
-    bars = [walk(num_bars=2_000), walk("BBB", 900, "stock", seed=1)]
-    market = Market.from_bars(
-        bars, device="cuda", holdout_start_ns=NEVER, context_bars=CONTEXT, horizon=HORIZON
-    )
+    market = moved(market_of(walk(num_bars=2_000), walk("BBB", 900, "stock", seed=1)), "cuda")
     config = config_of(num_envs=64, episode_bars=2 * HORIZON)
     env = TradingEnv(market, config, "cuda", 0)
     actions = torch.randint(0, 3, (HORIZON, 64), device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_syncs():
         for _ in range(3):
             play_segment(env, actions)
             env.episode_statistics()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_curriculum_scales_every_cost():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from envs.market import Market
 from envs.trading_env import TradingEnv
-from tests.envs.markets import CONTEXT, HORIZON, NEVER, config_of, env_of, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, config_of, env_of, market_of, moved, walk, without_syncs
 from tests.training.reencoding import WindowLearner, collect_by_windows
 from tests.training.rollouts import ALONE, SETTINGS, calm_and_wild, policy_for, rollout_of, small_learner
-from training.compilation import compile_accounts, compile_objective
+from training.compilation import compile_accounts, compile_hindsight, compile_objective
 from training.distributed import Ranks
 from training.losses import Objective
 from training.rollout import collect
@@ -147,27 +148,27 @@ def test_after_a_ruin_nothing_counts() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # see test_compilation.py
+@pytest.mark.parametrize("advantages", ["hindsight", "gae"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool) -> None:
+def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool, advantages: str) -> None:
     device = torch.device("cuda", 0)
-    bars = [walk(num_bars=2_000)]
-    market = Market.from_bars(
-        bars, device=device, holdout_start_ns=NEVER, context_bars=CONTEXT, horizon=HORIZON
-    )
+    market = moved(market_of(walk(num_bars=2_000)), device)
     config = config_of(num_envs=64, episode_bars=2 * HORIZON)
     env = TradingEnv(market, config, device, seed=0)
     policy = policy_for(env, bf16=True).to(device)
     ranks = Ranks(0, 1, device)
-    objective = Objective(policy, SETTINGS)
+    objective = Objective(policy, replace(SETTINGS, advantages=advantages))
     if compiled:
         assert compile_objective(objective, 16, CONTEXT, HORIZON, ranks) == ""
         assert compile_accounts(env, policy, ranks) == ""
+        assert compile_hindsight(objective, env, ranks) == ""
     learner = small_learner(objective, ranks, minibatch=32, micro=16)
     generator = torch.Generator(device).manual_seed(0)
-    learner.update(collect(env, policy, generator, 16), 0.0)  # allocations and lazy set-up happen here
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(2):
-            learner.update(collect(env, policy, generator, 16), 0.5)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+    def epoch() -> None:
+        learner.update(collect(env, policy, generator, 16, hindsight=advantages == "hindsight"), 0.5)
+
+    epoch()  # allocations and lazy set-up happen here
+    with without_syncs():
+        epoch()
+        epoch()

@@ -1,0 +1,177 @@
+"""Run two epochs, an exam, a checkpoint and a resume of these settings on the null GPU, and print what they cost.
+
+    python -m tests.nullgpu.build python -m tests.nullgpu.measure --preset full --compile on --ranks 4
+
+One JSON object: launches and host syncs of a rollout and an update, peak memory against the plan, graph breaks and
+recompilations, seconds of preparation. With ``--ranks``, this is rank 0 of so many, whose collectives do nothing
+(torch's fake process group).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed
+import typer
+from torch._dynamo.utils import counters
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.env_throughput import market_of, random_walk
+from commands.cli import command_from
+from continuous_training import PRESETS, Settings
+from envs.market import Market
+from evaluation.exam import examine
+from tests.envs.markets import moved
+from tests.nullgpu.gpu import counting, is_null_gpu
+from tests.program import is_same
+from training import checkpoint
+from training.checkpoint_writer import CheckpointWriter, Snapshot
+from training.distributed import Ranks
+from training.memory import MemoryPlan, plan_memory
+from training.progress import TrainingProgress
+from training.trainer import Trainer
+
+GIB = 2**30
+
+
+def measure(
+    settings: Settings,
+    num_ranks: Annotated[int, typer.Option("--ranks", help="rank 0 of so many")] = 1,
+    with_resume: Annotated[bool, typer.Option("--resume", help="save, load, and compare")] = False,
+) -> None:
+    """Measure one training on the null GPU; print one JSON object."""
+    if not is_null_gpu():
+        raise SystemExit(
+            "this is for the null GPU: python -m tests.nullgpu.build python -m tests.nullgpu.measure"
+        )
+    torch.set_float32_matmul_precision("high")  # as distributed.start
+    ranks = Ranks(0, num_ranks, torch.device("cuda", 0))
+    if num_ranks > 1:
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+        settings = replace(settings, batch_size=settings.batch_size * num_ranks)
+    market = moved(market_of(60_000, 8, "cpu", settings.horizon, settings.context_bars), ranks.device)
+    market_of_next_run = moved(moved(market, "cpu"), ranks.device)  # the plan holds two
+    plan = plan_memory(settings, market.num_bytes, ranks)
+    began = time.perf_counter()
+    trainer = new_trainer(market, settings, ranks, plan)
+    found: dict[str, Any] = {
+        "prepared_seconds": round(time.perf_counter() - began, 1),
+        "not_compiled": trainer.not_compiled,
+        "parameters": trainer.policy.num_parameters(),
+        "micro_batch_segments": trainer.memory_plan.micro_batch_segments,
+        "recompute": trainer.memory_plan.recompute,
+        "plan": str(trainer.memory_plan),
+        "planned_gib": trainer.memory_plan.needed_bytes / GIB,
+        "preparation_peak_gib": peak_gib(),
+        "graphs": counters["stats"]["unique_graphs"],
+    }
+    epoch(trainer)  # allocations and lazy set-up
+    torch.cuda.reset_peak_memory_stats()
+    graphs = counters["stats"]["unique_graphs"]
+    found |= epoch(trainer)
+    found["epoch_peak_gib"] = peak_gib()
+    found["recompilations"] = counters["stats"]["unique_graphs"] - graphs
+    found["graph_breaks"] = sum(counters["graph_break"].values())
+    found |= exam(trainer, settings)
+    assert market_of_next_run.num_bytes == market.num_bytes  # still there
+    found["peak_gib"] = max(found["preparation_peak_gib"], found["epoch_peak_gib"], found["exam_peak_gib"])
+    if with_resume:
+        found["resumes"] = resumes(trainer, settings)
+    typer.echo(json.dumps(found, indent=1))
+
+
+def new_trainer(
+    market: Market,
+    settings: Settings,
+    ranks: Ranks,
+    plan: MemoryPlan,
+    saved: checkpoint.Checkpoint | None = None,
+) -> Trainer:
+    """Make a trainer; the rate of a product that does nothing is infinite, and any other will do."""
+    progress = TrainingProgress.of(saved) if saved else TrainingProgress()
+    with patch("training.trainer.matmul_rate", lambda *_: 1e12):
+        return Trainer(market, settings, ranks, plan, progress, saved)
+
+
+def peak_gib() -> float:
+    """Return the largest memory of tensors since the last reset."""
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def epoch(trainer: Trainer) -> dict[str, Any]:
+    """Train one epoch; return what its two phases cost."""
+    found: dict[str, Any] = {}
+    rollout = counted(trainer.collect, "rollout", found)
+    losses = counted(lambda: trainer.update(rollout), "update", found)
+    counted(lambda: trainer.metrics(losses), "metrics", found)
+    return found
+
+
+def counted(run: Callable[[], Any], name: str, found: dict[str, Any]) -> Any:
+    """Run it, and note its launches, the seconds of the host, and where it waited."""
+    began = time.perf_counter()
+    with counting() as counts:
+        result = run()
+    found[f"{name}_seconds"] = round(time.perf_counter() - began, 3)
+    found[f"{name}_launches"], found[f"{name}_syncs"] = counts.launches, counts.syncs
+    found[f"{name}_waits"] = dict(counts.places.most_common(5))
+    return result
+
+
+def exam(trainer: Trainer, settings: Settings) -> dict[str, Any]:
+    """Walk one segment and two; return what the second one costs, and the exam's peak memory."""
+    market, found = trainer.env.market, dict[str, Any]()
+    policy = trainer.full_policy()
+    end_ns = int(random_walk("any", 60_000, 0).open_time[-1])
+    start_ns = end_ns - 8 * settings.horizon * 60 * 10**9
+    torch.cuda.reset_peak_memory_stats()
+    for number in (1, 2):
+        counted(
+            lambda number=number: examine(  # type: ignore[misc]
+                {"policy": policy, "champion": policy},
+                market,
+                trainer.env.config,
+                market.symbols,
+                start_ns,
+                end_ns,
+                chunk_segments=min(trainer.learner.micro_batch_segments, settings.envs_per_gpu),
+                max_segments=number,
+            ),
+            f"exam{number}",
+            found,
+        )
+    launches = found["exam2_launches"] - found["exam1_launches"]
+    seconds = round(found["exam2_seconds"] - found["exam1_seconds"], 3)
+    return {"exam_segment_launches": launches, "exam_segment_seconds": seconds, "exam_peak_gib": peak_gib()}
+
+
+def resumes(trainer: Trainer, settings: Settings) -> bool:
+    """Whether a trainer that resumes from a checkpoint has the same state as the one that wrote it."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.settings = replace(settings, checkpoint_dir=folder)
+        with CheckpointWriter(Path(folder), keep=1, wanted=True) as writer:
+            writer.save(trainer.checkpoint("", {}, {}))
+            writer.finish()
+        saved, warnings = checkpoint.newest(Path(folder))
+        assert saved is not None, (writer.newest, warnings)
+    quick = replace(settings, compile="off")
+    resumed = new_trainer(trainer.env.market, quick, trainer.ranks, trainer.memory_plan, saved)
+    again = Snapshot().take(resumed.checkpoint("", {}, {}))
+    assert saved.resume is not None and again.resume is not None
+    # Not the accounts, which look up their bars: nothing is found where nothing is computed.
+    parts = [(c.model, c.resume.clock, c.resume.learner) for c in (saved, again) if c.resume]
+    return is_same(*parts)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command_from(Settings, PRESETS, measure))
+    app()

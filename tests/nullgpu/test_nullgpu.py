@@ -1,0 +1,75 @@
+"""The CUDA path without a GPU: it never waits, compiles whole, fits its memory plan, and runs on several ranks.
+
+Skipped where torch is built without CUDA; ``make nullgpu`` installs one that is, and runs these.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.nullgpu.build import build, environment, has_cuda_wheel
+from tests.nullgpu.gpu import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(
+        not has_cuda_wheel() or shutil.which("gcc") is None, reason="needs torch built for CUDA, and gcc"
+    ),
+    pytest.mark.timeout(1800),
+]
+
+
+def run(*arguments: str) -> str:
+    """Run Python on the null GPU; return what it printed."""
+    command = [sys.executable, *arguments]
+    ran = subprocess.run(command, env=environment(build()), cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3_000:] + ran.stderr[-3_000:]
+    return ran.stdout
+
+
+def measured(*flags: str) -> dict[str, Any]:
+    """Train on the null GPU with these settings; see measure.py."""
+    found: dict[str, Any] = json.loads(run("-m", "tests.nullgpu.measure", *flags))
+    return found
+
+
+def assert_it_never_waits_and_fits(found: dict[str, Any]) -> None:
+    for phase in ("rollout", "update"):
+        assert (found[f"{phase}_syncs"], found[f"{phase}_waits"]) == (0, {})
+        assert found[f"{phase}_launches"] > 100
+    assert found["peak_gib"] == pytest.approx(found["planned_gib"], rel=0.1)
+
+
+def test_the_small_preset_never_waits_fits_its_plan_and_resumes() -> None:
+    found = measured("--preset", "small", "--compile", "off", "--resume")
+    assert_it_never_waits_and_fits(found)
+    assert found["resumes"]
+
+
+@pytest.mark.slow
+def test_compiled_it_is_one_graph_each_and_launches_a_fraction() -> None:
+    found = measured("--preset", "small", "--compile", "on")
+    assert_it_never_waits_and_fits(found)
+    assert found["not_compiled"] == ""
+    assert (found["graph_breaks"], found["recompilations"]) == (0, 0)
+    assert found["rollout_launches"] < 1_500
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_rank_0_of_four_never_waits(parallel: str) -> None:
+    found = measured("--preset", "small", "--compile", "off", "--ranks", "4", "--parallel", parallel)
+    for phase in ("rollout", "update"):
+        assert (found[f"{phase}_syncs"], found[f"{phase}_waits"]) == (0, {})
+    if parallel == "ddp":
+        assert found["epoch_peak_gib"] == pytest.approx(found["planned_gib"], rel=0.1)
+
+
+def test_what_needs_a_gpu_passes_on_it() -> None:
+    folders = ["tests/models", "tests/envs", "tests/training"]
+    summary = run("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *folders).splitlines()[-1]
+    assert " passed" in summary and "skipped" not in summary
