@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from continuous_training import PRESETS, Settings
+from commands import cli
+from continuous_training import PRESETS, Settings, train_command
 from training import validation
 
 ROOT = Path(__file__).parent.parent
@@ -138,22 +139,27 @@ def test_a_batch_that_cannot_be_shared_out_names_one_that_can() -> None:
         validation.check_batch(Settings(batch_size=49_152), 1)
 
 
-def test_wrong_settings_on_the_command_line_exit_2_with_one_line() -> None:
-    for arguments in (
-        ["--batch-size", "7"],
-        ["--d-model", "100"],
-        ["--start-date", "yesterday"],
-        ["--sources", "nasdaq"],
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch-size", "7", "--demo"],
+        ["--d-model", "100", "--demo"],
+        ["--start-date", "yesterday", "--demo"],
+        ["--sources", "nasdaq", "--demo"],
         ["--preset", "huge"],
-        ["--epochs", "many"],
-    ):
-        result = run(*arguments, "--demo") if arguments[0] != "--preset" else run(*arguments)
-        assert result.returncode == 2, arguments
-        assert result.stdout == ""
-        lines = result.stderr.strip().splitlines()
-        assert len(lines) == 1, result.stderr
-        assert lines[0].startswith("Invalid setting: ")
-        assert arguments[1] in lines[0]
+        ["--epochs", "many", "--demo"],
+    ],
+)
+def test_wrong_settings_on_the_command_line_exit_2_with_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.run(cli.application(Settings, PRESETS, train_command, "Help."), arguments)
+    assert end.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("Invalid setting: ") and arguments[1] in line
 
 
 def test_an_env_file_that_is_no_utf_8_is_one_line_without_its_content(tmp_path: Path) -> None:

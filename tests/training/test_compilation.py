@@ -65,25 +65,35 @@ def test_without_a_compiler_the_objective_is_left_as_it_was_and_the_reason_is_re
 
 
 @pytest.mark.slow
-def test_a_rollout_of_compiled_accounts_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_rollouts_are_the_plain_ones_and_leave_nothing_to_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(compiled, "UNROLLED_DECISIONS", 2)  # quicker to compile
     market = mixed_market()
     plain, quick = (env_of(market, volume_slippage=0.02, flat_before_close=3) for _ in range(2))
     policy = policy_for(quick)
     before = quick.generator.get_state()
     lengths = quick.config.context_bars, quick.config.horizon
-    assert compile_objective(Objective(policy, SETTINGS), 2, *lengths, ALONE) == ""
+    objective = Objective(policy, SETTINGS)
+    assert compile_objective(objective, 2, *lengths, ALONE) == ""
     assert compile_accounts(quick, policy, ALONE) == ""
     assert quick.compiled and torch.equal(quick.generator.get_state(), before)
-    for _ in range(3):
-        expected = rollout_of(plain, policy, chunk=2, hindsight=True)
-        rollout = rollout_of(quick, policy, chunk=2, hindsight=True)
-        for name, value in expected.state_dict().items():
-            if name != "hindsight":
-                torch.testing.assert_close(getattr(rollout, name), value, rtol=1e-4, atol=1e-5)
-        assert rollout.hindsight is not None and expected.hindsight is not None
-        torch.testing.assert_close(rollout.hindsight.growth, expected.hindsight.growth, rtol=1e-4, atol=1e-5)
-    assert len(expected.actions.unique()) == 3
+    # The last minibatch of a pass is one of 4.
+    learner = small_learner(objective, minibatch=6, micro=2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            expected = rollout_of(plain, policy, chunk=2, hindsight=True)
+            rollout = rollout_of(quick, policy, chunk=2, hindsight=True)
+            for name, value in expected.state_dict().items():
+                if name != "hindsight":
+                    torch.testing.assert_close(getattr(rollout, name), value, rtol=1e-4, atol=1e-5)
+            assert rollout.hindsight is not None and expected.hindsight is not None
+            torch.testing.assert_close(
+                rollout.hindsight.growth, expected.hindsight.growth, rtol=1e-4, atol=1e-5
+            )
+        assert len(expected.actions.unique()) == 3
+        for hindsight in (True, False, True):
+            learner.update(rollout_of(quick, policy, chunk=2, hindsight=hindsight), run_fraction=0.0)
 
 
 def test_without_a_compiler_accounts_are_stepped_one_by_one_and_the_reason_is_reported() -> None:
@@ -92,21 +102,6 @@ def test_without_a_compiler_accounts_are_stepped_one_by_one_and_the_reason_is_re
         reason = compile_accounts(env, policy_for(env), ALONE)
     assert reason.startswith("accounts are stepped one by one: ") and "ompiler" in reason
     assert not env.compiled and "\n" not in reason
-
-
-@pytest.mark.slow
-def test_the_rehearsal_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "UNROLLED_DECISIONS", 2)
-    env = env_of(mixed_market())
-    policy = policy_for(env)
-    objective = Objective(policy, SETTINGS)
-    assert compile_objective(objective, 2, env.config.context_bars, env.config.horizon, ALONE) == ""
-    assert compile_accounts(env, policy, ALONE) == ""
-    # The last minibatch of a pass is one of 4.
-    learner = small_learner(objective, minibatch=6, micro=2)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for hindsight in (True, False, True):
-            learner.update(rollout_of(env, policy, chunk=2, hindsight=hindsight), run_fraction=0.0)
 
 
 @pytest.mark.slow
