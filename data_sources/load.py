@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_sources import renames
 from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars
 from data_sources.calendar import in_regular_session, new_york_time
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
@@ -71,10 +72,12 @@ def each_symbol(lake: Lake, request: DataRequest) -> Iterator[tuple[Bars, Symbol
     Raises:
         LakeError: as for ``load``.
     """
+    known = renames.read(lake.root) if request.needs_lake else ()
     for series in _all_series(lake, request):
         reason = ""
         if not len(series.bars):
-            reason = "no bars"
+            rename = renames.successor(known, series.bars.symbol)
+            reason = f"no bars, {rename}" if rename else "no bars"
         elif len(series.bars) < request.min_bars:
             reason = f"{len(series.bars):,} bars, fewer than {request.min_bars:,}"
         yield series.bars, row_of(series, reason)

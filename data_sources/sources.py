@@ -74,12 +74,14 @@ class SymbolGroup:
         setting: the setting that lists them.
         dataset: the dataset of the lake with all of them; None: each symbol is a dataset of its own name.
         stale_minutes: of trade; bars that end longer before the end of the request are called stale.
+        advise: returns what is wrong with a name that the source cannot have, such as "is spelled BRK.B here".
     """
 
     asset_class: AssetClass
     setting: str
     dataset: str | None = None
     stale_minutes: int = 60
+    advise: Callable[[str], str] = lambda name: ""
 
     def symbols(self, request: DataRequest) -> tuple[str, ...]:
         """Return the group's symbols in a request, rules included."""

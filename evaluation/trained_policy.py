@@ -17,6 +17,8 @@ from torch import Tensor
 
 from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.simulated import simulated_bars
+from data_sources.universe import top_of
+from data_sources.vendors import ADVISERS
 from envs.config import EnvConfig
 from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compute
 from envs.latest import latest_decisions
@@ -74,7 +76,11 @@ class TrainedPolicy:
                     )
             # What the training computed on may not exist here, or be busy with it.
             known = {field.name for field in fields(settings_class)} - {"device"}
-            settings = settings_class(**{k: v for k, v in config.items() if k in known} | changes)
+            values = {k: v for k, v in config.items() if k in known} | changes
+            for name in ADVISERS.keys() & config.keys() - changes.keys():
+                # Written before spellings were checked: such a symbol had no bars.
+                values[name] = tuple(s for s in values[name] if top_of((s,)) or not ADVISERS[name](s))
+            settings = settings_class(**values)
         statistics = checkpoint.statistics
         if statistics.names != tuple(FEATURES):
             other = sorted(set(statistics.names) ^ set(FEATURES)) or ["their order"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from data_sources import universe
 from data_sources.calendar import parse_day
-from data_sources.vendors import RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
+from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from envs.config import EnvConfig, require
 from training.setting_types import shown
 
@@ -208,6 +208,9 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     yield "sources", not mixed, "must not mix simulated bars with real ones"
 
     for name in SYMBOL_SETTINGS:
+        advice = {symbol: ADVISERS[name](symbol) for symbol in universe.plain_names(getattr(s, name))}
+        wrong = "; ".join(f"{shown(symbol)}, which {text}" for symbol, text in advice.items() if text)
+        yield name, not wrong, f"has {wrong}"
         strange = [symbol for symbol in getattr(s, name) if not _is_symbol(symbol)]
         rule = f"has {shown(strange[0])}, which is no symbol" if strange else ""
         yield name, not strange, f"{rule}: one in each pair of quotes, without spaces, commas and slashes"

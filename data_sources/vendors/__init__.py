@@ -9,6 +9,7 @@ SOURCES: dict[str, Source] = {
     source.name: source for source in (polygon.SOURCE, binance.SOURCE, yahoo.SOURCE, simulated.SOURCE)
 }
 _GROUPS = [group for source in SOURCES.values() for group in source.groups]
+ADVISERS = {group.setting: group.advise for group in _GROUPS}  # on the spelling of symbols
 SYMBOL_SETTINGS = tuple(dict.fromkeys(group.setting for group in _GROUPS))  # the settings that list symbols
 # Those among which a rule such as top:500 may be: some source keeps all of their symbols in one dataset.
 RULE_SETTINGS = tuple(dict.fromkeys(group.setting for group in _GROUPS if group.dataset))

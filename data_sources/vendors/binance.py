@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_sources.sources import Answer, DataRequest, RefreshJob, Source, SymbolGroup, ask
+from data_sources.vendors.spelling import advise_binance_pair
 
-PAIRS = SymbolGroup("crypto", "binance_pairs")
+PAIRS = SymbolGroup("crypto", "binance_pairs", advise=advise_binance_pair)
 
 
 class _Binance(Source):

@@ -5,6 +5,7 @@ The units of a pair's dataset are in binance_parts.py.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_sources import renames
 from data_sources.bars import DAY_NS, HOUR_NS, MINUTE_NS
+from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, LakeError
 from data_sources.lake.parts import Part
 from data_sources.lake.quality import SCHEMA, clean, closed_before
@@ -21,8 +24,8 @@ from data_sources.sources import RefreshJob
 from data_sources.vendors.binance_archive import Archive, Unit, days, months
 from data_sources.vendors.binance_parts import SOURCE, PairParts
 from data_sources.vendors.binance_rest import PAGE_BARS, Rest, UnknownPair, concatenate, last_minute_ns
+from data_sources.vendors.spelling import other_binance_pairs
 
-SUCCESSORS = {"MATICUSDT": "POLUSDT"}
 OVERLAP_NS = 3 * MINUTE_NS  # fetched again, so that a bar kept half made under a wrong clock heals
 SILENCE_NS = 10 * MINUTE_NS  # how old a minute without a bar must be to count as covered
 LATE_NS = 26 * HOUR_NS  # after its due time a file is asked for: REST has its bars meanwhile
@@ -60,6 +63,7 @@ class PairRefresh:
         self._asked: set[str] = set()
         self._hosts_agree = False
         self._is_name = re.fullmatch(r"[A-Z0-9]{2,20}", pair) is not None
+        self._rename = renames.successor(renames.read(job.lake.root), pair)
         self._parts = PairParts(job.lake, pair, job.now_ns)
         self.num_steps = 1 + (len(self._due_files(LATE_NS)) if self._is_name else 0)
 
@@ -92,9 +96,7 @@ class PairRefresh:
         if rest_error is not None:  # then the archive's newest days are better than nothing
             archive_error = _error_of(self._fetch_files, EARLY_NS) or archive_error
         if self._is_unknown and not self._parts.have_rows():
-            successor = SUCCESSORS.get(self._pair)
-            advice = f"it is {successor} now" if successor else "take it out of binance_pairs"
-            raise BadAnswer(f"{self._pair}: Binance does not know this pair; {advice}")
+            raise BadAnswer(f"{self._pair}: Binance does not know this pair; {self._find_spelling()}")
         uncovered = self._parts.uncovered(self._start_ns, self._end_ns - SILENCE_NS)
         if uncovered:
             self.error = rest_error or archive_error
@@ -103,6 +105,27 @@ class PairRefresh:
                 self.warn(f"{num_minutes:,} minutes are left for the next refresh")
         elif isinstance(archive_error, BadAnswer):
             self.warn(f"{archive_error}; other files or REST stood in")
+        elif rest_error is None and archive_error is None and not self._parts.have_rows():
+            self.warn(self._explain_silence())
+
+    def _find_spelling(self) -> str:
+        """Return what to write instead of a pair that Binance does not know."""
+        if self._rename:
+            return str(self._rename)
+        for other in other_binance_pairs(self._pair):
+            with contextlib.suppress(UnknownPair):
+                if len(self._rest.page(other, self._end_ns - DAY_NS, self._end_ns, 1)):
+                    return f"it has {other}"
+        return "take it out of binance_pairs"
+
+    def _explain_silence(self) -> str:
+        """Return why a pair that Binance knows has no bars."""
+        first_day, last_day = (utc(time_ns).date() for time_ns in (self._start_ns, self._end_ns))
+        text = f"{self._pair}: Binance knows this pair, but has no bars of it from {first_day} to {last_day}"
+        if self._rename:
+            return f"{text}: {self._rename}"
+        was_traded = len(self._rest.page(self._pair, 0, self._start_ns, 1)) > 0
+        return f"{text}: it was {'delisted before' if was_traded else 'listed later'}"
 
     # ------------------------------------------------------------------ the archive
 

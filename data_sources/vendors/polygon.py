@@ -12,6 +12,7 @@ from data_sources.calendar import to_ns, utc
 from data_sources.errors import DataError, LakeError
 from data_sources.sources import Answer, DataRequest, Keys, RefreshJob, Source, SymbolGroup, ask
 from data_sources.universe import top_of
+from data_sources.vendors.spelling import advise_polygon_crypto, advise_stock
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ US_STOCKS = DataType("us_stocks_sip", ZoneInfo("America/New_York"))  # 04:00-20:
 GLOBAL_CRYPTO = DataType("global_crypto", dt.UTC, "-USD")  # every calendar day
 
 # A day's file is out at 11:00 New York on the next day, over a weekend later.
-STOCKS = SymbolGroup("stock", "stocks", US_STOCKS.dataset, stale_minutes=900)
-CRYPTO = SymbolGroup("crypto", "polygon_crypto", GLOBAL_CRYPTO.dataset, stale_minutes=2_880)
+STOCKS = SymbolGroup("stock", "stocks", US_STOCKS.dataset, 900, advise_stock)
+CRYPTO = SymbolGroup("crypto", "polygon_crypto", GLOBAL_CRYPTO.dataset, 2_880, advise_polygon_crypto)
 
 
 class _Polygon(Source):

@@ -18,12 +18,15 @@ import datetime as dt
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from data_sources import renames
+from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, MissingCredentials, Refused, SourceUnavailable
 from data_sources.lake.parts import Part
 from data_sources.sources import RefreshJob
@@ -32,6 +35,7 @@ from data_sources.vendors.http import RetryPolicy, require_address
 from data_sources.vendors.polygon import CRYPTO, GLOBAL_CRYPTO, STOCKS, US_STOCKS, DataType
 from data_sources.vendors.polygon_days import read_day
 from data_sources.vendors.polygon_files import DayFile, FlatFiles
+from data_sources.vendors.spelling import other_polygon_pairs, other_tickers
 
 SOURCE = "polygon"
 DEFAULT_ENDPOINT = "https://files.massive.com"  # https://files.polygon.io is the older name of the host
@@ -169,6 +173,7 @@ class _Day:
     version: str
     num_bytes: int
     dollar_volume: dict[str, int]  # of the largest, where a rule asks for them
+    spellings: set[str]  # other spellings of symbols without bars that the file has
 
 
 @dataclass
@@ -188,6 +193,7 @@ class _TypeRefresh:
     denied: list[dt.date] = field(default_factory=list)  # refused, or skipped after those that were
     unreachable: DataError | None = None  # set when the source was given up
     rows: Counter[str] = field(default_factory=Counter)  # arrived now, by symbol
+    spellings: set[str] = field(default_factory=set)  # seen in the files, of symbols that are not
 
     def run(self) -> None:
         """Fetch the missing days, a few at a time, and write each as it comes."""
@@ -253,17 +259,27 @@ class _TypeRefresh:
         """Return one day's rows of our symbols; a damaged answer is asked for once more."""
         start_ns, end_ns = self.data_type.interval(file.day)
         symbols, num_largest = self._symbols_for(file), self._largest_for(file)
+        others = {other for symbol in symbols if symbol not in self.rows for other in self._others(symbol)}
+        others -= set(symbols)
         for is_last in (False, True):
             try:
                 body = self.files.get(file, lambda count: self.job.progress.advance(SOURCE, 0, count))
                 table, dollars = read_day(
-                    body.content, file.key, symbols, start_ns, end_ns, num_largest, self.data_type.ending
-                )
-                return _Day(table, body.version, len(body.content), dollars)
+                    body.content, file.key, (*symbols, *others), start_ns, end_ns, num_largest,
+                    self.data_type.ending,
+                )  # fmt: skip
+                seen = others.intersection(table.column("symbol").unique().to_pylist()) if others else set()
+                if seen := seen - dollars.keys():
+                    is_other = pc.is_in(table.column("symbol"), value_set=pa.array(sorted(seen)))
+                    table = table.filter(pc.invert(is_other))
+                return _Day(table, body.version, len(body.content), dollars, seen)
             except BadAnswer:
                 if is_last:
                     raise
         raise AssertionError("the second attempt returns or raises")
+
+    def _others(self, symbol: str) -> tuple[str, ...]:
+        return other_polygon_pairs(symbol) if self.data_type is GLOBAL_CRYPTO else other_tickers(symbol)
 
     def _symbols_for(self, file: DayFile) -> tuple[str, ...]:
         """Return the symbols to take by name: never fewer than the lake already has of that day."""
@@ -294,6 +310,7 @@ class _TypeRefresh:
         )
         self.arrived += 1
         self.num_bytes += day.num_bytes
+        self.spellings |= day.spellings
         for count in day.table.column("symbol").value_counts():
             self.rows[count["values"].as_py()] += count["counts"].as_py()
         before = self.held.get(unit)
@@ -319,9 +336,27 @@ class _TypeRefresh:
             )
         unknown = [symbol for symbol in self.symbols if symbol not in self.rows]
         if unknown and self.arrived >= 5:
-            self.job.progress.warn(
-                SOURCE, f"{dataset}: no bars of {', '.join(unknown)} in {self.arrived} day files"
-            )
+            text = f"{dataset}: no bars of {', '.join(unknown)} in {self.arrived} day files"
+            self.job.progress.warn(SOURCE, f"{text}: {'; '.join(self._explain(unknown))}")
+
+    def _explain(self, unknown: Sequence[str]) -> Iterator[str]:
+        """Yield for each symbol without bars what is known of it."""
+        job, known = self.job, renames.read(self.job.lake.root)
+        kept = job.lake.columns(SOURCE, self.data_type.dataset, unknown, job.start_ns, job.end_ns)
+        never = [symbol for symbol in unknown if symbol not in kept]
+        for symbol in unknown:
+            spelled = (self.spellings | self.rows.keys()).intersection(self._others(symbol))
+            if rename := renames.successor(known, symbol):
+                yield str(rename)
+            elif symbol in kept:
+                yield f"the last bar of {symbol} is of {utc(int(kept[symbol]['open_time'][-1])).date()}"
+            elif spelled:
+                yield f"{symbol} is spelled {', '.join(sorted(spelled))} there"
+            else:
+                continue
+            never = [other for other in never if other != symbol]
+        if never:
+            yield f"no file from {utc(job.start_ns).date()} on has {', '.join(never)}: it never existed there"
 
 
 def _is_news(file: DayFile, needed: set[str], part: Part | None) -> bool:

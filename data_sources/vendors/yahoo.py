@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from data_sources.sources import Answer, DataRequest, RefreshJob, Source, SymbolGroup, ask
 from data_sources.universe import plain_names
+from data_sources.vendors.spelling import advise_stock
 
-STOCKS = SymbolGroup("stock", "stocks")
+STOCKS = SymbolGroup("stock", "stocks", advise=advise_stock)
 
 
 class _Yahoo(Source):

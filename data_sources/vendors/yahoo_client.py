@@ -30,6 +30,7 @@ from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.lake.quality import SCHEMA, bar_table
 from data_sources.splits import Split
 from data_sources.vendors.http import FinalAnswer, Host, RetryPolicy, error_of, prepare, short, unreachable
+from data_sources.vendors.spelling import at_yahoo
 
 CHART_PATH = "/v8/finance/chart/"
 COOKIE_HOST = "fc.yahoo.com"
@@ -132,8 +133,7 @@ class Client:
         YfData.cache_get.cache_clear()
         self.wire.begin_question()
         try:
-            # BRK.B is BRK-B at Yahoo, where a dot names an exchange.
-            return question(yfinance.Ticker(symbol.replace(".", "-"), session=self._session))
+            return question(yfinance.Ticker(at_yahoo(symbol), session=self._session))
         except DataError:
             raise
         except Exception as error:  # a strange answer can do anything to its parser

@@ -7,19 +7,22 @@ chart per stock and day.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
+from data_sources import renames
 from data_sources.bars import DAY_NS
-from data_sources.calendar import new_york_midnight_ns
+from data_sources.calendar import new_york_midnight_ns, utc
 from data_sources.errors import BadAnswer, DataError, LakeError, RateLimited, Refused, SourceUnavailable
 from data_sources.sources import RefreshJob
 from data_sources.splits import Split
 from data_sources.universe import plain_names
 from data_sources.vendors.http import FinalAnswer, RetryPolicy
+from data_sources.vendors.spelling import other_tickers
 from data_sources.vendors.yahoo import STOCKS
 from data_sources.vendors.yahoo_client import CHART_PATH, Client
 from data_sources.vendors.yahoo_weeks import SOURCE, Plan, Want, store
@@ -94,6 +97,7 @@ class _Refresh:
         self._path = job.lake.root / SOURCE / SPLITS_ASKED
         # Per stock: since when splits were asked for, when that was, how many the ledger had then.
         self._asked = _read_requests(self._path)
+        self._renames = renames.read(job.lake.root)
         self._attempts: int | None = None  # for the next question; None: the policy's
         self._written = 0
         self._notes: dict[str, list[str]] = {}
@@ -181,7 +185,7 @@ class _Refresh:
             try:
                 changed_ns = self._fetch_older_splits(symbol)
             except BadAnswer as error:
-                first = self._unless_unknown(error)
+                first = self._unless_unknown(symbol, error)
         empty = []
         parts = self._lake.parts(SOURCE, symbol)
         for want in self._plan.wants(parts, self._ledger.splits(symbol), changed_ns):
@@ -189,18 +193,32 @@ class _Refresh:
                 if not self._fetch_week(symbol, want):
                     empty.append(want.week.name)
             except BadAnswer as error:
-                first = first or self._unless_unknown(error)
+                first = first or self._unless_unknown(symbol, error)
         if empty:
             weeks = ", ".join(empty)
             self._note(symbol, f"no bars came for the week of {weeks}, although the market was open")
         if first is not None:
             raise first
 
-    def _unless_unknown(self, error: BadAnswer) -> BadAnswer:
+    def _unless_unknown(self, symbol: str, error: BadAnswer) -> BadAnswer:
         if self._client.wire.status == 404:  # no other question about this symbol will do better
-            raise error
+            raise FinalAnswer(f"{error}{self._find_spelling(symbol)}") from error
         self._attempts = 1  # for its other questions, which may well end alike
         return error
+
+    def _find_spelling(self, symbol: str) -> str:
+        """Return what is known of a symbol that Yahoo does not know, to be appended to that."""
+        if rename := renames.successor(self._renames, symbol):
+            return f"; {rename}"
+        bars_until = [part.end_ns for part in self._lake.parts(SOURCE, symbol).values() if part.rows]
+        if bars_until:
+            return f"; it did until {utc(max(bars_until)).date()}: it was delisted or renamed"
+        now_ns = self._job.now_ns
+        for other in other_tickers(symbol):
+            with contextlib.suppress(BadAnswer):
+                if self._client.minutes(other, now_ns - PROBED_NS, now_ns, 1)[0].num_rows:
+                    return f"; it has {other}"
+        return ""
 
     def _fetch_week(self, symbol: str, want: Want) -> bool:
         """Fetch a week and keep it. False: nothing came where something should have."""

@@ -79,3 +79,8 @@ def test_other_formats_and_features_are_refused(saved: Checkpoint, tmp_path: Pat
     torch.save(torch.load(saved.path, weights_only=True) | {"format": 0}, path)
     with pytest.raises(CheckpointError, match="has format 0, this program reads 1"):
         TrainedPolicy.read(path, Settings)
+
+
+def test_a_checkpoint_with_symbols_of_another_spelling_still_loads(saved: Checkpoint) -> None:
+    older = again(saved, config=saved.config | {"stocks": ("AAPL", "brk-b", "top:9")})
+    assert TrainedPolicy.read(older, Settings).settings.stocks == ("AAPL", "top:9")

@@ -157,7 +157,7 @@ def test_an_unknown_pair_fails_alone_and_names_its_successor(harness: Harness) -
     harness.assert_complete()
     assert sorted(harness.notes.warnings) == [
         "'../etc' is not a Binance pair; pairs look like BTCUSDT",
-        "MATICUSDT: Binance does not know this pair; it is POLUSDT now",
+        "MATICUSDT: Binance does not know this pair; MATICUSDT is POLUSDT since 2024-09-13",
     ]
 
 

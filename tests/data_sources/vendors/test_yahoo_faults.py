@@ -69,6 +69,23 @@ def test_an_unknown_stock_is_reported_once_and_costs_few_requests(harness: Harne
     harness.assert_holds("MSFT")
 
 
+def test_an_unknown_stock_is_answered_with_the_one_that_yahoo_has(harness: Harness) -> None:
+    harness.server.stocks = (*harness.server.stocks, "BRK-B")
+    harness.refresh("AAPL", "BRKB", "FB")
+    assert harness.notes.warnings == [
+        "BRKB: Yahoo does not know this symbol (HTTP 404); it has BRK.B",
+        "FB: Yahoo does not know this symbol (HTTP 404); FB is META since 2022-06-09",
+    ]
+
+
+def test_a_stock_that_yahoo_no_longer_knows_is_told_from_one_that_never_existed(harness: Harness) -> None:
+    harness.refresh("AAPL", "MSFT")
+    harness.server.stocks = ("AAPL",)
+    harness.refresh("AAPL", "MSFT", at=EVENING + 9 * DAY_NS)
+    (warning,) = harness.notes.warnings
+    assert warning.startswith("MSFT: Yahoo does not know this symbol (HTTP 404); it did until 20")
+
+
 def test_only_unknown_stocks_are_an_error(harness: Harness) -> None:
     with pytest.raises(DataError, match="does not know this symbol"):
         harness.refresh("ZZZZ", "YYYY")
