@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_sources import renames
 from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars
-from data_sources.calendar import in_regular_session, new_york_time
+from data_sources.calendar import in_regular_session, new_york_time, utc
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.lake.lake import FETCHED, Lake
 from data_sources.lake.quality import BAD_TICK, bad_ticks
@@ -93,10 +93,22 @@ def fingerprint(lake: Lake, request: DataRequest) -> str:
     if request.needs_lake:
         digest.update(RULES.encode() + lake.fingerprint().encode())
         digest.update(json.dumps(SplitLedger(lake.root).as_dict(), sort_keys=True).encode())
+        if joined := _renamed(lake, request):
+            digest.update(repr(joined).encode())
     for source in request.chosen:
         if source.is_computed:
             digest.update(repr(source.parameters(request)).encode())
     return digest.hexdigest()[:16]
+
+
+def _renamed(lake: Lake, request: DataRequest) -> list[renames.Stretch]:
+    """Return the names that symbols of a request had in its time, if they had others."""
+    known = renames.read(lake.root)
+    return [
+        stretch
+        for setting, names in sorted(request.symbols.items())
+        for stretch in renames.former(known, setting, plain_names(names), request.start_ns, request.end_ns)
+    ]
 
 
 def _all_series(lake: Lake, request: DataRequest) -> Iterator[Series]:
@@ -130,6 +142,8 @@ class _Reader:
             found = members(lake, source.name, group.dataset, top_of(names), *span)
             self._chosen = {symbol: found[symbol] for symbol in found.keys() - set(plain_names(names))}
         self.symbols = sorted({*plain_names(names), *self._chosen})
+        self._renames = renames.read(lake.root)
+        self.notes: dict[str, list[str]] = {}  # by symbol, on names that it had
         self._rejected: dict[str, dict[str, Counter[str]]] = {}  # by dataset and symbol
         self._batch: dict[str, Columns] = {}
         self._batch_end = 0  # place in ``symbols``
@@ -143,12 +157,48 @@ class _Reader:
             self._batch_end = place + len(batch)
             span = (self._request.start_ns, self._request.end_ns)
             self._batch = self._lake.columns(self.source.name, self._dataset_of(symbol), batch, *span)
-        columns = self._batch.pop(symbol, None)
+        columns = self._joined(symbol, self._batch.pop(symbol, None))
         if columns is not None and symbol in self._chosen:
             columns = _within_any(columns, self._chosen[symbol])
         if columns is not None and self.group.asset_class == "stock" and not self._request.extended_hours:
             columns = _select(columns, in_regular_session(columns["open_time"]))
         return columns
+
+    def names(self, symbol: str) -> list[renames.Stretch]:
+        """Return the names that a symbol had, itself alone as a rule."""
+        return renames.stretches(self._renames, self.group.setting, symbol)
+
+    def _joined(self, symbol: str, own: Columns | None) -> Columns | None:
+        """Join a symbol's bars with those under its former names, each in its time."""
+        request, names = self._request, self.names(symbol)
+        start_ns, end_ns = names[-1].start_ns, names[-1].end_ns
+        if start_ns <= request.start_ns and request.end_ns <= end_ns:
+            return own
+        if own is not None and own["open_time"][-1] >= end_ns:  # the name is another symbol's by now
+            if own["open_time"][0] < end_ns:
+                left_out = f"{symbol} before {utc(end_ns).date()} is another symbol, and left out"
+                self.notes[symbol] = [left_out]
+            return _select(own, own["open_time"] >= end_ns)
+        pieces = []
+        for stretch in names:
+            piece = own
+            if stretch.name != symbol:
+                span = (max(request.start_ns, stretch.start_ns), min(request.end_ns, stretch.end_ns))
+                dataset = self._dataset_of(stretch.name)
+                found = self._lake.columns(self.source.name, dataset, [stretch.name], *span)
+                piece = found.get(stretch.name)
+            if piece is not None:
+                time = piece["open_time"]
+                piece = _select(piece, (time >= stretch.start_ns) & (time < stretch.end_ns))
+                pieces.append(_at_ratio(piece, stretch.ratio))
+                if stretch.name != symbol and len(piece["open_time"]):
+                    until = f"bars of {stretch.name} until {utc(stretch.end_ns).date()} are joined to it"
+                    self.notes.setdefault(symbol, []).append(until)
+        return (
+            {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            if pieces
+            else None
+        )
 
     def count_rejected(self, symbol: str) -> Counter[str]:
         """Count the rows that failed a check in the parts of the interval; unfinished minutes do not count."""
@@ -169,7 +219,9 @@ class _Reader:
         """Return the series of a symbol that no other source has."""
         bars = _bars(symbol, self.group.asset_class, self.columns(symbol))
         rejected = {self.source.name: self.count_rejected(symbol)}
-        return _without_bad_ticks(Series(bars, _marks(self.source, len(bars)), rejected=rejected))
+        series = Series(bars, _marks(self.source, len(bars)), rejected=rejected)
+        series.flags = self.notes.get(symbol, [])
+        return _without_bad_ticks(series)
 
     def _dataset_of(self, symbol: str) -> str:
         return self.group.dataset or symbol
@@ -182,6 +234,7 @@ def _stocks(readers: Sequence[_Reader], ledger: SplitLedger, request: DataReques
         pieces = [(reader.source, _adjusted_bars(reader, symbol, ledger, request)) for reader in own]
         series = _merge(symbol, pieces, ledger)
         series.rejected = {reader.source.name: reader.count_rejected(symbol) for reader in own}
+        series.flags += dict.fromkeys(note for reader in own for note in reader.notes.get(symbol, ()))
         yield _without_bad_ticks(series)
 
 
@@ -189,7 +242,8 @@ def _adjusted_bars(reader: _Reader, symbol: str, ledger: SplitLedger, request: D
     columns = reader.columns(symbol)
     bars = _bars(symbol, "stock", columns)
     fetched_ns = columns[FETCHED] if columns is not None and reader.source.adjusts_splits else None
-    return ledger.adjust(bars, fetched_ns=fetched_ns, until_ns=request.end_ns)
+    names = reader.names(symbol)
+    return ledger.adjust(bars, fetched_ns=fetched_ns, until_ns=request.end_ns, names=names)
 
 
 def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedger) -> Series:
@@ -290,3 +344,11 @@ def _within_any(columns: Columns, intervals: Sequence[Interval]) -> Columns:
 
 def _select(columns: Columns, mask: NDArray[np.bool_]) -> Columns:
     return {name: array[mask] for name, array in columns.items()}
+
+
+def _at_ratio(columns: Columns, ratio: float) -> Columns:
+    """Return bars in units of which ``ratio`` make an old one."""
+    if ratio == 1:
+        return columns
+    prices = {name: columns[name] / ratio for name in ("open", "high", "low", "close")}
+    return columns | prices | {"volume": columns["volume"] * ratio}

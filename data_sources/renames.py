@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from data_sources.calendar import new_york_midnight_ns
 from data_sources.errors import LakeError, lake_errors
 
 FILE_NAME = "renames.csv"
+FOREVER_NS = 2**62
 SHIPPED = Path(__file__).with_name(FILE_NAME)
 
 
@@ -65,6 +66,48 @@ def successor(renames: Iterable[Rename], symbol: str) -> Rename | None:
     """Return the newest rename of a symbol, None for one that keeps its name, or took it up again."""
     own = [rename for rename in renames if symbol in (rename.old, rename.new)]
     return own[-1] if own and own[-1].old == symbol else None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """When a symbol had which name: [start_ns, end_ns), ns UTC. Prices of then are divided by ``ratio``."""
+
+    name: str
+    start_ns: int
+    end_ns: int
+    ratio: float
+
+
+def stretches(renames: Sequence[Rename], setting: str, symbol: str) -> list[Stretch]:
+    """Return the names that a symbol had, oldest first: itself alone, if it was never renamed.
+
+    What a name was before it became this symbol's, or after it ceased to be, is another symbol's. A symbol that
+    has another name by now ends there.
+    """
+    own = [rename for rename in renames if rename.setting == setting]
+    last = successor(own, symbol)
+    name, end_ns, ratio = symbol, last.first_ns if last else FOREVER_NS, 1.0
+    found: list[Stretch] = []
+    while True:
+        before = [rename for rename in own if rename.new == name and rename.first_ns < end_ns]
+        start_ns = before[-1].first_ns if before else 0
+        found.append(Stretch(name, start_ns, end_ns, ratio))
+        if not before:
+            return found[::-1]
+        name, end_ns, ratio = before[-1].old, start_ns, ratio * before[-1].ratio
+
+
+def former(
+    renames: Sequence[Rename], setting: str, symbols: Iterable[str], start_ns: int, end_ns: int
+) -> list[Stretch]:
+    """Return when in [start_ns, end_ns) symbols had names that are not among them."""
+    names = set(symbols)
+    return [
+        stretch
+        for symbol in sorted(names)
+        for stretch in stretches(renames, setting, symbol)
+        if stretch.name not in names and stretch.start_ns < end_ns and start_ns < stretch.end_ns
+    ]
 
 
 @cache

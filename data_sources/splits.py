@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from data_sources.bars import DAY_NS, Bars
 from data_sources.calendar import in_regular_session, new_york_midnight_ns, new_york_time
 from data_sources.errors import LakeError, lake_errors
+from data_sources.renames import Stretch
 from runtime.files import write_atomically
 
 FILE_NAME = "splits.json"
@@ -46,6 +47,14 @@ class Split:
     def executed_ns(self) -> int:
         """The time of the first bars at the new price, int64 ns UTC."""
         return new_york_midnight_ns(self.execution_date)
+
+    def is_among(self, others: Iterable[Split]) -> bool:
+        """Return whether one of ``others`` is the same split, perhaps with the date of another vendor."""
+        return any(
+            abs(self.execution_date - other.execution_date) <= SAME_SPLIT
+            and abs(self.ratio / other.ratio - 1) < RATIO_TOLERANCE
+            for other in others
+        )
 
     @property
     def is_clean(self) -> bool:
@@ -89,15 +98,16 @@ class SplitLedger:
         Two vendors may date one split a few days apart; that is not a second split.
         """
         known = self.splits(symbol)
-        return [
-            split
-            for split in found
-            if not any(
-                abs(split.execution_date - other.execution_date) <= SAME_SPLIT
-                and abs(split.ratio / other.ratio - 1) < RATIO_TOLERANCE
-                for other in known
-            )
-        ]
+        return [split for split in found if not split.is_among(known)]
+
+    def _splits_of(self, symbol: str, names: Sequence[Stretch]) -> list[Split]:
+        """Return a stock's splits, those under its former names included: a vendor may list them under either."""
+        found = self.splits(symbol)
+        for stretch in names:
+            for split in self.splits(stretch.name) if stretch.name != symbol else ():
+                if stretch.start_ns <= split.executed_ns < stretch.end_ns and not split.is_among(found):
+                    found.append(split)
+        return sorted(found)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """Return symbol -> execution date -> ratio, as in the file."""
@@ -119,7 +129,12 @@ class SplitLedger:
         self._splits = updated
 
     def adjust(
-        self, bars: Bars, *, fetched_ns: NDArray[np.int64] | None = None, until_ns: int | None = None
+        self,
+        bars: Bars,
+        *,
+        fetched_ns: NDArray[np.int64] | None = None,
+        until_ns: int | None = None,
+        names: Sequence[Stretch] = (),
     ) -> Bars:
         """Return the bars as if every split had been executed before the first one.
 
@@ -130,9 +145,10 @@ class SplitLedger:
             fetched_ns: per bar, when it was fetched from a vendor that adjusts prices itself (Yahoo): only
                 splits executed later are applied to it. None: the prices are raw.
             until_ns: splits executed after this are not applied; None: all are.
+            names: those that the stock had, if it had others.
         """
         factor = np.ones(len(bars))
-        for split in self.splits(bars.symbol):
+        for split in self._splits_of(bars.symbol, names):
             executed_ns = split.executed_ns
             if until_ns is not None and executed_ns > until_ns:
                 continue

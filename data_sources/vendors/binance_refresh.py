@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+from data_sources import renames
 from data_sources.errors import DataError
 from data_sources.sources import RefreshJob
 from data_sources.vendors.binance import PAIRS
@@ -66,7 +68,13 @@ class Binance:
         rest.begin_refresh()
         archive.begin_refresh()
         progress = job.progress
-        works = [PairRefresh(self._hosts, job, pair) for pair in dict.fromkeys(PAIRS.symbols(job.request))]
+        pairs = list(dict.fromkeys(PAIRS.symbols(job.request)))
+        works = [PairRefresh(self._hosts, job, pair) for pair in pairs]
+        known = renames.read(job.lake.root)
+        for stretch in renames.former(known, PAIRS.setting, pairs, job.start_ns, job.end_ns):
+            start_ns, end_ns = max(job.start_ns, stretch.start_ns), min(job.end_ns, stretch.end_ns)
+            then = replace(job, request=replace(job.request, start_ns=start_ns, end_ns=end_ns))
+            works.append(PairRefresh(self._hosts, then, stretch.name))
         progress.start(SOURCE, "files and pairs", sum(work.num_steps for work in works))
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix=SOURCE)
         try:

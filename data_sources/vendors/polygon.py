@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from zoneinfo import ZoneInfo
 
+from data_sources import renames
 from data_sources.calendar import to_ns, utc
 from data_sources.errors import DataError, LakeError
 from data_sources.sources import Answer, DataRequest, Keys, RefreshJob, Source, SymbolGroup, ask
@@ -73,6 +74,8 @@ class _Polygon(Source):
         from data_sources.vendors.polygon_splits import PolygonSplits
 
         has_rule = top_of(stocks) > 0
+        former = renames.former(renames.read(job.lake.root), STOCKS.setting, stocks, job.start_ns, job.end_ns)
+        stocks = (*stocks, *(stretch.name for stretch in former))
         try:
             source = PolygonSplits.from_environment()
             if source is not None:

@@ -29,7 +29,7 @@ from data_sources import renames
 from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, MissingCredentials, Refused, SourceUnavailable
 from data_sources.lake.parts import Part
-from data_sources.sources import RefreshJob
+from data_sources.sources import RefreshJob, SymbolGroup
 from data_sources.universe import KEPT_FOLD, kept_rule, look_back, plain_names, top_of
 from data_sources.vendors.http import RetryPolicy, require_address
 from data_sources.vendors.polygon import CRYPTO, GLOBAL_CRYPTO, STOCKS, US_STOCKS, DataType
@@ -101,7 +101,7 @@ class Polygon:
             LakeError: the lake cannot be written.
         """
         wanted = [
-            (data_type, plain_names(symbols), KEPT_FOLD * top_of(symbols))
+            (group, data_type, plain_names(symbols), KEPT_FOLD * top_of(symbols))
             for group, data_type in ((STOCKS, US_STOCKS), (CRYPTO, GLOBAL_CRYPTO))
             if (symbols := group.symbols(job.request))
         ]
@@ -119,7 +119,10 @@ class Polygon:
         job.progress.finish(SOURCE, _summary(works))
 
     def _list(
-        self, files: FlatFiles, job: RefreshJob, wanted: Sequence[tuple[DataType, tuple[str, ...], int]]
+        self,
+        files: FlatFiles,
+        job: RefreshJob,
+        wanted: Sequence[tuple[SymbolGroup, DataType, tuple[str, ...], int]],
     ) -> list[_TypeRefresh]:
         """List every data type and compare with the lake; a type that may not be listed is left out."""
         works: list[_TypeRefresh] = []
@@ -129,7 +132,7 @@ class Polygon:
                 data_type.day_of(look_back(job.start_ns) if num_largest else job.start_ns),
                 data_type.day_of(job.end_ns - 1),
             )
-            for data_type, _, num_largest in wanted
+            for _, data_type, _, num_largest in wanted
         }
         pool = ThreadPoolExecutor(PARALLEL_GETS, "polygon-list")
         try:
@@ -139,7 +142,9 @@ class Polygon:
                 ]
                 for data_type, (first, last) in days.items()
             }
-            for data_type, symbols, num_largest in wanted:
+            known = renames.read(job.lake.root)
+            for group, data_type, symbols, num_largest in wanted:
+                former = renames.former(known, group.setting, symbols, job.start_ns, job.end_ns)
                 first, last = days[data_type]
                 try:
                     listed = [file for year in listings[data_type] for file in year.result()]
@@ -154,8 +159,13 @@ class Polygon:
                     )
                 held = job.lake.parts(SOURCE, data_type.dataset)
                 needed = {*symbols, *kept_rule(num_largest)}
-                missing = [file for file in listed if _is_news(file, needed, held.get(file.day.isoformat()))]
-                works.append(_TypeRefresh(files, job, data_type, symbols, num_largest, held, missing))
+                work = _TypeRefresh(files, job, group.setting, data_type, symbols, num_largest, held, former)
+                work.missing = [
+                    file
+                    for file in listed
+                    if _is_news(file, needed | work.former_names(file.day), held.get(file.day.isoformat()))
+                ]
+                works.append(work)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         if not works:
@@ -182,11 +192,13 @@ class _TypeRefresh:
 
     files: FlatFiles
     job: RefreshJob
+    setting: str
     data_type: DataType
     symbols: tuple[str, ...]  # by name
     num_largest: int  # kept of each day beside them, for a rule
     held: dict[str, Part]
-    missing: list[DayFile]  # newest first
+    former: Sequence[renames.Stretch]  # other names that the symbols had
+    missing: list[DayFile] = field(default_factory=list)  # newest first
     arrived: int = 0
     num_bytes: int = 0
     left: int = 0  # for the next refresh: damaged, or the source was given up
@@ -284,7 +296,13 @@ class _TypeRefresh:
     def _symbols_for(self, file: DayFile) -> tuple[str, ...]:
         """Return the symbols to take by name: never fewer than the lake already has of that day."""
         part = self.held.get(file.day.isoformat())
-        return tuple(dict.fromkeys((*plain_names(part.symbols if part else ()), *self.symbols)))
+        names = (*plain_names(part.symbols if part else ()), *self.symbols, *self.former_names(file.day))
+        return tuple(dict.fromkeys(names))
+
+    def former_names(self, day: dt.date) -> set[str]:
+        """Return the other names of symbols on a day."""
+        start_ns, end_ns = self.data_type.interval(day)
+        return {name.name for name in self.former if name.start_ns < end_ns and start_ns < name.end_ns}
 
     def _largest_for(self, file: DayFile) -> int:
         """Return how many of the day's largest to take, again never fewer."""
@@ -334,7 +352,12 @@ class _TypeRefresh:
             self.job.progress.warn(
                 SOURCE, f"{dataset}: {self.left} days in all are left for the next refresh"
             )
-        unknown = [symbol for symbol in self.symbols if symbol not in self.rows]
+        known = renames.read(self.job.lake.root)
+        unknown = [
+            symbol
+            for symbol in self.symbols
+            if not any(name.name in self.rows for name in renames.stretches(known, self.setting, symbol))
+        ]
         if unknown and self.arrived >= 5:
             text = f"{dataset}: no bars of {', '.join(unknown)} in {self.arrived} day files"
             self.job.progress.warn(SOURCE, f"{text}: {'; '.join(self._explain(unknown))}")
