@@ -27,7 +27,7 @@ if not defined PY (
   goto :end
 )
 
-"%PY%" %PYARGS% -m runtime.install requirements_simple.txt
+"%PY%" %PYARGS% -m runtime.install requirements_simple.txt %*
 set "RC=%ERRORLEVEL%"
 if not "%RC%"=="0" goto :end
 ".venv\Scripts\python.exe" -m runtime.supervisor %*

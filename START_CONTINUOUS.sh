@@ -12,6 +12,6 @@ set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source runtime/venv.sh
-prepare_venv requirements_simple.txt
+prepare_venv requirements_simple.txt "$@"
 # exec: signals, and the duties of a container's first process, go to Python.
 exec .venv/bin/python -m runtime.supervisor "$@"

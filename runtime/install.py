@@ -1,7 +1,8 @@
 """Create .venv and install a requirements file into it; returns at once if that is done already.
 
 ``python3 -m runtime.install requirements_simple.txt``, run from the project's folder by the start scripts
-and tests/run.sh. A stamp holds a digest of the installed requirements, so that a changed file is installed
+and tests/run.sh; ``--dry-run`` in front prints what it would install. A stamp holds a digest of the installed
+requirements, another one the build of torch that the driver needs, so that a changed file or driver is installed
 again. An installation that was killed while it changed the environment leaves a mark, and the next one starts
 over in an empty .venv. Two starts at once take turns. Standard library only.
 """
@@ -13,9 +14,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from runtime import surroundings
+from runtime import surroundings, torch_build
+from runtime.control import EXIT_SETTING
 from runtime.locking import try_lock
 from runtime.processes import WINDOWS
 
@@ -23,6 +26,8 @@ VENV = Path(".venv")
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
 LOG = VENV / "install.log"
 UNFINISHED = VENV / "unfinished"
+TORCH_STAMP = VENV / "installed-torch"  # the build that was chosen, and the requirement that became of it
+CHOSEN = VENV / "requirements.txt"  # the requirements with that torch
 IS_NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11))"
 # Where pip finds packages and how it gets there; its other variables would install elsewhere, or something else.
 PIP_KEPT = tuple(
@@ -52,35 +57,137 @@ def digests(requirements: Path) -> dict[str, str]:
     return found | {requirements.name: hashlib.sha256(content.encode()).hexdigest()}
 
 
-def install(requirements: Path) -> None:
+def install(requirements: Path, arguments: Sequence[str] = (), dry_run: bool = False) -> None:
     """Install the file into .venv unless that is done already.
+
+    Args:
+        requirements: the file.
+        arguments: of the start, which may ask for the CPU.
+        dry_run: print what would be installed, and change nothing.
 
     Raises:
         InstallError: Python or pip failed.
+        TooOldError: no torch runs on this driver.
         OSError: the folder cannot be written.
     """
-    wanted = digests(requirements)
-    if _is_done(requirements.name, wanted):
+    wanted, lines = digests(requirements), _lines(requirements)
+    torch = next((line for line in lines if line.startswith("torch=")), None)
+    build = torch_build.choose(torch, os.environ, arguments) if torch else None
+    if dry_run:
+        if build:
+            _say(f"{build.requirement} from {build.source}: {build.reason}.")
+        is_done = _is_done(requirements.name, wanted, build)
+        _say(f"{requirements.name} is installed." if is_done else f"{requirements.name} would be installed.")
+        return
+    if _is_done(requirements.name, wanted, build):
         return
     with Path("requirements_simple.txt").open("rb") as lock:
         if not try_lock(lock.fileno()):
             _say("Another start is installing; waiting for it.")
             try_lock(lock.fileno(), wait=True)
-        if _is_done(requirements.name, wanted):
+        if _is_done(requirements.name, wanted, build):
             return
+        before = _chosen_before() if _is_current(requirements.name, wanted) else None
         _make_venv()
+        LOG.unlink(missing_ok=True)
         _say(f"Installing {requirements.name} into {VENV} (torch is large: the first time takes minutes).")
-        _run_pip(requirements)
+        try:
+            _run_all(requirements, build, lines)
+        except InstallError:
+            if build is None or UNFINISHED.exists() or not build.can_wait(before):
+                raise
+            _say(f"{build.requirement} cannot be had now; {before} runs on this driver too.")
+            return
         for name, digest in wanted.items():
             _stamp(name).write_text(digest)
         LOG.unlink(missing_ok=True)
         _say("Installed.")
 
 
-def _is_done(name: str, wanted: dict[str, str]) -> bool:
+def _lines(requirements: Path) -> list[str]:
+    """Return the lines of the file and of those that it includes, without comments."""
+    found = []
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        text = line.split("#")[0].strip()
+        if text.startswith("-r "):
+            found += _lines(requirements.parent / text.removeprefix("-r").strip())
+        elif text:
+            found.append(text)
+    return found
+
+
+def _is_done(name: str, wanted: dict[str, str], build: torch_build.Build | None) -> bool:
+    if not _is_current(name, wanted):
+        return False
+    chosen = _chosen_before()
+    return build is None or chosen == str(build) or (not build.needs_gpu and chosen is not None)
+
+
+def _is_current(name: str, wanted: dict[str, str]) -> bool:
+    """Return whether these requirements are installed, with some torch."""
     stamp = _stamp(name)
     is_current = stamp.exists() and stamp.read_text() == wanted[name]
     return is_current and not UNFINISHED.exists() and _runs("pass")
+
+
+def _chosen_before() -> str | None:
+    """Return the build that is installed; PyPI's own where none is recorded, None in a new environment."""
+    if TORCH_STAMP.exists():
+        return TORCH_STAMP.read_text(encoding="utf-8").splitlines()[0]
+    required = [line for line in _lines(Path("requirements_simple.txt")) if line.startswith("torch=")]
+    return required[0] if required and _stamp("requirements_simple.txt").exists() else None
+
+
+def _run_all(requirements: Path, build: torch_build.Build | None, lines: Sequence[str]) -> None:
+    """Install this build of torch, or PyPI's that comes nearest, and the other requirements around it."""
+    if build is None:
+        _run_pip("--requirement", str(requirements))
+        return
+    torch = _install_torch(build)
+    CHOSEN.write_text("\n".join(torch if line.startswith("torch=") else line for line in lines) + "\n")
+    _run_pip("--requirement", str(CHOSEN))
+    TORCH_STAMP.write_text(f"{build}\n{torch}\n", encoding="utf-8")
+
+
+def _install_torch(build: torch_build.Build) -> str:
+    """Install what of torch cannot come with the others; return the requirement that holds from now on.
+
+    A mirror of one's own, which pip is set up with, comes before PyTorch's index.
+    """
+    _say(f"  {build.requirement}: {build.reason}")
+    before = _chosen_before()
+    again = ("--force-reinstall", "--no-deps") if before and before != str(build) else ()
+    if not build.backend:
+        if build.options or again:  # pip sees no difference between builds of one release
+            _run_pip(*again, *build.options, build.requirement)
+        return build.requirement
+    if _uv_installs(build):
+        return build.requirement
+    index = ("--index-url", f"{torch_build.INDEX}/{build.backend}", "--retries", "1")
+    for source in ((), index):
+        try:
+            _run_pip(*source, build.requirement)
+        except InstallError:
+            continue
+        return build.requirement
+    _say(f"  {build.requirement} cannot be had: {build.fallback} of PyPI instead")
+    if again:
+        _run_pip(*again, build.fallback)
+    return build.fallback
+
+
+def _uv_installs(build: torch_build.Build) -> bool:
+    """Install this build by uv, where that is at hand; its own choice, ``auto``, could be another than ours."""
+    uv = shutil.which("uv")
+    if uv is None:
+        return False
+    UNFINISHED.touch()
+    command = [uv, "pip", "install", "--python", str(PYTHON), f"--torch-backend={build.backend}"]
+    result = subprocess.run(
+        [*command, build.requirement], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    UNFINISHED.unlink()
+    return result.returncode == 0
 
 
 def _make_venv() -> None:
@@ -119,12 +226,12 @@ def _pip_environment() -> dict[str, str]:
     return kept | {"PIP_USER": "0"}  # also of a pip.conf: a virtual environment refuses it
 
 
-def _run_pip(requirements: Path) -> None:
+def _run_pip(*what: str) -> None:
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     with (
-        LOG.open("w", encoding="utf-8") as log,
+        LOG.open("a", encoding="utf-8") as log,
         subprocess.Popen(
-            [*command, "--progress-bar", "off", "--requirement", str(requirements)],
+            [*command, "--progress-bar", "off", *what],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -147,7 +254,7 @@ def _run_pip(requirements: Path) -> None:
     UNFINISHED.unlink(missing_ok=True)  # a pip that fails, unlike one that is killed, undoes its changes
     if pip.returncode:
         last = "\n".join(LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
-        raise InstallError(f"pip could not install {requirements.name}; its last lines (all: {LOG}):\n{last}")
+        raise InstallError(f"pip could not install {what[-1]}; its last lines (all: {LOG}):\n{last}")
 
 
 def _runs(code: str) -> bool:
@@ -167,8 +274,12 @@ def _say(line: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Install the named file and return the exit code of the program."""
+    dry_run = arguments[0] == "--dry-run"
     try:
-        install(Path(arguments[0]))
+        install(Path(arguments[dry_run]), arguments[1 + dry_run :], dry_run)
+    except torch_build.TooOldError as error:
+        _say(str(error))
+        return EXIT_SETTING
     except (InstallError, OSError) as error:
         _say(str(error))
         _say("Installation failed. Nothing is lost; the next start tries again.")

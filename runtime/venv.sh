@@ -4,12 +4,13 @@
 # Of another Python, or against finding this program's own modules.
 unset PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONINSPECT
 
-# prepare_venv FILE: find a Python, and install the requirements FILE into .venv.
+# prepare_venv FILE [ARGUMENT ...]: find a Python, and install the requirements FILE into .venv, with the torch that
+# suits this machine's driver and the start's arguments.
 prepare_venv() {
     local candidate
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python .venv/bin/python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            "$candidate" -m runtime.install "$1"
+            "$candidate" -m runtime.install "$@"
             return
         fi
     done

@@ -109,7 +109,7 @@ def test_the_first_start_and_the_next_ones_install_and_become_the_supervisor(
         outcome = windows.start(project, '--demo --data-dir "C:\\my bars" --log-dir "a & b (1)"')
         assert (outcome.code, outcome.output) == (0, "")
         assert without_probes(outcome) == [
-            f"launcher [-3] {INSTALL}",
+            f"launcher [-3] {INSTALL} [--demo] [--data-dir] [C:\\my bars] [--log-dir] [a & b (1)]",
             f"{TRAIN} [--demo] [--data-dir] [C:\\my bars] [--log-dir] [a & b (1)]",
         ]
 

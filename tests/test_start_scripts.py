@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runtime.machines import add_nvidia_smi
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("START_CONTINUOUS.sh", "tests/run.sh", ".ci/run", "runtime/venv.sh")
 PATIENCE = 120.0  # a bound for a busy machine, not an expectation
@@ -23,13 +25,15 @@ PATIENCE = 120.0  # a bound for a busy machine, not an expectation
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="bash")
 
 
-def make_wheel(folder: Path, version: str) -> None:
-    info = f"tinypackage-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"tinypackage-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tinypackage.py", f"version = {version!r}\n")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tinypackage\nVersion: {version}\n")
+def make_wheel(folder: Path, version: str, name: str = "tinypackage") -> Path:
+    info = f"{name}-{version}.dist-info"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", f"version = {version!r}\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+    return path
 
 
 class Project:
@@ -85,9 +89,9 @@ class Project:
         output, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, output, errors
 
-    def installed(self) -> str:
-        """Return the version of the one required package."""
-        code = "import tinypackage; print(tinypackage.version)"
+    def installed(self, name: str = "tinypackage") -> str:
+        """Return the version of a required package."""
+        code = f"import {name}; print({name}.version)"
         return subprocess.run([self.python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
@@ -163,6 +167,53 @@ def test_an_old_python_is_refused_with_the_version_needed(project, tmp_path):
     assert bare.run("check", environment=environment)[0] == 7
 
 
+class Box:
+    """A machine with four GPUs, and wheels named torch, as in a mirror of PyTorch's index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.project, self.tools = Project(folder), folder / "bin"
+        self.for_cuda_12 = make_wheel(self.project.wheels, "2.13.0+cu126", "torch")
+        self.project.require("torch==2.13.0\ntinypackage==1.0")
+
+    def start(self, driver: str, **additions: str) -> tuple[int, str]:
+        """Start with this driver; return exit code and standard error."""
+        add_nvidia_smi(self.tools, driver, count=4)
+        path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
+        environment = self.project.environment | {"PATH": path} | additions
+        code, _, errors = self.project.run("check", environment=environment)
+        return code, errors
+
+
+def test_torch_is_a_build_that_the_driver_runs(tmp_path):
+    box = Box(tmp_path)
+    project, start = box.project, box.start
+    code, errors = start("470.256.02")
+    assert code == 2 and "driver 470.256.02 is too old: torch==2.13.0 needs 525 or newer" in errors
+    assert not project.python.exists()
+    assert start("535.183.01")[0] == 7 and project.installed("torch") == "2.13.0+cu126"
+    assert start("550.54.15") == (7, "")
+    shutil.rmtree(box.tools)  # a GPU that is gone for a day costs no new installation
+    assert project.run("check") == (7, "alone: check\n", "")
+    assert start("470.256.02", CUDA_VISIBLE_DEVICES="") == (7, "")
+
+
+@pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="a dozen calls of pip: make drill")
+def test_a_new_driver_installs_again_and_what_cannot_be_had_is_replaced(tmp_path):
+    box = Box(tmp_path)
+    project, start = box.project, box.start
+    assert start("535.183.01")[0] == 7
+    box.for_cuda_12.unlink()
+    code, errors = start("580.65.06")  # a new driver, and nothing is in reach
+    assert code == 7 and "torch==2.13.0 cannot be had now; torch==2.13.0+cu126 (cu126) runs on" in errors
+    for version in ("2.10.0", "2.13.0"):  # as on PyPI
+        make_wheel(project.wheels, version, "torch")
+    assert start("580.65.06")[0] == 7 and project.installed("torch") == "2.13.0"
+    code, errors = start("535.183.01")  # back, and the index is out of reach
+    assert code == 7 and "torch==2.13.0+cu126 cannot be had: torch==2.10.0 of PyPI instead" in errors
+    assert (project.installed("torch"), project.installed()) == ("2.10.0", "1.0")
+    assert start("535.183.01") == (7, "")
+
+
 @pytest.mark.slow
 def test_an_installation_that_is_killed_is_repaired_by_the_next_start(tmp_path):
     project = Project(tmp_path)
@@ -228,7 +279,7 @@ def test_the_bat_does_what_the_sh_does():
     code = [line for line in text.splitlines() if line and not line.startswith("rem")]
     for needed in (
         'cd /d "%~dp0"',
-        '"%PY%" %PYARGS% -m runtime.install requirements_simple.txt',
+        '"%PY%" %PYARGS% -m runtime.install requirements_simple.txt %*',
         '".venv\\Scripts\\python.exe" -m runtime.supervisor %*',
         "endlocal & exit /b %RC%",
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from continuous_training import Settings
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements_simple.txt"
+INSTALLED_TORCH = (
+    Path(sys.prefix) / "installed-torch"
+)  # by runtime/install.py: the choice, and what became of it
 LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
 # Per parameter: a checkpoint's weights, and the optimizer's two moments beside it.
 WEIGHT_BYTES, RESUME_BYTES = 4, 8
@@ -159,6 +163,8 @@ def check_versions(requirements: Path = REQUIREMENTS) -> Iterator[Line]:
         except importlib.metadata.PackageNotFoundError:
             faults.append(Line("versions", "error", f"{wanted} is not installed: {fix}", EXIT_CRASH))
             continue
+        if wanted.name == "torch" and INSTALLED_TORCH.is_file():  # what this driver runs may be another one
+            wanted = Requirement(INSTALLED_TORCH.read_text(encoding="utf-8").splitlines()[1])
         if not wanted.specifier.contains(have, prereleases=True):
             faults.append(Line("versions", "warning", f"{wanted} is wanted, {have} is installed: {fix}"))
     yield from faults

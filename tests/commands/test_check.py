@@ -367,7 +367,10 @@ def test_disks_that_are_too_small_are_reported(monkeypatch: pytest.MonkeyPatch, 
     assert found[1].text.startswith("lake: 0 B so far, at most 1.27 GB to fetch, then 12.2 MB a week")
 
 
-def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
+def test_libraries_are_compared_with_the_requirements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "INSTALLED_TORCH", tmp_path / "none")
     (line,) = machine.check_versions()
     assert line.level == "OK"
     file = tmp_path / "requirements_simple.txt"
@@ -378,6 +381,10 @@ def test_libraries_are_compared_with_the_requirements(tmp_path: Path) -> None:
     assert missing.text == (
         "no-such-library>=1 is not installed: python -m pip install -r requirements_simple.txt"
     )
+    stamp = tmp_path / "installed-torch"
+    stamp.write_text("torch==99+cu126 (cu126)\ntorch>=2\n")
+    monkeypatch.setattr(machine, "INSTALLED_TORCH", stamp)
+    assert [line.topic for line in machine.check_versions(file) if "torch" in line.text] == []
     (unread,) = machine.check_versions(tmp_path / "gone.txt")
     assert unread.level == "warning" and unread.text.endswith("cannot be read: No such file or directory")
 
