@@ -237,6 +237,9 @@ def train_command(settings: Settings) -> None:
         # It did fit: another program has taken memory since, and the next start plans with the rest.
         code = EXIT_CRASH if control.has_progressed else EXIT_DOES_NOT_FIT
         message = f"The GPU's memory is full: lower envs_per_gpu, then d_model. {str(error).splitlines()[0]}"
+    except torch.AcceleratorError as error:
+        code = EXIT_CRASH
+        message = f"The GPU failed: {str(error).splitlines()[0]}. Look for Xid in the kernel's log (dmesg)"
     except KeyboardInterrupt:
         code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is intact"
     control.report_exit_code(code)

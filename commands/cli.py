@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 import typer
 
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, export, name_of
-from runtime.control import EXIT_SETTING, ExitProgram
+from runtime.control import EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
 from training.setting_types import KINDS, shown
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
     own = _own_parameters(settings_class, run)
 
     def command(checkpoint: Path, **given: Any) -> None:
+        import torch
+
         from evaluation.trained_policy import TrainedPolicy
         from models.exported import ExportError
         from training import devices
@@ -143,6 +145,9 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
             _call(run, trained, options)
         except (CheckpointError, ExportError) as error:
             exit_with(EXIT_SETTING, str(error))
+        except torch.OutOfMemoryError:
+            fix = "use --device cpu, or another GPU, such as --device cuda:1"
+            exit_with(EXIT_DOES_NOT_FIT, f"The GPU's memory is full, perhaps with a training's: {fix}")
         except ValueError as error:
             exit_with(EXIT_SETTING, f"Invalid setting: {error}")
 

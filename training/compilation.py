@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from envs.trading_env import TradingEnv
 from models.policy import Policy
+from training.devices import missing_tools
 from training.distributed import Ranks
 from training.hindsight import Hindsight, hindsight_advantages
 from training.losses import Objective, Targets
@@ -28,6 +29,7 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
 
     Raises:
         torch.OutOfMemoryError: on every rank, if one has too little memory.
+        torch.AcceleratorError: the GPU failed, or has no kernel for something.
         Exception: the error of a compiled part.
     """
     policy, device = objective.policy, ranks.device
@@ -45,6 +47,8 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
         del moments
     except torch.OutOfMemoryError as error:
         out_of_memory = _describe(error)
+    except torch.AcceleratorError:  # the GPU's, which computes nothing any more
+        raise
     except CompilerErrors as error:
         failure = error
     policy.zero_grad()
@@ -91,6 +95,9 @@ def compile_objective(
     Raises:
         torch.OutOfMemoryError: on every rank, if one has too little memory.
     """
+    missing = missing_tools(ranks.device.type)
+    if ranks.any(bool(missing)):
+        return missing or "it lacks a tool on another rank"
     trunk = objective.policy.trunk
     modules: list[nn.Module] = list(trunk.blocks) if by_block else [trunk]
     # A guard has checked sizes and strides already: checks between kernels take up to 2 %.
@@ -103,6 +110,8 @@ def compile_objective(
         dry_run(objective, num_segments, context_bars, horizon, ranks)
     except torch.OutOfMemoryError:
         uncompile(objective)
+        raise
+    except torch.AcceleratorError:
         raise
     except CompilerErrors as error:
         reason = _describe(error)
@@ -128,6 +137,8 @@ def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
         _play_on_zeros(env, policy)
     except torch.OutOfMemoryError as error:
         out_of_memory = _describe(error)
+    except torch.AcceleratorError:
+        raise
     except CompilerErrors as error:
         reason = _describe(error)
     _raise_together(out_of_memory, ranks)
@@ -160,6 +171,8 @@ def compile_hindsight(objective: Objective, env: TradingEnv, ranks: Ranks) -> st
     try:
         zeros, valid = _hindsight_of_zeros(env)
         hindsight_advantages(zeros, valid, settings.gamma, settings.gae_lambda, is_compiled=True)
+    except torch.AcceleratorError:
+        raise
     except CompilerErrors as error:
         reason = _describe(error)
     if ranks.any(bool(reason)):

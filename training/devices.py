@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +25,8 @@ from runtime.gpus import Driver, hides_gpus, named_gpus, read_driver
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+NAMES = re.compile(r"auto|cpu|cuda(:\d{1,3})?")  # of the setting
+RULE = "must be auto, cpu, cuda, or one GPU such as cuda:1"
 OLDEST = (7, 5)  # Turing: torch for CUDA 13 has kernels from there on
 SHM, ENOUGH_SHM = Path("/dev/shm"), 512 * 2**20  # bytes
 ON_CPU = "or train on the CPU with --device cpu"
@@ -91,21 +96,46 @@ def find(settings: Settings, environment: Mapping[str, str]) -> Devices:
     names = sorted({gpu.name for gpu in gpus})
     count = "one slice (MIG) of" if driver.num_instances else f"{len(gpus)} x"
     text = f"on {count} {', '.join(names)}, driver {driver.version or 'unknown'}, torch for {_platform()}"
-    return Devices(len(gpus), gpus, text, tuple(_shortages(len(gpus), True)))
+    shortages = list(_shortages(len(gpus), True))
+    if settings.compile != "off" and (missing := missing_tools("cuda")):
+        shortages.append(f"{missing}; training runs without the compiler, and slower")
+    return Devices(len(gpus), gpus, text, tuple(shortages))
 
 
 def of_rank(wanted: str, local_rank: int) -> torch.device:
     """Return the device of one rank. ``find`` has compared them before.
 
     Raises:
-        DeviceError: the GPU is not there.
+        DeviceError: the GPU is not there, or this is no device.
     """
+    if not NAMES.fullmatch(wanted):
+        raise DeviceError(f"device={wanted} {RULE}")
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     index = int(wanted.partition(":")[2] or local_rank)
     if wanted != "auto" and index >= torch.cuda.device_count():
         raise DeviceError(f"device={wanted}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
     return torch.device("cuda", index)
+
+
+def missing_tools(kind: str) -> str:
+    """Return what torch's compiler lacks on this machine, with the fix; "" if nothing.
+
+    Args:
+        kind: cuda, where Triton needs a C compiler and Python's headers for each kernel's launcher, or cpu, where
+            Inductor says itself what it lacks.
+    """
+    if kind != "cuda" or sys.platform != "linux":
+        return ""
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "gcc", "clang")):
+        return "there is no C compiler: install gcc, as with `apt install gcc`"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return (
+            f"{headers} has no Python.h: install Python's headers, as with `apt install python{version}-dev`"
+        )
+    return ""
 
 
 def _on_cpu(asked: int | None, reason: str) -> Devices:

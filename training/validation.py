@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import UTC, date, datetime
@@ -14,6 +13,7 @@ from data_sources import universe
 from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from envs.config import EnvConfig, require
+from training.devices import NAMES, RULE
 from training.setting_types import shown
 
 if TYPE_CHECKING:
@@ -197,8 +197,7 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         # What expanduser leaves: ~NAME of no user. A folder of that name has to be meant, as in a shell.
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
 
-    is_device = bool(re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", s.device))
-    yield "device", is_device, "must be auto, cpu, cuda, or one GPU such as cuda:1"
+    yield "device", NAMES.fullmatch(s.device) is not None, RULE
 
     known = ", ".join(SOURCES)
     unknown = [source for source in s.sources if source not in SOURCES]

@@ -6,11 +6,13 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from commands import cli
 from commands.cli import application, helps_of
 from continuous_training import PRESETS, Settings, train_command
+from evaluation.trained_policy import TrainedPolicy
 
 PROGRAM = application(Settings, PRESETS, train_command, "Help.")
 
@@ -124,3 +126,26 @@ def test_a_mistake_is_one_line_with_the_fix(
 def test_demo_and_its_preset_are_the_same() -> None:
     assert cli._preset_name(PRESETS, "demo", True) == cli._preset_name(PRESETS, None, True) == "demo"
     assert cli._preset_name(PRESETS, None, False) == "full"
+
+
+def test_a_gpu_that_a_training_fills_is_one_line_that_names_the_flag(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(TrainedPolicy, "read", fail)
+    code, _, text = end_of(capsys, "signals", "best.pt", "--device", "cpu")
+    assert (code, text.count("\n")) == (4, 1) and "use --device cpu, or another GPU" in text
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "check", "selftest", "evaluate", "episode", "signals", "export"]
+)
+def test_every_command_takes_a_device(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    words = [command, "best.pt"] if command in ("evaluate", "episode", "signals", "export") else [command]
+    code, _, text = end_of(capsys, *words, "--device", "gpu")
+    assert (code, text) == (
+        2,
+        "Invalid setting: device=gpu must be auto, cpu, cuda, or one GPU such as cuda:1\n",
+    )

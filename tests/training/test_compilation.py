@@ -21,7 +21,7 @@ from tests.training.rollouts import (
     small_learner,
     small_policy,
 )
-from training import hindsight
+from training import compilation, hindsight
 from training.compilation import compile_accounts, compile_hindsight, compile_objective
 from training.losses import Objective
 
@@ -129,3 +129,29 @@ def test_without_a_compiler_hindsight_is_valued_step_by_step() -> None:
     hindsight.compiled.cache_clear()
     assert reason.startswith("hindsight is valued step by step: ") and "ompiler" in reason
     assert not objective.hindsight_is_compiled
+
+
+def test_an_error_of_the_gpu_is_not_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fall back to plain code, on a GPU that computes nothing any more."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+
+    objective = Objective(small_policy(), SETTINGS)
+    monkeypatch.setattr(objective.policy, "encode", fail)
+    with pytest.raises(torch.AcceleratorError):
+        compile_objective(objective, 2, CONTEXT, HORIZON, ALONE)
+    env = env_of(mixed_market(), num_envs=4)
+    monkeypatch.setattr(compilation, "_play_on_zeros", fail)
+    with pytest.raises(torch.AcceleratorError):
+        compile_accounts(env, policy_for(env), ALONE)
+    monkeypatch.setattr(compilation, "hindsight_advantages", fail)
+    with pytest.raises(torch.AcceleratorError):
+        compile_hindsight(objective, env, ALONE)
+
+
+def test_a_missing_tool_is_the_reason_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "missing_tools", lambda _: "there is no C compiler: install gcc")
+    objective = Objective(small_policy(), SETTINGS)
+    assert compile_objective(objective, 2, CONTEXT, HORIZON, ALONE) == "there is no C compiler: install gcc"
+    assert "after_trunk" not in vars(objective)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from continuous_training import PRESETS, Settings
 from tests.program import PATIENCE, ROOT, Start, environment, tiny_flags
 from tests.runtime.machines import add_nvidia_smi, load_driver, use_only, write_tool
 from training import devices
-from training.devices import DeviceError, find
+from training.devices import DeviceError, find, missing_tools
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for nvidia-smi")
 
@@ -149,6 +150,25 @@ def test_what_is_short_is_a_warning(here: Path, torch_sees: Any, monkeypatch: py
     monkeypatch.setattr(devices, "ENOUGH_SHM", 2**60)
     few_cores, little_memory = find(SMALL, {}).warnings
     assert few_cores.startswith("4 GPUs share 2 cores") and "--shm-size 1g" in little_memory
+
+
+def test_a_compiler_that_lacks_a_tool_is_named_with_the_package(
+    here: Path, torch_sees: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch_sees(A100)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(here))
+    (here / "gcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(here))
+    monkeypatch.delenv("CC", raising=False)
+    (line,) = find(SMALL, {}).warnings
+    assert line.startswith(f"{here} has no Python.h: ") and "-dev`; training runs without" in line
+    (here / "Python.h").touch()
+    assert find(SMALL, {}).warnings == ()
+    (here / "gcc").unlink()
+    (line,) = find(SMALL, {}).warnings
+    assert line.startswith("there is no C compiler: install gcc")
+    assert find(replace(SMALL, compile="off"), {}).warnings == ()
+    assert missing_tools("cpu") == ""
 
 
 def test_a_start_refuses_to_train_on_the_cpu_where_gpus_are_built_in(tmp_path: Path) -> None:
