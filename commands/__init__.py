@@ -39,7 +39,10 @@ def preflight_command(settings: Settings) -> None:
         if line.code:
             raise ExitProgram(line.code, line.text)
     report_ranks(launch.num_ranks)
-    for text in (f"Trains {found.text}.", *(f"Warning: {text}" for text in found.warnings)):
+    room = check.check_room(settings, data_request(settings, time.time_ns()), launch, found)
+    # Not refused: memory is an estimate here, and a full disk has old checkpoints that make room.
+    warnings = [*found.warnings, *(f"{line.topic}: {line.text}" for line in room if line.level != "OK")]
+    for text in (f"Trains {found.text}.", *(f"Warning: {text}" for text in warnings)):
         typer.echo(text, err=True)
 
 

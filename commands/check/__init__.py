@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from commands.check import machine, sources
 from commands.check.report import Line, print_report
 from data_sources import refresh
-from data_sources.sources import Answer
+from data_sources.sources import Answer, DataRequest
 from monitoring.machine import memory_bytes
 from runtime.control import EXIT_LOCKED, EXIT_SETTING
 from runtime.files import find_lacks
@@ -28,7 +28,7 @@ from training.devices import Devices
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-__all__ = ["check_all", "check_folder", "plan_launch", "print_report"]
+__all__ = ["check_all", "check_folder", "check_room", "plan_launch", "print_report"]
 
 
 def check_all(settings: Settings, environment: Mapping[str, str], offline: bool) -> Iterator[Line]:
@@ -64,8 +64,7 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
         yield from sources.check_run_bars(saved, settings, answers, offline)
     if found:
         yield from machine.check_devices(found, settings)
-        yield machine.check_memory(found, memory_bytes(), settings, request, launch)
-    yield from machine.check_disks(settings, request)
+    yield from check_room(settings, request, launch, found)
     yield from machine.check_versions()
 
 
@@ -79,6 +78,15 @@ def plan_launch(settings: Settings, environment: Mapping[str, str]) -> tuple[Lau
     launch = Launch.from_environment(environment)
     found = devices.find(settings, environment)
     return replace(launch, num_ranks=found.num_ranks), found
+
+
+def check_room(
+    settings: Settings, request: DataRequest, launch: Launch, found: Devices | None
+) -> Iterator[Line]:
+    """Compare the needs of the training with memory and disks."""
+    if found:
+        yield machine.check_memory(found, memory_bytes(), settings, request, launch)
+    yield from machine.check_disks(settings, request)
 
 
 def _check_file_systems(settings: Settings, needs_lake: bool) -> Iterator[Line]:

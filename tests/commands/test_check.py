@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from commands import check
+from commands import check, preflight_command
 from commands.check import machine
 from commands.check.report import Line
 from commands.check.sources import check_clock, stored_rows
@@ -336,6 +336,19 @@ def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
 def test_the_device_is_named(found: Devices, settings: Settings, level: str, expected: str) -> None:
     (line,) = machine.check_devices(found, settings)
     assert (line.level, line.text) == (level, expected)
+
+
+def test_a_start_says_what_check_knows_of_memory_and_disks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(devices, "find", lambda *_: CPU)
+    monkeypatch.setattr(check, "memory_bytes", lambda: GB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 20 * GB))
+    preflight_command(replace(FULL, sources=("simulated",)))
+    first, memory, disk = capsys.readouterr().err.splitlines()
+    assert first == "Trains on the CPU."
+    assert memory.startswith("Warning: memory: ") and disk.startswith("Warning: disk: checkpoints: ")
 
 
 def test_gpus_that_cannot_be_used_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
