@@ -8,8 +8,9 @@ rem   START_CONTINUOUS.bat data                 any other command, such as data:
 rem
 rem Ctrl+C finishes the epoch, saves and exits; a second one aborts. When Windows then asks "Terminate batch
 rem job (Y/N)?", training is already saved: either answer is fine.
-rem Works from any folder. With "set NOPAUSE=1" the window does not wait for a key after an error.
+rem Works from any folder: a relative path in an option starts where you are. With "set NOPAUSE=1" the window does not wait for a key after an error.
 setlocal EnableExtensions DisableDelayedExpansion
+set "CONTINUOUS_TRAINING_CALLED_FROM=%CD%"
 cd /d "%~dp0"
 set "PYTHONUTF8=1"
 set "PYTHONHOME="

@@ -7,9 +7,11 @@
 #   bash START_CONTINUOUS.sh data                 # any other command, such as data: show the bars in the lake
 #   NPROC=2 bash START_CONTINUOUS.sh              # number of ranks, by default one per GPU
 #
-# Ctrl+C finishes the epoch, saves and exits; a second one aborts. Works from any folder.
+# Ctrl+C finishes the epoch, saves and exits; a second one aborts. Works from any folder: a relative path in an option
+# starts where you are.
 set -euo pipefail
 unset CDPATH
+export CONTINUOUS_TRAINING_CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source runtime/venv.sh
 prepare_venv requirements_simple.txt "$@"

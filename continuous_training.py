@@ -23,7 +23,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
 import torch
 from dotenv import load_dotenv
 
-from commands.cli import application, exit_with, run
+from commands.cli import application, enter_program_folder, exit_with, run
 from commands.train import Job
 from runtime.control import (
     EXIT_ABORTED,
@@ -248,7 +248,8 @@ def train_command(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Run the named command, or ``train``."""
+    """Run the named command, or ``train``, in the program's folder."""
+    enter_program_folder(Path(__file__).resolve().parent)
     try:
         load_dotenv(Path(__file__).with_name(".env"))  # not one of a folder above
     except (OSError, UnicodeDecodeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 # A line of the class body: the title of a section, or a setting with its comment.
 CLASS_LINE = re.compile(r"^    (?:# --- (.+?) -+|(\w+): [^#\n]+  # (.+))$", re.MULTILINE)
+CALLED_FROM = "CONTINUOUS_TRAINING_CALLED_FROM"  # set by the start scripts
+_called_from = ""  # where relative paths on the command line start; "": the current folder
 LONGEST_LIST = 4  # of a default that is shown in full
 # The base class of all mistakes on a command line. Typer exports it under no name, and bundles its own click.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -92,7 +95,7 @@ def command_from(
     own = _own_parameters(settings_class, run)
 
     def command(preset: str | None, demo: bool, **given: Any) -> None:
-        options = {parameter.name: _expand_path(given.pop(parameter.name)) for parameter in own}
+        options = {parameter.name: _locate(given.pop(parameter.name)) for parameter in own}
         try:
             name = _preset_name(presets, preset, demo)
             if unknown := presets[name].keys() - types.keys():
@@ -137,11 +140,11 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         from training import devices
         from training.checkpoint import CheckpointError
 
-        options = {parameter.name: _expand_path(given.pop(parameter.name)) for parameter in own}
+        options = {parameter.name: _locate(given.pop(parameter.name)) for parameter in own}
         try:
             changes = _parse_given(settings_class, types, given)
             device = devices.of_rank(changes.get("device", "auto"), local_rank=0)
-            trained = TrainedPolicy.read(_expand_path(checkpoint), settings_class, device, **changes)
+            trained = TrainedPolicy.read(_locate(checkpoint), settings_class, device, **changes)
             _call(run, trained, options)
         except (CheckpointError, ExportError) as error:
             exit_with(EXIT_SETTING, str(error))
@@ -287,6 +290,8 @@ def _parse_given(
             continue
         try:
             parsed[name] = _parse(types[name], value)
+            if name.endswith("_dir"):
+                parsed[name] = locate(parsed[name])
         except ValueError as error:
             default = defaults[name]
             example = ", or none" if default is None else f", such as {_format_default(default, ',')}"
@@ -317,9 +322,33 @@ def _parse(hint: Any, value: Any) -> Any:
         raise ValueError(KINDS[hint]) from None
 
 
-def _expand_path(value: Any) -> Any:
-    """Return a path with its ``~``, which no shell expands within quotes or after ``--flag=``."""
-    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111 - no error
+def _locate(value: Any) -> Any:
+    return Path(locate(str(value))) if isinstance(value, Path) else value
+
+
+def locate(path: str) -> str:
+    """Return a path as it was typed, seen from the program's folder, where the program runs.
+
+    ``~`` is the home folder, which no shell expands within quotes or after ``--flag=``; other relative paths start
+    in the folder from which the program was called.
+    """
+    path = os.path.expanduser(path)  # noqa: PTH111 - Path would drop "./", which protects a "~"
+    is_invalid = not path.strip() or path.startswith("~")  # training/validation.py reports it
+    return path if is_invalid else os.path.join(_called_from, path)  # noqa: PTH118
+
+
+def enter_program_folder(folder: Path) -> None:
+    """Make the program's folder the current one: relative constants, such as "checkpoints", are in it.
+
+    Call it once, before a path is located. The start scripts, which change the folder themselves, pass on the
+    former one.
+    """
+    global _called_from
+    called_from = os.environ.pop(CALLED_FROM, "")
+    with contextlib.suppress(FileNotFoundError):  # the current folder was removed
+        called_from = called_from or os.getcwd()  # noqa: PTH109
+    os.chdir(folder)
+    _called_from = "" if Path(called_from) == folder else called_from
 
 
 # --- running --------------------------------------------------------------------------------------------------

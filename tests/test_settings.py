@@ -13,6 +13,7 @@ import pytest
 
 from commands import cli
 from continuous_training import PRESETS, Settings, train_command
+from tests.program import PATIENCE
 from training import validation
 
 ROOT = Path(__file__).parent.parent
@@ -218,6 +219,26 @@ def test_a_folder_that_is_a_file_is_one_line_with_the_right_code(tmp_path: Path)
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr and str(tmp_path / "file") in done.stderr
+
+
+@pytest.mark.parametrize("through_start_script", [False, True])
+def test_a_typed_path_starts_where_the_user_is_and_a_constant_in_the_programs_folder(
+    tmp_path: Path, through_start_script: bool
+) -> None:
+    words = ["check", "--offline", "--preset", "small", "--checkpoint-dir", "mine/ck", "--log-dir=./logs"]
+    where: dict[str, Any] = {"cwd": tmp_path, "env": dict(os.environ)}
+    if through_start_script:
+        where = {"cwd": ROOT, "env": os.environ | {cli.CALLED_FROM: str(tmp_path)}}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "continuous_training.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        **where,
+    )
+    assert f"{tmp_path}/mine/ck is writable" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "mine" / "ck").is_dir() and (tmp_path / "logs").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "mine"]  # no data_cache, no reports
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,10 @@ def test_a_second_start_installs_and_prints_nothing(project):
     assert project.installed() == "1.0"
 
 
+def test_the_program_learns_from_where_it_was_called(project):
+    assert project.run("folder") == (0, "/\n", "")
+
+
 def test_the_script_becomes_the_supervisor_so_that_signals_reach_it(project):
     process = project.start("--epochs", "2")
     end = time.monotonic() + PATIENCE

@@ -193,7 +193,7 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     yield "gamma", 0 <= s.gamma < 1, "must be 0 or more and below 1, such as 0.99"
 
     for name, folder in folders(s):
-        yield name, bool(folder.strip()), "must be a folder; . is the program's own"
+        yield name, bool(folder.strip()), "must be a folder, such as checkpoints"
         # What expanduser leaves: ~NAME of no user. A folder of that name has to be meant, as in a shell.
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
 

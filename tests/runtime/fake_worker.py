@@ -92,6 +92,8 @@ if __name__ == "__main__":
             sys.exit(int(MISHAP_DETAIL))
     elif command == "train" and "--help" not in flags:
         train(int(os.environ.get("RANK", "0")))
+    elif command == "folder":
+        sys.stdout.write(os.environ["CONTINUOUS_TRAINING_CALLED_FROM"] + "\n")
     else:
         sys.stdout.write(" ".join(["alone:", command, *flags]) + "\n")
         sys.exit(7)
