@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ FOLDER_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR)
 NO_OVERWRITE = (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EBUSY)
 NO_SYNC = "this file system does not sync files: a power cut can damage what was written last"
 NO_FOLDER_SYNC = "this file system does not sync folders: a power cut can lose the newest files"
+NO_LINKS = "this file system has no hard links: best.pt is a copy and takes room of its own"
 NO_RENAME_OVER = "this file system does not rename over a file: a crash in between can lose it"
 _warned: set[tuple[int, str]] = set()
 _probed: list[str] | None = None  # collects the lacks during find_lacks
@@ -163,6 +165,18 @@ def fault_of_zip(path: Path, expected: str) -> str:
         if start != ZIP_START:
             return f"is not {expected}"
     return "is damaged, its end is missing: use another one"
+
+
+def can_link(folder: Path) -> bool:
+    """Return whether a file in ``folder`` can have a second name. Raises OSError where none can be written."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.", suffix=TEMPORARY_SUFFIX) as file:
+        second = Path(f"{file.name}.link{TEMPORARY_SUFFIX}")
+        try:
+            os.link(file.name, second)
+        except OSError:
+            return False
+        second.unlink()
+        return True
 
 
 def sha256_of(path: Path) -> str:

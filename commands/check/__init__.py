@@ -17,7 +17,7 @@ from data_sources import refresh
 from data_sources.sources import Answer, DataRequest
 from monitoring.machine import memory_bytes
 from runtime.control import EXIT_LOCKED, EXIT_SETTING
-from runtime.files import find_lacks
+from runtime.files import NO_LINKS, can_link, find_lacks
 from runtime.launch import Launch
 from runtime.locking import NO_LOCKS, can_lock
 from training import checkpoint, devices, validation
@@ -97,6 +97,8 @@ def _check_file_systems(settings: Settings, needs_lake: bool) -> Iterator[Line]:
         place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
         try:
             lacks = find_lacks(place) + ([] if can_lock(place) else [NO_LOCKS])
+            if name == "checkpoint_dir" and not can_link(place):
+                lacks.append(NO_LINKS)
         except OSError as error:
             lacks = [f"{place} cannot be written: {error.strerror or error}"]
         if lacks:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, Bars
 from data_sources.errors import BadAnswer, LakeBusy, LakeError, lake_errors
+from data_sources.lake.names import escape
 from data_sources.lake.parts import (
     SUFFIX,
     DamagedPartError,
@@ -365,14 +366,20 @@ class Lake:
             with lake_errors("remove", leftover):
                 leftover.unlink(missing_ok=True)
 
-    def _folder(self, *names: str) -> Path:
-        return self.root.joinpath(*map(_escape, names))
+    def _folder(self, source: str, dataset: str = "") -> Path:
+        folder = self.root / escape(source)
+        if not dataset:
+            return folder
+        name, former = escape(dataset, folds_case=True), quote(dataset, safe="")
+        # Lakes of former versions have a few datasets under names that not every system takes.
+        is_former = name != former and any(entry.name == former for entry in _entries(folder))
+        return folder / (former if is_former else name)
 
     def _path(self, part: Part) -> Path:
-        return self._folder(part.source, part.dataset) / (_escape(part.unit) + SUFFIX)
+        return self._folder(part.source, part.dataset) / (escape(part.unit) + SUFFIX)
 
     def _quarantine_path(self, part: Part) -> Path:
-        return self._folder(part.source, part.dataset) / (_escape(part.unit) + QUARANTINE_SUFFIX)
+        return self._folder(part.source, part.dataset) / (escape(part.unit) + QUARANTINE_SUFFIX)
 
 
 def _fault_of(table: pa.Table, part: Part) -> str:
@@ -391,12 +398,6 @@ def _fault_of(table: pa.Table, part: Part) -> str:
         if bars.open_time[0] < earliest or bars.open_time[-1] >= latest:
             return f"{symbol} has rows outside of the interval"
     return ""
-
-
-def _escape(name: str) -> str:
-    """Return any text as one file name of every system: "^GSPC" -> "%5EGSPC", ".." -> "%2E."."""
-    escaped = quote(name, safe="")
-    return "%2E" + escaped[1:] if escaped.startswith(".") else escaped
 
 
 def _stamp(path: Path | os.DirEntry[str]) -> tuple[int, int]:

@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 
 from runtime import files
-from runtime.files import NO_FOLDER_SYNC, NO_RENAME_OVER, NO_SYNC, find_lacks, replace, write_atomically
+from runtime.files import (
+    NO_FOLDER_SYNC,
+    NO_LINKS,
+    NO_RENAME_OVER,
+    NO_SYNC,
+    can_link,
+    find_lacks,
+    replace,
+    write_atomically,
+)
 from runtime.locking import NO_LOCKS, FolderHeld, FolderLock, can_lock
 from tests.program import PATIENCE, ROOT, environment, tiny_flags
 
@@ -99,6 +108,13 @@ def test_a_file_is_replaced_where_a_rename_over_it_fails(
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+def test_a_second_name_is_tried_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_link(tmp_path)
+    monkeypatch.setattr(os, "link", refusing(os.link, errno.EPERM))
+    assert not can_link(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 SHIM = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -141,3 +157,4 @@ def test_training_saves_and_check_names_the_lacks_on_such_a_file_system(tmp_path
     assert (tmp_path / "checkpoints" / "run1_epoch2.pt").exists()
     assert outputs[0].count(NO_FOLDER_SYNC) == 1 and "not saved" not in outputs[0]
     assert outputs[1].count(f"{NO_FOLDER_SYNC}; {NO_LOCKS}") == 3  # checkpoints, logs, reports
+    assert outputs[1].count(f"; {NO_LINKS}\n") == 1

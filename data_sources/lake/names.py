@@ -1,0 +1,27 @@
+"""Names of the lake's folders and files, which every operating system and file system takes."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
+
+
+def escape(name: str, folds_case: bool = False) -> str:
+    """Return any text as one file name of every system: "^GSPC" -> "%5EGSPC", "CON" -> "%43ON", ".." -> "%2E%2E".
+
+    Args:
+        name: of a source, dataset or unit.
+        folds_case: whether two names may differ in case only, which many file systems take for one: "aapl" becomes
+            "%61%61%70%6C". Datasets of many symbols, whose names have a "_", keep theirs.
+    """
+    escaped = quote(name, safe="")
+    if folds_case and "_" not in name:
+        escaped = re.sub("[a-z]", _encode, escaped)
+    escaped = re.sub(r"^\.|\.$", _encode, escaped)
+    return _encode(escaped[0]) + escaped[1:] if RESERVED.fullmatch(escaped) else escaped
+
+
+def _encode(letter: str | re.Match[str]) -> str:
+    return f"%{ord(letter if isinstance(letter, str) else letter[0]):02X}"
