@@ -53,6 +53,7 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
     yield from _check_checkpoint(saved, warnings, settings)
     yield from _check_file_systems(settings, request.needs_lake)
     yield from sources.check_keys(request, environment)
+    yield from sources.check_bars(settings, request)
     answers: list[Answer] = []
     if offline:
         yield Line("sources", "OK", "not contacted, for --offline")

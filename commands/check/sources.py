@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from commands.check.report import Line
 from data_sources import snapshot
+from data_sources.bars import DAY_NS
 from data_sources.errors import LakeError, MissingCredentials, RateLimited, SourceUnavailable
 from data_sources.lake.lake import Lake
 from data_sources.load import each_symbol
@@ -103,6 +104,29 @@ def check_run_bars(
         )
     else:
         yield Line("bars", "error", f"{text}, and no source answers: {copy}", EXIT_NO_DATA)
+
+
+def check_bars(settings: Settings, request: DataRequest) -> Iterator[Line]:
+    """Warn where the lake's bars are no longer than the holdout; a refresh may add older ones."""
+    lake = Lake(Path(settings.data_dir))
+    try:
+        spans = [
+            (max(part.start_ns, request.start_ns), min(part.end_ns, request.end_ns))
+            for source in request.sources
+            for dataset in lake.datasets(source)
+            for part in lake.parts(source, dataset).values()
+            if part.rows and part.start_ns < request.end_ns and part.end_ns > request.start_ns
+        ]
+    except LakeError:
+        return  # check_answers counts on no bars then
+    if not spans:
+        return
+    days = (max(end for _, end in spans) - min(start for start, _ in spans)) / DAY_NS
+    if days <= settings.holdout_days:
+        held_out = f"holdout_days={settings.holdout_days}"
+        text = f"{settings.data_dir} holds {days:.0f} days of bars, no more than {held_out}"
+        fix = "none are left to train on unless a refresh adds older ones: lower --holdout-days"
+        yield Line("bars", "warning", f"{text}; {fix}")
 
 
 def stored_rows(settings: Settings) -> int:

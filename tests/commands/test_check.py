@@ -220,6 +220,9 @@ def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
     assert {level for _, level, _, _ in found} == {"warning"}
     expected = f"a start trains on the {stored_rows(settings):,} bars in data_cache"
     assert stored_rows(settings) >= 1440 and any(expected in text for _, _, text, _ in found)
+    longer = replace(settings, history_days=400, holdout_days=14)
+    (text,) = [text for _, _, text, _ in faults(longer, offline=True) if "holdout_days" in text]
+    assert re.match(r"data_cache holds [1-3] days of bars, no more than holdout_days=14; none are left", text)
 
 
 @pytest.mark.parametrize(
