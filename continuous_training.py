@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":  # with PYTHONSAFEPATH Python leaves out the script's folder
+    sys.path[:0] = [folder for folder in (str(Path(__file__).resolve().parent),) if folder not in sys.path]
+
 from runtime import surroundings
 
 if __name__ == "__main__":

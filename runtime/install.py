@@ -10,6 +10,7 @@ over in an empty .venv. Two starts at once take turns. Standard library only.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -38,6 +39,15 @@ PIP_KEPT = tuple(
         *("CACHE_DIR", "NO_CACHE_DIR", "CONSTRAINT", "PREFER_BINARY", "NO_BUILD_ISOLATION", "USE_FEATURE"),
     )
 )
+# "pip config list" obeys the "user" of a pip.conf itself, and lists a part. Newer versions group by file.
+READ_PIP_CONF = """
+import json
+from pip._internal.configuration import Configuration
+read = Configuration(isolated=False)
+read.load()
+groups = [value if isinstance(value, dict) else {key: value} for key, value in read.items()]
+print(json.dumps([pair for group in groups for pair in group.items()]))
+"""
 LOG_LINES = 30  # shown to the user if the installation fails
 
 
@@ -218,12 +228,27 @@ def _make_venv() -> None:
     UNFINISHED.unlink()
 
 
-def _pip_environment() -> dict[str, str]:
-    """Return the environment without what would make pip install elsewhere, or something else."""
-    kept = {
-        name: text for name, text in os.environ.items() if not name.startswith("PIP_") or name in PIP_KEPT
-    }
-    return kept | {"PIP_USER": "0"}  # also of a pip.conf: a virtual environment refuses it
+def _pip_environment(python: str = str(PYTHON)) -> dict[str, str]:
+    """Return an environment without what would make pip install elsewhere, or something else.
+
+    Variables and the user's pip.conf may hold ``target``, ``dry-run`` and more; of both the kept settings remain.
+    """
+    others = {name: text for name, text in os.environ.items() if not name.startswith("PIP_")}
+    surroundings.shut_out(others)
+    given = {name: text for name, text in os.environ.items() if name in PIP_KEPT}
+    try:
+        answer = subprocess.run(
+            [python, "-c", READ_PIP_CONF], capture_output=True, text=True, check=True
+        ).stdout
+        found = json.loads(answer)
+    except (OSError, subprocess.SubprocessError, ValueError):  # another pip: its files count as they are
+        return others | given | {"PIP_USER": "0"}
+    settings = {}
+    for name, text in sorted(found):  # such as global.index-url, then install.index-url, which is stronger
+        variable = "PIP_" + name.rpartition(".")[2].replace("-", "_").upper()
+        if variable in PIP_KEPT and not name.startswith(":env:"):
+            settings[variable] = text
+    return others | settings | given | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def _run_pip(*what: str) -> None:

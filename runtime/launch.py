@@ -25,6 +25,7 @@ INHERITED_RANKS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
+INHERITED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")  # of its store, which a rank of ours would wait for
 LOOPBACK = "127.0.0.1"
 RENDEZVOUS_SECONDS = 600  # for all machines to join; less than the supervisor's START_SECONDS
 
@@ -119,7 +120,11 @@ class Launch:
 
 def clean_environment() -> dict[str, str]:
     """Return the user's environment without inherited rank numbers and what was meant for other programs."""
-    inherited = {name: value for name, value in os.environ.items() if name not in INHERITED_RANKS}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in INHERITED_RANKS and not name.startswith(INHERITED_PREFIXES)
+    }
     surroundings.shut_out(inherited)
     return inherited
 

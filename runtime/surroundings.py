@@ -6,6 +6,7 @@ of the machine, and stay. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -25,6 +26,13 @@ FOREIGN = (
     "prometheus_multiproc_dir",
     "PYTHON_DOTENV_DISABLED",
     "PYTHONINSPECT",  # waits for input where the program should end
+    "PYTHONOPTIMIZE",
+    "PYTHONSAFEPATH",  # hides the program's own modules
+    "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION",
+    "SSLKEYLOGFILE",  # the keys of every connection, in a file
+    "TERMINAL_WIDTH",
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
 )
 # AWS: Polygon's S3 is not Amazon's. PET: torchrun's own options, as Kubeflow sets them. GIT: within a hook.
 FOREIGN_PREFIXES = ("AWS_", "BOTO_", "PET_", "GIT_")
@@ -32,6 +40,7 @@ KEPT = ("AWS_CA_BUNDLE",)
 # The reader of a stream is gone for good; Windows reports EINVAL. Other errors, as of a full disk, may pass.
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE, errno.ECONNRESET, errno.EINVAL)
 FULL_SECONDS = 5.0
+MOST_FILES = 65_536
 
 
 def shut_out(environment: MutableMapping[str, str]) -> None:
@@ -51,6 +60,20 @@ def prepare_process() -> None:
     shut_out(os.environ)
     os.environ.update(limit_threads())  # torch's would be as many as the machine has cores
     guard_streams()
+    raise_file_limit()
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it may; a shell's usual limit is lower, and some set it far lower."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Output(io.FileIO):

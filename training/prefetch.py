@@ -96,12 +96,13 @@ class Prefetch:
     def _start(self, now: float) -> None:
         assert self._command is not None
         self._starts.append(now)
-        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when its process ended
         # No GPUs, one core, rank 0; a session (on Windows: a group) of its own, out of Ctrl+C's reach.
         quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "RANK": "0"}
         new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
         low_priority = getattr(subprocess, "IDLE_PRIORITY_CLASS", 0)
+        output: IO[bytes] | None = None
         try:
+            output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when its process ended
             self._child = subprocess.Popen(
                 self._command,
                 env=os.environ | quiet,
@@ -112,7 +113,8 @@ class Prefetch:
                 creationflags=new_group | low_priority,
             )
         except OSError as error:
-            output.close()
+            if output is not None:
+                output.close()
             log.warning(f"the next run's bars are not fetched in the background: {error}")
             return
         self._output = output

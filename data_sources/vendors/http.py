@@ -99,6 +99,8 @@ def short(error: BaseException) -> str:
     cause = error.args[0] if error.args else error
     text = " ".join(str(getattr(cause, "reason", None) or cause).split())
     text = re.split(r"See http|https?://", text)[0].rstrip(" .,;:(")[:120]
+    if "SOCKS" in text:
+        text += ": a SOCKS proxy is set in the environment, which needs python -m pip install PySocks"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -12,6 +12,7 @@ import datetime as dt
 import os
 import re
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -191,7 +192,7 @@ class FlatFiles:
                 raise self._translate(error, task) from error
             except (aws.BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
                 # Its type alone: its text may hold more than a user should paste somewhere.
-                reason = type(error).__name__
+                reason = type(error).__name__ + socks_note()
                 raise SourceUnavailable(f"{self._endpoint} ({task}) does not answer: {reason}") from error
 
         return self.host.retry(once)
@@ -215,6 +216,14 @@ class FlatFiles:
         headers = metadata.get("HTTPHeaders", {})
         answer = error_of(status, host, fix=fix, details=details, headers=headers)
         return SourceUnavailable(str(answer)) if isinstance(answer, BadAnswer) else answer
+
+
+def socks_note() -> str:
+    """Return a word on a SOCKS proxy in the environment, which botocore cannot use; else nothing."""
+    proxies = urllib.request.getproxies()
+    if not any(proxies.get(kind, "").lower().startswith("socks") for kind in ("http", "https", "all")):
+        return ""
+    return "; Polygon's files come through no SOCKS proxy: set HTTPS_PROXY to one of HTTP"
 
 
 def _plain_etag(etag: str) -> str:

@@ -21,7 +21,7 @@ import requests
 from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.splits import Split, SplitLedger
-from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, require_address
+from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, require_address, short
 
 DEFAULT_URL = "https://api.massive.com"  # https://api.polygon.io is the older name of the host
 PATH = "/stocks/v1/splits"
@@ -114,6 +114,7 @@ class PolygonSplits:
             answer = session.get(address, headers=headers, timeout=self.policy.timeout, allow_redirects=False)
         except (requests.RequestException, OSError) as error:
             name = type(error).__name__  # its text may hold more than a user should paste somewhere
+            name = short(error) if isinstance(error, requests.exceptions.InvalidSchema) else name
             raise SourceUnavailable(f"{self.url} does not answer: {name}") from error
         status = answer.status_code
         if status != 200:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from data_sources.vendors.http import RetryPolicy, prepare
+from data_sources.vendors.http import RetryPolicy, prepare, unreachable
+from data_sources.vendors.polygon_files import socks_note
 from monitoring.console import Console
 from runtime import install, surroundings
 from tests.program import ALONE, PATIENCE, ROOT, environment, tiny_flags
@@ -36,7 +37,35 @@ HOSTILE = {
     "NO_PROXY": "",
     "SLURM_PROCID": "3",
     "MASTER_ADDR": "elsewhere",
+    "GROUP_RANK": "3",
+    "LOCAL_WORLD_SIZE": "9",
+    "TORCHELASTIC_RUN_ID": "other",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
+    "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "cpp",
+    "ALL_PROXY": "socks5://127.0.0.1:9",
+    "SSLKEYLOGFILE": "/nonexistent/keys",
+    "PYTHONOPTIMIZE": "2",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONPYCACHEPREFIX": "/nonexistent/cache",
+    "LC_ALL": "C",
+    "LANG": "xx_XX.UTF-8",
+    "TZ": "Pacific/Kiritimati",
+    "COLUMNS": "wide",
+    "LINES": "-3",
+    "TERM": "dumb",
+    "TERMINAL_WIDTH": "wide",
+    "NO_COLOR": "1",
+    "TMPDIR": "/nonexistent",
+    "MPLCONFIGDIR": "/nonexistent/matplotlib",
+    "XDG_CACHE_HOME": "/nonexistent/cache",
+    "XDG_CONFIG_HOME": "/nonexistent/config",
+    "ARROW_DEFAULT_MEMORY_POOL": "nonsense",
 }
+# In a shell with few files and a strict umask.
+SHELL = 'ulimit -Sn 40; umask 077; exec "$@"'
 
 
 def test_every_command_runs_in_hostile_surroundings(tmp_path: Path) -> None:
@@ -57,13 +86,48 @@ def test_every_command_runs_in_hostile_surroundings(tmp_path: Path) -> None:
         [*ALONE, "episode", str(best), "--symbol", "SIM000", "--output", str(tmp_path / "episode.png")],
         [*ALONE, "evaluate", str(best), *reports],
         [*ALONE, "export", str(best), "--output", str(tmp_path / "exported")],
+        [*ALONE, "signals", str(best), "--json"],
+        *([[*ALONE, "selftest", *reports, *folders[-6:]]] if os.environ.get("DRILL") == "1" else []),
     ):
+        variables = hostile | ({"PYTHONSAFEPATH": "1"} if words[0] == ALONE[0] else {})
         done = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT, env=hostile, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
+            ["bash", "-c", SHELL, "bash", sys.executable, *words],
+            cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])
     assert (tmp_path / "episode.png").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash")
+def test_without_a_home_and_with_a_full_temporary_folder_it_trains(tmp_path: Path) -> None:
+    missing = environment(
+        TMPDIR="/dev/full", HOME="/nonexistent/home", USER="", LOGNAME="", XDG_RUNTIME_DIR=""
+    )
+    words = ["-m", "runtime.supervisor", *tiny_flags(tmp_path, epochs=1, runs=1, checkpoint_every=1)]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=missing, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "checkpoints" / "run1_epoch1.pt").is_file()
+
+
+def test_a_socks_proxy_is_named_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "NO_PROXY",
+        "no_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    assert socks_note() == ""
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with prepare(requests.Session(), RetryPolicy(), 1_000) as session, pytest.raises(OSError) as error:
+        session.get("http://example.org/")
+    assert "which needs python -m pip install PySocks" in str(unreachable("Binance", error.value))
+    assert socks_note() == "; Polygon's files come through no SOCKS proxy: set HTTPS_PROXY to one of HTTP"
 
 
 def test_netrc_replaces_no_key_and_credentials_of_an_address_count(
@@ -98,12 +162,22 @@ def test_what_is_the_machines_stays() -> None:
     assert left == kept | {"NETRC": os.devnull}
 
 
-def test_pip_installs_here_and_from_the_users_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PIP_TARGET", "PIP_USER", "PIP_DRY_RUN", "PIP_NO_DEPS", "PIP_INDEX_URL"):
+def test_pip_installs_here_and_from_the_users_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://mirror/simple\ntrusted-host =\n  mirror\n  other\nuser = true\n"
+        "[install]\ntarget = /elsewhere\ndry-run = true\nno-deps = true\n"
+    )
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    for name in ("PIP_TARGET", "PIP_USER", "PIP_DRY_RUN", "PIP_NO_DEPS", "PIP_TIMEOUT"):
         monkeypatch.setenv(name, "1")
-    seen = {name: text for name, text in install._pip_environment().items() if name.startswith("PIP_")}
-    assert {"PIP_INDEX_URL": "1", "PIP_USER": "0"}.items() <= seen.items()
-    assert not {"PIP_TARGET", "PIP_DRY_RUN", "PIP_NO_DEPS"} & seen.keys()
+    seen = install._pip_environment(sys.executable)
+    found = {name: text.split() for name, text in seen.items() if name.startswith("PIP_")}
+    assert found.pop("PIP_INDEX_URL") == ["https://mirror/simple"]
+    assert found.pop("PIP_TRUSTED_HOST") == ["mirror", "other"]
+    assert (found.pop("PIP_TIMEOUT"), found.pop("PIP_CONFIG_FILE")) == (["1"], [os.devnull])
+    assert not {"PIP_TARGET", "PIP_USER", "PIP_DRY_RUN", "PIP_NO_DEPS"} & found.keys()
 
 
 def test_only_the_programs_own_env_file_is_read(tmp_path: Path) -> None:
