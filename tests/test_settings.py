@@ -225,7 +225,7 @@ def test_a_folder_that_is_a_file_is_one_line_with_the_right_code(tmp_path: Path)
 def test_a_typed_path_starts_where_the_user_is_and_a_constant_in_the_programs_folder(
     tmp_path: Path, through_start_script: bool
 ) -> None:
-    words = ["check", "--offline", "--preset", "small", "--checkpoint-dir", "mine/ck", "--log-dir=./logs"]
+    words = ["check", "--offline", "--preset", "small", "--checkpoint-dir", "mine/ck"]
     where: dict[str, Any] = {"cwd": tmp_path, "env": dict(os.environ)}
     if through_start_script:
         where = {"cwd": ROOT, "env": os.environ | {cli.CALLED_FROM: str(tmp_path)}}
@@ -237,8 +237,8 @@ def test_a_typed_path_starts_where_the_user_is_and_a_constant_in_the_programs_fo
         **where,
     )
     assert f"{tmp_path}/mine/ck is writable" in done.stdout, done.stdout + done.stderr
-    assert (tmp_path / "mine" / "ck").is_dir() and (tmp_path / "logs").is_dir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "mine"]  # no data_cache, no reports
+    assert (tmp_path / "mine" / "ck").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # no data_cache, no reports
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
