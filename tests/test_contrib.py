@@ -5,12 +5,14 @@ import fnmatch
 import re
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from continuous_training import Settings
 from runtime.control import FINAL_CODES
 from runtime.processes import SWEEP_SECONDS
 from runtime.supervisor import Limits
@@ -160,5 +162,19 @@ def test_systemd_reads_the_unit_without_a_word() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_bash_reads_the_slurm_script() -> None:
-    assert subprocess.run(["bash", "-n", str(ROOT / "contrib" / "slurm.sbatch")]).returncode == 0
+@pytest.mark.parametrize("script", ["contrib/slurm.sbatch", "benchmarks/gpu.sh"])
+def test_bash_reads_the_scripts(script: str) -> None:
+    assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0
+
+
+def test_the_gpu_benchmark_names_files_settings_and_tests_that_exist() -> None:
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
+    paths = set(re.findall(r"\b(?:benchmarks|tests)/[\w/]+\.py", text))
+    assert len(paths) == 5 and [path for path in paths if not (ROOT / path).is_file()] == []
+    marked = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")
+              if "pytest.mark.gpu" in path.read_text(encoding="utf-8") and path != Path(__file__)}  # fmt: skip
+    assert marked <= paths
+    settings = {field.name.replace("_", "-") for field in fields(Settings)}
+    own = {"preset", "demo", "measured-epochs", "kernels", "bars", "symbols", "exam-days", "offline"}
+    others = {"signal", "kill-after", "query-gpu", "format", "no-header", "timeout", "collect-only"}
+    assert set(re.findall(r"--([a-z][a-z-]+)", text)) - settings == own | others
