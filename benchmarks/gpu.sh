@@ -51,7 +51,7 @@ if [ -n "$TINY" ]; then
     tiny=(--preset demo --envs-per-gpu 16 --batch-size 2048 --compile off)
     full=("${tiny[@]}") eager=("${tiny[@]}") small=("${tiny[@]}")
     probe=("${tiny[@]}" --bars 20000 --symbols 4 --exam-days 2)
-    demo=(--epochs 2 --envs-per-gpu 16 --batch-size 2048 --simulated-symbols 4 --simulated-bars 30000)
+    demo=(--epochs 2 --envs-per-gpu 16 --batch-size 2048 --simulated-symbols 4 --simulated-bars 30000 --holdout-days 1)
     epochs=1
 fi
 
@@ -66,7 +66,7 @@ if [ -n "$TINY" ]; then collect=(--collect-only); else collect=(); fi
 step gpu_tests 120 "$PYTHON" -m pytest -m gpu -q --no-header -p no:cacheprovider --timeout 110 "${collect[@]}" \
     tests/training/test_rollout.py tests/envs/test_trading_env.py tests/models/test_transformer.py
 # A real start, supervisor and all.
-step demo 90 env NPROC=1 "$PYTHON" -m runtime.supervisor --demo --runs 1 "${demo[@]}" \
+step demo $((${TINY:-0} ? 240 : 90)) env NPROC=1 "$PYTHON" -m runtime.supervisor --demo --runs 1 "${demo[@]}" \
     --checkpoint-dir "$work/checkpoints" --log-dir "$work/logs"
 [ -f "$work/logs/metrics.jsonl" ] && cp "$work/logs/metrics.jsonl" "$OUT/demo_metrics.jsonl"
 step epoch_small 90 "$PYTHON" benchmarks/epoch.py "${small[@]}" --measured-epochs "$epochs"
