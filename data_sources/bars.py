@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,10 @@ MINUTE_NS = 60_000_000_000
 HOUR_NS = 60 * MINUTE_NS
 DAY_NS = 24 * HOUR_NS
 COLUMNS = ("open_time", "open", "high", "low", "close", "volume")
+# No source has earlier bars: Polygon's flat files of stocks begin in September 2003, of crypto and Binance later.
+FIRST_DATE = datetime.date(2003, 1, 1)
+LARGEST_JUMP = 3.0
+BREAK_GAP_NS = 4 * MINUTE_NS
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +86,27 @@ class Bars:
 
     def between(self, start_ns: int, end_ns: int) -> Bars:
         """Return the bars that open in [start_ns, end_ns), as views."""
-        first, last = np.searchsorted(self.open_time, (start_ns, end_ns))
-        return Bars(self.symbol, self.asset_class, *(getattr(self, name)[first:last] for name in COLUMNS))
+        first, end = np.searchsorted(self.open_time, (start_ns, end_ns)).tolist()
+        return self.rows(first, end)
+
+    def rows(self, first: int, end: int) -> Bars:
+        """Return the bars first to end - 1, as views."""
+        columns = (getattr(self, name)[first:end] for name in COLUMNS)
+        return Bars.known_valid(self.symbol, self.asset_class, *columns)
+
+
+def find_breaks(bars: Bars) -> NDArray[np.int64]:
+    """Return the indices of bars that open at under a third or over three times the previous close, after a gap.
+
+    Another company took the ticker, a coin was redenominated, a split is unknown: what is before says nothing
+    about what follows, and no position lives through it at these prices. Three missing minutes are a gap, as
+    is a night: of a new level within a session ``quality.bad_ticks`` leaves out as many rows.
+    """
+    if not len(bars):
+        return np.empty(0, np.int64)
+    ratio = bars.open[1:] / bars.close[:-1]
+    jumps = (ratio > LARGEST_JUMP) | (ratio < 1 / LARGEST_JUMP)
+    return np.flatnonzero(jumps & (np.diff(bars.open_time) >= BREAK_GAP_NS)) + 1
 
 
 def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> Bars:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_sources.bars import MINUTE_NS, AssetClass, Bars
+from data_sources.bars import MINUTE_NS, AssetClass, Bars, find_breaks
 
 FeatureFunction = Callable[["History"], Tensor]
 FEATURES: dict[str, FeatureFunction] = {}
@@ -331,17 +332,23 @@ def compute(
 ) -> Tensor:
     """Return the raw features of one symbol, (B, F) float32, never NaN or infinite.
 
+    A break (``data_sources.bars.find_breaks``) begins a new history: no feature looks back across it.
+
     Raises:
         ValueError: a feature returned the wrong shape.
     """
     functions = FEATURES if functions is None else functions
-    history = History(bars, device)
     raw = torch.empty(len(bars), len(functions), device=device)
-    for column, (name, function) in enumerate(functions.items()):
-        values = function(history)
-        if values.shape != (len(bars),):
-            raise ValueError(f"feature {name} must have shape ({len(bars)},), was {tuple(values.shape)}")
-        raw[:, column] = values
+    edges = [0, *find_breaks(bars).tolist(), len(bars)]
+    for first, end in pairwise(edges):
+        history = History(bars.rows(first, end), device)
+        for column, (name, function) in enumerate(functions.items()):
+            values = function(history)
+            if values.shape != (end - first,):
+                raise ValueError(
+                    f"feature {name} must have shape ({end - first},), was {tuple(values.shape)}"
+                )
+            raw[first:end, column] = values
     # Only bad prints exceed a thousand; they must not ruin the statistics.
     return raw.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1e3, 1e3)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import envs.own_features  # noqa: F401  # registers them
-from data_sources.bars import Bars
+from data_sources.bars import Bars, find_breaks
 from data_sources.calendar import minutes_left
 from envs.features import FEATURES, VOLATILITY_FLOOR, FeatureFunction, FeatureStatistics, compute
 
@@ -36,14 +36,15 @@ class NoSegment(ValueError):
 class Market:
     """Bars and features, which do not react to the accounts.
 
-    Holes (over 60 minutes for crypto, over 100 hours for stocks) split each symbol into stretches, which end
-    before the holdout: a segment's bars t0 - C to t0 + H + 1 lie within one stretch.
+    Holes (over 60 minutes for crypto, over 100 hours for stocks) and breaks (see ``find_breaks``) split each
+    symbol into stretches, which end before the holdout: a segment's bars t0 - C to t0 + H + 1 lie within one.
     """
 
     symbols: tuple[str, ...]
     is_crypto: Tensor  # (S,) bool
     volatility: Tensor  # (S,) float32, typical log return of one bar in the training range: scales rewards
     offsets: Tensor  # (S + 1,) int64, first bar of each symbol
+    breaks: Tensor  # (number of breaks,) int64, bars that no stretch spans
     open_time: Tensor  # (B,) int64, ns UTC
     # (B, 5) float32: open, close, years until the next bar opens, (high - low) / open, volume in money
     quotes: Tensor
@@ -121,7 +122,10 @@ class Market:
             return np.concatenate([getattr(series, name) for series in bars])
 
         opens, open_time = join("open"), join("open_time")
-        starts = _starts(open_time, offsets, is_crypto, holdout_start_ns, context_bars, horizon)
+        breaks = np.concatenate(
+            [first + find_breaks(series) for first, series in zip(offsets, bars, strict=False)]
+        )
+        starts = _starts(open_time, offsets, is_crypto, breaks, holdout_start_ns, context_bars, horizon)
         quotes = (
             opens,
             join("close"),
@@ -134,6 +138,7 @@ class Market:
             is_crypto=put(is_crypto, torch.bool),
             volatility=put(np.array(list(map(_volatility, bars, training_bars))), torch.float32),
             offsets=put(offsets, torch.int64),
+            breaks=put(breaks, torch.int64),
             open_time=put(open_time, torch.int64),
             quotes=put(np.stack(quotes, axis=1), torch.float32),
             minutes_left=put(np.concatenate([minutes_left(series) for series in bars]), torch.int16),
@@ -171,9 +176,9 @@ class Market:
         Raises:
             NoSegment: no segment fits.
         """
-        arrays = (self.open_time, self.offsets, self.is_crypto)
-        open_time, offsets, is_crypto = (array.cpu().numpy() for array in arrays)
-        starts = _starts(open_time, offsets, is_crypto, end_ns, self.context_bars, self.horizon)
+        tensors = (self.open_time, self.offsets, self.is_crypto, self.breaks)
+        open_time, offsets, is_crypto, breaks = (tensor.cpu().numpy() for tensor in tensors)
+        starts = _starts(open_time, offsets, is_crypto, breaks, end_ns, self.context_bars, self.horizon)
         moved: dict[str, Any] = {
             name: torch.from_numpy(array).to(self.device) for name, array in starts.items()
         }
@@ -261,10 +266,12 @@ class Market:
 
 def _volatility(bars: Bars, num_bars: int) -> float:
     # Mean absolute log return, scaled to a normal's standard deviation: gaps and bad prints count linearly, not
-    # squared.
-    if num_bars < 2:
+    # squared. A break is no return.
+    breaks = find_breaks(bars.rows(0, num_bars))
+    moves = np.delete(np.abs(np.diff(np.log(bars.close[:num_bars]))), breaks - 1)
+    if not len(moves):
         return VOLATILITY_FLOOR
-    mean = float(np.abs(np.diff(np.log(bars.close[:num_bars]))).mean())
+    mean = float(moves.mean())
     return max(math.sqrt(math.pi / 2) * mean, VOLATILITY_FLOOR)
 
 
@@ -279,12 +286,13 @@ def _starts(
     open_time: np.ndarray,
     offsets: np.ndarray,
     is_crypto: np.ndarray,
+    breaks: np.ndarray,
     end_ns: int,
     context_bars: int,
     horizon: int,
 ) -> dict[str, np.ndarray]:
     # The fields of Market for where a segment may start.
-    symbol, first, last = _stretches(open_time, offsets, is_crypto, end_ns)
+    symbol, first, last = _stretches(open_time, offsets, is_crypto, breaks, end_ns)
     # t0 - C >= first and t0 + H + 1 <= last
     count = np.maximum(0, last - first - context_bars - horizon)
     if not count.sum():
@@ -308,7 +316,7 @@ def _starts(
 
 
 def _stretches(
-    open_time: np.ndarray, offsets: np.ndarray, is_crypto: np.ndarray, end_ns: int
+    open_time: np.ndarray, offsets: np.ndarray, is_crypto: np.ndarray, breaks: np.ndarray, end_ns: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # Returns symbol, first and last bar of every stretch, (M,) each, in the order of the bars.
     parts = [np.empty((3, 0), dtype=np.int64)]
@@ -318,7 +326,8 @@ def _stretches(
         if not len(times):
             continue
         hole_ns = HOLE_NS["crypto" if is_crypto[number] else "stock"]
-        first = np.concatenate([[0], np.flatnonzero(np.diff(times) > hole_ns) + 1])
+        own = breaks[(breaks > offset) & (breaks < offset + len(times))] - offset
+        first = np.union1d(np.append(0, np.flatnonzero(np.diff(times) > hole_ns) + 1), own)
         last = np.concatenate([first[1:], [len(times)]]) - 1
         parts.append(np.stack([np.full_like(first, number), offset + first, offset + last]))
     symbol, first, last = np.concatenate(parts, axis=1)

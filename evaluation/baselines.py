@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from envs.market import Market
 
@@ -47,6 +48,9 @@ def actions_after(
 def _momentum(market: Market, positions: Sequence[float], bars: Tensor, first_bars: Tensor) -> Tensor:
     close = market.quotes[:, 1]
     past = bars - MOMENTUM_BARS
+    # Before a break, prices are another symbol's.
+    newest_break = torch.searchsorted(market.breaks, bars, right=True)
+    first_bars = torch.maximum(first_bars, F.pad(market.breaks, (1, 0))[newest_break])
     moved = torch.where(past < first_bars, 0.0, close[bars] - close[past.clamp(min=0)])
     # Of two equally close positions, the smaller one.
     nearest = [

@@ -197,11 +197,14 @@ def features_that_look_ahead(
 
 
 def replace_bars_after(bars: Bars, cut: int, seed: int) -> Bars:
-    """Return the same bars up to index ``cut``, then unrelated prices, volumes and times."""
+    """Return the same bars up to index ``cut``, then unrelated prices, volumes and times.
+
+    Prices stay within a factor of 3, so that no break follows: segments must be the same.
+    """
     random, later = np.random.default_rng(seed), len(bars) - cut - 1
     columns = {name: getattr(bars, name).copy() for name in ("open", "high", "low", "close", "volume")}
-    scale = float(np.exp(random.normal(0, 2)))
-    prices = scale * np.exp(random.normal(0, 0.3, (4, later)))
+    scale = float(bars.close[cut] * np.exp(random.uniform(-0.4, 0.4)))
+    prices = scale * np.exp(random.normal(0, 0.1, (4, later)))
     columns["low"][cut + 1 :], columns["high"][cut + 1 :] = prices.min(0), prices.max(0)
     columns["open"][cut + 1 :], columns["close"][cut + 1 :] = prices[0], prices[1]
     columns["volume"][cut + 1 :] = random.lognormal(8, 4, later) * (random.random(later) > 0.3)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from data_sources.bars import MINUTE_NS
-from tests.envs.markets import CONTEXT, HORIZON, market_of, walk
+from envs.features import FEATURES, compute
+from tests.envs.markets import CONTEXT, HORIZON, NEVER, constant, market_of, walk
 
 
 def expected_starts(bars, holdout_start_ns, first_bar):
@@ -43,6 +46,37 @@ def test_every_valid_start_is_drawn_and_no_other():
     # Within a symbol every start is equally likely.
     counts = torch.bincount(start[symbol == 0] - CONTEXT, minlength=1)
     assert counts[counts > 0].double().std() < 3 * counts[counts > 0].double().mean().sqrt()
+
+
+@pytest.mark.parametrize("factor", [15.5, 1 / 15.5, 3.1, 0.3])
+@pytest.mark.parametrize(("asset_class", "minutes"), [("stock", 17 * 60 + 30), ("crypto", 3)])
+def test_nothing_spans_a_bar_at_another_instruments_price(asset_class, minutes, factor):
+    bars, at = walk("AAA", 600, asset_class, gaps={300: minutes}), 300
+    prices = {name: getattr(bars, name).copy() for name in ("open", "high", "low", "close")}
+    for price in prices.values():
+        price[at:] *= factor
+    other = replace(bars, **prices)
+    market, whole = market_of(other, constant("BBB")), market_of(bars, constant("BBB"))
+    spans = list(zip(market.stretch_first.tolist(), market.stretch_last.tolist(), strict=True))
+    assert spans == [(0, at - 1), (at, 599), (600, 1199)]
+    _, start = draw(market)
+    assert not ((start > at - HORIZON - 2) & (start < at + CONTEXT)).any()
+    # Features begin again, and do not know the scale of prices.
+    for name, column in zip(FEATURES, compute(other, torch.device("cpu")).T, strict=True):
+        alone = [compute(other.rows(*rows), torch.device("cpu"))[:, list(FEATURES).index(name)]
+                 for rows in ((0, at), (at, 600))]  # fmt: skip
+        assert torch.equal(column, torch.cat(alone)), name
+    assert market.volatility[0].item() == pytest.approx(whole.volatility[0].item(), rel=0.01)
+    # An exam until any day has the same stretches.
+    assert torch.equal(market.until(NEVER).stretch_first, market.stretch_first)
+    assert spans[1] not in zip(whole.stretch_first.tolist(), whole.stretch_last.tolist(), strict=True)
+
+
+def test_a_move_of_up_to_three_is_no_break():
+    bars = walk(num_bars=600)
+    twice = np.repeat([1.0, 2.9], 300)
+    prices = {name: getattr(bars, name) * twice for name in ("open", "high", "low", "close")}
+    assert market_of(replace(bars, **prices)).stretch_first.tolist() == [0]
 
 
 def test_the_shortest_stretch_that_holds_a_segment_has_one_start():
