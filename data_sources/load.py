@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sources import renames
-from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars
+from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars, find_breaks
 from data_sources.calendar import in_regular_session, new_york_time, utc
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.lake.lake import FETCHED, Lake
 from data_sources.lake.quality import BAD_TICK, bad_ticks
 from data_sources.sources import DataRequest, Source, SymbolGroup
-from data_sources.splits import SplitLedger, near_common_ratio, suspect_splits
+from data_sources.splits import SplitLedger, near_split_ratio, suspect_splits
 from data_sources.universe import Interval, members, plain_names, top_of
 from data_sources.vendors import SOURCES
 
@@ -74,6 +74,7 @@ def each_symbol(lake: Lake, request: DataRequest) -> Iterator[tuple[Bars, Symbol
     """
     known = renames.read(lake.root) if request.needs_lake else ()
     for series in _all_series(lake, request):
+        _flag_breaks(series)
         reason = ""
         if not len(series.bars):
             rename = renames.successor(known, series.bars.symbol)
@@ -303,7 +304,7 @@ def _compare(source: Source, bars: Bars, other: Source, more: Bars) -> tuple[flo
         return None, []
     ratios = bars.close[ours] / more.close[theirs]
     ratio, difference = float(np.median(ratios)), float(np.median(np.abs(ratios - 1)))
-    common = near_common_ratio(ratio)
+    common = near_split_ratio(ratio)
     if common is not None:
         prices = f"{source.label}'s prices are {common:g} times {other.label}'s"
         return difference, [f"{prices}: a split is missing in the ledger"]
@@ -330,6 +331,17 @@ def _without_bad_ticks(series: Series) -> Series:
         if count:
             series.rejected.setdefault(name, Counter())[BAD_TICK] += int(count)
     return dataclasses.replace(series, bars=kept, source=series.source[~bad])
+
+
+def _flag_breaks(series: Series) -> None:
+    bars = series.bars
+    for place in find_breaks(bars).tolist():
+        day = np.datetime64(int(bars.open_time[place]), "ns").astype("datetime64[D]")
+        if any("split" in flag and str(day) in flag for flag in series.flags):
+            continue  # the better explanation
+        ratio = bars.open[place] / bars.close[place - 1]
+        moved = f"rise {ratio:.3g}-fold" if ratio > 1 else f"fall to 1/{1 / ratio:.3g}"
+        series.flags.append(f"prices {moved} at once on {day}: cut there, as if it were another symbol")
 
 
 def _marks(source: Source, count: int) -> NDArray[np.int8]:

@@ -25,8 +25,20 @@ from data_sources.renames import Stretch
 from runtime.files import write_atomically
 
 FILE_NAME = "splits.json"
-COMMON_RATIOS = (2, 3, 4, 5, 8, 10, 15, 20, 25, 50)
-RATIO_TOLERANCE = 0.02
+# New to old shares, the likelier first: what is near to two of them is the first.
+SPLIT_RATIOS = (
+    *((n, 1) for n in (*range(2, 21), *range(25, 101, 5), *range(125, 1001, 25), *range(21, 100))),
+    *((3, 2), (5, 2), (7, 2), (9, 2), (4, 3), (5, 3), (7, 3), (8, 3), (5, 4), (7, 4), (9, 4), (6, 5), (7, 5)),
+)
+RATIO_TOLERANCE = 0.02  # of n:1 and n:2; less where ratios lie closer
+SMALLEST_RATIO = 1.19  # a little less than 6:5
+# News moves prices by less than this, and then brings several times the money, and the range, of other sessions.
+SURE_RATIO = 3.3
+ORDINARY_FACTOR = 3.0
+LEAST_RANGE = 0.005  # of a session, as a log; below it a range is no measure
+AGAINST = -0.25  # log change of the volume over that of a split: the volume contradicts it
+LONGEST_CLOSURE_DAYS = 14  # sessions further apart are no neighbours
+NEIGHBOURS = 5  # sessions on each side
 SAME_SPLIT = datetime.timedelta(days=5)
 _CLEAN_DENOMINATOR = 20
 _CLEAN_TOLERANCE = 1e-4  # vendors round 1/30 to 0.033333
@@ -70,7 +82,7 @@ class SuspectedSplit:
 
     symbol: str
     open_time: int  # of the first bar at the new price, ns UTC
-    ratio: float  # the common ratio that it is near: 4.0 for 4:1, 0.25 for 1:4
+    ratio: float  # the ratio of small whole numbers that it is near: 4.0 for 4:1, 0.25 for 1:4
 
 
 class SplitLedger:
@@ -195,8 +207,9 @@ class SplitLedger:
 def suspect_splits(bars: Bars) -> list[SuspectedSplit]:
     """Find jumps from one regular session's close to the next one's open that look like a missing split.
 
-    The ratio is within 2 % of k or 1/k for a common k, and the volume of the two sessions moved the other
-    way. Only a flag: real moves of that size exist, so nothing is changed.
+    The ratio is near p:q or q:p for small whole numbers, and the neighbouring sessions confirm it: the number of
+    shares traded does not move the other way. Where news may cause such a jump, the money traded and the first
+    session's range are as usual, too. Only a flag: nothing is changed.
     """
     regular = in_regular_session(bars.open_time)
     day = new_york_time(bars.open_time[regular]) // DAY_NS
@@ -206,20 +219,37 @@ def suspect_splits(bars: Bars) -> list[SuspectedSplit]:
     ends = np.append(starts[1:], len(day))
     opens, closes = bars.open[regular][starts], bars.close[regular][ends - 1]
     volumes = np.add.reduceat(bars.volume[regular], starts)
+    highs = np.maximum.reduceat(bars.high[regular], starts)
+    ranges = np.log(highs / np.minimum.reduceat(bars.low[regular], starts))
     times = bars.open_time[regular][starts]
     ratios = closes[:-1] / opens[1:]
+    jumps = (np.abs(np.log(ratios)) > math.log(SMALLEST_RATIO)) & (
+        np.diff(day[starts]) <= LONGEST_CLOSURE_DAYS
+    )
     found = []
-    for i in np.flatnonzero(np.abs(np.log(ratios)) > np.log(1.9)).tolist():
-        ratio = near_common_ratio(ratios[i])
-        if ratio is not None and (volumes[i + 1] > volumes[i]) == (ratio > 1):
-            found.append(SuspectedSplit(bars.symbol, int(times[i + 1]), ratio))
+    for i in (np.flatnonzero(jumps) + 1).tolist():
+        ratio = near_split_ratio(ratios[i - 1])
+        if ratio is None:
+            continue
+        before, after = slice(max(0, i - NEIGHBOURS), i), slice(i, i + NEIGHBOURS)
+        usual_volume, volume = (float(np.median(volumes[sessions])) for sessions in (before, after))
+        usual_range = max(LEAST_RANGE, float(np.median(ranges[before])))
+        shares = math.log(volume / usual_volume) if volume > 0 and usual_volume > 0 else 0.0
+        as_usual = abs(shares - math.log(ratio)) < math.log(ORDINARY_FACTOR)
+        as_usual &= float(ranges[i]) < ORDINARY_FACTOR * usual_range
+        is_sure = max(ratio, 1 / ratio) > SURE_RATIO
+        if shares / math.log(ratio) > AGAINST and (is_sure or as_usual):
+            found.append(SuspectedSplit(bars.symbol, int(times[i]), ratio))
     return found
 
 
-def near_common_ratio(ratio: float) -> float | None:
-    """Return the ratio of a common split within 2 % of ``ratio``, None if there is none."""
-    common = [*map(float, COMMON_RATIOS), *(1 / k for k in COMMON_RATIOS)]
-    return next((other for other in common if abs(ratio / other - 1) < RATIO_TOLERANCE), None)
+def near_split_ratio(ratio: float) -> float | None:
+    """Return the ratio of a split of small whole numbers near ``ratio``, None if there is none."""
+    larger = max(ratio, 1 / ratio)
+    for new, old in SPLIT_RATIOS:
+        if abs(larger / (new / old) - 1) < RATIO_TOLERANCE / max(1, old - 1):
+            return new / old if ratio > 1 else old / new
+    return None
 
 
 def _is_jump(bars: Bars, executed_ns: int, ratio: float) -> bool:

@@ -320,6 +320,20 @@ def test_an_unreported_split_is_flagged_by_the_two_sources_and_by_the_jump(lake)
     assert "Polygon's prices are 10 times Yahoo's: a split is missing in the ledger" in flags
 
 
+def test_a_ticker_of_another_company_and_a_redenominated_coin_are_flagged(lake):
+    monday = session("AAPL", 16, price=12.3)
+    price = 15.5 * monday["close"][-1].as_py()
+    put_polygon(lake, pa.concat_tables([monday, session("AAPL", 17, price=price)]))
+    old, new = walk("BTCUSDT", START, 1440, price=55.0), walk("BTCUSDT", START + 4 * DAY_NS, 900, price=0.055)
+    put(lake, "binance", "BTCUSDT", pa.concat_tables([old, new]))
+    data = load(lake, request_for("polygon", "binance"))
+    assert [len(bars) for bars in data.bars] == [780, 2340]
+    for row, text in zip(data.rows, ("rise 15.5-fold", "fall to 1/"), strict=False):
+        (flag,) = (flag for flag in row.flags if flag.startswith("prices"))
+        day = {"stock": "2026-11-17", "crypto": "2026-11-20"}[row.asset_class]
+        assert text in flag and flag.endswith(f" at once on {day}: cut there, as if it were another symbol")
+
+
 def test_sources_that_disagree_a_little_are_flagged_with_the_figure(lake):
     put_polygon(lake, session("AAPL", 16))
     put(lake, "yahoo", "AAPL", scaled(session("AAPL", 16), 1.005))

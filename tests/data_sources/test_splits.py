@@ -1,3 +1,4 @@
+import dataclasses
 import datetime
 import json
 
@@ -137,16 +138,34 @@ def test_an_impossible_ratio_is_refused(ratio):
         Split(DATE, ratio)
 
 
-@pytest.mark.parametrize("ratio", [2.0, 3.0, 10.0, 50.0, 0.5, 0.1])
+WHOLE = (2, 3, 6, 7, 9, 10, 12, 30, 40, 50, 75, 100, 200)
+
+
+@pytest.mark.parametrize(
+    "ratio", [*map(float, WHOLE), *(1 / n for n in WHOLE), 1.5, 2.5, 1.25, 4 / 3, 2 / 3, 0.8]
+)
 def test_a_missing_split_is_flagged_with_its_ratio_and_first_new_bar(ratio):
     found = suspect_splits(two_sessions(ratio))
     assert [(jump.symbol, jump.open_time) for jump in found] == [("AAA", OPEN + DAY_NS)]
     assert found[0].ratio == pytest.approx(ratio)
 
 
+@pytest.mark.parametrize("ratio", [7.0, 1 / 30])
+def test_an_unlisted_split_is_flagged_also_where_the_volume_stays(ratio):
+    assert suspect_splits(two_sessions(ratio, volume_ratio=1.0))[0].ratio == pytest.approx(ratio)
+
+
 def test_moves_that_are_not_splits_are_not_flagged():
     assert suspect_splits(two_sessions(1.0)) == []
-    assert suspect_splits(two_sessions(1.7)) == []  # no common ratio
+    assert suspect_splits(two_sessions(1.7)) == []  # no ratio of small numbers
+    assert suspect_splits(two_sessions(1.5, volume_ratio=6.0)) == []  # news: four times the usual money
+    assert suspect_splits(two_sessions(0.5, volume_ratio=4.0)) == []  # news: more shares, not fewer
+    far = two_sessions(7.0)
+    times = far.open_time + np.where(np.arange(780) < 390, 0, 30 * DAY_NS)
+    assert suspect_splits(dataclasses.replace(far, open_time=times)) == []  # a month later
+    wild = two_sessions(1.5)
+    lows = np.where(np.arange(780) == 500, wild.low * 0.6, wild.low)
+    assert suspect_splits(dataclasses.replace(wild, low=lows)) == []  # news: a session of ten times the range
     assert suspect_splits(two_sessions(10.0, volume_ratio=0.2)) == []  # volume fell, too
     nothing = np.empty(0)
     assert suspect_splits(Bars("A", "stock", np.empty(0, np.int64), *[nothing] * 5)) == []
