@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from data_sources import universe
+from data_sources.bars import FIRST_DATE
 from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from envs.config import EnvConfig, require
@@ -19,7 +20,6 @@ from training.setting_types import shown
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-FIRST_DATE = date(2003, 1, 1)  # no source has earlier bars
 
 # The least and the most; what is beyond has no meaning, or could only be a slip. EnvConfig has more rules.
 LIMITS: Mapping[str, tuple[float, float]] = {

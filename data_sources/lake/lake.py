@@ -38,7 +38,7 @@ from data_sources.lake.parts import (
     symbol_runs,
     write_part,
 )
-from data_sources.lake.quality import BAD_TICK, OUTSIDE_TOLERANCE_NS, clean
+from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, REVISED, clean
 from data_sources.progress import NullProgress, Progress, Waiting
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
@@ -314,15 +314,16 @@ class Lake:
     def _tables(self, part: Part, symbols: set[str]) -> Iterator[pa.Table]:
         if part.rows and (table := self._rows(part, symbols)) is not None:
             yield table
-        if not part.rejected.get(BAD_TICK):
+        if part.rejected.keys().isdisjoint(REVISED):
             return
-        # An earlier version set these rows aside for what later rows showed; they are bars.
+        # An earlier version set rows aside for what later rows showed, or for their age: look at them again.
         path = self._quarantine_path(part)
         try:
             with lake_errors("read", path, FileNotFoundError):
                 aside = pq.read_table(path)
-            ticks = aside.filter(pc.equal(aside["reason"], BAD_TICK))
-            yield clean(ticks, now_ns=part.fetched_ns, symbols=part.symbols).table
+            rows = aside.filter(pc.is_in(aside["reason"], pa.array(REVISED)))
+            span = {"start_ns": part.start_ns, "end_ns": part.end_ns}
+            yield clean(rows, now_ns=part.fetched_ns, symbols=part.symbols, **span).table
         except FileNotFoundError:
             return  # removed by hand, or with its part
         except (LakeError, pa.ArrowException, KeyError, BadAnswer) as error:

@@ -8,6 +8,7 @@ looks at a later row, so that what was a bar when it was new stays one.
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,13 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, DAY_NS, HOUR_NS, MINUTE_NS
+from data_sources.bars import COLUMNS, DAY_NS, FIRST_DATE, HOUR_NS, MINUTE_NS
 from data_sources.errors import BadAnswer
 
 SCHEMA = pa.schema(
     [("symbol", pa.string()), ("open_time", pa.int64())] + [(name, pa.float64()) for name in COLUMNS[1:]]
 )
-EARLIEST_NS = 1_420_070_400_000_000_000  # 2015-01-01; an older stamp is in another unit
+EARLIEST_NS = (FIRST_DATE - datetime.date(1970, 1, 1)).days * DAY_NS  # an older stamp is in another unit
 CLOSING_GRACE_NS = 5_000_000_000  # vendors still change a bar for a moment after its minute
 OUTSIDE_TOLERANCE_NS = DAY_NS // 2  # a US session ends after midnight UTC, so a day's file may reach over
 OHLC_TOLERANCE = 1e-6  # relative; rounding at the vendor, clamped
@@ -37,6 +38,7 @@ TICK_FACTOR = 2.0
 TICK_LEVEL_BARS = 30  # earlier bars, whose opens and closes are the level
 TICK_CONFIRMED_BY = 3  # rows in a row at a new level, before the one that is a bar again
 TICK_GAP_NS = HOUR_NS  # prices before a longer gap prove nothing
+REVISED = (BAD_TICK, "out_of_range")  # earlier versions set more rows aside for these
 # Counted but not kept aside: an early row comes again as a whole bar, an equal row adds nothing.
 NOT_QUARANTINED = ("not_closed", "duplicate")
 

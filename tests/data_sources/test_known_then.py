@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from bar_tables import DAY_NS, ns, walk, with_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +75,8 @@ def test_bars_are_the_same_after_every_later_refresh(tmp_path_factory, excursion
                 np.testing.assert_array_equal(getattr(early, name), getattr(late, name)[: len(early)])
 
 
-def test_rows_that_an_earlier_version_set_aside_for_what_came_after_are_bars_again(tmp_path):
+@pytest.mark.parametrize("reason", ["bad_tick", "out_of_range"])
+def test_rows_that_an_earlier_version_set_aside_are_bars_again(tmp_path, reason):
     lake, bars = Lake(tmp_path), walk("BTCUSDT", OPEN, 300)
     dip = slice(100, 102)
     dipped = with_values(bars, dip, **{name: bars[name].to_numpy()[dip] * 0.7 for name in COLUMNS[1:5]})
@@ -86,9 +88,9 @@ def test_rows_that_an_earlier_version_set_aside_for_what_came_after_are_bars_aga
     assert part.rejected == {"not_finite": 1}
     quarantine = tmp_path / "binance" / "BTCUSDT" / "u.quarantine.parquet"
     aside = pq.read_table(quarantine)
-    ticks = dipped.slice(100, 2).append_column("reason", pa.array(["bad_tick"] * 2))
+    ticks = dipped.slice(100, 2).append_column("reason", pa.array([reason] * 2))
     pq.write_table(pa.concat_tables([aside, ticks.cast(aside.schema)]), quarantine)
-    counts = {"bad_tick": 2, "not_finite": 1}
+    counts = {reason: 2, "not_finite": 1}
     with quarantine.with_name("u.parquet").open("wb") as file:
         table = pa.concat_tables([dipped.slice(0, 100), dipped.slice(102, 98), dipped.slice(201)])
         write_part(file, table, replace(part, rejected=counts, rejected_by_symbol={"BTCUSDT": counts}))
@@ -98,7 +100,8 @@ def test_rows_that_an_earlier_version_set_aside_for_what_came_after_are_bars_aga
     expected = pa.concat_tables([dipped.slice(0, 200), dipped.slice(201)])
     for name in COLUMNS:
         np.testing.assert_array_equal(getattr(loaded, name), expected[name].to_numpy())
-    assert data.rows[0].rejected == {"not_finite": 1}
+    assert data.rows[0].rejected["not_finite"] == 1
+    assert "bad_tick" not in data.rows[0].rejected
     assert Lake(tmp_path).verify() == []
     quarantine.unlink()  # by hand
     assert len(load(Lake(tmp_path), request).bars[0]) == 297

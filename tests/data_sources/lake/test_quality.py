@@ -5,9 +5,11 @@ from bar_tables import DAY_NS, ns, table, walk, with_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from continuous_training import Settings
 from data_sources.bars import COLUMNS, MINUTE_NS, Bars
 from data_sources.errors import BadAnswer
 from data_sources.lake.quality import SCHEMA, bad_ticks, clean
+from training.validation import check
 
 START = ns("2026-11-20 14:30")
 NOW = ns("2026-11-23 00:00")
@@ -39,6 +41,7 @@ def test_good_rows_pass_untouched_and_come_out_sorted_whatever_their_order():
         ("ohlc_broken", {"low": 110.0, "high": 111.0}),
         ("misaligned", {"open_time": START + 7 * MINUTE_NS + 17_000_000_000}),
         ("out_of_range", {"open_time": START // 1_000_000}),  # milliseconds
+        ("out_of_range", {"open_time": ns("2002-12-31 23:59")}),
         ("future", {"open_time": NOW + MINUTE_NS}),
         ("future", {"open_time": NOW + 400 * DAY_NS}),
     ],
@@ -52,6 +55,13 @@ def test_a_broken_row_is_set_aside_with_its_reason_and_its_raw_values(reason, ch
     assert cleaned.quarantined["reason"].to_pylist() == [reason]
     for name, value in change.items():
         np.testing.assert_array_equal(cleaned.quarantined[name].to_numpy(), [value])
+
+
+@pytest.mark.parametrize("day", ["2003-01-02", "2003-09-10", "2009-03-09", "2014-06-06"])
+def test_bars_from_the_vendors_beginnings_on_are_kept_as_the_settings_allow(day):
+    check(Settings(start_date=day))
+    bars = walk("AAA", ns(f"{day} 14:30"), 390)
+    assert (clean(bars, now_ns=NOW).table.equals(bars), reasons_of(bars)) == (True, {})
 
 
 def test_a_minute_counts_as_closed_five_seconds_after_its_end():
