@@ -119,6 +119,7 @@ class Settings:
     checkpoint_every: int = 25  # epochs between checkpoints
     keep_checkpoints: int = 16  # newest checkpoints to keep, of any run
     keep_runs: int = 8  # newest runs of which to keep the last checkpoint; older: one a day, then one a week
+    mirror: str | None = None  # folder or URL to copy checkpoints to, and to fetch one from if none is here
     seed: int = 0  # of weights, accounts and shuffles
     checkpoint_dir: str = "checkpoints"  # where checkpoints are written, and training resumes from the newest
     data_dir: str = "data_cache"  # the lake of downloaded bars

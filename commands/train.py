@@ -35,6 +35,7 @@ from training.distributed import agreed_stop
 from training.integrity import Inspections
 from training.memory import plan_memory
 from training.metrics import Phases
+from training.mirror import Mirror
 from training.progress import Summary, TrainingProgress
 from training.trainer import Trainer
 
@@ -70,20 +71,20 @@ class Job:
         """
         settings = self.settings
         with ExitStack() as stack:
-            self.ranks = ranks = stack.enter_context(distributed.start(wanted=settings.device))
-            stack.enter_context(checkpoint.exclusive(self._folder, ranks.is_first))
+            enter = stack.enter_context
+            self.ranks = ranks = enter(distributed.start(wanted=settings.device))
+            enter(checkpoint.exclusive(self._folder, ranks.is_first))
             self.control.listen()
             log_dir, port = Path(settings.log_dir) if ranks.is_first else None, settings.prometheus_port
-            console = Console(log_dir, log_level=settings.log_level, prometheus_port=port)
-            self.console = stack.enter_context(console)
+            self.console = enter(Console(log_dir, log_level=settings.log_level, prometheus_port=port))
             self._phases = Phases(self.console.phase)
             command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
-            self._prefetch = stack.enter_context(prefetch.Prefetch(command))
+            self._prefetch = enter(prefetch.Prefetch(command))
+            mirror = enter(Mirror(settings, ranks.is_first))
             self.progress, self._saved = self._find_checkpoint()
-            on_saved = partial(champion.apply_decision, pending=[])
+            on_saved = mirror.after(partial(champion.apply_decision, pending=[]))
             keep, runs = settings.keep_checkpoints, settings.keep_runs
-            writer = CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs)
-            self._writer = stack.enter_context(writer)
+            self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
             self._examiner = Examiner(self._folder, ranks, self.control)
             self._summary = Summary(self.progress.transitions)
             self._opened = stack.pop_all()
@@ -118,9 +119,8 @@ class Job:
             if data is None:  # asked to stop while bars were loading
                 return False
             self.console.show_data(data)
-            statistics = self._saved.statistics if self._saved else None
-            if self._trainer:
-                statistics = self._trainer.env.market.statistics
+            scaled = self._trainer.env.market if self._trainer else self._saved
+            statistics = scaled.statistics if scaled else None
             market = make_market(settings, data.bars, self.ranks.device, statistics)
         progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))
         self._fingerprint = data.fingerprint

@@ -18,7 +18,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -240,7 +240,12 @@ def existing(folder: Path) -> list[Path]:
     Raises:
         OSError: the folder exists and cannot be read.
     """
-    return sorted(_series(folder), key=_numbers, reverse=True)
+    return [folder / name for name in newest_first(path.name for path in _series(folder))]
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """Return those of the names that are checkpoints of the series, newest first."""
+    return sorted((name for name in names if NAME.fullmatch(name)), key=_numbers, reverse=True)
 
 
 def _series(folder: Path) -> list[Path]:
@@ -273,7 +278,7 @@ def sweep_unfinished(folder: Path) -> None:
 def _surplus(folder: Path, keep: int, keep_runs: int | None, num_resume_states: int) -> list[Path]:
     """List the files beyond what is kept, in order of removal: resume states first, then oldest first."""
     paths = existing(folder)
-    last_of_run = {_numbers(path)[0]: path for path in reversed(paths)}  # runs from the oldest
+    last_of_run = {_numbers(path.name)[0]: path for path in reversed(paths)}  # runs from the oldest
     lasts = list(reversed(last_of_run.values()))
     stay = {*paths[:keep], *(lasts if keep_runs is None else thin_out(lasts, keep_runs))}
     kept = {path.name for path in paths[:num_resume_states]}
@@ -325,7 +330,7 @@ def _load(path: Path, device: torch.device | str) -> dict[str, Any]:
     return loaded
 
 
-def _read_complete(folder: Path, name: str) -> Checkpoint | None:
+def read_complete(folder: Path, name: str) -> Checkpoint | None:
     """Read one checkpoint with its resume state; None if either is missing or damaged."""
     try:
         return Checkpoint.read(folder / name).with_resume()
@@ -381,7 +386,7 @@ def newest_for_all(folder: Path, ranks: Ranks) -> Checkpoint | None:
     if not name:
         return None
     if not ranks.is_first:
-        saved = _read_complete(folder, name)
+        saved = read_complete(folder, name)
     if len(set(ranks.gather((saved.transitions, saved.resume is None) if saved else None))) > 1:
         saved = ranks.broadcast(saved)
     return saved
@@ -400,9 +405,9 @@ def _num_bytes(nest: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors_of(nest))
 
 
-def _numbers(path: Path) -> tuple[int, int, int]:
+def _numbers(name: str) -> tuple[int, int, int]:
     """Return run, epoch, and step of a name that fits NAME."""
-    found = NAME.fullmatch(path.name)
+    found = NAME.fullmatch(name)
     assert found is not None
     return int(found[1]), int(found[2]), int(found[3] or 0)
 

@@ -73,7 +73,11 @@ MINUTES_PER_DAY = 1_440
 def folders(settings: Settings) -> list[tuple[str, str]]:
     """Return name and value of every setting that is a folder."""
     values = ((field.name, getattr(settings, field.name)) for field in fields(settings))
-    return [(name, value) for name, value in values if name.endswith("_dir") and isinstance(value, str)]
+    return [(name, value) for name, value in values if _is_folder(name, value)]
+
+
+def _is_folder(name: str, value: object) -> bool:
+    return isinstance(value, str) and (name.endswith("_dir") or (name == "mirror" and "://" not in value))
 
 
 def check(settings: Settings) -> None:
@@ -198,6 +202,16 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
 
     yield "device", NAMES.fullmatch(s.device) is not None, RULE
+
+    if s.mirror:
+        protocol, _, rest = s.mirror.rpartition("://")
+        rule = (
+            "must have no password and no query, which would be logged: put them into MIRROR_OPTIONS in .env"
+        )
+        has_secret = bool(protocol) and ("?" in rest or ":" in rest.rpartition("@")[0])
+        require(not has_secret, "mirror", f"{protocol}://...", rule)  # the value itself is not repeated
+        is_same = not protocol and Path(s.mirror).resolve() == Path(s.checkpoint_dir).resolve()
+        yield "mirror", not is_same, "must be another place than checkpoint_dir"
 
     known = ", ".join(SOURCES)
     unknown = [source for source in s.sources if source not in SOURCES]
