@@ -108,14 +108,15 @@ def open_snapshot(path: Path) -> LoadedData:
         LakeError: it does not exist, cannot be read, or is not whole.
     """
     header = _read_header(path)
-    rows = [SymbolRow.from_dict(row) for row in header["rows"]]
-    used = [row for row in rows if not row.dropped]
-    ends = np.cumsum([len(COLUMNS) * row.num_bars for row in used], dtype=np.int64)
     try:
+        rows = [SymbolRow.from_dict(row) for row in header["rows"]]
+        used = [row for row in rows if not row.dropped]
+        ends = np.cumsum([len(COLUMNS) * row.num_bars for row in used], dtype=np.int64)
         values: NDArray[np.int64] = np.asarray(np.load(path, mmap_mode="c"))
         blocks = np.split(values.view(np.int64), ends)
         bars = [_bars(row, block) for row, block in zip(used, blocks[:-1], strict=True)]
-    except (OSError, ValueError, EOFError) as error:  # the latter two: cut, or another array
+    # Cut, another array, or of another version.
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise LakeError(f"cannot read {path}: {error}") from error
     dropped = {row.symbol: row.dropped for row in rows if row.dropped}
     return LoadedData(bars, dropped, rows, header["fingerprint"])
@@ -196,8 +197,11 @@ def _read_header(path: Path) -> dict[str, Any]:
         checksum, _, text = path.with_suffix(HEADER_SUFFIX).read_bytes().partition(b"\n")
     if checksum != b"%d" % zlib.crc32(text):
         raise LakeError(f"{path} is damaged; it is written again from the lake")
-    header: dict[str, Any] = json.loads(text)
-    return header
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LakeError(f"{path} is of another version; it is written again from the lake") from error
+    return dict(header) if isinstance(header, dict) else {}
 
 
 def _checksum(path: Path) -> int:

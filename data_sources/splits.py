@@ -185,7 +185,9 @@ class SplitLedger:
             text = self._path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return {}
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            text = ""  # set aside below
+        except OSError as error:
             raise LakeError(f"cannot read {self._path}: {error}") from error
         try:
             ledger = {
@@ -195,7 +197,7 @@ class SplitLedger:
                 }
                 for symbol, days in json.loads(text)["splits"].items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             try:
                 self._path.replace(self._path.with_name(FILE_NAME + ".corrupt"))
             except OSError as error:

@@ -59,7 +59,7 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
         key_of(line)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return dict(line)
 

@@ -54,7 +54,7 @@ def training_rows(trained: TrainedPolicy) -> tuple[list[dict[str, Any]], list[st
             row = json.loads(line)
             # The last record of an epoch counts, should it have been repeated.
             rows[(row["run"], row["epoch"])] = row
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue  # torn by a kill
     here = (trained.checkpoint.run, trained.checkpoint.epoch)
     if rows.get(here, {}).get("transitions") != trained.checkpoint.transitions:

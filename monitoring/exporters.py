@@ -111,7 +111,7 @@ def read_metrics(folder: Path, epochs: int, up_to_transitions: int) -> list[dict
         file.seek(0, 2)
         file.seek(max(0, file.tell() - epochs * BYTES_PER_EPOCH))
         for line in file.read().splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("transitions"), int):
                     # A later start resumed from a checkpoint before these epochs and did them again.

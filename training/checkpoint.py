@@ -14,10 +14,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -29,10 +27,11 @@ from torch import Tensor
 
 from envs.features import FEATURES, FeatureStatistics
 from models.policy import Policy
-from runtime.files import TEMPORARY_SUFFIX, fault_of_zip, make_folder, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from training.distributed import Ranks
 from training.retention import thin_out
+from training.torch_files import CheckpointError, load_file, root_cause
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -46,10 +45,6 @@ BEST = "best.pt"  # the champion; outside the series, so it is neither pruned no
 # The newest two: should the newest file be damaged, training resumes exactly from the one before.
 NUM_RESUME_STATES = 2
 SPARE_BYTES = 1 << 20  # what a file takes beside its tensors
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; the text names the file and the reason."""
 
 
 class FolderInUse(Exception):
@@ -71,7 +66,7 @@ class ResumeState:
         Raises:
             CheckpointError: it is missing, damaged, or of another version.
         """
-        contents = _load(path, "cpu")
+        contents = load_file(path, "cpu")
         with same_version(path):
             return ResumeState(**{key: contents[key] for key in _keys(ResumeState)})
 
@@ -112,7 +107,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it is missing or damaged, or of another format or version.
         """
-        contents = _load(path, device)
+        contents = load_file(path, device)
         if contents.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {contents.get('format')}, this program reads {FORMAT}")
         # Files written before exams existed: all of their bars count as trained on.
@@ -153,11 +148,11 @@ class Checkpoint:
             write_atomically(self._resume_path, lambda file: torch.save(resume, file))
             write_atomically(path, lambda file: torch.save(weights, file))
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} was not saved: {_reason(error)}") from error
+            raise CheckpointError(f"{path} was not saved: {root_cause(error)}") from error
         try:
             prune(path.parent, keep, keep_runs)
         except OSError as error:
-            log.warning(f"old checkpoints were not removed: {_reason(error)}")
+            log.warning(f"old checkpoints were not removed: {root_cause(error)}")
 
     def policy(self, device: torch.device, bf16: bool) -> Policy:
         """Build the policy with these weights, in evaluation mode; random streams are left as they are.
@@ -306,30 +301,6 @@ def _make_room(folder: Path, num_bytes: int, keep_runs: int | None) -> None:
         log.warning(f"the disk is full: {path} was removed to make room for a newer checkpoint")
 
 
-def _load(path: Path, device: torch.device | str) -> dict[str, Any]:
-    """Read one file.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or not one of ours.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
-        loaded: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (zipfile.BadZipFile, EOFError) as error:
-        fault = fault_of_zip(path, f"a checkpoint of this program; one is such as checkpoints/{BEST}")
-        raise CheckpointError(f"{path} {fault}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
-    except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: {_reason(error)}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} is not a checkpoint of this program: holds a {type(loaded).__name__}")
-    return loaded
-
-
 def read_complete(folder: Path, name: str) -> Checkpoint | None:
     """Read one checkpoint with its resume state; None if either is missing or damaged."""
     try:
@@ -351,7 +322,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     try:
         paths = existing(folder)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {_reason(error)}") from error
+        raise CheckpointError(f"{folder} cannot be read: {root_cause(error)}") from error
     for path in paths:
         try:
             checkpoint = Checkpoint.read(path)
@@ -410,17 +381,6 @@ def _numbers(name: str) -> tuple[int, int, int]:
     found = NAME.fullmatch(name)
     assert found is not None
     return int(found[1]), int(found[2]), int(found[3] or 0)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the root cause: torch.save hides a full disk in a RuntimeError's context."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-            return "the disk is full"
-        cause = cause.__cause__ or cause.__context__
-    text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _PART_CHECKSUM_KEY = b"part_crc32"
 _SEAL_KEY = b"file_crc32"
 _SEAL = b"over the file with zeros here: "
 _UNSEALED = b"00000000"
+_TOO_LARGE = (MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,36 @@ def _parse_metadata(source: pa.BufferReader) -> Part:
         values = json.loads(text)
         known = {field.name for field in fields(Part)}
         part = Part(**{name: value for name, value in values.items() if name in known})
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+        _check_types(part)
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        *_TOO_LARGE,
+    ) as error:
         raise DamagedPartError(_one_line(error)) from error
     # A rule's parts list thousands of symbols each: one string per name, not per part.
     symbols = tuple(map(sys.intern, part.symbols))
     dollar_volume = {sys.intern(symbol): amount for symbol, amount in part.dollar_volume.items()}
     return replace(part, symbols=symbols, dollar_volume=dollar_volume)
+
+
+def _check_types(part: Part) -> None:
+    """Raise a TypeError unless every field has its type: a footer may be of another version, or made by hand."""
+    texts = (part.source, part.dataset, part.unit, part.key, part.version, part.content, *part.symbols)
+    numbers = (part.start_ns, part.end_ns, part.fetched_ns, part.rows)
+    counts = (part.rejected, part.repaired, part.dollar_volume, *part.rejected_by_symbol.values())
+    is_right = (
+        isinstance(part.symbols, list | tuple)
+        and all(isinstance(text, str) for text in texts)
+        and all(type(number) is int and abs(number) < 1 << 62 for number in numbers)
+        and all(type(number) is int for count in counts for number in count.values())
+    )
+    if not is_right:
+        raise TypeError("its footer is of another version")
 
 
 def _one_line(error: BaseException) -> str:

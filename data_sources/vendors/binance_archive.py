@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from data_sources.calendar import to_ns, utc
 from data_sources.errors import BadAnswer
 from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, unreachable
 
+# What zipfile raises for bytes that are no zip, or a damaged one.
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, IndexError, OverflowError,
+)  # fmt: skip
 MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
 
 
@@ -161,8 +166,10 @@ def _rows(body: bytes, name: str, pair: str) -> pa.Table:
                 raise BadAnswer(
                     f"{name}.zip: unpacks to {members[0].file_size:,} bytes, too many for minute bars"
                 )
-            text = bundle.read(members[0])
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+            if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadAnswer(f"{name}.zip: packed by method {members[0].compress_type}, expected deflate")
+            text = bundle.read(members[0])  # at most file_size bytes, whatever it is packed from
+    except (*ZIP_ERRORS, OSError) as error:
         raise BadAnswer(f"{name}.zip: cannot be unpacked: {error}") from error
     has_header = not text[:1].isdigit()
     if has_header and not text.lower().startswith(b"open"):
@@ -174,8 +181,8 @@ def _rows(body: bytes, name: str, pair: str) -> pa.Table:
             infer_schema=False, quote_char=None, truncate_ragged_lines=True, encoding="utf8-lossy",
         )  # fmt: skip
         frame.columns = list(COLUMNS)
-    except pl.exceptions.PolarsError as error:
-        raise BadAnswer(f"{name}.csv: cannot be read: {str(error).splitlines()[0]}") from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise BadAnswer(f"{name}.csv: cannot be read: {' '.join(str(error).split())[:100]}") from error
     stamp = pl.col("open_time").cast(pl.Int64, strict=False).fill_null(0)
     frame = frame.select(
         pl.lit(pair).alias("symbol"),

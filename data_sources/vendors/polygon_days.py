@@ -15,6 +15,11 @@ from isal import isal_zlib  # reads what zlib reads in a third of its time
 from data_sources.errors import BadAnswer
 
 PIECE_BYTES = 1 << 18  # of gzip, decoded at a time; about 1.2 MB of text, which fits a core's cache
+# Of text: a file of all US stocks has about 0.15 GB. gzip shrinks repetitions to a thousandth, so a small file may
+# unpack to more than any memory.
+MAX_TEXT_BYTES = 1 << 30
+MAX_LINE_BYTES = 1 << 16
+MOST_AT_ONCE = 1 << 24  # of text; usual pieces unpack to less
 STRAY_FRACTION = (
     0.5  # with more rows outside of its day a file is rejected; fewer the lake rejects one by one
 )
@@ -120,7 +125,7 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
 
     Raises:
         isal_zlib.IsalError: damaged, the checksum included.
-        EOFError: cut.
+        EOFError: cut, or too large.
     """
     starts = [f"{symbol},".encode()[:8] for symbol in symbols or ()]
     header: bytes | None = None
@@ -130,6 +135,8 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
         first, end = piece.find(b"\n") + 1, piece.rfind(b"\n") + 1
         if not end:
             rest += piece
+            if len(rest) > MAX_LINE_BYTES:
+                raise EOFError(f"a line of more than {MAX_LINE_BYTES:,} bytes")
             continue
         line, rest = rest + piece[:first], piece[end:]
         if header is None:
@@ -145,13 +152,18 @@ def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, byt
 def _decompress(content: bytes) -> Iterator[bytes]:
     """Yield the text of a gzip file of one or more members, checking lengths and checksums."""
     member = isal_zlib.decompressobj(isal_zlib.MAX_WBITS | 16)
+    num_bytes = 0
     for start in range(0, len(content), PIECE_BYTES):
         piece = content[start : start + PIECE_BYTES]
         while piece:
             if member.eof:
                 member = isal_zlib.decompressobj(isal_zlib.MAX_WBITS | 16)
-            yield member.decompress(piece)
-            piece = member.unused_data
+            text = member.decompress(piece, MOST_AT_ONCE)
+            num_bytes += len(text)
+            if num_bytes > MAX_TEXT_BYTES:
+                raise EOFError(f"it unpacks to more than {MAX_TEXT_BYTES:,} bytes")
+            yield text
+            piece = member.unconsumed_tail or member.unused_data
     if not member.eof:
         raise EOFError("the file ends too early")
 

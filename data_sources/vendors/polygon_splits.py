@@ -94,7 +94,7 @@ class PolygonSplits:
                     try:
                         split = _split(entry)
                         found.setdefault(str(entry["ticker"]), []).append(split)
-                    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+                    except (ValueError, KeyError, TypeError, ArithmeticError):
                         num_bad += 1
                 for symbol, splits in found.items():
                     new = ledger.news(symbol, splits) if wanted is None or symbol in wanted else []
@@ -102,7 +102,7 @@ class PolygonSplits:
                         ledger.update(symbol, new)
                         num_new += len(new)
                 # Its query alone: the key must never go to another host.
-                cursor = urlsplit(page.get("next_url") or "").query
+                cursor = _query_of(page.get("next_url"))
                 if not cursor:
                     break
         return num_new, num_bad
@@ -122,11 +122,18 @@ class PolygonSplits:
             raise error_of(status, self.url, fix=fix, headers=answer.headers)
         try:
             page = answer.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested too deeply
             raise BadAnswer(f"{self.url} sent something that is not JSON") from error
         if not isinstance(page, dict) or not isinstance(page.get("results"), list):
             raise BadAnswer(f"{self.url} sent no list of splits")
         return page
+
+
+def _query_of(address: object) -> str:
+    try:
+        return urlsplit(address).query if isinstance(address, str) else ""
+    except ValueError:
+        return ""
 
 
 def _split(entry: dict[str, Any]) -> Split:

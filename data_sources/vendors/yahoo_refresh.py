@@ -278,5 +278,5 @@ def _read_requests(path: Path) -> dict[str, tuple[int, int, int]]:
         return {}
     except OSError as error:
         raise LakeError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return {}
