@@ -168,7 +168,8 @@ class Inspector:
         bars, accounts, targets = sample
         bars = bars.clone().requires_grad_()
         parameters = list(self._objective.policy.parameters())
-        losses = self._objective(bars, accounts, targets, targets.valid.numel())
+        # Not by a call: hooks on the objective are the training's.
+        losses = self._objective.forward(bars, accounts, targets, targets.valid.numel())
         if isinstance(self._parallel, Sharded):  # its gradients exist only where a backward reduces them
             losses.total.backward()
             gradients = [bars.grad, *(p.grad for p in parameters)]
