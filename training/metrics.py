@@ -109,7 +109,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8_192 if device.type == "cuda" else 1_024
     # Random: equal numbers flip few bits, so that a GPU draws less power and clocks higher than in training.
     generator = torch.Generator(device).manual_seed(0)
-    left, right = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
         watch = Stopwatch(device)
