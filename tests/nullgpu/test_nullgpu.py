@@ -57,7 +57,7 @@ def test_compiled_it_is_one_graph_each_and_launches_a_fraction() -> None:
     assert_it_never_waits_and_fits(found)
     assert found["not_compiled"] == ""
     assert (found["graph_breaks"], found["recompilations"]) == (0, 0)
-    assert found["rollout_launches"] < 1_500
+    assert found["rollout_launches"] < 5_000  # 10,519 when it is not compiled
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
