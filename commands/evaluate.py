@@ -26,6 +26,7 @@ from evaluation.measures import daily_growth, measure
 from evaluation.page import count_of, headline, render_page
 from evaluation.provenance import (
     champion_beside,
+    changed_days,
     day_of,
     how_it_was_made,
     minute_of,
@@ -33,6 +34,7 @@ from evaluation.provenance import (
     training_rows,
 )
 from evaluation.report import Report, file_name, json_bytes, write_folder
+from evaluation.revision import revision_of
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import verdict
 from runtime.control import EXIT_NO_DATA, ExitProgram
@@ -254,9 +256,10 @@ def _evaluate(
     if champion:
         policies[CHAMPION] = champion.policy(device, trained.policy.bf16)
     try:
+        market = trained.market(data.bars)
         walks = examine(
             policies,
-            trained.market(data.bars),
+            market,
             trained.env_config(1),
             symbols,
             span.start_ns,
@@ -287,6 +290,8 @@ def _evaluate(
     if overlaps:
         judgement = replace(judgement, edge=False, reason="days that it was trained on prove nothing")
     rows, row_notes = training_rows(trained)
+    revision = revision_of(market, span.start_ns, span.end_ns)
+    notes += changed_days(trained.checkpoint, revision)
     by_return = sorted(walks[POLICY], key=lambda walk: -walk.log_returns.sum())
     ends = [*by_return[:NUM_PLOTTED], *by_return[NUM_PLOTTED:][-NUM_PLOTTED:]]
     return Report(
@@ -305,7 +310,7 @@ def _evaluate(
         ladder_growth=ladder_growth,
         plotted=options.plotted or [walk.symbol for walk in ends],
         training=rows,
-        made=how_it_was_made(trained, data, len(walks[POLICY]), device),
+        made=how_it_was_made(trained, data, revision, len(walks[POLICY]), device),
         notes=[*notes, *row_notes],
     )
 

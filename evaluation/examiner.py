@@ -19,6 +19,7 @@ from evaluation import champion, ledger
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
 from evaluation.measures import Measures, measure
+from evaluation.revision import Revision, revision_of
 from evaluation.trained_policy import NEVER_NS
 from evaluation.verdict import Verdict, beats, verdict
 from models.policy import Policy
@@ -148,13 +149,15 @@ class Examiner:
             )
         if best:
             walks = {POLICY: walks[POLICY], CHAMPION: best.walks} | walks
-        return self._judge(walks, progress, fingerprint, best.name if best else "", obstacle, began)
+        revision = revision_of(market, start_ns, progress.cutoff_ns)
+        return self._judge(walks, progress, fingerprint, revision, best.name if best else "", obstacle, began)
 
     def _judge(
         self,
         walks: Contestants,
         progress: TrainingProgress,
         fingerprint: str,
+        revision: Revision,
         champion_name: str,
         obstacle: str,
         began: float,
@@ -162,7 +165,9 @@ class Examiner:
         """Turn walks into figures, a verdict, and a decision about the champion."""
         challenger = checkpoint.name_of(progress.run, progress.epoch)
         key = {"run": progress.run, "epoch": progress.epoch, "data": fingerprint}
-        recorded = set(map(ledger.key_of, ledger.read(self._folder / ledger.NAME)))
+        earlier = ledger.read(self._folder / ledger.NAME)
+        recorded = set(map(ledger.key_of, earlier))
+        revised = revision.days_changed_since(earlier)
         num_trials = len(recorded | {ledger.key_of(key)})
         pooled = {name: measure(own) for name, own in walks.items()}
         others = {name: measures for name, measures in pooled.items() if name != POLICY}
@@ -181,6 +186,9 @@ class Examiner:
             "last": str(max(walk.time[-1] for walk in walks[POLICY]))[:16],
             "days": pooled[POLICY].num_days,
             "symbols": len(walks[POLICY]),
+            "revision": revision.digest,
+            "bars": revision.days,
+            "revised": revised,
             "trials": num_trials,
             "verdict": "edge" if judgement.edge else "no edge",
             "verdict_reason": judgement.reason,
@@ -195,11 +203,16 @@ class Examiner:
         if ledger.key_of(key) in recorded:
             decision, reason = "decided before", "this exam is already in the ledger"
         lines = [
-            f"Exam: {_summary(pooled, len(symbols))}, {judgement} ({seconds:.1f} s)",
+            f"Exam: {_summary(pooled, len(symbols))}, {judgement} ({seconds:.1f} s, bars {revision.digest})",
             f"Champion: {decision}, {reason}",
         ]
+        if revised:
+            lines.append(
+                f"Bars: those of {', '.join(revised)} are others than an earlier exam scored, whose line in the "
+                "ledger stays: another source's by now, or corrected"
+            )
         figures = _figures(pooled, judgement, num_trials, promoted)
-        figures |= {"exam/symbols": len(symbols), "exam/seconds": seconds}
+        figures |= {"exam/symbols": len(symbols), "exam/seconds": seconds, "exam/revised_days": len(revised)}
         return Exam(figures, {"line": line, "symbols": symbols}, lines)
 
     def _log_once(self, text: str) -> None:

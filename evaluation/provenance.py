@@ -12,6 +12,7 @@ import torch
 
 from data_sources.load import LoadedData
 from evaluation import champion, ledger
+from evaluation.revision import Revision
 from evaluation.trained_policy import TrainedPolicy
 from training.checkpoint import BEST, Checkpoint, CheckpointError
 
@@ -41,6 +42,14 @@ def num_trials(checkpoint: Checkpoint, fingerprint: str) -> int:
     return len(set(map(ledger.key_of, lines)))
 
 
+def changed_days(checkpoint: Checkpoint, revision: Revision) -> list[str]:
+    """Return a note on the days that an exam in the ledger beside the checkpoint scored on other bars."""
+    days = revision.days_changed_since(ledger.read(checkpoint.path.parent / ledger.NAME))
+    if not days:
+        return []
+    return [f"An exam of the training scored {', '.join(days)} on other bars than there are of it now."]
+
+
 def training_rows(trained: TrainedPolicy) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the epochs up to the checkpoint from metrics.jsonl; return them, and notes if that is impossible."""
     path = Path(trained.settings.log_dir) / "metrics.jsonl"
@@ -63,7 +72,7 @@ def training_rows(trained: TrainedPolicy) -> tuple[list[dict[str, Any]], list[st
 
 
 def how_it_was_made(
-    trained: TrainedPolicy, data: LoadedData, num_symbols: int, device: torch.device
+    trained: TrainedPolicy, data: LoadedData, revision: Revision, num_symbols: int, device: torch.device
 ) -> dict[str, str]:
     """Return what is needed to reproduce a report."""
     checkpoint, settings = trained.checkpoint, trained.settings
@@ -78,6 +87,7 @@ def how_it_was_made(
         f"{settings.num_layers} layers, {settings.num_heads} heads; the most likely position, never a drawn one",
         "positions": ", ".join(f"{position:g}" for position in settings.positions),
         "bars": f"{num_symbols} symbols from {', '.join(settings.sources)}; data {data.fingerprint}",
+        "revision of the evaluated bars": revision.digest,
         "data of the training": checkpoint.data_fingerprint,
         "fees": f"stocks {settings.stock_fee_bps:g} bps, crypto {settings.crypto_fee_bps:g} bps of traded value",
         "slippage": slippage,

@@ -169,6 +169,29 @@ def test_the_champion_is_an_ordinary_checkpoint_and_survives_pruning(training: T
     assert saved.metrics["exam/champion_percent"] == exam.figures["exam/champion_percent"] > 0
 
 
+def test_an_exam_says_which_days_it_scores_on_other_bars_and_earlier_lines_stay(training: Training) -> None:
+    training.progress.cutoff_ns = int(training.bars[0].open_time[-1]) + DAY_NS
+    training.examine("yahoo")
+    training.examine("yahoo")
+    assert [line["revised"] for line in training.ledger] == [[], []]
+    before = (training.folder / ledger.NAME).read_bytes()
+    day = str(list(training.ledger[0]["bars"])[-2])  # Polygon's file of this day takes Yahoo's place
+    bars = training.bars[0]
+    is_new = bars.open_time.astype("datetime64[ns]").astype("datetime64[D]").astype(str) == day
+    polygon = replace(bars, volume=np.where(is_new, bars.volume + 1, bars.volume))
+    market = market_of(
+        polygon, training.bars[1], holdout_start_ns=training.trained_until_ns, context_bars=4, horizon=8
+    )
+    training.trainer.set_market(market)
+    exam = training.examine("polygon")
+    first, _, third = training.ledger
+    assert third["revised"] == [day] and exam.figures["exam/revised_days"] == 1
+    assert third["revision"] != first["revision"] and third["bars"].keys() == first["bars"].keys()
+    assert f"Bars: those of {day} are others than an earlier exam scored" in training.output
+    assert f"bars {third['revision']})" in exam.lines[0]
+    assert (training.folder / ledger.NAME).read_bytes().startswith(before)
+
+
 def test_the_days_are_new_to_challenger_and_champion(training: Training) -> None:
     training.hold("long")
     training.examine()
@@ -303,7 +326,7 @@ def test_removing_one_of_two_links_is_not_counted_as_freed_space(
     old_state = training.folder / checkpoint.RESUME / "run1_epoch1.pt"
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(OSError, match="the disk is full"):
-        checkpoint._make_room(training.folder, old_state.stat().st_size + 1)
+        checkpoint._make_room(training.folder, old_state.stat().st_size + 1, None)
     assert sorted(path for path in training.folder.rglob("*.pt")) == before
     assert "Warning" not in training.output
 
