@@ -175,11 +175,7 @@ class _Reader:
         start_ns, end_ns = names[-1].start_ns, names[-1].end_ns
         if start_ns <= request.start_ns and request.end_ns <= end_ns:
             return own
-        if own is not None and own["open_time"][-1] >= end_ns:  # the name is another symbol's by now
-            if own["open_time"][0] < end_ns:
-                left_out = f"{symbol} before {utc(end_ns).date()} is another symbol, and left out"
-                self.notes[symbol] = [left_out]
-            return _select(own, own["open_time"] >= end_ns)
+        names[-1] = dataclasses.replace(names[-1], end_ns=renames.FOREVER_NS)  # see _of_one_symbol
         pieces = []
         for stretch in names:
             piece = own
@@ -222,7 +218,7 @@ class _Reader:
         rejected = {self.source.name: self.count_rejected(symbol)}
         series = Series(bars, _marks(self.source, len(bars)), rejected=rejected)
         series.flags = self.notes.get(symbol, [])
-        return _without_bad_ticks(series)
+        return _without_bad_ticks(_of_one_symbol(series, self.names(symbol)[-1].end_ns))
 
     def _dataset_of(self, symbol: str) -> str:
         return self.group.dataset or symbol
@@ -236,7 +232,7 @@ def _stocks(readers: Sequence[_Reader], ledger: SplitLedger, request: DataReques
         series = _merge(symbol, pieces, ledger)
         series.rejected = {reader.source.name: reader.count_rejected(symbol) for reader in own}
         series.flags += dict.fromkeys(note for reader in own for note in reader.notes.get(symbol, ()))
-        yield _without_bad_ticks(series)
+        yield _without_bad_ticks(_of_one_symbol(series, own[0].names(symbol)[-1].end_ns))
 
 
 def _adjusted_bars(reader: _Reader, symbol: str, ledger: SplitLedger, request: DataRequest) -> Bars:
@@ -342,6 +338,17 @@ def _flag_breaks(series: Series) -> None:
         ratio = bars.open[place] / bars.close[place - 1]
         moved = f"rise {ratio:.3g}-fold" if ratio > 1 else f"fall to 1/{1 / ratio:.3g}"
         series.flags.append(f"prices {moved} at once on {day}: cut there, as if it were another symbol")
+
+
+def _of_one_symbol(series: Series, end_ns: int) -> Series:
+    """Leave out what the name meant until ``end_ns``, if another symbol has taken it up since."""
+    bars = series.bars
+    is_new = bars.open_time >= end_ns
+    if is_new.all() or not is_new.any():
+        return series
+    flags = [*series.flags, f"{bars.symbol} before {utc(end_ns).date()} is another symbol, and left out"]
+    kept = Bars(bars.symbol, bars.asset_class, *(getattr(bars, name)[is_new] for name in COLUMNS))
+    return dataclasses.replace(series, bars=kept, source=series.source[is_new], flags=flags)
 
 
 def _marks(source: Source, count: int) -> NDArray[np.int8]:

@@ -113,6 +113,14 @@ def test_a_renamed_stock_is_one_series_without_the_other_companies_of_its_names(
     assert bars is None and row.dropped == "no bars, FB is META since 2022-06-09"
 
 
+def test_a_name_that_is_taken_over_is_one_symbol_whichever_source_has_which_half(lake: Lake) -> None:
+    put(lake, "2022-06-06", {"FB": 194.0})
+    put(lake, "2022-06-10", {"FB": 24.0}, source="yahoo")
+    bars, row = bars_of(lake, "FB", "2022-06-01", "2022-06-20")
+    assert daily(bars) == {"2022-06-10": 24.0}
+    assert "FB before 2022-06-09 is another symbol, and left out" in row.flags
+
+
 def test_splits_under_either_name_are_applied_once(lake: Lake) -> None:
     own_table(lake, "stocks,OLD,NEW,2026-01-07,1,")
     for day, prices in (
