@@ -28,6 +28,8 @@ from dotenv import load_dotenv
 
 from commands.cli import application, enter_program_folder, exit_with, run
 from commands.train import Job
+from envs.feature_errors import FeatureError
+from envs.features import registered_features
 from runtime.control import (
     EXIT_ABORTED,
     EXIT_CRASH,
@@ -226,6 +228,7 @@ def train_command(settings: Settings) -> None:
     try:
         if control.folder is None:  # else the supervisor's preflight has compared them
             devices.find(settings, os.environ)
+        registered_features()  # raises where envs/own_features.py cannot be run
         train(settings, control)
     except devices.DeviceError as reason:
         code, message = EXIT_SETTING, str(reason)
@@ -233,7 +236,7 @@ def train_command(settings: Settings) -> None:
         code, message = reason.code, str(reason)
     except checkpoint.FolderInUse as reason:
         code, message = EXIT_LOCKED, str(reason)
-    except checkpoint.CheckpointError as reason:
+    except (checkpoint.CheckpointError, FeatureError) as reason:
         code, message = EXIT_SETTING, str(reason)
     except DoesNotFit as error:
         code, message = EXIT_DOES_NOT_FIT, f"This training does not fit: {error}"

@@ -15,6 +15,7 @@ from commands import check, data, episode, export, signals
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
 from data_sources.lake.quality import closed_before
+from envs.features import registered_features
 from evaluation.trained_policy import TrainedPolicy
 from monitoring.console import Console
 from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, EXIT_SETTING, ExitProgram, report_ranks
@@ -29,6 +30,7 @@ log = logging.getLogger("continuous_training")
 
 def preflight_command(settings: Settings) -> None:
     """Check devices, settings and folder before any process trains; one line says what training computes on."""
+    registered_features()  # raises where envs/own_features.py cannot be run
     try:
         launch, found = check.plan_launch(settings, os.environ)
     except ValueError as error:
@@ -51,7 +53,7 @@ def check_command(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="contact no source")] = False,
 ) -> None:
-    """Check all that can be known before a start: settings, keys, sources, clock, GPUs, memory, disk."""
+    """Check all that can be known before a start: settings, features, keys, sources, clock, GPUs, memory, disk."""
     with Console(Path(settings.log_dir), to_stderr=as_json) as console:
         code = check.print_report(check.check_all(settings, os.environ, offline), console, as_json)
     if code:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 import typer
 
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, export, name_of
+from envs.feature_errors import FeatureError
 from runtime.control import EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
 from training.setting_types import KINDS, shown
 
@@ -146,7 +147,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
             device = devices.of_rank(changes.get("device", "auto"), local_rank=0)
             trained = TrainedPolicy.read(_locate(checkpoint), settings_class, device, **changes)
             _call(run, trained, options)
-        except (CheckpointError, ExportError) as error:
+        except (CheckpointError, ExportError, FeatureError) as error:
             exit_with(EXIT_SETTING, str(error))
         except torch.OutOfMemoryError:
             fix = "use --device cpu, or another GPU, such as --device cuda:1"
@@ -359,6 +360,8 @@ def _call(run: Callable[..., None], subject: Any, options: Mapping[str, Any]) ->
         run(subject, **options)
     except ExitProgram as reason:
         exit_with(reason.code, str(reason))
+    except FeatureError as error:
+        exit_with(EXIT_SETTING, str(error))
 
 
 def _usage_message(error: Any) -> str:

@@ -121,7 +121,7 @@ class Job:
             self.console.show_data(data)
             scaled = self._trainer.env.market if self._trainer else self._saved
             statistics = scaled.statistics if scaled else None
-            market = make_market(settings, data.bars, self.ranks.device, statistics)
+            market = make_market(settings, data.bars, self.ranks, statistics)
         progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))
         self._fingerprint = data.fingerprint
         if self._trainer:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import numpy as np
 import torch
@@ -25,11 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_sources.bars import MINUTE_NS, AssetClass, Bars, find_breaks
+from data_sources.calendar import new_york_time
+from envs.feature_errors import FeatureError, evaluate, import_own
 
 FeatureFunction = Callable[["History"], Tensor]
 FEATURES: dict[str, FeatureFunction] = {}
 
 CLIP = 8.0  # normalised features stay within this many standard deviations
+LARGEST_RAW = 1e3  # only bad prints exceed it; they must not ruin the statistics
 # A symbol's first bars have almost no history: their features are 0 and not part of the statistics.
 WARM_UP_BARS = 15
 MINUTES_PER_DAY = 1_440
@@ -160,21 +162,8 @@ def rolling_max(series: Tensor, window: int) -> Tensor:
 
 def local_minutes(open_time: NDArray[np.int64], asset_class: AssetClass) -> NDArray[np.int64]:
     """Return minutes since a Monday 00:00 on the exchange's clock: UTC for crypto, New York for stocks."""
-    minutes = open_time // MINUTE_NS
-    if asset_class == "stock" and len(minutes):
-        # Clocks change early on Sundays, when no exchange is open: noon's offset holds for the day.
-        days, inverse = np.unique(minutes // MINUTES_PER_DAY, return_inverse=True)
-        zone = ZoneInfo("America/New_York")
-        noons = [datetime.fromtimestamp((int(day) * 24 + 12) * 3600, UTC) for day in days]
-        offsets = np.array([_offset_minutes(noon, zone) for noon in noons], dtype=np.int64)
-        minutes = minutes + offsets[inverse]
-    return minutes + 3 * MINUTES_PER_DAY  # 1970-01-01 was a Thursday
-
-
-def _offset_minutes(moment: datetime, zone: ZoneInfo) -> int:
-    offset = moment.astimezone(zone).utcoffset()
-    assert offset is not None  # a ZoneInfo always has one
-    return int(offset.total_seconds()) // 60
+    local_time = new_york_time(open_time) if asset_class == "stock" else open_time
+    return local_time // MINUTE_NS + 3 * MINUTES_PER_DAY  # 1970-01-01 was a Thursday
 
 
 def _scale_by_volatility(history: History, move: Tensor, bars: int = 1) -> Tensor:
@@ -335,22 +324,25 @@ def compute(
     A break (``data_sources.bars.find_breaks``) begins a new history: no feature looks back across it.
 
     Raises:
-        ValueError: a feature returned the wrong shape.
+        FeatureError: a feature failed, returned no vector of the bars, or changed its history; or
+            envs/own_features.py cannot be run.
     """
-    functions = FEATURES if functions is None else functions
+    raw = compute_unbounded(bars, device, functions)
+    return raw.nan_to_num_(0.0, 0.0, 0.0).clamp_(-LARGEST_RAW, LARGEST_RAW)
+
+
+@torch.no_grad()
+def compute_unbounded(
+    bars: Bars, device: torch.device, functions: Mapping[str, FeatureFunction] | None = None
+) -> Tensor:
+    """Return the features as their functions return them, (B, F) float32, with NaN and infinities."""
+    functions = registered_features() if functions is None else functions
     raw = torch.empty(len(bars), len(functions), device=device)
-    edges = [0, *find_breaks(bars).tolist(), len(bars)]
-    for first, end in pairwise(edges):
+    for first, end in pairwise([0, *find_breaks(bars).tolist(), len(bars)]):
         history = History(bars.rows(first, end), device)
         for column, (name, function) in enumerate(functions.items()):
-            values = function(history)
-            if values.shape != (end - first,):
-                raise ValueError(
-                    f"feature {name} must have shape ({end - first},), was {tuple(values.shape)}"
-                )
-            raw[first:end, column] = values
-    # Only bad prints exceed a thousand; they must not ruin the statistics.
-    return raw.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1e3, 1e3)
+            raw[first:end, column] = evaluate(name, function, history, end - first)
+    return raw
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,3 +401,48 @@ class FeatureStatistics:
     def from_state_dict(state: Mapping[str, Any]) -> FeatureStatistics:
         """Restore from ``state_dict``."""
         return FeatureStatistics(tuple(state["names"]), state["mean"], state["std"])
+
+
+# --- envs/own_features.py -------------------------------------------------------------------------------------
+
+BUILT_IN = tuple(FEATURES)
+OWN_FILE = Path(__file__).with_name("own_features.py")
+
+
+def registered_features() -> dict[str, FeatureFunction]:
+    """Return all features by name, the built-in ones first.
+
+    Raises:
+        FeatureError: envs/own_features.py cannot be run.
+    """
+    if _own_error:
+        raise FeatureError(_own_error)
+    return dict(FEATURES)
+
+
+def own_features() -> dict[str, FeatureFunction]:
+    """Return the features that are not built in; raises as ``registered_features``."""
+    return {name: function for name, function in registered_features().items() if name not in BUILT_IN}
+
+
+def read_own_features() -> dict[str, FeatureFunction]:
+    """Run envs/own_features.py again and return its functions, which remember nothing of earlier calls."""
+    registered = dict(FEATURES)
+    for name in FEATURES.keys() - set(BUILT_IN):
+        del FEATURES[name]
+    try:
+        names = {"__name__": "envs.own_features", "__file__": str(OWN_FILE)}
+        exec(compile(OWN_FILE.read_bytes(), str(OWN_FILE), "exec"), names)
+        return {name: function for name, function in FEATURES.items() if name not in BUILT_IN}
+    finally:
+        FEATURES.clear()
+        FEATURES.update(registered)
+
+
+_own_error = ""
+try:  # here, so that they are registered wherever features are computed
+    import_own("envs.own_features", OWN_FILE)
+except FeatureError as error:
+    _own_error = str(error)
+    for _name in FEATURES.keys() - set(BUILT_IN):  # those before the error: all belong together
+        del FEATURES[_name]

@@ -14,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import envs.own_features  # noqa: F401  # registers them
 from data_sources.bars import Bars, find_breaks
 from data_sources.calendar import minutes_left
-from envs.features import FEATURES, VOLATILITY_FLOOR, FeatureFunction, FeatureStatistics, compute
+from envs.features import (
+    VOLATILITY_FLOOR,
+    FeatureFunction,
+    FeatureStatistics,
+    compute,
+    registered_features,
+)
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -89,7 +94,7 @@ class Market:
             ValueError: a symbol appears twice, or the statistics are of other features.
         """
         device = torch.device(device)
-        functions = dict(FEATURES if features is None else features)
+        functions = registered_features() if features is None else dict(features)
         symbols = tuple(series.symbol for series in bars)
         if len(set(symbols)) != len(symbols):
             twice = sorted({symbol for symbol in symbols if symbols.count(symbol) > 1})

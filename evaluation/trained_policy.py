@@ -20,7 +20,7 @@ from data_sources.simulated import simulated_bars
 from data_sources.universe import top_of
 from data_sources.vendors import ADVISERS
 from envs.config import EnvConfig
-from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compute
+from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compute, registered_features
 from envs.latest import latest_decisions
 from envs.market import Market
 from models.exported import ExportError, read_card
@@ -63,6 +63,7 @@ class TrainedPolicy:
         Raises:
             CheckpointError: it is missing or damaged, of another format or version, or of other features than
                 this program computes.
+            FeatureError: envs/own_features.py cannot be run.
             ValueError: a changed setting is wrong, or the weights depend on it.
         """
         device = torch.device(device)
@@ -82,7 +83,7 @@ class TrainedPolicy:
                 values[name] = tuple(s for s in values[name] if top_of((s,)) or not ADVISERS[name](s))
             settings = settings_class(**values)
         statistics = checkpoint.statistics
-        if statistics.names != tuple(FEATURES):
+        if statistics.names != tuple(registered_features()):
             other = sorted(set(statistics.names) ^ set(FEATURES)) or ["their order"]
             raise CheckpointError(
                 f"{path} was trained on other features than this program computes: {', '.join(other)}"
@@ -262,7 +263,7 @@ class Decision:
 
 def feature_schema() -> str:
     """Return a digest of the features' names, order and limits, as SHA-256 in hex."""
-    return hashlib.sha256(json.dumps([list(FEATURES), CLIP, WARM_UP_BARS]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([list(registered_features()), CLIP, WARM_UP_BARS]).encode()).hexdigest()
 
 
 def feature_probe() -> list[float]:

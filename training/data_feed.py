@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from data_sources import snapshot
 from data_sources.bars import Bars
 from data_sources.calendar import date_ns, utc
@@ -24,7 +22,9 @@ from data_sources.refresh import refresh
 from data_sources.sources import DataRequest
 from data_sources.universe import top_of
 from data_sources.vendors import SYMBOL_SETTINGS
-from envs.features import FeatureStatistics
+from envs.feature_checks import check_own_features
+from envs.feature_errors import FeatureError
+from envs.features import FeatureStatistics, own_features
 from envs.market import Market
 from runtime import background_process
 from runtime.control import (
@@ -33,6 +33,7 @@ from runtime.control import (
     STOP_AT_EPOCH_END,
     Control,
     ExitProgram,
+    heartbeat_thread,
     heartbeat_while_waiting,
 )
 from training.distributed import Ranks, agreed_stop
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from continuous_training import Settings
 
 log = logging.getLogger("continuous_training")
+
+CHECK_SECONDS = 3_600.0  # a feature that computes for longer counts as hanging
 
 
 def fresh_bars(
@@ -184,18 +187,19 @@ def _first_of(names: Sequence[str], most: int = 10) -> str:
 
 
 def make_market(
-    settings: Settings, bars: Sequence[Bars], device: torch.device, statistics: FeatureStatistics | None
+    settings: Settings, bars: Sequence[Bars], ranks: Ranks, statistics: FeatureStatistics | None
 ) -> Market:
-    """Put a run's bars on the device, their newest ``holdout_days`` held out.
+    """Put a run's bars on the device, their newest ``holdout_days`` held out (all ranks).
 
     Args:
         settings: of the training.
         bars: one series per symbol.
-        device: of this rank.
+        ranks: rank 0 checks the features of one's own on these bars first.
         statistics: scale of the features that training began with; None: computed from these bars.
 
     Raises:
         ExitProgram: there are no bars, or too few to train on.
+        FeatureError: a feature of one's own looks ahead, or cannot be used.
     """
     if not bars:
         raise ExitProgram(
@@ -203,10 +207,33 @@ def make_market(
             f"No symbol has {settings.min_bars:,} bars: set the keys in .env (see .env.example), check the "
             "network, or try it offline with --demo",
         )
+    _check_features(bars, ranks)
     try:
-        return Market.from_settings(bars, settings, device, holdout_start_ns(settings, bars), statistics)
+        holdout_ns = holdout_start_ns(settings, bars)
+        return Market.from_settings(bars, settings, ranks.device, holdout_ns, statistics)
+    except FeatureError:
+        raise
     except ValueError as error:
         raise ExitProgram(EXIT_NO_DATA, str(error)) from error
+
+
+def _check_features(bars: Sequence[Bars], ranks: Ranks) -> None:
+    """Check the features of one's own on rank 0; all ranks raise FeatureError if one must not be used."""
+    errors: list[str] = []
+    if ranks.is_first and own_features():
+        begin = time.monotonic()
+        with heartbeat_thread(CHECK_SECONDS):
+            report = check_own_features(bars)
+        errors = report.errors
+        for warning in report.warnings:
+            log.warning(warning)
+        if not errors:
+            seconds = time.monotonic() - begin
+            log.info(f"Features of your own: {', '.join(report.names)}; none looks ahead ({seconds:.1f} s)")
+    with heartbeat_while_waiting():
+        errors = ranks.broadcast(errors)
+    if errors:
+        raise FeatureError("\n".join(errors))
 
 
 def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:

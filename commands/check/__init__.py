@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.check import machine, sources
+from commands.check.features import check_features
 from commands.check.report import Line, print_report
 from data_sources import refresh
 from data_sources.sources import Answer, DataRequest
@@ -50,7 +51,10 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
     request = data_request(settings, now_ns)
     yield from check_folder(settings, launch.world_size, launch.node_rank in ("", "0"))
     saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
-    yield from _check_checkpoint(saved, warnings, settings)
+    features = list(check_features(settings, now_ns))
+    yield from features
+    if not any(line.code for line in features):  # else its features differ, too
+        yield from _check_checkpoint(saved, warnings, settings)
     yield from _check_file_systems(settings, request.needs_lake)
     yield from sources.check_keys(request, environment)
     yield from sources.check_bars(settings, request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from commands.selftest.vendor_rows import load_through_a_lake
-from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS, Bars
+from data_sources.bars import COLUMNS, DAY_NS, Bars
 from data_sources.calendar import new_york_time
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
@@ -28,7 +28,9 @@ from data_sources.load import each_symbol
 from data_sources.simulated import simulated_bars
 from data_sources.sources import DataRequest
 from envs.config import EnvConfig
-from envs.features import FEATURES, WARM_UP_BARS, FeatureFunction, compute
+from envs.feature_checks import check_own_features, features_that_look_ahead, replace_bars_after
+from envs.feature_errors import FeatureError
+from envs.features import WARM_UP_BARS
 from envs.market import Market, NoSegment
 from envs.trading_env import TradingEnv
 from evaluation.provenance import minute_of
@@ -58,8 +60,12 @@ def run(settings: Settings, ranks: Ranks) -> list[str]:
     try:
         bars = load_bars(settings, time.time_ns())
         found, played = find_look_ahead(bars, settings, ranks)
-    except (DataError, NoSegment) as error:
+        own = check_own_features(bars)
+    except (DataError, NoSegment, FeatureError) as error:
         return [f"look-ahead could not be checked: {error}"]
+    for warning in own.warnings:
+        log.warning(warning)
+    found += own.errors
     line = f"no look-ahead on {', '.join(played)}"
     if others := [series.symbol for series in bars if series.symbol not in played]:
         line += f" (features only on {', '.join(others)}: too few bars)"
@@ -165,52 +171,6 @@ def bars_that_change(bars: Sequence[Bars], extended_hours: bool) -> Iterator[tup
             ours, theirs = (loaded[series.symbol].between(0, end_ns) for loaded in (expected, actual))
             if any(not np.array_equal(getattr(ours, name), getattr(theirs, name)) for name in COLUMNS):
                 yield series, cut
-
-
-def features_that_look_ahead(
-    bars: Bars,
-    cuts: Sequence[int],
-    functions: Mapping[str, FeatureFunction] | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[str, int]:
-    """Find features whose values up to a bar depend on later bars; a single bit counts.
-
-    Args:
-        bars: of one symbol, real or simulated.
-        cuts: indices of bars. All bars after a cut are replaced, one cut at a time.
-        functions: name -> feature; default: all registered features.
-        device: where features are computed.
-
-    Returns:
-        Name -> the first of ``cuts`` at which the feature saw a later bar; empty if none looks ahead.
-    """
-    functions, device = FEATURES if functions is None else functions, torch.device(device)
-    expected = compute(bars, device, functions)
-    found: dict[str, int] = {}
-    for seed, cut in enumerate(cuts):
-        actual = compute(replace_bars_after(bars, cut, seed), device, functions)
-        differs = (expected[: cut + 1] != actual[: cut + 1]).any(0).tolist()
-        for name, looks_ahead in zip(functions, differs, strict=True):
-            if looks_ahead:
-                found.setdefault(name, cut)
-    return found
-
-
-def replace_bars_after(bars: Bars, cut: int, seed: int) -> Bars:
-    """Return the same bars up to index ``cut``, then unrelated prices, volumes and times.
-
-    Prices stay within a factor of 3, so that no break follows: segments must be the same.
-    """
-    random, later = np.random.default_rng(seed), len(bars) - cut - 1
-    columns = {name: getattr(bars, name).copy() for name in ("open", "high", "low", "close", "volume")}
-    scale = float(bars.close[cut] * np.exp(random.uniform(-0.4, 0.4)))
-    prices = scale * np.exp(random.normal(0, 0.1, (4, later)))
-    columns["low"][cut + 1 :], columns["high"][cut + 1 :] = prices.min(0), prices.max(0)
-    columns["open"][cut + 1 :], columns["close"][cut + 1 :] = prices[0], prices[1]
-    columns["volume"][cut + 1 :] = random.lognormal(8, 4, later) * (random.random(later) > 0.3)
-    times = bars.open_time.copy()
-    times[cut + 1 :] = times[cut] + np.cumsum(random.integers(1, 500, later)) * MINUTE_NS
-    return replace(bars, open_time=times, **columns)
 
 
 def _choose_cuts(bars: Bars) -> list[int]:
