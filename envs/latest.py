@@ -1,9 +1,8 @@
 """The latest decision of each symbol: its newest closed bar, seen as an exam of that day would see it.
 
 In training and in an exam, decision h of a segment sees C + h earlier bars. So the newest bar becomes a
-decision of an unfinished segment, aligned as in ``ExamEnv(market, config, device, [(symbol, midnight_ns)])``: a
-segment starts every H bars from the first bar of the newest bar's UTC day. Live decisions then match the exam's
-to the same numbers, and need only the newest bars.
+decision of an unfinished segment. Where that begins follows from the clock (``Market.segment_starts``), in an exam
+as well: live decisions match the exam's to the same numbers, whenever it began, and need only the newest bars.
 
 Shapes: N = symbols with a decision, C = context bars, H = horizon, F = bar features, A = account features,
 J = positions that can be held.
@@ -60,15 +59,13 @@ def latest_decisions(market: Market, config: EnvConfig) -> LatestDecisions:
         if last < first:
             unavailable[symbol] = "no bars"
             continue
-        midnight = int(market.open_time[last]) // DAY_NS * DAY_NS
-        first_today = first + int((market.open_time[first : last + 1] < midnight).sum())
-        first_decision = max(begin_of[last] + context, first_today)
-        if first_decision > last:
+        begin = int(market.segment_starts(number, torch.tensor([last], device=market.device), horizon))
+        if begin > last:
             have = last - begin_of[last] + 1
             unavailable[symbol] = f"{have} bars in a row since its last hole, needs {context + 1}"
             continue
         numbers.append(number)
-        starts.append(last - (last - first_decision) % horizon)
+        starts.append(begin)
         newest.append(last)
     device = market.device
     symbol_of, start, bar = (

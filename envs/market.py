@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sources.bars import Bars, find_breaks
+from data_sources.bars import DAY_NS, Bars, find_breaks
 from data_sources.calendar import minutes_left
 from envs.features import (
     VOLATILITY_FLOOR,
@@ -234,6 +234,25 @@ class Market:
         stretch = torch.searchsorted(self.stretch_starts_before, number, right=True) - 1
         start = self.stretch_first[stretch] + self.context_bars + number - self.stretch_starts_before[stretch]
         return self.playable[place], start
+
+    def segment_starts(self, number: int, bars: Tensor, horizon: int) -> Tensor:
+        """Return where the segments of one symbol's bars begin when they are laid out by the clock, (n,) int64.
+
+        A segment begins every ``horizon`` bars from the first bar of each UTC day on, or of a stretch that has its
+        context before it. So exams and live decisions see a bar in the same segment, wherever a walk begins and
+        however many older bars are known. A result beyond its bar means that the context is not full yet.
+
+        Args:
+            number: of the symbol.
+            bars: (n,) int64, bars of this symbol outside the holdout.
+            horizon: H.
+        """
+        first, last = self.offsets[number : number + 2].tolist()
+        midnight = self.open_time[bars] // DAY_NS * DAY_NS
+        first_of_day = first + torch.searchsorted(self.open_time[first:last], midnight)
+        stretch = torch.searchsorted(self.stretch_first, bars, right=True) - 1
+        begin = torch.maximum(self.stretch_first[stretch] + self.context_bars, first_of_day)
+        return torch.where(begin > bars, begin, bars - (bars - begin) % horizon)
 
     def last_bar(self, bar: Tensor) -> Tensor:
         """Return the last bar of each bar's stretch, (n,) int64; for a bar in the holdout, one before it."""

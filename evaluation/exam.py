@@ -1,7 +1,8 @@
 """The exam: policies and baselines walk the same bars, one account per symbol, in order, once.
 
 All contestants are accounts of one ``ExamEnv``, so they pay the same costs at the same opens. The trunk reads
-many whole segments in parallel; only the ledger and the head run bar by bar.
+many segments in parallel, laid out by the clock as for live decisions (``Market.segment_starts``), wherever the
+walk begins; only the ledger and the head run bar by bar.
 Shapes: P = contestants, S = symbols, N = P x S accounts, H = horizon, R = segments of the longest walk.
 """
 
@@ -122,7 +123,7 @@ def examine(
         if number % num_ahead == 0:
             rows = schedule[number : number + num_ahead]
             projected = [
-                _encode(policy, market, rows, horizon, chunk_segments, check_stop)
+                _encode(policy, market, rows, indices, horizon, chunk_segments, check_stop)
                 for policy in policies.values()
             ]
         env.begin_segment()
@@ -158,25 +159,39 @@ def _encode(
     policy: Policy,
     market: Market,
     rows: Tensor,
+    symbols: Sequence[int],
     horizon: int,
     chunk_segments: int,
     check_stop: Callable[[], None],
 ) -> Tensor:
-    """Encode the segments that begin at bars ``rows`` (r, S), -1 for none: (r, H, S, W)."""
-    starts = rows.flatten()
-    existing = (starts >= 0).nonzero().flatten()
+    """Encode the H decisions from bars ``rows`` (r, S) on, -1 for none: (r, H, S, W)."""
+    bars = rows[..., None] + torch.arange(horizon, device=rows.device)  # (r, S, H)
+    starts = torch.full_like(bars, -1)
+    for column, number in enumerate(symbols):
+        walked = rows[:, column] >= 0
+        of_symbol = bars[walked, column]
+        starts[walked, column] = market.segment_starts(number, of_symbol.flatten(), horizon).view_as(
+            of_symbol
+        )
+    segments, number_of = torch.unique(starts, return_inverse=True)
+    number_of, within = number_of.flatten(), (bars - starts).flatten()
     length = market.context_bars + horizon + 1
+    tokens = torch.arange(length, device=rows.device) - market.context_bars
     result = None
-    for part in existing.split(chunk_segments):
+    for part in torch.arange(int(segments[0] < 0), len(segments), device=rows.device).split(chunk_segments):
         check_stop()
-        first = starts.new_zeros(chunk_segments)
-        first[: len(part)] = starts[part] - market.context_bars
-        encoded = policy.encode(market.windows(first, length), horizon + 1)[: len(part), :horizon]
+        first = segments.new_full((chunk_segments,), market.context_bars)
+        first[: len(part)] = segments[part]
+        # A segment may reach beyond the last bar; nothing is decided there.
+        places = torch.minimum(first[:, None] + tokens, market.last_bar(first)[:, None])
+        windows = market.features[places].float()
+        encoded = policy.encode(windows, horizon + 1)
         if result is None:
-            result = encoded.new_zeros(len(starts), *encoded.shape[1:])
-        result[part] = encoded
+            result = encoded.new_zeros(len(number_of), encoded.shape[-1])
+        here = ((number_of >= part[0]) & (number_of <= part[-1])).nonzero().flatten()
+        result[here] = encoded[number_of[here] - part[0], within[here]]
     assert result is not None  # some symbol walks every segment
-    return result.unflatten(0, rows.shape).transpose(1, 2).contiguous()
+    return result.view(*bars.shape, -1).transpose(1, 2).contiguous()
 
 
 def _play(

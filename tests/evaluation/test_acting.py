@@ -15,10 +15,11 @@ from envs.config import EnvConfig
 from envs.counterfactuals import accounts_in_every_position
 from envs.latest import latest_decisions
 from envs.walk_env import ExamEnv
+from evaluation.exam import examine
 from evaluation.trained_policy import Actor
 from models.policy import Policy
 from models.transformer import TransformerConfig
-from tests.envs.markets import CONTEXT, HORIZON, MONDAY, config_of, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, MONDAY, NEVER, config_of, market_of, walk
 
 CONFIG = config_of(num_envs=1)
 
@@ -96,6 +97,35 @@ def test_bars_replayed_one_by_one_give_the_numbers_of_the_batch() -> None:
     assert min(compared.values()) > 30 and compared.total() > 350
     # On some processors, other rows in a matrix product round differently.
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize("start_minute", [0, 37, 1439, 2000])
+def test_an_exam_from_any_minute_takes_the_positions_that_live_decisions_do(start_minute: int) -> None:
+    # 1,440 is no multiple of the horizon of 37: segments from the walk's begin on shift from day to day.
+    config = config_of(num_envs=1, horizon=37, episode_bars=3_700)
+    coin = walk("AAA", 3_400, gaps={90: 3, 1_200: 400, 2_333: 1, 2_500: 61, 2_501: 30, 2_502: 30})
+    stock = walk("BBB", 900, "stock", seed=2, gaps={50: 1, 390: 1_050, 780: 1_050})
+    market = market_of(coin, stock, horizon=37)
+    torch.manual_seed(0)
+    policy = Policy(TransformerConfig(market.num_features, 32, 2, 4, CONTEXT + 38), 9, 3)
+    for layer in (policy.head.logits, policy.head.market):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    torch.nn.init.zeros_(policy.head.account.weight)  # a live account has no gain or age yet
+    actor = Actor(policy.eval(), market.statistics, config)
+    start_ns = MONDAY + start_minute * MINUTE_NS
+    walks = examine(policy, market, config, ("AAA", "BBB"), start_ns, NEVER, chunk_segments=7)["policy"]
+    targets = set()
+    for bars, played in zip((coin, stock), walks, strict=True):
+        fills = np.searchsorted(bars.open_time, played.time.astype(np.int64))
+        assert len(fills) > 100
+        for t in range(CONTEXT, len(fills), 47):
+            # The fill's bar was not there yet when it was decided.
+            ((decision,), _) = actor.decide([first_bars(bars, int(fills[t]))])
+            target, probability = decision.when_holding(0.0)
+            if probability > 0.51:  # else rounding may decide
+                assert round(played.position[t]) == target
+                targets.add(target)
+    assert targets == {-1.0, 0.0, 1.0}
 
 
 def test_a_decision_is_the_most_likely_target_for_the_position_held() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_sources.bars import DAY_NS
 from envs.market import YEAR_NS, Market, NoSegment
 from envs.walk_env import ExamEnv
 from evaluation import baselines
@@ -105,13 +106,27 @@ def test_the_laws_of_the_baselines(walks: dict[str, list[Walk]]) -> None:
     assert (stock.traded > 0).sum() == 1
 
 
+def encode_alone(policy: Policy, market: Market, bar: int) -> torch.Tensor:
+    """Encode a decision, (1, W): segments begin every H bars from the day's first bar with its context."""
+    day, start = int(market.open_time[bar]) // DAY_NS, bar
+    stretch = max(first for first in market.stretch_first.tolist() if first <= bar)
+    while start > stretch + CONTEXT and int(market.open_time[start - 1]) // DAY_NS == day:
+        start -= 1
+    start += (bar - start) // HORIZON * HORIZON
+    tokens = market.features[start - CONTEXT : bar + 1].float()[None]
+    return policy.encode(tokens, bar - start + 1)[:, -1]
+
+
 @torch.no_grad()
 def step_by_step(policy: Policy, market: Market, symbol: str, start_ns: int) -> np.ndarray:
     """Rows of an account's time, position, equity after it, fees and borrowing: one env, one step at a time."""
     env = ExamEnv(market, CONFIG, market.device, [(symbol, start_ns)])
     rows = []
     for _ in range(env.num_segments):
-        projected = policy.encode(env.begin_segment(), HORIZON + 1)
+        env.begin_segment()
+        projected = torch.stack(
+            [encode_alone(policy, market, int(env.cursor) + h) for h in range(HORIZON)], 1
+        )
         times = market.open_time[env.cursor + torch.arange(1, HORIZON + 1)]
         for h in range(HORIZON):
             logits, _ = policy.head.decide(projected[:, h], env.account_observations())
