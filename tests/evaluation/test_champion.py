@@ -398,7 +398,7 @@ def test_a_champion_that_cannot_be_compared_is_left_alone(training: Training) ->
     assert "is damaged" in training.ledger[-1]["reason"]
     best.write_bytes(b"torn")
     training.examine()
-    assert "cannot be read" in training.ledger[-1]["reason"]
+    assert "is not a checkpoint of this program" in training.ledger[-1]["reason"]
     assert best.read_bytes() == b"torn"
 
 

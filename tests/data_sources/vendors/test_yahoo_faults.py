@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_sources.errors import DataError, RateLimited, Refused, SourceUnavailable
+from data_sources.lake.quality import bad_ticks
 from data_sources.vendors import yahoo_refresh
 from tests.data_sources.vendors.loopback import Fault, ns
 from tests.data_sources.vendors.yahoo_harness import (
@@ -217,6 +218,17 @@ def reordered(order: Callable[[int], list[int]]) -> Callable[[Rows], Rows]:
 PRICES = ("open", "high", "low", "close")
 
 
+def test_rows_off_the_level_stay_in_the_lake_and_are_no_bars(harness: Harness) -> None:
+    harness.server.faults = [Fault(MINUTES, "rows", rows=spoilt(97, lambda value: value * 10, *PRICES))]
+    harness.refresh("AAPL", at=EVENING)
+    held = harness.columns("AAPL")
+    times, values = harness.server.truth("AAPL", int(held["open_time"][0]), EVENING)
+    is_right = held["close"] == values[np.searchsorted(times, held["open_time"]), 3]
+    assert np.count_nonzero(~is_right) > 10
+    marked = bad_ticks(held["open_time"], held["open"], held["close"])
+    np.testing.assert_array_equal(marked, ~is_right)
+
+
 @pytest.mark.parametrize("is_filled", [False, True], ids=["new lake", "filled lake"])
 @pytest.mark.parametrize(
     "rows",
@@ -225,7 +237,6 @@ PRICES = ("open", "high", "low", "close")
         spoilt(20, lambda value: None, *PRICES, "volume"),
         spoilt(50, lambda value: -value, "low"),
         spoilt(50, lambda value: 0.0, "open"),
-        spoilt(97, lambda value: value * 10, *PRICES),
         spoilt(50, lambda value: value / 2, "high"),
         spoilt(50, lambda value: -5, "volume"),
         spoilt(1, lambda value: value + 17, "timestamp"),
@@ -237,7 +248,7 @@ PRICES = ("open", "high", "low", "close")
         reordered(lambda n: [i for i in range(n) if i % 5]),
     ],
     ids=(
-        "null nulls negative zero spike ohlc volume misaligned future duplicate reversed shuffled half thinned"
+        "null nulls negative zero ohlc volume misaligned future duplicate reversed shuffled half thinned"
     ).split(),
 )
 def test_spoilt_rows_cost_no_kept_bar_and_heal(
