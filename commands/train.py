@@ -85,7 +85,7 @@ class Job:
             on_saved = mirror.after(partial(champion.apply_decision, pending=[]))
             keep, runs = settings.keep_checkpoints, settings.keep_runs
             self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
-            self._examiner = Examiner(self._folder, ranks, self.control)
+            self._examiner = Examiner(self._folder, ranks, self.control, 60 * settings.exam_minutes)
             self._summary = Summary(self.progress.transitions)
             self._opened = stack.pop_all()
         return self

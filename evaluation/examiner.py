@@ -59,14 +59,20 @@ class _Stopped(Exception):
     """The program was asked to stop now: the checkpoint is saved without an exam."""
 
 
+class _TooLong(Exception):
+    """The exam has used its time: the checkpoint is saved without one."""
+
+
 class Examiner:
     """Examines policies on rank 0 while the others wait; changes nothing that training depends on.
 
     If no exam is possible, the reason is logged, and training continues.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, control: Control) -> None:
-        """``folder`` holds the checkpoints."""
+    def __init__(self, folder: Path, ranks: Ranks, control: Control, max_seconds: float = math.inf) -> None:
+        """``folder`` holds the checkpoints; an exam that takes longer than ``max_seconds`` is given up."""
+        self._max_seconds = max_seconds
+        self._deadline = math.inf
         self._folder = folder
         self._ranks = ranks
         self._control = control
@@ -92,6 +98,11 @@ class Examiner:
             exam = self._examine(trainer, policy, fingerprint)
         except _Stopped:
             log.info("No exam: asked to stop")
+        except _TooLong:
+            minutes = self._max_seconds / 60
+            log.warning(
+                f"No exam: not done after exam_minutes={minutes:g}; raise that, or lower holdout_days"
+            )
         except OSError as error:
             log.warning(f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}")
         self._ranks.any(False)
@@ -101,9 +112,12 @@ class Examiner:
         heartbeat()
         if self._control.stop_level >= STOP_NOW:
             raise _Stopped
+        if time.monotonic() > self._deadline:
+            raise _TooLong
 
     def _examine(self, trainer: Trainer, policy: Policy, fingerprint: str) -> Exam:
         began = time.monotonic()
+        self._deadline = began + self._max_seconds
         progress, market = trainer.progress, trainer.env.market
         path = self._folder / checkpoint.BEST
         file = _identity(path)

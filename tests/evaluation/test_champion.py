@@ -340,6 +340,17 @@ def test_a_request_to_stop_now_aborts_an_exam(training: Training, monkeypatch: p
     assert Checkpoint.read(training.folder / "run1_epoch1.pt").exam == {}
 
 
+def test_an_exam_that_takes_too_long_is_given_up(training: Training) -> None:
+    training.hold("long")
+    training.examiner = Examiner(training.folder, training.trainer.ranks, Control(), max_seconds=0.0)
+    assert training.examine() == Exam()
+    assert "Warning: No exam: not done after exam_minutes=0; raise that, or lower" in training.output
+    assert training.ledger == [] and Checkpoint.read(training.folder / "run1_epoch1.pt").exam == {}
+    training.examiner = Examiner(training.folder, training.trainer.ranks, Control(), max_seconds=600.0)
+    training.examine()
+    assert training.best == (1, 2)
+
+
 def test_a_ledger_that_cannot_be_read_is_a_warning(
     training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
