@@ -1,18 +1,18 @@
-"""For every test: those marked ``gpu`` are skipped, and say so, where there is none."""
+"""For every test: those marked ``gpu`` or ``drill`` are skipped, and say so, where they cannot or need not run."""
+
+import os
 
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skipped = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def precision_of_training() -> None:
-    """TF32 on GPUs, as distributed.start sets it: the compiler warns of its absence, and a warning is an error."""
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
+        skipped["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if os.environ.get("DRILL") != "1":
+        skipped["drill"] = pytest.mark.skip(reason="takes long: make drill")
+    for item in items:
+        for name, skip in skipped.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)

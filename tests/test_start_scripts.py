@@ -201,7 +201,7 @@ def test_torch_is_a_build_that_the_driver_runs(tmp_path):
     assert start("470.256.02", CUDA_VISIBLE_DEVICES="") == (7, "")
 
 
-@pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="a dozen calls of pip: make drill")
+@pytest.mark.drill
 def test_a_new_driver_installs_again_and_what_cannot_be_had_is_replaced(tmp_path):
     box = Box(tmp_path)
     project, start = box.project, box.start

@@ -23,7 +23,7 @@ from tests.program import PATIENCE, SUPERVISED, Start, checkpoint, environment, 
 TWO_RANKS = {"runs": 1, "batch_size": 64}
 LAST = "run1_epoch8.pt"
 IN_UTS_NAMESPACE = "import os, sys; os.execvp('unshare', ['unshare', '--uts', 'sh', '-c', sys.argv[1]])"
-long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
+long = pytest.mark.drill
 
 
 @pytest.fixture(scope="module")

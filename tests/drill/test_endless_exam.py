@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from tests.program import Start, epochs_of, tiny_flags
 from tests.program import checkpoint as checkpoint_of
 
 
-@pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes half a minute: make drill")
+@pytest.mark.drill
 def test_an_endless_exam_is_given_up_and_two_ranks_train_on(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).with_name("endless_exam.py")

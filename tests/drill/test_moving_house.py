@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from tests.program import ALONE, Start, checkpoint, environment, is_same, tiny_flags
 from tests.vendors import BinanceNow
 
-long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes half a minute: make drill")
+long = pytest.mark.drill
 
 
 @long

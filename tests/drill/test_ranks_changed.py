@@ -1,6 +1,5 @@
 """The number of ranks changes between runs, 2 to 1 to 3 to 2: ``make drill``."""
 
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from tests.drill.programs import SUPERVISED_WITH_FAULTS
 from tests.program import Start, checkpoint, environment, epochs_of, is_same, metrics, tiny_flags
 
-pytestmark = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
+pytestmark = pytest.mark.drill
 
 RANKS = (2, 1, 3, 2)
 EPOCHS = 2

@@ -7,7 +7,6 @@ completes the work and leaves nothing behind. The drill walks every scenario wit
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 
 from tests.program import PATIENCE, ROOT, environment
 
-long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
+long = pytest.mark.drill
 SHORT = ["control=t:,power", "commit=t:,power", "lake=h:EIO,power", "first part=power"]
 KINDS = "k:,t:,e:EIO,h:EIO,h:ENOSPC,e:EACCES,e:EPERM,e:EINVAL,d:EIO,d:ENOSPC,power"
 SCENARIOS = ["commit", "first commit", "lake", "lake, rows set aside", "first part", "file"]

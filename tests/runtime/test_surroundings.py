@@ -16,7 +16,7 @@ from monitoring.console import Console
 from runtime import install, surroundings
 from tests.program import ALONE, PATIENCE, ROOT, environment, tiny_flags
 
-long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
+long = pytest.mark.drill
 
 # Each of these broke a command, or could: names of absent backends, accounts, folders and ranks.
 HOSTILE = {

@@ -1,7 +1,6 @@
 """Silent corruption: every flipped bit is noticed and its rank named; kernels that vary raise no alarm."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from training.integrity import Inspections, _odd_ones, checksums
 from training.learner import Learner
 
 ROOT = Path(__file__).parents[2]
-long = pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes minutes: make drill")
+long = pytest.mark.drill
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -222,7 +221,7 @@ def test_training_does_not_wait_for_a_slow_mirror_and_copies_the_newest_afterwar
     assert copied == ["run1_epoch1.pt", "run1_epoch4.pt"]
 
 
-@pytest.mark.skipif(os.environ.get("DRILL") != "1", reason="takes three trainings: make drill")
+@pytest.mark.drill
 def test_training_continues_bit_for_bit_from_the_mirror_on_a_new_disk(tmp_path: Path) -> None:
     mirror, disk = tmp_path / "mirror", tmp_path / "disk"
     unbroken = Start(tmp_path / "out", [*ALONE, *tiny_flags(tmp_path / "unbroken", runs=1)])
