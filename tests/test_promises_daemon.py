@@ -234,6 +234,7 @@ def test_both_ranks_end_with_identical_weights(two_ranks: tuple[Path, str]) -> N
     assert digests == first["weights"]
 
 
+@pytest.mark.drill
 def test_ranks_that_hold_shares_learn_what_copies_learn_and_either_goes_on_from_either(
     two_ranks: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -266,6 +267,7 @@ def test_every_rank_plays_its_own_accounts_and_all_of_them_count(two_ranks: tupl
     assert first["optimizer_steps"] == EPOCHS * STEPS_PER_EPOCH
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_a_killed_rank_changes_nothing_in_the_end(two_ranks: tuple[Path, str], tmp_path: Path) -> None:
     start = Start(tmp_path / "out", [*SUPERVISED, *tiny_flags(tmp_path, **TWO_RANKS)], environment(NPROC="2"))

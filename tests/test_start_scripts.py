@@ -218,6 +218,7 @@ def test_a_new_driver_installs_again_and_what_cannot_be_had_is_replaced(tmp_path
     assert start("535.183.01") == (7, "")
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_an_installation_that_is_killed_is_repaired_by_the_next_start(tmp_path):
     project = Project(tmp_path)
@@ -295,7 +296,8 @@ def test_the_bat_does_what_the_sh_does():
     assert set(re.findall(r"-m (runtime\.\w+)", text)) == set(re.findall(r"-m (runtime\.\w+)", shell))
 
 
-def test_env_example_names_every_variable_that_the_sources_read():
+def test_env_example_names_every_variable_that_the_program_reads():
     offered = set(re.findall(r"^([A-Z0-9_]+)=$", (ROOT / ".env.example").read_text(), flags=re.M))
-    sources = "\n".join(path.read_text() for path in (ROOT / "data_sources").rglob("*.py"))
-    assert offered == set(re.findall(r'"((?:POLYGON|BINANCE|YAHOO)_[A-Z0-9_]+)"', sources))
+    paths = [*(ROOT / "data_sources").rglob("*.py"), ROOT / "training" / "mirror.py"]
+    sources = "\n".join(path.read_text() for path in paths)
+    assert offered == set(re.findall(r'"((?:POLYGON|BINANCE|YAHOO|MIRROR)_[A-Z0-9_]+)"', sources))

@@ -39,7 +39,8 @@ def server() -> Iterator[BinanceServer]:
 def data_command(
     server: BinanceServer, folder: Path, *words: str, pairs: str = "BTCUSDT,NOSUCHUSDT"
 ) -> subprocess.CompletedProcess[str]:
-    start = datetime.fromtimestamp((server.now_ns - 3 * DAY_NS) // 10**9, UTC).date().isoformat()
+    # Two days and more without "recent", which begins up to three days ago.
+    start = datetime.fromtimestamp((server.now_ns - 5 * DAY_NS) // 10**9, UTC).date().isoformat()
     flags = ["--sources", "binance", "--binance-pairs", pairs, "--start-date", start]
     flags += ["--data-dir", str(folder / "data"), "--log-dir", str(folder / "logs")]
     return subprocess.run(

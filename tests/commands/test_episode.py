@@ -52,7 +52,7 @@ def test_what_is_drawn_is_what_the_account_did() -> None:
     trades = sum(len(points.get_offsets()) for points in prices.collections)
     assert trades == (np.abs(np.diff(episode.position.round(2), prepend=0.0)) > 0.2).sum() > 0
     np.testing.assert_array_equal(prices.lines[0].get_ydata(), episode.price)
-    np.testing.assert_allclose(net.lines[0].get_ydata(), 100 * (equity - 1))
+    np.testing.assert_allclose(net.lines[0].get_ydata(), 100 * (equity - 1), atol=1e-9)  # plots round
     assert positions.collections
     highest = max(path.vertices[:, 1].max() for part in costs.collections for path in part.get_paths())
     assert highest == pytest.approx(100 * (paid + borrowed).sum())

@@ -89,7 +89,7 @@ def test_a_segment_that_has_not_just_begun_is_not_played():
 
 def test_decisions_of_one_call_are_the_steps_one_by_one_to_the_bit(monkeypatch):
     """The function that is compiled, as it is without the compiler."""
-    monkeypatch.setattr(compiled, "_compiled", lambda function, device: function)
+    monkeypatch.setattr(compiled, "compiled", lambda function, device: function)
     market = mixed_market()
     costs = {"range_slippage": 0.3, "volume_slippage": 0.02, "flat_before_close": 3, "ruin_fraction": 0.9}
     env, twin = (

@@ -123,7 +123,7 @@ def test_weights_are_the_same_with_and_without_exams(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun as on POSIX")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.drill)])
 def test_other_ranks_wait_for_the_exam(tmp_path: Path, parallel: str) -> None:
     flags = tiny_flags(tmp_path, **(FLAGS | {"batch_size": 256}), runs=1, holdout_days=1, parallel=parallel)
     words = [str(ROOT / "continuous_training.py"), "train", *flags]

@@ -416,6 +416,7 @@ def test_other_commands_and_help_run_alone(daemon, arguments):
     assert (output, run.process.returncode) == (f"alone: {' '.join(arguments)}\n", 7)
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_torchrun_with_two_ranks_survives_kills(daemon):
     run = daemon(NPROC="2", LAUNCHER="torchrun", EPOCH_SECONDS="0.3").start().train()

@@ -68,6 +68,7 @@ HOSTILE = {
 SHELL = 'ulimit -Sn 40; umask 077; exec "$@"'
 
 
+@pytest.mark.drill
 def test_every_command_runs_in_hostile_surroundings(tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / ".config" / "matplotlib").mkdir(parents=True)
@@ -98,6 +99,7 @@ def test_every_command_runs_in_hostile_surroundings(tmp_path: Path) -> None:
     assert (tmp_path / "episode.png").is_file()
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(sys.platform == "win32", reason="bash")
 def test_without_a_home_and_with_a_full_temporary_folder_it_trains(tmp_path: Path) -> None:
     missing = environment(
@@ -203,7 +205,7 @@ def test_only_the_programs_own_env_file_is_read(tmp_path: Path) -> None:
     "shell",
     [
         "2>&1 | head -1",
-        ">&- 2>&- <&-",
+        pytest.param(">&- 2>&- <&-", marks=long),
         pytest.param("2>&-", marks=long),
         pytest.param(">/dev/full 2>&1", marks=long),
     ],
@@ -226,6 +228,7 @@ def test_a_training_whose_output_goes_nowhere_saves_and_ends_with_its_code(
     assert len((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.drill
 def test_a_mistake_keeps_its_exit_code_without_a_reader(tmp_path: Path) -> None:
     for shell in ("2>&-", "2>/dev/full", ">&- 2>&-"):
         command = f'"$@" {shell}'

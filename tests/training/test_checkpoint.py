@@ -188,6 +188,7 @@ def test_errors_inside_the_lock_pass_through_unchanged(tmp_path: Path) -> None:
         raise LakeError("of the lake")
 
 
+@pytest.mark.drill
 def test_a_kill_at_any_moment_of_a_save_leaves_the_last_acknowledged_checkpoint(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from tests.training.checkpoints import small\n"

@@ -189,6 +189,7 @@ def test_a_last_save_without_room_is_exit_4_and_not_repeated(small_disk: Path, t
 # --- kill -9 while a checkpoint is written ------------------------------------------------------------------
 
 
+@pytest.mark.drill
 def test_kill_9_during_a_background_write_changes_nothing_in_the_end(tmp_path: Path) -> None:
     unbroken = Start(tmp_path / "out", [*ALONE, *tiny_flags(tmp_path / "unbroken", d_model=128, runs=1)])
     killed = kill_while_writing(tmp_path / "killed", epoch=4, d_model=128, runs=1)

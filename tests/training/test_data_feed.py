@@ -212,6 +212,7 @@ class Held(BinanceNow):
         return [path for path in self.requests if path.endswith(".zip")]
 
 
+@pytest.mark.drill
 def test_ctrl_c_while_bars_arrive_exits_0_and_the_next_start_keeps_what_arrived(tmp_path: Path) -> None:
     settings = {"sources": "binance", "binance_pairs": "BTCUSDT", "end_date": "none", "history_days": 5}
     flags = tiny_flags(tmp_path, **settings, batch_size=64, epochs=2, runs=1)

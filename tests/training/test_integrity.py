@@ -93,7 +93,12 @@ def test_of_three_replicas_the_odd_one_is_named_and_of_two_both() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    ["", "sharded", pytest.param("compiled", marks=long), pytest.param("sharded compiled", marks=long)],
+    [
+        "",
+        pytest.param("sharded", marks=long),
+        pytest.param("compiled", marks=long),
+        pytest.param("sharded compiled", marks=long),
+    ],
 )
 def test_of_two_ranks_the_one_whose_bit_flips_is_named(tmp_path: Path, how: str) -> None:
     out, script = tmp_path / "out.json", str(ROOT / "tests/training/two_rank_corruption.py")

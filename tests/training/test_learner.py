@@ -150,7 +150,14 @@ def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "compiled", "sharded", "sharded compiled"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "sharded",
+        *(pytest.param(how, marks=pytest.mark.drill) for how in ("compiled", "sharded compiled")),
+    ],
+)
 def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path, how: str) -> None:
     result = two_ranks(tmp_path, *how.split())
     assert all(first == second for first, second in result["same"])
@@ -171,7 +178,7 @@ def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.drill)])
 def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, sharded: bool) -> None:
     result = two_ranks(tmp_path, "poison", *["sharded"] * sharded)
     assert all(first == second for first, second in result["same"])
