@@ -167,7 +167,8 @@ class EventFile:
     def _open(self, step: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
-        parts = (f"{int(time.time()):010d}", socket.gethostname(), str(os.getpid()), str(next(_file_numbers)))
+        now, number = f"{int(time.time()):010d}", f"{next(_file_numbers):06d}"
+        parts = (now, socket.gethostname(), str(os.getpid()), number)
         self._file = (self._folder / f"events.out.tfevents.{'.'.join(parts)}").open("xb")
         self._append(Event(step=step, file_version="brain.Event:2"))
         self._append(Event(step=step, session_log=SessionLog(status=SessionLog.START)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def test_no_step_comes_twice_after_a_resume(resumed: Path) -> None:
         assert steps == sorted(set(steps)), name
 
 
-def test_a_rollback_within_one_start_drops_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
+def test_a_rollback_within_one_start_drops_the_steps_after_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporters, "_file_numbers", itertools.count(9))  # the tenth file sorts last
     events = EventFile(tmp_path)
     for step, value in ((10, 1.0), (20, 2.0), (30, 3.0), (20, 4.0), (30, 5.0)):
         events.write(step, {"reward": value})
