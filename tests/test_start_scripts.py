@@ -241,6 +241,7 @@ def test_an_installation_that_is_killed_is_repaired_by_the_next_start(tmp_path):
     assert project.installed() == "1.0"
 
 
+@pytest.mark.drill
 def test_two_first_starts_at_once_take_turns(tmp_path):
     project = Project(tmp_path)
     both = [project.start("check") for _ in range(2)]

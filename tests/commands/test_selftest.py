@@ -185,6 +185,7 @@ def test_verdicts() -> None:
     assert "looks ahead" in foresees_nothing(make_result(policy=0.02, standard_error=0.003))
 
 
+@pytest.mark.drill
 def test_the_command_exits_with_1_and_the_reason_if_a_trial_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def held(lake: Lake) -> dict[tuple[str, str, str], str]:
     return {(part.source, part.dataset, part.unit): part.content for part in lake.all_parts()}
 
 
+@pytest.mark.drill
 def test_killed_at_random_instants_a_refresh_loses_nothing_and_the_next_one_completes(
     refreshes: Refreshes, binance: BinanceServer, tmp_path: Path
 ) -> None:

@@ -174,6 +174,7 @@ def nan_on_rank_1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pa
     yield folder, start
 
 
+@pytest.mark.drill
 def test_losses_that_stay_not_finite_roll_back_with_half_the_learning_rate(
     nan_on_rank_1: tuple[Path, Start],
 ) -> None:

@@ -122,6 +122,7 @@ def test_weights_are_the_same_with_and_without_exams(
     assert learnt[:2] == learnt[2:]
 
 
+@pytest.mark.drill
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo and torchrun as on POSIX")
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.drill)])
 def test_other_ranks_wait_for_the_exam(tmp_path: Path, parallel: str) -> None:

@@ -171,6 +171,7 @@ def test_training_on_a_full_disk_continues_and_saves_once_there_is_room(
     assert Checkpoint.read(checkpoints / "run1_epoch60.pt").epoch == 60
 
 
+@pytest.mark.drill
 def test_a_last_save_without_room_is_exit_4_and_not_repeated(small_disk: Path, tmp_path: Path) -> None:
     """Not 0: a script that switches the machine off after a training that ended well must notice."""
     checkpoints = small_disk / "checkpoints"

@@ -154,8 +154,7 @@ def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     "how",
     [
         "",
-        "sharded",
-        *(pytest.param(how, marks=pytest.mark.drill) for how in ("compiled", "sharded compiled")),
+        *(pytest.param(how, marks=pytest.mark.drill) for how in ("compiled", "sharded", "sharded compiled")),
     ],
 )
 def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path, how: str) -> None:
