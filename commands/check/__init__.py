@@ -50,11 +50,15 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
     now_ns = time.time_ns()
     request = data_request(settings, now_ns)
     yield from check_folder(settings, launch.world_size, launch.node_rank in ("", "0"))
-    saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
     features = list(check_features(settings, now_ns))
     yield from features
-    if not any(line.code for line in features):  # else its features differ, too
-        yield from _check_checkpoint(saved, warnings, settings)
+    saved = None
+    try:
+        saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
+        if not any(line.code for line in features):  # else its features differ, too
+            yield from _check_checkpoint(saved, warnings, settings)
+    except checkpoint.CheckpointError as error:
+        yield Line("checkpoint", "error", str(error), EXIT_SETTING)
     yield from _check_file_systems(settings, request.needs_lake)
     yield from sources.check_keys(request, environment)
     yield from sources.check_bars(settings, request)

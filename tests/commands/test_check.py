@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -272,6 +273,15 @@ def test_the_folder_is_looked_at_as_a_start_would(tmp_path: Path, monkeypatch: p
     newer.write_bytes(newer.read_bytes()[:-100])
     ((_, level, text, code),) = of_checkpoint(tmp_path)
     assert level == "warning" and "run1_epoch3.pt" in text and text.endswith("the one before it is used")
+
+    def refuse(folder: Path) -> list[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(checkpoint, "_series", refuse)
+    found = of_checkpoint(tmp_path)
+    assert found == [
+        ("checkpoint", "error", f"{tmp_path / 'checkpoints'} cannot be read: Permission denied", 2)
+    ]
 
 
 def gpus(*gib: int) -> Devices:
