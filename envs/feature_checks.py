@@ -170,7 +170,7 @@ class _OwnChecks:
             # Again, after all others; and among the built-in ones, whose building blocks it may change.
             alone = compute_unbounded(bars, CPU, self._fresh())
             self._compare(bars, alone, compute_unbounded(bars, CPU, self.own))
-            compute_unbounded(_slice(bars, 0, WINDOW_BARS), CPU, registered_features())
+            compute_unbounded(bars.rows(0, WINDOW_BARS), CPU, registered_features())
 
     def look_ahead(self, bars: Bars) -> None:
         """Replace later bars: after a few cuts of the whole history, and after many of short windows."""
@@ -183,7 +183,7 @@ class _OwnChecks:
         for first, cuts in self._windows(bars):
             if self.are_over or time.thread_time() > end:
                 return
-            window = _slice(bars, first, min(size, first + WINDOW_BARS))
+            window = bars.rows(first, first + WINDOW_BARS)
             expected = compute_unbounded(window, CPU, alone)
             for cut in cuts:
                 self._look_ahead_at(window, cut - first, expected, twin)
@@ -279,11 +279,6 @@ def _choose_places(bars: Bars, count: int, random: np.random.Generator) -> list[
 
 def _largest(values: NDArray[np.generic], count: int) -> NDArray[np.int64]:
     return np.argpartition(values, -count)[-count:] if count < len(values) else np.arange(len(values))
-
-
-def _slice(bars: Bars, first: int, last: int) -> Bars:
-    columns = (getattr(bars, name)[first:last] for name in COLUMNS)
-    return Bars.known_valid(bars.symbol, bars.asset_class, *columns)
 
 
 def _differs(one: Tensor, other: Tensor) -> Tensor:

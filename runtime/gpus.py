@@ -44,8 +44,7 @@ class Driver:
 
 def read_driver() -> Driver:
     """Ask nvidia-smi, or look into /proc and /dev where there is none."""
-    loaded = _loaded_version()
-    tool = shutil.which("nvidia-smi") or next(filter(os.path.exists, OTHER_PLACES), None)
+    loaded, tool = _loaded_version(), _find_tool()
     if tool is None:
         nodes = [path for path in DEVICES.glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
         return Driver(loaded, len(nodes) if loaded else 0)
@@ -60,7 +59,7 @@ def read_driver() -> Driver:
 
 def read_capabilities() -> list[tuple[int, int]]:
     """Return the compute capability of every GPU; empty where the driver is too old to know."""
-    tool = shutil.which("nvidia-smi")
+    tool = _find_tool()
     listing = _run(tool, "--query-gpu=compute_cap", "--format=csv,noheader")[0] if tool else ""
     found = re.findall(r"^(\d+)\.(\d)\s*$", listing, re.MULTILINE)
     return [(int(major), int(minor)) for major, minor in found]
@@ -79,6 +78,10 @@ def named_gpus(environment: Mapping[str, str]) -> list[str] | None:
         return None
     names = [name.strip() for name in visible.split(",")]
     return names[: next((place for place, name in enumerate(names) if name in ("", "-1")), len(names))]
+
+
+def _find_tool() -> str | None:
+    return shutil.which("nvidia-smi") or next(filter(os.path.exists, OTHER_PLACES), None)
 
 
 def _has_card() -> bool:

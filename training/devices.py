@@ -21,6 +21,7 @@ import torch
 from models.policy import BF16_CAPABILITY
 from runtime.cores import usable_cores
 from runtime.gpus import Driver, hides_gpus, named_gpus, read_driver
+from runtime.torch_build import CUDA_12_DRIVER, CUDA_13_DRIVER
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -238,7 +239,7 @@ def _why_fewer(driver: Driver, named: list[str] | None, expected: int, seen: int
 
 
 def _driver_needed(cuda: str) -> int:
-    return 580 if int(cuda.partition(".")[0]) >= 13 else 525
+    return CUDA_13_DRIVER if int(cuda.partition(".")[0]) >= 13 else CUDA_12_DRIVER
 
 
 def _platform() -> str:

@@ -30,10 +30,8 @@ BUCKET_BYTES = 4  # per parameter: DDP averages gradients in memory of its own
 ACTIVATION_BYTES = {"bf16": 60, "fp32": 86}
 # On a GPU, whose attention and norms keep less, compiled or not: tests/nullgpu compares the plan with the peak.
 GPU_ACTIVATION_BYTES = {"bf16": 36, "fp32": 72}
-GPU_LAST_BYTES = {
-    "bf16": 24,
-    "fp32": 48,
-}  # per unit of width and bar: head and losses, gradients on their way
+# Per unit of width and bar: head and losses, gradients on their way.
+GPU_LAST_BYTES = {"bf16": 24, "fp32": 48}
 INPUT_BYTES = {"bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
 USABLE = 0.9  # of a GPU's memory: CUDA itself and the allocator's rounding take the rest
 MOST_SEGMENTS = 128  # a GPU is busy long before that
@@ -102,8 +100,11 @@ class MemoryNeeds:
         if self.shards > 1:
             copied = 2 * self._block_parameters
             held += copied
-        buckets = self.num_parameters * BUCKET_BYTES if self.replicas > 1 else 0
-        return held * STATE_BYTES + copied * BF16_COPY_BYTES * self.bf16 + buckets
+        return held * STATE_BYTES + copied * BF16_COPY_BYTES * self.bf16 + self._bucket_bytes
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return self.num_parameters * BUCKET_BYTES if self.replicas > 1 else 0
 
     @property
     def _block_parameters(self) -> int:
@@ -118,10 +119,9 @@ class MemoryNeeds:
     @property
     def exam_bytes(self) -> int:
         """All that an exam needs of rank 0: it has no gradients, but the champion, and with shards all weights."""
-        buckets = self.num_parameters * BUCKET_BYTES if self.replicas > 1 else 0
         copies = 2 if self.shards > 1 else 1
-        weights = self._held_parameters * (STATE_BYTES - 4) + copies * 4 * self.num_parameters + buckets
-        return weights + self.bars_bytes + self.rollout_bytes
+        weights = self._held_parameters * (STATE_BYTES - 4) + copies * 4 * self.num_parameters
+        return weights + self._bucket_bytes + self.bars_bytes + self.rollout_bytes
 
     @property
     def rollout_bytes(self) -> int:

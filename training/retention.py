@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,17 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 KEEP_DAYS = 7
-# What torch.load raises for a damaged file, and what follows from contents that are another program's.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    UnpicklingError,
-)
 
 
 def thin_out(last_of_runs: Sequence[Path], keep_runs: int) -> set[Path]:
@@ -78,6 +66,6 @@ def _day(path: Path, modified: float) -> date:
         bars_end = contents["data_cutoff_ns"] / 1e9
         if bars_end > 0 and not contents["config"].get("end_date"):
             modified = min(modified, bars_end)
-    except UNREADABLE:
+    except Exception:  # noqa: BLE001 - a stranger's file can do anything to torch's unpickler
         log.debug(f"{path} cannot be read: the day of the file counts")
     return datetime.fromtimestamp(modified, UTC).date()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from data_sources import universe
-from data_sources.bars import FIRST_DATE
+from data_sources.bars import DAY_NS, FIRST_DATE, MINUTE_NS
 from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from envs.config import EnvConfig, require
@@ -68,7 +68,7 @@ ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef")
 OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port")
 LARGEST_POSITION = 100.0
 LONGEST_SYMBOL = 32
-MINUTES_PER_DAY = 1_440
+MINUTES_PER_DAY = DAY_NS // MINUTE_NS
 
 
 def folders(settings: Settings) -> list[tuple[str, str]]:

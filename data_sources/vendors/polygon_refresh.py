@@ -159,7 +159,9 @@ class Polygon:
                     )
                 held = job.lake.parts(SOURCE, data_type.dataset)
                 needed = {*symbols, *kept_rule(num_largest)}
-                work = _TypeRefresh(files, job, group.setting, data_type, symbols, num_largest, held, former)
+                work = _TypeRefresh(
+                    files, job, group.setting, data_type, symbols, num_largest, held, known, former
+                )
                 work.missing = [
                     file
                     for file in listed
@@ -197,6 +199,7 @@ class _TypeRefresh:
     symbols: tuple[str, ...]  # by name
     num_largest: int  # kept of each day beside them, for a rule
     held: dict[str, Part]
+    known_renames: Sequence[renames.Rename]
     former: Sequence[renames.Stretch]  # other names that the symbols had
     missing: list[DayFile] = field(default_factory=list)  # newest first
     arrived: int = 0
@@ -352,11 +355,12 @@ class _TypeRefresh:
             self.job.progress.warn(
                 SOURCE, f"{dataset}: {self.left} days in all are left for the next refresh"
             )
-        known = renames.read(self.job.lake.root)
         unknown = [
             symbol
             for symbol in self.symbols
-            if not any(name.name in self.rows for name in renames.stretches(known, self.setting, symbol))
+            if not any(
+                name.name in self.rows for name in renames.stretches(self.known_renames, self.setting, symbol)
+            )
         ]
         if unknown and self.arrived >= 5:
             text = f"{dataset}: no bars of {', '.join(unknown)} in {self.arrived} day files"
@@ -364,12 +368,12 @@ class _TypeRefresh:
 
     def _explain(self, unknown: Sequence[str]) -> Iterator[str]:
         """Yield for each symbol without bars what is known of it."""
-        job, known = self.job, renames.read(self.job.lake.root)
+        job = self.job
         kept = job.lake.columns(SOURCE, self.data_type.dataset, unknown, job.start_ns, job.end_ns)
         never = [symbol for symbol in unknown if symbol not in kept]
         for symbol in unknown:
             spelled = (self.spellings | self.rows.keys()).intersection(self._others(symbol))
-            if rename := renames.successor(known, symbol):
+            if rename := renames.successor(self.known_renames, symbol):
                 yield str(rename)
             elif symbol in kept:
                 yield f"the last bar of {symbol} is of {utc(int(kept[symbol]['open_time'][-1])).date()}"
