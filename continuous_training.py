@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-if __name__ == "__main__":  # with PYTHONSAFEPATH Python leaves out the script's folder
-    sys.path[:0] = [folder for folder in (str(Path(__file__).resolve().parent),) if folder not in sys.path]
+if __name__ == "__main__" and (folder := str(Path(__file__).resolve().parent)) not in sys.path:
+    sys.path.insert(0, folder)  # with PYTHONSAFEPATH Python leaves out the script's folder
 
 from runtime import surroundings
 

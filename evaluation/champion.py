@@ -97,9 +97,8 @@ def read(path: Path, statistics: FeatureStatistics, env: EnvConfig) -> Checkpoin
 
 def _put_in_place(path: Path, best: Path) -> None:
     # A second name for the same file takes no room and outlives the first one.
-    if best.exists() and best.samefile(
-        path
-    ):  # put there by a start that was killed before the ledger; rename does nothing then
+    # Put there by a start that was killed before the ledger; rename does nothing then.
+    if best.exists() and best.samefile(path):
         sync_folder(best.parent)
         return
     temporary = best.with_name(f".{best.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

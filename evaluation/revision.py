@@ -20,12 +20,8 @@ import torch
 from data_sources.bars import DAY_NS
 from envs.market import Market
 
-SCORED = (
-    0,
-    1,
-    3,
-    4,
-)  # of Market.quotes; the other is the distance of the next bar, which may be a later day's
+# Of Market.quotes; the other is the distance of the next bar, which may be a later day's.
+SCORED = (0, 1, 3, 4)
 
 
 @dataclass(frozen=True)

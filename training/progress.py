@@ -26,9 +26,8 @@ class TrainingProgress:
     cutoff_ns: int = 0  # this run's bars end here; 0: not chosen yet
     trained_until_ns: int = 0  # no bar that opens at or after it was ever trained on, in this run or before
     rollbacks: int = 0  # in this run: returns to a checkpoint since gradients were not finite
-    num_bars: dict[str, int] = field(
-        default_factory=dict
-    )  # that this run began with, by symbol; {}: not loaded
+    # That this run began with, by symbol; {}: not loaded.
+    num_bars: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def of(saved: Checkpoint) -> TrainingProgress:

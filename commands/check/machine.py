@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from continuous_training import Settings
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements_simple.txt"
-INSTALLED_TORCH = (
-    Path(sys.prefix) / "installed-torch"
-)  # by runtime/install.py: the choice, and what became of it
+# By runtime/install.py: the choice, and what became of it.
+INSTALLED_TORCH = Path(sys.prefix) / "installed-torch"
 LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
 # Per parameter: a checkpoint's weights, and the optimizer's two moments beside it.
 WEIGHT_BYTES, RESUME_BYTES = 4, 8

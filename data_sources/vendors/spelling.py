@@ -141,9 +141,8 @@ def _ticker_of(name: str) -> str:
 def _pair_of(name: str) -> tuple[str, str] | None:
     """Return base and quote of a coin pair in any site's spelling, None if it is none; a coin alone is in USDT."""
     text = re.sub(r"^t(?=[A-Z0-9]{6,}$)", "", name.strip()).upper()  # Bitfinex
-    text = re.sub(
-        r"^[A-Z]{1,12}:", "", text
-    )  # X: and C: of Polygon's REST, BINANCE: and KRAKEN: of charting sites
+    # X: and C: of Polygon's REST, BINANCE: and KRAKEN: of charting sites.
+    text = re.sub(r"^[A-Z]{1,12}:", "", text)
     text = re.sub(r":[A-Z]+$|[-_ ]?PERP$|\.P$|[-_]SWAP$|[-_ ]?SPOT$|=X$", "", text)
     if match := KRAKEN.fullmatch(text):
         text = "-".join(match.groups())
@@ -153,9 +152,8 @@ def _pair_of(name: str) -> tuple[str, str] | None:
             parts = [text, "USDT"]
         else:
             splits = [[text.removesuffix(quote), quote] for quote in QUOTES if text.endswith(quote)]
-            splits.sort(
-                key=lambda split: ALIASES.get(split[0], split[0]) not in COINS
-            )  # XBT-USD, not XB-TUSD
+            # XBT-USD, not XB-TUSD.
+            splits.sort(key=lambda split: ALIASES.get(split[0], split[0]) not in COINS)
             if not splits or not splits[0][0]:
                 return None
             parts = splits[0]

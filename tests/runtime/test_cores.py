@@ -43,9 +43,8 @@ def test_a_quota_of_the_second_version_bounds_the_cores(groups: Path, quota: str
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("-1", 64), ("400000", 4), ("20000", 1)])
-@pytest.mark.parametrize(
-    "path", ["/", "/docker/abc"]
-)  # mounted as the container's own, or seen as on the host
+# Mounted as the container's own, or seen as on the host.
+@pytest.mark.parametrize("path", ["/", "/docker/abc"])
 def test_and_one_of_the_first(groups: Path, path: str, quota: str, expected: int) -> None:
     write(groups, self=f"5:memory:/\n4:cpu,cpuacct:{path}")
     write(groups / "cpu", cpu__cfs_quota_us=quota, cpu__cfs_period_us="100000")
