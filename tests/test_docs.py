@@ -110,7 +110,7 @@ def test_the_readme_shows_every_package_and_no_other() -> None:
     packages = {
         name_of(init.parent) for package in PACKAGES for init in (ROOT / package).rglob("__init__.py")
     }
-    assert shown == packages | {"continuous_training.py", "tests", "benchmarks", "docs"}
+    assert shown == packages | {"continuous_training.py", "tests", "benchmarks", "contrib", "docs"}
 
 
 def test_contributors_are_led_to_files_that_hold_the_named_symbols() -> None:

@@ -32,7 +32,12 @@ TOO_FEW = {"JNJ", "NEWUSDT", "X:SOL-USD"}
 
 
 class BinanceNow(BinanceServer):
-    now_ns = property(lambda self: time.time_ns(), lambda self, ignored: None)
+    """Up to this minute, or ``minutes_behind`` it."""
+
+    minutes_behind = 3
+    now_ns = property(
+        lambda self: time.time_ns() - self.minutes_behind * MINUTE_NS, lambda self, ignored: None
+    )
 
 
 def midnight_ns(day: dt.date) -> int:
@@ -40,7 +45,7 @@ def midnight_ns(day: dt.date) -> int:
 
 
 class Vendors:
-    """Polygon, Binance and Yahoo. Polygon's newest stock file is out only after ``publish``.
+    """Polygon, Binance and Yahoo. Polygon's newest stock file and Binance's last minutes come with ``publish``.
 
     AAPL was split in the middle of the time: Polygon's prices jump there, Yahoo's are adjusted. MSFT has both
     sources, NVDA only Yahoo. JNJ, NEWUSDT and X:SOL-USD have under 2,000 bars.
@@ -90,7 +95,8 @@ class Vendors:
         self.polygon.put(key_of(day, STOCKS), day_file(lines))
 
     def publish(self) -> None:
-        """Publish Polygon's newest day file."""
+        """Publish Polygon's newest day file and Binance's last minutes."""
+        self.binance.minutes_behind = 0
         self._put_stocks(len(self.days) - 1, ("AAPL", "MSFT"), self.days[-1])
 
     @property
