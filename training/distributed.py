@@ -60,6 +60,10 @@ class Ranks:
         torch_distributed.all_reduce(shared, op=torch_distributed.ReduceOp.MAX, group=self.cpu_group)
         return int(shared)
 
+    def min(self, number: int) -> int:
+        """Return the smallest of the ranks' numbers (all ranks take part)."""
+        return -self.max(-number)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a device tensor over ranks, in place (all ranks take part)."""
         if self.world_size > 1:

@@ -237,15 +237,29 @@ class MemoryPlan:
 
 
 def plan_memory(settings: Settings, market_bytes: int, ranks: Ranks) -> MemoryPlan:
-    """Plan this rank's memory; warns if other programs use its GPU.
+    """Plan each rank's memory, all ranks alike; warns if other programs use its GPU (all ranks take part).
+
+    Each rank finds what fits its own GPU; all take the smallest micro-batch, and recompute blocks if any must.
+    Ranks that gather shards of weights do so once per micro-batch: other numbers of them would be a hang.
 
     Raises:
-        DoesNotFit: no micro-batch is small enough.
+        DoesNotFit: on every rank, if on one no micro-batch is small enough.
     """
     memory_bytes = gpu_memory(ranks.device) if ranks.device.type == "cuda" else None
     bf16 = uses_bf16(settings.precision, ranks.device)
     needs = MemoryNeeds.of(settings, market_bytes, ranks.world_size, bf16)
-    return plan(needs, memory_bytes, settings.micro_batch_segments)
+    chosen, refusal = None, ""
+    try:
+        chosen = plan(needs, memory_bytes, settings.micro_batch_segments)
+    except DoesNotFit as error:
+        refusal = str(error)
+    if ranks.any(chosen is None):
+        refusals = enumerate(ranks.gather(refusal))
+        rank, refusal = next((rank, reason) for rank, reason in refusals if reason)
+        raise DoesNotFit(refusal if ranks.world_size == 1 else f"on rank {rank}, {refusal}")
+    assert chosen is not None
+    smallest = ranks.min(chosen.micro_batch_segments)
+    return replace(chosen, micro_batch_segments=smallest, recompute=ranks.any(chosen.recompute))
 
 
 def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int | None = None) -> MemoryPlan:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Literal, TypeVar
 
 import pytest
 import torch
+from torch.distributed import HashStore, ProcessGroupGloo
 
 from continuous_training import PRESETS, Settings
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from tests.training.rollouts import ALONE, CONTEXT, HORIZON, SETTINGS, made_up_rollout, small_policy
 from training import compilation, memory
+from training.distributed import Ranks
 from training.losses import Objective
 from training.memory import (
     ACTIVATION_BYTES,
@@ -22,8 +27,10 @@ from training.memory import (
     MemoryPlan,
     gpu_memory,
     plan,
+    plan_memory,
 )
 
+T = TypeVar("T")
 GIB = 2**30
 FULL = MemoryNeeds.of(Settings(), market_bytes=2 * GIB, world_size=1, bf16=True)
 SMALL = MemoryNeeds.of(Settings(**PRESETS["small"]), market_bytes=2 * GIB, world_size=1, bf16=True)
@@ -163,6 +170,65 @@ def test_memory_that_others_hold_is_not_planned_with(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GIB, 40 * GIB))
     assert memory.USABLE * gpu_memory(torch.device("cuda")) == pytest.approx(20 * GIB)
     assert "other programs hold 20.0 GiB" in caplog.text
+
+
+def on_two_gpus(run: Callable[[Ranks], T]) -> list[T]:
+    """Run it as two ranks, each a thread with its own gloo group and the number of its own GPU."""
+    store = HashStore()
+
+    def as_rank(rank: int) -> T:
+        return run(Ranks(rank, 2, torch.device("cuda", rank), ProcessGroupGloo(store, rank, 2)))
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(as_rank, range(2)))
+
+
+@pytest.mark.filterwarnings("ignore:You are using a Backend:UserWarning")  # without a default group
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("room", "set_by_user", "expected"),
+    [
+        ([(16, False), (4, False)], None, (4, False)),
+        ([(4, False), (16, False)], None, (4, False)),
+        ([(16, False), (8, False)], 12, (8, False)),
+        ([(16, False), (16, False)], 12, (12, False)),
+        ([(16, False), (2, True)], None, (2, True)),  # on a rank that need not recompute, too
+        ([(4, False), (8, True)], None, (4, True)),
+        ([(16, False), (0, True)], None, None),
+    ],
+)
+def test_ranks_with_more_or_less_free_memory_plan_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    parallel: Literal["ddp", "fsdp"],
+    room: list[tuple[int, bool]],
+    set_by_user: int | None,
+    expected: tuple[int, bool] | None,
+) -> None:
+    settings = replace(
+        SETTINGS, precision="bf16", parallel=parallel, num_layers=40, batch_size=64 * HORIZON
+    )  # of which a rank takes 32 segments
+    settings = replace(settings, micro_batch_segments=set_by_user)
+    needs = MemoryNeeds.of(settings, GIB, 2, bf16=True)
+    free = [
+        int((needs.fixed_bytes + (segments + 0.1) * needs.segment_bytes(recompute)) / memory.USABLE)
+        for segments, recompute in room
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu.index], free[gpu.index]))
+
+    def planned(ranks: Ranks) -> tuple[int, bool] | str:
+        try:
+            chosen = plan_memory(settings, GIB, ranks)
+        except DoesNotFit as error:
+            return str(error)
+        return chosen.micro_batch_segments, chosen.recompute
+
+    first, second = on_two_gpus(planned)
+    assert first == second
+    if expected:
+        assert first == expected
+    else:  # the rank whose GPU is large enough leaves with the other one's reason
+        assert isinstance(first, str) and first.startswith("on rank 1, it needs ")
 
 
 def test_a_half_micro_batch_is_tried_once_and_then_it_does_not_fit() -> None:
