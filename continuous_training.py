@@ -23,13 +23,10 @@ if __name__ == "__main__":
 # The allocator reads this when torch is first imported, hence the imports below it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
 
-import torch
 from dotenv import load_dotenv
 
 from commands.cli import application, enter_program_folder, exit_with, run
-from commands.train import Job
 from envs.feature_errors import FeatureError
-from envs.features import registered_features
 from runtime.control import (
     EXIT_ABORTED,
     EXIT_CRASH,
@@ -40,8 +37,7 @@ from runtime.control import (
     Control,
     ExitProgram,
 )
-from training import checkpoint, devices, setting_types, validation
-from training.memory import DoesNotFit
+from training import setting_types, validation
 
 STOCKS = tuple(
     "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
@@ -177,6 +173,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 def train(settings: Settings, control: Control) -> None:
     """Train until asked to stop, or until ``settings.runs`` runs are done (every rank runs this)."""
+    from commands.train import Job  # imports torch, which takes seconds
+
     with Job(settings, control) as job:  # ranks, folder lock, console, checkpoint writer, prefetch, examiner
         # once per run: fresh bars, same weights and optimizer (all ranks; rank 0 downloads)
         while job.begin_run():
@@ -226,6 +224,13 @@ def train_command(settings: Settings) -> None:
     except ValueError as error:
         control.report_exit_code(EXIT_SETTING)
         exit_with(EXIT_SETTING, f"Invalid setting: {error}")
+
+    import torch  # takes seconds; a mistake was reported before
+
+    from envs.features import registered_features
+    from training import checkpoint, devices
+    from training.memory import DoesNotFit
+
     try:
         if control.folder is None:  # else the supervisor's preflight has compared them
             devices.find(settings, os.environ)

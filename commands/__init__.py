@@ -1,4 +1,8 @@
-"""The commands beside ``train``: each reads its options and calls the module of its name."""
+"""The commands beside ``train``: each reads its options and calls the module of its name.
+
+What a command computes with is imported when it runs: ``--help`` and a mistyped option answer at once, without
+torch.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +15,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands import check, data, episode, export, signals
-from data_sources.errors import DataError
-from data_sources.lake.lake import Lake
-from data_sources.lake.quality import closed_before
-from envs.features import registered_features
-from evaluation.trained_policy import TrainedPolicy
-from monitoring.console import Console
 from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, EXIT_SETTING, ExitProgram, report_ranks
-from training import distributed
-from training.data_feed import data_request
 
 if TYPE_CHECKING:
     from continuous_training import Settings
+    from evaluation.trained_policy import TrainedPolicy
 
 log = logging.getLogger("continuous_training")
 
 
 def preflight_command(settings: Settings) -> None:
     """Check devices, settings and folder before any process trains; one line says what training computes on."""
+    from commands import check
+    from envs.features import registered_features
+    from training.data_feed import data_request
+
     registered_features()  # raises where envs/own_features.py cannot be run
     try:
         launch, found = check.plan_launch(settings, os.environ)
@@ -54,6 +54,9 @@ def check_command(
     offline: Annotated[bool, typer.Option("--offline", help="contact no source")] = False,
 ) -> None:
     """Check all that can be known before a start: settings, features, keys, sources, clock, GPUs, memory, disk."""
+    from commands import check
+    from monitoring.console import Console
+
     with Console(Path(settings.log_dir), to_stderr=as_json) as console:
         code = check.print_report(check.check_all(settings, os.environ, offline), console, as_json)
     if code:
@@ -68,6 +71,13 @@ def data_command(
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
     """Refresh the data once and show what is there."""
+    from commands import data
+    from data_sources.errors import DataError
+    from data_sources.lake.lake import Lake
+    from data_sources.lake.quality import closed_before
+    from monitoring.console import Console
+    from training.data_feed import data_request
+
     now_ns = time.time_ns()
     with Console(None if background else Path(settings.log_dir), to_stderr=as_json) as console:
         lake, request = Lake(Path(settings.data_dir), console), data_request(settings, now_ns)
@@ -87,7 +97,9 @@ def selftest_command(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="number of trainings per market")] = 1,
 ) -> None:
     """Prove on markets with a known best policy that training works and nothing looks ahead; takes a while."""
-    from commands.selftest import TRIALS, Sizes, lookahead, report, run_trials  # matplotlib takes a second
+    from commands.selftest import TRIALS, Sizes, lookahead, report, run_trials
+    from monitoring.console import Console
+    from training import distributed
 
     with distributed.start(wanted=settings.device) as ranks, Console(Path(settings.log_dir)):
         failures = lookahead.run(settings, ranks)
@@ -109,6 +121,8 @@ def episode_command(
     output: Annotated[Path, typer.Option("--output", help="the PNG to write")] = Path("episode.png"),
 ) -> None:
     """Draw one episode of a checkpoint on bars from the lake; downloads nothing."""
+    from commands import episode
+
     typer.echo(episode.command(trained, symbol, start, output))
 
 
@@ -134,7 +148,8 @@ def evaluate_command(
     ] = False,
 ) -> None:
     """Run the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
-    from commands import evaluate  # matplotlib takes a second
+    from commands import evaluate
+    from monitoring.console import Console
 
     options = evaluate.EvaluateOptions.parse(
         first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh
@@ -162,6 +177,10 @@ def signals_command(
     no_refresh: Annotated[bool, typer.Option("--no-refresh", help="contact no source")] = False,
 ) -> None:
     """Show the position that a checkpoint wants in each symbol now; sends no orders."""
+    from commands import signals
+    from data_sources.errors import DataError
+    from monitoring.console import Console
+
     options = signals.SignalOptions.parse(
         symbols, holding or (), not no_refresh, as_json, trained.settings.positions
     )
@@ -181,6 +200,8 @@ def export_command(
     onnx: Annotated[bool, typer.Option("--onnx", help="also write graphs for torch.export and ONNX")] = False,
 ) -> None:
     """Export a checkpoint's policy: safetensors, a card that describes it, and an example."""
+    from commands import export
+
     typer.echo(f"Wrote {export.command(trained, output, onnx, typer.echo)}")
 
 

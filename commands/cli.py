@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 import typer
 
-from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, export, name_of
+from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
 from envs.feature_errors import FeatureError
 from runtime.control import EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
 from training.setting_types import KINDS, shown
@@ -23,6 +24,7 @@ from training.setting_types import KINDS, shown
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+ROOT = Path(__file__).resolve().parent.parent
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 # A line of the class body: the title of a section, or a setting with its comment.
 CLASS_LINE = re.compile(r"^    (?:# --- (.+?) -+|(\w+): [^#\n]+  # (.+))$", re.MULTILINE)
@@ -247,7 +249,10 @@ def _format_default(default: Any, separator: str = ", ") -> str:
 
 def _own_parameters(settings_class: type[Settings], run: Callable[..., None]) -> list[inspect.Parameter]:
     """Return the parameters of ``run`` beyond its first, with the options that they are annotated with."""
-    hints = get_type_hints(run, localns={"Settings": settings_class}, include_extras=True)
+    # Of the first one only its place counts.
+    hints = get_type_hints(
+        run, localns={"Settings": settings_class, "TrainedPolicy": object}, include_extras=True
+    )
     _, *own = inspect.signature(run).parameters.values()
     return [parameter.replace(kind=KEYWORD, annotation=hints[parameter.name]) for parameter in own]
 
@@ -260,8 +265,26 @@ def _with_options(command: Callable[..., None], parameters: list[inspect.Paramet
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"continuous_training {export.program_version()}")
+        typer.echo(f"continuous_training {program_version()}")
         raise typer.Exit
+
+
+def program_version() -> str:
+    """Return the commit of this folder, with -dirty if files were changed; "unknown" without git."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return described.stdout.strip()
 
 
 # --- values ---------------------------------------------------------------------------------------------------

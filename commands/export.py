@@ -12,7 +12,6 @@ import os
 import platform
 import secrets
 import shutil
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,13 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from commands.cli import program_version
 from evaluation.measures import jsonable
 from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema
 from models.exported import CARD, FORMAT, WEIGHTS, ExportError, load_policy
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_file, sync_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir")  # of one machine, so not in the card
 GRAPHS = ("policy.pt2", "policy.onnx")  # torch.export's and ONNX
 # Of a graph's logits and values from those of the network, relative to the largest.
@@ -205,24 +204,6 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
         "exam": jsonable(checkpoint.exam or figures) or None,
         "settings": {name: value for name, value in checkpoint.config.items() if name not in FOLDERS},
     }
-
-
-def program_version() -> str:
-    """Return the commit of this folder, with -dirty if files were changed; "unknown" without git."""
-    if not (ROOT / ".git").exists():
-        return "unknown"
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return described.stdout.strip()
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 
 from data_sources.bars import AssetClass, Bars
 from data_sources.errors import DataError
-from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
 from data_sources.splits import SplitLedger
 from data_sources.universe import top_of
+
+if TYPE_CHECKING:
+    from data_sources.lake.lake import Lake  # which imports pyarrow and polars
 
 Keys = Mapping[str, str]
 

@@ -11,10 +11,13 @@ import datetime as dt
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from data_sources.bars import DAY_NS
 from data_sources.calendar import to_ns, utc
-from data_sources.lake.lake import Lake
+
+if TYPE_CHECKING:
+    from data_sources.lake.lake import Lake  # which imports pyarrow and polars
 
 KEPT_FOLD = 3
 LOOK_BACK_DAYS = 30

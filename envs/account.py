@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Equity after a loss of everything or more, so that its log stays finite (-13.8).
-EQUITY_FLOOR = 1e-6
+from envs.config import EQUITY_FLOOR
 
 
 @dataclass

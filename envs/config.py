@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from envs.account import EQUITY_FLOOR
-
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+# Equity after a loss of everything or more, so that its log stays finite (-13.8).
+EQUITY_FLOOR = 1e-6
 AT_LEAST_ONE = ("num_envs", "context_bars", "horizon", "episode_bars")
 SHOWN = 200  # characters of a wrong value
 ZERO_OR_MORE = (

@@ -6,10 +6,10 @@ import importlib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # the command line knows these errors without torch
 
 PROGRAM = Path(__file__).parents[1]
 
@@ -24,6 +24,8 @@ def evaluate(name: str, function: Callable[[Any], Tensor], history: object, num_
     Raises:
         FeatureError: it failed, returned something else, or changed its history.
     """
+    import torch
+
     before = _versions(history)
     try:
         values = function(history)
@@ -35,7 +37,7 @@ def evaluate(name: str, function: Callable[[Any], Tensor], history: object, num_
     after = _versions(history)
     changed = [key for key, version in before.items() if after.get(key) != version]
     wanted = f"a tensor of real numbers of shape ({num_bars},), one for every bar"
-    if not isinstance(values, Tensor):
+    if not isinstance(values, torch.Tensor):
         fault = f"must return {wanted}, was {type(values).__name__}"
     elif values.shape != (num_bars,):
         fault = f"must have shape ({num_bars},), was {tuple(values.shape)}: return one value for every bar"
@@ -67,6 +69,8 @@ def import_own(module: str, path: Path) -> None:
 
 def _versions(history: object) -> dict[str, tuple[int, int]]:
     """Return the identity of every tensor that a history holds, and torch's count of its changes."""
+    from torch import Tensor
+
     versions = {}
     for name, value in vars(history).items():
         if isinstance(value, Tensor):

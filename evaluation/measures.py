@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.account import EQUITY_FLOOR
+from envs.config import EQUITY_FLOOR
 from evaluation.exam import Walk
 
 # With fewer days, Sharpe ratios and intervals are None: they would mean nothing.

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -22,12 +21,11 @@ from models.policy import BF16_CAPABILITY
 from runtime.cores import usable_cores
 from runtime.gpus import Driver, hides_gpus, named_gpus, read_driver
 from runtime.torch_build import CUDA_12_DRIVER, CUDA_13_DRIVER
+from training.setting_types import DEVICE_RULE, DEVICES
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-NAMES = re.compile(r"auto|cpu|cuda(:\d{1,3})?")  # of the setting
-RULE = "must be auto, cpu, cuda, or one GPU such as cuda:1"
 OLDEST = (7, 5)  # Turing: torch for CUDA 13 has kernels from there on
 SHM, ENOUGH_SHM = Path("/dev/shm"), 512 * 2**20  # bytes
 ON_CPU = "or train on the CPU with --device cpu"
@@ -109,8 +107,8 @@ def of_rank(wanted: str, local_rank: int) -> torch.device:
     Raises:
         DeviceError: the GPU is not there, or this is no device.
     """
-    if not NAMES.fullmatch(wanted):
-        raise DeviceError(f"device={wanted} {RULE}")
+    if not DEVICES.fullmatch(wanted):
+        raise DeviceError(f"device={wanted} {DEVICE_RULE}")
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     index = int(wanted.partition(":")[2] or local_rank)

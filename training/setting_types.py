@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Hashable
 from dataclasses import field, fields
@@ -17,6 +18,8 @@ Class = TypeVar("Class", bound=type)
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text in quotes"}
 TUPLES = {str: 'a tuple of texts, such as ("AAPL", "MSFT")', float: "a tuple of numbers, such as (0.0, 1.0)"}
 LARGEST = 2**63  # beyond it arrays and tensors overflow
+DEVICES = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+DEVICE_RULE = "must be auto, cpu, cuda, or one GPU such as cuda:1"
 
 
 def allow_any_default(settings_class: Class) -> Class:

@@ -14,8 +14,7 @@ from data_sources.bars import DAY_NS, FIRST_DATE, MINUTE_NS
 from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from envs.config import EnvConfig, require
-from training.devices import NAMES, RULE
-from training.setting_types import shown
+from training.setting_types import DEVICE_RULE, DEVICES, shown
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -202,7 +201,7 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         # What expanduser leaves: ~NAME of no user. A folder of that name has to be meant, as in a shell.
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
 
-    yield "device", NAMES.fullmatch(s.device) is not None, RULE
+    yield "device", DEVICES.fullmatch(s.device) is not None, DEVICE_RULE
 
     if s.mirror:
         protocol, _, rest = s.mirror.rpartition("://")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from commands.check.report import Line
-from commands.selftest.lookahead import load_bars
 from data_sources.errors import DataError
 from envs.feature_checks import check_own_features
 from envs.feature_errors import FeatureError
@@ -22,6 +21,8 @@ def check_features(settings: Settings, now_ns: int) -> Iterator[Line]:
     try:
         if not own_features():
             return
+        from commands.selftest.lookahead import load_bars  # which trains, and takes a second to import
+
         report = check_own_features(load_bars(settings, now_ns))
     except FeatureError as error:
         yield Line("features", "error", str(error), EXIT_SETTING)

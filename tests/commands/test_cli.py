@@ -89,7 +89,7 @@ def test_every_setting_has_a_comment_which_is_its_help() -> None:
 def test_the_version_is_that_of_the_folder(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.export, "program_version", lambda: "0123abc-dirty")
+    monkeypatch.setattr(cli, "program_version", lambda: "0123abc-dirty")
     assert end_of(capsys, "--version") == (0, "continuous_training 0123abc-dirty\n", "")
     assert "--version" in shown()
 
