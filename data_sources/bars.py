@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,9 @@ class Bars:
     ``open_time`` is the start of the minute, int64 nanoseconds UTC, on whole minutes and strictly
     ascending. Minutes without a bar are absent, never invented. Prices are float64 in quote
     currency, finite and above zero, with low <= open, close <= high; volume is float64 in shares or
-    coins, finite and not negative. All arrays have shape (num_bars,).
+    coins, finite and not negative. ``funding``, None where there is none, is finite: the sum of the funding rates
+    from after the open of the bar before to this one's, which a long position pays. All arrays have shape
+    (num_bars,).
 
     Raises:
         ValueError: an array breaks one of these rules; names the symbol, the rule and the first place.
@@ -44,6 +47,7 @@ class Bars:
     low: NDArray[np.float64]
     close: NDArray[np.float64]
     volume: NDArray[np.float64]
+    funding: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         shape = self.open_time.shape
@@ -51,7 +55,7 @@ class Bars:
             raise ValueError(
                 f"{self.symbol}: open_time must be a vector of int64, was {self.open_time.dtype}"
             )
-        for name in COLUMNS[1:]:
+        for name in (*COLUMNS[1:], *(() if self.funding is None else ("funding",))):
             array = getattr(self, name)
             if array.shape != shape or array.dtype != np.float64:
                 raise ValueError(
@@ -63,6 +67,8 @@ class Bars:
             price = getattr(self, name)
             self._require(f"{name} finite and above zero", np.isfinite(price) & (price > 0))
         self._require("volume finite and not negative", np.isfinite(self.volume) & (self.volume >= 0))
+        if self.funding is not None:
+            self._require("funding finite", np.isfinite(self.funding))
         self._require("low <= open and close", self.low <= np.minimum(self.open, self.close))
         self._require("high >= open and close", self.high >= np.maximum(self.open, self.close))
 
@@ -92,7 +98,14 @@ class Bars:
     def rows(self, first: int, end: int) -> Bars:
         """Return the bars first to end - 1, as views."""
         columns = (getattr(self, name)[first:end] for name in COLUMNS)
-        return Bars.known_valid(self.symbol, self.asset_class, *columns)
+        bars = Bars.known_valid(self.symbol, self.asset_class, *columns)
+        return bars if self.funding is None else bars.with_funding(self.funding[first:end])
+
+    def with_funding(self, rates: NDArray[np.float64]) -> Bars:
+        """Return the same bars with this ``funding``, finite float64 of as many bars."""
+        bars = copy.copy(self)
+        object.__setattr__(bars, "funding", rates)
+        return bars
 
 
 def find_breaks(bars: Bars) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ class AccountState:
 
     cash: Tensor  # after the last fill, before `owed` is paid
     units: Tensor  # shares or coins held, negative when short
-    owed: Tensor  # borrow cost from the last fill to the next one, paid there
+    owed: Tensor  # borrow cost and funding from the last fill to the next one, paid there
     log_equity: Tensor  # log of equity at the next fill's price, before it; 0 at the start of an episode
     log_peak: Tensor  # highest log equity at any fill so far
     log_at_trade: Tensor  # log equity right before the last trade
@@ -59,6 +59,8 @@ class Fill(NamedTuple):
     ruined: Tensor  # bool, by this step
     traded: Tensor  # value bought or sold at the market price, in start equities, liquidation included
     costs: Tensor  # fee and slippage paid for it, in start equities
+    borrow_cost: Tensor  # until the next fill, in start equities; 0 where ruined
+    funding: Tensor | None  # paid there, below 0 where received, in start equities; None without funding
 
 
 def advance(
@@ -71,6 +73,7 @@ def advance(
     next_cost_rate: Tensor,
     borrow: Tensor,
     ruin_equity: float,
+    funding: Tensor | None = None,
     impact: Tensor | None = None,
     next_impact: Tensor | None = None,
     impact_limit: float | Tensor = 0.0,
@@ -79,8 +82,9 @@ def advance(
 
     A new target is reached exactly: after the trade the position is worth ``target`` times the equity that is left
     after paying ``cost_rate`` of the traded value. The same target again trades nothing. Borrowed shares and
-    borrowed money cost ``borrow`` until the next fill. If equity there is ``ruin_equity`` or less, the position is
-    closed there, at the costs of that bar, and the account stays in cash.
+    borrowed money cost ``borrow`` until the next fill. There a long position pays ``funding`` of its value at that
+    price, and a short one receives it. If equity there is then ``ruin_equity`` or less, the position is closed, at
+    the costs of that bar, and the account stays in cash.
 
     Args:
         state: before the fill; not modified.
@@ -91,6 +95,7 @@ def advance(
         next_cost_rate: the same in the bar that opens at ``next_price``.
         borrow: cost of borrowing until the next fill, as a fraction of the borrowed value.
         ruin_equity: in start equities.
+        funding: rates since ``price``, up to and with the moment of ``next_price``, in sum; None: none anywhere.
         impact: added to ``cost_rate``, per start equity of order value; the order is the wanted position less the
             one held, before costs.
         next_impact: the same in the bar that opens at ``next_price``; None where ``impact`` is.
@@ -112,7 +117,11 @@ def advance(
     owed = torch.minimum(cash, value.add_(bought)).clamp_(max=0).mul_(borrow).neg_()
 
     next_value = units * next_price
-    equity = (cash - owed).add_(next_value)
+    due, paid = owed, None
+    if funding is not None:
+        paid = next_value * funding
+        due = owed + paid
+    equity = (cash - due).add_(next_value)
     alive = torch.where(state.alive, equity, 0.0) > ruin_equity
     dead = ~alive
     liquidated = next_value.abs_().masked_fill_(alive, 0)
@@ -124,17 +133,25 @@ def advance(
     # Living accounts are above ruin, far above the floor.
     equity.addcmul_(liquidated, rate, value=-1).clamp_(min=EQUITY_FLOOR)
     log_equity = equity.log()
+    owed = owed.masked_fill_(dead, 0)
     new_state = AccountState(
         cash=torch.where(alive, cash, equity),
         units=units.masked_fill_(dead, 0),
-        owed=owed.masked_fill_(dead, 0),
+        owed=owed if funding is None else due.masked_fill_(dead, 0),
         log_equity=log_equity,
         log_peak=torch.maximum(state.log_peak, state.log_equity),
         log_at_trade=torch.where(unchanged, state.log_at_trade, state.log_equity),
         target=target.masked_fill(dead, 0),
         alive=alive,
     )
-    return new_state, Fill(log_equity - state.log_equity, dead.logical_and_(state.alive), traded, costs)
+    ruined = dead.logical_and_(state.alive)
+    return new_state, Fill(log_equity - state.log_equity, ruined, traded, costs, owed, paid)
+
+
+def flows_of(fill: Fill) -> Tensor:
+    """Return (4, N): log_return, traded, costs and borrow_cost; (5, N) with the funding, where there is any."""
+    flows = (fill.log_return, fill.traded, fill.costs, fill.borrow_cost)
+    return torch.stack(flows if fill.funding is None else (*flows, fill.funding))
 
 
 def observation_constants(

@@ -45,7 +45,6 @@ class CompiledSteps:
         segment: the segment to play.
         shared: index of cash, targets, decisions played and sums of ``last_fill`` (both counted up), fee and
             slippage, and the constants of ``observe``.
-        rules: ruin_equity, with_impact and impact_limit.
     """
 
     def __init__(
@@ -54,8 +53,12 @@ class CompiledSteps:
         alive: Tensor,
         segment: Segment,
         shared: tuple[Tensor, ...],
-        rules: dict[str, Any],
     ) -> None:
+        rules = {
+            "ruin_equity": segment.config.ruin_fraction,
+            "with_impact": segment.impact is not None,
+            "impact_limit": segment.impact_limit,
+        }
         self._account = amounts, alive
         self._segment = segment
         self._terms = shared, rules
@@ -87,7 +90,7 @@ class CompiledSteps:
                 tuple(values[rows] for values in inputs),
                 observed,
                 *self._account,
-                # (5, length + 2, N): of the newest closed bar, and of those that the decisions need beyond it.
+                # (5 or 6, length + 2, N): the newest closed bar, and those that the decisions need beyond it.
                 segment.quotes[:, first : first + length + 2],
                 None if segment.allowed is None else segment.allowed[rows],
                 *self._terms,
@@ -117,7 +120,9 @@ def _decisions(
         action = torch.where(now.alive if allowed is None else now.alive & allowed[t], outputs[0], in_cash)
         lived = torch.where(now.alive, lived + 1, lived)
         now, fill = _advance(now, targets[action], quotes, t, rules)
-        last_fill = fill.log_return, fill.traded, fill.costs, now.owed
+        last_fill = [fill.log_return, fill.traded, fill.costs, fill.borrow_cost]
+        if fill.funding is not None:
+            last_fill.append(fill.funding)
         sums = tuple(total + part for total, part in zip(sums, last_fill, strict=True))
         observed = observe(now, quotes[1, t + 1], lived, base_rate, tuple(constants))
         rows.append((*before, fill.log_return.float(), *outputs))
@@ -135,7 +140,7 @@ def _decisions(
 def _advance(
     now: AccountState, target: Tensor, quotes: Tensor, t: int, rules: dict[str, Any]
 ) -> tuple[AccountState, Fill]:
-    opens, _, borrow, cost_rate, impact = quotes.unbind()
+    opens, _, borrow, cost_rate, impact, *funding = quotes.unbind()
     large = {}
     if rules["with_impact"]:
         limit = rules["impact_limit"]
@@ -149,5 +154,6 @@ def _advance(
         next_cost_rate=cost_rate[t + 2],
         borrow=borrow[t + 1],
         ruin_equity=rules["ruin_equity"],
+        funding=funding[0][t + 2] if funding else None,
         **large,
     )

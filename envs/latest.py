@@ -74,7 +74,7 @@ def latest_decisions(market: Market, config: EnvConfig) -> LatestDecisions:
     places = start[:, None] - context + torch.arange(context + horizon + 1, device=device)
     ahead = places > bar[:, None]
     tokens = market.features[torch.where(ahead, bar[:, None], places)].float()
-    is_crypto = market.is_crypto[symbol_of]
+    cost_rate = market.cost_rates(config, torch.float64)[symbol_of]
     only_cash = [
         bool(config.flat_before_close)
         and not market.is_crypto[number]
@@ -86,18 +86,16 @@ def latest_decisions(market: Market, config: EnvConfig) -> LatestDecisions:
         bar=bar,
         bars=tokens.masked_fill_(ahead[..., None], 0.0),
         decision=bar - start,
-        accounts=accounts_in_every_position(_observe_new_accounts(config, is_crypto), config.positions),
+        accounts=accounts_in_every_position(_observe_new_accounts(config, cost_rate), config.positions),
         only_cash=torch.tensor(only_cash, dtype=torch.bool, device=device),
         unavailable=unavailable,
     )
 
 
-def _observe_new_accounts(config: EnvConfig, is_crypto: Tensor) -> Tensor:
+def _observe_new_accounts(config: EnvConfig, cost_rate: Tensor) -> Tensor:
     """Return the observations of accounts at the start of an episode, (N, A) float32."""
-    dtype, device, positions = torch.float64, is_crypto.device, config.positions
-    account = AccountState.fresh(len(is_crypto), dtype, device)
-    cost_rate = torch.where(is_crypto, config.crypto_fee_bps, config.stock_fee_bps).to(dtype)
-    cost_rate = (cost_rate + config.slippage_bps) / 1e4
+    dtype, device, positions = cost_rate.dtype, cost_rate.device, config.positions
+    account = AccountState.fresh(len(cost_rate), dtype, device)
     constants = observation_constants(positions, config.episode_bars, dtype, device)
     zeros = torch.zeros_like(cost_rate)
     return observe(account, zeros, zeros, cost_rate, constants).contiguous()

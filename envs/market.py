@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_sources.bars import DAY_NS, Bars, find_breaks
 from data_sources.calendar import minutes_left
+from envs.config import EnvConfig
 from envs.features import (
     VOLATILITY_FLOOR,
     FeatureFunction,
@@ -27,6 +28,7 @@ from envs.features import (
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+NUM_QUOTES = 5  # without funding
 HOUR_NS = 3_600_000_000_000
 YEAR_NS = 365.25 * 24 * HOUR_NS
 # Longer gaps are holes: for a coin an outage; for a stock the longest regular gap is a four-day weekend.
@@ -51,7 +53,8 @@ class Market:
     offsets: Tensor  # (S + 1,) int64, first bar of each symbol
     breaks: Tensor  # (number of breaks,) int64, bars that no stretch spans
     open_time: Tensor  # (B,) int64, ns UTC
-    # (B, 5) float32: open, close, years until the next bar opens, (high - low) / open, volume in money
+    # (B, 5 or 6) float32: open, close, years until the next bar opens, (high - low) / open, volume in money, and,
+    # if any symbol has some, the funding since the bar before, up to and with this one's open
     quotes: Tensor
     minutes_left: Tensor  # (B,) int16, from the bar's open to the scheduled close; see calendar.minutes_left
     features: Tensor  # (B, F) float16
@@ -131,13 +134,16 @@ class Market:
             [first + find_breaks(series) for first, series in zip(offsets, bars, strict=False)]
         )
         starts = _starts(open_time, offsets, is_crypto, breaks, holdout_start_ns, context_bars, horizon)
-        quotes = (
+        quotes: list[np.ndarray] = [
             opens,
             join("close"),
             np.concatenate(steps) / YEAR_NS,
             (join("high") - join("low")) / opens,
             join("volume") * opens,
-        )
+        ]
+        funding = [np.zeros(len(series)) if series.funding is None else series.funding for series in bars]
+        if any(rates.any() for rates in funding):
+            quotes.append(np.concatenate(funding))
         return Market(
             symbols=symbols,
             is_crypto=put(is_crypto, torch.bool),
@@ -195,6 +201,11 @@ class Market:
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     @property
+    def has_funding(self) -> bool:
+        """Whether any symbol's holders pay funding."""
+        return self.quotes.shape[1] > NUM_QUOTES
+
+    @property
     def num_features(self) -> int:
         """F."""
         return self.features.shape[1]
@@ -203,6 +214,11 @@ class Market:
     def device(self) -> torch.device:
         """Device of the tensors."""
         return self.features.device
+
+    def cost_rates(self, config: EnvConfig, dtype: torch.dtype) -> Tensor:
+        """Return each symbol's fee and slippage as a fraction of traded value, (S,)."""
+        fee_bps = torch.where(self.is_crypto, config.crypto_fee_bps, config.stock_fee_bps)
+        return (fee_bps.to(dtype) + config.slippage_bps) / 1e4
 
     def windows(self, first: Tensor, length: int) -> Tensor:
         """Return the features of ``length`` bars from each ``first`` bar on, (n, length, F) float32."""
@@ -214,7 +230,7 @@ class Market:
         return bars
 
     def quote_windows(self, first: Tensor, length: int) -> Tensor:
-        """Return the quotes of ``length`` bars from each ``first`` bar on, (n, length, 5) float32."""
+        """Return the quotes of ``length`` bars from each ``first`` bar on, (n, length, 5 or 6) float32."""
         return _windows(self.quotes, first, length)
 
     def draw_starts(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -25,38 +25,42 @@ TOTALS = (
     "costs",
     "borrow_costs",
     "traded",
+    "funding",
 )
 
 
 class Segment:
     """Everything about a segment that does not react to the accounts; refilled in place, so views stay valid.
 
-    Lists have one ``(N,)`` view per decision: decision h fills at ``prices[h]`` and is held until
-    ``prices[h + 1]``; ``closes[h]`` is the newest close that it sees, ``closes[H]`` that of the bootstrap value.
-    It pays ``cost_rates[h]`` of traded value, plus ``impacts[h]`` per start equity of order value, and
-    ``borrows[h]`` of borrowed value; after a ruin, the position is closed at ``cost_rates[h + 1]`` and
-    ``impacts[h + 1]``. ``price``, ``cost_rate``, ``impact`` (H + 1, N) and ``borrow`` (H, N) are the same as
-    tensors. All are views of ``quotes``, (5, H + 2, N): open, close, borrow, cost rate and impact from the newest
-    closed bar on. ``allowed``, (H, N) bool, is where a position may be held. It and the impacts are None where
-    their setting is off.
+    ``fills`` has the arguments of ``account.advance`` for each decision, views of (N,): decision h fills at
+    ``price[h]`` and is held until ``price[h + 1]``. It pays ``cost_rate[h]`` of traded value, plus ``impact[h]``
+    per start equity of order value, and ``borrow[h]`` of borrowed value; a long position pays ``funding[h]`` of
+    its value at ``price[h + 1]``. After a ruin, the position is closed at ``cost_rate[h + 1]`` and
+    ``impact[h + 1]``. ``closes[h]`` is the newest close that decision h sees, ``closes[H]`` that of the bootstrap
+    value. ``price``, ``cost_rate``, ``impact`` (H + 1, N), ``borrow`` and ``funding`` (H, N) are views of
+    ``quotes``, (5 or 6, H + 2, N): open, close, borrow, cost rate, impact and funding from the newest closed bar
+    on. ``allowed``, (H, N) bool, is where a position may be held. It, the impacts and the funding are None where
+    their setting is off, and where the market has none.
     """
 
-    def __init__(self, config: EnvConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: EnvConfig, dtype: torch.dtype, device: torch.device, has_funding: bool = False
+    ) -> None:
         self.config = config
-        shape = (5, config.horizon + 2, config.num_envs)
+        shape = (6 if has_funding else 5, config.horizon + 2, config.num_envs)
         self.quotes = torch.zeros(shape, dtype=dtype, device=device)
-        opens, closes, borrow, cost_rate, impact = self.quotes.unbind()
+        opens, closes, borrow, cost_rate, impact, *funding = self.quotes.unbind()
         self.price, self.cost_rate, self.borrow = opens[1:], cost_rate[1:], borrow[1:-1]
         self.impact = impact[1:] if config.volume_slippage else None
-        self.prices, self.closes = self.price.unbind(), closes[:-1].unbind()
-        self.cost_rates, self.borrows = self.cost_rate.unbind(), self.borrow.unbind()
-        self.impacts = None if self.impact is None else self.impact.unbind()
+        self.funding = funding[0][2:] if has_funding else None
+        self.closes = closes[:-1].unbind()
         everywhere = torch.ones(shape[1] - 2, shape[2], dtype=torch.bool, device=device)
         self.allowed = everywhere if config.flat_before_close else None
         # Index of the target that each decision led to: cash where the account is ruined.
         self.held = torch.zeros(shape[1] - 2, shape[2], dtype=torch.uint8, device=device)
         self.helds = self.held.unbind()
         self.impact_limit = torch.zeros((), dtype=dtype, device=device)
+        self.fills = [self._fill(h) for h in range(config.horizon)]
         self._ahead = torch.arange(1, config.horizon + 1, device=device)
 
     def fill(self, market: Market, cursor: Tensor, cost_rate: Tensor, cost_scale: float) -> None:
@@ -82,6 +86,21 @@ class Segment:
             left = market.minutes_left[cursor + self._ahead[:, None]]
             torch.gt(left, config.flat_before_close, out=self.allowed)
 
+    def _fill(self, h: int) -> dict[str, Tensor]:
+        fill = {
+            "price": self.price[h],
+            "next_price": self.price[h + 1],
+            "cost_rate": self.cost_rate[h],
+            "next_cost_rate": self.cost_rate[h + 1],
+            "borrow": self.borrow[h],
+        }
+        if self.impact is not None:
+            limit = {"impact_limit": self.impact_limit}
+            fill |= {"impact": self.impact[h], "next_impact": self.impact[h + 1]} | limit
+        if self.funding is not None:
+            fill["funding"] = self.funding[h]
+        return fill
+
     @property
     def nbytes(self) -> int:
         """Memory of ``quotes``, ``allowed`` and ``held``."""
@@ -103,6 +122,8 @@ class Segment:
         if self.impact is not None:
             impact = self.impact[:-1]
             fills |= {"impact": impact, "impact_limit": self.impact_limit.expand_as(impact)}
+        if self.funding is not None:
+            fills["funding"] = self.funding
         # Copies: the next segment reuses this memory.
         return {name: values.t().contiguous() for name, values in fills.items()}
 
@@ -157,8 +178,8 @@ class Statistics:
                 spent.add_(decided)
                 self.time_in[self.cash_index] -= decided
         episodes = torch.stack((torch.ones_like(ended), account.log_equity, ~account.alive)).double()
-        _, traded, costs, borrow_costs = self.flows.sum(1, dtype=torch.float64)
-        flows = torch.stack((costs, borrow_costs, traded))
+        _, traded, costs, borrow_costs, *funding = self.flows.sum(1, dtype=torch.float64)
+        flows = torch.stack((costs, borrow_costs, traded, *(funding or [torch.zeros_like(traded)])))
         self.totals.add_(torch.cat((torch.stack((decisions, rewards)), episodes @ ended, flows)))
         self.flows.zero_()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.account import AccountState, advance, observation_constants, observe
+from envs.account import AccountState, advance, flows_of, observation_constants, observe
 from envs.compiled import CompiledSteps, Decide
 from envs.config import EnvConfig
 from envs.market import Market
@@ -29,9 +29,9 @@ class TradingEnv:
     starts, so the same seed gives the same numbers on a device. With ``compiled``, ``play`` runs by
     torch.compile, faster on a CPU after some ten seconds of compiling.
 
-    ``segment`` holds everything that does not react to the accounts, see :class:`Segment`. ``last_fill``, (4, N),
-    holds log_return, traded, costs and borrow_cost of the last ``step``, in start equities. ``account`` has the
-    rest, and changes in place where ``play`` is compiled.
+    ``segment`` holds everything that does not react to the accounts, see :class:`Segment`. ``last_fill``, (4 or 5,
+    N), holds log_return, traded, costs, borrow_cost and, if the market has any, funding of the last ``step``, in
+    start equities. ``account`` has the rest, and changes in place where ``play`` is compiled.
 
     ## Action
 
@@ -75,6 +75,14 @@ class TradingEnv:
     position is worth exactly ``target`` times the equity that is left. Borrowed shares (short) and borrowed money
     (targets over 1) cost ``borrow_rate`` a year for the time between opens, so a weekend costs more than a minute.
     All of them, limits included, are multiplied by ``cost_scale``, 1 unless a curriculum sets it between segments.
+
+    ## Funding
+
+    At the funding times of a perpetual future a long position pays the rate times its value, and a short one
+    receives it; below 0 the other way round. The position held *into* that time pays, since a fill at the open of
+    that minute comes after it. The exchange values it at a mark price, which bars lack: here it is the open of the
+    first bar from then on, the next trade, at which equity is counted too. ``cost_scale`` does not change it: it
+    is no cost of trading, and received as often as paid.
 
     ## Timing
 
@@ -142,20 +150,12 @@ class TradingEnv:
         self._over = torch.ones(n, dtype=torch.bool, device=self.device)  # a new episode at the next segment
         self._cost_rate = torch.zeros(n, dtype=dtype, device=self.device)  # fee and slippage
         self.cost_scale = 1.0  # fraction of all costs that is charged; set between segments by a curriculum
-        self.segment = Segment(config, dtype, self.device)
         self.last_fill = torch.zeros(4, 1, dtype=dtype, device=self.device)
         self._none = torch.zeros(n, dtype=torch.bool, device=self.device)  # truncated, within a segment
         self._step = config.horizon  # of this segment
 
         self.statistics = Statistics(positions, cash_index, n, dtype, self.device)
-        counted = (self._played, self.statistics.flows, self._cost_rate)
-        shared = (self._in_cash, self._targets, *counted, *self._constants)
-        rules = {
-            "ruin_equity": config.ruin_fraction,
-            "with_impact": self.segment.impact is not None,
-            "impact_limit": self.segment.impact_limit,
-        }
-        self._compiled_steps = CompiledSteps(self._amounts, alive, self.segment, shared, rules)
+        self._prepare(market.has_funding)
         self._attach(market)
 
     @property
@@ -183,17 +183,24 @@ class TradingEnv:
         """(N,) float32: typical log return of one bar of each account's symbol."""
         return self.market.volatility.index_select(0, self._symbol)
 
+    def _prepare(self, has_funding: bool) -> None:
+        # What knows whether funding is paid: a market without it has no column and no kernel for it.
+        self.segment = Segment(self.config, self.dtype, self.device, has_funding)
+        self.statistics.flows = flows = self._amounts.new_zeros(5 if has_funding else 4, self.config.num_envs)
+        shared = (self._in_cash, self._targets, self._played, flows, self._cost_rate, *self._constants)
+        self._compiled_steps = CompiledSteps(self._amounts, self._kept.alive, self.segment, shared)
+
     def _attach(self, market: Market) -> None:
         ours = (self.config.context_bars, self.config.horizon)
         if (market.context_bars, market.horizon) != ours:
+            its = (market.context_bars, market.horizon)
             raise ValueError(
-                f"the market must be made for context_bars and horizon {ours}, "
-                f"was made for {(market.context_bars, market.horizon)}"
+                f"the market must be made for context_bars and horizon {ours}, was made for {its}"
             )
+        if market.has_funding != (self.segment.funding is not None):
+            self._prepare(market.has_funding)
         self.market = market
-        stock, crypto = self.config.stock_fee_bps, self.config.crypto_fee_bps
-        bps = torch.where(market.is_crypto, crypto, stock).to(self.dtype) + self.config.slippage_bps
-        self._cost_rate_of = bps / 1e4
+        self._cost_rate_of = market.cost_rates(self.config, self.dtype)
 
     def begin_segment(self) -> Tensor:
         """Return the bars of the next segment, (N, C + H + 1, F) float32.
@@ -306,18 +313,11 @@ class TradingEnv:
         self._account, fill = advance(
             account,
             self._targets.index_select(0, actions),
-            price=segment.prices[h],
-            next_price=segment.prices[h + 1],
-            cost_rate=segment.cost_rates[h],
-            next_cost_rate=segment.cost_rates[h + 1],
-            borrow=segment.borrows[h],
             ruin_equity=self.config.ruin_fraction,
-            impact=None if segment.impacts is None else segment.impacts[h],
-            next_impact=None if segment.impacts is None else segment.impacts[h + 1],
-            impact_limit=segment.impact_limit,
+            **segment.fills[h],
         )
         segment.helds[h].copy_(actions)
-        self.last_fill = torch.stack((fill.log_return, fill.traded, fill.costs, self._account.owed))
+        self.last_fill = flows_of(fill)
         self.statistics.flows.add_(self.last_fill)
         truncated = self._end_segment() if self._step == self.config.horizon else self._none
         return fill.log_return.float(), fill.ruined, truncated
@@ -359,8 +359,8 @@ class TradingEnv:
 
         Sums, so that ranks can be added before dividing: ``decisions`` by living accounts and their ``rewards``;
         of the ``episodes`` that ended, the ``episode_log_returns`` and ``ruins``; ``costs`` (fees and slippage),
-        ``borrow_costs`` and value ``traded``, in start equities; and the decisions spent
-        ``in_position_<target>``.
+        ``borrow_costs``, value ``traded`` and ``funding`` paid less received, in start equities; and the
+        decisions spent ``in_position_<target>``.
         """
         return self.statistics.take()
 
@@ -411,7 +411,7 @@ class TradingEnv:
         """
         self._place(state)
         self._begun = state["begun"]
-        self.statistics.totals.copy_(state["totals"])
+        self.statistics.totals[: len(state["totals"])] = state["totals"]  # before there was funding: fewer
         if list(state["positions"]) == list(self.config.positions):
             self.statistics.time_in.copy_(state["time_in"])
         if len(state["generator"]) == len(self.generator.get_state()):

@@ -41,6 +41,8 @@ class Walk:
     costs: NDArray[np.float64]  # (T,) fees, slippage and borrowing, as a fraction of equity
     traded: NDArray[np.float64]  # (T,) value bought or sold, as a fraction of equity
     borrowing: NDArray[np.float64]  # (T,) the part of ``costs`` paid for borrowing
+    # (T,) paid beside ``costs``, below 0 where received, as a fraction of equity; None where no symbol has funding
+    funding: NDArray[np.float64] | None = None
 
     @property
     def equity_before(self) -> NDArray[np.float64]:
@@ -201,7 +203,7 @@ def _play(
     accounts_per_head: Sequence[int],
     rules: Tensor,
 ) -> list[NDArray[np.float64]]:
-    """Play one segment: position, log return, costs, value traded and borrowing per decision, (H, N) each."""
+    """Play one segment; return position, log return, costs, traded, borrowing, and funding if any, (H, N) each."""
     before, fills = [], []
     for h in range(env.config.horizon):
         account = env.account
@@ -217,12 +219,13 @@ def _play(
         fills.append(env.last_fill)
     units, equity, held = torch.stack(before, dim=1)
     equity = equity.exp()
-    log_return, traded, costs, borrowing = torch.stack(fills, dim=1)
+    log_return, traded, costs, borrowing, *funding = torch.stack(fills, dim=1)
     # A new target is reached exactly; repeating a target trades nothing, so the exposure has drifted.
     targets = torch.tensor([*env.config.positions, 0.0], dtype=env.dtype, device=env.device)
     chosen = targets[env.segment.held.long()]
     position = torch.where(chosen == held, units * env.segment.price[:-1] / equity, chosen)
-    columns = (position, log_return, (costs + borrowing) / equity, traded / equity, borrowing / equity)
+    paid = (part / equity for part in (costs + borrowing, traded, borrowing, *funding))
+    columns = (position, log_return, *paid)
     return [column.cpu().numpy() for column in columns]
 
 

@@ -278,6 +278,7 @@ def _figures(
         "exam/time_in_market": policy.time_in_market,
         "exam/hit_rate": policy.hit_rate,
         "exam/costs_percent": 100 * policy.costs,
+        **({"exam/funding_percent": 100 * policy.funding} if any(m.funding for m in pooled.values()) else {}),
         "exam/trials": num_trials,
         "exam/edge": int(judgement.edge),
         "exam/promoted": int(promoted),

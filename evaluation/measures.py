@@ -45,7 +45,8 @@ class Measures:
     turnover: float  # value traded per day, in equities
     time_in_market: float  # share of decisions that led to a position
     hit_rate: float  # share of days with a gain
-    costs: float  # sum of all payments, each as a fraction of equity at that time
+    costs: float  # sum of all payments but funding, each as a fraction of equity at that time
+    funding: float  # sum of the funding paid less received, likewise; in the returns, and not among the costs
     num_days: int
     days_per_year: int  # of Sharpe and Sortino
 
@@ -79,6 +80,7 @@ def measure(walks: Sequence[Walk]) -> Measures:
         time_in_market=float(np.mean([(walk.position != 0).mean() for walk in walks])),
         hit_rate=float((daily > 0).mean()),
         costs=float(np.mean([walk.costs.sum() for walk in walks])),
+        funding=float(np.mean([0.0 if walk.funding is None else walk.funding.sum() for walk in walks])),
         num_days=num_days,
         days_per_year=days_per_year,
     )

@@ -38,6 +38,7 @@ def render_page(report: Report, svgs: Mapping[str, tuple[str, str]]) -> bytes:
             headline=headline(report),
             dates=f"{report.first.astype('datetime64[D]')} to {report.last.astype('datetime64[D]')}",
             trained_until=f"{report.trained_until.astype('datetime64[m]')}".replace("T", " "),
+            has_funding=any(measures.funding for measures in report.pooled.values()),
             POLICY=POLICY,
             BUY_AND_HOLD=BUY_AND_HOLD,
         )

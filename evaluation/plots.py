@@ -168,6 +168,9 @@ def episode(walk: Walk, title: str) -> Figure:
     )
     labels = ("fees and slippage", "borrowing")
     paid.stackplot(bars, fees.cumsum(), borrowing.cumsum(), labels=labels, colors=(SECOND, ACCENT))
+    if walk.funding is not None:  # may be received, so beside the others and not on top of them
+        funding = _percent(walk.funding * walk.equity_before).cumsum()
+        paid.plot(bars, funding, label="funding, paid less received", color=INK, linewidth=1.2)
     paid.set_ylabel("paid so far, %")
     paid.set_xlabel("decisions, by the time of their fill, UTC; closed hours are left out")
     for axes in (prices, net, paid):

@@ -20,8 +20,8 @@ import torch
 from data_sources.bars import DAY_NS
 from envs.market import Market
 
-# Of Market.quotes; the other is the distance of the next bar, which may be a later day's.
-SCORED = (0, 1, 3, 4)
+# Of Market.quotes, where it has them; the other is the distance of the next bar, which may be a later day's.
+SCORED = (0, 1, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def revision_of(market: Market, start_ns: int, end_ns: int) -> Revision:
         low, scored, high = torch.searchsorted(market.open_time[first:last].contiguous(), edges).tolist()
         span = slice(first + low, first + high)
         time = market.open_time[span].cpu().numpy()
-        quotes = np.ascontiguousarray(market.quotes[span].cpu().numpy()[:, SCORED])
+        quotes = np.ascontiguousarray(
+            market.quotes[span].cpu().numpy()[:, SCORED[: market.quotes.shape[1] - 1]]
+        )
         whole.update(symbol.encode() + time[scored - low :].tobytes() + quotes[scored - low :].tobytes())
         starts = np.flatnonzero(np.diff(time // DAY_NS, prepend=-1))
         for begin, end in itertools.pairwise([*starts, len(time)]):

@@ -283,6 +283,11 @@ class Trainer:
             "rollout/turnover": total["traded"] / decisions,
             "rollout/cost_scale": self.env.cost_scale,
             "rollout/costs_bps": 1e4 * (total["costs"] + total["borrow_costs"]) / decisions,
+            **(
+                {"rollout/funding_bps": 1e4 * total["funding"] / decisions}
+                if self.env.market.has_funding
+                else {}
+            ),
             **{
                 f"rollout/{name}": total[name] / decisions for name in total if name.startswith("in_position")
             },

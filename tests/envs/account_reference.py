@@ -43,10 +43,11 @@ class ReferenceAccount:
     held: float | None = None
     cash: float = 1.0
     units: float = 0.0
-    debt: float = 0.0  # borrow cost due at the next open
+    debt: float = 0.0  # borrow cost and funding due at the next open
     ruined: bool = False
     costs: float = 0.0
     borrow_costs: float = 0.0
+    funding: float = 0.0  # paid less received
     traded: float = 0.0
 
     def equity(self, price: float) -> float:
@@ -61,11 +62,13 @@ class ReferenceAccount:
         cost: Cost,
         borrow: float,
         next_cost: Cost | None = None,
+        funding: float = 0.0,
     ) -> float:
         """Fill an order at ``price``, hold it until ``next_price``; return the log change of equity.
 
         The order pays the ``cost`` of the bar that opens at ``price``. A ruined account is closed at
-        ``next_price``, so it pays the cost of the bar that opens there; by default the same.
+        ``next_price``, so it pays the cost of the bar that opens there; by default the same. The position held
+        until then pays ``funding`` of its value at ``next_price``, and receives it if it is short.
         """
         if self.ruined:
             return 0.0
@@ -80,6 +83,9 @@ class ReferenceAccount:
         elif self.cash < 0:
             self.debt = -self.cash * borrow
         self.borrow_costs += self.debt
+        paid = self.units * next_price * funding
+        self.debt += paid
+        self.funding += paid
         if self.equity(next_price) <= self.ruin_equity:
             self._close(next_price, cost if next_cost is None else next_cost)
         return math.log(self.equity(next_price) / before)

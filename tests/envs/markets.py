@@ -49,6 +49,12 @@ def constant(symbol: str = "AAA", num_bars: int = 600, asset_class: AssetClass =
     return replace(bars, open=price, high=price, low=price, close=price)
 
 
+def funded(bars: Bars, every: int = 5) -> Bars:
+    """The same bars with funding of either sign at every fifth."""
+    rates = np.where(np.arange(len(bars)) % every, 0.0, np.random.default_rng(9).normal(0, 1e-3, len(bars)))
+    return bars.with_funding(rates)
+
+
 def market_of(*bars: Bars, holdout_start_ns: int = NEVER, **given: object) -> Market:
     given = {"context_bars": CONTEXT, "horizon": HORIZON, **given}
     return Market.from_bars(bars, device="cpu", holdout_start_ns=holdout_start_ns, **given)
@@ -117,5 +123,6 @@ def play_segment(env, actions=None, seed=0):
     return bars, torch.stack(observations), rewards, terminated, truncated
 
 
-def mixed_market(**given):
-    return market_of(walk("AAA"), walk("BBB", 500, "stock", seed=1, gaps={250: 1050}), **given)
+def mixed_market(has_funding=False, **given):
+    coin = funded(walk("AAA")) if has_funding else walk("AAA")
+    return market_of(coin, walk("BBB", 500, "stock", seed=1, gaps={250: 1050}), **given)

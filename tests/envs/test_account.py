@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,13 +12,24 @@ from hypothesis import strategies as st
 
 from envs.account import AccountState, advance
 from tests.envs.account_reference import ReferenceAccount
+from tests.envs.backtester import backtest
 
 POSITIONS = (-1.0, -0.4, 0.0, 0.5, 1.0, 3.0)
 FLAT = POSITIONS.index(0.0)
 
 
-def play(prices, actions, cost_rate, borrow, ruin_equity, dtype=torch.float64, impact=None, impact_limit=0.0):
-    """Return log returns, costs, borrow costs, traded values and ruins (T, 5, N), and the last state."""
+def play(
+    prices,
+    actions,
+    cost_rate,
+    borrow,
+    ruin_equity,
+    dtype=torch.float64,
+    impact=None,
+    impact_limit=0.0,
+    funding=None,
+):
+    """Return log returns, costs, borrow costs, traded values, ruins and funding (T, 6, N), and the last state."""
     prices, actions = torch.as_tensor(prices, dtype=dtype), torch.as_tensor(actions)
     state = AccountState.fresh(actions.shape[1], dtype, torch.device("cpu"))
     targets = torch.tensor(POSITIONS, dtype=dtype)
@@ -36,19 +45,20 @@ def play(prices, actions, cost_rate, borrow, ruin_equity, dtype=torch.float64, i
             next_cost_rate=torch.as_tensor(cost_rate[t + 1], dtype=dtype),
             borrow=torch.as_tensor(borrow[t], dtype=dtype),
             ruin_equity=ruin_equity,
+            funding=None if funding is None else torch.as_tensor(funding[t], dtype=dtype),
             impact=None if impact is None else torch.as_tensor(impact[t], dtype=dtype),
             next_impact=None if impact is None else torch.as_tensor(impact[t + 1], dtype=dtype),
             impact_limit=impact_limit,
         )
-        rows.append(
-            torch.stack((fill.log_return, fill.costs, state.owed, fill.traded, fill.ruined.to(dtype)))
-        )
+        paid = torch.zeros_like(fill.costs) if fill.funding is None else fill.funding
+        columns = (fill.log_return, fill.costs, fill.borrow_cost, fill.traded, fill.ruined.to(dtype), paid)
+        rows.append(torch.stack(columns))
     return torch.stack(rows), state
 
 
 @st.composite
 def paths(draw):
-    """Prices with quiet stretches and violent jumps, any orders, any costs, borrow costs that may be high."""
+    """Prices with quiet stretches and violent jumps, any orders and costs; borrowing and funding may be high."""
     length = draw(st.integers(1, 40))
     moves = st.one_of(st.just(0.0), st.floats(-0.01, 0.01), st.floats(-1.5, 1.5))
     prices = np.exp(np.cumsum([math.log(draw(st.floats(1e-6, 1e5)))] + [draw(moves) for _ in range(length)]))
@@ -57,13 +67,16 @@ def paths(draw):
     borrow = [draw(st.sampled_from([0.0, 1e-7, 1e-3, 0.05])) for _ in range(length)]
     impact = [draw(st.sampled_from([0.0, 1e-3, 0.1, 1e7])) for _ in range(length + 1)]
     limit = draw(st.sampled_from([0.0, 0.01, 0.05]))
-    return prices, actions, cost_rate, borrow, draw(st.sampled_from([1e-6, 0.2, 0.9])), impact, limit
+    rates = st.sampled_from([0.0, 0.0, 1e-4, -3e-4, 0.03, -0.03])
+    funding = draw(st.none() | st.lists(rates, min_size=length, max_size=length))
+    ruin_equity = draw(st.sampled_from([1e-6, 0.2, 0.9]))
+    return prices, actions, cost_rate, borrow, ruin_equity, impact, limit, funding
 
 
 @settings(max_examples=300, deadline=None)
 @given(paths())
 def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
-    prices, actions, cost_rate, borrow, ruin_equity, impact, limit = path
+    prices, actions, cost_rate, borrow, ruin_equity, impact, limit, funding = path
     rows, state = play(
         prices[:, None],
         np.array(actions)[:, None],
@@ -72,6 +85,7 @@ def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
         ruin_equity,
         impact=impact,
         impact_limit=limit,
+        funding=funding,
     )
     account = ReferenceAccount(ruin_equity, held=0.0)
     costs = [
@@ -81,7 +95,13 @@ def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
     for t, action in enumerate(actions):
         was_ruined = account.ruined
         expected = account.fill(
-            POSITIONS[action], prices[t], prices[t + 1], costs[t], borrow[t], costs[t + 1]
+            POSITIONS[action],
+            prices[t],
+            prices[t + 1],
+            costs[t],
+            borrow[t],
+            costs[t + 1],
+            0.0 if funding is None else funding[t],
         )
         close_to_ruin = abs(account.equity(prices[t + 1]) - ruin_equity) < 1e-9 * max(1, account.traded)
         if close_to_ruin and not account.ruined:
@@ -91,6 +111,7 @@ def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
     scale = 1 + account.traded
     assert float(rows[:, 1].sum()) == pytest.approx(account.costs, abs=1e-9 * scale)
     assert float(rows[:, 3].sum()) == pytest.approx(account.traded, abs=1e-9 * scale)
+    assert float(rows[:, 5].sum()) == pytest.approx(account.funding, abs=1e-9 * scale)
     assert float(state.units * prices[-1]) == pytest.approx(account.units * prices[-1], abs=1e-9 * scale)
 
 
@@ -210,9 +231,6 @@ def test_shuffling_accounts_shuffles_the_results():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_backtesting_py_agrees_on_final_equity(seed):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it wants a notebook when imported
-        from backtesting import Backtest, Strategy
     rate, length, cash = 7e-4, 120, 1e12
     random = np.random.default_rng(seed)
     prices = 100 * np.exp(np.cumsum(random.normal(0, 3e-3, length + 1)))
@@ -232,27 +250,6 @@ def test_backtesting_py_agrees_on_final_equity(seed):
         )
         orders.append(round((float(states.units) - before) * cash))
 
-    class Recorded(Strategy):
-        def init(self):
-            pass
-
-        def next(self):
-            # An order fills at the next bar's open, and there are two bars at first.
-            fill = len(self.data) - 2
-            if fill < length and orders[fill] > 0:
-                self.buy(size=orders[fill])
-            elif fill < length and orders[fill] < 0:
-                self.sell(size=-orders[fill])
-
-    # Two bars in front, since it starts at the second; bar 2 + t opens at prices[t].
-    opens = np.concatenate([[prices[0]] * 2, prices])
-    close = np.concatenate([opens[1:], opens[-1:]])
-    frame = pd.DataFrame(
-        {"Open": opens, "High": np.maximum(opens, close), "Low": np.minimum(opens, close), "Close": close},
-        index=pd.date_range("2024-01-01", periods=len(opens), freq="min"),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = Backtest(frame, Recorded, cash=cash, commission=rate, margin=0.05).run()
+    result = backtest(prices, orders, cash, rate)
     assert result["Equity Final [$]"] / cash == pytest.approx(float(states.log_equity.exp()), rel=1e-6)
     assert result["# Trades"] > 20

@@ -16,7 +16,7 @@ from evaluation.exam import Walk, examine
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from tests.envs.account_reference import ReferenceAccount
-from tests.envs.markets import CONTEXT, HORIZON, NEVER, config_of, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, NEVER, config_of, funded, market_of, walk
 
 CONFIG = config_of(num_envs=9, episode_bars=64 * HORIZON, borrow_rate=5.0, range_slippage=0.05)
 PAST = 20  # bars of the momentum rule, here
@@ -34,7 +34,7 @@ def policy_of(market: Market, seed: int = 0) -> Policy:
     return policy
 
 
-COIN, STOCK = walk("AAA", 300, gaps={150: 300}), walk("BBB", 260, "stock", seed=1)
+COIN, STOCK = funded(walk("AAA", 300, gaps={150: 300})), walk("BBB", 260, "stock", seed=1)
 TRAINED_UNTIL = int(COIN.open_time[60])
 MARKET = market_of(COIN, STOCK, holdout_start_ns=TRAINED_UNTIL)
 
@@ -79,17 +79,21 @@ def test_a_baseline_earns_what_an_account_in_plain_floats_earns(
             account = ReferenceAccount(1e-6, held=0.0, cash=account.equity(opens[fills[t - 1] + 1]))
         before = account.equity(opens[fill])
         costs, borrowed, traded = account.costs, account.borrow_costs, account.traded
+        funding = account.funding
         borrow = CONFIG.borrow_rate * (bars.open_time[fill + 1] - bars.open_time[fill]) / YEAR_NS
         target = target_of(name, bars.close, fill - 1)
         rate = fee / 1e4 + CONFIG.range_slippage * spread[fill]
-        earned = account.fill(target, opens[fill], opens[fill + 1], rate, borrow)
+        due = 0.0 if bars.funding is None else bars.funding[fill + 1]
+        earned = account.fill(target, opens[fill], opens[fill + 1], rate, borrow, funding=due)
         assert played.log_returns[t] == pytest.approx(earned, abs=1e-7)
         paid = account.costs - costs + account.borrow_costs - borrowed
         assert played.costs[t] == pytest.approx(paid / before, abs=1e-7)
+        assert played.funding[t] == pytest.approx((account.funding - funding) / before, abs=1e-7)
         assert played.traded[t] == pytest.approx((account.traded - traded) / before, abs=1e-7)
         held = account.units * opens[fill] / (account.cash + account.units * opens[fill])
         assert played.position[t] == pytest.approx(held, abs=1e-6)
         positions.add(round(played.position[t]))
+    assert (played.funding != 0).any() == (bars is COIN and name != "always flat")
     assert positions == {"buy and hold": {1}, "always flat": {0}, "momentum": {-1, 1}}[name]
 
 
@@ -130,7 +134,7 @@ def step_by_step(policy: Policy, market: Market, symbol: str, start_ns: int) -> 
         times = market.open_time[env.cursor + torch.arange(1, HORIZON + 1)]
         for h in range(HORIZON):
             logits, _ = policy.head.decide(projected[:, h], env.account_observations())
-            price = env.segment.prices[h].clone()
+            price = env.segment.price[h].clone()
             env.step(logits.argmax(-1))
             account = env.account
             value = account.units * price

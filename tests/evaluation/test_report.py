@@ -121,6 +121,17 @@ def test_figures_on_the_page_are_those_of_the_measures() -> None:
     assert "40 epochs up to this checkpoint" in text
 
 
+def test_funding_is_on_the_page_where_there_is_any(files: dict[str, bytes]) -> None:
+    assert "funding" not in Page(files["report.html"]).text.lower()
+    funding = [1e-4, 0, -3e-4, 0, 0, 0, 0]
+    report = report_of([of_daily(*GAINS, funding=funding), of_daily(*GAINS, symbol="BBB")])
+    page = Page(files_of(report)["report.html"])
+    assert "-0.01% funding, paid less received" in page.text
+    assert "below 0 where received" in page.text
+    assert report.as_json()["pooled"]["policy"]["funding"] == pytest.approx(-1e-4)
+    assert report.pooled["policy"].costs == 0
+
+
 def test_a_report_without_training_curves_has_no_place_for_them() -> None:
     assert "training" in edge().pictures() and "training" not in edge(training=[]).pictures()
     assert " epochs up to this checkpoint" not in text_of(edge(training=[]))

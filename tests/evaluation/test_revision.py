@@ -43,6 +43,14 @@ def test_the_same_bars_are_the_same_revision_wherever_the_exam_begins_on_the_fir
     assert again.days_changed_since(lines(first)) == []
 
 
+def test_another_funding_is_another_revision_of_its_day() -> None:
+    rates = np.zeros(len(PAIRS[0]))
+    rates[2 * 1440 + 60] = 1e-4
+    first = of(PAIRS[0].with_funding(rates), PAIRS[1])
+    late = of(PAIRS[0].with_funding(2 * rates), PAIRS[1])
+    assert late.days_changed_since(lines(first)) == ["2020-01-03"]
+
+
 @pytest.mark.parametrize("name", ["open", "close", "volume"])
 def test_one_value_of_one_bar_changes_its_day_alone(name: str) -> None:
     first = of(*PAIRS)

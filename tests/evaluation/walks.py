@@ -18,6 +18,7 @@ def walk_of(
     costs: Sequence[float] | None = None,
     traded: Sequence[float] | None = None,
     borrowing: Sequence[float] | None = None,
+    funding: Sequence[float] | None = None,
 ) -> Walk:
     """A walk; decisions fill ``hours`` after 2026-01-05 00:00 UTC, or once a day at noon."""
     length = len(log_returns)
@@ -37,6 +38,7 @@ def walk_of(
         column(costs, 0.0),
         column(traded, 0.0),
         column(borrowing, 0.0),
+        None if funding is None else column(funding, 0.0),
     )
 
 

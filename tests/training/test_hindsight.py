@@ -12,7 +12,7 @@ import torch
 from envs.counterfactuals import accounts_in_every_position, growth_of_every_choice
 from envs.market import YEAR_NS
 from tests.envs.account_reference import ReferenceAccount
-from tests.envs.markets import HORIZON, env_of, market_of, walk
+from tests.envs.markets import HORIZON, env_of, funded, market_of, walk
 from tests.training.rollouts import calm_and_wild, made_up_hindsight, policy_for, rollout_of
 from training import hindsight as recursion
 from training.hindsight import Hindsight, choice_values, compiled_choice_values, hindsight_advantages
@@ -139,7 +139,8 @@ def test_the_compiled_recursion_is_the_plain_one(
 @pytest.mark.parametrize("positions", [(-1.0, 0.0, 1.0), (0.0, 0.5, 2.0), (-1.0, 1.0)])
 def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, ...]) -> None:
     # A weekend after every tenth bar, so that every segment holds one: it costs more than a minute does.
-    bars = walk(asset_class="stock", gaps=dict.fromkeys(range(10, 600, 10), 3_900))
+    # Funding of a stock: no such thing is traded, and the ledger does not mind.
+    bars = funded(walk(asset_class="stock", gaps=dict.fromkeys(range(10, 600, 10), 3_900)))
     costs = {"stock_fee_bps": 7.0, "range_slippage": 0.1, "borrow_rate": 5.0}
     env = env_of(market_of(bars), positions=positions, **costs)
     env.begin_segment()
@@ -150,7 +151,7 @@ def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, .
     rate = (env.config.stock_fee_bps + env.config.slippage_bps) / 1e4
     for n, t in itertools.product((0, 3), range(HORIZON)):
         fill = env.market.quotes[places[n] + 1 + t].double()
-        following = float(env.market.quotes[places[n] + 2 + t, 0])
+        following, *_, funding = env.market.quotes[places[n] + 2 + t].double().tolist()
         opens = env.market.open_time[places[n] + 1 + t :][:2].tolist()
         borrow = 5.0 * (opens[1] - opens[0]) / YEAR_NS
         for (j, held), (k, target) in itertools.product(enumerate(held_targets), enumerate(positions)):
@@ -160,7 +161,8 @@ def test_growth_is_what_a_ledger_of_plain_floats_earns(positions: tuple[float, .
                 cash=1 - held,
                 units=held / float(fill[0]),
             )
-            earned = account.fill(target, float(fill[0]), following, rate + 0.1 * float(fill[3]), borrow)
+            cost = rate + 0.1 * float(fill[3])
+            earned = account.fill(target, float(fill[0]), following, cost, borrow, funding=funding)
             assert float(growth[n, t, j, k]) == pytest.approx(earned, abs=2e-7)
 
 
