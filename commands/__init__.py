@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, EXIT_SETTING, ExitProgram, report_ranks
+from runtime.launch import Launch
+from training import validation
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -26,6 +28,17 @@ log = logging.getLogger("continuous_training")
 
 def preflight_command(settings: Settings) -> None:
     """Check devices, settings and folder before any process trains; one line says what training computes on."""
+    try:
+        world_size = Launch.from_environment(
+            os.environ
+        ).world_size  # where NPROC is not set, at least so many
+    except ValueError as error:
+        raise ExitProgram(EXIT_SETTING, str(error)) from error
+    try:
+        validation.check_training(settings, world_size)
+    except ValueError as error:
+        raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
+    typer.echo("Settings are valid; loading PyTorch ...", err=True)
     from commands import check
     from envs.features import registered_features
     from training.data_feed import data_request

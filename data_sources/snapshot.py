@@ -47,12 +47,13 @@ def provide(
     symbols: Collection[str] = (),
     kept_snapshots: int = KEPT_SNAPSHOTS,
 ) -> Path | None:
-    """Return the snapshot that ``request`` began with, written now if there is none; old ones are removed.
+    """Return a snapshot of what the lake has for ``request``, written now if there is none; old ones are removed.
 
     Args:
         lake: where the bars are.
         request: which bars.
-        symbols: those that the snapshot must have, if it was written before.
+        symbols: of a resumed run, those that it began with. Its snapshot is the one that has them, whatever the
+            lake has learned since; a run that begins has none, and gets what the lake holds now.
         kept_snapshots: how many of this request stay.
 
     Returns:
@@ -61,11 +62,11 @@ def provide(
     Raises:
         LakeError: the lake cannot be read, or the snapshot cannot be written (disk full, read-only).
     """
-    path = find(lake, request, symbols)
-    if path is not None:
-        with lake_errors("write", path):
-            os.utime(path)
-        return path
+    found = find(lake, request, symbols, "" if symbols else fingerprint(lake, request))
+    if found is not None:
+        with lake_errors("write", found):
+            os.utime(found)
+        return found
     asked, interval = _names(request)
     folder = lake.root / READY_FOLDER
     with lake_errors("write", folder):
@@ -77,8 +78,10 @@ def provide(
         return path if has_bars else None
 
 
-def find(lake: Lake, request: DataRequest, symbols: Collection[str] = ()) -> Path | None:
+def find(lake: Lake, request: DataRequest, symbols: Collection[str] = (), content: str = "") -> Path | None:
     """Return the newest snapshot of ``request`` that has bars, those of ``symbols`` among them; None without one.
+
+    ``content`` is the fingerprint that it must have; "": any.
 
     Damaged and empty ones are removed on the way.
 
@@ -96,7 +99,7 @@ def find(lake: Lake, request: DataRequest, symbols: Collection[str] = ()) -> Pat
                 names = {bars.symbol for bars in open_snapshot(path).bars}
             if not names:
                 _remove(path)
-            elif names.issuperset(symbols):
+            elif names.issuperset(symbols) and path.stem.endswith(content):
                 return path
     return None
 

@@ -298,7 +298,9 @@ def test_the_next_run_trains_on_the_new_bars(story: Story) -> None:
     # Up to the last minute that had closed when it began, which may be the one that the first run ended with.
     assert later["data_cutoff_ns"] > story.second_began_ns - MINUTE_NS
     assert later["data_cutoff_ns"] % MINUTE_NS == 0
-    assert later["data_fingerprint"] != earlier["data_fingerprint"]
+    assert (
+        later["data_fingerprint"] != earlier["data_fingerprint"]
+    )  # by Polygon's newest day, if by no minute
     assert any(line.split()[:2] == ["AAPL", "polygon"] for line in story.starts["second"].lines)
 
 

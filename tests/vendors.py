@@ -32,12 +32,7 @@ TOO_FEW = {"JNJ", "NEWUSDT", "X:SOL-USD"}
 
 
 class BinanceNow(BinanceServer):
-    """Up to this minute, or ``minutes_behind`` it."""
-
-    minutes_behind = 3
-    now_ns = property(
-        lambda self: time.time_ns() - self.minutes_behind * MINUTE_NS, lambda self, ignored: None
-    )
+    now_ns = property(lambda self: time.time_ns(), lambda self, ignored: None)
 
 
 def midnight_ns(day: dt.date) -> int:
@@ -45,7 +40,7 @@ def midnight_ns(day: dt.date) -> int:
 
 
 class Vendors:
-    """Polygon, Binance and Yahoo. Polygon's newest stock file and Binance's last minutes come with ``publish``.
+    """Polygon, Binance and Yahoo. Polygon's newest stock file is out only after ``publish``.
 
     AAPL was split in the middle of the time: Polygon's prices jump there, Yahoo's are adjusted. MSFT has both
     sources, NVDA only Yahoo. JNJ, NEWUSDT and X:SOL-USD have under 2,000 bars.
@@ -85,19 +80,18 @@ class Vendors:
         self.binance.__exit__()
         self.polygon.stop()
 
-    def _put_stocks(self, number: int, tickers: tuple[str, ...], day: dt.date) -> None:
+    def _put_stocks(self, number: int, tickers: tuple[str, ...], day: dt.date, factor: float = 1.0) -> None:
         times = np.arange(*self.sessions[number], MINUTE_NS)
         lines = [
             line
             for ticker in tickers
-            for line in _lines(ticker, times // MINUTE_NS, self.yahoo.raw(ticker, times))
+            for line in _lines(ticker, times // MINUTE_NS, self.yahoo.raw(ticker, times) * factor)
         ]
         self.polygon.put(key_of(day, STOCKS), day_file(lines))
 
     def publish(self) -> None:
-        """Publish Polygon's newest day file and Binance's last minutes."""
-        self.binance.minutes_behind = 0
-        self._put_stocks(len(self.days) - 1, ("AAPL", "MSFT"), self.days[-1])
+        """Publish Polygon's newest day file, with prices that differ from Yahoo's in the tenth digit."""
+        self._put_stocks(len(self.days) - 1, ("AAPL", "MSFT"), self.days[-1], 1 + 1e-10)
 
     @property
     def addresses(self) -> dict[str, str]:

@@ -91,8 +91,10 @@ def test_a_resumed_run_gets_its_own_bars_although_the_lake_has_new_ones(lake):
     before = load(lake, request_for())
     put(lake, "AAAUSDT", seed=77)
     assert load(lake, request_for()).fingerprint != before.fingerprint
-    assert snapshot.provide(Lake(lake.root), request_for()) == first
+    assert snapshot.provide(Lake(lake.root), request_for(), symbols=["AAAUSDT"]) == first
     assert is_same(snapshot.open_snapshot(first), before)
+    new_run = snapshot.provide(Lake(lake.root), request_for())  # which begins in the same minute
+    assert is_same(snapshot.open_snapshot(new_run), load(lake, request_for()))
     other = snapshot.provide(lake, request_for(end_ns=END - MINUTE_NS))
     assert other != first
     assert len(snapshot.open_snapshot(other).bars[0]) == MINUTES - 1
@@ -222,4 +224,4 @@ def test_a_snapshot_that_lacks_a_symbol_of_the_run_is_not_used_for_it(tmp_path):
     assert snapshot.find(lake, request_for(), ["AAAUSDT", "BBBUSDT"]) is None
     second = snapshot.provide(lake, request_for(), symbols=["AAAUSDT", "BBBUSDT"])
     assert [bars.symbol for bars in snapshot.open_snapshot(second).bars] == ["AAAUSDT", "BBBUSDT"]
-    assert snapshot.provide(lake, request_for()) == second  # the newer one, also for a run that began with it
+    assert snapshot.provide(lake, request_for()) == second
