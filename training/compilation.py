@@ -41,7 +41,7 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
         bars = torch.zeros(num_segments, context_bars + horizon + 1, num_features, device=device)
         with torch.no_grad():
             policy.encode(bars, horizon + 1)
-        accounts, targets = _zeros(policy, num_segments, horizon, device)
+        accounts, targets = zeros_of(policy, num_segments, horizon, device)
         num_decisions = targets.valid.numel()
         objective(bars[:, 1:].contiguous(), accounts, targets, num_decisions).total.backward()
         del moments
@@ -57,7 +57,7 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
         raise failure
 
 
-def _zeros(policy: Policy, num_segments: int, horizon: int, device: torch.device) -> tuple[Tensor, Targets]:
+def zeros_of(policy: Policy, num_segments: int, horizon: int, device: torch.device) -> tuple[Tensor, Targets]:
     """Make account observations and targets of one micro-batch."""
     head, by_decision = policy.head, (num_segments, horizon)
     accounts = torch.zeros(*by_decision, head.account.in_features, device=device)
@@ -70,24 +70,19 @@ def _zeros(policy: Policy, num_segments: int, horizon: int, device: torch.device
 
 
 def compile_objective(
-    objective: Objective,
-    num_segments: int,
-    context_bars: int,
-    horizon: int,
-    ranks: Ranks,
-    by_block: bool = False,
+    objective: Objective, num_segments: int, context_bars: int, horizon: int, ranks: Ranks
 ) -> str:
     """Compile the trunk for rollouts and updates, and head and losses for updates (all ranks).
 
-    All of it or nothing; takes a minute for large models.
+    All of it or nothing; takes a minute for large models. With several ranks, the trunk is compiled block by
+    block: FSDP gathers a block's weights when the block is called, and DDP averages a block's gradients during
+    the backward of those below. One function for all blocks would return all gradients at its end (docs/LOG.md).
 
     Args:
         objective: changed in place; weights and their names stay as they are.
         num_segments: of one micro-batch.
         context_bars, horizon: of a segment.
         ranks: of the training.
-        by_block: compile the trunk block by block, for sharded models: FSDP gathers a block's weights when the
-            block is called.
 
     Returns:
         Why it was not compiled, in one line; empty if it was.
@@ -99,7 +94,7 @@ def compile_objective(
     if ranks.any(bool(missing)):
         return missing or "it lacks a tool on another rank"
     trunk = objective.policy.trunk
-    modules: list[nn.Module] = list(trunk.blocks) if by_block else [trunk]
+    modules: list[nn.Module] = [trunk] if ranks.world_size == 1 else list(trunk.blocks)
     # A guard has checked sizes and strides already: checks between kernels take up to 2 %.
     compile_ = partial(torch.compile, dynamic=False, options={"size_asserts": False})
     for module in modules:  # the forward alone: FSDP's hooks stay outside, weights keep their names

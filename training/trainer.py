@@ -146,7 +146,7 @@ class Trainer:
         self.policy.trunk.recompute = plan.recompute
         if compile_is_on(settings, self.ranks.device):
             self.not_compiled = (
-                compile_objective(self.objective, *sizes, self.ranks, settings.parallel == "fsdp")
+                compile_objective(self.objective, *sizes, self.ranks)
                 or compile_accounts(self.env, self.policy, self.ranks)
                 or compile_hindsight(self.objective, self.env, self.ranks)
             )

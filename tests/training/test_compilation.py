@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +46,46 @@ def test_a_compiled_objective_gives_the_same_update() -> None:
     torch.testing.assert_close(*statistics, rtol=1e-4, atol=1e-5)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def of_two_ranks() -> Any:
+    return SimpleNamespace(world_size=2, device=ALONE.device, any=bool)
+
+
+def test_alone_the_trunk_is_one_function_and_with_several_ranks_each_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owners: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda method, **_: owners.append(method.__self__) or method)
+    alone, together = (Objective(small_policy(), SETTINGS) for _ in range(2))
+    assert compile_objective(alone, 2, CONTEXT, HORIZON, ALONE) == ""
+    assert owners == [alone.policy.trunk, alone]
+    owners.clear()
+    assert compile_objective(together, 2, CONTEXT, HORIZON, of_two_ranks()) == ""
+    assert owners == [*together.policy.trunk.blocks, together]
+
+
+@pytest.mark.drill
+def test_with_several_ranks_a_blocks_gradients_are_there_before_the_backward_of_the_block_below(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Otherwise DDP, whose buckets fill as gradients come, has no backward left to overlap their all-reduce with.
+    quickly = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: quickly(forward, backend="aot_eager"))
+    objective, events = Objective(small_policy(), SETTINGS), list[str]()
+    assert compile_objective(objective, 2, CONTEXT, HORIZON, of_two_ranks()) == ""
+    below, above = objective.policy.trunk.blocks
+
+    def watch(block: object, inputs: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _: events.append("backward of the block below"))
+
+    below.register_forward_hook(watch)
+    above.down.weight.register_post_accumulate_grad_hook(
+        lambda _: events.append("gradients of the one above")
+    )
+    compilation.dry_run(objective, 2, CONTEXT, HORIZON, ALONE)
+    assert events == ["gradients of the one above", "backward of the block below"]
 
 
 def without_compiler() -> AbstractContextManager[None]:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     with distributed.start() as ranks:
         objective = Objective(small_policy(), SETTINGS)
         if "compiled" in sys.argv:
-            assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks, by_block=sharded) == ""
+            assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks) == ""
         learner = small_learner(objective, ranks, sharded=sharded)
         rollout = made_up_rollout(small_policy(), 8, seed=ranks.rank)
 

@@ -48,7 +48,7 @@ if __name__ == "__main__":
         policy = small_policy()
         objective = Objective(policy, SETTINGS)
         if "compiled" in sys.argv:
-            assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks, by_block=sharded) == ""
+            assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks) == ""
         learner = small_learner(objective, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
         whole = made_up_rollout(small_policy(), 8)
         half = part_of(whole, slice(4 * ranks.rank, 4 * ranks.rank + 4))
