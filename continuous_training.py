@@ -69,6 +69,7 @@ class Settings:
     min_bars: int = 2_000  # symbols with fewer bars are dropped
     holdout_days: int = 14  # the newest days of bars, never trained on
     extended_hours: bool = False  # keep stock bars before 09:30 and after 16:00 New York
+    keep_pegged: bool = False  # keep symbols whose price hardly moves, such as stablecoins
     missing_symbols: Literal["stop", "continue"] = "stop"  # when a resumed run has fewer than it began with
     simulated_symbols: int = 32  # symbols of the simulated market
     simulated_bars: int = 60_000  # minutes of bars of each simulated symbol

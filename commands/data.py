@@ -12,6 +12,7 @@ from data_sources import snapshot
 from data_sources.coverage import Extent, SymbolRow, minutes_behind
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData, load
+from data_sources.pegged import PEGGED
 from data_sources.progress import WarningCollector
 from data_sources.refresh import SourceReport, refresh
 from data_sources.sources import DataRequest
@@ -156,7 +157,7 @@ def _verdict(
     if not extent.num_bars:
         return "no bars"
     if is_series and row.dropped:
-        return "too few bars"
+        return "pegged" if row.dropped.startswith(PEGGED) else "too few bars"
     if is_series and any("split" in flag for flag in row.flags):
         return "split missing"
     # What is computed ends where it was asked to, and is never fetched again.

@@ -134,6 +134,7 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
         start_ns=span.start_ns - HISTORY_DAYS * DAY_NS,
         end_ns=min(span.end_ns, now_ns),
         min_bars=trained.settings.context_bars + trained.settings.horizon + 2,
+        keep_pegged=True,
     )
     data, symbols, notes = _load_bars(lake, request, trained, options, span)
     log.info(f"Evaluating {trained.checkpoint.path.name} on {count_of(len(symbols), 'symbol')}, {span}")

@@ -95,7 +95,10 @@ def request_of(settings: Settings, now_ns: int, symbols: Sequence[str]) -> DataR
     """
     request = data_request(settings, now_ns)
     start_ns = max(request.start_ns, request.end_ns - LOOK_BACK_DAYS * DAY_NS)
-    request = dataclasses.replace(request, start_ns=start_ns, min_bars=settings.context_bars + 1)
+    # A position that is held needs a decision, however quiet its symbol has become.
+    request = dataclasses.replace(
+        request, start_ns=start_ns, min_bars=settings.context_bars + 1, keep_pegged=True
+    )
     if not symbols or "simulated" in request.sources:
         return request
     kept = {

@@ -20,6 +20,7 @@ from data_sources.calendar import in_regular_session, new_york_time, utc
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.lake.lake import FETCHED, Lake
 from data_sources.lake.quality import BAD_TICK, bad_ticks
+from data_sources.pegged import stands_still
 from data_sources.sources import DataRequest, Source, SymbolGroup
 from data_sources.splits import SplitLedger, near_split_ratio, suspect_splits
 from data_sources.universe import Interval, members, plain_names, top_of
@@ -29,7 +30,7 @@ SYMBOLS_AT_ONCE = 48  # of a dataset with many: bounds the memory in use beside 
 MIN_COMMON_BARS = 30  # of two sources, to compare their levels
 SOURCES_DIFFER = 0.001  # median relative difference of closes that is worth a flag
 THIN_DAY = 0.8  # of a day's bars; a source with fewer is flagged
-RULES = "2"  # of the checks while loading; another number makes another fingerprint
+RULES = "3"  # of the checks while loading; another number makes another fingerprint
 
 Columns = dict[str, NDArray[Any]]
 
@@ -81,6 +82,8 @@ def each_symbol(lake: Lake, request: DataRequest) -> Iterator[tuple[Bars, Symbol
             reason = f"no bars, {rename}" if rename else "no bars"
         elif len(series.bars) < request.min_bars:
             reason = f"{len(series.bars):,} bars, fewer than {request.min_bars:,}"
+        elif not request.keep_pegged:
+            reason = stands_still(series.bars)
         yield series.bars, row_of(series, reason)
 
 

@@ -29,7 +29,8 @@ class DataRequest:
 
     ``symbols`` has the symbols by the setting that lists them, such as {"stocks": ("AAPL",)}. A rule such as
     "top:500" (universe.py) may be among those that a source keeps in one dataset. ``min_bars`` counts after
-    cleaning. Without ``extended_hours`` stocks keep 09:30-16:00 New York.
+    cleaning. Without ``extended_hours`` stocks keep 09:30-16:00 New York. ``keep_pegged`` keeps series that stand
+    still (pegged.py); a rule never chooses them.
 
     Raises:
         ValueError: a source is unknown, a rule is malformed, or the setting takes none.
@@ -41,6 +42,7 @@ class DataRequest:
     end_ns: int
     min_bars: int = 2000
     extended_hours: bool = False
+    keep_pegged: bool = False
     simulated_symbols: int = 32
     simulated_bars: int = 60_000
     simulated_seed: int = 0

@@ -1,8 +1,10 @@
 """``top:500`` instead of names: the largest symbols by dollar volume as known at each date, delisted ones too.
 
-A symbol is a member for a calendar month if it was among the N largest of the 30 days before that month. Nothing
-later counts, so a symbol that is gone by now is a member as long as it was large. The lake keeps of each day the
-bars of the day's 3 N largest, and how much each of them traded, so that the rule never downloads a day twice.
+A symbol is a member for a calendar month if it was among the N largest of the 30 days before that month, without
+those that stood still on most of these days, such as stablecoins (pegged.py). Nothing later counts, so a symbol
+that is gone by now is a member as long as it was large. The lake keeps of each day the bars of the day's 3 N
+largest, and how much each of them traded, so that the rule never downloads a day twice; the amount is negative
+where the price stood still. In parts of earlier versions none is: what they choose is judged when it is loaded.
 """
 
 from __future__ import annotations
@@ -84,12 +86,20 @@ def members(
     return found
 
 
-def _largest(days: Mapping[dt.date, Mapping[str, float]], month: dt.date, count: int) -> Sequence[str]:
-    """Rank by dollar volume in the days before ``month``; equal ones by name."""
+def _largest(days: Mapping[dt.date, Mapping[str, int]], month: dt.date, count: int) -> Sequence[str]:
+    """Rank what moves by dollar volume in the days before ``month``; equal ones by name."""
+    from data_sources.pegged import STILL_SHARE  # which imports polars
+
     traded: Counter[str] = Counter()
+    num_days: Counter[str] = Counter()
+    num_still: Counter[str] = Counter()
     for age in range(1, LOOK_BACK_DAYS + 1):
-        traded.update(days.get(month - dt.timedelta(days=age), {}))
-    return sorted(traded, key=lambda symbol: (-traded[symbol], symbol))[:count]
+        for symbol, amount in days.get(month - dt.timedelta(days=age), {}).items():
+            traded[symbol] += abs(amount)
+            num_days[symbol] += 1
+            num_still[symbol] += amount < 0
+    moving = [symbol for symbol in traded if num_still[symbol] < STILL_SHARE * num_days[symbol]]
+    return sorted(moving, key=lambda symbol: (-traded[symbol], symbol))[:count]
 
 
 def _months(start_ns: int, end_ns: int) -> Iterable[tuple[dt.date, dt.date]]:

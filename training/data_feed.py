@@ -17,6 +17,7 @@ from data_sources.errors import LakeError
 from data_sources.lake.lake import READY_FOLDER, Lake
 from data_sources.lake.quality import closed_before
 from data_sources.load import LoadedData, load
+from data_sources.pegged import PEGGED
 from data_sources.progress import Progress
 from data_sources.refresh import refresh
 from data_sources.sources import DataRequest
@@ -140,7 +141,9 @@ def lost_symbols(rows: Iterable[SymbolRow], num_bars: Iterable[str], request: Da
     """
     dropped = {row.symbol: row.dropped for row in rows}
     has_rule = any(map(top_of, request.symbols.values()))  # whose choice depends on the days in the lake
-    return {symbol: dropped.get(symbol, "no bars") for symbol in num_bars if dropped.get(symbol, has_rule)}
+    lost = {symbol: dropped.get(symbol, "no bars") for symbol in num_bars if dropped.get(symbol, has_rule)}
+    # An earlier version trained on those that stand still: their bars are there, but no longer wanted.
+    return {symbol: reason for symbol, reason in lost.items() if not reason.startswith(PEGGED)}
 
 
 def _compare_with_beginning(
@@ -165,7 +168,14 @@ def _compare_with_beginning(
                 "house in docs/checkpoints.md), or continue without them: --missing-symbols continue",
             )
         log.warning(f"{text}; it continues without them")
-    if unnamed := [symbol for symbol in progress.num_bars if symbol not in now and symbol not in lost]:
+    still = [symbol for symbol in progress.num_bars if data.dropped.get(symbol, "").startswith(PEGGED)]
+    if still:
+        log.warning(
+            f"run {progress.run} continues without {_first_of(still)}, whose price stands still; keep_pegged "
+            "keeps such symbols"
+        )
+    gone = {*lost, *still}
+    if unnamed := [symbol for symbol in progress.num_bars if symbol not in now and symbol not in gone]:
         log.warning(
             f"run {progress.run} continues without {_first_of(unnamed)}, which the settings no longer name"
         )
@@ -258,6 +268,7 @@ def data_request(settings: Settings, now_ns: int) -> DataRequest:
         end_ns=end_ns,
         min_bars=settings.min_bars,
         extended_hours=settings.extended_hours,
+        keep_pegged=settings.keep_pegged,
         simulated_symbols=settings.simulated_symbols,
         simulated_bars=settings.simulated_bars,
     )

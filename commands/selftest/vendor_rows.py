@@ -42,7 +42,13 @@ def load_through_a_lake(rows: Sequence[tuple[Bars, int]], extended_hours: bool) 
         for setting, kind in (("stocks", stocks), ("polygon_crypto", crypto))
     }
     request = DataRequest(
-        ("polygon", "yahoo"), names, start_ns, end_ns, min_bars=1, extended_hours=extended_hours
+        ("polygon", "yahoo"),
+        names,
+        start_ns,
+        end_ns,
+        min_bars=1,
+        extended_hours=extended_hours,
+        keep_pegged=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         lake = Lake(Path(folder))

@@ -37,7 +37,7 @@ class Part:
 
     ``start_ns`` and ``end_ns`` bound the half-open interval that the answer covered, also where it has no
     rows; ``symbols`` are the requested ones, present or not; ``content`` is a SHA-256 of the rows;
-    ``dollar_volume`` is what each of the day's largest symbols traded, where a rule asked for them.
+    ``dollar_volume`` is what each of the day's largest symbols traded, where a rule asked for them (universe.py).
     """
 
     source: str

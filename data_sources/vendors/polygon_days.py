@@ -13,6 +13,7 @@ import pyarrow as pa
 from isal import isal_zlib  # reads what zlib reads in a third of its time
 
 from data_sources.errors import BadAnswer
+from data_sources.pegged import still_symbols
 
 PIECE_BYTES = 1 << 18  # of gzip, decoded at a time; about 1.2 MB of text, which fits a core's cache
 # Of text: a file of all US stocks has about 0.15 GB. gzip shrinks repetitions to a thousandth, so a small file may
@@ -59,7 +60,8 @@ def read_day(
     Returns:
         symbol, open_time (int64 ns UTC), open, high, low, close, volume (float64), null where empty; and how much
         each of the largest traded: the day's volume times its median close, in dollars. The median, since one
-        bad print would make any ticker the largest.
+        bad print would make any ticker the largest. Tickers that traded as much, but stood still (pegged.py), come
+        last, and their dollars are negative.
 
     Raises:
         BadAnswer: not gzip, cut, wrong checksum, wrong columns, text instead of numbers, or times of another
@@ -69,15 +71,19 @@ def read_day(
     dollars: dict[str, int] = {}
     if num_largest:
         sound = (pl.col("volume") > 0) & pl.col("volume").is_finite() & (pl.col("close") > 0)
+        candidates = frame.filter(pl.col("symbol").str.ends_with(ending) & sound)
         traded = (
-            frame.filter(pl.col("symbol").str.ends_with(ending) & sound)
-            .group_by("symbol")
+            candidates.group_by("symbol")
             .agg((pl.col("volume").sum() * pl.col("close").median()).alias("dollars"))
             .filter(pl.col("dollars").is_finite())
             .sort(["dollars", "symbol"], descending=[True, False])
-            .head(num_largest)
         )
-        dollars = {symbol: round(amount) for symbol, amount in traded.iter_rows()}
+        is_still = pl.col("symbol").is_in(sorted(still_symbols(candidates, has_par=bool(ending))))
+        largest = traded.filter(~is_still).head(num_largest)
+        least = largest["dollars"][-1] if len(largest) == num_largest else 0.0
+        still = traded.filter(is_still & (pl.col("dollars") >= least))
+        dollars = {symbol: round(amount) for symbol, amount in largest.iter_rows()}
+        dollars |= {symbol: -max(1, round(amount)) for symbol, amount in still.iter_rows()}
     frame = frame.filter(pl.col("symbol").is_in([*symbols, *dollars]))
     times = frame["open_time"]
     strays = times.filter(((times < start_ns) | (times >= end_ns)).fill_null(True))

@@ -138,13 +138,15 @@ def test_without_a_bar_it_ends_with_3(server: BinanceServer, tmp_path: Path) -> 
 END = int(datetime(2026, 11, 24, 12, tzinfo=UTC).timestamp()) * 10**9
 
 
-def verdict_of(asset_class: str, source: str, minutes_behind: int, *, step: int = 1, **more: Any) -> str:
+def verdict_of(
+    asset_class: str, source: str, minutes_behind: int, *, step: int = 1, dropped: str = "", **more: Any
+) -> str:
     newest = END - (minutes_behind + 1) * MINUTE_NS
     time_ns = newest - np.arange(3_000 * step, 0, -step, dtype=np.int64) * MINUTE_NS + step * MINUTE_NS
     prices = [np.full(len(time_ns), 100.0)] * 4
     bars = Bars("AAA", asset_class, time_ns, *prices, np.ones(len(time_ns)))  # type: ignore[arg-type]
     index = ("polygon", "binance", "yahoo", "simulated").index(source)
-    row = row_of(Series(bars, np.full(len(bars), index, np.int8), **more), "")
+    row = row_of(Series(bars, np.full(len(bars), index, np.int8), **more), dropped)
     request = DataRequest((source,), {}, END - 10 * DAY_NS, END)
     report = data.report(LoadedData([bars], {}, [row], "f"), {}, [], request)
     return str(report["series"][0]["verdict"])
@@ -168,6 +170,12 @@ def test_thin_series_and_missing_splits_are_named() -> None:
     assert verdict_of("crypto", "binance", 0, step=2) == "thin"
     assert verdict_of("crypto", "binance", 0, flags=["a split of about 10 ..."]) == "split missing"
     assert verdict_of("crypto", "binance", 0, flags=["something else"]) == "see warning"
+
+
+def test_why_a_symbol_is_dropped_is_its_verdict() -> None:
+    assert verdict_of("crypto", "binance", 0, dropped="1,999 bars, fewer than 2,000") == "too few bars"
+    pegged = "pegged or constant: within 0.1 % in 15 of 16 days"
+    assert verdict_of("crypto", "binance", 90, dropped=pegged) == "pegged"
 
 
 def test_a_symbol_of_two_sources_has_a_row_for_each_and_one_for_the_merged_series() -> None:

@@ -20,6 +20,7 @@ import torch
 from continuous_training import Settings
 from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
 from data_sources.lake.lake import Lake
+from data_sources.lake.quality import bar_table
 from data_sources.load import LoadedData
 from data_sources.progress import NullProgress
 from runtime.control import EXIT_NO_DATA, Control, ExitProgram
@@ -155,6 +156,27 @@ def test_a_resumed_run_with_fewer_bars_names_them(
     bars_elsewhere(tmp_path / "there", replace(progress))
     count = progress.num_bars["ETHUSDT"]
     assert f"fewer bars than it began with: ETHUSDT 2,500 of {count:,}" in caplog.text
+
+
+def test_a_run_that_began_with_a_pegged_symbol_continues_without_it_by_name(
+    binance: BinanceServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = TrainingProgress(epoch=2)
+    bars_elsewhere(tmp_path, progress)
+    pegged = replace(progress, num_bars=progress.num_bars | {"USDCUSDT": 2_880})  # of an earlier version
+    time_ns = progress.cutoff_ns - np.arange(2_880, 0, -1) * MINUTE_NS
+    columns = [time_ns, *([np.full(2_880, 1.0)] * 5)]
+    Lake(tmp_path).write(
+        "binance", "USDCUSDT", "u", bar_table("USDCUSDT", columns), key="u", version="", start_ns=int(time_ns[0]),
+        end_ns=progress.cutoff_ns, symbols=["USDCUSDT"], now_ns=progress.cutoff_ns + DAY_NS,
+    )  # fmt: skip
+    pairs = {"binance_pairs": ("BTCUSDT", "ETHUSDT", "USDCUSDT")}
+    data = bars_elsewhere(tmp_path, pegged, **pairs)
+    assert data is not None and [bars.symbol for bars in data.bars] == ["BTCUSDT", "ETHUSDT"]
+    assert data.dropped == {"USDCUSDT": "pegged or constant: one price throughout"}
+    assert "run 1 continues without USDCUSDT, whose price stands still" in caplog.text
+    kept = bars_elsewhere(tmp_path, replace(progress), keep_pegged=True, **pairs)
+    assert kept is not None and len(kept.bars) == 3
 
 
 class Second(Ranks):
