@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_sources import snapshot
+from data_sources.bars import FLOW_COLUMNS
 from data_sources.coverage import Extent, SymbolRow, minutes_behind
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData, load
@@ -30,7 +31,7 @@ STALE_MINUTES = {
 }
 THIN_COVERAGE = {"stock": 0.6, "crypto": 0.9}
 COLUMNS = (
-    "symbol", "source", "bars", "first", "last, UTC", "coverage", "gaps", "rejected", "splits", "behind",
+    "symbol", "source", "bars", "first", "last, UTC", "coverage", "flow", "gaps", "rejected", "splits", "behind",
     "verdict",
 )  # fmt: skip
 
@@ -139,6 +140,7 @@ def _entries(row: SymbolRow, request: DataRequest) -> Iterator[dict[str, Any]]:
             "first": _iso_or_none(extent.first_ns),
             "last": _iso_or_none(extent.last_ns),
             "coverage": None if extent.coverage is None else round(extent.coverage, 6),
+            "flow": dict(extent.flow),
             "gaps": extent.num_gaps,
             "longest_gap_minutes": extent.longest_gap_minutes,
             "rejected": dict(rejected),
@@ -180,12 +182,21 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         (entry["first"] or "")[:10],
         (entry["last"] or "")[:16].replace("T", " "),
         "" if coverage is None else f"{coverage:.1%}",
+        _flow(entry),
         f"{entry['gaps']:,}",
         ", ".join(f"{count} {reason}" for reason, count in entry["rejected"].items()) or "0",
         str(entry["splits"]),
         "" if behind is None else _lag(behind),
         entry["verdict"],
     ]
+
+
+def _flow(entry: Mapping[str, Any]) -> str:
+    """Return which share of the bars has order flow, such as "trades 98%, taker 73%", or "98%" for both."""
+    shares = {name.split("_")[0]: f"{count / entry['bars']:.0%}" for name, count in entry["flow"].items()}
+    if len(shares) == len(FLOW_COLUMNS) and len(set(shares.values())) == 1:
+        return next(iter(shares.values()))
+    return ", ".join(f"{name} {share}" for name, share in shares.items())
 
 
 def _lag(minutes: int) -> str:

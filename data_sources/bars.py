@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ MINUTE_NS = 60_000_000_000
 HOUR_NS = 60 * MINUTE_NS
 DAY_NS = 24 * HOUR_NS
 COLUMNS = ("open_time", "open", "high", "low", "close", "volume")
+FLOW_COLUMNS = ("trades", "taker_buy_volume")  # not every source has them
 # No source has earlier bars: Polygon's flat files of stocks begin in September 2003, of crypto and Binance later.
 FIRST_DATE = datetime.date(2003, 1, 1)
 LARGEST_JUMP = 3.0
@@ -35,6 +37,11 @@ class Bars:
     from after the open of the bar before to this one's, which a long position pays. All arrays have shape
     (num_bars,).
 
+    Order flow: ``trades`` is the number of trades, ``taker_buy_volume`` the part of the volume whose buyer crossed
+    the spread. Both are float64, NaN at bars whose source does not have it (never 0 in its place), and None where
+    no bar has it. At other bars trades are whole, and 0 exactly where the volume is; 0 <= taker_buy_volume <=
+    volume. Of several bars they add up, to NaN if one is not known; a split changes only taker_buy_volume.
+
     Raises:
         ValueError: an array breaks one of these rules; names the symbol, the rule and the first place.
     """
@@ -47,6 +54,8 @@ class Bars:
     low: NDArray[np.float64]
     close: NDArray[np.float64]
     volume: NDArray[np.float64]
+    trades: NDArray[np.float64] | None = None
+    taker_buy_volume: NDArray[np.float64] | None = None
     funding: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +64,7 @@ class Bars:
             raise ValueError(
                 f"{self.symbol}: open_time must be a vector of int64, was {self.open_time.dtype}"
             )
-        for name in (*COLUMNS[1:], *(() if self.funding is None else ("funding",))):
+        for name in (*self.columns[1:], *(() if self.funding is None else ("funding",))):
             array = getattr(self, name)
             if array.shape != shape or array.dtype != np.float64:
                 raise ValueError(
@@ -71,16 +80,39 @@ class Bars:
             self._require("funding finite", np.isfinite(self.funding))
         self._require("low <= open and close", self.low <= np.minimum(self.open, self.close))
         self._require("high >= open and close", self.high >= np.maximum(self.open, self.close))
+        self._check_flow()
+
+    def _check_flow(self) -> None:
+        trades, taker = self.trades, self.taker_buy_volume
+        if trades is not None:
+            is_count = np.isfinite(trades) & (trades == np.floor(trades))
+            self._require("trades whole", np.isnan(trades) | is_count)
+            agrees = np.where(self.volume > 0, trades > 0, trades == 0)
+            self._require("trades 0 exactly where the volume is", np.isnan(trades) | agrees)
+        if taker is not None:
+            self._require(
+                "taker_buy_volume from 0 to the volume",
+                np.isnan(taker) | ((taker >= 0) & (taker <= self.volume)),
+            )
 
     @classmethod
-    def known_valid(cls, symbol: str, asset_class: AssetClass, *columns: NDArray[Any]) -> Bars:
-        """Return bars of COLUMNS that were valid when they were written, without looking at a value."""
+    def known_valid(cls, symbol: str, asset_class: AssetClass, columns: Mapping[str, NDArray[Any]]) -> Bars:
+        """Return bars of COLUMNS, perhaps with flow, that are known to be valid, without looking at a value."""
         bars = object.__new__(cls)
-        for name, value in zip(
-            ("symbol", "asset_class", *COLUMNS), (symbol, asset_class, *columns), strict=True
-        ):
+        for name, value in {"symbol": symbol, "asset_class": asset_class, **columns}.items():
             object.__setattr__(bars, name, value)
         return bars
+
+    @classmethod
+    def of_columns(cls, symbol: str, asset_class: AssetClass, columns: Mapping[str, NDArray[Any]]) -> Bars:
+        """Return bars of COLUMNS and of those FLOW_COLUMNS that have a value; raises as the constructor."""
+        names = [name for name in FLOW_COLUMNS if name in columns and not np.isnan(columns[name]).all()]
+        return cls(symbol, asset_class, **{name: columns[name] for name in (*COLUMNS, *names)})
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns that these bars have: COLUMNS, and perhaps of FLOW_COLUMNS."""
+        return (*COLUMNS, *(name for name in FLOW_COLUMNS if getattr(self, name) is not None))
 
     def __len__(self) -> int:
         return len(self.open_time)
@@ -97,15 +129,31 @@ class Bars:
 
     def rows(self, first: int, end: int) -> Bars:
         """Return the bars first to end - 1, as views."""
-        columns = (getattr(self, name)[first:end] for name in COLUMNS)
-        bars = Bars.known_valid(self.symbol, self.asset_class, *columns)
+        columns = {name: getattr(self, name)[first:end] for name in self.columns}
+        bars = Bars.known_valid(self.symbol, self.asset_class, columns)
         return bars if self.funding is None else bars.with_funding(self.funding[first:end])
+
+    def select(self, mask: NDArray[np.bool_]) -> Bars:
+        """Return the bars where ``mask`` is true, as copies, without their funding, which would change."""
+        columns = {name: getattr(self, name)[mask] for name in self.columns}
+        return Bars.of_columns(self.symbol, self.asset_class, columns)
 
     def with_funding(self, rates: NDArray[np.float64]) -> Bars:
         """Return the same bars with this ``funding``, finite float64 of as many bars."""
         bars = copy.copy(self)
         object.__setattr__(bars, "funding", rates)
         return bars
+
+
+def join_columns(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Concatenate columns by name; where only some pieces have a column of the flow, the others have NaN in it."""
+    names = dict.fromkeys(name for piece in pieces for name in piece)
+    return {
+        name: np.concatenate(
+            [piece[name] if name in piece else np.full(len(piece["open_time"]), np.nan) for piece in pieces]
+        )
+        for name in names
+    }
 
 
 def find_breaks(bars: Bars) -> NDArray[np.int64]:
@@ -127,8 +175,8 @@ def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> 
 
     Args:
         frame: one row per closed minute, oldest first, with the columns open_time, open, high, low, close and
-            volume. ``open_time`` is the start of the minute: times (without a zone: UTC), ISO 8601 text, or int64
-            nanoseconds since 1970.
+            volume; it may have trades and taker_buy_volume, empty where not known. ``open_time`` is the start of
+            the minute: times (without a zone: UTC), ISO 8601 text, or int64 nanoseconds since 1970.
         symbol: its name.
         asset_class: "crypto" for what trades round the clock, "stock" for US stocks.
 
@@ -148,11 +196,11 @@ def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> 
         open_time = pd.DatetimeIndex(pd.to_datetime(times, utc=True, format=form)).as_unit("ns").asi8.copy()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{symbol}: open_time must be times such as 2026-11-20 14:30") from error
-    columns = []
-    for name in COLUMNS[1:]:
+    columns: dict[str, NDArray[Any]] = {"open_time": open_time}
+    for name in (*COLUMNS[1:], *(name for name in FLOW_COLUMNS if name in frame)):
         try:
             # A copy: pandas may return a read-only view, and torch warns of those.
-            columns.append(np.array(frame[name], np.float64))
+            columns[name] = np.array(frame[name], np.float64)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{symbol}: {name} must be numbers") from error
-    return Bars(symbol, asset_class, open_time, *columns)
+    return Bars.of_columns(symbol, asset_class, columns)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sources.bars import MINUTE_NS, AssetClass, Bars
+from data_sources.bars import COLUMNS, MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import expected_minutes
 from data_sources.vendors import SOURCES
 
@@ -23,7 +23,7 @@ class Extent:
 
     ``num_gaps`` counts runs of missing minutes between the first and the last bar (stocks: of regular sessions by
     the NYSE calendar; crypto: of all), ``coverage`` is the fraction of those minutes that have a bar, None where
-    no calendar knows.
+    no calendar knows. ``flow`` counts the bars with a value by column of the order flow, without columns of none.
     """
 
     num_bars: int
@@ -32,6 +32,7 @@ class Extent:
     num_gaps: int
     longest_gap_minutes: int
     coverage: float | None
+    flow: dict[str, int] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def extent_of(bars: Bars) -> Extent:
     """Measure a series of bars."""
     if not len(bars):
         return Extent(0, None, None, 0, 0, None)
-    return Extent(len(bars), int(bars.open_time[0]), int(bars.open_time[-1]), *_gaps(bars))
+    counts = {name: int(np.isfinite(getattr(bars, name)).sum()) for name in bars.columns[len(COLUMNS) :]}
+    flow = {name: count for name, count in counts.items() if count}
+    return Extent(len(bars), int(bars.open_time[0]), int(bars.open_time[-1]), *_gaps(bars), flow=flow)
 
 
 def _stretches(series: Series) -> tuple[Stretch, ...]:

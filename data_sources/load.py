@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sources import renames
-from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars, find_breaks
+from data_sources.bars import DAY_NS, AssetClass, Bars, find_breaks, join_columns
 from data_sources.calendar import in_regular_session, new_york_time, utc
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.lake.lake import FETCHED, Lake
@@ -194,21 +194,21 @@ class _Reader:
                 if stretch.name != symbol and len(piece["open_time"]):
                     until = f"bars of {stretch.name} until {utc(stretch.end_ns).date()} are joined to it"
                     self.notes.setdefault(symbol, []).append(until)
-        return (
-            {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-            if pieces
-            else None
-        )
+        return join_columns(pieces) if pieces else None
 
     def count_rejected(self, symbol: str) -> Counter[str]:
-        """Count the rows that failed a check in the parts of the interval; unfinished minutes do not count."""
+        """Count the rows that failed a check in the parts of the interval, also bars that only lost their flow.
+
+        Unfinished minutes do not count.
+        """
         dataset = self._dataset_of(symbol)
         if dataset not in self._rejected:
             counts: dict[str, Counter[str]] = {}
             for part in self._lake.parts(self.source.name, dataset).values():
                 if part.start_ns < self._request.end_ns and self._request.start_ns < part.end_ns:
-                    for name, reasons in part.rejected_by_symbol.items():
-                        counts.setdefault(name, Counter()).update(reasons)
+                    for found_in in (part.rejected_by_symbol, part.flow_rejected):
+                        for name, reasons in found_in.items():
+                            counts.setdefault(name, Counter()).update(reasons)
             for found in counts.values():
                 found.pop("not_closed", None)
                 found.pop(BAD_TICK, None)  # of parts by an earlier version; the lake returns those rows
@@ -256,12 +256,10 @@ def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedg
         if num_thin:
             flags.append(f"{other.label} fills in for {source.label} on days with few bars: {num_thin}")
         order = np.argsort(np.concatenate([result.bars.open_time, more.open_time[fills]]), kind="stable")
-        columns = {
-            name: np.concatenate([getattr(result.bars, name), getattr(more, name)[fills]])[order]
-            for name in COLUMNS
-        }
+        both = [_columns_of(result.bars), _select(_columns_of(more), fills)]
+        columns = {name: array[order] for name, array in join_columns(both).items()}
         result.source = np.concatenate([result.source, _marks(other, int(fills.sum()))])[order]
-        result.bars = Bars(symbol, "stock", **columns)
+        result.bars = Bars.of_columns(symbol, "stock", columns)
         result.flags += flags
     bars = result.bars
     for jump in suspect_splits(bars):
@@ -316,7 +314,11 @@ def _bars(symbol: str, asset_class: AssetClass, columns: Columns | None) -> Bars
     if columns is None:
         empty = np.empty(0)
         return Bars(symbol, asset_class, np.empty(0, np.int64), empty, empty, empty, empty, empty)
-    return Bars(symbol, asset_class, *(columns[name] for name in COLUMNS))
+    return Bars.of_columns(symbol, asset_class, columns)
+
+
+def _columns_of(bars: Bars) -> Columns:
+    return {name: getattr(bars, name) for name in bars.columns}
 
 
 def _without_bad_ticks(series: Series) -> Series:
@@ -325,11 +327,10 @@ def _without_bad_ticks(series: Series) -> Series:
     bad = bad_ticks(bars.open_time, bars.open, bars.close)
     if not bad.any():
         return series
-    kept = Bars(bars.symbol, bars.asset_class, *(getattr(bars, name)[~bad] for name in COLUMNS))
     for name, count in zip(SOURCES, np.bincount(series.source[bad], minlength=len(SOURCES)), strict=True):
         if count:
             series.rejected.setdefault(name, Counter())[BAD_TICK] += int(count)
-    return dataclasses.replace(series, bars=kept, source=series.source[~bad])
+    return dataclasses.replace(series, bars=bars.select(~bad), source=series.source[~bad])
 
 
 def _flag_breaks(series: Series) -> None:
@@ -350,8 +351,7 @@ def _of_one_symbol(series: Series, end_ns: int) -> Series:
     if is_new.all() or not is_new.any():
         return series
     flags = [*series.flags, f"{bars.symbol} before {utc(end_ns).date()} is another symbol, and left out"]
-    kept = Bars(bars.symbol, bars.asset_class, *(getattr(bars, name)[is_new] for name in COLUMNS))
-    return dataclasses.replace(series, bars=kept, source=series.source[is_new], flags=flags)
+    return dataclasses.replace(series, bars=bars.select(is_new), source=series.source[is_new], flags=flags)
 
 
 def _marks(source: Source, count: int) -> NDArray[np.int8]:
@@ -373,4 +373,5 @@ def _at_ratio(columns: Columns, ratio: float) -> Columns:
     if ratio == 1:
         return columns
     prices = {name: columns[name] / ratio for name in ("open", "high", "low", "close")}
-    return columns | prices | {"volume": columns["volume"] * ratio}
+    volumes = {name: columns[name] * ratio for name in ("volume", "taker_buy_volume") if name in columns}
+    return columns | prices | volumes

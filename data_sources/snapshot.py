@@ -1,6 +1,6 @@
 """A run's bars as files beside the lake, ready to be mapped: ranks share their pages, restarts open them at once.
 
-    data_dir/.ready/<request>-<interval>-<fingerprint>.npy     COLUMNS of every used symbol, 8 bytes a value
+    data_dir/.ready/<request>-<interval>-<fingerprint>.npy     the columns of every used symbol, 8 bytes a value
     data_dir/.ready/<request>-<interval>-<fingerprint>.jsonl   a checksum; rows of all symbols
 
 A snapshot is derived: removing it costs the time to write it again. A resumed run finds the one that it began
@@ -114,7 +114,7 @@ def open_snapshot(path: Path) -> LoadedData:
     try:
         rows = [SymbolRow.from_dict(row) for row in header["rows"]]
         used = [row for row in rows if not row.dropped]
-        ends = np.cumsum([len(COLUMNS) * row.num_bars for row in used], dtype=np.int64)
+        ends = np.cumsum([len(_columns(row)) * row.num_bars for row in used], dtype=np.int64)
         values: NDArray[np.int64] = np.asarray(np.load(path, mmap_mode="c"))
         blocks = np.split(values.view(np.int64), ends)
         bars = [_bars(row, block) for row, block in zip(used, blocks[:-1], strict=True)]
@@ -125,11 +125,16 @@ def open_snapshot(path: Path) -> LoadedData:
     return LoadedData(bars, dropped, rows, header["fingerprint"])
 
 
+def _columns(row: SymbolRow) -> tuple[str, ...]:
+    """Return a symbol's columns in the file: those of the flow only where a bar has a value."""
+    return (*COLUMNS, *row.flow)
+
+
 def _bars(row: SymbolRow, block: NDArray[np.int64]) -> Bars:
-    open_time, *values = block.reshape(len(COLUMNS), row.num_bars)
-    return Bars.known_valid(
-        row.symbol, row.asset_class, open_time, *(column.view(np.float64) for column in values)
-    )
+    names = _columns(row)
+    columns: dict[str, NDArray[Any]] = dict(zip(names, block.reshape(len(names), row.num_bars), strict=True))
+    columns |= {name: columns[name].view(np.float64) for name in names[1:]}
+    return Bars.known_valid(row.symbol, row.asset_class, columns)
 
 
 def verify(lake: Lake) -> list[str]:
@@ -176,9 +181,10 @@ def _write(path: Path, lake: Lake, request: DataRequest) -> bool:
             rows.append(dataclasses.asdict(row))
             lake.heartbeat()
             if not row.dropped:
-                for name in COLUMNS:
+                names = _columns(row)
+                for name in names:
                     file.write(np.ascontiguousarray(getattr(bars, name)).data)
-                num_values += len(COLUMNS) * len(bars)
+                num_values += len(names) * len(bars)
         file.seek(0)
         _write_array_header(file, num_values)
 

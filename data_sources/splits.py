@@ -171,14 +171,11 @@ class SplitLedger:
                 factor[before] *= split.ratio
         if (factor == 1).all():
             return bars
-        return dataclasses.replace(
-            bars,
-            open=bars.open / factor,
-            high=bars.high / factor,
-            low=bars.low / factor,
-            close=bars.close / factor,
-            volume=bars.volume * factor,
-        )
+        adjusted = {name: getattr(bars, name) / factor for name in ("open", "high", "low", "close")}
+        adjusted["volume"] = bars.volume * factor  # a split changes no number of trades
+        if bars.taker_buy_volume is not None:
+            adjusted["taker_buy_volume"] = bars.taker_buy_volume * factor
+        return dataclasses.replace(bars, **adjusted)
 
     def _load(self) -> dict[str, dict[str, float]]:
         try:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS, Bars
+from data_sources.bars import DAY_NS, FLOW_COLUMNS, MINUTE_NS, Bars
 from data_sources.calendar import new_york_time
 from envs.feature_errors import FeatureError, place_of
 from envs.features import (
@@ -129,8 +129,11 @@ def replace_bars_after(bars: Bars, cut: int, seed: int, num_later: int | None = 
         "close": prices[1],
         "volume": volume,
     }
-    joined = (np.concatenate([getattr(bars, name)[: cut + 1], columns[name]]) for name in COLUMNS)
-    return Bars.known_valid(bars.symbol, bars.asset_class, *joined)
+    is_known = random.random(later) > 0.2
+    flow = {"trades": np.ceil(volume), "taker_buy_volume": volume * random.random(later)}
+    columns |= {name: np.where(is_known, values, np.nan) for name, values in flow.items()}
+    joined = {name: np.concatenate([getattr(bars, name)[: cut + 1], columns[name]]) for name in bars.columns}
+    return Bars.known_valid(bars.symbol, bars.asset_class, joined)
 
 
 class _OwnChecks:
@@ -156,12 +159,16 @@ class _OwnChecks:
     def compare_orders(self) -> None:
         """Compare the features of each symbol alone with those computed in the training's order, twice."""
         for bars in self._bars:
-            before = [getattr(bars, name).copy() for name in COLUMNS]
+            before = [getattr(bars, name).copy() for name in bars.columns]
             raw = compute_unbounded(bars, CPU, self._fresh())
             self._count_values(raw)
             self._compare(bars, raw, compute_unbounded(bars, CPU, self.own))
-            pairs = zip(COLUMNS, before, strict=True)
-            changed = [name for name, column in pairs if not np.array_equal(column, getattr(bars, name))]
+            pairs = zip(bars.columns, before, strict=True)
+            changed = [
+                name
+                for name, column in pairs
+                if not np.array_equal(column, getattr(bars, name), equal_nan=name in FLOW_COLUMNS)
+            ]
             if changed:  # unseen by torch
                 raise FeatureError(
                     f"a feature of your own changes {', '.join(changed)} of its history: {FIX}"

@@ -26,6 +26,7 @@ from torch import Tensor
 from data_sources.bars import MINUTE_NS, AssetClass, Bars, find_breaks
 from data_sources.calendar import new_york_time
 from envs.feature_errors import FeatureError, evaluate, import_own
+from envs.rolling import lagged, rolling_max, rolling_means
 
 FeatureFunction = Callable[["History"], Tensor]
 FEATURES: dict[str, FeatureFunction] = {}
@@ -63,6 +64,7 @@ class History:
         )
         self.open_time = torch.from_numpy(np.ascontiguousarray(bars.open_time)).to(device)
         self.local_minute = torch.from_numpy(local_minutes(bars.open_time, bars.asset_class)).to(device)
+        self._bars = bars
         self._volatility: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -72,6 +74,33 @@ class History:
     def is_crypto(self) -> bool:
         """Whether the market never closes."""
         return self.asset_class == "crypto"
+
+    @cached_property
+    def trades(self) -> Tensor:
+        """Number of trades, float64; NaN where it is not known, see ``has_trades``."""
+        return self._flow("trades")
+
+    @cached_property
+    def taker_buy_volume(self) -> Tensor:
+        """Volume that takers bought, float64; NaN where it is not known, see ``has_taker_buy_volume``."""
+        return self._flow("taker_buy_volume")
+
+    @property
+    def has_trades(self) -> Tensor:
+        """Mask of the bars whose number of trades is known, (B,) bool."""
+        return ~self.trades.isnan()
+
+    @property
+    def has_taker_buy_volume(self) -> Tensor:
+        """Mask of the bars whose takers' volume is known, (B,) bool."""
+        return ~self.taker_buy_volume.isnan()
+
+    def _flow(self, name: str) -> Tensor:
+        """Return a column of the order flow; on the device only once a feature asks for it."""
+        column = getattr(self._bars, name)
+        if column is None:
+            return torch.full_like(self.volume, math.nan)
+        return torch.from_numpy(np.ascontiguousarray(column)).to(self.volume.device)
 
     @cached_property
     def log_close(self) -> Tensor:
@@ -116,48 +145,6 @@ class History:
     def mean_volume(self) -> Tensor:
         """Mean volume of the last 240 bars, this one included."""
         return rolling_means(self.volume.float(), [240])[240]
-
-
-def lagged(series: Tensor, bars: int) -> Tensor:
-    """Return the series ``bars`` bars earlier; 0 before its start."""
-    shifted = torch.zeros_like(series)
-    if bars < len(series):
-        shifted[bars:] = series[: len(series) - bars]
-    return shifted
-
-
-def rolling_means(series: Tensor, windows: Iterable[int]) -> dict[int, Tensor]:
-    """Return the mean of the last w values, this one included, for each window w.
-
-    Each is put together from sums of 2, 4, 8... values, so no rounding comes from outside its window.
-    """
-    sums = {window: torch.zeros_like(series) for window in windows}
-    covered = dict.fromkeys(sums, 0)
-    longest = max(sums, default=0)
-    power, width = series, 1
-    while width <= longest:
-        for window in sums:
-            if window & width:
-                sums[window] += lagged(power, covered[window])
-                covered[window] += width
-        if 2 * width <= longest:
-            power = power + lagged(power, width)
-        width *= 2
-    count = torch.arange(1, len(series) + 1, device=series.device, dtype=series.dtype)
-    return {window: total.div_(count.clamp(max=window)) for window, total in sums.items()}
-
-
-def rolling_max(series: Tensor, window: int) -> Tensor:
-    """Return the largest of the last ``window`` values, this one included."""
-    best, width = series, 1
-    while width < window:
-        step = min(width, window - width)
-        if step < len(best):
-            best = torch.cat([best[:step], torch.maximum(best[step:], best[:-step])])
-        else:
-            best = best.cummax(0).values
-        width += step
-    return best
 
 
 def local_minutes(open_time: NDArray[np.int64], asset_class: AssetClass) -> NDArray[np.int64]:

@@ -25,20 +25,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, Bars
+from data_sources.bars import COLUMNS, join_columns
 from data_sources.errors import BadAnswer, LakeBusy, LakeError, lake_errors
 from data_sources.lake.names import escape
 from data_sources.lake.parts import (
+    FORMAT,
     SUFFIX,
     DamagedPartError,
     Part,
     digest_of,
+    fault_of,
+    flow_digest_of,
     parse_footer,
     parse_part,
     symbol_runs,
     write_part,
 )
-from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, REVISED, clean
+from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, REVISED, clean, flow_of
 from data_sources.progress import NullProgress, Progress, Waiting
 from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
@@ -159,7 +162,8 @@ class Lake:
             source: such as "polygon".
             dataset: such as "us_stocks_sip" or a symbol; one folder.
             unit: such as "2026-11-20"; one file. All three may be any text, odd characters are escaped.
-            table: symbol, open_time, open, high, low, close, volume; see quality.clean. May be empty.
+            table: symbol, open_time, open, high, low, close, volume, perhaps trades and taker_buy_volume; see
+                quality.clean. May be empty.
             key: the vendor's name of the answer.
             version: ETag or sha256, which changes when the vendor replaces the answer; "" if there is none.
             start_ns: with ``end_ns``, the half-open interval that the answer covers, rows or not.
@@ -191,6 +195,10 @@ class Lake:
             rejected_by_symbol=cleaned.rejected_by_symbol,
             repaired=cleaned.repaired,
             dollar_volume=dict(dollar_volume or {}),
+            format=FORMAT,
+            flow={n: len(cleaned.table) - cleaned.table[n].null_count for n in flow_of(cleaned.table)},
+            flow_content=flow_digest_of(cleaned.table),
+            flow_rejected=cleaned.flow_rejected,
         )
         path = self._path(part)
         quarantine = self._quarantine_path(part)
@@ -233,8 +241,9 @@ class Lake:
             symbols: None for all. Those without a bar are absent from the result.
 
         Returns:
-            Per symbol: COLUMNS, and "fetched_ns" (int64), when the part of each row was fetched. The arrays are
-            new: writable, and keep no file in memory.
+            Per symbol: COLUMNS, those of FLOW_COLUMNS that a part has (NaN where there is no value), and
+            "fetched_ns" (int64), when the part of each row was fetched. The arrays are new: writable, and keep no
+            file in memory.
         """
         pieces: dict[str, list[dict[str, NDArray[Any]]]] = {}
         for part in sorted(self.parts(source, dataset).values(), key=lambda part: (part.start_ns, part.unit)):
@@ -244,7 +253,7 @@ class Lake:
                 and start_ns < part.end_ns + OUTSIDE_TOLERANCE_NS
             )
             for table in self._tables(part, wanted) if wanted and reaches else ():
-                arrays = {name: table[name].to_numpy() for name in COLUMNS}
+                arrays = {name: table[name].to_numpy() for name in (*COLUMNS, *flow_of(table))}
                 for symbol, first, last in symbol_runs(table):
                     if symbol in wanted:
                         times = arrays["open_time"][first:last]
@@ -267,12 +276,12 @@ class Lake:
         for part in parts:
             path = self._path(part)
             table = self._rows(part)
-            fault = _fault_of(table, part) if table is not None else ""
+            fault = fault_of(table, part) if table is not None else ""
             # A writer may have replaced it since it was listed: then the new part counts.
             now = self.parts(part.source, part.dataset).get(part.unit, part) if fault else part
             if now != part:
                 table = self._rows(now)
-                fault = _fault_of(table, now) if table is not None else ""
+                fault = fault_of(table, now) if table is not None else ""
             if fault:
                 self._set_aside(path, DamagedPartError(fault))
             if (fault or table is None) and not path.exists():
@@ -296,7 +305,8 @@ class Lake:
         """Return 16 hex digits that identify the contents: same bars of the same answers, same digits."""
         digest = hashlib.sha256()
         for part in self.all_parts():
-            fields = (part.source, part.dataset, part.unit, part.version, str(part.rows), part.content)
+            fields = [part.source, part.dataset, part.unit, part.version, str(part.rows), part.content]
+            fields += [part.flow_content] if part.flow_content else []
             digest.update("\0".join(fields).encode() + b"\n")
         return digest.hexdigest()[:16]
 
@@ -383,24 +393,6 @@ class Lake:
         return self._folder(part.source, part.dataset) / (escape(part.unit) + QUARANTINE_SUFFIX)
 
 
-def _fault_of(table: pa.Table, part: Part) -> str:
-    """Return what is wrong with the rows of a readable part, "" if nothing."""
-    if digest_of(table) != part.content:
-        return "its rows are not those that were written"
-    arrays = [table[name].to_numpy() for name in COLUMNS]
-    for symbol, first, last in symbol_runs(table):
-        if symbol not in part.symbols:
-            return f"it has rows of {symbol}, which was not requested"
-        try:
-            bars = Bars(symbol, "stock", *(array[first:last] for array in arrays))
-        except ValueError as error:
-            return str(error)
-        earliest, latest = part.start_ns - OUTSIDE_TOLERANCE_NS, part.end_ns + OUTSIDE_TOLERANCE_NS
-        if bars.open_time[0] < earliest or bars.open_time[-1] >= latest:
-            return f"{symbol} has rows outside of the interval"
-    return ""
-
-
 def _stamp(path: Path | os.DirEntry[str]) -> tuple[int, int]:
     status = path.stat()
     return status.st_mtime_ns, status.st_size
@@ -434,7 +426,7 @@ def _part_files(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
 
 def _merge(pieces: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Join one symbol's pieces, oldest interval first; of rows for one minute the last fetched one stays."""
-    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in (*COLUMNS, FETCHED)}
+    columns = join_columns(pieces)
     time = columns["open_time"]
     if (time[1:] > time[:-1]).all():
         return columns

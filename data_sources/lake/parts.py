@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -15,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_sources.bars import COLUMNS
-from data_sources.lake.quality import SCHEMA
+from data_sources.bars import COLUMNS, Bars
+from data_sources.lake.quality import FLOW_SCHEMA, OUTSIDE_TOLERANCE_NS, SCHEMA, flow_of
 
 SUFFIX = ".parquet"
+FORMAT = 2  # parts of format 1 have no order flow, whether or not their source has it
 _MAGIC = b"PAR1"
 _TRAILER_BYTES = 8  # length of the footer (4, little endian) and the magic
 ROW_GROUP_ROWS = 1 << 16  # sorted by symbol, so that a few of thousands cost a few groups
@@ -38,6 +40,9 @@ class Part:
     ``start_ns`` and ``end_ns`` bound the half-open interval that the answer covered, also where it has no
     rows; ``symbols`` are the requested ones, present or not; ``content`` is a SHA-256 of the rows;
     ``dollar_volume`` is what each of the day's largest symbols traded, where a rule asked for them (universe.py).
+
+    Order flow: ``flow`` counts the bars with a value by column, ``flow_content`` is a SHA-256 of those columns,
+    ``flow_rejected`` counts by symbol the bars that lost theirs. ``content`` is without it, as in format 1.
     """
 
     source: str
@@ -55,6 +60,10 @@ class Part:
     rejected_by_symbol: dict[str, dict[str, int]] = field(default_factory=dict)
     repaired: dict[str, int] = field(default_factory=dict)
     dollar_volume: dict[str, int] = field(default_factory=dict)
+    format: int = 1
+    flow: dict[str, int] = field(default_factory=dict)
+    flow_content: str = ""
+    flow_rejected: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class DamagedPartError(Exception):
@@ -62,7 +71,7 @@ class DamagedPartError(Exception):
 
 
 def write_part(file: BinaryIO, table: pa.Table, part: Part) -> None:
-    """Write ``table`` (SCHEMA, sorted) with ``part`` in the footer, every byte under a checksum.
+    """Write ``table`` (SCHEMA, perhaps flow, sorted) with ``part`` in the footer, every byte under a checksum.
 
     The checksum of the whole file is in its own footer: it is computed with zeros in its place.
     """
@@ -75,7 +84,7 @@ def write_part(file: BinaryIO, table: pa.Table, part: Part) -> None:
     buffer = io.BytesIO()
     with pq.ParquetWriter(
         buffer,
-        SCHEMA,
+        _schema(table.column_names),
         compression="zstd",
         use_dictionary=["symbol"],
         column_encoding={"open_time": "DELTA_BINARY_PACKED"},
@@ -138,12 +147,18 @@ def parse_part(path: Path, symbols: set[str] | None = None) -> pa.Table:
             pa.BufferReader(data), page_checksum_verification=True, read_dictionary=["symbol"]
         )
         groups = _groups_with(file.metadata, symbols)
-        table = file.read_row_groups(groups, columns=SCHEMA.names, use_threads=False)
+        names = _schema(file.schema_arrow.names).names
+        table = file.read_row_groups(groups, columns=names, use_threads=False)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise DamagedPartError(_one_line(error)) from error
     if symbols is None and table.num_rows != part.rows:
         raise DamagedPartError(f"{table.num_rows} rows where {part.rows} were written")
     return table.replace_schema_metadata(None)
+
+
+def _schema(names: Sequence[str]) -> pa.Schema:
+    """Return SCHEMA with those columns of the flow that are among ``names``."""
+    return pa.schema([field for field in FLOW_SCHEMA if field.name in SCHEMA.names or field.name in names])
 
 
 def _groups_with(metadata: pq.FileMetaData, symbols: set[str] | None) -> list[int]:
@@ -167,6 +182,35 @@ def digest_of(table: pa.Table) -> str:
     for name in COLUMNS:
         digest.update(table[name].to_numpy())
     return digest.hexdigest()
+
+
+def flow_digest_of(table: pa.Table) -> str:
+    """Return a SHA-256 over the columns of the flow as hex, "" for a table without."""
+    names = flow_of(table)
+    digest = hashlib.sha256(" ".join(names).encode())
+    for name in names:
+        digest.update(table[name].to_numpy())
+    return digest.hexdigest() if names else ""
+
+
+def fault_of(table: pa.Table, part: Part) -> str:
+    """Return what is wrong with the rows of a readable part, "" if nothing."""
+    if digest_of(table) != part.content:
+        return "its rows are not those that were written"
+    if flow_digest_of(table) != part.flow_content:
+        return "its order flow is not what was written"
+    arrays = {name: table[name].to_numpy() for name in (*COLUMNS, *flow_of(table))}
+    for symbol, first, last in symbol_runs(table):
+        if symbol not in part.symbols:
+            return f"it has rows of {symbol}, which was not requested"
+        try:
+            bars = Bars(symbol, "stock", **{name: array[first:last] for name, array in arrays.items()})
+        except ValueError as error:
+            return str(error)
+        earliest, latest = part.start_ns - OUTSIDE_TOLERANCE_NS, part.end_ns + OUTSIDE_TOLERANCE_NS
+        if bars.open_time[0] < earliest or bars.open_time[-1] >= latest:
+            return f"{symbol} has rows outside of the interval"
+    return ""
 
 
 def _runs_text(table: pa.Table) -> bytes:
@@ -216,8 +260,10 @@ def _parse_metadata(source: pa.BufferReader) -> Part:
 def _check_types(part: Part) -> None:
     """Raise a TypeError unless every field has its type: a footer may be of another version, or made by hand."""
     texts = (part.source, part.dataset, part.unit, part.key, part.version, part.content, *part.symbols)
-    numbers = (part.start_ns, part.end_ns, part.fetched_ns, part.rows)
+    texts += (part.flow_content,)
+    numbers = (part.start_ns, part.end_ns, part.fetched_ns, part.rows, part.format)
     counts = (part.rejected, part.repaired, part.dollar_volume, *part.rejected_by_symbol.values())
+    counts += (part.flow, *part.flow_rejected.values())
     is_right = (
         isinstance(part.symbols, list | tuple)
         and all(isinstance(text, str) for text in texts)

@@ -2,6 +2,7 @@
 
 The order: place (symbol, time), values, duplicates. Values come before duplicates so that of two rows for one
 minute a broken one never wins over a good one. All of that is decided by the rows of one minute alone.
+Order flow is judged last, and by itself: a bar stays without what cannot be its flow. See docs/data.md.
 ``bad_ticks``, which needs the bars before a row, runs when a series is loaded: parts may begin anywhere. No check
 looks at a later row, so that what was a bar when it was new stays one.
 """
@@ -19,12 +20,14 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, DAY_NS, FIRST_DATE, HOUR_NS, MINUTE_NS
+from data_sources.bars import COLUMNS, DAY_NS, FIRST_DATE, FLOW_COLUMNS, HOUR_NS, MINUTE_NS
 from data_sources.errors import BadAnswer
 
 SCHEMA = pa.schema(
     [("symbol", pa.string()), ("open_time", pa.int64())] + [(name, pa.float64()) for name in COLUMNS[1:]]
 )
+# With order flow: one column of it or both, null where the vendor does not have it.
+FLOW_SCHEMA = pa.schema([*SCHEMA, *((name, pa.float64()) for name in FLOW_COLUMNS)])
 EARLIEST_NS = (FIRST_DATE - datetime.date(1970, 1, 1)).days * DAY_NS  # an older stamp is in another unit
 CLOSING_GRACE_NS = 5_000_000_000  # vendors still change a bar for a moment after its minute
 OUTSIDE_TOLERANCE_NS = DAY_NS // 2  # a US session ends after midnight UTC, so a day's file may reach over
@@ -32,7 +35,10 @@ OHLC_TOLERANCE = 1e-6  # relative; rounding at the vendor, clamped
 # Prices per unit in any currency: a coin of 1e-9 bitcoin, a share of a million dollars, an index in rupiah.
 LEAST_PRICE, LARGEST_PRICE = 1e-12, 1e12
 LARGEST_VOLUME = 1e18
+MOST_TRADES = 1e9  # in one minute
 LARGEST_RANGE = 100.0  # high / low of one minute; exchanges bust such trades
+# Of the taker's part above the volume: relative, and the last of the 8 decimals that crypto exchanges give.
+TAKER_TOLERANCE, TAKER_DECIMAL = 1e-6, 1e-8
 BAD_TICK = "bad_tick"
 TICK_FACTOR = 2.0
 TICK_LEVEL_BARS = 30  # earlier bars, whose opens and closes are the level
@@ -47,8 +53,9 @@ NOT_QUARANTINED = ("not_closed", "duplicate")
 class Cleaned:
     """A table's bars, and its other rows.
 
-    ``table`` has SCHEMA, sorted by (symbol, open_time), unique; ``quarantined`` has the rejected rows as they
-    came plus ``reason``. ``repaired`` counts rows that stayed after a silent repair.
+    ``table`` has SCHEMA and those columns of the flow that have a value, sorted by (symbol, open_time), unique;
+    ``quarantined`` has the rejected rows as they came plus ``reason``, and the bars that lost their flow alone,
+    which ``flow_rejected`` counts by symbol. ``repaired`` counts rows that stayed after a silent repair.
     """
 
     table: pa.Table
@@ -56,12 +63,24 @@ class Cleaned:
     quarantined: pa.Table
     rejected_by_symbol: dict[str, dict[str, int]] = field(default_factory=dict)
     repaired: dict[str, int] = field(default_factory=dict)
+    flow_rejected: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def bar_table(symbol: str, columns: Sequence[NDArray[Any]]) -> pa.Table:
-    """Return one symbol's columns, in the order of COLUMNS, as a table of SCHEMA."""
+def bar_table(symbol: str, columns: Sequence[NDArray[Any]], **flow: NDArray[Any]) -> pa.Table:
+    """Return one symbol's columns, in the order of COLUMNS, as a table of SCHEMA.
+
+    ``flow`` may add trades and taker_buy_volume, NaN where they are not known: null in the table.
+    """
     symbols = pa.repeat(pa.scalar(symbol, pa.string()), len(columns[0]))
-    return pa.table([symbols, *columns], schema=SCHEMA)
+    table = pa.table([symbols, *columns], schema=SCHEMA)
+    for name, values in flow.items():
+        table = table.append_column(name, pa.array(values, pa.float64(), from_pandas=True))
+    return table
+
+
+def flow_of(table: pa.Table) -> list[str]:
+    """Return the columns of the flow that a table has."""
+    return [name for name in FLOW_COLUMNS if name in table.column_names]
 
 
 def closed_before(now_ns: int) -> int:
@@ -80,8 +99,9 @@ def clean(
     """Sort the rows of ``table`` into bars and rejects.
 
     Args:
-        table: symbol, open_time (int64 ns) and float columns open high low close volume, in any order, with
-            any values in them; other columns are ignored.
+        table: symbol, open_time (int64 ns) and float columns open high low close volume, perhaps trades and
+            taker_buy_volume, in any order, with any values in them; other columns are ignored. Null flow is not
+            known, NaN is a broken value.
         now_ns: a bar counts as closed from 5 seconds after its minute.
         start_ns: with ``end_ns``, the requested interval; rows over 12 hours outside are rejected.
         end_ns: see ``start_ns``.
@@ -114,15 +134,71 @@ def clean(
     for symbol, reason, count in rejected.group_by("symbol", "reason").len().sort("symbol", "reason").rows():
         by_symbol.setdefault(symbol or "", {})[reason] = count
     aside = rejected.filter(~pl.col("reason").is_in(NOT_QUARANTINED))
-    quarantined = table.select(SCHEMA.names).take(pa.array(aside["row"].to_numpy()))
+    names = flow_of(table)
+    flow_rejected: dict[str, dict[str, int]] = {}
+    if names:
+        kept, lost, clamped = _clean_flow(kept, names, good if len(kept) < len(good) else None)
+        repaired |= _nonzero(taker_clamped=clamped)
+        for symbol, reason, count in lost.group_by("symbol", "reason").len().sort("symbol", "reason").rows():
+            flow_rejected.setdefault(symbol, {})[reason] = count
+        aside = pl.concat([aside, lost]).sort("row")
+    quarantined = table.select([*SCHEMA.names, *names]).take(pa.array(aside["row"].to_numpy()))
     quarantined = quarantined.append_column("reason", pa.array(aside["reason"].to_list(), pa.string()))
+    names = [name for name in names if kept[name].null_count() < len(kept)]
+    schema = pa.schema([FLOW_SCHEMA.field(name) for name in (*SCHEMA.names, *names)])
     return Cleaned(
-        kept.select(SCHEMA.names).to_arrow().cast(SCHEMA),
+        kept.select(schema.names).to_arrow().cast(schema),
         dict(sorted(Counter(rejected["reason"].to_list()).items())),
         quarantined,
         by_symbol,
         repaired,
+        flow_rejected,
     )
+
+
+def _clean_flow(
+    kept: pl.DataFrame, names: Sequence[str], rivals: pl.DataFrame | None
+) -> tuple[pl.DataFrame, pl.DataFrame, int]:
+    """Take from bars the flow that cannot be theirs, all of it: one wrong figure says that the row is mixed up.
+
+    Args:
+        kept: the bars.
+        names: of the flow's columns.
+        rivals: the bars with the rows that lost their minutes to them; None: no row did.
+
+    Returns:
+        The bars; (row, symbol, reason) of those that lost their flow; how many takers' parts were rounded down.
+    """
+    taker, volume = pl.col("taker_buy_volume"), pl.col("volume")
+    checks = [("flow_not_finite", ~pl.col(name).is_finite()) for name in names]
+    checks += [("flow_negative", pl.col(name) < 0) for name in names]
+    if "trades" in names:
+        trades = pl.col("trades")
+        checks.append(("trades_not_whole", trades != trades.floor()))
+        checks.append(("trades_absurd", trades > MOST_TRADES))
+        checks.append(("trades_without_volume", (trades > 0) & (volume == 0)))
+        checks.append(("volume_without_trades", (trades == 0) & (volume > 0)))
+    if "taker_buy_volume" in names:
+        highest = volume * (1 + TAKER_TOLERANCE) + TAKER_DECIMAL
+        checks.append(("taker_above_volume", taker > pl.when(volume > 0).then(highest).otherwise(0.0)))
+    if rivals is not None:  # equal bars with different flow: which is right?
+        keys = ["symbol", "open_time"]
+        same = pl.all_horizontal(pl.col(name) == pl.col(name).last().over(keys) for name in COLUMNS[1:])
+        differs = pl.any_horizontal(pl.col(name) != pl.col(name).last().over(keys) for name in names)
+        mixed = rivals.filter((same & differs).fill_null(False)).select(keys).unique()
+        kept = kept.join(mixed.with_columns(pl.lit(True).alias("mixed")), keys, "left", maintain_order="left")
+        checks.append(("flow_conflicting", pl.col("mixed")))
+    reason = pl.coalesce(pl.when(broken).then(pl.lit(reason)) for reason, broken in checks)
+    kept = kept.with_columns(reason.alias("reason"))
+    lost = kept.filter(pl.col("reason").is_not_null()).select("row", "symbol", "reason")
+    if len(lost):
+        sound = pl.col("reason").is_null()
+        kept = kept.with_columns(pl.when(sound).then(pl.col(name)).alias(name) for name in names)
+    clamped = 0
+    if "taker_buy_volume" in names and (clamped := kept.select((taker > volume).sum()).item()):
+        rounded = pl.when(taker > volume).then(volume).otherwise(taker)
+        kept = kept.with_columns(rounded.alias("taker_buy_volume"))
+    return kept, lost, clamped
 
 
 def bad_ticks(
@@ -197,9 +273,10 @@ def _frame(table: pa.Table) -> pl.DataFrame:
             f"expected columns {', '.join(SCHEMA.names)}; {', '.join(missing)} missing, "
             f"got {', '.join(table.column_names) or 'none'}; these are not minute bars"
         )
-    types = {"symbol": pl.String, "open_time": pl.Int64} | dict.fromkeys(COLUMNS[1:], pl.Float64)
+    numbers = (*COLUMNS[1:], *flow_of(table))
+    types = {"symbol": pl.String, "open_time": pl.Int64} | dict.fromkeys(numbers, pl.Float64)
     try:
-        frame = pl.DataFrame(pl.from_arrow(table.select(SCHEMA.names)))
+        frame = pl.DataFrame(pl.from_arrow(table.select(list(types))))
         return frame.with_columns(pl.col(name).cast(kind, strict=False) for name, kind in types.items())
     except (pl.exceptions.PolarsError, pa.ArrowException) as error:
         kinds = ", ".join(f"{name} {table.schema.field(name).type}" for name in SCHEMA.names)

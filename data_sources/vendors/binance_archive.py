@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow as pa
 import requests
 
-from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
+from data_sources.bars import COLUMNS, DAY_NS, FLOW_COLUMNS, MINUTE_NS
 from data_sources.calendar import to_ns, utc
 from data_sources.errors import BadAnswer
 from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, unreachable
@@ -33,6 +33,9 @@ from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, unre
 ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, IndexError, OverflowError,
 )  # fmt: skip
+# Columns of a kline in a file, from 0 on.
+BAR_PLACES = {name: place for place, name in enumerate(COLUMNS)}
+PLACES = BAR_PLACES | {"trades": 8, "taker_buy_volume": 9}
 MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
 
 
@@ -152,7 +155,7 @@ def _key(pair: str, unit: Unit) -> str:
 
 
 def _rows(body: bytes, name: str, pair: str) -> pa.Table:
-    """Unpack a zip and read its CSV; prices that are not numbers become NaN.
+    """Unpack a zip and read its CSV, with flow where it has any; what is not a number becomes NaN.
 
     Raises:
         BadAnswer: not a zip of one CSV of that name with six or more columns.
@@ -174,24 +177,35 @@ def _rows(body: bytes, name: str, pair: str) -> pa.Table:
     has_header = not text[:1].isdigit()
     if has_header and not text.lower().startswith(b"open"):
         raise BadAnswer(f"{name}.csv: expected klines, got {text[:40]!r}")
+    # A file of former days, or of another maker, may end before the flow.
+    places = PLACES if text[: text.find(b"\n")].count(b",") >= max(PLACES.values()) else BAR_PLACES
     try:
         # As text first: one odd value must cost its row, not the month.
         frame = pl.read_csv(
-            text, has_header=False, skip_rows=int(has_header), columns=list(range(6)),
+            text, has_header=False, skip_rows=int(has_header), columns=list(places.values()),
             infer_schema=False, quote_char=None, truncate_ragged_lines=True, encoding="utf8-lossy",
         )  # fmt: skip
-        frame.columns = list(COLUMNS)
+        frame.columns = list(places)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise BadAnswer(f"{name}.csv: cannot be read: {' '.join(str(error).split())[:100]}") from error
+    nothing = pl.lit(float("nan"))
     stamp = pl.col("open_time").cast(pl.Int64, strict=False).fill_null(0)
     frame = frame.select(
         pl.lit(pair).alias("symbol"),
         pl.when(stamp > 10**14).then(stamp * 1_000).otherwise(stamp * 1_000_000).alias("open_time"),
-        *(pl.col(name).cast(pl.Float64, strict=False).fill_null(float("nan")) for name in COLUMNS[1:]),
+        *(pl.col(name).cast(pl.Float64, strict=False).fill_null(nothing) for name in COLUMNS[1:]),
+        *(
+            pl.when(pl.col(name) != "").then(pl.col(name).cast(pl.Float64, strict=False).fill_null(nothing))
+            for name in places
+            if name in FLOW_COLUMNS
+        ),
     )
     # Binance gives every value and every minute once. A row without a volume, or with a minute that another
     # row has too, is ambiguous: without a close it goes to quarantine, and REST is asked for the minute.
     frame = frame.unique(maintain_order=True)
-    is_odd = pl.col("volume").is_nan() | pl.col("open_time").is_duplicated()
-    nothing = pl.lit(float("nan"))
+    bars = frame.select(COLUMNS)
+    if bars["open_time"].is_duplicated().any():  # equal bars with different flow are one bar
+        bars = bars.unique()
+    twice = bars["open_time"].filter(bars["open_time"].is_duplicated()).unique()
+    is_odd = pl.col("volume").is_nan() | pl.col("open_time").is_in(twice.implode())
     return frame.with_columns(pl.when(is_odd).then(nothing).otherwise("close").alias("close")).to_arrow()

@@ -324,13 +324,13 @@ class PairRefresh:
         end_ns = max(covered_ns, recent.end_ns)
         held = self._parts.bars(front_ns, recent.end_ns)
         sound = clean(fresh, now_ns=self._now_ns).table if len(fresh) else fresh
-        joined = pa.concat_tables([_without(held, sound), fresh])
+        joined = concatenate([_without(held, sound), fresh])
         is_news = (
             bool(recent.rejected)
             or len(joined) > len(held)
             or front_ns > recent.start_ns
             or end_ns - recent.end_ns >= HOUR_NS
-            or not joined.sort_by("open_time").equals(held)
+            or not joined.sort_by("open_time").equals(concatenate([held]))
         )
         if is_news:
             self._parts.write("recent", joined, front_ns, end_ns, recent.key)
@@ -384,7 +384,7 @@ class PairRefresh:
         found = concatenate(pages)
         found = found.filter(pc.is_in(found.column("open_time"), value_set=pa.array(missing)))
         if f"fill-{part.unit}" in self._parts.by_unit:  # it had bad rows; keep the good ones
-            found = pa.concat_tables([found, held])
+            found = concatenate([found, held])
         self._parts.write(f"fill-{part.unit}", found, part.start_ns, end_ns, "api/v3/klines")
 
 

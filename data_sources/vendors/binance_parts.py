@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from data_sources.bars import COLUMNS
+from data_sources.bars import COLUMNS, FLOW_COLUMNS
 from data_sources.lake.lake import Lake
 from data_sources.lake.parts import Part
 from data_sources.lake.quality import SCHEMA, bar_table
@@ -64,7 +64,8 @@ class PairParts:
         columns = found.get(self._pair)
         if columns is None:
             return SCHEMA.empty_table()
-        return bar_table(self._pair, [columns[name] for name in COLUMNS])
+        flow = {name: columns[name] for name in FLOW_COLUMNS if name in columns}
+        return bar_table(self._pair, [columns[name] for name in COLUMNS], **flow)
 
     def write(
         self, unit: str, table: pa.Table, start_ns: int, end_ns: int, key: str, version: str = ""

@@ -19,7 +19,7 @@ import requests
 
 from data_sources.bars import MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
-from data_sources.lake.quality import SCHEMA
+from data_sources.lake.quality import FLOW_SCHEMA
 from data_sources.vendors.http import FinalAnswer, Host, RetryPolicy, error_of, prepare, unreachable
 
 with warnings.catch_warnings():  # python-binance 1.0.37 imports names that websockets 14 calls deprecated
@@ -50,7 +50,7 @@ class Rest:
     def page(self, pair: str, start_ns: int, end_ns: int, limit: int = PAGE_BARS) -> pa.Table:
         """Return the first ``limit`` bars that open in [start_ns, end_ns); fewer where fewer exist.
 
-        Rows come as Binance sent them, junk values as NaN; rows outside of the span are left out.
+        Rows come as Binance sent them, with flow, junk values as NaN; rows outside of the span are left out.
 
         Raises:
             UnknownPair: no such pair.
@@ -134,7 +134,7 @@ class Rest:
 def _table(pair: str, answer: Any, start_ns: int, end_ns: int) -> pa.Table:
     if not isinstance(answer, list):
         raise BadAnswer(f"{pair}: expected a list of klines, got {str(answer)[:40]!r}")
-    columns: list[list[Any]] = [[] for _ in range(6)]
+    columns: list[list[Any]] = [[] for _ in range(8)]
     for row in answer:
         if not isinstance(row, list) or len(row) < 6 or type(row[0]) is not int:
             raise BadAnswer(f"{pair}: expected klines of 12 values, got {str(row)[:60]!r}")
@@ -143,11 +143,12 @@ def _table(pair: str, answer: Any, start_ns: int, end_ns: int) -> pa.Table:
             values = [_number(value) for value in row[1:6]]
             if values[4] != values[4]:  # a bar without a volume is broken, not without trades
                 values[3] = values[4]
-            for column, value in zip(columns, [open_ns, *values], strict=True):
+            flow = [None if value is None else _number(value) for value in (*row[8:10], None, None)[:2]]
+            for column, value in zip(columns, [open_ns, *values, *flow], strict=True):
                 column.append(value)
     if answer and not columns[0]:
         raise BadAnswer(f"{pair}: none of {len(answer)} klines lies in the requested span")
-    return pa.table([[pair] * len(columns[0]), *columns], schema=SCHEMA)
+    return pa.table([[pair] * len(columns[0]), *columns], schema=FLOW_SCHEMA)
 
 
 def _number(value: Any) -> float:
@@ -164,5 +165,5 @@ def last_minute_ns(table: pa.Table) -> int:
 
 
 def concatenate(tables: Sequence[pa.Table]) -> pa.Table:
-    """Join pages; of none, an empty table."""
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    """Join tables of bars, with null flow where a table has none; of no table, an empty one."""
+    return pa.concat_tables([FLOW_SCHEMA.empty_table(), *tables], promote_options="default")

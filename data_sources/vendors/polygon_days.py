@@ -35,8 +35,8 @@ COLUMN_TYPES: dict[str, type[pl.DataType]] = {
     "high": pl.Float64,
     "low": pl.Float64,
     "window_start": pl.Int64,
-    "transactions": pl.Int64,
 }
+TRADES = "transactions"  # some files lack it
 
 
 def read_day(
@@ -58,10 +58,10 @@ def read_day(
         num_largest: how many more tickers to take, the largest of those with ``ending``.
 
     Returns:
-        symbol, open_time (int64 ns UTC), open, high, low, close, volume (float64), null where empty; and how much
-        each of the largest traded: the day's volume times its median close, in dollars. The median, since one
-        bad print would make any ticker the largest. Tickers that traded as much, but stood still (pegged.py), come
-        last, and their dollars are negative.
+        symbol, open_time (int64 ns UTC), open, high, low, close, volume (float64), null where empty, and trades
+        where the file has them; and how much each of the largest traded: the day's volume times its median close,
+        in dollars. The median, since one bad print would make any ticker the largest. Tickers that traded as much,
+        but stood still (pegged.py), come last, and their dollars are negative.
 
     Raises:
         BadAnswer: not gzip, cut, wrong checksum, wrong columns, text instead of numbers, or times of another
@@ -106,20 +106,31 @@ def _parse(content: bytes, key: str, symbols: Sequence[str] | None) -> pl.DataFr
     except (isal_zlib.IsalError, EOFError) as error:  # type: ignore[misc]  # an instance in the stub
         raise BadAnswer(f"{key}: damaged ({error})") from error
     names = header.decode("utf-8-sig", "replace").rstrip("\r").split(",")
-    lacking = [name for name in COLUMN_TYPES if name not in names and name != "transactions"]
+    lacking = [name for name in COLUMN_TYPES if name not in names]
     if lacking:
         raise BadAnswer(f"{key}: expected a column {lacking[0]}, the header is {','.join(names)[:100]!a}")
-    schema = {name: COLUMN_TYPES.get(name, pl.String) for name in names}
+    text = header + b"\n" + lines
     try:
-        return (
-            pl.scan_csv(io.BytesIO(header + b"\n" + lines), schema=schema)
-            .rename({"ticker": "symbol", "window_start": "open_time"})
-            .select("symbol", "open_time", "open", "high", "low", "close", "volume")
-            .collect()
-        )
+        return _scan(text, names, pl.Float64)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise BadAnswer(f"{key}: damaged ({ascii(reason)[1:-1]})") from error
+        try:
+            return _scan(text, names, pl.String)  # an odd number of trades must not cost the day
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):
+            reason = " ".join(str(error).split())[:100]
+            raise BadAnswer(f"{key}: damaged ({ascii(reason)[1:-1]})") from error
+
+
+def _scan(text: bytes, names: Sequence[str], trades_type: type[pl.DataType]) -> pl.DataFrame:
+    schema = {name: COLUMN_TYPES.get(name, pl.String) for name in names}
+    columns: list[str | pl.Expr] = ["symbol", "open_time", "open", "high", "low", "close", "volume"]
+    if TRADES in names:
+        schema[TRADES] = trades_type
+        number = pl.col(TRADES).cast(pl.Float64, strict=False)
+        if trades_type == pl.String:
+            number = pl.when(pl.col(TRADES) != "").then(number.fill_null(float("nan")))
+        columns.append(number.alias("trades"))
+    frame = pl.scan_csv(io.BytesIO(text), schema=schema)
+    return frame.rename({"ticker": "symbol", "window_start": "open_time"}).select(columns).collect()
 
 
 def _lines_of(content: bytes, symbols: Sequence[str] | None) -> tuple[bytes, bytes]:

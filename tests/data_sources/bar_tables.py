@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 
-from data_sources.bars import DAY_NS, MINUTE_NS
+from data_sources.bars import COLUMNS, DAY_NS, FLOW_COLUMNS, MINUTE_NS
 from data_sources.lake.lake import Lake
-from data_sources.lake.quality import SCHEMA
+from data_sources.lake.quality import SCHEMA, bar_table
 from data_sources.progress import NullProgress, Progress
 from data_sources.sources import DataRequest, RefreshJob
 from data_sources.splits import SplitLedger
@@ -71,12 +71,12 @@ def flat(prices, start_ns: int, symbol: str = "AAA", volume: float = 10.0) -> pa
 def read(
     lake: Lake, source: str, dataset: str, symbols: list[str] | None, start_ns: int, end_ns: int
 ) -> pa.Table:
-    """Return the lake's bars that open in [start_ns, end_ns), sorted by symbol and open_time."""
+    """Return the lake's bars that open in [start_ns, end_ns), sorted by symbol and open_time; null: no flow."""
     tables = [SCHEMA.empty_table()]
     for symbol, columns in lake.columns(source, dataset, symbols, start_ns, end_ns).items():
-        names = pa.repeat(pa.scalar(symbol, pa.string()), len(columns["open_time"]))
-        tables.append(pa.table([names, *(columns[name] for name in SCHEMA.names[1:])], schema=SCHEMA))
-    return pa.concat_tables(tables)
+        flow = {name: columns[name] for name in FLOW_COLUMNS if name in columns}
+        tables.append(bar_table(symbol, [columns[name] for name in COLUMNS], **flow))
+    return pa.concat_tables(tables, promote_options="default")
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from data_sources.bars import Bars
 from data_sources.errors import BadAnswer, DataError, LakeError
 from data_sources.lake import parts
 from data_sources.lake.lake import Lake
-from data_sources.lake.quality import SCHEMA, clean
+from data_sources.lake.quality import FLOW_SCHEMA, SCHEMA, clean, flow_of
 from data_sources.splits import FILE_NAME, SplitLedger
 from data_sources.vendors import binance_archive, polygon_days, yahoo_refresh
 from data_sources.vendors.binance_rest import Rest
@@ -131,9 +132,11 @@ def put(nest: Any, path: tuple[Any, ...], entry: Any) -> Any:
 
 
 def is_bars(table: pa.Table) -> None:
-    """What the lake makes of a table is bars: its own checks would raise, or quarantine."""
-    cleaned = clean(table, now_ns=NOW, start_ns=START, end_ns=START + DAY_NS, symbols=("AAA",))
-    assert cleaned.table.schema.equals(SCHEMA)
+    """What the lake makes of a table is bars, perhaps with flow: its own checks would raise, or quarantine."""
+    cleaned = clean(table, now_ns=NOW, start_ns=START, end_ns=START + DAY_NS, symbols=("AAA",)).table
+    names = [*SCHEMA.names, *flow_of(cleaned)]
+    assert cleaned.schema.equals(pa.schema([FLOW_SCHEMA.field(name) for name in names]))
+    Bars("AAA", "crypto", **{name: cleaned[name].to_numpy() for name in names[1:]})
 
 
 def peak_bytes() -> int:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data_sources.bars import FLOW_COLUMNS, MINUTE_NS
 from data_sources.lake.lake import Lake
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.http import RetryPolicy
 from tests.data_sources.bar_tables import job_for, read
-from tests.data_sources.vendors.binance_server import HOUR_NS, BinanceServer
+from tests.data_sources.vendors.binance_server import HOUR_NS, BinanceServer, flow_of
 from tests.data_sources.vendors.loopback import Notes, ns
 
 NOW = ns("2026-11-24T12:00:30")
@@ -65,13 +66,16 @@ class Harness:
         end_ns: int = CLOSED,
         without: tuple[int, ...] = (),
     ) -> None:
-        """The lake has every bar of the truth, bit for bit, and no other."""
+        """The lake has every bar of the truth, flow included, bit for bit, and no other."""
         table = read(self.lake, "binance", pair, [pair], start_ns, self.server.now_ns + DAY_NS)
         times, values = self.server.truth(pair, start_ns, end_ns)
         keep = ~np.isin(times, np.array(without, np.int64))
         np.testing.assert_array_equal(table.column("open_time").to_numpy(), times[keep])
         for column, name in enumerate(("open", "high", "low", "close", "volume")):
             np.testing.assert_array_equal(table.column(name).to_numpy(), values[keep, column])
+        flow = flow_of(values[:, 4], times // MINUTE_NS)[keep]
+        for column, name in enumerate(FLOW_COLUMNS):
+            np.testing.assert_array_equal(table.column(name).to_numpy(), flow[:, column])
 
     def units(self, pair: str = "BTCUSDT") -> set[str]:
         return set(self.lake.parts("binance", pair))

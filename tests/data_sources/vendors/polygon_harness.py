@@ -53,6 +53,10 @@ def price_of(ticker: str, day: dt.date, minute: int) -> float:
     return round(100 + sum(map(ord, ticker)) % 50 + day.day + minute / 100, 2)
 
 
+def trades_of(ticker: str, minute: int) -> int:
+    return 1 + (sum(map(ord, ticker)) + 13 * minute) % 90
+
+
 def rows(
     ticker: str, day: dt.date, num_bars: int = NUM_BARS, volume: str = "1200", shift_ns: int = 0
 ) -> list[str]:
@@ -61,7 +65,8 @@ def rows(
         price = price_of(ticker, day, minute)
         stamp = stamp_of(day, minute) + shift_ns
         lines.append(
-            f"{ticker},{volume},{price},{price + 0.01:.2f},{price + 0.05:.2f},{price - 0.05:.2f},{stamp},7"
+            f"{ticker},{volume},{price},{price + 0.01:.2f},{price + 0.05:.2f},{price - 0.05:.2f},{stamp}"
+            f",{trades_of(ticker, minute)}"
         )
     return lines
 

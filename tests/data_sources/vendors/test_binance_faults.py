@@ -141,10 +141,11 @@ def test_stamps_in_ms_and_us_and_headers_are_understood(
     first, second = file.table.to_pylist()
     assert first == {
         "symbol": "BTCUSDT", "open_time": unit.start_ns, "open": 1.5, "high": 2.0, "low": 1.0, "close": 1.25,
-        "volume": 7.0,
+        "volume": 7.0, "trades": 0.0, "taker_buy_volume": 0.0,
     }  # fmt: skip
     assert second["open_time"] == unit.start_ns + MINUTE_NS
     assert np.isnan([second["high"], second["close"]]).all()
+    assert (second["trades"], second["taker_buy_volume"]) == (None, None)
 
 
 def test_months_are_out_on_the_first_monday_of_the_next() -> None:

@@ -27,6 +27,7 @@ from tests.data_sources.vendors.polygon_harness import (
     refresh,
     rows,
     stamp_of,
+    trades_of,
 )
 from tests.data_sources.vendors.s3_server import CRYPTO, HEADER, day_file, key_of
 
@@ -45,7 +46,9 @@ def test_all_bars_of_the_wanted_symbols_arrive_as_they_are_in_the_files(server, 
         "low": round(first - 0.05, 2),
         "close": round(first + 0.01, 2),
         "volume": 1200.0,
+        "trades": trades_of("MSFT", 0),
     }
+    assert table.column("trades").to_pylist() == [trades_of("MSFT", n) for n in range(NUM_BARS)] * 5
     assert closes(lake, "AAPL") == expected_closes("AAPL")
     assert closes(lake, "X:BTC-USD", "global_crypto") == expected_closes("X:BTC-USD")
     assert closes(lake, "OTHER") == []
@@ -182,6 +185,23 @@ def test_every_wanted_line_is_found_wherever_the_pieces_of_the_file_are_cut(monk
                 zip(*(table.column(name).to_pylist() for name in ("symbol", "open_time")), strict=True)
             )
             assert found == [pair for pair in zip(tickers, stamps, strict=True) if pair[0] in wanted]
+
+
+def test_odd_numbers_of_trades_cost_themselves_alone(server, source, lake):
+    lines = rows("AAPL", DAYS[0])
+    for place, text in ((3, ""), (5, "7.0"), (8, "many"), (9, "0"), (12, "-2")):
+        lines[place] = f"{lines[place].rpartition(',')[0]},{text}"
+    server.put(key_of(DAYS[0]), day_file(lines))
+    without = [line.rpartition(",")[0] for line in rows("AAPL", DAYS[1])]
+    server.put(key_of(DAYS[1]), day_file(without, HEADER.rpartition(",")[0]))
+    assert refresh(source, lake, ["AAPL"]).warnings == []
+    first, second = (lake.parts("polygon", "us_stocks_sip")[day.isoformat()] for day in DAYS[:2])
+    expected = {"flow_negative": 1, "flow_not_finite": 1, "volume_without_trades": 1}
+    assert (first.rows, first.rejected, first.flow_rejected) == (NUM_BARS, {}, {"AAPL": expected})
+    assert (first.flow, second.rows, second.flow) == ({"trades": NUM_BARS - 4}, NUM_BARS, {})
+    trades = read(lake, "polygon", "us_stocks_sip", ["AAPL"], START_NS, END_NS).column("trades").to_pylist()
+    assert [place for place in range(NUM_BARS) if trades[place] is None] == [3, 8, 9, 12]
+    assert trades[5] == 7.0
 
 
 def test_an_empty_day_is_remembered_as_empty(server, source, lake):

@@ -1,0 +1,50 @@
+"""Causal windows over a series: a value at t depends on values up to t alone, even in its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def lagged(series: Tensor, bars: int) -> Tensor:
+    """Return the series ``bars`` bars earlier; 0 before its start."""
+    shifted = torch.zeros_like(series)
+    if bars < len(series):
+        shifted[bars:] = series[: len(series) - bars]
+    return shifted
+
+
+def rolling_means(series: Tensor, windows: Iterable[int]) -> dict[int, Tensor]:
+    """Return the mean of the last w values, this one included, for each window w.
+
+    Each is put together from sums of 2, 4, 8... values, so no rounding comes from outside its window.
+    """
+    sums = {window: torch.zeros_like(series) for window in windows}
+    covered = dict.fromkeys(sums, 0)
+    longest = max(sums, default=0)
+    power, width = series, 1
+    while width <= longest:
+        for window in sums:
+            if window & width:
+                sums[window] += lagged(power, covered[window])
+                covered[window] += width
+        if 2 * width <= longest:
+            power = power + lagged(power, width)
+        width *= 2
+    count = torch.arange(1, len(series) + 1, device=series.device, dtype=series.dtype)
+    return {window: total.div_(count.clamp(max=window)) for window, total in sums.items()}
+
+
+def rolling_max(series: Tensor, window: int) -> Tensor:
+    """Return the largest of the last ``window`` values, this one included."""
+    best, width = series, 1
+    while width < window:
+        step = min(width, window - width)
+        if step < len(best):
+            best = torch.cat([best[:step], torch.maximum(best[step:], best[:-step])])
+        else:
+            best = best.cummax(0).values
+        width += step
+    return best
