@@ -22,6 +22,7 @@ from runtime.cores import limit_threads
 FOREIGN = (
     "MPLBACKEND",  # a notebook's, which is not installed here
     "MATPLOTLIBRC",
+    "ARROW_DEFAULT_MEMORY_POOL",  # prints a line for a pool that it does not know
     "PROMETHEUS_MULTIPROC_DIR",
     "prometheus_multiproc_dir",
     "PYTHON_DOTENV_DISABLED",

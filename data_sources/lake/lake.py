@@ -9,9 +9,7 @@ There is no index to get out of step: the lake holds what the folder holds.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,9 +25,11 @@ from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, join_columns
 from data_sources.errors import BadAnswer, LakeBusy, LakeError, lake_errors
+from data_sources.lake.listing import dataset_of, entries, folders, part_files, stamp_of
 from data_sources.lake.names import escape
 from data_sources.lake.parts import (
     FORMAT,
+    QUARANTINE_SUFFIX,
     SUFFIX,
     DamagedPartError,
     Part,
@@ -48,7 +48,6 @@ from runtime.locking import FolderHeld, FolderLock, FolderLockError
 
 __all__ = ["Lake", "Part"]
 
-QUARANTINE_SUFFIX = ".quarantine.parquet"
 CORRUPT_SUFFIX = ".corrupt"
 READY_FOLDER = ".ready"  # snapshots, see snapshot.py; their writers hold no lock
 FETCHED = "fetched_ns"
@@ -108,7 +107,7 @@ class Lake:
         """
         folder = self._folder(source, dataset)
         found = {}
-        for path, stamp in _part_files(folder):
+        for path, stamp in part_files(folder):
             with self._known_guard:
                 known = self._known.get(path)
             if known and known[0] == stamp:
@@ -117,10 +116,10 @@ class Lake:
                 try:
                     with lake_errors("read", path, FileNotFoundError):
                         part = parse_footer(path)
-                    if self._path(part) != path:
-                        raise DamagedPartError(
-                            f"by its footer it is {part.source}/{part.dataset}/{part.unit}"
-                        )
+                    # In any case of letters: some file systems list other ones than were written.
+                    if str(self._path(part)).casefold() != str(path).casefold():
+                        name = f"{part.source}/{part.dataset}/{part.unit}"
+                        raise DamagedPartError(f"by its footer it is {name}")
                 except FileNotFoundError:
                     continue  # replaced or removed by the writer since the folder was listed
                 except DamagedPartError as error:
@@ -133,12 +132,12 @@ class Lake:
 
     def datasets(self, source: str) -> list[str]:
         """Return the datasets of one source with at least one part, sorted."""
-        folders = _folders(self._folder(source))
-        return sorted(unquote(folder.name) for folder in folders if _part_files(folder))
+        listed = ((folder, part_files(folder)) for folder in folders(self._folder(source)))
+        return sorted(dataset_of(folder, files) for folder, files in listed if files)
 
     def sources(self) -> list[str]:
         """Return the sources with at least one dataset, sorted."""
-        names = [unquote(folder.name) for folder in _folders(self.root)]
+        names = [unquote(folder.name) for folder in folders(self.root)]
         return sorted(name for name in names if self.datasets(name))
 
     def write(
@@ -213,7 +212,7 @@ class Lake:
                 write_atomically(path, lambda file: write_part(file, cleaned.table, part))
                 if not cleaned.quarantined.num_rows:
                     quarantine.unlink(missing_ok=True)
-                stamp = _stamp(path)
+                stamp = stamp_of(path)
         with self._known_guard:
             self._known[path] = (stamp, part)
         return part
@@ -383,7 +382,7 @@ class Lake:
             return folder
         name, former = escape(dataset, folds_case=True), quote(dataset, safe="")
         # Lakes of former versions have a few datasets under names that not every system takes.
-        is_former = name != former and any(entry.name == former for entry in _entries(folder))
+        is_former = name != former and any(entry.name == former for entry in entries(folder))
         return folder / (former if is_former else name)
 
     def _path(self, part: Part) -> Path:
@@ -391,37 +390,6 @@ class Lake:
 
     def _quarantine_path(self, part: Part) -> Path:
         return self._folder(part.source, part.dataset) / (escape(part.unit) + QUARANTINE_SUFFIX)
-
-
-def _stamp(path: Path | os.DirEntry[str]) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what is in a folder, nothing if it does not exist."""
-    try:
-        with (
-            lake_errors("list", folder, FileNotFoundError, NotADirectoryError),
-            os.scandir(folder) as entries,
-        ):
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
-
-
-def _part_files(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
-    """Return the part files of a folder with (mtime, size), sorted by name."""
-    found = []
-    for entry in _entries(folder):
-        if entry.name.endswith(SUFFIX) and not entry.name.endswith(QUARANTINE_SUFFIX):
-            with contextlib.suppress(FileNotFoundError), lake_errors("read", folder, FileNotFoundError):
-                found.append((Path(entry.path), _stamp(entry)))
-    return sorted(found)
 
 
 def _merge(pieces: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

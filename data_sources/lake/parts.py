@@ -20,6 +20,7 @@ from data_sources.bars import COLUMNS, Bars
 from data_sources.lake.quality import FLOW_SCHEMA, OUTSIDE_TOLERANCE_NS, SCHEMA, flow_of
 
 SUFFIX = ".parquet"
+QUARANTINE_SUFFIX = ".quarantine.parquet"
 FORMAT = 2  # parts of format 1 have no order flow, whether or not their source has it
 _MAGIC = b"PAR1"
 _TRAILER_BYTES = 8  # length of the footer (4, little endian) and the magic

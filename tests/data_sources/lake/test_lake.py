@@ -14,6 +14,7 @@ from bar_tables import DAY_NS, ns, read, table, walk, with_values
 
 from data_sources.bars import COLUMNS, MINUTE_NS
 from data_sources.errors import BadAnswer, LakeError
+from data_sources.lake import listing
 from data_sources.lake.lake import Lake
 from data_sources.progress import NullProgress
 
@@ -217,6 +218,24 @@ def test_a_part_under_another_parts_name_is_damage(lake, warned):
     shutil.copy(part_file(lake), part_file(lake, "2026-11-21"))
     assert list(lake.parts("binance", "AAA")) == ["2026-11-20"]
     assert "by its footer it is binance/AAA/2026-11-20" in warned.texts[0]
+
+
+def test_a_file_system_that_lists_names_in_another_case_loses_nothing(lake, warned, monkeypatch):
+    for symbol in ("AAA", "jKL"):
+        put(lake, walk(symbol, START, 100), dataset=symbol)
+    before = lake.fingerprint()
+    for folder in list((lake.root / "binance").iterdir()):
+        folder.rename(folder.with_name(folder.name.lower()))
+        if folder.name != folder.name.lower():
+            folder.symlink_to(folder.name.lower())  # found by either name
+    entries = listing.entries
+    monkeypatch.setattr(
+        listing, "entries", lambda folder: [entry for entry in entries(folder) if not entry.is_symlink()]
+    )
+    folded = Lake(lake.root, warned)
+    assert folded.datasets("binance") == ["AAA", "jKL"]
+    assert folded.fingerprint() == before
+    assert folded.verify() == [] and warned.texts == []
 
 
 def test_verify_names_what_is_damaged_and_is_quiet_about_the_rest(lake):
