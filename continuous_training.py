@@ -59,7 +59,7 @@ class Settings:
     """Every setting. Its comment is its --help; None means "not set"."""
 
     # --- data ---------------------------------------------------------------------------------------------
-    sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # where bars come from; or simulated
+    sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # of bars; also files, or simulated
     stocks: tuple[str, ...] = STOCKS  # stocks, from Polygon and Yahoo; or top:500
     binance_pairs: tuple[str, ...] = BINANCE_PAIRS  # Binance spot pairs
     polygon_crypto: tuple[str, ...] = POLYGON_CRYPTO  # Polygon's global crypto pairs; or top:50
@@ -70,6 +70,8 @@ class Settings:
     holdout_days: int = 14  # the newest days of bars, never trained on
     extended_hours: bool = False  # keep stock bars before 09:30 and after 16:00 New York
     keep_pegged: bool = False  # keep symbols whose price hardly moves, such as stablecoins
+    files_dir: str | None = None  # folder with CSV or Parquet files of your own, for the source files
+    files_timezone: str = "UTC"  # of times without one in those files, such as America/New_York
     missing_symbols: Literal["stop", "continue"] = "stop"  # when a resumed run has fewer than it began with
     simulated_symbols: int = 32  # symbols of the simulated market
     simulated_bars: int = 60_000  # minutes of bars of each simulated symbol

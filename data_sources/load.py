@@ -67,14 +67,16 @@ def load(lake: Lake, request: DataRequest) -> LoadedData:
     return dataclasses.replace(result, fingerprint=fingerprint(lake, request))
 
 
-def each_symbol(lake: Lake, request: DataRequest) -> Iterator[tuple[Bars, SymbolRow]]:
-    """Yield each symbol's series and row in a fixed order, also of those that are dropped.
+def each_symbol(
+    lake: Lake, request: DataRequest, classes: Sequence[AssetClass] = ("stock", "crypto")
+) -> Iterator[tuple[Bars, SymbolRow]]:
+    """Yield each symbol's series and row in a fixed order, also of those that are dropped, of some asset classes.
 
     Raises:
         LakeError: as for ``load``.
     """
     known = renames.read(lake.root) if request.needs_lake else ()
-    for series in _all_series(lake, request):
+    for series in _all_series(lake, request, classes):
         _flag_breaks(series)
         reason = ""
         if not len(series.bars):
@@ -115,30 +117,42 @@ def _renamed(lake: Lake, request: DataRequest) -> list[renames.Stretch]:
     ]
 
 
-def _all_series(lake: Lake, request: DataRequest) -> Iterator[Series]:
+def _all_series(lake: Lake, request: DataRequest, classes: Sequence[AssetClass]) -> Iterator[Series]:
     preferred_first = [source for source in SOURCES.values() if source in request.chosen]
     if request.needs_lake:
         readers = [
-            _Reader(lake, request, source, group) for source in preferred_first for group in source.groups
+            _Reader(lake, request, source, group)
+            for source in preferred_first
+            for group in source.groups
+            if group.asset_class in classes
         ]
-        yield from _stocks(readers, SplitLedger(lake.root), request)
+        ledger = SplitLedger(lake.root)
+        of_stocks = [reader for reader in readers if reader.group.asset_class == "stock"]
+        stocks = sorted({symbol for reader in of_stocks for symbol in reader.symbols})
+        for symbol in stocks:
+            yield _of_all(of_stocks, symbol, ledger, request)
+        of_crypto = [reader for reader in readers if reader.group.asset_class == "crypto"]
+        done = set(stocks)
         # By the source's name, not by preference: the order of symbols must not change with the registry.
-        for reader in sorted(readers, key=lambda reader: reader.source.name):
-            if reader.group.asset_class == "crypto":
-                yield from map(reader.series, reader.symbols)
+        for reader in sorted(of_crypto, key=lambda reader: reader.source.name):
+            for symbol in reader.symbols:
+                if symbol not in done:
+                    done.add(symbol)
+                    yield _of_all(of_crypto, symbol, ledger, request)
     for source in preferred_first:
-        if source.is_computed:
+        if source.is_computed and "crypto" in classes:
             for bars in source.compute(request):
                 yield Series(bars, _marks(source, len(bars)))
 
 
 class _Reader:
-    """Reads one source's group of symbols; ask for the symbols in order."""
+    """Reads one source's group of symbols; quickest where it is asked for the symbols in order."""
 
     def __init__(self, lake: Lake, request: DataRequest, source: Source, group: SymbolGroup) -> None:
         self.source, self.group = source, group
         self._lake, self._request = lake, request
-        names = group.symbols(request)
+        names = group.symbols_in(lake, request)
+        self._dataset = group.dataset_in(request)
         # The symbols that a rule chooses beside the named ones, and when.
         self._chosen: dict[str, list[Interval]] = {}
         if group.dataset and top_of(names):
@@ -150,15 +164,14 @@ class _Reader:
         self.notes: dict[str, list[str]] = {}  # by symbol, on names that it had
         self._rejected: dict[str, dict[str, Counter[str]]] = {}  # by dataset and symbol
         self._batch: dict[str, Columns] = {}
-        self._batch_end = 0  # place in ``symbols``
+        self._batch_places = range(0)  # in ``symbols``
 
     def columns(self, symbol: str) -> Columns | None:
         """Return the columns of a symbol, None where the lake has no bar."""
         place = bisect_left(self.symbols, symbol)
-        if place >= self._batch_end:
-            size = SYMBOLS_AT_ONCE if self.group.dataset else 1
-            batch = self.symbols[place : place + size]
-            self._batch_end = place + len(batch)
+        if place not in self._batch_places:
+            batch = self.symbols[place : place + (SYMBOLS_AT_ONCE if self._dataset else 1)]
+            self._batch_places = range(place, place + len(batch))
             span = (self._request.start_ns, self._request.end_ns)
             self._batch = self._lake.columns(self.source.name, self._dataset_of(symbol), batch, *span)
         columns = self._joined(symbol, self._batch.pop(symbol, None))
@@ -215,39 +228,32 @@ class _Reader:
             self._rejected[dataset] = counts
         return Counter(self._rejected[dataset].get(symbol, {}))
 
-    def series(self, symbol: str) -> Series:
-        """Return the series of a symbol that no other source has."""
-        bars = _bars(symbol, self.group.asset_class, self.columns(symbol))
-        rejected = {self.source.name: self.count_rejected(symbol)}
-        series = Series(bars, _marks(self.source, len(bars)), rejected=rejected)
-        series.flags = self.notes.get(symbol, [])
-        return _without_bad_ticks(_of_one_symbol(series, self.names(symbol)[-1].end_ns))
-
     def _dataset_of(self, symbol: str) -> str:
-        return self.group.dataset or symbol
+        return self._dataset or symbol
 
 
-def _stocks(readers: Sequence[_Reader], ledger: SplitLedger, request: DataRequest) -> Iterator[Series]:
-    readers = [reader for reader in readers if reader.group.asset_class == "stock"]
-    for symbol in sorted({symbol for reader in readers for symbol in reader.symbols}):
-        own = [reader for reader in readers if symbol in reader.symbols]
-        pieces = [(reader.source, _adjusted_bars(reader, symbol, ledger, request)) for reader in own]
-        series = _merge(symbol, pieces, ledger)
-        series.rejected = {reader.source.name: reader.count_rejected(symbol) for reader in own}
-        series.flags += dict.fromkeys(note for reader in own for note in reader.notes.get(symbol, ()))
-        yield _without_bad_ticks(_of_one_symbol(series, own[0].names(symbol)[-1].end_ns))
+def _of_all(readers: Sequence[_Reader], symbol: str, ledger: SplitLedger, request: DataRequest) -> Series:
+    """Return the series of a symbol, merged where several sources have it."""
+    own = [reader for reader in readers if symbol in reader.symbols]
+    pieces = [(reader.source, _adjusted_bars(reader, symbol, ledger, request)) for reader in own]
+    series = _merge(pieces, ledger)
+    series.rejected = {reader.source.name: reader.count_rejected(symbol) for reader in own}
+    series.flags += dict.fromkeys(note for reader in own for note in reader.notes.get(symbol, ()))
+    return _without_bad_ticks(_of_one_symbol(series, own[0].names(symbol)[-1].end_ns))
 
 
 def _adjusted_bars(reader: _Reader, symbol: str, ledger: SplitLedger, request: DataRequest) -> Bars:
     columns = reader.columns(symbol)
-    bars = _bars(symbol, "stock", columns)
-    fetched_ns = columns[FETCHED] if columns is not None and reader.source.adjusts_splits else None
+    bars = _bars(symbol, reader.group.asset_class, columns)
+    if reader.group.asset_class != "stock":
+        return bars
+    fetched_ns = columns[FETCHED] if columns is not None and reader.group.adjusts_splits else None
     names = reader.names(symbol)
     return ledger.adjust(bars, fetched_ns=fetched_ns, until_ns=request.end_ns, names=names)
 
 
-def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedger) -> Series:
-    """Merge a stock's bars: the first source's, and where it has a hole the next one's."""
+def _merge(pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedger) -> Series:
+    """Merge a symbol's bars: the first source's, and where it has a hole the next one's."""
     source, bars = pieces[0]
     result = Series(bars, _marks(source, len(bars)))
     for other, more in pieces[1:]:
@@ -259,14 +265,14 @@ def _merge(symbol: str, pieces: Sequence[tuple[Source, Bars]], ledger: SplitLedg
         both = [_columns_of(result.bars), _select(_columns_of(more), fills)]
         columns = {name: array[order] for name, array in join_columns(both).items()}
         result.source = np.concatenate([result.source, _marks(other, int(fills.sum()))])[order]
-        result.bars = Bars.of_columns(symbol, "stock", columns)
+        result.bars = Bars.of_columns(bars.symbol, bars.asset_class, columns)
         result.flags += flags
     bars = result.bars
-    for jump in suspect_splits(bars):
+    for jump in suspect_splits(bars) if bars.asset_class == "stock" else ():
         day = np.datetime64(jump.open_time, "ns").astype("datetime64[D]")
         result.flags.append(f"a split of about {jump.ratio:g} on {day} is not in the ledger")
     if len(bars):
-        executed = [split.executed_ns for split in ledger.splits(symbol)]
+        executed = [split.executed_ns for split in ledger.splits(bars.symbol)]
         first, last = int(bars.open_time[0]), int(bars.open_time[-1])
         result.num_splits = sum(first < moment <= last for moment in executed)
     extents = {source.name: extent_of(piece) for source, piece in pieces if len(piece)}

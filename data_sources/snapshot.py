@@ -163,6 +163,9 @@ def _names(request: DataRequest) -> tuple[str, str]:
     values = dataclasses.asdict(request)
     if not request.keep_pegged:  # so that a run that began before there was this setting finds its snapshot
         del values["keep_pegged"]
+    files = {name: values.pop(name) for name in ("files_dir", "files_timezone")}
+    if "files" in request.sources:  # else the names are those of before there were files
+        values |= files
     interval = [values.pop("start_ns"), values.pop("end_ns")]
     texts = (json.dumps(part, sort_keys=True) for part in (values, interval))
     asked, interval_name = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts)

@@ -30,7 +30,7 @@ class DataRequest:
     ``symbols`` has the symbols by the setting that lists them, such as {"stocks": ("AAPL",)}. A rule such as
     "top:500" (universe.py) may be among those that a source keeps in one dataset. ``min_bars`` counts after
     cleaning. Without ``extended_hours`` stocks keep 09:30-16:00 New York. ``keep_pegged`` keeps series that stand
-    still (pegged.py); a rule never chooses them.
+    still (pegged.py); a rule never chooses them. ``files_dir`` and ``files_timezone`` are for the source "files".
 
     Raises:
         ValueError: a source is unknown, a rule is malformed, or the setting takes none.
@@ -43,6 +43,8 @@ class DataRequest:
     min_bars: int = 2000
     extended_hours: bool = False
     keep_pegged: bool = False
+    files_dir: str = ""
+    files_timezone: str = "UTC"
     simulated_symbols: int = 32
     simulated_bars: int = 60_000
     simulated_seed: int = 0
@@ -76,21 +78,31 @@ class SymbolGroup:
     """Symbols of one asset class that a source has.
 
     Attributes:
-        setting: the setting that lists them.
+        setting: the setting that lists them; "" for those that are found, see ``symbols_in``.
         dataset: the dataset of the lake with all of them; None: each symbol is a dataset of its own name.
         stale_minutes: of trade; bars that end longer before the end of the request are called stale.
         advise: returns what is wrong with a name that the source cannot have, such as "is spelled BRK.B here".
+        adjusts_splits: its prices are adjusted for the splits that were known when they were fetched.
     """
 
     asset_class: AssetClass
-    setting: str
+    setting: str = ""
     dataset: str | None = None
     stale_minutes: int = 60
     advise: Callable[[str], str] = lambda name: ""
+    adjusts_splits: bool = False
 
     def symbols(self, request: DataRequest) -> tuple[str, ...]:
         """Return the group's symbols in a request, rules included."""
         return tuple(request.symbols.get(self.setting, ()))
+
+    def symbols_in(self, lake: Lake, request: DataRequest) -> tuple[str, ...]:
+        """Return the group's symbols in a request, as ``symbols``; of those that are found, what the lake has."""
+        return self.symbols(request)
+
+    def dataset_in(self, request: DataRequest) -> str | None:
+        """Return the dataset that a request needs of the group, as ``dataset``."""
+        return self.dataset
 
 
 @dataclass(frozen=True)
@@ -145,14 +157,12 @@ class Source:
         name: in the setting ``sources``, in reports and as the lake's folder.
         label: in messages.
         groups: its symbols.
-        adjusts_splits: its prices are adjusted for the splits that it knew when they were fetched.
         is_computed: ``compute`` makes the bars when they are loaded: no lake, no refresh.
     """
 
     name: str
     label: str
     groups: tuple[SymbolGroup, ...] = ()
-    adjusts_splits = False
     is_computed = False
 
     def keys(self, request: DataRequest) -> Keys:

@@ -269,6 +269,8 @@ def data_request(settings: Settings, now_ns: int) -> DataRequest:
         min_bars=settings.min_bars,
         extended_hours=settings.extended_hours,
         keep_pegged=settings.keep_pegged,
+        files_dir=settings.files_dir or "",
+        files_timezone=settings.files_timezone,
         simulated_symbols=settings.simulated_symbols,
         simulated_bars=settings.simulated_bars,
     )

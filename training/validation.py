@@ -13,6 +13,7 @@ from data_sources import universe
 from data_sources.bars import DAY_NS, FIRST_DATE, MINUTE_NS
 from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
+from data_sources.vendors.files_description import is_timezone
 from envs.config import EnvConfig, require
 from training.setting_types import DEVICE_RULE, DEVICES, shown
 
@@ -104,7 +105,7 @@ def check_training(settings: Settings, world_size: int) -> None:
     s = settings
     sources = [SOURCES[source] for source in s.sources]
     lists = dict.fromkeys(group.setting for source in sources for group in source.groups)
-    has_symbols = not lists or any(getattr(s, setting) for setting in lists)
+    has_symbols = not lists or any(getattr(s, setting) if setting else s.files_dir for setting in lists)
     require(has_symbols, "sources", s.sources, f"must have symbols: set {' or '.join(lists)}")
     if all(source.is_computed for source in sources):
         rule = f"must be at least min_bars={s.min_bars}"
@@ -219,6 +220,13 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     yield "sources", not unknown, f"has {', '.join(unknown)}, which is unknown; use some of: {known}"
     mixed = "simulated" in s.sources and len(s.sources) > 1
     yield "sources", not mixed, "must not mix simulated bars with real ones"
+    lacks_folder = "files" in s.sources and not s.files_dir
+    yield "files_dir", not lacks_folder, "must be the folder that has the files of bars, as sources has files"
+    yield (
+        "files_timezone",
+        is_timezone(s.files_timezone),
+        "must be a time zone such as America/New_York or UTC",
+    )
 
     for name in SYMBOL_SETTINGS:
         advice = {symbol: ADVISERS[name](symbol) for symbol in universe.plain_names(getattr(s, name))}

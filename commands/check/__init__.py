@@ -101,8 +101,8 @@ def check_room(
 def _check_file_systems(settings: Settings, needs_lake: bool) -> Iterator[Line]:
     """Write, sync, rename and lock as the program does; a line for each folder that cannot promise something."""
     for name, folder in validation.folders(settings):
-        if name == "data_dir" and not needs_lake:
-            continue
+        if name == "files_dir" or (name == "data_dir" and not needs_lake):
+            continue  # not written
         place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
         try:
             lacks = find_lacks(place) + ([] if can_lock(place) else [NO_LOCKS])

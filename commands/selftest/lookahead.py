@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from commands.selftest.vendor_rows import load_through_a_lake
-from data_sources.bars import COLUMNS, DAY_NS, Bars
+from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars
 from data_sources.calendar import new_york_time
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("continuous_training")
 
-SYMBOLS = 4  # stocks, and as many of crypto
+CLASSES: tuple[AssetClass, ...] = ("stock", "crypto")
+SYMBOLS = 4  # of each class
 TRAINING_BARS = 30_000  # per symbol, the newest before the holdout
 CUTS = 6  # of each kind per symbol, after which bars are replaced to check features
 # The last rows before a cut, and the factor of their prices: prints, crashes, and a level that stays.
@@ -80,12 +81,8 @@ def load_bars(settings: Settings, now_ns: int) -> list[Bars]:
         LakeError: the lake cannot be read.
     """
     request, lake = data_request(settings, now_ns), Lake(Path(settings.data_dir))
-    kinds = [replace(request, sources=("simulated",), simulated_symbols=SYMBOLS)]
-    if "simulated" not in settings.sources:
-        crypto = dict(request.symbols)
-        stocks = {"stocks": crypto.pop("stocks")}
-        kinds = [replace(request, symbols=symbols) for symbols in (stocks, crypto)]
-    found = [bars for kind in kinds for bars in islice(_load_usable(lake, kind), SYMBOLS)]
+    request = replace(request, simulated_symbols=SYMBOLS)
+    found = [bars for kind in CLASSES for bars in islice(_load_usable(lake, request, kind), SYMBOLS)]
     if not found:
         num_bars = TRAINING_BARS + settings.holdout_days * 1_440
         found = simulated_bars(SYMBOLS, num_bars, settings.seed, now_ns)
@@ -93,8 +90,8 @@ def load_bars(settings: Settings, now_ns: int) -> list[Bars]:
     return [_drop_oldest(bars, holdout_ns) for bars in found]
 
 
-def _load_usable(lake: Lake, request: DataRequest) -> Iterator[Bars]:
-    return (bars for bars, row in each_symbol(lake, request) if not row.dropped)
+def _load_usable(lake: Lake, request: DataRequest, asset_class: AssetClass) -> Iterator[Bars]:
+    return (bars for bars, row in each_symbol(lake, request, [asset_class]) if not row.dropped)
 
 
 def _drop_oldest(bars: Bars, holdout_ns: int) -> Bars:

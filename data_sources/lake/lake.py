@@ -153,6 +153,7 @@ class Lake:
         end_ns: int,
         symbols: Sequence[str],
         now_ns: int,
+        fetched_ns: int | None = None,
         dollar_volume: Mapping[str, int] | None = None,
     ) -> Part:
         """Clean ``table`` and keep it as the part ``unit``, replacing an older part of that name.
@@ -169,6 +170,7 @@ class Lake:
             end_ns: see ``start_ns``.
             symbols: the requested symbols, present or not. Rows of other symbols go to quarantine.
             now_ns: the time of the fetch; of two parts that overlap, the later one wins.
+            fetched_ns: the age of the answer that counts for that, if it is older than the fetch.
             dollar_volume: what the largest symbols traded, for universe.py.
 
         Raises:
@@ -189,7 +191,7 @@ class Lake:
             symbols=requested,
             rows=cleaned.table.num_rows,
             rejected=cleaned.rejected,
-            fetched_ns=now_ns,
+            fetched_ns=now_ns if fetched_ns is None else fetched_ns,
             content=digest_of(cleaned.table),
             rejected_by_symbol=cleaned.rejected_by_symbol,
             repaired=cleaned.repaired,

@@ -84,6 +84,11 @@ def advise_binance_pair(name: str) -> str:
     return "is no Binance pair, such as BTCUSDT"
 
 
+def is_stock(name: str) -> bool:
+    """Guess from a name alone whether it is a stock: a ticker is one, a coin and a pair of currencies are none."""
+    return name not in COINS and (bool(TICKER.fullmatch(name)) or _pair_of(name) is None)
+
+
 def other_tickers(name: str) -> tuple[str, ...]:
     """Return other spellings of a well-formed ticker: BRKB -> BRK.B, AAPL.O -> AAPL."""
     if re.fullmatch(r"[A-Z]{2,4}[A-C]", name):

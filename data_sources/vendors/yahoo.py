@@ -8,12 +8,11 @@ from data_sources.sources import Answer, DataRequest, RefreshJob, Source, Symbol
 from data_sources.universe import plain_names
 from data_sources.vendors.spelling import advise_stock
 
-STOCKS = SymbolGroup("stock", "stocks", advise=advise_stock)
+STOCKS = SymbolGroup("stock", "stocks", advise=advise_stock, adjusts_splits=True)
 
 
 class _Yahoo(Source):
     name, label, groups = "yahoo", "Yahoo", (STOCKS,)
-    adjusts_splits = True
 
     # Imported on use: yfinance takes a second, and its absence must cost this source alone.
 

@@ -1,4 +1,4 @@
-"""Yahoo's server and client, for its tests."""
+"""Yahoo's server and client, and a folder of own files, for their tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_sources.vendors.files_harness import Own
 from tests.data_sources.vendors.yahoo_harness import NOW, STOCKS, Harness
 from tests.data_sources.vendors.yahoo_server import YahooServer
 
@@ -15,3 +16,8 @@ from tests.data_sources.vendors.yahoo_server import YahooServer
 def harness(tmp_path: Path) -> Iterator[Harness]:
     with YahooServer(NOW, STOCKS) as server:
         yield Harness(server, tmp_path / "lake")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Own:
+    return Own(tmp_path)
