@@ -154,7 +154,7 @@ def test_given_actions_in_compiled_calls_earn_what_plain_steps_do(monkeypatch):
     assert_same_accounts(plain, quick)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @of_the_compiler
 def test_a_process_may_compile_for_more_sizes_than_torch_allows_by_default():
     with torch._dynamo.config.patch(recompile_limit=2):

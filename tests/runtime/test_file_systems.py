@@ -131,6 +131,7 @@ int fsync(int fd) {
 """
 
 
+@pytest.mark.drill
 def test_training_saves_and_check_names_the_lacks_on_such_a_file_system(tmp_path: Path) -> None:
     (tmp_path / "shim.c").write_text(SHIM)
     shim = tmp_path / "shim.so"

@@ -183,7 +183,9 @@ def test_a_blocked_country_without_news_in_the_archive_is_an_error(harness: Harn
     harness.assert_complete(end_ns=ns("2026-11-24T00:00"))
 
 
-@pytest.mark.parametrize("status", [403, 404, 451, 500, 503])
+@pytest.mark.parametrize(
+    "status", [404, 503, *(pytest.param(s, marks=pytest.mark.drill) for s in (403, 451, 500))]
+)
 def test_rest_carries_on_without_the_archive(harness: Harness, status: int) -> None:
     harness.server.faults = [Fault("/data/", status=status, body=b"<html>")]
     harness.refresh()

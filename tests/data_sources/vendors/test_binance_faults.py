@@ -72,7 +72,7 @@ def test_rest_replaces_a_damaged_file(harness: Harness, kind: str, which: str) -
     harness.assert_complete(start_ns=start_ns)
 
 
-@pytest.mark.parametrize("kind", ["hanging", "dripping"])
+@pytest.mark.parametrize("kind", ["hanging", pytest.param("dripping", marks=pytest.mark.drill)])
 def test_an_archive_that_stalls_is_given_up(harness: Harness, kind: str) -> None:
     start_ns = ns("2026-11-20T00:00")
     harness.binance = harness.new_client(QUICK)
