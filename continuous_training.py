@@ -81,14 +81,17 @@ class Settings:
     horizon: int = 128  # bars on which an account acts in an epoch
     episode_bars: int = 1_280  # bars of an episode, a multiple of horizon
     positions: tuple[float, ...] = (-1.0, 0.0, 1.0)  # target positions, as fractions of equity
+    allow_spot_shorts: bool = False  # of a training of spot pairs alone: coins are borrowed on margin
     stock_fee_bps: float = 0.5  # fee on traded value, stocks
     crypto_fee_bps: float = 5.0  # fee on traded value, crypto
+    perpetual_fee_bps: float = 4.5  # fee on traded value, perpetual futures
     slippage_bps: float = 1.0  # fills are worse than the open by this much
     range_slippage: float = 0.0  # plus this fraction of the filling bar's high - low
     volume_slippage: float = 0.0  # plus this for an order as large as the bar's volume, less if smaller
     account_value: float = 10_000.0  # initial money of an account, compared with the volume
     flat_before_close: int = 0  # minutes before the scheduled close in which no stock is held; 0: off
     borrow_rate: float = 0.05  # yearly interest on borrowed shares and money
+    maintenance_margin: float = 0.01  # equity per value of a perpetual position where it is liquidated
     ruin_fraction: float = 0.2  # an episode ends in ruin below this fraction of its initial equity
     cost_ramp: float = 0.5  # fraction of the first run over which costs grow from zero to the above
     # --- model --------------------------------------------------------------------------------------------

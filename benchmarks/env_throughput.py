@@ -99,6 +99,18 @@ def ours(market: Market, num_envs: int, device: str, way: str = "stepped", **cos
     return play
 
 
+def bytes_per_environment(env: TradingEnv) -> tuple[float, float]:
+    """Return the memory that an environment keeps, and that of its current segment's quotes."""
+    num_envs = env.config.num_envs
+    kept = [*vars(env).values(), *env.account.tensors(), *vars(env.statistics).values()]
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in kept
+        if torch.is_tensor(tensor) and num_envs in tensor.shape
+    }
+    return sum(sizes.values()) / num_envs, env.segment.nbytes / num_envs
+
+
 def in_gymnasium(num_envs: int) -> Round:
     from envs.gymnasium_env import TradingVectorEnv
 
@@ -226,9 +238,8 @@ def main() -> None:
     history = [results[f"ours, one symbol of {size} bars"] for size in ("100 k", "2 M")]
     pairs = [a / b for a, b in zip(*(result.by_cpu for result in history), strict=True)]
     print(f"| a step in 2 M bars : in 100 k bars, time | {statistics.median(pairs):.2f} | at most 1.1 |")
-    kept, segment = TradingEnv(
-        market_of(2_000, 1, "cpu"), EnvConfig.from_settings(Settings(), 512), "cpu", 0
-    ).bytes_per_environment()
+    env = TradingEnv(market_of(2_000, 1, "cpu"), EnvConfig.from_settings(Settings(), 512), "cpu", 0)
+    kept, segment = bytes_per_environment(env)
     print(
         f"\nMemory per environment beside the market: {kept:.0f} bytes kept; {segment:,.0f} for the quotes of the "
         f"segment that is played.\n{len(features.FEATURES)} features of a million bars: "

@@ -29,7 +29,7 @@ STALE_MINUTES = {
     for source in SOURCES.values()
     for group in source.groups
 }
-THIN_COVERAGE = {"stock": 0.6, "crypto": 0.9}
+THIN_COVERAGE = {"stock": 0.6, "crypto": 0.9, "perpetual": 0.9}
 COLUMNS = (
     "symbol", "source", "bars", "first", "last, UTC", "coverage", "flow", "gaps", "rejected", "splits", "behind",
     "verdict",

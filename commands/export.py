@@ -50,7 +50,7 @@ from data_sources.bars import bars_of_frame
 from evaluation.trained_policy import Actor
 from models import load_policy
 
-file, symbol, asset_class = sys.argv[1:]  # the class: crypto or stock
+file, symbol, asset_class = sys.argv[1:]  # the class: crypto, perpetual or stock
 frame = pd.read_csv(file)  # open_time (UTC), open, high, low, close, volume: closed minutes, oldest first
 folder = Path(__file__).parent
 actor = Actor.with_card(load_policy(folder), folder)

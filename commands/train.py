@@ -27,7 +27,7 @@ from runtime.control import (
     ExitProgram,
     heartbeat_thread,
 )
-from training import checkpoint, distributed, prefetch
+from training import checkpoint, distributed, prefetch, validation
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
 from training.data_feed import fresh_bars, holdout_start_ns, make_market, refresh_command
@@ -157,8 +157,7 @@ class Job:
 
     def agree_on_stop(self, level: int = STOP_AT_EPOCH_END) -> bool:
         """Set ``stopping`` if any rank was asked to stop at this level or above, and return that (all ranks)."""
-        stop = agreed_stop(level, self.ranks, self.control)
-        self.stopping = self.stopping or stop
+        self.stopping |= (stop := agreed_stop(level, self.ranks, self.control))
         return stop
 
     def stop_now(self) -> bool:
@@ -227,6 +226,7 @@ class Job:
     def _find_checkpoint(self) -> tuple[TrainingProgress, Checkpoint | None]:
         """Return the training's progress and its newest checkpoint, None at its beginning (all ranks)."""
         settings, saved = self.settings, checkpoint.newest_for_all(self._folder, self.ranks)
+        validation.check_shorts(settings, saved.path if saved else None)
         if saved is None:
             return TrainingProgress(), None
         if mismatch := saved.mismatch(settings):

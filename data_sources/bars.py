@@ -6,7 +6,7 @@ import copy
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-AssetClass = Literal["stock", "crypto"]
+# A spot pair is "crypto"; a perpetual future trades round the clock, too, and its holders pay each other funding.
+AssetClass = Literal["stock", "crypto", "perpetual"]
 MINUTE_NS = 60_000_000_000
 HOUR_NS = 60 * MINUTE_NS
 DAY_NS = 24 * HOUR_NS
@@ -178,7 +179,7 @@ def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> 
             volume; it may have trades and taker_buy_volume, empty where not known. ``open_time`` is the start of
             the minute: times (without a zone: UTC), ISO 8601 text, or int64 nanoseconds since 1970.
         symbol: its name.
-        asset_class: "crypto" for what trades round the clock, "stock" for US stocks.
+        asset_class: "crypto" for coins, "perpetual" for perpetual futures, "stock" for US stocks.
 
     Raises:
         ValueError: a column is missing or has no numbers, or the rows are not valid bars; names which.
@@ -188,8 +189,8 @@ def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> 
     missing = [name for name in COLUMNS if name not in frame]
     if missing:
         raise ValueError(f"{symbol}: the frame must have {', '.join(COLUMNS)}; {', '.join(missing)} missing")
-    if asset_class not in ("crypto", "stock"):
-        raise ValueError(f"{symbol}: asset_class must be crypto or stock, was {asset_class}")
+    if asset_class not in get_args(AssetClass):
+        raise ValueError(f"{symbol}: asset_class must be crypto, perpetual or stock, was {asset_class}")
     times = frame["open_time"]
     form = None if times.dtype.kind in "iM" else "ISO8601"  # text
     try:

@@ -118,9 +118,9 @@ def minutes_left(bars: Bars) -> NDArray[np.int16]:
     """Return the minutes from each bar's open to the scheduled close of its session, (B,).
 
     0 outside the regular session, such as before 09:30 in New York or on a half day's afternoon;
-    NEVER_CLOSES for crypto. Where the NYSE calendar does not reach, every day counts as a full session.
+    NEVER_CLOSES for what is no stock. Where the NYSE calendar does not reach, every day counts as a full session.
     """
-    if bars.asset_class == "crypto" or not len(bars):
+    if bars.asset_class != "stock" or not len(bars):
         return np.full(len(bars), NEVER_CLOSES, dtype=np.int16)
     times = bars.open_time
     scheduled = expected_minutes(int(times[0]) - DAY_NS, int(times[-1]) + DAY_NS)

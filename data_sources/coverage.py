@@ -161,7 +161,7 @@ def _stretches(series: Series) -> tuple[Stretch, ...]:
 
 def _gaps(bars: Bars) -> tuple[int, int, float | None]:
     """Return (gaps, minutes of the longest, coverage) between the first and the last bar."""
-    if bars.asset_class == "crypto":
+    if bars.asset_class != "stock":
         place = (bars.open_time - bars.open_time[0]) // MINUTE_NS
         num_expected = int(place[-1]) + 1
     else:

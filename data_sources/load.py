@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,7 @@ def load(lake: Lake, request: DataRequest) -> LoadedData:
 
 
 def each_symbol(
-    lake: Lake, request: DataRequest, classes: Sequence[AssetClass] = ("stock", "crypto")
+    lake: Lake, request: DataRequest, classes: Sequence[AssetClass] = get_args(AssetClass)
 ) -> Iterator[tuple[Bars, SymbolRow]]:
     """Yield each symbol's series and row in a fixed order, also of those that are dropped, of some asset classes.
 
@@ -131,7 +131,7 @@ def _all_series(lake: Lake, request: DataRequest, classes: Sequence[AssetClass])
         stocks = sorted({symbol for reader in of_stocks for symbol in reader.symbols})
         for symbol in stocks:
             yield _of_all(of_stocks, symbol, ledger, request)
-        of_crypto = [reader for reader in readers if reader.group.asset_class == "crypto"]
+        of_crypto = [reader for reader in readers if reader.group.asset_class != "stock"]
         done = set(stocks)
         # By the source's name, not by preference: the order of symbols must not change with the registry.
         for reader in sorted(of_crypto, key=lambda reader: reader.source.name):

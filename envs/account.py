@@ -74,6 +74,7 @@ def advance(
     borrow: Tensor,
     ruin_equity: float,
     funding: Tensor | None = None,
+    margin: Tensor | None = None,
     impact: Tensor | None = None,
     next_impact: Tensor | None = None,
     impact_limit: float | Tensor = 0.0,
@@ -83,8 +84,8 @@ def advance(
     A new target is reached exactly: after the trade the position is worth ``target`` times the equity that is left
     after paying ``cost_rate`` of the traded value. The same target again trades nothing. Borrowed shares and
     borrowed money cost ``borrow`` until the next fill. There a long position pays ``funding`` of its value at that
-    price, and a short one receives it. If equity there is then ``ruin_equity`` or less, the position is closed, at
-    the costs of that bar, and the account stays in cash.
+    price, and a short one receives it. If equity there is then ``ruin_equity`` or less, or ``margin`` of the value
+    of the position or less, it is closed, at the costs of that bar, and the account stays in cash.
 
     Args:
         state: before the fill; not modified.
@@ -96,6 +97,7 @@ def advance(
         borrow: cost of borrowing until the next fill, as a fraction of the borrowed value.
         ruin_equity: in start equities.
         funding: rates since ``price``, up to and with the moment of ``next_price``, in sum; None: none anywhere.
+        margin: maintenance margin, as a fraction of the position's value; None: nobody asks for one.
         impact: added to ``cost_rate``, per start equity of order value; the order is the wanted position less the
             one held, before costs.
         next_impact: the same in the bar that opens at ``next_price``; None where ``impact`` is.
@@ -123,8 +125,11 @@ def advance(
         due = owed + paid
     equity = (cash - due).add_(next_value)
     alive = torch.where(state.alive, equity, 0.0) > ruin_equity
+    size = next_value.abs_()
+    if margin is not None:
+        alive = alive & (equity > size * margin)
     dead = ~alive
-    liquidated = next_value.abs_().masked_fill_(alive, 0)
+    liquidated = size.masked_fill_(alive, 0)
     rate = next_cost_rate
     if next_impact is not None:
         rate = _rate(next_cost_rate, liquidated, next_impact, impact_limit)

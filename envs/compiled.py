@@ -58,6 +58,7 @@ class CompiledSteps:
             "ruin_equity": segment.config.ruin_fraction,
             "with_impact": segment.impact is not None,
             "impact_limit": segment.impact_limit,
+            "margin": segment.margin,
         }
         self._account = amounts, alive
         self._segment = segment
@@ -155,5 +156,6 @@ def _advance(
         borrow=borrow[t + 1],
         ruin_equity=rules["ruin_equity"],
         funding=funding[0][t + 2] if funding else None,
+        margin=rules["margin"],
         **large,
     )

@@ -16,13 +16,16 @@ SHOWN = 200  # characters of a wrong value
 ZERO_OR_MORE = (
     "stock_fee_bps",
     "crypto_fee_bps",
+    "perpetual_fee_bps",
     "slippage_bps",
     "borrow_rate",
     "range_slippage",
     "volume_slippage",
     "account_value",
     "flat_before_close",
+    "maintenance_margin",
 )
+FEES = ("stock_fee_bps", "crypto_fee_bps", "perpetual_fee_bps")
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class EnvConfig:
     positions: tuple[float, ...]  # targets, as fractions of equity; beyond 1 with leverage
     stock_fee_bps: float
     crypto_fee_bps: float
+    perpetual_fee_bps: float
     slippage_bps: float
     borrow_rate: float  # per year, on borrowed shares (short) and on borrowed money (leverage)
     ruin_fraction: float  # of the start equity
     range_slippage: float  # fills are also worse by this fraction of the filling bar's high - low
     volume_slippage: float  # and by this for an order as large as the bar's volume, less for a smaller one
     account_value: float  # of an account at its start, in quote currency, compared with the volume
+    maintenance_margin: float  # of the value of a perpetual position; with less equity it is liquidated
     flat_before_close: int  # minutes before the scheduled close in which stocks hold nothing; 0: off
 
     @staticmethod
@@ -68,7 +73,10 @@ class EnvConfig:
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be 0 or more")
         rule = f"must be {EQUITY_FLOOR:g} or more and below 1"
         require(EQUITY_FLOOR <= self.ruin_fraction < 1, "ruin_fraction", self.ruin_fraction, rule)
-        fee = "stock_fee_bps" if self.stock_fee_bps > self.crypto_fee_bps else "crypto_fee_bps"
+        most = 1 / max(map(abs, self.positions))
+        rule = f"must be {most:.3g} or less, the equity of the largest position"
+        require(self.maintenance_margin <= most, "maintenance_margin", self.maintenance_margin, rule)
+        fee = max(FEES[::-1], key=lambda name: float(getattr(self, name)))
         rate = (getattr(self, fee) + self.slippage_bps) / 1e4 + self.volume_slippage
         rule = f"must be under {self.max_rate:g} of the traded value: lower {fee}, slippage_bps or volume_slippage"
         require(rate < self.max_rate, "fees and slippage", f"{rate:g}", rule)

@@ -13,15 +13,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from envs.account import AccountState, advance
+from envs.account import AccountState, Fill, advance
 
 
 def growth_of_every_choice(
     fills: Mapping[str, Tensor], positions: Sequence[float], log_equity: Tensor
 ) -> Tensor:
-    """Return log growth of equity for every held position and every chosen target, (N, H, J, K) float32.
+    """Return log growth of equity for every held position and every chosen target, (N, H, J, K) float32."""
+    return outcome_of_every_choice(fills, positions, log_equity).log_return.float()
 
-    The same ledger as ``TradingEnv.step``, but starting from the exact held position and without ruin.
+
+def outcome_of_every_choice(
+    fills: Mapping[str, Tensor], positions: Sequence[float], log_equity: Tensor
+) -> Fill:
+    """Return the fill of every chosen target from every held position, (N, H, J, K).
+
+    The same ledger as ``TradingEnv.step``, but starting from the exact held position and without ruin,
+    except that a perpetual future is liquidated for want of margin.
 
     Args:
         fills: of ``Segment.fills_ahead``, (N, H) each.
@@ -30,7 +38,8 @@ def growth_of_every_choice(
             they have an impact.
     """
     if "impact" in fills:
-        fills = {**fills, "impact": fills["impact"] * log_equity.exp()}
+        equity = log_equity.exp()
+        fills = {**fills, **{name: fills[name] * equity for name in fills if name.endswith("impact")}}
     price = fills["price"]
     held = _holdable(tuple(positions), price.dtype, price.device)
     shape = (*price.shape, len(held), len(positions))
@@ -39,15 +48,15 @@ def growth_of_every_choice(
     state.cash = 1.0 - exposure
     state.units = exposure / price[..., None, None]
     state.target = exposure
+    terms = {"next_cost_rate": fills["cost_rate"], **fills}
     _, fill = advance(
         state,
         held[: len(positions)].expand(shape),
         ruin_equity=0.0,
-        # Equity of 0 or less is the floor, whatever closing the position costs.
-        next_cost_rate=fills["cost_rate"][..., None, None],
-        **{name: value[..., None, None] for name, value in fills.items()},
+        # Without a margin, equity of 0 or less is the floor, whatever closing the position costs.
+        **{name: value[..., None, None] for name, value in terms.items()},
     )
-    return fill.log_return.float()
+    return fill
 
 
 def accounts_in_every_position(accounts: Tensor, positions: Sequence[float]) -> Tensor:

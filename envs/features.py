@@ -73,7 +73,7 @@ class History:
     @property
     def is_crypto(self) -> bool:
         """Whether the market never closes."""
-        return self.asset_class == "crypto"
+        return self.asset_class != "stock"
 
     @cached_property
     def trades(self) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_sources.bars import DAY_NS, Bars, find_breaks
+from data_sources.bars import DAY_NS, AssetClass, Bars, find_breaks
 from data_sources.calendar import minutes_left
 from envs.config import EnvConfig
 from envs.features import (
@@ -48,13 +49,15 @@ class Market:
     """
 
     symbols: tuple[str, ...]
-    is_crypto: Tensor  # (S,) bool
+    asset_classes: tuple[AssetClass, ...]  # of the symbols
+    is_crypto: Tensor  # (S,) bool, no stock: perpetual futures, too
     volatility: Tensor  # (S,) float32, typical log return of one bar in the training range: scales rewards
     offsets: Tensor  # (S + 1,) int64, first bar of each symbol
     breaks: Tensor  # (number of breaks,) int64, bars that no stretch spans
     open_time: Tensor  # (B,) int64, ns UTC
-    # (B, 5 or 6) float32: open, close, years until the next bar opens, (high - low) / open, volume in money, and,
-    # if any symbol has some, the funding since the bar before, up to and with this one's open
+    # (B, 5 or 6) float32: open, close, years until the next bar opens, in which a short position borrows (0 of
+    # perpetual futures, which borrow nothing), (high - low) / open, volume in money, and, if any symbol has some,
+    # the funding since the bar before, up to and with this one's open
     quotes: Tensor
     minutes_left: Tensor  # (B,) int16, from the bar's open to the scheduled close; see calendar.minutes_left
     features: Tensor  # (B, F) float16
@@ -120,8 +123,11 @@ class Market:
         for first, series in zip(offsets, bars, strict=False):
             table[first : first + len(series)] = statistics.normalise(compute(series, device, functions))
 
-        steps = [np.diff(series.open_time, append=series.open_time[-1:]) for series in bars]
-        is_crypto = np.array([series.asset_class == "crypto" for series in bars])
+        steps = [
+            np.diff(series.open_time, append=series.open_time[-1:]) * (series.asset_class != "perpetual")
+            for series in bars
+        ]
+        is_crypto = np.array([series.asset_class != "stock" for series in bars])
 
         def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
@@ -146,6 +152,7 @@ class Market:
             quotes.append(np.concatenate(funding))
         return Market(
             symbols=symbols,
+            asset_classes=tuple(series.asset_class for series in bars),
             is_crypto=put(is_crypto, torch.bool),
             volatility=put(np.array(list(map(_volatility, bars, training_bars))), torch.float32),
             offsets=put(offsets, torch.int64),
@@ -200,6 +207,16 @@ class Market:
         """Device memory of all tensors."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
+    @cached_property
+    def is_perpetual(self) -> Tensor:
+        """(S,) bool: perpetual futures."""
+        return torch.tensor([kind == "perpetual" for kind in self.asset_classes], device=self.device)
+
+    @property
+    def has_perpetuals(self) -> bool:
+        """Whether any symbol is a perpetual future."""
+        return "perpetual" in self.asset_classes
+
     @property
     def has_funding(self) -> bool:
         """Whether any symbol's holders pay funding."""
@@ -218,6 +235,7 @@ class Market:
     def cost_rates(self, config: EnvConfig, dtype: torch.dtype) -> Tensor:
         """Return each symbol's fee and slippage as a fraction of traded value, (S,)."""
         fee_bps = torch.where(self.is_crypto, config.crypto_fee_bps, config.stock_fee_bps)
+        fee_bps.masked_fill_(self.is_perpetual, config.perpetual_fee_bps)
         return (fee_bps.to(dtype) + config.slippage_bps) / 1e4
 
     def windows(self, first: Tensor, length: int) -> Tensor:

@@ -35,18 +35,24 @@ class Segment:
     ``fills`` has the arguments of ``account.advance`` for each decision, views of (N,): decision h fills at
     ``price[h]`` and is held until ``price[h + 1]``. It pays ``cost_rate[h]`` of traded value, plus ``impact[h]``
     per start equity of order value, and ``borrow[h]`` of borrowed value; a long position pays ``funding[h]`` of
-    its value at ``price[h + 1]``. After a ruin, the position is closed at ``cost_rate[h + 1]`` and
-    ``impact[h + 1]``. ``closes[h]`` is the newest close that decision h sees, ``closes[H]`` that of the bootstrap
-    value. ``price``, ``cost_rate``, ``impact`` (H + 1, N), ``borrow`` and ``funding`` (H, N) are views of
-    ``quotes``, (5 or 6, H + 2, N): open, close, borrow, cost rate, impact and funding from the newest closed bar
-    on. ``allowed``, (H, N) bool, is where a position may be held. It, the impacts and the funding are None where
-    their setting is off, and where the market has none.
+    its value at ``price[h + 1]``, and it is liquidated at equity of ``margin`` (N,) of that. After a ruin, the
+    position is closed at ``cost_rate[h + 1]`` and ``impact[h + 1]``. ``closes[h]`` is the newest close that
+    decision h sees, ``closes[H]`` that of the bootstrap value. ``price``, ``cost_rate``, ``impact`` (H + 1, N),
+    ``borrow`` and ``funding`` (H, N) are views of ``quotes``, (5 or 6, H + 2, N): open, close, borrow, cost rate,
+    impact and funding from the newest closed bar on. ``allowed``, (H, N) bool, is where a position may be held.
+    It, the impacts, the funding and the margin are None where their setting is off, or the market has none.
     """
 
     def __init__(
-        self, config: EnvConfig, dtype: torch.dtype, device: torch.device, has_funding: bool = False
+        self,
+        config: EnvConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        has_funding: bool = False,
+        has_margin: bool = False,
     ) -> None:
         self.config = config
+        self.margin = torch.zeros(config.num_envs, dtype=dtype, device=device) if has_margin else None
         shape = (6 if has_funding else 5, config.horizon + 2, config.num_envs)
         self.quotes = torch.zeros(shape, dtype=dtype, device=device)
         opens, closes, borrow, cost_rate, impact, *funding = self.quotes.unbind()
@@ -99,6 +105,8 @@ class Segment:
             fill |= {"impact": self.impact[h], "next_impact": self.impact[h + 1]} | limit
         if self.funding is not None:
             fill["funding"] = self.funding[h]
+        if self.margin is not None:
+            fill["margin"] = self.margin
         return fill
 
     @property
@@ -108,7 +116,7 @@ class Segment:
         return self.quotes.nbytes + allowed + self.held.nbytes
 
     def fills_ahead(self) -> dict[str, Tensor]:
-        """Return the arguments of ``account.advance`` for the H fills, without those of ruin, (N, H) each.
+        """Return the arguments of ``account.advance`` for the H fills but ``ruin_equity``, (N, H) each.
 
         They are known once the segment has begun, since the market does not react. Use them only to value
         decisions afterwards, never to make them.
@@ -124,6 +132,9 @@ class Segment:
             fills |= {"impact": impact, "impact_limit": self.impact_limit.expand_as(impact)}
         if self.funding is not None:
             fills["funding"] = self.funding
+        if self.margin is not None:
+            fills |= {"margin": self.margin.expand_as(self.borrow), "next_cost_rate": self.cost_rate[1:]}
+            fills |= {} if self.impact is None else {"next_impact": self.impact[1:]}
         # Copies: the next segment reuses this memory.
         return {name: values.t().contiguous() for name, values in fills.items()}
 

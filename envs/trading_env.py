@@ -66,15 +66,16 @@ class TradingEnv:
 
     Of the value traded at the open, a trade costs the sum of
 
-    - the fee of its asset class, ``stock_fee_bps`` or ``crypto_fee_bps``, and ``slippage_bps``;
+    - the fee of its asset class, such as ``stock_fee_bps``, and ``slippage_bps``;
     - ``range_slippage`` times the range, (high - low) / open, of the bar in which it fills;
     - ``volume_slippage`` times the order over the bar's traded value, at most 1. The order is the wanted less the
       held position at the open, before costs, of an account that began with ``account_value``.
 
     Fee, slippage and range together are limited to ``max_rate`` less ``volume_slippage``. After the trade the
     position is worth exactly ``target`` times the equity that is left. Borrowed shares (short) and borrowed money
-    (targets over 1) cost ``borrow_rate`` a year for the time between opens, so a weekend costs more than a minute.
-    All of them, limits included, are multiplied by ``cost_scale``, 1 unless a curriculum sets it between segments.
+    (targets over 1) cost ``borrow_rate`` a year for the time between opens, so a weekend costs more than a minute;
+    a perpetual future borrows nothing. All of them, limits included, are multiplied by ``cost_scale``, 1 unless a
+    curriculum sets it between segments.
 
     ## Funding
 
@@ -103,9 +104,9 @@ class TradingEnv:
 
     ## End
 
-    1. Termination: equity at or below ``ruin_fraction`` at the open of t + 2. The position is closed there, at the
-       costs of that bar. Until the segment ends the account stays in cash, rewards are 0 and ``alive`` is False.
-       Equity is never below 1e-6, so rewards are finite.
+    1. Termination: equity at or below ``ruin_fraction`` at the open of t + 2, or of a perpetual future at or below
+       ``maintenance_margin`` of its value. It is closed there, at the costs of that bar. Until the segment
+       ends the account stays in cash, rewards are 0 and ``alive`` is False. Equity is never below 1e-6.
     2. Truncation, at the last step of a segment only: ``episode_bars`` are played, or the next segment
        does not fit into the stretch. Bootstrap from the value at token C + H.
 
@@ -155,7 +156,7 @@ class TradingEnv:
         self._step = config.horizon  # of this segment
 
         self.statistics = Statistics(positions, cash_index, n, dtype, self.device)
-        self._prepare(market.has_funding)
+        self._terms: dict[str, bool] = {}
         self._attach(market)
 
     @property
@@ -183,10 +184,14 @@ class TradingEnv:
         """(N,) float32: typical log return of one bar of each account's symbol."""
         return self.market.volatility.index_select(0, self._symbol)
 
-    def _prepare(self, has_funding: bool) -> None:
-        # What knows whether funding is paid: a market without it has no column and no kernel for it.
-        self.segment = Segment(self.config, self.dtype, self.device, has_funding)
-        self.statistics.flows = flows = self._amounts.new_zeros(5 if has_funding else 4, self.config.num_envs)
+    def _prepare(self, terms: dict[str, bool]) -> None:
+        # What knows of funding and margin: a market without them has no column and no kernel for them.
+        if terms == self._terms:
+            return
+        self._terms, self.segment = terms, Segment(self.config, self.dtype, self.device, **terms)
+        self.statistics.flows = flows = self._amounts.new_zeros(
+            4 + terms["has_funding"], self.config.num_envs
+        )
         shared = (self._in_cash, self._targets, self._played, flows, self._cost_rate, *self._constants)
         self._compiled_steps = CompiledSteps(self._amounts, self._kept.alive, self.segment, shared)
 
@@ -197,8 +202,8 @@ class TradingEnv:
             raise ValueError(
                 f"the market must be made for context_bars and horizon {ours}, was made for {its}"
             )
-        if market.has_funding != (self.segment.funding is not None):
-            self._prepare(market.has_funding)
+        has_margin = market.has_perpetuals and self.config.maintenance_margin > 0
+        self._prepare({"has_funding": market.has_funding, "has_margin": has_margin})
         self.market = market
         self._cost_rate_of = market.cost_rates(self.config, self.dtype)
 
@@ -240,6 +245,9 @@ class TradingEnv:
         over.zero_()
         cost_rate = self._cost_rate_of.index_select(0, self._symbol)
         self.segment.fill(self.market, self._cursor, cost_rate, self.cost_scale)
+        if self.segment.margin is not None:
+            is_perpetual = self.market.is_perpetual.index_select(0, self._symbol)
+            self.segment.margin.copy_(is_perpetual).mul_(self.config.maintenance_margin)
         torch.mul(cost_rate, self.cost_scale, out=self._cost_rate)
         self.statistics.begin(self.account, self._played)
         self._observed, self._step = None, 0
@@ -363,16 +371,6 @@ class TradingEnv:
         decisions spent ``in_position_<target>``.
         """
         return self.statistics.take()
-
-    def bytes_per_environment(self) -> tuple[float, float]:
-        """Return the memory that an environment keeps, and that of its current segment's quotes."""
-        kept = [*vars(self).values(), *self._kept.tensors(), *vars(self.statistics).values()]
-        sizes = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in kept
-            if torch.is_tensor(tensor) and self.config.num_envs in tensor.shape
-        }
-        return sum(sizes.values()) / self.config.num_envs, self.segment.nbytes / self.config.num_envs
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next segment depends on, as plain types and CPU tensors.

@@ -33,7 +33,7 @@ class Walk:
     """One contestant on one symbol: T decisions in order. After a ruin positions and returns are 0."""
 
     symbol: str
-    asset_class: str  # "stock" or "crypto"
+    asset_class: str  # "stock", "crypto" or "perpetual"
     time: NDArray[np.datetime64]  # (T,) ns, when each decision filled: open of that bar
     price: NDArray[np.float64]  # (T,) at which it filled
     position: NDArray[np.float64]  # (T,) value held after the fill, as a fraction of equity
@@ -246,7 +246,7 @@ def _walks(
         fills = (first[first >= 0, None] + 1 + ahead).flatten()
         time = market.open_time[fills].cpu().numpy().astype("datetime64[ns]")
         price = market.quotes[fills, 0].double().cpu().numpy()
-        asset_class = "crypto" if market.is_crypto[market.symbols.index(symbol)] else "stock"
+        asset_class = market.asset_classes[market.symbols.index(symbol)]
         for place, name in enumerate(names):
             account = place * len(symbols) + number
             own = (column[walked, account] for column in columns)

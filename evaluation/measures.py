@@ -186,7 +186,7 @@ def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:
         own = np.concatenate([[1.0], np.exp(np.cumsum(walk.log_returns))])
         equity += own[np.searchsorted(own_days, days, side="right")]
     equity = np.concatenate([[1.0], equity / len(walks)])
-    crypto = any(walk.asset_class == "crypto" for walk in walks)
+    crypto = any(walk.asset_class != "stock" for walk in walks)
     return equity[1:] / equity[:-1] - 1.0, CRYPTO_DAYS_PER_YEAR if crypto else STOCK_DAYS_PER_YEAR
 
 
@@ -203,7 +203,7 @@ def daily_growth(walks: Sequence[Walk]) -> NDArray[np.float64]:
 
 def days_of_fills(walk: Walk) -> NDArray[np.datetime64]:
     """Return the day on which each decision counts, (T,) dates: UTC days, or New York sessions of stocks."""
-    time = walk.time if walk.asset_class == "crypto" else walk.time - SESSION_SHIFT
+    time = walk.time - SESSION_SHIFT if walk.asset_class == "stock" else walk.time
     return time.astype("datetime64[D]")
 
 

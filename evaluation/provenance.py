@@ -6,7 +6,7 @@ import json
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from evaluation import champion, ledger
 from evaluation.revision import Revision
 from evaluation.trained_policy import TrainedPolicy
 from training.checkpoint import BEST, Checkpoint, CheckpointError
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 
 def champion_beside(trained: TrainedPolicy, start_ns: int) -> tuple[Checkpoint | None, list[str]]:
@@ -90,6 +93,7 @@ def how_it_was_made(
         "revision of the evaluated bars": revision.digest,
         "data of the training": checkpoint.data_fingerprint,
         "fees": f"stocks {settings.stock_fee_bps:g} bps, crypto {settings.crypto_fee_bps:g} bps of traded value",
+        **_of_perpetuals(settings, data),
         "slippage": slippage,
         "borrowing": f"{settings.borrow_rate:.3g} a year",
         "context and horizon": f"{settings.context_bars} and {settings.horizon} bars",
@@ -98,6 +102,16 @@ def how_it_was_made(
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, Python {platform.python_version()}, torch "
         f"{torch.__version__}, on {device.type}",
     }
+
+
+def _of_perpetuals(settings: Settings, data: LoadedData) -> dict[str, str]:
+    if all(series.asset_class != "perpetual" for series in data.bars):
+        return {}
+    fee, margin = settings.perpetual_fee_bps, settings.maintenance_margin
+    terms = (
+        f"fee {fee:g} bps of traded value; liquidated at equity below {margin:.3g} of the position's value"
+    )
+    return {"perpetual futures": f"{terms}; funding at its times, at the open of that minute"}
 
 
 def day_of(time_ns: int) -> str:

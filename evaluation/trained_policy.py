@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from continuous_training import Settings
 
 PROBE_TOLERANCE = 1e-2  # of raw features, whose spread is about 1
+# Of EnvConfig, in folders that were exported before there were such futures: no decision of theirs rests on them.
+BEFORE_PERPETUALS = {"perpetual_fee_bps": 4.5, "maintenance_margin": 0.01}
 NEVER_NS = 2**62  # the year 2116: nothing is held out
 SEGMENTS_AT_ONCE = 32  # bounds the memory of a forward
 
@@ -152,7 +154,8 @@ class Actor:
         statistics = FeatureStatistics(
             tuple(features["names"]), torch.tensor(features["mean"]), torch.tensor(features["std"])
         )
-        accounts = card["accounts"] | {"positions": tuple(card["accounts"]["positions"])}
+        accounts = BEFORE_PERPETUALS | card["accounts"]
+        accounts["positions"] = tuple(accounts["positions"])
         return cls(policy, statistics, EnvConfig(num_envs=1, **accounts))
 
     def decide(self, bars: Sequence[Bars]) -> tuple[list[Decision], dict[str, str]]:

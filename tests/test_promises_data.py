@@ -61,6 +61,7 @@ EXAM_DAYS = 4
 EXAM = {
     "sources": "binance",
     "binance_pairs": "BTCUSDT",
+    "positions": "0,1",
     "end_date": TODAY - dt.timedelta(days=2),  # in the lake since the first start: nothing is left to ask
     "holdout_days": EXAM_DAYS,
     "epochs": 8,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.counterfactuals import accounts_in_every_position, growth_of_every_choice, held_index
+from envs.counterfactuals import accounts_in_every_position, held_index, outcome_of_every_choice
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from runtime.control import heartbeat
@@ -121,8 +121,11 @@ def collect(
     scale = reward_scale / env.volatility
     seen = None
     if fills is not None:
-        growth = growth_of_every_choice(fills, config.positions, log_equity)
+        outcome = outcome_of_every_choice(fills, config.positions, log_equity)
+        growth = outcome.log_return.float()
         ends = log_equity[..., None, None] + growth <= math.log(config.ruin_fraction)
+        if "margin" in fills:
+            ends |= outcome.ruined
         growth = (growth * scale[:, None, None, None]).float()
         accounts_and_after = torch.cat((accounts, after[:, None]), dim=1)
         log_policies, critic = _in_every_position(env, policy, projected, accounts_and_after, chunk_segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -15,11 +16,13 @@ from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from data_sources.vendors.files_description import is_timezone
 from envs.config import EnvConfig, require
+from runtime.control import EXIT_SETTING, ExitProgram
 from training.setting_types import DEVICE_RULE, DEVICES, shown
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+log = logging.getLogger("continuous_training")
 
 # The least and the most; what is beyond has no meaning, or could only be a slip. EnvConfig has more rules.
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -34,12 +37,14 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "episode_bars": (1, 10**7),
     "stock_fee_bps": (0, 10**4),
     "crypto_fee_bps": (0, 10**4),
+    "perpetual_fee_bps": (0, 10**4),
     "slippage_bps": (0, 10**4),
     "range_slippage": (0, 10),
     "volume_slippage": (0, 10),
     "account_value": (0, 10**15),
     "flat_before_close": (0, 389),
     "borrow_rate": (0, 100),
+    "maintenance_margin": (0, 1),
     "cost_ramp": (0, 1),
     "d_model": (1, 2**17),
     "num_layers": (1, 1_000),
@@ -68,6 +73,8 @@ ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef")
 OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port")
 LARGEST_POSITION = 100.0
 LONGEST_SYMBOL = 32
+WITHOUT_SHORTS = "use --positions 0,1, or --allow-spot-shorts if you borrow coins on margin"
+KEPT_SHORTS = "keeps those that it was trained with; --allow-spot-shorts says that you borrow coins on margin"
 MINUTES_PER_DAY = DAY_NS // MINUTE_NS
 
 
@@ -152,6 +159,39 @@ def check_batch(settings: Settings, world_size: int) -> None:
             f"batch_size={batch} must divide the transitions of an epoch, envs_per_gpu x horizon x processes = "
             f"{envs} x {settings.horizon} x {world_size} = {envs * step}; use {fitting * step}"
         )
+
+
+def impossible_shorts(settings: Settings) -> str:
+    """Return why these positions cannot be held in any symbol of a training, "" if they can.
+
+    A spot pair is sold by its owner; to sell it short takes coins borrowed on margin. A training with stocks or
+    perpetual futures among its symbols keeps its positions, as do simulated bars.
+    """
+    sources = [SOURCES[name] for name in settings.sources]
+    groups = [group for source in sources for group in source.groups]
+    # Files may have symbols of every class.
+    groups = [group for group in groups if not group.setting or getattr(settings, group.setting)]
+    is_spot = bool(groups) and all(group.asset_class == "crypto" for group in groups)
+    if settings.allow_spot_shorts or not is_spot or min(settings.positions) >= 0:
+        return ""
+    positions = ",".join(f"{position:g}" for position in settings.positions)
+    return (
+        f"positions={positions} must not be below 0 where all symbols are spot pairs, which only their owner can "
+        "sell"
+    )
+
+
+def check_shorts(settings: Settings, resumed: Path | None) -> None:
+    """Refuse a new training whose shorts are impossible; warn where a checkpoint, ``resumed``, was trained so.
+
+    Raises:
+        ExitProgram: a new training is refused.
+    """
+    impossible = impossible_shorts(settings)
+    if impossible and resumed is None:
+        raise ExitProgram(EXIT_SETTING, f"Invalid setting: {impossible}; {WITHOUT_SHORTS}")
+    if impossible:
+        log.warning(f"{impossible}; {resumed} {KEPT_SHORTS}")
 
 
 def minibatch_segments(settings: Settings, world_size: int) -> int:

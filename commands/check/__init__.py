@@ -143,6 +143,11 @@ def _check_checkpoint(
     """Compare the checkpoint that a start would resume from with the settings."""
     for warning in warnings:
         yield Line("checkpoint", "warning", warning)
+    impossible = validation.impossible_shorts(settings)
+    if impossible and saved is None:
+        yield Line.setting(f"{impossible}; {validation.WITHOUT_SHORTS}")
+    elif impossible:
+        yield Line("settings", "warning", f"{impossible}; the checkpoint {validation.KEPT_SHORTS}")
     if saved is None:
         text = f"none in {settings.checkpoint_dir} to resume from: training starts from scratch"
         yield Line("checkpoint", "OK", text)

@@ -38,7 +38,7 @@ LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
 # Per parameter: a checkpoint's weights, and the optimizer's two moments beside it.
 WEIGHT_BYTES, RESUME_BYTES = 4, 8
 LAKE_BYTES_PER_BAR = 30  # as written, where the lake holds nothing to measure
-MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440}
+MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440, "perpetual": 7 * 1_440}
 BAR_BYTES = 2 * len(FEATURES) + 5 * 4 + 8 + 2  # of one bar in envs.market.Market
 
 

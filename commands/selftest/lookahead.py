@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("continuous_training")
 
-CLASSES: tuple[AssetClass, ...] = ("stock", "crypto")
+CLASSES: tuple[AssetClass, ...] = ("stock", "crypto", "perpetual")
 SYMBOLS = 4  # of each class
 TRAINING_BARS = 30_000  # per symbol, the newest before the holdout
 CUTS = 6  # of each kind per symbol, after which bars are replaced to check features

@@ -102,7 +102,7 @@ def faults(settings: Settings = SMALL, offline: bool = False) -> list[tuple[str,
 
 
 def of_source(source: str) -> Settings:
-    return replace(SMALL, sources=(source,))
+    return replace(SMALL, sources=(source,), positions=(0.0, 1.0))  # spot pairs alone are not sold short
 
 
 def test_where_all_is_well_every_line_is_ok(vendors: Vendors) -> None:
@@ -202,9 +202,7 @@ def test_a_silent_source_does_not_hold_up_the_check(
 def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
     vendors: Vendors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    settings = replace(
-        SMALL, sources=("binance",), binance_pairs=("BTCUSDT",), history_days=2, holdout_days=1
-    )
+    settings = replace(of_source("binance"), binance_pairs=("BTCUSDT",), history_days=2, holdout_days=1)
     request = data_request(settings, vendors.binance.now_ns)
     good = vendors.binance.url
     for name in ("BINANCE_API_URL", "BINANCE_ARCHIVE_URL"):

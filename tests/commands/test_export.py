@@ -104,7 +104,7 @@ def test_a_frame_is_taken_as_bars_or_refused_in_a_line() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             bars_of_frame(wrong, "AAA", "crypto")
-    with pytest.raises(ValueError, match="AAA: asset_class must be crypto or stock, was bond"):
+    with pytest.raises(ValueError, match="AAA: asset_class must be crypto, perpetual or stock, was bond"):
         bars_of_frame(frame, "AAA", "bond")  # type: ignore[arg-type]
 
 

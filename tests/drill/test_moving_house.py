@@ -21,6 +21,7 @@ def test_a_training_moves_house_without_its_lake_and_ends_with_the_same_weights(
     changes = {
         "sources": "binance",
         "binance_pairs": "BTCUSDT,ETHUSDT",
+        "positions": "0,1",
         "end_date": "none",
         "history_days": 2,
     }

@@ -19,7 +19,11 @@ Cost = float | Callable[[float], float]
 
 def cost_in_bar(bars: Bars, bar: int, config: EnvConfig, cost_scale: float = 1.0) -> Cost:
     """Return the cost of an order that fills at the open of this bar."""
-    fee_bps = config.crypto_fee_bps if bars.asset_class == "crypto" else config.stock_fee_bps
+    fee_bps = {
+        "stock": config.stock_fee_bps,
+        "crypto": config.crypto_fee_bps,
+        "perpetual": config.perpetual_fee_bps,
+    }[bars.asset_class]
     spread = config.range_slippage * (bars.high[bar] - bars.low[bar]) / bars.open[bar]
     limit = 0.5 / max(abs(position) for position in config.positions) - config.volume_slippage
     whatever_size = min((fee_bps + config.slippage_bps) / 1e4 + spread, limit)
@@ -45,6 +49,7 @@ class ReferenceAccount:
     units: float = 0.0
     debt: float = 0.0  # borrow cost and funding due at the next open
     ruined: bool = False
+    margin: float = 0.0  # the position is liquidated at equity of this part of its value; 0: off
     costs: float = 0.0
     borrow_costs: float = 0.0
     funding: float = 0.0  # paid less received
@@ -86,7 +91,8 @@ class ReferenceAccount:
         paid = self.units * next_price * funding
         self.debt += paid
         self.funding += paid
-        if self.equity(next_price) <= self.ruin_equity:
+        too_little = self.margin * abs(self.units * next_price) if self.margin else -math.inf
+        if self.equity(next_price) <= max(self.ruin_equity, too_little):
             self._close(next_price, cost if next_cost is None else next_cost)
         return math.log(self.equity(next_price) / before)
 

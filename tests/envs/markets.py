@@ -89,6 +89,8 @@ def config_of(**changes: Any) -> EnvConfig:
         "positions": (-1.0, 0.0, 1.0),
         "stock_fee_bps": 0.5,
         "crypto_fee_bps": 5.0,
+        "perpetual_fee_bps": 4.5,
+        "maintenance_margin": 0.01,
         "slippage_bps": 1.0,
         "borrow_rate": 0.05,
         "ruin_fraction": 0.2,
@@ -104,7 +106,8 @@ def env_of(market: Market, seed: int = 0, dtype: torch.dtype = torch.float64, **
     return TradingEnv(market, config_of(**changes), "cpu", seed, dtype)
 
 
-FREE = {"stock_fee_bps": 0.0, "crypto_fee_bps": 0.0, "slippage_bps": 0.0, "borrow_rate": 0.0}
+FEES = {"stock_fee_bps": 0.0, "crypto_fee_bps": 0.0, "perpetual_fee_bps": 0.0}
+FREE = FEES | {"slippage_bps": 0.0, "borrow_rate": 0.0}
 
 
 def play_segment(env, actions=None, seed=0):
@@ -123,6 +126,6 @@ def play_segment(env, actions=None, seed=0):
     return bars, torch.stack(observations), rewards, terminated, truncated
 
 
-def mixed_market(has_funding=False, **given):
-    coin = funded(walk("AAA")) if has_funding else walk("AAA")
+def mixed_market(perpetuals=False, **given):
+    coin = funded(walk("AAA", asset_class="perpetual")) if perpetuals else walk("AAA")
     return market_of(coin, walk("BBB", 500, "stock", seed=1, gaps={250: 1050}), **given)

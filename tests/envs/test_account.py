@@ -28,6 +28,7 @@ def play(
     impact=None,
     impact_limit=0.0,
     funding=None,
+    margin=None,
 ):
     """Return log returns, costs, borrow costs, traded values, ruins and funding (T, 6, N), and the last state."""
     prices, actions = torch.as_tensor(prices, dtype=dtype), torch.as_tensor(actions)
@@ -46,6 +47,7 @@ def play(
             borrow=torch.as_tensor(borrow[t], dtype=dtype),
             ruin_equity=ruin_equity,
             funding=None if funding is None else torch.as_tensor(funding[t], dtype=dtype),
+            margin=None if margin is None else torch.tensor(margin, dtype=dtype),
             impact=None if impact is None else torch.as_tensor(impact[t], dtype=dtype),
             next_impact=None if impact is None else torch.as_tensor(impact[t + 1], dtype=dtype),
             impact_limit=impact_limit,
@@ -70,13 +72,14 @@ def paths(draw):
     rates = st.sampled_from([0.0, 0.0, 1e-4, -3e-4, 0.03, -0.03])
     funding = draw(st.none() | st.lists(rates, min_size=length, max_size=length))
     ruin_equity = draw(st.sampled_from([1e-6, 0.2, 0.9]))
-    return prices, actions, cost_rate, borrow, ruin_equity, impact, limit, funding
+    margin = draw(st.sampled_from([None, 0.01, 0.2]))
+    return prices, actions, cost_rate, borrow, ruin_equity, impact, limit, funding, margin
 
 
 @settings(max_examples=300, deadline=None)
 @given(paths())
 def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
-    prices, actions, cost_rate, borrow, ruin_equity, impact, limit, funding = path
+    prices, actions, cost_rate, borrow, ruin_equity, impact, limit, funding, margin = path
     rows, state = play(
         prices[:, None],
         np.array(actions)[:, None],
@@ -86,8 +89,9 @@ def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
         impact=impact,
         impact_limit=limit,
         funding=funding,
+        margin=margin,
     )
-    account = ReferenceAccount(ruin_equity, held=0.0)
+    account = ReferenceAccount(ruin_equity, held=0.0, margin=margin or 0.0)
     costs = [
         lambda order, rate=rate, by_size=by_size: rate + min(by_size * abs(order), limit)
         for rate, by_size in zip(cost_rate, impact, strict=True)
@@ -103,7 +107,8 @@ def test_the_tensor_ledger_is_the_plain_one_to_a_billionth(path):
             costs[t + 1],
             0.0 if funding is None else funding[t],
         )
-        close_to_ruin = abs(account.equity(prices[t + 1]) - ruin_equity) < 1e-9 * max(1, account.traded)
+        least = max(ruin_equity, account.margin * abs(account.units * prices[t + 1]))
+        close_to_ruin = abs(account.equity(prices[t + 1]) - least) < 1e-9 * max(1, account.traded)
         if close_to_ruin and not account.ruined:
             return  # on the edge itself, either outcome is right
         assert rows[t, 0, 0] == pytest.approx(expected, abs=1e-9 / max(account.equity(prices[t + 1]), 1e-6))

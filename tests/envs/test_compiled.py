@@ -87,11 +87,11 @@ def test_a_segment_that_has_not_just_begun_is_not_played():
         env.play(decide, *inputs_of(0, 16))
 
 
-@pytest.mark.parametrize("has_funding", [False, True])
-def test_decisions_of_one_call_are_the_steps_one_by_one_to_the_bit(has_funding, monkeypatch):
+@pytest.mark.parametrize("perpetuals", [False, True])
+def test_decisions_of_one_call_are_the_steps_one_by_one_to_the_bit(perpetuals, monkeypatch):
     """The function that is compiled, as it is without the compiler."""
     monkeypatch.setattr(compiled, "compiled", lambda function, device: function)
-    market = mixed_market(has_funding)
+    market = mixed_market(perpetuals)
     costs = {"range_slippage": 0.3, "volume_slippage": 0.02, "flat_before_close": 3, "ruin_fraction": 0.9}
     env, twin = (
         env_of(market, num_envs=32, episode_bars=2 * HORIZON, borrow_rate=5.0, **costs) for _ in range(2)
@@ -108,15 +108,15 @@ def test_decisions_of_one_call_are_the_steps_one_by_one_to_the_bit(has_funding, 
         assert torch.equal(result.truncated, truncated[-1])
         assert torch.equal(twin.account_observations(), observations[-1])
     statistics = assert_same_statistics(env, twin, 1e-12)
-    assert statistics["ruins"] > 0 and (statistics["funding"] != 0) == has_funding
+    assert statistics["ruins"] > 0 and (statistics["funding"] != 0) == perpetuals
 
 
 @pytest.mark.slow
 @of_the_compiler
-@pytest.mark.parametrize("has_funding", [False, pytest.param(True, marks=pytest.mark.drill)])
-def test_compiled_decisions_are_the_plain_ones(has_funding, monkeypatch):
+@pytest.mark.parametrize("perpetuals", [False, pytest.param(True, marks=pytest.mark.drill)])
+def test_compiled_decisions_are_the_plain_ones(perpetuals, monkeypatch):
     monkeypatch.setattr(compiled, "UNROLLED_DECISIONS", 3)  # leaves one step over, which is not compiled
-    plain, quick = (env_of(mixed_market(has_funding), **AWKWARD) for _ in range(2))
+    plain, quick = (env_of(mixed_market(perpetuals), **AWKWARD) for _ in range(2))
     quick.compiled = True
     for segment in range(3):
         plain.begin_segment(), quick.begin_segment()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.env_throughput import bytes_per_environment
 from commands.selftest.lookahead import replace_bars_after
 from data_sources.bars import MINUTE_NS
 from data_sources.calendar import expected_minutes, minutes_left
@@ -420,6 +421,6 @@ def test_an_environment_keeps_under_two_hundred_bytes():
     env = env_of(mixed_market(), num_envs=128)
     for segment in range(2):
         play_segment(env, seed=segment)
-    kept, segment = env.bytes_per_environment()
+    kept, segment = bytes_per_environment(env)
     assert 100 < kept < 200
     assert segment == (HORIZON + 2) * 5 * 8 + HORIZON

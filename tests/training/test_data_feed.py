@@ -237,6 +237,7 @@ class Held(BinanceNow):
 @pytest.mark.drill
 def test_ctrl_c_while_bars_arrive_exits_0_and_the_next_start_keeps_what_arrived(tmp_path: Path) -> None:
     settings = {"sources": "binance", "binance_pairs": "BTCUSDT", "end_date": "none", "history_days": 5}
+    settings["positions"] = "0,1"
     flags = tiny_flags(tmp_path, **settings, batch_size=64, epochs=2, runs=1)
     with Held() as binance:
         addresses = {"BINANCE_API_URL": binance.url, "BINANCE_ARCHIVE_URL": binance.url}
