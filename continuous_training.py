@@ -6,6 +6,7 @@ them there, or override one for a single start: bash START_CONTINUOUS.sh --envs-
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from runtime.control import (
     Control,
     ExitProgram,
 )
+from runtime.train_log import append_line, keep_log
 from training import setting_types, validation
 
 STOCKS = tuple(
@@ -128,7 +130,7 @@ class Settings:
     seed: int = 0  # of weights, accounts and shuffles
     checkpoint_dir: str = "checkpoints"  # where checkpoints are written, and training resumes from the newest
     data_dir: str = "data_cache"  # the lake of downloaded bars
-    log_dir: str = "logs"  # metrics.jsonl, and event files for TensorBoard
+    log_dir: str = "logs"  # train.log, metrics.jsonl, and event files for TensorBoard
     report_dir: str = "reports"  # what selftest and evaluate write
     # --- display ------------------------------------------------------------------------------------------
     dashboard: bool = True  # a live dashboard where the output is a terminal
@@ -224,6 +226,7 @@ def train(settings: Settings, control: Control) -> None:
 def train_command(settings: Settings) -> None:
     """Train until stopped (the default command). Ctrl+C finishes the epoch, saves a checkpoint and exits."""
     code, message = EXIT_OK, ""
+    log_dir = Path(settings.log_dir) if os.environ.get("RANK", "0") == "0" else None
     control = Control()
     try:
         validation.check_training(settings, int(os.environ.get("WORLD_SIZE", "1")))
@@ -241,7 +244,8 @@ def train_command(settings: Settings) -> None:
         if control.folder is None:  # else the supervisor's preflight has compared them
             devices.find(settings, os.environ)
         registered_features()  # raises where envs/own_features.py cannot be run
-        train(settings, control)
+        with keep_log(log_dir, settings.log_level):
+            train(settings, control)
     except devices.DeviceError as reason:
         code, message = EXIT_SETTING, str(reason)
     except ExitProgram as reason:
@@ -263,6 +267,7 @@ def train_command(settings: Settings) -> None:
         code, message = EXIT_ABORTED, "Aborted; the newest checkpoint on disk is intact"
     control.report_exit_code(code)
     if code != EXIT_OK:
+        append_line(log_dir, message, logging.ERROR)
         exit_with(code, message)
 
 

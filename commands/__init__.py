@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, EXIT_SETTING, ExitProgram, report_ranks
+from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, EXIT_SETTING, ExitProgram, report_plan
 from runtime.launch import Launch
+from runtime.train_log import append_line
 from training import validation
 
 if TYPE_CHECKING:
@@ -53,12 +54,14 @@ def preflight_command(settings: Settings) -> None:
     for line in check.check_folder(settings, launch.world_size, is_first):
         if line.code:
             raise ExitProgram(line.code, line.text)
-    report_ranks(launch.num_ranks)
+    report_plan(launch.num_ranks, Path(settings.log_dir))
     room = check.check_room(settings, data_request(settings, time.time_ns()), launch, found)
     # Not refused: memory is an estimate here, and a full disk has old checkpoints that make room.
     warnings = [*found.warnings, *(f"{line.topic}: {line.text}" for line in room if line.level != "OK")]
     for text in (f"Trains {found.text}.", *(f"Warning: {text}" for text in warnings)):
         typer.echo(text, err=True)
+        if is_first:
+            append_line(Path(settings.log_dir), text)
 
 
 def check_command(

@@ -223,6 +223,8 @@ class Console:
         if not settings.dashboard or self.quiet or self._screen or not is_able:
             return
         state.epochs, state.runs, state.device = settings.epochs, settings.runs, device
+        state.restarts, began = control.restarts()
+        state.began = time.monotonic() - max(0.0, time.time() - began)
         state.checkpoint_every = settings.checkpoint_every
         state.keep_checkpoints = most_files(settings)
         frame = _Frame(state, Painter(self._rich), control, Path(settings.checkpoint_dir))
@@ -333,8 +335,9 @@ class Console:
         new = self._watch.new(found)
         if self._on_screen():
             heartbeat()
+            log.info(_line_of(metrics, epochs), extra={"is_shown": False})  # the dashboard has its figures
             for finding in new:  # no warnings: the dashboard shows a finding for as long as it lasts
-                self._state.add_line(str(finding))
+                log.info(str(finding))
             return
         log.info(_line_of(metrics, epochs))
         log.debug("  ".join(f"{k}={_short(v)}" for k, v in metrics.items() if "/" in k))
@@ -363,6 +366,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
+        if not getattr(record, "is_shown", True):
+            return
         if record.levelno >= logging.WARNING:
             self._console.print_line(f"Warning: {text}", "yellow", record.levelno)
         else:

@@ -133,7 +133,9 @@ class _Page:
         """Title, progress of the run, and the time left."""
         state = self.state
         title = Text("Continuous Training", STRONG)
-        about = Text(f"{state.device}{self.glyphs.dot}up {duration(state.now - state.began)}", DIM)
+        restarts = f", {state.restarts} restart{'s' if state.restarts > 1 else ''}" if state.restarts else ""
+        up = f"up {duration(state.now - state.began)}{restarts}"
+        about = Text(f"{state.device}{self.glyphs.dot}{up}", DIM)
         share = min(1.0, state.epoch / state.epochs)
         percent = f" {share:4.0%}"
         position = [

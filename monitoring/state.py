@@ -81,7 +81,8 @@ class DashboardState:
     symbols: Mapping[str, int] = field(default_factory=dict)  # source -> number of symbols
     machine: Machine = field(default_factory=Machine)
     disk: Disk = field(default_factory=Disk)
-    began: float = field(default_factory=time.monotonic)
+    restarts: int = 0  # by the supervisor
+    began: float = field(default_factory=time.monotonic)  # of the supervisor, or without one of this process
     epoch_began: float = field(default_factory=time.monotonic)
     now: float = field(default_factory=time.monotonic)
     now_ns: int = field(default_factory=time.time_ns)

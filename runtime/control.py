@@ -1,4 +1,4 @@
-"""How the supervisor and its workers communicate: six small files in one folder, no sockets, no signals.
+"""How the supervisor and its workers communicate: eight small files in one folder, no sockets, no signals.
 
 * ``stop``: one byte, supervisor to workers: 0 run, 1 stop at the end of the epoch, 2 at the next safe point
 * ``heartbeat``: touched by workers while they make progress, by each at most once a second
@@ -6,6 +6,8 @@
 * ``screen``: one byte, 1 while a worker's dashboard has the terminal; if it dies, the supervisor restores that
 * ``exit_code``: the workers' exit code as text; torchrun does not pass it on reliably
 * ``ranks``: how many of them this machine gets, as text, from the preflight, which asks torch for the GPUs
+* ``log_dir``: where train.log is, as text, from the preflight
+* ``restarts``: how many there were, and when the supervisor began, in seconds of the system's clock
 
 All exist, with content, before a worker starts, and are overwritten in place: that works on a full disk, where
 a new file would not. The environment variable CONTROL_DIR names the folder. Standard library only.
@@ -60,6 +62,8 @@ _STOP, _HEARTBEAT, _PROGRESS, _SCREEN = "stop", "heartbeat", "progress", "screen
 _EXIT_CODE = "exit_code"
 _NO_CODE = b"none"
 _RANKS = "ranks"
+_LOG_DIR, _LONGEST_PATH = "log_dir", 4096
+_RESTARTS = "restarts"
 
 
 class ExitProgram(Exception):
@@ -117,6 +121,9 @@ class SupervisorControl:
             (self.folder / name).write_bytes(b"0")
         (self.folder / _EXIT_CODE).write_bytes(_NO_CODE)
         (self.folder / _RANKS).write_bytes(b"1")
+        (self.folder / _LOG_DIR).write_bytes(b" " * _LONGEST_PATH)
+        self._began = int(time.time())
+        (self.folder / _RESTARTS).write_bytes(self._restarts(0))
 
     def __enter__(self) -> SupervisorControl:
         return self
@@ -142,6 +149,18 @@ class SupervisorControl:
     def num_ranks(self) -> int:
         """Return the number of ranks on this machine that the preflight has planned."""
         return int((self.folder / _RANKS).read_bytes())
+
+    def log_dir(self) -> Path | None:
+        """Return where train.log is, once the preflight has read the settings."""
+        text = os.fsdecode((self.folder / _LOG_DIR).read_bytes()).strip()
+        return Path(text) if text else None
+
+    def report_restarts(self, number: int) -> None:
+        """Report to the workers how often they were restarted."""
+        _overwrite(self.folder / _RESTARTS, self._restarts(number))
+
+    def _restarts(self, number: int) -> bytes:
+        return f"{number:<8}{self._began:<12}".encode()
 
     def is_screen_taken(self) -> bool:
         """Return whether a worker's dashboard has the terminal."""
@@ -217,6 +236,16 @@ class Control:
             requested = int((self.folder / _STOP).read_bytes() or b"0")
         return max(self._stop.level, requested)
 
+    def restarts(self) -> tuple[int, float]:
+        """Return how often the supervisor restarted the training, and since when it runs, in seconds of the clock.
+
+        Without a supervisor the training has just begun.
+        """
+        if self.folder is None:
+            return 0, time.time()
+        number, began = (self.folder / _RESTARTS).read_bytes().split()
+        return int(number), float(began)
+
     def report_epoch(self) -> None:
         """Report a finished epoch; the supervisor then counts crashes from zero."""
         self.has_progressed = True
@@ -251,10 +280,11 @@ _heartbeat_file: Path | None = None  # of the Control that this process made las
 _last_heartbeat = -math.inf
 
 
-def report_ranks(number: int) -> None:
-    """Report to the supervisor, if there is one, how many ranks this machine gets."""
+def report_plan(num_ranks: int, log_dir: Path) -> None:
+    """Report to the supervisor, if there is one, how many ranks this machine gets, and where train.log is."""
     if folder := os.environ.get(CONTROL_DIR):
-        _overwrite(Path(folder) / _RANKS, b"%d" % number)
+        _overwrite(Path(folder) / _RANKS, b"%d" % num_ranks)
+        _overwrite(Path(folder) / _LOG_DIR, os.fsencode(log_dir.absolute())[:_LONGEST_PATH])
 
 
 def heartbeat() -> None:

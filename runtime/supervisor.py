@@ -18,6 +18,7 @@ a dozen megabytes, no thread.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -44,6 +45,7 @@ from runtime.control import (
 from runtime.launch import Launch, clean_environment
 from runtime.processes import WINDOWS, Processes
 from runtime.service_manager import ServiceManager
+from runtime.train_log import append_line
 
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -148,7 +150,7 @@ class Supervisor:
             stuck = self._processes.sweep()
             self._restore_terminal()
             if stuck:
-                say(f"Could not kill processes {stuck}; check the GPU driver.")
+                self._say(f"Could not kill processes {stuck}; check the GPU driver.")
         return code
 
     def _preflight(self) -> int | None:
@@ -156,21 +158,21 @@ class Supervisor:
         self._processes.start([sys.executable, self._script, "preflight", *self._flags], self._environment)
         while (code := self._processes.exit_codes()[0]) is None:
             if self._stop.level:
-                say("Stopped before training started.")
+                self._say("Stopped before training started.")
                 return EXIT_OK
             self._manager.ping()
             time.sleep(POLL_SECONDS / 2)
         self._processes.sweep()
         if code < 0:
-            say(f"The check of the settings failed: {_describe_exit(code)}.")
+            self._say(f"The check of the settings failed: {_describe_exit(code)}.")
             return EXIT_GAVE_UP
         self._launch = replace(self._launch, num_ranks=self._control.num_ranks())
         return code or None
 
     def _train(self) -> int:
         if self._launch.world_size > 1:
-            say(f"Starting {self._launch.world_size} ranks.")
-        crashes = 0
+            self._say(f"Starting {self._launch.world_size} ranks.")
+        crashes = restarts = 0
         while True:
             self._manager.report_status("starting")
             progress, heartbeat = self._control.progress(), self._control.heartbeat()
@@ -185,25 +187,31 @@ class Supervisor:
                 self._restore_terminal()
                 crashes = 1 if self._control.progress() != progress else crashes + 1
                 if self._stop.level and self._control.heartbeat() == heartbeat:
-                    say("Stopped before training resumed.")
+                    self._say("Stopped before training resumed.")
                     return EXIT_OK
                 if self._stop.level:
-                    say(f"Training died while stopping: {error}. The newest checkpoint on disk is intact.")
+                    self._say(
+                        f"Training died while stopping: {error}. The newest checkpoint on disk is intact."
+                    )
                     return EXIT_GAVE_UP
                 if stuck or crashes >= self._limits.crashes:
                     reason = f"{crashes} crashes without a finished epoch"
                     if stuck:
                         reason = f"could not kill processes {stuck}"
-                    say(f"Giving up: {reason}. The last: {error}. The newest checkpoint on disk is intact.")
+                    self._say(
+                        f"Giving up: {reason}. The last: {error}. The newest checkpoint on disk is intact."
+                    )
                     return EXIT_GAVE_UP
                 delay = self._limits.delay_seconds(crashes)
                 if self._launch.num_nodes > 1:  # a machine that is back sooner meets the others' old group
                     delay = self._limits.longest_delay_seconds
                 line = f"Training died: {error}. Restarting from the newest checkpoint in {delay:.0f} s."
                 self._manager.report_status(line)
-                say(line)
+                self._say(line)
+                restarts += 1
+                self._control.report_restarts(restarts)
             if not self._wait(delay):
-                say("Stopped. The next start resumes from the newest checkpoint on disk.")
+                self._say("Stopped. The next start resumes from the newest checkpoint on disk.")
                 return EXIT_ABORTED if self._stop.level == ABORT else EXIT_OK
 
     def _watch(self) -> int:
@@ -224,7 +232,7 @@ class Supervisor:
             if self._stop.level == ABORT:
                 self._processes.sweep()
                 self._restore_terminal()
-                say("Aborted. The newest checkpoint on disk is intact.")
+                self._say("Aborted. The newest checkpoint on disk is intact.")
                 return EXIT_ABORTED
             self._forward_stop()
             if self._errors is not None and not self._control.is_screen_taken():
@@ -249,9 +257,9 @@ class Supervisor:
         self._control.request_stop(level)
         self._manager.report_stopping()
         if level == STOP_AT_EPOCH_END:
-            say("\nStopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.")
+            self._say("\nStopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.")
         else:
-            say(f"\n{self._stop.signal_name}: saving at the next safe point, then exit.")
+            self._say(f"\n{self._stop.signal_name}: saving at the next safe point, then exit.")
 
     def _final_code(self, codes: Sequence[int | None]) -> int:
         """Return the exit code that the workers reported, or the first bad one.
@@ -274,6 +282,10 @@ class Supervisor:
             self._manager.ping()
             time.sleep(POLL_SECONDS / 2)
         return not self._stop.level
+
+    def _say(self, line: str) -> None:
+        say(line)
+        append_line(self._control.log_dir(), line, logging.WARNING)
 
     def _restore_terminal(self) -> None:
         """Leave the alternate screen of a dead dashboard, and show the errors that it would have hidden."""

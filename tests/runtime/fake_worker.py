@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from runtime.control import ENTER, STOP_NOW, Control, heartbeat, report_ranks
+from runtime.control import ENTER, STOP_NOW, Control, heartbeat, report_plan
 
 FOLDER = Path(os.environ["FAKE_FOLDER"])
 EPOCHS = FOLDER / "epochs"
@@ -85,7 +85,7 @@ def train(rank: int) -> None:
 if __name__ == "__main__":
     command, *flags = sys.argv[1:] or ["nothing"]
     if command == "preflight":
-        report_ranks(int(os.environ["NPROC"]))
+        report_plan(int(os.environ["NPROC"]), FOLDER)
         log(f"preflight {' '.join(flags)} planned={os.environ['NPROC']}")
         if MISHAP == "preflight":
             sys.stderr.write("the setting is wrong\n")

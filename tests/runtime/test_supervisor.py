@@ -284,6 +284,8 @@ def test_a_killed_worker_is_restarted_and_resumes(daemon, num_ranks, victim):
     code, errors = run.ends()
     assert code == 0 and resumed_at >= 2
     assert "Training died: a worker was killed by SIGKILL" in errors
+    remembered = (run.folder / "train.log").read_text().splitlines()
+    assert sum("WARNING Training died: a worker was killed by SIGKILL" in line for line in remembered) == 1
     assert run.has_left_nothing()
 
 
