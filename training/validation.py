@@ -262,6 +262,9 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     yield "sources", not mixed, "must not mix simulated bars with real ones"
     lacks_folder = "files" in s.sources and not s.files_dir
     yield "files_dir", not lacks_folder, "must be the folder that has the files of bars, as sources has files"
+    own, lake = Path(s.files_dir or "").resolve(), Path(s.data_dir).resolve()
+    is_lakes = bool(s.files_dir) and (own == lake or lake in own.parents)
+    yield "files_dir", not is_lakes, "must be a folder outside of data_dir, which has the lake's own files"
     yield (
         "files_timezone",
         is_timezone(s.files_timezone),

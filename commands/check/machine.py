@@ -16,6 +16,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from commands.check.report import Line
 from commands.check.sources import stored_rows
+from data_sources.errors import LakeError
+from data_sources.lake.lake import Lake
 from data_sources.sources import DataRequest
 from data_sources.universe import plain_names, top_of
 from envs.features import FEATURES
@@ -59,7 +61,8 @@ def check_memory(
     """Compare the needs of one process with its GPU's memory, or with its part of the RAM (bytes)."""
     gpu_bytes = min((gpu.memory_total for gpu in found.gpus), default=None)
     bf16 = uses_bf16(settings.precision, torch.device(found.kind), found.capability)
-    needs = MemoryNeeds.of(settings, num_bars(request) * BAR_BYTES, launch.num_ranks, bf16)
+    market_bytes = (num_bars(request) + found_bars(settings, request)) * BAR_BYTES
+    needs = MemoryNeeds.of(settings, market_bytes, launch.num_ranks, bf16)
     try:
         chosen = plan(needs, gpu_bytes, settings.micro_batch_segments)
     except DoesNotFit as error:
@@ -88,6 +91,23 @@ def num_bars(request: DataRequest) -> int:
         return request.simulated_symbols * request.simulated_bars
     weeks = (request.end_ns - request.start_ns) / (7 * 86_400e9)
     return int(weeks * bars_per_week(request))
+
+
+def found_bars(settings: Settings, request: DataRequest) -> int:
+    """Count the lake's bars of symbols that no setting lists; 0 where it cannot be read."""
+    lake = Lake(Path(settings.data_dir))
+    datasets = [
+        (source.name, group.dataset_in(request))
+        for source in request.chosen
+        for group in source.groups
+        if not group.setting
+    ]
+    try:
+        return sum(
+            part.rows for name, dataset in datasets for part in lake.parts(name, dataset or "").values()
+        )
+    except LakeError:
+        return 0
 
 
 def bars_per_week(request: DataRequest) -> int:

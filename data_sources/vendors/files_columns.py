@@ -43,6 +43,7 @@ BINANCE = (
     "taker_buy_quote_volume ignore"
 ).split()
 MISSING = ("", "na", "n/a", "nan", "null", "none", "-")
+_KNOWN = {name for names in NAMES.values() for name in names}
 _DECIMAL = r"^[+-]?(\d+|\d{1,3}([. ']\d{3})+),(\d{1,2}|\d{4,})$|^[+-]?(0\d*|\d{4,}),\d+$|\.\d{3},\d+$"
 _THOUSANDS = r"^[+-]?\d{1,3}(,\d{3})+\.\d*$|^[+-]?\d{1,3}(,\d{3}){2,}$"
 _EITHER = r"^[+-]?\d{1,3},\d{3}$"
@@ -52,6 +53,10 @@ _POINT = r"^[+-]?\d+\.\d+$"
 def plain(name: str) -> str:
     """Return a column's name in lower case, without blanks and signs: "<OPEN>" and "Open" are "open"."""
     return re.sub(r"[^a-z0-9]", "", name.casefold())
+
+
+def _plain(role: str) -> pl.Expr:
+    return pl.col(role).str.to_lowercase().str.replace_all("[^a-z0-9]", "")
 
 
 def find_roles(header: Sequence[str]) -> dict[str, int]:
@@ -109,13 +114,8 @@ class Columns:
             BadAnswer: numbers or dates may mean two things.
         """
         raw = raw.with_columns(pl.col(pl.Categorical).cast(pl.String))
-        if raw.schema["open_time"] == pl.String:
-            is_header = (pl.col("open_time").str.strip_chars() == self._header["open_time"].strip()) & (
-                pl.col("close").cast(pl.String).str.strip_chars() == self._header["close"].strip()
-            )
-            kept = raw.filter(~is_header.fill_null(False))
-            self.num_headers += len(raw) - len(kept)
-            raw = kept
+        if self._delimiter:
+            raw = self._without_headers(raw)
         numbers = [name for name in (*REQUIRED, *FLOW_COLUMNS) if name in raw.columns]
         if self._commas is None and len(raw):
             self._commas = self._find_commas([raw[name] for name in numbers if raw.schema[name] == pl.String])
@@ -130,6 +130,24 @@ class Columns:
             | {name: columns.get(name, absent) for name in (*COLUMNS[1:], *FLOW_COLUMNS)},
             schema=ROWS,
         )
+
+    def _without_headers(self, raw: pl.DataFrame) -> pl.DataFrame:
+        """Leave out copies of the header in the middle of a text.
+
+        Raises:
+            BadAnswer: another header is there, after which columns may have changed their places.
+        """
+        words = raw.with_row_index("row").filter(pl.col("close").str.contains(r"^\W*[A-Za-z]"))
+        headers = words.filter(pl.all_horizontal(_plain(role).is_in(_KNOWN) for role in REQUIRED))
+        if not len(headers):
+            return raw
+        own = {role: plain(self._header[role]) for role in REQUIRED}
+        others = headers.filter(~pl.all_horizontal(_plain(role) == name for role, name in own.items()))
+        if len(others):
+            line = ",".join(others.select(self._header.keys()).row(0))
+            raise BadAnswer(f"another header is in its middle, {line!r:.80}: divide it there")
+        self.num_headers += len(headers)
+        return raw.with_row_index("row").join(headers, on="row", how="anti").drop("row")
 
     def _find_commas(self, texts: Sequence[pl.Series]) -> str:
         def example(pattern: str) -> str:

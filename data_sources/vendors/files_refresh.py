@@ -131,6 +131,7 @@ class Refresh:
                     written.add((part.dataset, part.unit))
                     num_bars += part.rows
                 number += 1
+                self._progress.advance(SOURCE, 0, 0)
         for part in former:
             if (part.dataset, part.unit) not in written:
                 self._lake.remove(part)
@@ -152,12 +153,19 @@ class Refresh:
         with opened(file.path) as content:
             symbol = "" if "symbol" in content.header else file.symbol
             columns = Columns(content.header, content.delimiter, self._timezone_of(file), symbol)
-            num_rows = num_timed = num_named = 0
+            num_rows = num_timed = num_named = num_possible = 0
             for raw in content.batches:
-                rows = columns.rows(raw)
+                try:
+                    rows = columns.rows(raw)
+                except pl.exceptions.PolarsError as error:
+                    raise BadAnswer(
+                        f"its columns cannot be read: {' '.join(str(error).split()):.200}"
+                    ) from error
                 num_rows += len(rows)
                 num_timed += len(rows) - rows["open_time"].null_count()
                 num_named += len(rows) - rows["symbol"].null_count()
+                is_possible = rows["open_time"].is_between(EARLIEST_NS, self._job.now_ns)
+                num_possible += int(is_possible.sum())
                 if num_rows and not num_timed:
                     name, example = content.header["open_time"], str(raw["open_time"].drop_nulls().first())
                     raise BadAnswer(f"no time in its column {name!r} can be read, such as {example!r:.40}")
@@ -165,6 +173,9 @@ class Refresh:
                 self._progress.advance(SOURCE, 0, int(raw.estimated_size()))
             if not num_rows:
                 raise BadAnswer("it has a header and no rows")
+            if not num_possible:
+                when = f"{utc(EARLIEST_NS):%Y} to now, such as {raw['open_time'].drop_nulls().first()!s:.40}"
+                raise BadAnswer(f"no time in its column {content.header['open_time']!r} is of {when}")
             status = file.path.stat()
             if (status.st_size, status.st_mtime_ns) != (file.size, file.changed_ns):
                 raise BadAnswer("it changed while it was read: the next refresh reads it")

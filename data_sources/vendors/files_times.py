@@ -9,8 +9,9 @@ import polars as pl
 from data_sources.errors import BadAnswer
 
 NUMBER = r"^\d+(\.\d+)?$"
-# Sizes at which numbers since 1970 change their unit: seconds reach the year 5138, milliseconds go back to 1973.
-UNITS = (("s", 10**11, 10**9), ("ms", 10**14, 10**6), ("us", 10**17, 10**3))
+# Units of numbers since 1970, from 1973 to 2255 or so, and how many ns they are. Between them no number is a time.
+UNITS = (("s", 10**8, 10**9), ("ms", 10**11, 10**6), ("us", 10**14, 10**3), ("ns", 10**17, 1))
+LARGEST_FOLD = 90  # of the least number of a unit
 # Dates as digits, and the range of numbers that they take; as times since 1970 all of them were before 1977.
 DIGITS = (("%Y%m%d", 1_900_01_01, 2_199_12_31), ("%Y%m%d%H%M", 1_900 * 10**8, 2_200 * 10**8),
           ("%Y%m%d%H%M%S", 1_900 * 10**10, 2_200 * 10**10))  # fmt: skip
@@ -22,7 +23,10 @@ _DATE = (
     r"(?P<short>\d{1,2}(?P<s2>[-/.])\d{1,2}(?P=s2)\d{4})|"
     rf"(?P<words>\d{{1,2}}(?P<s3>[- ]){_MONTH}(?P=s3)\d{{4}})"
 )
-_CLOCK = r"(?P<hour>\d{1,2}):\d{2}(?P<second>:\d{2}(?P<fraction>[.,]\d{1,9})?)?(?P<half> ?[AaPp][Mm])?"
+_CLOCK = (
+    r"(?:(?P<packed>\d{4}(?:\d\d)?)|"
+    r"\d{1,2}:\d{2}(?P<second>:\d{2}(?P<fraction>[.,]\d{1,9})?)?(?P<half> ?[AaPp][Mm])?)"
+)
 _ZONE = r"(?P<zone> ?(?:Z|UTC|GMT)?)(?P<offset> ?[+-]\d{2}:?\d{2})?"
 _TEXT = re.compile(rf"(?:{_DATE})(?:(?P<between>[T ]+|  ?){_CLOCK}{_ZONE})?")
 
@@ -80,27 +84,21 @@ class Times:
             values = values.cast(pl.Float64)
             if ((values == values.floor()) | values.is_null()).all():
                 values = values.cast(pl.Int64, strict=False)
-        frame = values.to_frame("value")
-        value = pl.col("value")
-        in_ns, least = pl.lit(None, dtype=pl.Int64), 0
-        for unit, limit, factor in UNITS:
-            fits = (value >= least) & (value < limit)
-            scaled = (value * factor).cast(pl.Int64, strict=False)
-            in_ns = pl.when(fits).then(scaled).otherwise(in_ns)
-            if frame.select((fits & (value >= limit // 10**3)).any()).item():
-                self.units.add(unit)
-            least = limit
-        large = value >= least
-        if frame.select(large.any()).item():
-            self.units.add("ns")
-        in_ns = pl.when(large).then(value.cast(pl.Int64, strict=False)).otherwise(in_ns)
-        result = frame.select(in_ns.alias("ns")).to_series()
+        result = pl.Series([None], dtype=pl.Int64).new_from_index(0, len(values))
         for form, low, high in DIGITS:
             is_date = values.is_between(low, high).fill_null(False)
             if is_date.any():
                 days = values.set(~is_date, None).cast(pl.Int64).cast(pl.String)
-                parsed = days.str.to_datetime(form, time_unit="ns", strict=False)
-                result = result.set(is_date, None).fill_null(self._instants(parsed))
+                result = result.fill_null(
+                    self._instants(days.str.to_datetime(form, time_unit="ns", strict=False))
+                )
+                values = values.set(is_date, None)
+        for unit, least, factor in UNITS:
+            fits = values.is_between(least, LARGEST_FOLD * least).fill_null(False)
+            if fits.any():
+                self.units.add(unit)
+                scaled = values.set(~fits, None) * factor
+                result = result.fill_null(scaled.cast(pl.Int64, strict=False))
         return result
 
     def _parse_pair(self, days: pl.Series, clock: pl.Series) -> pl.Series:
@@ -159,12 +157,15 @@ class Times:
             form = "%m{0}%d{0}%Y".format(found["s2"])
         if not found["between"]:
             return form
-        hour = "%I" if found["half"] else "%H"
-        seconds = (":%S" if found["second"] else "") + ("%.f" if found["fraction"] else "")
-        half = " %p" if (found["half"] or "").startswith(" ") else "%p" if found["half"] else ""
+        if packed := found["packed"]:
+            clock = "%H%M%S" if len(packed) == 6 else "%H%M"
+        else:
+            clock = "%I:%M" if found["half"] else "%H:%M"
+        clock += (":%S" if found["second"] else "") + ("%.f" if found["fraction"] else "")
+        clock += (" %p" if half.startswith(" ") else "%p") if (half := found["half"]) else ""
         offset = found["offset"] or ""
         zone = found["zone"] + (" " if offset.startswith(" ") else "") + ("%z" if offset else "")
-        return f"{form}{found['between']}{hour}:%M{seconds}{half}{zone}"
+        return f"{form}{found['between']}{clock}{zone}"
 
     def _is_month_first(self, separator: str, text: str, texts: pl.Series) -> bool:
         if self._month_first is None:

@@ -5,18 +5,27 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import subprocess
+import sys
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+from commands.check import machine
+from commands.selftest import lookahead
+from continuous_training import Settings
 from data_sources.bars import DAY_NS, MINUTE_NS
 from data_sources.load import load
 from data_sources.splits import Split, SplitLedger
 from tests.data_sources.vendors.files_harness import NOW, START, Own, assert_same, bars_of
 from tests.data_sources.vendors.loopback import ns
+from tests.program import ROOT
+from training.data_feed import data_request
 
 BARS = bars_of()
 
@@ -81,19 +90,25 @@ TIMES = {
     "no zone": (NEW_YORK.dt.strftime("%Y-%m-%d %H:%M"), "America/New_York"),
     "half a day": (NEW_YORK.dt.strftime("%d-%b-%Y %I:%M:%S %p"), "America/New_York"),
     "digits": (NEW_YORK.dt.strftime("%Y%m%d%H%M"), "America/New_York"),
+    "packed": (NEW_YORK.dt.strftime("%Y%m%d %H%M%S"), "America/New_York"),
+    "packed in UTC": (BARS["time"].dt.strftime("%Y%m%dT%H%MZ"), "America/New_York"),
     "digits and seconds": (NEW_YORK.dt.strftime("%Y%m%d%H%M%S"), "America/New_York"),
 }
 
 
-@pytest.mark.parametrize("form", TIMES)
 @pytest.mark.parametrize("typed", [False, True], ids=["csv", "parquet"])
-def test_every_form_of_time_is_the_same_instant(own: Own, form: str, typed: bool) -> None:
-    times, timezone = TIMES[form]
-    frame = BARS.assign(time=times)
-    own.write("AAPL.parquet" if typed else "AAPL.csv", parquet(frame) if typed else frame.to_csv(index=False))
-    assert own.refresh(timezone).status == "ok"
-    assert own.about("AAPL") == []
-    assert_same(own.bars()["AAPL"], BARS)
+def test_every_form_of_time_is_the_same_instant(own: Own, typed: bool) -> None:
+    for number, (times, timezone) in enumerate(TIMES.values()):
+        frame = BARS.assign(time=times)
+        own.write(f"{number}/bars.toml", f'timezone = "{timezone}"\nasset_class = "stock"')
+        name = f"{number}/S{number}" + (".parquet" if typed else ".csv")
+        own.write(name, parquet(frame) if typed else frame.to_csv(index=False))
+    assert own.refresh().status == "ok"
+    assert own.notes.warnings == []
+    bars = own.bars()
+    for number, form in enumerate(TIMES):
+        assert f"S{number}" in bars, form
+        assert_same(bars[f"S{number}"], BARS)
 
 
 @pytest.mark.parametrize("zone", [None, "America/New_York"])
@@ -364,3 +379,49 @@ def test_another_source_fills_the_holes_of_ones_own_bars(own: Own) -> None:
         ("files", 100), ("binance", 10), ("files", 280),
     ]  # fmt: skip
     assert row.num_bars == 390
+
+
+def test_the_look_ahead_test_and_the_plan_of_memory_know_ones_own_bars(own: Own, tmp_path: Path) -> None:
+    for symbol in ("AAPL", "MSFT", "BTCUSDT"):
+        own.csv(f"{symbol}.csv", BARS)
+    own.refresh()
+    settings = Settings(
+        sources=("files",), files_dir=own.folder, data_dir=own.lake.root, start_date="2026-03-01", min_bars=1
+    )
+    assert [bars.symbol for bars in lookahead.load_bars(settings, NOW)] == ["AAPL", "MSFT", "BTCUSDT"]
+    request = data_request(settings, NOW)
+    assert (machine.num_bars(request), machine.found_bars(settings, request)) == (0, 3 * 390)
+    others = replace(settings, files_dir=str(tmp_path))
+    assert machine.found_bars(others, data_request(others, NOW)) == 0
+    assert load(own.lake, data_request(others, NOW)).rows == []  # the bars of another folder are not its own
+
+
+@pytest.mark.drill
+def test_a_csv_of_any_size_is_streamed(own: Own) -> None:
+    """Half a gigabyte of shuffled rows of 40 symbols, within the memory that a file of 3 GB takes, too."""
+    random, lines = np.random.default_rng(0), 0
+    symbols = np.array([f"C{number:02d}USDT" for number in range(40)])
+    with (own.folder / "all.csv").open("w") as file:
+        file.write("timestamp,symbol,open,high,low,close,volume\n")
+        for block in range(170):
+            minutes = np.repeat(np.arange(1_000), len(symbols))
+            prices = random.uniform(99, 101, len(minutes)).round(6)
+            frame = pd.DataFrame({"time": START - 200 * DAY_NS + (minutes + 1_000 * block) * MINUTE_NS})
+            frame["symbol"] = np.tile(symbols, 1_000)
+            frame = frame.assign(open=prices, high=prices + 1, low=prices - 1, close=prices, volume=prices)
+            frame.sample(frac=1, random_state=block).to_csv(file, index=False, header=False)
+            lines += len(frame)
+    assert (own.folder / "all.csv").stat().st_size > 5e8
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from tests.data_sources.vendors.files_harness import Own\n"
+        "own = Own(Path(sys.argv[2]))\n"
+        "print(own.refresh().message, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, sep='\\n')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, ROOT, own.folder.parent], capture_output=True, text=True, check=True
+    )
+    message, megabytes = ended.stdout.splitlines()
+    assert message.startswith(f"Files ok: {lines:,} bars up to "), message
+    assert int(megabytes) < 1_500

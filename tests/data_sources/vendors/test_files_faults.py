@@ -24,6 +24,7 @@ from data_sources.vendors.files_columns import ROWS
 from data_sources.vendors.files_minutes import Spool
 from tests.data_sources.vendors.files_harness import START, Own, assert_same, bars_of
 from tests.data_sources.vendors.loopback import ns
+from tests.data_sources.vendors.test_files import parquet
 from tests.program import ROOT
 
 BARS = bars_of()
@@ -47,6 +48,16 @@ def test_headers_in_the_middle_are_left_out(own: Own) -> None:
     own.refresh()
     assert own.about("AAPL") == ["AAPL.csv: left out 2 of its lines, copies of the header"]
     assert_same(own.bars()["AAPL"], BARS)
+
+
+def test_a_header_of_another_order_in_the_middle_refuses_the_file(own: Own) -> None:
+    other = BARS[["time", "close", "high", "low", "open", "volume"]].to_csv(index=False)
+    own.write("AAPL.csv", CSV + other)
+    own.csv("MSFT.csv", BARS)
+    own.refresh()
+    assert own.about("AAPL") == [
+        "AAPL.csv: another header is in its middle, 'time,close,high,low,open,volume': divide it there"
+    ]
 
 
 def test_duplicated_and_shuffled_rows_are_bars_once(own: Own) -> None:
@@ -139,6 +150,15 @@ BAD: dict[str, tuple[str | bytes, str]] = {
         "390 lines do not fit its header: '2026-03-02 14:30:00,100,0,",
     ),
     "O.csv": (BARS.assign(time="soon").to_csv(index=False), "no time in its column 'time' can be read, such as"),
+    "O1.csv": (
+        BARS.assign(time=range(45_000, 45_390)).to_csv(index=False),
+        "no time in its column 'time' can be read, such as '45000'",
+    ),
+    "O2.csv": (
+        BARS.assign(time=BARS["time"] - pd.Timedelta(days=9_000)).to_csv(index=False),
+        "no time in its column 'time' is of 2003 to now, such as 2001-07-11 14:30:00",
+    ),
+    "O3.parquet": (parquet(BARS.assign(high=[[1.0]] * 390)), "its columns cannot be read: "),
     "P.csv": (MIXED.to_csv(index=False), "it has both 187,15 and 1,234.50: write all numbers with a decimal"),
     "my prices.csv": (CSV, "it has no column symbol, and its name is none: name it after one, such as AAPL.csv"),
     "Q.csv": (
@@ -149,13 +169,14 @@ BAD: dict[str, tuple[str | bytes, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_file_that_cannot_be_read_is_one_line_and_the_others_are_read(own: Own, name: str) -> None:
+def test_a_file_that_cannot_be_read_is_one_line_and_the_others_are_read(own: Own) -> None:
     own.write("MSFT.csv", CSV)
-    own.write(name, BAD[name][0])
+    for name, (data, _) in BAD.items():
+        own.write(name, data)
     assert own.refresh().status == "ok"
-    (line,) = own.about(name)
-    assert line.startswith(f"{name}: {BAD[name][1]}") and len(line) < 330
+    for name, (_, reason) in BAD.items():
+        (line,) = own.about(f"{name}: ")
+        assert line.startswith(f"{name}: {reason}") and len(line) < 330
     assert [*own.bars()] == ["MSFT"]
 
 
@@ -278,6 +299,10 @@ def test_settings_need_the_folder_and_a_time_zone(tmp_path: Path) -> None:
         ValueError, match=r"files_timezone=.*Mars.* must be a time zone such as America/New_York"
     ):
         Settings(sources=("files",), files_dir=str(tmp_path), files_timezone="Mars")
+    with pytest.raises(
+        ValueError, match=r"must be a folder outside of data_dir, which has the lake's own files"
+    ):
+        Settings(sources=("files",), files_dir=tmp_path / "lake" / "files", data_dir=tmp_path / "lake")
     assert Settings(sources=("files",), files_dir=tmp_path).files_dir == str(tmp_path)
 
 
