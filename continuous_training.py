@@ -49,6 +49,10 @@ BINANCE_PAIRS = tuple(
     "BCHUSDT UNIUSDT AAVEUSDT ATOMUSDT NEARUSDT FILUSDT ETCUSDT ARBUSDT OPUSDT SHIBUSDT POLUSDT SUIUSDT "
     "ALGOUSDT XLMUSDT".split()
 )
+BINANCE_PERPETUALS = tuple(
+    "BTCUSDT.P ETHUSDT.P BNBUSDT.P SOLUSDT.P XRPUSDT.P ADAUSDT.P DOGEUSDT.P LINKUSDT.P AVAXUSDT.P "
+    "LTCUSDT.P".split()
+)
 POLYGON_CRYPTO = tuple(
     "X:BTC-USD X:ETH-USD X:SOL-USD X:XRP-USD X:ADA-USD X:DOGE-USD X:AVAX-USD X:LINK-USD X:LTC-USD "
     "X:DOT-USD".split()
@@ -61,9 +65,10 @@ class Settings:
     """Every setting. Its comment is its --help; None means "not set"."""
 
     # --- data ---------------------------------------------------------------------------------------------
-    sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # of bars; also files, or simulated
+    sources: tuple[str, ...] = ("polygon", "binance", "yahoo")  # also binance_futures, files, simulated
     stocks: tuple[str, ...] = STOCKS  # stocks, from Polygon and Yahoo; or top:500
     binance_pairs: tuple[str, ...] = BINANCE_PAIRS  # Binance spot pairs
+    binance_perpetuals: tuple[str, ...] = BINANCE_PERPETUALS  # Binance USD-M perpetual futures
     polygon_crypto: tuple[str, ...] = POLYGON_CRYPTO  # Polygon's global crypto pairs; or top:50
     history_days: int = 730  # days of bars up to the end, when start_date is not set
     start_date: str | None = None  # first day of bars, YYYY-MM-DD

@@ -166,6 +166,8 @@ def _names(request: DataRequest) -> tuple[str, str]:
     files = {name: values.pop(name) for name in ("files_dir", "files_timezone")}
     if "files" in request.sources:  # else the names are those of before there were files
         values |= files
+    if "binance_futures" not in request.sources:
+        values["symbols"] = {k: names for k, names in request.symbols.items() if k != "binance_perpetuals"}
     interval = [values.pop("start_ns"), values.pop("end_ns")]
     texts = (json.dumps(part, sort_keys=True) for part in (values, interval))
     asked, interval_name = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts)

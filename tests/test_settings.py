@@ -78,7 +78,10 @@ def test_every_preset_fits_every_usual_number_of_processes(preset: str, world_si
             {"sources": ("polygon", "nasdaq")},
             "sources=polygon,nasdaq has nasdaq, which is unknown; use some of",
         ),
-        ({"sources": ()}, "must name at least one of: files, polygon, binance, yahoo, simulated"),
+        (
+            {"sources": ()},
+            "must name at least one of: files, polygon, binance, binance_futures, yahoo, simulated",
+        ),
         ({"sources": ("simulated", "yahoo")}, "must not mix simulated bars with real ones"),
         ({"episode_bars": 1000}, "episode_bars=1000 must be a multiple of horizon=128, such as 1024"),
         ({"positions": (1.0, 1.0)}, "positions=1.0,1.0 must be two or more different fractions of equity"),

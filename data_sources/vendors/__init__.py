@@ -7,7 +7,14 @@ from data_sources.vendors import binance, files, polygon, yahoo
 # By name; of several sources with bars of one symbol the earlier is preferred.
 SOURCES: dict[str, Source] = {
     source.name: source
-    for source in (files.SOURCE, polygon.SOURCE, binance.SOURCE, yahoo.SOURCE, simulated.SOURCE)
+    for source in (
+        files.SOURCE,
+        polygon.SOURCE,
+        binance.SOURCE,
+        binance.FUTURES,
+        yahoo.SOURCE,
+        simulated.SOURCE,
+    )
 }
 _GROUPS = [group for source in SOURCES.values() for group in source.groups if group.setting]
 ADVISERS = {group.setting: group.advise for group in _GROUPS}  # on the spelling of symbols

@@ -1,36 +1,41 @@
-"""Binance spot pairs: minute bars of its bulk archive, and of REST for the last days."""
+"""Binance's spot pairs and USD-M perpetuals: minute bars of its archive, and of REST for the last days.
+
+BTCUSDT.P is the perpetual that Binance calls BTCUSDT, as it does the spot pair.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_sources.sources import Answer, DataRequest, RefreshJob, Source, SymbolGroup, ask
-from data_sources.vendors.spelling import advise_binance_pair
-
-PAIRS = SymbolGroup("crypto", "binance_pairs", advise=advise_binance_pair)
+from data_sources.sources import Answer, DataRequest, RefreshJob, Source, ask
+from data_sources.vendors.binance_product import ARCHIVE_VARIABLE, SPOT, USD_M, Product
 
 
 class _Binance(Source):
-    name, label, groups = "binance", "Binance", (PAIRS,)
+    """One of Binance's products."""
+
+    def __init__(self, product: Product) -> None:
+        self.name, self.label, self.groups = product.source, product.label, (product.group,)
+        self._product = product
 
     # Imported on use: python-binance takes a second, and its absence must cost this source alone.
 
     def refresh(self, job: RefreshJob) -> None:
         from data_sources.vendors.binance_refresh import Binance
 
-        Binance.from_environment().refresh(job)
+        Binance.from_environment(self._product).refresh(job)
 
     def probe(self, request: DataRequest, now_ns: int) -> Iterator[Answer]:
         from data_sources.vendors import http
         from data_sources.vendors.binance_refresh import Binance
 
-        pairs = PAIRS.symbols(request)
+        product = self._product
+        pairs = product.group.symbols(request)
         if pairs:
-            binance = Binance.from_environment(http.PROBE_POLICY)
-            yield ask("Binance API", lambda: binance.probe_api(pairs[0], now_ns), "BINANCE_API_URL")
-            yield ask(
-                "Binance archive", lambda: binance.probe_archive(pairs[0], now_ns), "BINANCE_ARCHIVE_URL"
-            )
+            binance = Binance.from_environment(product, http.PROBE_POLICY)
+            api, archive = f"{product.label} API", f"{product.label} archive"
+            yield ask(api, lambda: binance.probe_api(pairs[0], now_ns), product.api_variable)
+            yield ask(archive, lambda: binance.probe_archive(pairs[0], now_ns), ARCHIVE_VARIABLE)
 
 
-SOURCE = _Binance()
+SOURCE, FUTURES = _Binance(SPOT), _Binance(USD_M)

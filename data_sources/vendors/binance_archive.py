@@ -1,10 +1,10 @@
-"""Binance's bulk archive: monthly and daily zips of spot minute klines, each with its sha256.
+"""Binance's bulk archive: monthly and daily zips of minute klines, each with its sha256.
 
 Source: https://github.com/binance/binance-public-data (README, 2026-07). Facts that shape this file:
 
 * a day's zip appears on the next day, a month's on the first Monday of the next month;
-* one CSV per zip, 12 columns as REST gives them, without a header for spot (futures have one);
-* stamps are milliseconds before 2025 and microseconds from 2025-01-01 on;
+* one CSV per zip, 12 columns as REST gives them; those of futures have a header since mid-2022, of spot none;
+* stamps are milliseconds, of spot microseconds from 2025-01-01 on;
 * a file that is not out yet, or lies before the listing, is a plain 404.
 """
 
@@ -27,6 +27,7 @@ import requests
 from data_sources.bars import COLUMNS, DAY_NS, FLOW_COLUMNS, MINUTE_NS
 from data_sources.calendar import to_ns, utc
 from data_sources.errors import BadAnswer
+from data_sources.vendors.binance_product import SPOT, Product
 from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, unreachable
 
 # What zipfile raises for bytes that are no zip, or a damaged one.
@@ -36,6 +37,7 @@ ZIP_ERRORS = (
 # Columns of a kline in a file, from 0 on.
 BAR_PLACES = {name: place for place, name in enumerate(COLUMNS)}
 PLACES = BAR_PLACES | {"trades": 8, "taker_buy_volume": 9}
+HEADER = "open"  # with which a row of names begins
 MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
 
 
@@ -88,8 +90,9 @@ class ArchiveFile:
 class Archive:
     """Fetches and verifies files. Safe to use from several threads."""
 
-    def __init__(self, url: str, policy: RetryPolicy) -> None:
+    def __init__(self, url: str, policy: RetryPolicy, product: Product = SPOT) -> None:
         self._url = url.rstrip("/")
+        self._product = product
         self.host = Host(policy)
         self._session = prepare(requests.Session(), policy, MAX_FILE_BYTES)
 
@@ -100,7 +103,8 @@ class Archive:
             BadAnswer: the file or its CHECKSUM is damaged, at every attempt.
             DataError: the archive refuses, limits or does not answer.
         """
-        key = _key(pair, unit)
+        name = f"{self._product.at_binance(pair)}-1m-{unit.name}"
+        key = self._key(pair, unit)
 
         def once() -> ArchiveFile | None:
             # The small file first: where there is none, one request shows it.
@@ -116,7 +120,7 @@ class Archive:
             digest, expected = hashlib.sha256(body).hexdigest(), stated[1].decode().lower()
             if digest != expected:
                 raise BadAnswer(f"{key}: sha256 is {digest[:12]}..., in CHECKSUM {expected[:12]}...")
-            table = _rows(body, f"{pair}-1m-{unit.name}", pair)
+            table = _rows(body, name, pair)
             return ArchiveFile(key, digest, len(body) + len(checksum), table)
 
         return self.host.ask(once)
@@ -128,30 +132,30 @@ class Archive:
             DataError: as ``fetch``.
         """
         (unit,) = days(now_ns - 7 * DAY_NS, now_ns - 7 * DAY_NS + 1)
-        self.host.ask(lambda: self._get(_key(pair, unit) + ".CHECKSUM"))
+        self.host.ask(lambda: self._get(self._key(pair, unit) + ".CHECKSUM"))
+
+    def _key(self, pair: str, unit: Unit) -> str:
+        name = self._product.at_binance(pair)
+        return f"{self._product.archive}/{unit.folder}/klines/{name}/1m/{name}-1m-{unit.name}.zip"
 
     def _get(self, key: str) -> bytes | None:
         try:
             response = self._session.get(f"{self._url}/{key}", timeout=self.host.policy.timeout)
             body = response.content
         except requests.RequestException as error:
-            raise unreachable("Binance archive", error) from error
+            raise unreachable(f"{self._product.label} archive", error) from error
         if response.status_code == 404:
             return None
         if response.status_code != 200:
             raise error_of(
                 response.status_code,
-                "Binance archive",
+                f"{self._product.label} archive",
                 fix="set BINANCE_ARCHIVE_URL to a mirror, or use another network",
                 headers=response.headers,
             )
         if not body:
             raise BadAnswer(f"{key}: empty answer")
         return body
-
-
-def _key(pair: str, unit: Unit) -> str:
-    return f"data/spot/{unit.folder}/klines/{pair}/1m/{pair}-1m-{unit.name}.zip"
 
 
 def _rows(body: bytes, name: str, pair: str) -> pa.Table:
@@ -174,18 +178,19 @@ def _rows(body: bytes, name: str, pair: str) -> pa.Table:
             text = bundle.read(members[0])  # at most file_size bytes, whatever it is packed from
     except (*ZIP_ERRORS, OSError) as error:
         raise BadAnswer(f"{name}.zip: cannot be unpacked: {error}") from error
-    has_header = not text[:1].isdigit()
-    if has_header and not text.lower().startswith(b"open"):
+    if not text[:1].isdigit() and not text.lower().startswith(HEADER.encode()):
         raise BadAnswer(f"{name}.csv: expected klines, got {text[:40]!r}")
     # A file of former days, or of another maker, may end before the flow.
     places = PLACES if text[: text.find(b"\n")].count(b",") >= max(PLACES.values()) else BAR_PLACES
     try:
         # As text first: one odd value must cost its row, not the month.
         frame = pl.read_csv(
-            text, has_header=False, skip_rows=int(has_header), columns=list(places.values()),
+            text, has_header=False, columns=list(places.values()),
             infer_schema=False, quote_char=None, truncate_ragged_lines=True, encoding="utf8-lossy",
         )  # fmt: skip
         frame.columns = list(places)
+        # At the top, and where files were joined.
+        frame = frame.filter(~pl.col("open_time").str.to_lowercase().str.starts_with(HEADER).fill_null(False))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise BadAnswer(f"{name}.csv: cannot be read: {' '.join(str(error).split())[:100]}") from error
     nothing = pl.lit(float("nan"))

@@ -1,12 +1,13 @@
 """One Binance pair's part of a refresh: what to ask of which host, and how the answers become parts.
 
+A perpetual is a pair here, too.
+
 The units of a pair's dataset are in binance_parts.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +23,8 @@ from data_sources.lake.parts import Part
 from data_sources.lake.quality import SCHEMA, clean, closed_before
 from data_sources.sources import RefreshJob
 from data_sources.vendors.binance_archive import Archive, Unit, days, months
-from data_sources.vendors.binance_parts import SOURCE, PairParts
+from data_sources.vendors.binance_parts import PairParts
+from data_sources.vendors.binance_product import Product
 from data_sources.vendors.binance_rest import PAGE_BARS, Rest, UnknownPair, concatenate, last_minute_ns
 from data_sources.vendors.spelling import other_binance_pairs
 
@@ -39,8 +41,9 @@ HEALED_NS = 4 * DAY_NS  # a recent part of up to this length is fetched again as
 
 @dataclass
 class Hosts:
-    """The two hosts, and when which file was not in the archive."""
+    """A product's two hosts, and when which file was not in the archive."""
 
+    product: Product
     rest: Rest
     archive: Archive
     absent_since: dict[tuple[str, str], int] = field(default_factory=dict)  # (pair, unit) -> ns
@@ -51,6 +54,7 @@ class PairRefresh:
 
     def __init__(self, hosts: Hosts, job: RefreshJob, pair: str) -> None:
         self._rest, self._archive, self._absent_since = hosts.rest, hosts.archive, hosts.absent_since
+        self._product = hosts.product
         self._pair, self._progress, self._now_ns = pair, job.progress, job.now_ns
         self._start_ns = job.start_ns - job.start_ns % MINUTE_NS
         self._end_ns = min(job.end_ns, closed_before(job.now_ns))
@@ -62,9 +66,9 @@ class PairRefresh:
         # Of the archive: files asked for in this refresh; whether it, too, has nothing before REST's first bar.
         self._asked: set[str] = set()
         self._hosts_agree = False
-        self._is_name = re.fullmatch(r"[A-Z0-9]{2,20}", pair) is not None
+        self._is_name = self._product.is_name(pair)
         self._rename = renames.successor(renames.read(job.lake.root), pair)
-        self._parts = PairParts(job.lake, pair, job.now_ns)
+        self._parts = PairParts(job.lake, self._product.source, pair, job.now_ns)
         self.num_steps = 1 + (len(self._due_files(LATE_NS)) if self._is_name else 0)
 
     @property
@@ -76,17 +80,20 @@ class PairRefresh:
         """Refresh the pair; a vendor's error becomes ``error``, the lake's is raised."""
         try:
             if not self._is_name:
-                raise BadAnswer(f"{self._pair!r} is not a Binance pair; pairs look like BTCUSDT")
+                noun, example = self._product.noun, "BTCUSDT" + self._product.suffix
+                raise BadAnswer(f"{self._pair!r} is not a Binance {noun}; {noun}s look like {example}")
             self._refresh()
         except LakeError:
             raise
         except DataError as error:
             self.error = error
-        self._progress.advance(SOURCE)
+        self._progress.advance(self._product.source)
 
     def warn(self, message: str) -> None:
         """Warn once, with the pair's name."""
-        self._progress.warn(SOURCE, message if self._pair in message else f"{self._pair}: {message}")
+        self._progress.warn(
+            self._product.source, message if self._pair in message else f"{self._pair}: {message}"
+        )
 
     def _refresh(self) -> None:
         # A host's error is kept while the other host gets its turn.
@@ -96,7 +103,7 @@ class PairRefresh:
         if rest_error is not None:  # then the archive's newest days are better than nothing
             archive_error = _error_of(self._fetch_files, EARLY_NS) or archive_error
         if self._is_unknown and not self._parts.have_rows():
-            raise BadAnswer(f"{self._pair}: Binance does not know this pair; {self._find_spelling()}")
+            raise BadAnswer(f"{self._rest.unknown(self._pair)}; {self._find_spelling()}")
         uncovered = self._parts.uncovered(self._start_ns, self._end_ns - SILENCE_NS)
         if uncovered:
             self.error = rest_error or archive_error
@@ -112,16 +119,17 @@ class PairRefresh:
         """Return what to write instead of a pair that Binance does not know."""
         if self._rename:
             return str(self._rename)
-        for other in other_binance_pairs(self._pair):
+        for other in other_binance_pairs(self._product.at_binance(self._pair), self._product.suffix):
             with contextlib.suppress(UnknownPair):
                 if len(self._rest.page(other, self._end_ns - DAY_NS, self._end_ns, 1)):
                     return f"it has {other}"
-        return "take it out of binance_pairs"
+        return f"take it out of {self._product.group.setting}"
 
     def _explain_silence(self) -> str:
         """Return why a pair that Binance knows has no bars."""
         first_day, last_day = (utc(time_ns).date() for time_ns in (self._start_ns, self._end_ns))
-        text = f"{self._pair}: Binance knows this pair, but has no bars of it from {first_day} to {last_day}"
+        text = f"{self._pair}: Binance knows this {self._product.noun}, but has no bars of it "
+        text += f"from {first_day} to {last_day}"
         if self._rename:
             return f"{text}: {self._rename}"
         was_traded = len(self._rest.page(self._pair, 0, self._start_ns, 1)) > 0
@@ -192,7 +200,7 @@ class PairRefresh:
             if not found:
                 self._absent_since[self._pair, unit.name] = self._now_ns
                 absent.append(unit)
-            self._progress.advance(SOURCE)
+            self._progress.advance(self._product.source)
             if not found and unit.folder == "monthly" and worth_days:
                 lowest, highest = max(unit.start_ns, self._start_ns), min(unit.end_ns, self._end_ns)
                 spans = self._parts.uncovered(lowest, highest)
@@ -218,7 +226,7 @@ class PairRefresh:
             return is_before_first
         if is_before_first:
             self._first_bar_ns = None  # REST has less than the archive
-        self._progress.advance(SOURCE, 0, file.num_bytes)
+        self._progress.advance(self._product.source, 0, file.num_bytes)
         time = file.table.column("open_time")
         inside = pc.and_(pc.greater_equal(time, unit.start_ns), pc.less(time, unit.end_ns))
         table = file.table.filter(inside)
@@ -308,7 +316,7 @@ class PairRefresh:
         start_ns = max(missing[-1][0], self._end_ns - (self._pages_left - 1) * PAGE_NS)
         fresh, covered_ns, error = self._pages(start_ns, self._end_ns)
         if covered_ns > start_ns:
-            self._parts.write("recent", fresh, start_ns, covered_ns, "api/v3/klines")
+            self._parts.write("recent", fresh, start_ns, covered_ns, self._product.klines)
         if error is not None:
             raise error
 
@@ -348,7 +356,7 @@ class PairRefresh:
             table, covered_ns, error = self._pages(start_ns, end_ns)
             if covered_ns > start_ns:
                 stamp = np.datetime64(start_ns, "ns").astype("datetime64[m]").item().strftime("%Y%m%dT%H%M")
-                self._parts.write(f"rest-{stamp}", table, start_ns, covered_ns, "api/v3/klines")
+                self._parts.write(f"rest-{stamp}", table, start_ns, covered_ns, self._product.klines)
             if error is not None:
                 raise error
         for part in sorted(self._parts.by_unit.values(), key=lambda part: -part.start_ns):
@@ -385,7 +393,7 @@ class PairRefresh:
         found = found.filter(pc.is_in(found.column("open_time"), value_set=pa.array(missing)))
         if f"fill-{part.unit}" in self._parts.by_unit:  # it had bad rows; keep the good ones
             found = concatenate([found, held])
-        self._parts.write(f"fill-{part.unit}", found, part.start_ns, end_ns, "api/v3/klines")
+        self._parts.write(f"fill-{part.unit}", found, part.start_ns, end_ns, self._product.klines)
 
 
 def _error_of(step: Callable[..., None], *arguments: int) -> DataError | None:

@@ -22,15 +22,13 @@ from data_sources.lake.lake import Lake
 from data_sources.lake.parts import Part
 from data_sources.lake.quality import SCHEMA, bar_table
 
-SOURCE = "binance"
-
 
 class PairParts:
     """One pair's parts in the lake."""
 
-    def __init__(self, lake: Lake, pair: str, now_ns: int) -> None:
-        self._lake, self._pair, self._now_ns = lake, pair, now_ns
-        self.by_unit = lake.parts(SOURCE, pair)
+    def __init__(self, lake: Lake, source: str, pair: str, now_ns: int) -> None:
+        self._lake, self._source, self._pair, self._now_ns = lake, source, pair, now_ns
+        self.by_unit = lake.parts(source, pair)
         self.num_written = 0
 
     def between(self, start_ns: int, end_ns: int) -> list[Part]:
@@ -60,7 +58,7 @@ class PairParts:
 
     def bars(self, start_ns: int, end_ns: int) -> pa.Table:
         """Return the bars of all parts that open in [start_ns, end_ns)."""
-        found = self._lake.columns(SOURCE, self._pair, (self._pair,), start_ns, end_ns)
+        found = self._lake.columns(self._source, self._pair, (self._pair,), start_ns, end_ns)
         columns = found.get(self._pair)
         if columns is None:
             return SCHEMA.empty_table()
@@ -72,7 +70,7 @@ class PairParts:
     ) -> Part:
         """Write a part; see Lake.write."""
         part = self._lake.write(
-            SOURCE, self._pair, unit, table, key=key, version=version, start_ns=start_ns, end_ns=end_ns,
+            self._source, self._pair, unit, table, key=key, version=version, start_ns=start_ns, end_ns=end_ns,
             symbols=(self._pair,), now_ns=self._now_ns,
         )  # fmt: skip
         self.by_unit[unit] = part

@@ -1,4 +1,4 @@
-"""Binance spot minute bars: archive files for the past, REST for the last days, one lake dataset per pair.
+"""Binance's minute bars: archive files for the past, REST for the last days, one lake dataset per pair.
 
 Archive and REST are two hosts and fail independently; binance_pair.py decides what to ask of which.
 """
@@ -12,38 +12,38 @@ from dataclasses import replace
 from data_sources import renames
 from data_sources.errors import DataError
 from data_sources.sources import RefreshJob
-from data_sources.vendors.binance import PAIRS
 from data_sources.vendors.binance_archive import Archive
 from data_sources.vendors.binance_pair import Hosts, PairRefresh
-from data_sources.vendors.binance_parts import SOURCE
-from data_sources.vendors.binance_rest import WEIGHT_LIMIT, Rest
+from data_sources.vendors.binance_product import ARCHIVE_URL, SPOT, Product
+from data_sources.vendors.binance_rest import Rest
 from data_sources.vendors.http import RetryPolicy
 
-API_URL = "https://api.binance.com"
-ARCHIVE_URL = "https://data.binance.vision"
 NUM_THREADS = 4
 
 
 class Binance:
-    """Refreshes a lake from Binance's archive and REST."""
+    """Refreshes a lake from the archive and REST of one of Binance's products."""
 
     def __init__(
         self,
-        api_url: str = API_URL,
+        api_url: str,
         archive_url: str = ARCHIVE_URL,
         *,
+        product: Product = SPOT,
         policy: RetryPolicy | None = None,
-        weight_limit: int = WEIGHT_LIMIT,
     ) -> None:
         policy = policy or RetryPolicy()
-        self._hosts = Hosts(Rest(api_url, policy, weight_limit), Archive(archive_url, policy))
+        self._product = product
+        self._hosts = Hosts(product, Rest(api_url, policy, product), Archive(archive_url, policy, product))
 
     @classmethod
-    def from_environment(cls, policy: RetryPolicy | None = None) -> Binance:
-        """Read BINANCE_API_URL and BINANCE_ARCHIVE_URL; neither needs a key."""
+    def from_environment(cls, product: Product = SPOT, policy: RetryPolicy | None = None) -> Binance:
+        """Read the product's address of REST and BINANCE_ARCHIVE_URL; neither needs a key."""
+        spot, futures = os.environ.get("BINANCE_API_URL"), os.environ.get("BINANCE_FUTURES_API_URL")
         return cls(
-            os.environ.get("BINANCE_API_URL") or API_URL,
+            (spot if product is SPOT else futures) or product.api_url,
             os.environ.get("BINANCE_ARCHIVE_URL") or ARCHIVE_URL,
+            product=product,
             policy=policy,
         )
 
@@ -67,16 +67,16 @@ class Binance:
         rest, archive = self._hosts.rest.host, self._hosts.archive.host
         rest.begin_refresh()
         archive.begin_refresh()
-        progress = job.progress
-        pairs = list(dict.fromkeys(PAIRS.symbols(job.request)))
+        progress, source, group = job.progress, self._product.source, self._product.group
+        pairs = list(dict.fromkeys(group.symbols(job.request)))
         works = [PairRefresh(self._hosts, job, pair) for pair in pairs]
         known = renames.read(job.lake.root)
-        for stretch in renames.former(known, PAIRS.setting, pairs, job.start_ns, job.end_ns):
+        for stretch in renames.former(known, group.setting, pairs, job.start_ns, job.end_ns):
             start_ns, end_ns = max(job.start_ns, stretch.start_ns), min(job.end_ns, stretch.end_ns)
             then = replace(job, request=replace(job.request, start_ns=start_ns, end_ns=end_ns))
             works.append(PairRefresh(self._hosts, then, stretch.name))
-        progress.start(SOURCE, "files and pairs", sum(work.num_steps for work in works))
-        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix=SOURCE)
+        progress.start(source, f"files and {self._product.noun}s", sum(work.num_steps for work in works))
+        pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix=source)
         try:
             for future in [pool.submit(work.run) for work in works]:
                 future.result()
@@ -93,10 +93,10 @@ class Binance:
                 work.warn(str(work.error))
         for name, host in (("REST", rest), ("archive", archive)):
             if host.down is not None and failure is None:
-                progress.warn(SOURCE, f"skipping Binance {name}: {host.down}")
+                progress.warn(source, f"skipping {self._product.label} {name}: {host.down}")
         progress.finish(
-            SOURCE,
-            f"{len(works) - len(errors)} of {len(works)} pairs up to date, "
+            source,
+            f"{len(works) - len(errors)} of {len(works)} {self._product.noun}s up to date, "
             f"{sum(work.num_written for work in works)} parts written, "
             f"{archive.requests} file requests, {rest.requests} page requests",
         )

@@ -1,7 +1,7 @@
-"""Binance's spot REST klines through python-binance, one page at a time.
+"""Binance's REST klines through python-binance, one page at a time.
 
-Source: https://github.com/binance/binance-spot-api-docs (2026-07-21). A page is at most 1,000 klines and
-weighs 2 of 6,000 per minute and address; every answer carries the weight used in X-MBX-USED-WEIGHT-1M.
+Sources and weights: binance_product.py. A page is at most 1,000 klines (futures would give 1,500, at twice the
+weight); every answer carries the weight used in this minute, by this address, in X-MBX-USED-WEIGHT-1M.
 429 asks to wait, 418 is a ban for not having waited, 451 a country that Binance does not serve.
 ``get_historical_klines`` is not used: it sleeps a second every third page and loses all on an error.
 """
@@ -20,6 +20,7 @@ import requests
 from data_sources.bars import MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.lake.quality import FLOW_SCHEMA
+from data_sources.vendors.binance_product import SPOT, Product
 from data_sources.vendors.http import FinalAnswer, Host, RetryPolicy, error_of, prepare, unreachable
 
 with warnings.catch_warnings():  # python-binance 1.0.37 imports names that websockets 14 calls deprecated
@@ -28,10 +29,11 @@ with warnings.catch_warnings():  # python-binance 1.0.37 imports names that webs
     from binance.exceptions import BinanceAPIException, BinanceRequestException
 
 PAGE_BARS = 1000
-WEIGHT_LIMIT = 6000  # per minute
 SLOW_DOWN_FRACTION = 0.8  # of the limit; others behind the same address need weight too
 PROBED_NS = 60 * MINUTE_NS
 MAX_PAGE_BYTES = 8 << 20  # a full page is about 170 kB
+# No such symbol; of futures, too: settled and closed.
+UNKNOWN_CODES = (-1121, -1122, -4108, -4141)
 
 
 class UnknownPair(FinalAnswer):
@@ -41,9 +43,9 @@ class UnknownPair(FinalAnswer):
 class Rest:
     """Pages of klines. Safe to use from several threads: each has a client of its own."""
 
-    def __init__(self, url: str, policy: RetryPolicy, weight_limit: int = WEIGHT_LIMIT) -> None:
-        self._url = url.rstrip("/").removesuffix("/api")
-        self._weight_limit = weight_limit
+    def __init__(self, url: str, policy: RetryPolicy, product: Product = SPOT) -> None:
+        self._url = url.rstrip("/").removesuffix(f"/{product.api}")
+        self._product = product
         self.host = Host(policy)
         self._local = threading.local()
 
@@ -73,7 +75,8 @@ class Rest:
         if client is None:
             policy = self.host.policy
             client = Client(requests_params={"timeout": policy.timeout}, ping=False)
-            client.API_URL = f"{self._url}/api"  # as an attribute: braces in a class attribute are formatted
+            # As an attribute: braces in a class attribute are formatted.
+            client.API_URL = client.FUTURES_URL = f"{self._url}/{self._product.api}"
             prepare(client.session, policy, MAX_PAGE_BYTES)
             self._local.client = client
         return client
@@ -81,21 +84,24 @@ class Rest:
     def _page(self, pair: str, start_ns: int, end_ns: int, limit: int) -> pa.Table:
         client = self._client()
         client.response = None
+        # The weight of futures grows with the limit.
+        limit = min(limit, -(-(end_ns - start_ns) // MINUTE_NS))
         try:
-            answer = client.get_klines(
-                symbol=pair, interval="1m", startTime=start_ns // 1_000_000, endTime=end_ns // 1_000_000 - 1,
-                limit=limit,
+            klines = client.get_klines if self._product is SPOT else client.futures_klines
+            answer = klines(
+                symbol=self._product.at_binance(pair), interval="1m", startTime=start_ns // 1_000_000,
+                endTime=end_ns // 1_000_000 - 1, limit=limit,
             )  # fmt: skip
         except BinanceAPIException as error:
             raise self._translate(pair, error) from error
         except BinanceRequestException as error:
             raise BadAnswer(f"{pair}: expected klines, got no JSON (a captive portal or proxy?)") from error
         except requests.RequestException as error:
-            raise unreachable("Binance", error) from error
+            raise unreachable(self._product.label, error) from error
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             # python-binance 1.0.37 trips over bodies such as a bare `null` of a failing server.
             reason = f"{type(error).__name__} in its client"
-            raise SourceUnavailable(f"Binance sent an unreadable answer: {reason}") from error
+            raise SourceUnavailable(f"{self._product.label} sent an unreadable answer: {reason}") from error
         finally:
             self._heed_weight(client.response)
         return _table(pair, answer, start_ns, end_ns)
@@ -108,24 +114,27 @@ class Rest:
             used = int(response.headers.get("X-MBX-USED-WEIGHT-1M", ""))
         except ValueError:
             return
-        if used >= SLOW_DOWN_FRACTION * self._weight_limit:
+        if used >= SLOW_DOWN_FRACTION * self._product.weight_limit:
             try:  # the server's minute is what counts
                 second = parsedate_to_datetime(response.headers.get("Date", "")).second
             except ValueError:
                 second = 0
             self.host.pause(61.0 - second)
 
-    @staticmethod
-    def _translate(pair: str, error: BinanceAPIException) -> DataError:
+    def unknown(self, pair: str) -> str:
+        """Return that Binance does not know a pair."""
+        return f"{pair}: Binance does not know this {self._product.noun}"
+
+    def _translate(self, pair: str, error: BinanceAPIException) -> DataError:
         status = error.status_code
-        if status == 400 and error.code == -1121:
-            return UnknownPair(f"{pair}: Binance does not know this pair")
+        if status == 400 and error.code in UNKNOWN_CODES:
+            return UnknownPair(self.unknown(pair))
         text = " ".join(str(error.message or "no message").split())[:120]
         cause = "not served here" if status == 451 else "wait, use another network"
         return error_of(
             status,
-            "Binance",
-            fix=f"{cause}, or set BINANCE_API_URL=https://data-api.binance.vision",
+            self._product.label,
+            fix=f"{cause}, or {self._product.where_else}",
             details="" if status in (401, 403, 418, 429, 451) else f"for {pair}, code {error.code}: {text}",
             headers=error.response.headers,
         )

@@ -3,6 +3,7 @@
     stocks            AAPL BRK.B BACpK    Polygon's; Yahoo's BRK-B and BAC-PK, $aapl, NASDAQ:AAPL, AAPL US Equity
     polygon_crypto    X:BTC-USD           of its flat files; X:BTCUSD of its REST, BTC-USD (Yahoo, Coinbase)
     binance_pairs     BTCUSDT             BTC/USDT (ccxt), BTC-USDT (OKX), BTC_USDT (Gate), XXBTZUSD (Kraken)
+    binance_perpetuals  BTCUSDT.P         BTCUSDT at Binance, where the spot pair has that name, too
 
 ``advise_...`` knows names that are wrong whatever exists; ``other_...`` gives spellings to try for a name that is
 well-formed and has no bars. Sources: the vendors' symbol pages, 2026-11; for stocks the CQS suffixes at
@@ -39,6 +40,9 @@ ALIASES = {
 KRAKEN = re.compile(r"X([A-Z]{3})Z([A-Z]{3})")
 
 PAIR = re.compile(r"[A-Z0-9]{5,20}")  # Binance's
+PERPETUAL = re.compile(r"[A-Z0-9]{5,20}\.P")  # ours, as charting sites write it
+# Binance's perpetuals are on 1,000 of these coins.
+THOUSANDS = set("SHIB PEPE FLOKI BONK SATS RATS LUNC XEC".split())
 FLAT_FILE_PAIR = re.compile(r"X:[A-Z0-9]+-[A-Z0-9]+")  # Polygon's
 # Up to five letters; then p, r, w: preferred shares, rights, when issued; .A, .WS, .U: class, warrants, units.
 TICKER = re.compile(r"[A-Z0-9]{1,5}([prw][A-Z]*w?)?(\.(?!US$|OQ$|NYSE$|NASDAQ$|PR)[A-Z]{1,4}){0,2}")
@@ -79,9 +83,24 @@ def advise_binance_pair(name: str) -> str:
     if PAIR.fullmatch(name):
         return ""
     pair = _pair_of(name)
+    if pair and PERPETUAL.fullmatch(name):
+        return f"is spelled {_binance_name(*pair)} at Binance; the perpetual {name} belongs in binance_perpetuals"
     if pair:
         return f"is spelled {_binance_name(*pair)} at Binance"
     return "is no Binance pair, such as BTCUSDT"
+
+
+def advise_binance_perpetual(name: str) -> str:
+    """Return what is wrong with a name that no USD-M perpetual has here; "" for one that may be."""
+    pair = _pair_of(name)
+    better = f"{_perpetual_name(*pair)}.P" if pair else ""
+    if pair and pair[0] in THOUSANDS:
+        return f"is {better} at Binance, a contract on 1,000 coins"
+    if PERPETUAL.fullmatch(name):
+        return ""
+    if pair:
+        return f"is spelled {better} here"
+    return "is no perpetual of Binance's, such as BTCUSDT.P"
 
 
 def is_stock(name: str) -> bool:
@@ -105,11 +124,18 @@ def other_polygon_pairs(name: str) -> tuple[str, ...]:
     return () if better == name else (better,)
 
 
-def other_binance_pairs(name: str) -> tuple[str, ...]:
-    """Return other spellings of a well-formed pair: BTCUSD -> BTCUSDT, BTCPERP -> BTCUSDT."""
+def other_binance_pairs(name: str, suffix: str = "") -> tuple[str, ...]:
+    """Return other spellings of a well-formed pair: BTCUSD -> BTCUSDT, BTCPERP -> BTCUSDT.
+
+    Args:
+        name: the pair, at Binance.
+        suffix: of perpetuals, which may be on 1,000 coins.
+    """
     pair = _pair_of(name)
     found = (_binance_name(*pair), pair[0] + "USDT") if pair else ()
-    return tuple(dict.fromkeys(better for better in found if better != name))
+    if pair and suffix:
+        found = (*found, f"1000{pair[0]}USDT")
+    return tuple(dict.fromkeys(better + suffix for better in found if better != name))
 
 
 def at_yahoo(ticker: str) -> str:
@@ -128,6 +154,10 @@ def _polygon_name(base: str, quote: str) -> str:
 
 def _binance_name(base: str, quote: str) -> str:
     return base + ("USDT" if quote in NOT_AT_BINANCE else quote)
+
+
+def _perpetual_name(base: str, quote: str) -> str:
+    return ("1000" if base in THOUSANDS else "") + _binance_name(base, quote)
 
 
 def _ticker_of(name: str) -> str:

@@ -1,4 +1,8 @@
-"""A loopback Binance of our own: REST klines and the archive with CHECKSUM files, with faults on demand."""
+"""A loopback Binance of our own: REST klines and the archive with CHECKSUM files, with faults on demand.
+
+Spot pairs and USD-M perpetuals, whose names have ".P" here: REST under /api and /fapi, two folders in one archive.
+Files of futures have a header, and milliseconds for ever.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,15 @@ MINUTE_NS = 60_000_000_000
 HOUR_NS = 60 * MINUTE_NS
 MICROSECONDS_FROM_NS = int(datetime(2025, 1, 1, tzinfo=UTC).timestamp()) * 10**9
 ARCHIVE_NAME = re.compile(
-    r"/data/spot/(?P<kind>monthly|daily)/klines/(?P<pair>\w+)/1m/"
+    r"/data/(?P<market>spot|futures/um)/(?P<kind>monthly|daily)/klines/(?P<pair>\w+)/1m/"
     r"(?P=pair)-1m-(?P<unit>\d{4}-\d{2}(?:-\d{2})?)\.zip(?P<checksum>\.CHECKSUM)?"
+)
+
+
+PERPETUAL = ".P"
+HEADER = (
+    "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,"
+    "ignore\n"
 )
 
 
@@ -55,6 +66,8 @@ class BinanceServer(LoopbackServer):
         self.listed_ns: dict[str, int] = {}
         self.delisted_ns: dict[str, int] = {}
         self.outages: list[tuple[int, int]] = []  # no bars anywhere in [start, end)
+        self.codes: dict[str, int] = {}  # by symbol: the error with which REST answers for it
+        self.lingering: set[str] = set()  # settled, with flat bars ever since
         self.weight = 2
         self.banned_until = 0.0  # monotonic; asking earlier than a Retry-After allows ends in a ban
 
@@ -71,6 +84,12 @@ class BinanceServer(LoopbackServer):
 
     def _rows(self, pair: str, start_ns: int, end_ns: int, unit_ns: Callable[[int], int]) -> list[list[Any]]:
         times, values = self.truth(pair, start_ns, end_ns)
+        settled_ns = self.delisted_ns.get(pair, end_ns)
+        if pair in self.lingering and end_ns > settled_ns:
+            after = np.arange(max(start_ns, settled_ns), end_ns, MINUTE_NS)
+            _, last = self.truth(pair, settled_ns - MINUTE_NS, settled_ns)
+            flat = np.append(np.repeat(last[0, 3], 4), 0.0)
+            times, values = np.append(times, after), np.append(values, np.tile(flat, (len(after), 1)), axis=0)
         flow = flow_of(values[:, 4], times // MINUTE_NS)
         rows = []
         for open_ns, bar, (trades, taker) in zip(times.tolist(), values.tolist(), flow.tolist(), strict=True):
@@ -89,10 +108,12 @@ class BinanceServer(LoopbackServer):
 
     def plain(self, handler: BaseHTTPRequestHandler, faults: list[Fault]) -> Answer:
         parts = urlsplit(handler.path)
-        if parts.path == "/api/v3/klines":
-            return self._klines({name: value[0] for name, value in parse_qs(parts.query).items()}, faults)
+        if parts.path in ("/api/v3/klines", "/fapi/v1/klines"):
+            query = {name: value[0] for name, value in parse_qs(parts.query).items()}
+            return self._klines(query, PERPETUAL if "fapi" in parts.path else "", faults)
         match = ARCHIVE_NAME.fullmatch(parts.path)
-        body = self._archive(match["pair"], match["unit"], faults) if match else None
+        suffix = PERPETUAL if match and match["market"] == "futures/um" else ""
+        body = self._archive(match["pair"] + suffix, match["unit"], faults) if match else None
         if match is None or body is None:
             return 404, b"<Error><Code>NoSuchKey</Code></Error>", {"Content-Type": "application/xml"}
         if match["checksum"]:
@@ -100,15 +121,16 @@ class BinanceServer(LoopbackServer):
             return 200, f"{hashlib.sha256(body).hexdigest()}  {name}\n".encode(), {}
         return 200, body, {"Content-Type": "application/zip"}
 
-    def _klines(self, query: dict[str, str], faults: list[Fault]) -> Answer:
+    def _klines(self, query: dict[str, str], suffix: str, faults: list[Fault]) -> Answer:
         headers = {"Content-Type": "application/json", "X-MBX-USED-WEIGHT-1M": str(self.weight)}
         if time.monotonic() < self.banned_until:
             self.banned_until += 3600
         if self.banned_until > time.monotonic() + 1800:
             return 418, b'{"code":-1003,"msg":"IP banned"}', headers | {"Retry-After": "3600"}
-        pair = query["symbol"]
-        if pair not in self.pairs:
-            return 400, b'{"code":-1121,"msg":"Invalid symbol."}', headers
+        pair = query["symbol"] + suffix
+        code = self.codes.get(pair, 0 if pair in self.pairs else -1121)
+        if code:
+            return 400, json.dumps({"code": code, "msg": "Invalid symbol."}).encode(), headers
         start_ns = int(query["startTime"]) * 1_000_000
         end_ns = min(int(query["endTime"]) * 1_000_000 + 1, self.now_ns)
         limit = int(query.get("limit", "500"))
@@ -130,19 +152,24 @@ class BinanceServer(LoopbackServer):
         )
         out = end if unit.count("-") == 2 else end + timedelta(days=-end.weekday() % 7)
         start_ns, end_ns, out_ns = (int(moment.timestamp()) * 10**9 for moment in (start, end, out))
-        unlisted = end_ns <= self.listed_ns.get(pair, 0) or start_ns >= self.delisted_ns.get(pair, end_ns)
+        ends_ns = end_ns if pair in self.lingering else self.delisted_ns.get(pair, end_ns)
+        unlisted = end_ns <= self.listed_ns.get(pair, 0) or start_ns >= ends_ns
         if pair not in self.pairs or unlisted or self.now_ns < out_ns + 2 * HOUR_NS:
             return None
-        name = f"{pair}-1m-{unit}.csv"
-        if faults:
-            rows = self._rows(pair, start_ns, end_ns, _archive_unit_ns)
+        name = f"{pair.removesuffix(PERPETUAL)}-1m-{unit}.csv"
+        is_perpetual = pair.endswith(PERPETUAL)
+        header = HEADER if is_perpetual else ""
+        if faults or pair in self.lingering:
+            rows = self._rows(
+                pair, start_ns, end_ns, lambda open_ns: 10**6 if is_perpetual else _archive_unit_ns(open_ns)
+            )
             for fault in faults:
                 rows = fault.rows(rows)
-            return zipped(name, "".join(",".join(map(str, row)) + "\n" for row in rows))
+            return zipped(name, header + "".join(",".join(map(str, row)) + "\n" for row in rows))
         times, values = self.truth(pair, start_ns, end_ns)
         known = _ZIPS.get(pair + unit)
         if known is None or known[0] != len(times):
-            unit_ns = _archive_unit_ns(start_ns)
+            unit_ns = 10**6 if is_perpetual else _archive_unit_ns(start_ns)
             flow = flow_of(values[:, 4], times // MINUTE_NS)
             columns = {"open_time": times // unit_ns} | {str(i): values[:, i] for i in range(5)}
             columns |= {
@@ -152,7 +179,10 @@ class BinanceServer(LoopbackServer):
             columns |= {"trades": flow[:, 0].astype(np.int64), "taker": flow[:, 1]}
             columns |= {"taker_quote": flow[:, 1] * values[:, 3], "ignore": np.zeros(len(times), np.int64)}
             frame = pl.DataFrame(columns)
-            known = _ZIPS[pair + unit] = (len(times), zipped(name, frame.write_csv(include_header=False)))
+            known = _ZIPS[pair + unit] = (
+                len(times),
+                zipped(name, header + frame.write_csv(include_header=False)),
+            )
         return known[1]
 
 

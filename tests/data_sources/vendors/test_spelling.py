@@ -28,6 +28,7 @@ TO_PAIR = (
     "BTC/USDT:USDT BTCUSDT.P BTCUSDT_PERP BTC-PERP BTC-USDT-SWAP BINANCE:BTCUSDT KRAKEN:XBT/USD tBTCUSD "
     "USDT-BTC KRW-BTC|BTC USDT"
 )
+TO_PERPETUAL = "BTCUSDT btcusdt.p BTC/USDT:USDT BTCUSDT_PERP BTC-PERP BTC-USDT-SWAP BINANCE:BTCUSDT.P BTC"
 TO_FLAT_FILE_PAIR = (
     "BTC-USD BTC/USD BTC_USD BTCUSD X:BTCUSD x:btc-usd X:BTC/USD BTCUSDT BTC/USDT BTC btc XBT/USD XXBTZUSD "
     "tBTCUSD KRAKEN:XBTUSD BINANCE:BTCUSDT COINBASE:BTCUSD BTC-PERP USD-BTC C:BTCUSD"
@@ -51,6 +52,9 @@ def spread(names: str) -> list[str]:
         *(("binance_pairs", name, "BTCUSDT") for name in spread(TO_PAIR)),
         ("binance_pairs", "ETH-BTC", "ETHBTC"),
         ("binance_pairs", "SHIB/EUR", "SHIBEUR"),
+        *(("binance_perpetuals", name, "BTCUSDT.P") for name in spread(TO_PERPETUAL)),
+        ("binance_perpetuals", "SHIBUSDT.P", "1000SHIBUSDT.P"),
+        ("binance_perpetuals", "PEPE", "1000PEPEUSDT.P"),
         *(("polygon_crypto", name, "X:BTC-USD") for name in spread(TO_FLAT_FILE_PAIR)),
         ("polygon_crypto", "BTC-EUR", "X:BTC-EUR"),
     ],
@@ -70,6 +74,7 @@ def test_a_name_of_another_spelling_is_an_invalid_setting_with_the_right_one(
         ("stocks", ["GOOGLE", "^GSPC", "ES=F", "EURUSD=X", "Berkshire Hathaway", "", "../etc"]),
         ("polygon_crypto", ["C:EURUSD", "EUR-USD", "AAPL", "", "X:BTC"]),
         ("binance_pairs", ["AAPL", "BRK.B", "", "../etc"]),
+        ("binance_perpetuals", ["AAPL", "BTCUSDT_270326", "", "../etc"]),
     ],
 )
 def test_what_is_no_symbol_at_all_is_an_invalid_setting_with_an_example(
@@ -97,6 +102,7 @@ def test_names_as_the_vendors_spell_them_are_left_alone() -> None:
             "top:9",
         ),
         polygon_crypto=("X:BTC-USD", "X:USDT-USD", "X:1INCH-USD", "X:ETH-BTC", "top:9"),
+        binance_perpetuals=("BTCUSDT.P", "1000SHIBUSDT.P", "1MBABYDOGEUSDT.P", "BTCUSDC.P"),
         binance_pairs=("BTCUSDT", "1000SATSUSDT", "ETHBTC", "BTCUSD", "WUSDT"),
     )
 
