@@ -23,6 +23,7 @@ from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData
 from data_sources.snapshot import open_snapshot
 from data_sources.sources import DataRequest
+from data_sources.vendors import SOURCES
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.program import ROOT, environment
 from training.data_feed import refresh_command
@@ -145,7 +146,7 @@ def verdict_of(
     time_ns = newest - np.arange(3_000 * step, 0, -step, dtype=np.int64) * MINUTE_NS + step * MINUTE_NS
     prices = [np.full(len(time_ns), 100.0)] * 4
     bars = Bars("AAA", asset_class, time_ns, *prices, np.ones(len(time_ns)))  # type: ignore[arg-type]
-    index = ("polygon", "binance", "yahoo", "simulated").index(source)
+    index = list(SOURCES).index(source)
     row = row_of(Series(bars, np.full(len(bars), index, np.int8), **more), dropped)
     request = DataRequest((source,), {}, END - 10 * DAY_NS, END)
     report = data.report(LoadedData([bars], {}, [row], "f"), {}, [], request)
