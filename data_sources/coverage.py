@@ -69,6 +69,7 @@ class SymbolRow(Extent):
     flags: tuple[str, ...]
     dropped: str
     difference: float | None = None
+    has_funding: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -135,6 +136,7 @@ def row_of(series: Series, dropped: str) -> SymbolRow:
         flags=tuple(flags),
         dropped=dropped,
         difference=series.difference,
+        has_funding=bars.funding is not None,
     )
 
 

@@ -18,6 +18,7 @@ from data_sources import renames
 from data_sources.bars import DAY_NS, AssetClass, Bars, find_breaks, join_columns
 from data_sources.calendar import in_regular_session, new_york_time, utc
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
+from data_sources.funding import LONGEST_INTERVAL_NS, FundingLedger
 from data_sources.lake.lake import FETCHED, Lake
 from data_sources.lake.quality import BAD_TICK, bad_ticks
 from data_sources.pegged import stands_still
@@ -101,10 +102,24 @@ def fingerprint(lake: Lake, request: DataRequest) -> str:
         digest.update(json.dumps(SplitLedger(lake.root).as_dict(), sort_keys=True).encode())
         if joined := _renamed(lake, request):
             digest.update(repr(joined).encode())
+        for rates in _funding(lake, request):
+            digest.update(rates.tobytes())
     for source in request.chosen:
         if source.is_computed:
             digest.update(repr(source.parameters(request)).encode())
     return digest.hexdigest()[:16]
+
+
+def _funding(lake: Lake, request: DataRequest) -> Iterator[NDArray[Any]]:
+    """Yield the funding of a request's perpetual futures: what ``FundingLedger.apply`` may look at."""
+    known, ledger = renames.read(lake.root), FundingLedger(lake.root)
+    for source in request.chosen:
+        for group in source.groups if not source.is_computed else ():
+            if group.asset_class == "perpetual":
+                for symbol in sorted(group.symbols_in(lake, request)):
+                    times, rates = ledger.rates_of(renames.stretches(known, group.setting, symbol))
+                    inside = (times > request.start_ns - LONGEST_INTERVAL_NS) & (times < request.end_ns)
+                    yield from (times[inside], rates[inside])
 
 
 def _renamed(lake: Lake, request: DataRequest) -> list[renames.Stretch]:
@@ -150,7 +165,7 @@ class _Reader:
 
     def __init__(self, lake: Lake, request: DataRequest, source: Source, group: SymbolGroup) -> None:
         self.source, self.group = source, group
-        self._lake, self._request = lake, request
+        self.lake, self._request = lake, request
         names = group.symbols_in(lake, request)
         self._dataset = group.dataset_in(request)
         # The symbols that a rule chooses beside the named ones, and when.
@@ -173,7 +188,7 @@ class _Reader:
             batch = self.symbols[place : place + (SYMBOLS_AT_ONCE if self._dataset else 1)]
             self._batch_places = range(place, place + len(batch))
             span = (self._request.start_ns, self._request.end_ns)
-            self._batch = self._lake.columns(self.source.name, self._dataset_of(symbol), batch, *span)
+            self._batch = self.lake.columns(self.source.name, self._dataset_of(symbol), batch, *span)
         columns = self._joined(symbol, self._batch.pop(symbol, None))
         if columns is not None and symbol in self._chosen:
             columns = _within_any(columns, self._chosen[symbol])
@@ -198,7 +213,7 @@ class _Reader:
             if stretch.name != symbol:
                 span = (max(request.start_ns, stretch.start_ns), min(request.end_ns, stretch.end_ns))
                 dataset = self._dataset_of(stretch.name)
-                found = self._lake.columns(self.source.name, dataset, [stretch.name], *span)
+                found = self.lake.columns(self.source.name, dataset, [stretch.name], *span)
                 piece = found.get(stretch.name)
             if piece is not None:
                 time = piece["open_time"]
@@ -217,7 +232,7 @@ class _Reader:
         dataset = self._dataset_of(symbol)
         if dataset not in self._rejected:
             counts: dict[str, Counter[str]] = {}
-            for part in self._lake.parts(self.source.name, dataset).values():
+            for part in self.lake.parts(self.source.name, dataset).values():
                 if part.start_ns < self._request.end_ns and self._request.start_ns < part.end_ns:
                     for found_in in (part.rejected_by_symbol, part.flow_rejected):
                         for name, reasons in found_in.items():
@@ -239,7 +254,12 @@ def _of_all(readers: Sequence[_Reader], symbol: str, ledger: SplitLedger, reques
     series = _merge(pieces, ledger)
     series.rejected = {reader.source.name: reader.count_rejected(symbol) for reader in own}
     series.flags += dict.fromkeys(note for reader in own for note in reader.notes.get(symbol, ()))
-    return _without_bad_ticks(_of_one_symbol(series, own[0].names(symbol)[-1].end_ns))
+    names = own[0].names(symbol)
+    series = _without_bad_ticks(_of_one_symbol(series, names[-1].end_ns))
+    if own[0].group.asset_class == "perpetual":  # last, since it depends on which bars there are
+        series.bars, flags = FundingLedger(own[0].lake.root).apply(series.bars, names)
+        series.flags += flags
+    return series
 
 
 def _adjusted_bars(reader: _Reader, symbol: str, ledger: SplitLedger, request: DataRequest) -> Bars:

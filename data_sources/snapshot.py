@@ -126,8 +126,8 @@ def open_snapshot(path: Path) -> LoadedData:
 
 
 def _columns(row: SymbolRow) -> tuple[str, ...]:
-    """Return a symbol's columns in the file: those of the flow only where a bar has a value."""
-    return (*COLUMNS, *row.flow)
+    """Return a symbol's columns in the file: those of the flow only where a bar has a value, funding if any."""
+    return (*COLUMNS, *row.flow, *(("funding",) if row.has_funding else ()))
 
 
 def _bars(row: SymbolRow, block: NDArray[np.int64]) -> Bars:
