@@ -16,9 +16,10 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Generic, TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -30,6 +31,8 @@ from data_sources.errors import BadAnswer
 from data_sources.vendors.binance_product import SPOT, Product
 from data_sources.vendors.http import Host, RetryPolicy, error_of, prepare, unreachable
 
+Content = TypeVar("Content")
+FundingRow = tuple[int, float]  # time in ns, rate
 # What zipfile raises for bytes that are no zip, or a damaged one.
 ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, IndexError, OverflowError,
@@ -78,13 +81,13 @@ def days(start_ns: int, end_ns: int) -> Iterator[Unit]:
 
 
 @dataclass(frozen=True)
-class ArchiveFile:
+class ArchiveFile(Generic[Content]):
     """One verified zip: its rows, with all stamps in ns, and where they came from."""
 
     key: str
     sha256: str
     num_bytes: int
-    table: pa.Table
+    content: Content
 
 
 class Archive:
@@ -96,7 +99,7 @@ class Archive:
         self.host = Host(policy)
         self._session = prepare(requests.Session(), policy, MAX_FILE_BYTES)
 
-    def fetch(self, pair: str, unit: Unit) -> ArchiveFile | None:
+    def fetch(self, pair: str, unit: Unit) -> ArchiveFile[pa.Table] | None:
         """Return one file, or None where the archive has no such file.
 
         Raises:
@@ -105,25 +108,36 @@ class Archive:
         """
         name = f"{self._product.at_binance(pair)}-1m-{unit.name}"
         key = self._key(pair, unit)
+        return self.host.ask(lambda: self._fetch(key, lambda body: _rows(body, name, pair)))
 
-        def once() -> ArchiveFile | None:
-            # The small file first: where there is none, one request shows it.
-            checksum = self._get(key + ".CHECKSUM")
-            if checksum is None:
-                return None
-            stated = re.match(rb"([0-9a-fA-F]{64})\s", checksum)
-            if stated is None:
-                raise BadAnswer(f"{key}.CHECKSUM: expected a sha256, got {checksum[:40]!r}")
-            body = self._get(key)
-            if body is None:
-                raise BadAnswer(f"{key}: 404, although its CHECKSUM exists")
-            digest, expected = hashlib.sha256(body).hexdigest(), stated[1].decode().lower()
-            if digest != expected:
-                raise BadAnswer(f"{key}: sha256 is {digest[:12]}..., in CHECKSUM {expected[:12]}...")
-            table = _rows(body, name, pair)
-            return ArchiveFile(key, digest, len(body) + len(checksum), table)
+    def fetch_funding(self, pair: str, month: Unit) -> list[FundingRow] | None:
+        """Return a month's rows of funding, or None where the archive has no such file; there are none of days.
 
-        return self.host.ask(once)
+        Raises:
+            BadAnswer: as ``fetch``, and where a row is of another month.
+            DataError: as ``fetch``.
+        """
+        name = self._product.at_binance(pair)
+        file = f"{name}-fundingRate-{month.name}"
+        key = f"{self._product.archive}/{month.folder}/fundingRate/{name}/{file}.zip"
+        found = self.host.ask(lambda: self._fetch(key, lambda body: _funding_rows(body, file, month)))
+        return None if found is None else found.content
+
+    def _fetch(self, key: str, parse: Callable[[bytes], Content]) -> ArchiveFile[Content] | None:
+        # The small file first: where there is none, one request shows it.
+        checksum = self._get(key + ".CHECKSUM")
+        if checksum is None:
+            return None
+        stated = re.match(rb"([0-9a-fA-F]{64})\s", checksum)
+        if stated is None:
+            raise BadAnswer(f"{key}.CHECKSUM: expected a sha256, got {checksum[:40]!r}")
+        body = self._get(key)
+        if body is None:
+            raise BadAnswer(f"{key}: 404, although its CHECKSUM exists")
+        digest, expected = hashlib.sha256(body).hexdigest(), stated[1].decode().lower()
+        if digest != expected:
+            raise BadAnswer(f"{key}: sha256 is {digest[:12]}..., in CHECKSUM {expected[:12]}...")
+        return ArchiveFile(key, digest, len(body) + len(checksum), parse(body))
 
     def probe(self, pair: str, now_ns: int) -> None:
         """Ask for a checksum of last week, which may be absent.
@@ -158,11 +172,11 @@ class Archive:
         return body
 
 
-def _rows(body: bytes, name: str, pair: str) -> pa.Table:
-    """Unpack a zip and read its CSV, with flow where it has any; what is not a number becomes NaN.
+def _unpack(body: bytes, name: str) -> bytes:
+    """Return the one CSV in a zip.
 
     Raises:
-        BadAnswer: not a zip of one CSV of that name with six or more columns.
+        BadAnswer: it is not a zip of one CSV of that name.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as bundle:
@@ -175,9 +189,18 @@ def _rows(body: bytes, name: str, pair: str) -> pa.Table:
                 )
             if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise BadAnswer(f"{name}.zip: packed by method {members[0].compress_type}, expected deflate")
-            text = bundle.read(members[0])  # at most file_size bytes, whatever it is packed from
+            return bundle.read(members[0])  # at most file_size bytes, whatever it is packed from
     except (*ZIP_ERRORS, OSError) as error:
         raise BadAnswer(f"{name}.zip: cannot be unpacked: {error}") from error
+
+
+def _rows(body: bytes, name: str, pair: str) -> pa.Table:
+    """Unpack a zip and read its CSV, with flow where it has any; what is not a number becomes NaN.
+
+    Raises:
+        BadAnswer: not a zip of one CSV of that name with six or more columns.
+    """
+    text = _unpack(body, name)
     if not text[:1].isdigit() and not text.lower().startswith(HEADER.encode()):
         raise BadAnswer(f"{name}.csv: expected klines, got {text[:40]!r}")
     # A file of former days, or of another maker, may end before the flow.
@@ -214,3 +237,30 @@ def _rows(body: bytes, name: str, pair: str) -> pa.Table:
     twice = bars["open_time"].filter(bars["open_time"].is_duplicated()).unique()
     is_odd = pl.col("volume").is_nan() | pl.col("open_time").is_in(twice.implode())
     return frame.with_columns(pl.when(is_odd).then(nothing).otherwise("close").alias("close")).to_arrow()
+
+
+def _funding_rows(body: bytes, name: str, month: Unit) -> list[FundingRow]:
+    """Unpack a zip and read its rows of calc_time, funding_interval_hours, last_funding_rate; an odd rate is NaN.
+
+    Raises:
+        BadAnswer: not a zip of one such CSV, or a row is of another month.
+    """
+    rows = []
+    for line in _unpack(body, name).decode("utf8", "replace").splitlines():
+        cells = line.split(",")
+        if cells[0].strip().lower() == "calc_time" or not line.strip():
+            continue
+        try:
+            stamp = int(cells[0])
+        except ValueError as error:
+            raise BadAnswer(
+                f"{name}.csv: expected a time, an interval and a rate, got {line[:40]!r}"
+            ) from error
+        time_ns = stamp * (1_000 if stamp > 10**14 else 1_000_000)
+        if not month.start_ns <= time_ns < month.end_ns:
+            raise BadAnswer(f"{name}.csv: {line[:40]!r} is not of {month.name}")
+        try:
+            rows.append((time_ns, float(cells[2])))
+        except (ValueError, IndexError):
+            rows.append((time_ns, float("nan")))
+    return rows

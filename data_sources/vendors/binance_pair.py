@@ -19,10 +19,12 @@ from data_sources import renames
 from data_sources.bars import DAY_NS, HOUR_NS, MINUTE_NS
 from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, LakeError
+from data_sources.funding import FundingLedger
 from data_sources.lake.parts import Part
 from data_sources.lake.quality import SCHEMA, clean, closed_before
 from data_sources.sources import RefreshJob
 from data_sources.vendors.binance_archive import Archive, Unit, days, months
+from data_sources.vendors.binance_funding import FundingRefresh
 from data_sources.vendors.binance_parts import PairParts
 from data_sources.vendors.binance_product import Product
 from data_sources.vendors.binance_rest import PAGE_BARS, Rest, UnknownPair, concatenate, last_minute_ns
@@ -36,6 +38,7 @@ ASK_AGAIN_NS = 6 * HOUR_NS  # after a 404 of a file that others stand in for
 SETTLED_NS = 40 * DAY_NS  # a file that is not out by now never will be
 REST_PAGES = 90  # per pair and refresh: 62 days; 27 pairs of it weigh one minute's limit
 PAGE_NS = PAGE_BARS * MINUTE_NS
+MOST_WARNINGS = 3  # about rows of funding
 HEALED_NS = 4 * DAY_NS  # a recent part of up to this length is fetched again as a whole while it has gaps
 
 
@@ -68,6 +71,7 @@ class PairRefresh:
         self._hosts_agree = False
         self._is_name = self._product.is_name(pair)
         self._rename = renames.successor(renames.read(job.lake.root), pair)
+        self._ledger = FundingLedger(job.lake.root)
         self._parts = PairParts(job.lake, self._product.source, pair, job.now_ns)
         self.num_steps = 1 + (len(self._due_files(LATE_NS)) if self._is_name else 0)
 
@@ -114,6 +118,20 @@ class PairRefresh:
             self.warn(f"{archive_error}; other files or REST stood in")
         elif rest_error is None and archive_error is None and not self._parts.have_rows():
             self.warn(self._explain_silence())
+        if self._product.has_funding and self._parts.have_rows():
+            self._refresh_funding()
+
+    def _refresh_funding(self) -> None:
+        first_ns, last_ns = self._parts.extent()
+        funding = FundingRefresh(self._rest, self._archive, self._ledger, self._pair, self._now_ns)
+        span = max(self._start_ns, first_ns), min(self._end_ns, last_ns)
+        error = funding.run(*span, has_news=self.num_written > 0)
+        for warning in funding.warnings[:MOST_WARNINGS]:
+            self.warn(warning)
+        if more := len(funding.warnings[MOST_WARNINGS:]):
+            self.warn(f"{self._pair}: {more} more rows of funding are odd")
+        if error is not None and error not in (self._rest.host.down, self._archive.host.down):
+            self.warn(f"{self._pair}: funding is not up to date: {error}")
 
     def _find_spelling(self) -> str:
         """Return what to write instead of a pair that Binance does not know."""
@@ -227,12 +245,12 @@ class PairRefresh:
         if is_before_first:
             self._first_bar_ns = None  # REST has less than the archive
         self._progress.advance(self._product.source, 0, file.num_bytes)
-        time = file.table.column("open_time")
+        time = file.content.column("open_time")
         inside = pc.and_(pc.greater_equal(time, unit.start_ns), pc.less(time, unit.end_ns))
-        table = file.table.filter(inside)
-        if len(table) < len(file.table):  # stamps that are off by a day would pass for other bars
-            outside = len(file.table) - len(table)
-            raise BadAnswer(f"{file.key}: {outside} of {len(file.table)} rows are not of {unit.name}")
+        table = file.content.filter(inside)
+        if len(table) < len(file.content):  # stamps that are off by a day would pass for other bars
+            outside = len(file.content) - len(table)
+            raise BadAnswer(f"{file.key}: {outside} of {len(file.content)} rows are not of {unit.name}")
         if any(part.rows for part in self._parts.between(unit.start_ns, unit.end_ns)):
             held = self._parts.bars(unit.start_ns, unit.end_ns)
             kept = _without(held, clean(table, now_ns=self._now_ns).table)

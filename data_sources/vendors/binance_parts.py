@@ -43,6 +43,15 @@ class PairParts:
         """Return whether any part has a row."""
         return any(part.rows for part in self.by_unit.values())
 
+    def extent(self) -> tuple[int, int]:
+        """Return the time of the first bar, and the end of the newest part with a bar; there must be one."""
+        with_rows = sorted(
+            (part for part in self.by_unit.values() if part.rows), key=lambda part: part.start_ns
+        )
+        first_ns = with_rows[0].start_ns
+        first = self.bars(first_ns, with_rows[0].end_ns).column("open_time")[:1].to_pylist()
+        return (first or [first_ns])[0], max(part.end_ns for part in with_rows)
+
     def uncovered(
         self, start_ns: int, end_ns: int, parts: Sequence[Part] | None = None
     ) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ class Product:
         archive: the folder in the archive.
         api: the folder of REST under its host.
         klines: the endpoint, as the origin of a part.
+        has_funding: its holders pay each other.
         api_url: the host of REST.
         api_variable: the environment variable with another one.
         where_else: what to do where REST is refused.
@@ -46,6 +47,7 @@ class Product:
     api_variable: str
     where_else: str
     weight_limit: int
+    has_funding: bool = False
 
     def at_binance(self, symbol: str) -> str:
         """Return Binance's name of a symbol."""
@@ -86,4 +88,5 @@ USD_M = Product(
     api_variable="BINANCE_FUTURES_API_URL",
     where_else="set BINANCE_FUTURES_API_URL to a proxy; its archive has all but the newest days",
     weight_limit=2400,
+    has_funding=True,
 )

@@ -2,6 +2,7 @@
 
 Sources and weights: binance_product.py. A page is at most 1,000 klines (futures would give 1,500, at twice the
 weight); every answer carries the weight used in this minute, by this address, in X-MBX-USED-WEIGHT-1M.
+Funding rates have a limit of their own, 500 requests in 5 minutes.
 429 asks to wait, 418 is a ban for not having waited, 451 a country that Binance does not serve.
 ``get_historical_klines`` is not used: it sleeps a second every third page and loses all on an error.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -20,6 +21,7 @@ import requests
 from data_sources.bars import MINUTE_NS
 from data_sources.errors import BadAnswer, DataError, SourceUnavailable
 from data_sources.lake.quality import FLOW_SCHEMA
+from data_sources.vendors.binance_archive import FundingRow
 from data_sources.vendors.binance_product import SPOT, Product
 from data_sources.vendors.http import FinalAnswer, Host, RetryPolicy, error_of, prepare, unreachable
 
@@ -28,7 +30,7 @@ with warnings.catch_warnings():  # python-binance 1.0.37 imports names that webs
     from binance.client import Client
     from binance.exceptions import BinanceAPIException, BinanceRequestException
 
-PAGE_BARS = 1000
+PAGE_BARS = PAGE_FUNDING = 1000
 SLOW_DOWN_FRACTION = 0.8  # of the limit; others behind the same address need weight too
 PROBED_NS = 60 * MINUTE_NS
 MAX_PAGE_BYTES = 8 << 20  # a full page is about 170 kB
@@ -60,6 +62,15 @@ class Rest:
         """
         return self.host.ask(lambda: self._page(pair, start_ns, end_ns, limit))
 
+    def funding(self, pair: str, start_ns: int, end_ns: int) -> list[FundingRow]:
+        """Return the first 1,000 rows of funding in [start_ns, end_ns), oldest first; a rate that is none is NaN.
+
+        Raises:
+            UnknownPair: no such pair.
+            DataError: after retries; see data_sources.errors.
+        """
+        return self.host.ask(lambda: self._funding(pair, start_ns, end_ns))
+
     def probe(self, pair: str, now_ns: int) -> str:
         """Ask for one of the last bars; return the server's time as the HTTP header Date.
 
@@ -82,20 +93,45 @@ class Rest:
         return client
 
     def _page(self, pair: str, start_ns: int, end_ns: int, limit: int) -> pa.Table:
-        client = self._client()
-        client.response = None
+        klines = Client.get_klines if self._product is SPOT else Client.futures_klines
         # The weight of futures grows with the limit.
         limit = min(limit, -(-(end_ns - start_ns) // MINUTE_NS))
+        answer = self._ask(pair, klines, start_ns, end_ns, interval="1m", limit=limit)
+        return _table(pair, answer, start_ns, end_ns)
+
+    def _funding(self, pair: str, start_ns: int, end_ns: int) -> list[FundingRow]:
+        answer = self._ask(pair, Client.futures_funding_rate, start_ns, end_ns, limit=PAGE_FUNDING)
+        if not isinstance(answer, list):
+            raise BadAnswer(f"{pair}: expected a list of funding rates, got {str(answer)[:40]!r}")
+        rows = []
+        for row in answer:
+            if not isinstance(row, dict) or type(row.get("fundingTime")) is not int:
+                raise BadAnswer(f"{pair}: expected a funding rate with its time, got {str(row)[:60]!r}")
+            rows.append((row["fundingTime"] * 1_000_000, _number(row.get("fundingRate"))))
+        if not all(start_ns <= time < end_ns for time, _ in rows):
+            raise BadAnswer(f"{pair}: funding rates outside of the requested span")
+        return sorted(rows)
+
+    def _ask(
+        self, pair: str, endpoint: Callable[..., Any], start_ns: int, end_ns: int, **parameters: Any
+    ) -> Any:
+        """Return one answer of an endpoint, of a span, as our error where it is one."""
+        client = self._client()
+        client.response = None
         try:
-            klines = client.get_klines if self._product is SPOT else client.futures_klines
-            answer = klines(
-                symbol=self._product.at_binance(pair), interval="1m", startTime=start_ns // 1_000_000,
-                endTime=end_ns // 1_000_000 - 1, limit=limit,
-            )  # fmt: skip
+            return endpoint(
+                client,
+                symbol=self._product.at_binance(pair),
+                startTime=start_ns // 1_000_000,
+                endTime=end_ns // 1_000_000 - 1,
+                **parameters,
+            )
         except BinanceAPIException as error:
             raise self._translate(pair, error) from error
         except BinanceRequestException as error:
-            raise BadAnswer(f"{pair}: expected klines, got no JSON (a captive portal or proxy?)") from error
+            raise BadAnswer(
+                f"{pair}: expected JSON, got something else (a captive portal or proxy?)"
+            ) from error
         except requests.RequestException as error:
             raise unreachable(self._product.label, error) from error
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
@@ -104,7 +140,6 @@ class Rest:
             raise SourceUnavailable(f"{self._product.label} sent an unreadable answer: {reason}") from error
         finally:
             self._heed_weight(client.response)
-        return _table(pair, answer, start_ns, end_ns)
 
     def _heed_weight(self, response: requests.Response | None) -> None:
         """Pause until the next minute once most of this minute's weight is used."""

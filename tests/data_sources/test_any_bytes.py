@@ -28,6 +28,7 @@ from data_sources.lake.lake import Lake
 from data_sources.lake.quality import FLOW_SCHEMA, SCHEMA, clean, flow_of
 from data_sources.splits import FILE_NAME, SplitLedger
 from data_sources.vendors import binance_archive, polygon_days, yahoo_refresh
+from data_sources.vendors.binance_product import USD_M
 from data_sources.vendors.binance_rest import Rest
 from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon_splits import PolygonSplits
@@ -250,6 +251,20 @@ def test_binance_rest(server: Any200, body: bytes) -> None:
     is_bars(table)
 
 
+FUNDING = [{"fundingTime": START // 10**6 + hour, "fundingRate": "0.0001"} for hour in range(3)]
+
+
+@any_bytes
+@given(body=json_bytes(FUNDING))
+def test_binance_funding(server: Any200, body: bytes) -> None:
+    server.body = body
+    try:
+        rows = Rest(server.url, ONE_TRY, USD_M).funding("AAA.P", START, START + DAY_NS)
+    except DataError:
+        return
+    assert all(type(time_ns) is int and isinstance(rate, float) for time_ns, rate in rows)
+
+
 CHART = {
     "chart": {
         "result": [
@@ -316,6 +331,23 @@ def test_binance_archive(body: bytes) -> None:
     except BadAnswer:
         return
     is_bars(table)
+
+
+FUNDING_NAME = "AAA-fundingRate-2026-03"
+FUNDING_ROWS = (
+    b"calc_time,funding_interval_hours,last_funding_rate\n1772352000000,8,0.0001\n1772380800003,8,1e-5\n"
+)
+
+
+@any_bytes
+@given(mutated(FUNDING_ROWS).map(lambda text: zipped(text, name=f"{FUNDING_NAME}.csv")))
+def test_binance_funding_archive(body: bytes) -> None:
+    (month,) = binance_archive.months(1772352000 * 10**9, 1772352001 * 10**9)
+    try:
+        rows = binance_archive._funding_rows(body, FUNDING_NAME, month)
+    except BadAnswer:
+        return
+    assert all(month.start_ns <= time_ns < month.end_ns and isinstance(rate, float) for time_ns, rate in rows)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -32,7 +32,12 @@ ARCHIVE_NAME = re.compile(
 )
 
 
+FUNDING_NAME = re.compile(
+    r"/data/futures/um/monthly/fundingRate/(?P<pair>\w+)/(?P=pair)-fundingRate-(?P<unit>\d{4}-\d{2})\.zip"
+    r"(?P<checksum>\.CHECKSUM)?"
+)
 PERPETUAL = ".P"
+FUNDING_HEADER = "calc_time,funding_interval_hours,last_funding_rate\n"
 HEADER = (
     "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,"
     "ignore\n"
@@ -67,6 +72,7 @@ class BinanceServer(LoopbackServer):
         self.delisted_ns: dict[str, int] = {}
         self.outages: list[tuple[int, int]] = []  # no bars anywhere in [start, end)
         self.codes: dict[str, int] = {}  # by symbol: the error with which REST answers for it
+        self.intervals: dict[str, list[tuple[int, int]]] = {}  # of funding: from when on, hours; else 8
         self.lingering: set[str] = set()  # settled, with flat bars ever since
         self.weight = 2
         self.banned_until = 0.0  # monotonic; asking earlier than a Retry-After allows ends in a ban
@@ -99,6 +105,18 @@ class BinanceServer(LoopbackServer):
             rows.append([stamps[0], *(f"{value:.8f}" for value in bar), stamps[1], *quote])
         return rows
 
+    def funding(self, pair: str, start_ns: int, end_ns: int) -> list[tuple[int, float, int]]:
+        """Return time (ns), rate and interval (hours) of all funding in [start, end), also after a settlement."""
+        rows = []
+        for time_ns in range(
+            -(-max(start_ns, self.listed_ns.get(pair, 0)) // HOUR_NS) * HOUR_NS, end_ns, HOUR_NS
+        ):
+            begun = [hours for since_ns, hours in self.intervals.get(pair, []) if since_ns < time_ns]
+            hours = begun[-1] if begun else 8
+            if time_ns % (hours * HOUR_NS) == 0:
+                rows.append((time_ns, (time_ns // HOUR_NS * 7919 + len(pair)) % 41 * 1e-5 - 15e-5, hours))
+        return [(time_ns, round(rate, 8), hours) for time_ns, rate, hours in rows]
+
     # --------------------------------------------------------------- answers
 
     def answered_with(self, fault: Fault) -> None:
@@ -111,9 +129,14 @@ class BinanceServer(LoopbackServer):
         if parts.path in ("/api/v3/klines", "/fapi/v1/klines"):
             query = {name: value[0] for name, value in parse_qs(parts.query).items()}
             return self._klines(query, PERPETUAL if "fapi" in parts.path else "", faults)
-        match = ARCHIVE_NAME.fullmatch(parts.path)
-        suffix = PERPETUAL if match and match["market"] == "futures/um" else ""
-        body = self._archive(match["pair"] + suffix, match["unit"], faults) if match else None
+        if parts.path == "/fapi/v1/fundingRate":
+            return self._funding({name: value[0] for name, value in parse_qs(parts.query).items()}, faults)
+        match, body = ARCHIVE_NAME.fullmatch(parts.path), None
+        if match:
+            suffix = PERPETUAL if match["market"] == "futures/um" else ""
+            body = self._archive(match["pair"] + suffix, match["unit"], faults)
+        elif match := FUNDING_NAME.fullmatch(parts.path):
+            body = self._funding_file(match["pair"], match["unit"], faults)
         if match is None or body is None:
             return 404, b"<Error><Code>NoSuchKey</Code></Error>", {"Content-Type": "application/xml"}
         if match["checksum"]:
@@ -121,16 +144,59 @@ class BinanceServer(LoopbackServer):
             return 200, f"{hashlib.sha256(body).hexdigest()}  {name}\n".encode(), {}
         return 200, body, {"Content-Type": "application/zip"}
 
-    def _klines(self, query: dict[str, str], suffix: str, faults: list[Fault]) -> Answer:
+    def _head(self, pair: str) -> tuple[dict[str, str], Answer | None]:
+        """Return the headers of an answer of REST about a symbol, and the answer, where it is a refusal."""
         headers = {"Content-Type": "application/json", "X-MBX-USED-WEIGHT-1M": str(self.weight)}
         if time.monotonic() < self.banned_until:
             self.banned_until += 3600
         if self.banned_until > time.monotonic() + 1800:
-            return 418, b'{"code":-1003,"msg":"IP banned"}', headers | {"Retry-After": "3600"}
-        pair = query["symbol"] + suffix
+            banned = b'{"code":-1003,"msg":"IP banned"}'
+            return headers, (418, banned, headers | {"Retry-After": "3600"})
         code = self.codes.get(pair, 0 if pair in self.pairs else -1121)
         if code:
-            return 400, json.dumps({"code": code, "msg": "Invalid symbol."}).encode(), headers
+            return headers, (400, json.dumps({"code": code, "msg": "Invalid symbol."}).encode(), headers)
+        return headers, None
+
+    def _funding(self, query: dict[str, str], faults: list[Fault]) -> Answer:
+        name = query["symbol"]
+        headers, refusal = self._head(name + PERPETUAL)
+        if refusal:
+            return refusal
+        start_ns, end_ns = (int(query[key]) * 1_000_000 for key in ("startTime", "endTime"))
+        found = self.funding(name + PERPETUAL, start_ns, min(end_ns + 1_000_000, self.now_ns))
+        rows = [
+            # Some milliseconds late, as Binance's are.
+            {
+                "symbol": name,
+                "fundingTime": time_ns // 10**6 + time_ns // HOUR_NS % 3,
+                "fundingRate": f"{rate:.8f}",
+            }
+            for time_ns, rate, _ in found[: int(query.get("limit", "100"))]
+        ]
+        for fault in faults:
+            rows = fault.rows(rows)
+        return 200, json.dumps(rows).encode(), headers
+
+    def _funding_file(self, name: str, unit: str, faults: list[Fault]) -> bytes | None:
+        start = datetime.fromisoformat(f"{unit}-01").replace(tzinfo=UTC)
+        end = (start + timedelta(days=32)).replace(day=1)
+        start_ns, end_ns = (int(moment.timestamp()) * 10**9 for moment in (start, end))
+        if name + PERPETUAL not in self.pairs or self.now_ns < end_ns:
+            return None
+        rows: list[list[Any]] = [
+            [time_ns // 10**6 + time_ns // HOUR_NS % 3, hours, f"{rate:.8f}"]
+            for time_ns, rate, hours in self.funding(name + PERPETUAL, start_ns, end_ns)
+        ]
+        for fault in faults:
+            rows = fault.rows(rows)
+        text = FUNDING_HEADER + "".join(",".join(map(str, row)) + "\n" for row in rows)
+        return zipped(f"{name}-fundingRate-{unit}.csv", text) if rows else None
+
+    def _klines(self, query: dict[str, str], suffix: str, faults: list[Fault]) -> Answer:
+        headers, refusal = self._head(query["symbol"] + suffix)
+        if refusal:
+            return refusal
+        pair = query["symbol"] + suffix
         start_ns = int(query["startTime"]) * 1_000_000
         end_ns = min(int(query["endTime"]) * 1_000_000 + 1, self.now_ns)
         limit = int(query.get("limit", "500"))

@@ -138,7 +138,7 @@ def test_stamps_in_ms_and_us_and_headers_are_understood(
     ]
     file = Archive(harness.server.url, POLICY).fetch("BTCUSDT", unit)
     assert file is not None
-    first, second = file.table.to_pylist()
+    first, second = file.content.to_pylist()
     assert first == {
         "symbol": "BTCUSDT", "open_time": unit.start_ns, "open": 1.5, "high": 2.0, "low": 1.0, "close": 1.25,
         "volume": 7.0, "trades": 0.0, "taker_buy_volume": 0.0,
