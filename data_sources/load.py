@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sources import renames
-from data_sources.bars import DAY_NS, AssetClass, Bars, find_breaks, join_columns
+from data_sources.bars import DAY_NS, HOUR_NS, AssetClass, Bars, find_breaks, join_columns
 from data_sources.calendar import in_regular_session, new_york_time, utc
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.funding import LONGEST_INTERVAL_NS, FundingLedger
@@ -30,6 +30,7 @@ from data_sources.vendors import SOURCES
 SYMBOLS_AT_ONCE = 48  # of a dataset with many: bounds the memory in use beside the result
 MIN_COMMON_BARS = 30  # of two sources, to compare their levels
 SOURCES_DIFFER = 0.001  # median relative difference of closes that is worth a flag
+SILENCE_NS = HOUR_NS  # without a trade, after which a perpetual counts as settled or halted
 THIN_DAY = 0.8  # of a day's bars; a source with fewer is flagged
 RULES = "3"  # of the checks while loading; another number makes another fingerprint
 
@@ -257,6 +258,7 @@ def _of_all(readers: Sequence[_Reader], symbol: str, ledger: SplitLedger, reques
     names = own[0].names(symbol)
     series = _without_bad_ticks(_of_one_symbol(series, names[-1].end_ns))
     if own[0].group.asset_class == "perpetual":  # last, since it depends on which bars there are
+        series = _without_silence(series)
         series.bars, flags = FundingLedger(own[0].lake.root).apply(series.bars, names)
         series.flags += flags
     return series
@@ -357,6 +359,29 @@ def _without_bad_ticks(series: Series) -> Series:
         if count:
             series.rejected.setdefault(name, Counter())[BAD_TICK] += int(count)
     return dataclasses.replace(series, bars=bars.select(~bad), source=series.source[~bad])
+
+
+def _without_silence(series: Series) -> Series:
+    """Leave out the bars of a perpetual after an hour without a trade: nothing can be filled there.
+
+    Binance repeats the last price after a settlement, for weeks (issues 201 and 500 of binance-public-data). What
+    is left out depends on the bars before alone.
+    """
+    bars = series.bars
+    starts = np.append(bars.open_time[:1], bars.open_time[:-1])
+    traded = np.append(bars.open_time[:1], np.where(bars.volume[:-1] > 0, bars.open_time[:-1], 0))
+    is_silent = (bars.volume == 0) & (starts - np.maximum.accumulate(traded) >= SILENCE_NS)
+    if not is_silent.any():
+        return series
+    first, last = (utc(int(bars.open_time[is_silent][place])) for place in (0, -1))
+    span = f"from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
+    text = f"{is_silent.sum():,} bars after an hour without a trade are left out, {span}"
+    if is_silent[-1]:
+        text += ": settled?"
+    flags = [*series.flags, text]
+    return dataclasses.replace(
+        series, bars=bars.select(~is_silent), source=series.source[~is_silent], flags=flags
+    )
 
 
 def _flag_breaks(series: Series) -> None:
