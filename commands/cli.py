@@ -314,7 +314,7 @@ def _parse_given(
             continue
         try:
             parsed[name] = _parse(types[name], value)
-            if name.endswith("_dir"):
+            if name.endswith("_dir") and parsed[name] is not None:
                 parsed[name] = locate(parsed[name])
         except ValueError as error:
             default = defaults[name]
