@@ -27,6 +27,7 @@ from data_sources.bars import MINUTE_NS, AssetClass, Bars, find_breaks
 from data_sources.calendar import new_york_time
 from envs.feature_errors import FeatureError, evaluate, import_own
 from envs.rolling import lagged, rolling_max, rolling_means
+from envs.scales import VOLATILITY_FLOOR, robust_moments
 
 FeatureFunction = Callable[["History"], Tensor]
 FEATURES: dict[str, FeatureFunction] = {}
@@ -37,8 +38,6 @@ LARGEST_RAW = 1e3  # only bad prints exceed it; they must not ruin the statistic
 WARM_UP_BARS = 15
 MINUTES_PER_DAY = 1_440
 SESSION_OPEN_MINUTE, SESSION_MINUTES = 570, 390  # 09:30 to 16:00 in New York
-# A tenth of a basis point per bar: limits how far a dead market's returns are scaled up.
-VOLATILITY_FLOOR = 1e-5
 
 
 def feature(function: FeatureFunction) -> FeatureFunction:
@@ -334,7 +333,7 @@ def compute_unbounded(
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and standard deviation (F,) of every feature before the holdout, fixed for the whole training."""
+    """Mean and deviation (F,) of every feature before the holdout, fixed for the whole training; see scales.py."""
 
     names: tuple[str, ...]
     mean: Tensor
@@ -354,23 +353,14 @@ class FeatureStatistics:
         Raises:
             ValueError: no symbol has enough bars before the holdout.
         """
-        count = 0
-        total = squares = torch.zeros(len(names), dtype=torch.float64)
-        for raw, num_bars in zip(raws, training_bars, strict=True):
-            part = raw[WARM_UP_BARS:num_bars].double()
-            count += len(part)
-            total = total.to(part.device) + part.sum(0)
-            squares = squares.to(part.device) + part.square_().sum(0)
+        given = zip(raws, training_bars, strict=True)
+        parts = (raw[WARM_UP_BARS:num_bars].double() for raw, num_bars in given)
+        count, mean, std = robust_moments(parts, len(names))
         if not count:
             raise ValueError(
                 f"no symbol has over {WARM_UP_BARS} bars before the holdout: "
                 "fetch older bars or lower holdout_days"
             )
-        mean = total / count
-        # Raw features are at most a thousand, so float64 is precise enough for the difference of squares.
-        std = (squares / count - mean.square()).clamp_(min=0.0).sqrt()
-        # A feature that never varies is only centred.
-        std = torch.where(std > 1e-6, std, torch.ones_like(std))
         return FeatureStatistics(tuple(names), mean.float(), std.float())
 
     def normalise(self, raw: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: S = symbols, B = bars of all symbols, one symbol after the other, F = fe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +18,12 @@ from data_sources.bars import DAY_NS, AssetClass, Bars, find_breaks
 from data_sources.calendar import minutes_left
 from envs.config import EnvConfig
 from envs.features import (
-    VOLATILITY_FLOOR,
     FeatureFunction,
     FeatureStatistics,
     compute,
     registered_features,
 )
+from envs.scales import reward_scales
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -51,7 +50,7 @@ class Market:
     symbols: tuple[str, ...]
     asset_classes: tuple[AssetClass, ...]  # of the symbols
     is_crypto: Tensor  # (S,) bool, no stock: perpetual futures, too
-    volatility: Tensor  # (S,) float32, typical log return of one bar in the training range: scales rewards
+    volatility: Tensor  # (S,) float32, typical log return of one bar in the training range, see scales.py
     offsets: Tensor  # (S + 1,) int64, first bar of each symbol
     breaks: Tensor  # (number of breaks,) int64, bars that no stretch spans
     open_time: Tensor  # (B,) int64, ns UTC
@@ -154,7 +153,7 @@ class Market:
             symbols=symbols,
             asset_classes=tuple(series.asset_class for series in bars),
             is_crypto=put(is_crypto, torch.bool),
-            volatility=put(np.array(list(map(_volatility, bars, training_bars))), torch.float32),
+            volatility=put(reward_scales(bars, training_bars), torch.float32),
             offsets=put(offsets, torch.int64),
             breaks=put(breaks, torch.int64),
             open_time=put(open_time, torch.int64),
@@ -320,17 +319,6 @@ class Market:
         found &= (self.stretch_last[stretch] > bar) & (self.stretch_first[stretch] <= bar - self.context_bars)
         bar = torch.where(found, bar, 0)
         return torch.where(found, numbers, 0), bar, found
-
-
-def _volatility(bars: Bars, num_bars: int) -> float:
-    # Mean absolute log return, scaled to a normal's standard deviation: gaps and bad prints count linearly, not
-    # squared. A break is no return.
-    breaks = find_breaks(bars.rows(0, num_bars))
-    moves = np.delete(np.abs(np.diff(np.log(bars.close[:num_bars]))), breaks - 1)
-    if not len(moves):
-        return VOLATILITY_FLOOR
-    mean = float(moves.mean())
-    return max(math.sqrt(math.pi / 2) * mean, VOLATILITY_FLOOR)
 
 
 def _windows(table: Tensor, first: Tensor, length: int) -> Tensor:
