@@ -21,6 +21,8 @@ HIGHEST_FIRST_KL = 1e-3
 HIGHEST_CLIP_FRACTION = 0.5
 LOWEST_EXPLAINED_VARIANCE = -0.1
 HIGHEST_VALUE_LOSS = 10.0
+HIGHEST_OUTLIER_RATIO = 100.0
+NAMED_OUTLIER_RATIO = 10.0  # of a symbol that a large or broken loss names
 DECIDED = 0.999  # share of the decisions for one position
 HIGHEST_RUINED_SHARE = 0.05  # of the episodes that ended
 GRADIENT_JUMP = 20.0  # times the usual norm
@@ -103,7 +105,31 @@ class _Limit:
 def _losses_are_finite(recent: Sequence[Row]) -> Finding | None:
     for name in ("loss/policy", "loss/value"):
         if name in recent[-1] and number(recent[-1], name) is None:
-            return Finding(name, f"{name} is not finite", "lower learning_rate, or try --precision fp32")
+            what, symbol = f"{name} is not finite", recent[-1].get("loss/outlying_symbol")
+            if symbol and number(recent[-1], "loss/outlier_ratio") is None:
+                return Finding(name, f"{what}, first of all for {symbol}", _look_at(symbol))
+            return Finding(name, what, "lower learning_rate, or try --precision fp32")
+    return None
+
+
+def _look_at(symbol: str) -> str:
+    return f"look at the bars of {symbol} with the command data, and leave it out if they are bad"
+
+
+def _value_loss_is_usual(recent: Sequence[Row]) -> Finding | None:
+    """Name the symbol where the critic's loss is large because of one, or where one stands out from the others."""
+    row = recent[-1]
+    loss, ratio = (number(row, name) or 0.0 for name in ("loss/value", "loss/outlier_ratio"))
+    symbol = row.get("loss/outlying_symbol")
+    of_symbol = f"the critic's error in {symbol} is {ratio:.0f} times that of the others"
+    if loss > HIGHEST_VALUE_LOSS:
+        what = f"large value loss, {loss:.3g} is above {HIGHEST_VALUE_LOSS:g}"
+        if symbol and ratio > NAMED_OUTLIER_RATIO:
+            return Finding("loss/value", f"{what}, and {of_symbol}", _look_at(symbol))
+        return Finding("loss/value", what, "lower learning_rate")
+    if symbol and ratio > HIGHEST_OUTLIER_RATIO:
+        what = f"{of_symbol}, more than {HIGHEST_OUTLIER_RATIO:g}"
+        return Finding("loss/outlier_ratio", what, _look_at(symbol))
     return None
 
 
@@ -184,7 +210,7 @@ RULES: tuple[Callable[[Sequence[Row]], Finding | None], ...] = (
         "lower learning_rate or update_passes",
     ),
     _critic_explains,
-    _Limit("loss/value", HIGHEST_VALUE_LOSS, "large value loss, {:.3g}", "lower learning_rate"),
+    _value_loss_is_usual,
     _policy_varies,
     _accounts_survive,
     _gradients_are_steady,

@@ -19,8 +19,11 @@ from training.hindsight import hindsight_advantages
 from training.integrity import Inspector, Sample, Seal, sample_of
 from training.losses import Losses, Objective, Targets, advantages_and_returns
 from training.parallel import parallelize
-from training.rollout import Rollout
+from training.rollout import REWARD_LIMIT, Rollout
 from training.validation import minibatch_segments
+
+# Of the critic's targets, whose deviation is about one: a slip that lasts for an hour adds up to more.
+RETURN_LIMIT = 32.0
 
 
 class Learner:
@@ -59,6 +62,8 @@ class Learner:
         self.seal = Seal(self._owned)
         self._inspector = Inspector(objective, self.parallel, ranks)
         self._sample: Sample | None = None  # of the newest rollout
+        # (3, N) of the newest rollout's segments: squared errors of the critic, decisions, clipped rewards
+        self.by_segment: Tensor | None = None
 
     def find_corruption(self) -> tuple[str, str]:
         """Compare this rank's numbers with the other ranks' and with each other, see Inspector (all ranks)."""
@@ -198,8 +203,20 @@ class Learner:
             )
             advantages = self._scale(advantages, rollout.valid)
             weights = rollout.log_policy.exp()
+        returns = returns.clamp(-RETURN_LIMIT, RETURN_LIMIT)
+        self.by_segment = self._sum_up(rollout, returns)
         targets = Targets(rollout.log_policy, weights, advantages, returns, rollout.valid)
         return targets, self._explained_variance(rollout, returns)
+
+    def _sum_up(self, rollout: Rollout, returns: Tensor) -> Tensor:
+        """Return each segment's squared errors of the critic, decisions, and rewards at their limit, (3, N)."""
+        limit = REWARD_LIMIT * math.sqrt(1.0 - self.settings.gamma**2)
+        columns = (
+            (returns - rollout.values).double().square(),
+            torch.ones_like(returns, dtype=torch.float64),
+            (rollout.rewards.abs() > 0.999 * limit).double(),
+        )
+        return torch.stack([torch.where(rollout.valid, column, 0.0).sum(1) for column in columns])
 
     def _scale(self, advantages: Tensor, valid: Tensor) -> Tensor:
         """Give advantages (N, T, K) a mean square of 1 over all choices, likely or not, of all ranks.

@@ -292,6 +292,7 @@ class Trainer:
                 f"rollout/{name}": total[name] / decisions for name in total if name.startswith("in_position")
             },
             **{name: float(value) for name, value in losses.items()},
+            **self._figures_by_symbol(),
             "perf/rollout_seconds": rollout_seconds,
             "perf/update_seconds": update_seconds,
             "perf/transitions_per_second": transitions / seconds,
@@ -307,6 +308,26 @@ class Trainer:
             figures |= plasticity(self.policy, fixed_batch(self.env.market))
         if self.ranks.device.type == "cuda":
             figures |= gpu_figures(self.ranks.device)
+        return figures
+
+    def _figures_by_symbol(self) -> dict[str, Any]:
+        """Find the symbol in which the critic is worst, and count clipped rewards (all ranks take part)."""
+        market, by_segment = self.env.market, self.learner.by_segment
+        if by_segment is None:
+            return {}
+        sums = by_segment.new_zeros(3, len(market.symbols))
+        numbers = torch.searchsorted(market.offsets, self.env.cursor, right=True) - 1
+        errors, decisions, clipped = self.ranks.sum(sums.index_add_(1, numbers, by_segment)).cpu()
+        figures: dict[str, Any] = {"rollout/clipped_rewards": int(clipped.sum())}
+        # Per decision, as a multiple of that of all other symbols.
+        ratios = (errors / decisions) / ((errors.sum() - errors) / (decisions.sum() - decisions))
+        ratios = torch.where(errors.isfinite(), ratios.nan_to_num(0.0, 0.0), math.inf)
+        worst = int(ratios.argmax())
+        if ratios[worst] > 0:
+            figures |= {
+                "loss/outlying_symbol": market.symbols[worst],
+                "loss/outlier_ratio": float(ratios[worst]),
+            }
         return figures
 
     def checkpoint(self, fingerprint: str, metrics: Mapping[str, Any], exam: Mapping[str, Any]) -> Checkpoint:

@@ -136,6 +136,28 @@ def test_a_finding_is_reported_once_and_again_after_a_long_absence() -> None:
     assert watch.new(ill) == ill
 
 
+def test_a_large_loss_names_the_symbol_that_causes_it() -> None:
+    outlier = {"loss/outlying_symbol": "SSSUSDT", "loss/outlier_ratio": 900.0}
+    (finding,) = findings(after_healthy_epochs(**{"loss/value": 50.0} | outlier))
+    assert str(finding) == (
+        "large value loss, 50 is above 10, and the critic's error in SSSUSDT is 900 times that of the others: "
+        "look at the bars of SSSUSDT with the command data, and leave it out if they are bad"
+    )
+    (finding,) = findings(after_healthy_epochs(**outlier))
+    assert finding.metric == "loss/outlier_ratio" and "SSSUSDT is 900 times" in finding.what
+    usual = outlier | {"loss/outlier_ratio": 9.0}
+    assert names(after_healthy_epochs(**usual)) == []
+    (finding,) = findings(after_healthy_epochs(**{"loss/value": 50.0} | usual))
+    assert "SSSUSDT" not in str(finding) and finding.remedy == "lower learning_rate"
+
+
+@pytest.mark.parametrize("broken", [math.inf, None])
+def test_a_loss_that_is_not_finite_names_the_symbol(broken: float | None) -> None:
+    row = {"loss/value": math.nan, "loss/outlying_symbol": "SSSUSDT", "loss/outlier_ratio": broken}
+    (finding,) = findings(after_healthy_epochs(**row))
+    assert finding.what == "loss/value is not finite, first of all for SSSUSDT"
+
+
 def test_the_docs_state_the_same_thresholds() -> None:
     rows = {}
     for line in DOCS.read_text(encoding="utf-8").splitlines():
@@ -148,6 +170,7 @@ def test_the_docs_state_the_same_thresholds() -> None:
         "ppo/clip_fraction": f"above {health.HIGHEST_CLIP_FRACTION:g}",
         "ppo/explained_variance": f"below {health.LOWEST_EXPLAINED_VARIANCE:g} for {LONG} epochs",
         "loss/value": f"above {health.HIGHEST_VALUE_LOSS:g}",
+        "loss/outlier_ratio": f"above {health.HIGHEST_OUTLIER_RATIO:g}",
         "rollout/in_position_X": f"1 for {LONG} epochs",
         "rollout/ruined_episodes": f"above {health.HIGHEST_RUINED_SHARE:.0%}",
         "ppo/grad_norm": f"{health.GRADIENT_JUMP:g} times",
@@ -159,7 +182,9 @@ def test_the_docs_state_the_same_thresholds() -> None:
     }
     for metric, words in documented.items():
         assert words in rows[metric], metric
-    assert len(documented) == len(health.RULES) - 1  # the rule of finite losses is explained above the table
+    # The rule of finite losses is explained above the table; that of the value loss has two rows.
+    assert len(documented) == len(health.RULES)
+    assert f"from {health.NAMED_OUTLIER_RATIO:g} on" in rows["loss/outlier_ratio"]
 
 
 def test_what_is_measured_now_and_then_lasts_until_it_is_measured_again() -> None:

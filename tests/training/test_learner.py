@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.training.rollouts import made_up_rollout, small_learner, small_policy
+from training.learner import RETURN_LIMIT
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,19 @@ def test_choices_are_weighed_against_each_other_by_their_advantage() -> None:
         change = torch.log_softmax(policy(rollout.bars, rollout.accounts)[0], -1) - rollout.log_policy
     assert (change[..., 2] > 0).float().mean() > 0.95
     assert (change[..., :2].sum(-1) < 0).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("hindsight", [True, False])
+def test_the_critics_targets_are_limited_where_they_are_beyond(hindsight: bool) -> None:
+    policy = small_policy()
+    learner, rollout = small_learner(policy), made_up_rollout(policy, 16, hindsight=hindsight)
+    usual, _ = learner._targets(rollout)
+    earned = rollout.hindsight.growth if rollout.hindsight else rollout.rewards
+    earned[:2] *= 100.0  # two segments of a slip
+    targets, _ = learner._targets(rollout)
+    assert usual.returns.abs().max() < 10
+    assert targets.returns[:2].abs().max() == RETURN_LIMIT
+    assert torch.equal(targets.returns[2:], usual.returns[2:])
 
 
 def test_rollout_and_update_agree_at_the_first_minibatch() -> None:

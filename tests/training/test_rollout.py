@@ -14,7 +14,7 @@ from tests.training.rollouts import ALONE, SETTINGS, calm_and_wild, policy_for, 
 from training.compilation import compile_accounts, compile_hindsight, compile_objective
 from training.distributed import Ranks
 from training.losses import Objective
-from training.rollout import collect
+from training.rollout import REWARD_LIMIT, collect
 
 
 def symbols_of(env: TradingEnv) -> torch.Tensor:
@@ -83,6 +83,30 @@ def test_rewards_are_the_environments_in_units_of_the_markets_volatility() -> No
     assert volatility.max() > 5 * volatility.min()
     torch.testing.assert_close(rollout.rewards * volatility[:, None], rewards)
     assert rewards.abs().max() > 0
+
+
+@pytest.mark.parametrize("reward_scale", [1.0, 0.14])
+def test_rewards_and_what_every_choice_earns_are_clipped_alike(reward_scale: float) -> None:
+    market = market_of(walk())
+    quiet = replace(
+        market, volatility=market.volatility / 500
+    )  # so that its moves are up to 1,500 usual ones
+    usual, clipped = (
+        collect(
+            env := env_of(given), policy_for(env), torch.Generator().manual_seed(7), 16, hindsight=True,
+            reward_scale=reward_scale,
+        )
+        for given in (market, quiet)
+    )  # fmt: skip
+    limit = REWARD_LIMIT * reward_scale
+    assert usual.hindsight and clipped.hindsight
+    for before, after in (
+        (usual.rewards, clipped.rewards),
+        (usual.hindsight.growth, clipped.hindsight.growth),
+    ):
+        assert before.abs().max() < limit < 500 * before.abs().max()
+        torch.testing.assert_close(after, (500 * before).clamp(-limit, limit), rtol=1e-4, atol=1e-5)
+    assert 0.1 < (clipped.rewards.abs() > 0.999 * limit).float().mean() < 0.9
 
 
 def test_every_chunk_of_the_rollout_is_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:

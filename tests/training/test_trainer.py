@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from training.checkpoint import Checkpoint, newest
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryNeeds, MemoryPlan, num_parameters
 from training.progress import TrainingProgress
+from training.rollout import REWARD_LIMIT
 from training.trainer import Trainer
 from training.validation import policy_sizes
 
@@ -78,6 +80,35 @@ def test_a_stopped_update_is_saved_and_finished_by_the_next_start(tmp_path: Path
     assert an_epoch(resumed) == an_epoch(unbroken)  # and the segment after it is a new one
     for name, weights in unbroken.policy.state_dict().items():
         assert torch.equal(weights, resumed.policy.state_dict()[name]), name
+
+
+def test_the_symbol_in_which_the_critic_is_worst_is_named_and_clipped_rewards_are_counted() -> None:
+    trainer = small_trainer(envs_per_gpu=16)
+    rollout = trainer.collect()
+    assert rollout.hindsight is not None
+    names = trainer.env.state_dict()["symbols"]
+    assert set(names) == {"SIM000", "SIM001"}
+    odd = torch.tensor([name == "SIM001" for name in names])
+    scale = REWARD_LIMIT * math.sqrt(1 - trainer.settings.gamma**2)
+    rollout.rewards[odd, 3] = -scale
+    rollout.hindsight.growth[odd, 3] = -scale
+    figures = trainer.metrics(trainer.update(rollout) or {})
+    assert figures["loss/outlying_symbol"] == "SIM001"
+    assert figures["loss/outlier_ratio"] > 10
+    assert figures["rollout/clipped_rewards"] == int(odd.sum())
+    errors, decisions, _ = trainer.learner.by_segment
+    expected = (errors[odd].sum() / decisions[odd].sum()) / (errors[~odd].sum() / decisions[~odd].sum())
+    assert figures["loss/outlier_ratio"] == pytest.approx(float(expected))
+
+
+def test_a_loss_that_is_not_finite_is_of_a_symbol() -> None:
+    trainer = small_trainer(envs_per_gpu=16)
+    rollout = trainer.collect()
+    assert rollout.hindsight is not None
+    odd = trainer.env.state_dict()["symbols"].index("SIM001")
+    rollout.hindsight.growth[odd] = math.nan
+    figures = trainer.metrics(trainer.update(rollout) or {})
+    assert (figures["loss/outlying_symbol"], figures["loss/outlier_ratio"]) == ("SIM001", math.inf)
 
 
 def test_a_stopped_update_that_does_not_fit_any_more_is_played_anew(tmp_path: Path) -> None:
