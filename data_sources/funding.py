@@ -101,8 +101,14 @@ class FundingLedger:
         times, rates = times[inside], rates[inside]
         if not len(times):
             return bars, ["no funding is known: none is charged"]
-        gaps = list(_gaps(times, rates, last))
         flags = []
+        # No exchange charges twice within half an hour: the same payment under another stamp.
+        is_repeat = np.diff(times, prepend=times[0] - HOUR_NS) < HOUR_NS // 2
+        if is_repeat.any():
+            again = f"{is_repeat.sum()} times, first at {_minute(int(times[is_repeat][0]))}"
+            flags.append(f"funding twice within half an hour, {again}: charged once")
+            times, rates = times[~is_repeat], rates[~is_repeat]
+        gaps = list(_gaps(times, rates, last))
         if times[0] > first + LONGEST_INTERVAL_NS:
             flags.append(f"no funding is known before {_minute(int(times[0]))}: none is charged until then")
         flags += [gap.text for gap in gaps if gap.due[0] <= last - LATE_NS]
@@ -174,9 +180,9 @@ class _Gap:
 def _gaps(times: NDArray[np.int64], rates: NDArray[np.float64], last_ns: int) -> Iterator[_Gap]:
     """Find where rows are missing, up to ``last_ns``.
 
-    The time between two rows misses none if it is no longer than 8 hours and than one of its neighbours: so a
+    The time between two rows misses none if it is hardly longer than 8 hours and than one of its neighbours: so a
     change of the interval from 8 to 4 hours, or back, is no gap. A longer one has the interval that was known when
-    it began, as has the time since the newest row.
+    it began, as has the time since the newest row. A row up to half an interval after its time is that row, late.
     """
     steps = np.diff(times)
     for number, time in enumerate(times.tolist()):
@@ -184,9 +190,9 @@ def _gaps(times: NDArray[np.int64], rates: NDArray[np.float64], last_ns: int) ->
         end = last_ns + 1
         if number < len(steps):
             step, after = int(steps[number]), int(steps[min(number + 1, len(steps) - 1)])
-            if step <= LONGEST_INTERVAL_NS and step <= max(before, after):
+            if step * 4 <= min(LONGEST_INTERVAL_NS, max(before, after)) * 5:
                 continue
-            end = time + step
+            end = time + step - before // 2
         due = range(time + before, end, before)
         if due:
             yield _Gap(due, float(rates[number]))

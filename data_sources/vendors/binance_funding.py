@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sources.bars import DAY_NS, HOUR_NS, MINUTE_NS
+from data_sources.bars import DAY_NS, HOUR_NS
 from data_sources.errors import DataError, LakeError
 from data_sources.funding import LONGEST_INTERVAL_NS, FundingLedger
 from data_sources.vendors.binance_archive import Archive, months
@@ -21,6 +21,7 @@ from data_sources.vendors.binance_rest import PAGE_FUNDING, Rest, UnknownPair
 
 SHORTEST_INTERVAL_NS = HOUR_NS
 OVERLAP_NS = DAY_NS  # asked for again, so that a row that came late or was corrected is found
+LATE = 1.5  # of an interval: a row that comes as late is not missing
 SETTLED_NS = 40 * DAY_NS  # what the archive does not have by now it never will
 
 
@@ -91,10 +92,9 @@ class FundingRefresh:
 
 
 def _has_gap(times: NDArray[np.int64], start_ns: int, end_ns: int) -> bool:
-    """Return whether a row is missing: more than 8 hours without one, or a step longer than those beside it."""
+    """Return whether a row is missing: a step is much longer than 8 hours, or than both of those beside it."""
     inside = times[(times >= start_ns) & (times < end_ns)]
-    longest = LONGEST_INTERVAL_NS + MINUTE_NS
-    if (np.diff(inside, prepend=start_ns, append=end_ns) > longest).any():
+    if (np.diff(inside, prepend=start_ns, append=end_ns) > LONGEST_INTERVAL_NS * LATE).any():
         return True
     steps = np.diff(inside)
-    return bool((steps[1:-1] > np.maximum(steps[:-2], steps[2:])).any())
+    return bool((steps[1:-1] > np.maximum(steps[:-2], steps[2:]) * LATE).any())

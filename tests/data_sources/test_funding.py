@@ -140,6 +140,13 @@ def test_a_missing_row_is_charged_as_the_one_before_it_with_a_warning(ledger):
     ]
 
 
+def test_a_row_with_a_stamp_of_minutes_after_its_time_is_charged_once(ledger):
+    ledger.update(SYMBOL, at(0, 8 + 2 / 60, 16, 24, 28, 32 + 5 / 60, 36, 36 + 1 / 60, 40, 48 + 2 / 60), NOW)
+    bars, flags = ledger.apply(hours(50))
+    assert list(charged(bars)) == [9, 16, 24, 28, 33, 36, 40, 49]  # the last at 4 hours, then 8, late
+    assert flags == ["funding twice within half an hour, 1 times, first at 2026-01-06 12:01: charged once"]
+
+
 def test_rows_that_are_late_are_charged_as_the_newest_for_a_day(ledger):
     ledger.update(SYMBOL, at(0, 8, 16), NOW)
     bars, flags = ledger.apply(hours(25))
