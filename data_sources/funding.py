@@ -98,6 +98,8 @@ class FundingLedger:
         first, last = int(bars.open_time[0]), int(bars.open_time[-1])
         times, rates = self.rates_of(names or [Stretch(bars.symbol, 0, last + 1, 1.0)])
         inside = (times > first - LONGEST_INTERVAL_NS) & (times <= last)
+        # Of a contract that was settled rows go on without bars, perhaps until another one takes up its name.
+        inside &= (times <= first) | _follows_a_bar(bars, times, DAY_NS)
         times, rates = times[inside], rates[inside]
         if not len(times):
             return bars, ["no funding is known: none is charged"]
@@ -108,7 +110,8 @@ class FundingLedger:
             again = f"{is_repeat.sum()} times, first at {_minute(int(times[is_repeat][0]))}"
             flags.append(f"funding twice within half an hour, {again}: charged once")
             times, rates = times[~is_repeat], rates[~is_repeat]
-        gaps = list(_gaps(times, rates, last))
+        gaps = [gap.where_traded(bars) for gap in _gaps(times, rates, last)]
+        gaps = [gap for gap in gaps if gap.due]
         if times[0] > first + LONGEST_INTERVAL_NS:
             flags.append(f"no funding is known before {_minute(int(times[0]))}: none is charged until then")
         flags += [gap.text for gap in gaps if gap.due[0] <= last - LATE_NS]
@@ -167,14 +170,25 @@ class FundingLedger:
 class _Gap:
     """Times at which a row is missing, and the rate before them."""
 
-    due: range
+    due: Sequence[int]
     rate: float
+
+    def where_traded(self, bars: Bars) -> _Gap:
+        """Return the times at which there was something to hold."""
+        near = _follows_a_bar(bars, np.array(self.due, np.int64), HOUR_NS)
+        return _Gap([time for time, traded in zip(self.due, near.tolist(), strict=True) if traded], self.rate)
 
     @property
     def text(self) -> str:
         last = f" to {_minute(self.due[-1])}, {len(self.due)} times" if len(self.due) > 1 else ""
         next_best = "the rate before it is charged, for a day at most"
         return f"no funding is known of {_minute(self.due[0])}{last}: {next_best}"
+
+
+def _follows_a_bar(bars: Bars, times: NDArray[np.int64], span_ns: int) -> NDArray[np.bool_]:
+    """Return at which times there was a bar in the span before."""
+    place = np.searchsorted(bars.open_time, times)
+    return (place > 0) & (times - bars.open_time[np.maximum(place, 1) - 1] <= span_ns)
 
 
 def _gaps(times: NDArray[np.int64], rates: NDArray[np.float64], last_ns: int) -> Iterator[_Gap]:

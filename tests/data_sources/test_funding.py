@@ -176,6 +176,26 @@ def test_a_time_without_a_bar_is_charged_at_the_next_bar_and_the_first_bar_is_no
     assert flags == [] and list(charged(bars)) == [10, 16]
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_rows_between_a_settlement_and_a_contract_of_the_same_name_are_nobodys(ledger, goes_on):
+    """LITUSDT was settled in 2025-01; its funding goes on until June, another coin has the name since December."""
+    between = range(16, 2000, 8) if goes_on else ()
+    ledger.update(SYMBOL, [*at(0, 8), *at(*between), *at(2400, 2404, 2408, rate=5e-4)], NOW)
+    bars = hours(2410).select(np.isin(np.arange(2410), [*range(10), *range(2398, 2410)]))
+    bars, flags = ledger.apply(bars)
+    found = charged(bars)
+    assert flags == []
+    assert {hour: rate for hour, rate in found.items() if hour != 2398} == {
+        8: 1e-4,
+        2400: 5e-4,
+        2404: 5e-4,
+        2408: 5e-4,
+    }
+    assert found.get(2398, 0) == pytest.approx(
+        3e-4 if goes_on else 0
+    )  # a day's, since it may have been a halt
+
+
 def test_former_names_have_their_rows_in_their_time(ledger):
     change = MONDAY + 12 * HOUR_NS
     ledger.update("OLDUSDT.P", at(8, 16, rate=3e-4), NOW)
