@@ -22,6 +22,7 @@ NOW, CLOSED = ns("2026-11-04T12:00:30"), ns("2026-11-04T12:00")  # October's fil
 START = ns("2026-10-30T00:00")
 PERPETUAL = "BTCUSDT.P"
 REST, FILES = "/fapi/v1/fundingRate", "/fundingRate/"
+LONG = pytest.mark.drill
 RESTRICTED = b'{"code":0,"msg":"restricted location"}'
 
 
@@ -155,9 +156,11 @@ def test_a_missing_row_comes_from_the_other_host_and_a_late_one_with_the_next_re
             lambda rows: [*rows[:-1], dict(rows[-1], fundingRate=None)],
             "a funding rate of nan at 2026-11-04 08:00",
         ),
-        (lambda rows: [*rows, {"fundingTime": "soon"}], "expected a funding rate with its time"),
+        pytest.param(
+            lambda rows: [*rows, {"fundingTime": "soon"}], "expected a funding rate with its time", marks=LONG
+        ),
         (lambda rows: [*rows, dict(rows[0], fundingTime=1)], "funding rates outside of the requested span"),
-        (lambda rows: {"rows": rows}, "expected a list of funding rates"),
+        pytest.param(lambda rows: {"rows": rows}, "expected a list of funding rates", marks=LONG),
     ],
 )
 def test_a_bad_row_of_rest_is_one_line_and_the_rest_stays(harness: Harness, change: Any, words: str) -> None:
@@ -173,7 +176,9 @@ def test_a_bad_row_of_rest_is_one_line_and_the_rest_stays(harness: Harness, chan
         assert known == expected
 
 
-@pytest.mark.parametrize("kind", ["corrupt", "words", "another month", "header within"])
+@pytest.mark.parametrize(
+    "kind", ["corrupt", "header within", *(pytest.param(k, marks=LONG) for k in ("words", "another month"))]
+)
 def test_a_damaged_month_is_one_line(harness: Harness, kind: str) -> None:
     changes = {
         "words": lambda rows: [*rows, ["soon", 8, "0.1"]],

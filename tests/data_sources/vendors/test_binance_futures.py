@@ -15,18 +15,20 @@ from data_sources.vendors.binance_product import USD_M
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.binance_rest import Rest
 from tests.data_sources.bar_tables import read
-from tests.data_sources.vendors.binance_harness import CLOSED, DAY_NS, NOW, POLICY, START, Harness
+from tests.data_sources.vendors.binance_harness import DAY_NS, POLICY, Harness
 from tests.data_sources.vendors.binance_server import HEADER, MINUTE_NS, BinanceServer
 from tests.data_sources.vendors.loopback import Fault, ns
 
 PERPETUALS = ("BTCUSDT.P", "ETHUSDT.P")
-DAYS = ns("2026-11-18T00:00")
+NOW, CLOSED = ns("2026-11-04T12:00:30"), ns("2026-11-04T12:00")  # October's files are out since the 2nd
+DAYS = ns("2026-11-01T00:00")
 RESTRICTED = b'{"code":0,"msg":"Service unavailable from a restricted location"}'
 
 
 @pytest.fixture
 def server() -> Iterator[BinanceServer]:
     with BinanceServer(NOW, ("BTCUSDT", *PERPETUALS)) as server:
+        server.listed_ns = dict.fromkeys(server.pairs, ns("2026-10-29T00:00"))
         yield server
 
 
@@ -45,11 +47,11 @@ def test_spot_and_perpetual_of_a_pair_stand_beside_each_other(harness: Harness, 
     spot.refresh("BTCUSDT", start_ns=DAYS)
     harness.refresh(*PERPETUALS, start_ns=ns("2026-10-30T00:00"))
     for pair in PERPETUALS:
-        harness.assert_complete(pair, start_ns=ns("2026-10-30T00:00"))
-        assert {"2026-10", "2026-11-22", "recent"} <= harness.units(pair)
-    spot.assert_complete("BTCUSDT", start_ns=DAYS)
-    assert not np.array_equal(harness.server.truth("BTCUSDT", START, CLOSED)[1],
-                              harness.server.truth("BTCUSDT.P", START, CLOSED)[1])  # fmt: skip
+        harness.assert_complete(pair, start_ns=ns("2026-10-30T00:00"), end_ns=CLOSED)
+        assert {"2026-10", "2026-11-02", "recent"} <= harness.units(pair)
+    spot.assert_complete("BTCUSDT", start_ns=DAYS, end_ns=CLOSED)
+    assert not np.array_equal(harness.server.truth("BTCUSDT", DAYS, CLOSED)[1],
+                              harness.server.truth("BTCUSDT.P", DAYS, CLOSED)[1])  # fmt: skip
     assert harness.notes.warnings == []
     assert harness.notes.units == harness.notes.total
     assert harness.notes.summary.startswith("2 of 2 perpetuals up to date")
@@ -73,14 +75,14 @@ def test_no_news_costs_a_page_of_the_least_weight(harness: Harness) -> None:
 def test_header_rows_in_a_file_are_no_rows(harness: Harness) -> None:
     header = HEADER.strip().split(",")
     shouted = [name.upper() for name in header]
-    start_ns = ns("2026-11-19T00:00")
+    start_ns = ns("2026-11-01T00:00")
     harness.server.faults = [
-        Fault("2026-11-20", "rows", rows=lambda rows: [header, *rows[:700], header, shouted, *rows[700:]])
+        Fault("2026-11-02", "rows", rows=lambda rows: [header, *rows[:700], header, shouted, *rows[700:]])
     ]
     requests = harness.refresh(start_ns=start_ns)
-    part = harness.lake.parts("binance_futures", "BTCUSDT.P")["2026-11-20"]
+    part = harness.lake.parts("binance_futures", "BTCUSDT.P")["2026-11-02"]
     assert (part.rows, part.rejected) == (1440, {})
-    harness.assert_complete(start_ns=start_ns)
+    harness.assert_complete(start_ns=start_ns, end_ns=CLOSED)
     assert limits(requests) == [1, 1000, 1000, 160]  # the first bar and the last 36 hours: nothing was mended
 
 
@@ -93,7 +95,7 @@ def test_a_blocked_api_leaves_the_archive_and_a_blocked_archive_the_api(harness:
         "skipping Binance futures REST: Binance futures refuses access (HTTP 451): not served here, or set "
         "BINANCE_FUTURES_API_URL to a proxy; its archive has all but the newest days"
     )
-    harness.assert_complete(start_ns=start_ns, end_ns=ns("2026-11-24T00:00"))
+    harness.assert_complete(start_ns=start_ns, end_ns=ns("2026-11-04T00:00"))
     harness.server.faults = [Fault("/data/", status=451, body=b"<html>")]
     harness.refresh(start_ns=start_ns, seconds_later=2 * 86400)
     assert "Binance futures archive refuses access (HTTP 451)" in harness.notes.warnings[-1]
@@ -109,30 +111,30 @@ def test_a_ban_and_a_limit_are_those_of_this_host(harness: Harness) -> None:
     harness.server.faults, harness.server.banned_until = [], 0.0
     harness.server.weight = 1920  # of 2,400; a third of spot's limit
     rest = Rest(harness.server.url + "/fapi", replace(POLICY, longest_wait_seconds=0.5), USD_M)
-    assert len(rest.page("BTCUSDT.P", START, CLOSED)) == 1000
+    assert len(rest.page("BTCUSDT.P", DAYS, CLOSED)) == 1000
     with pytest.raises(RateLimited, match="wait"):
-        rest.page("BTCUSDT.P", START, CLOSED)
+        rest.page("BTCUSDT.P", DAYS, CLOSED)
 
 
 def test_what_is_no_perpetual_there_is_answered_with_the_one_that_is(harness: Harness) -> None:
     harness.server.pairs += ("1000CATUSDT.P",)
     advice = {"BTCUSD.P": "it has BTCUSDT.P", "CATUSDT.P": "it has 1000CATUSDT.P"}
     advice["QQQQUSDT.P"] = "take it out of binance_perpetuals"
-    harness.refresh("BTCUSDT.P", *advice, "BTCUSDT", start_ns=ns("2026-11-23T00:00"))
+    harness.refresh("BTCUSDT.P", *advice, "BTCUSDT", start_ns=ns("2026-11-03T00:00"))
     assert sorted(harness.notes.warnings) == sorted(
         [
             "'BTCUSDT' is not a Binance perpetual; perpetuals look like BTCUSDT.P",
             *(f"{name}: Binance does not know this perpetual; {text}" for name, text in advice.items()),
         ]
     )
-    harness.assert_complete(start_ns=ns("2026-11-23T00:00"))
+    harness.assert_complete(start_ns=ns("2026-11-03T00:00"), end_ns=CLOSED)
 
 
 def test_addresses_come_from_the_environment(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BINANCE_FUTURES_API_URL", harness.server.url + "/fapi/")
     monkeypatch.setenv("BINANCE_ARCHIVE_URL", harness.server.url)
-    start_ns = ns("2026-11-22T00:00")
+    start_ns = ns("2026-11-02T00:00")
     harness.binance = Binance.from_environment(USD_M, POLICY)
     harness.refresh(start_ns=start_ns)
-    harness.assert_complete(start_ns=start_ns)
-    assert read(harness.lake, "binance", "BTCUSDT.P", None, START, NOW).num_rows == 0
+    harness.assert_complete(start_ns=start_ns, end_ns=CLOSED)
+    assert read(harness.lake, "binance", "BTCUSDT.P", None, DAYS, NOW).num_rows == 0

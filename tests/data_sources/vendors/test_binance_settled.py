@@ -75,7 +75,9 @@ def test_a_halt_leaves_out_its_bars_alone(harness: Harness) -> None:
     assert [flag for flag in row.flags if "settled" in flag] == []
 
 
-@pytest.mark.parametrize("code", [-1121, -1122, -4108, -4141])
+@pytest.mark.parametrize(
+    "code", [-4108, *(pytest.param(code, marks=pytest.mark.drill) for code in (-1121, -1122, -4141))]
+)
 def test_a_contract_that_rest_no_longer_knows_comes_from_the_archive(harness: Harness, code: int) -> None:
     harness.server.codes[PERPETUAL] = code
     for later in (0, 60):
