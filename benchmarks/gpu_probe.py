@@ -139,6 +139,7 @@ def _print_exam_share(trainer: Trainer, days: int, epoch: Callable[[], None]) ->
         int(market.open_time.max()) - days * DAY_NS,
         NEVER_NS,
         chunk_segments=min(trainer.learner.micro_batch_segments, trainer.env.config.num_envs),
+        compiled=trainer.env.compiled,
     )
     exam = time.perf_counter() - start
     start = time.perf_counter()

@@ -67,18 +67,25 @@ class CompiledSteps:
 
     @torch.no_grad()
     def play(
-        self, decide: Decide, inputs: tuple[Tensor, ...], observed: Tensor
+        self,
+        decide: Decide,
+        inputs: tuple[Tensor, ...],
+        observed: Tensor,
+        log_start: Tensor | None = None,
+        with_fills: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Take all decisions of the segment and their steps.
 
         Args:
             decide: see ``Decide``.
-            inputs: (H, N, ...) each, one step's values go to each call of ``decide``.
+            inputs: (H, ...) each, one step's values go to each call of ``decide``.
             observed: (N, A), at the first decision.
+            log_start: (N,) log equity at the start of the episode; None for 0.
+            with_fills: also return what ``Fills`` holds.
 
         Returns:
             The observations after the last step, (N, A); and columns: observations (H, A, N), log equity and
-            rewards (H, N), then the outputs of ``decide``, (H, N, ...) each.
+            rewards (H, N), then those of ``Fills``, then the outputs of ``decide``, (H, N, ...) each.
         """
         segment, parts = self._segment, []
         horizon = len(segment.held)
@@ -95,6 +102,8 @@ class CompiledSteps:
                 segment.quotes[:, first : first + length + 2],
                 None if segment.allowed is None else segment.allowed[rows],
                 *self._terms,
+                log_start,
+                with_fills,
             )
             parts.append(columns)
         return observed, [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -110,6 +119,8 @@ def _decisions(
     allowed: Tensor | None,
     shared: tuple[Tensor, ...],
     rules: dict[str, Any],
+    log_start: Tensor | None,
+    with_fills: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     in_cash, targets, played, flows, base_rate, *constants = shared
     now, lived, sums = AccountState.of(amounts, alive), played, flows.unbind()
@@ -117,6 +128,7 @@ def _decisions(
     for t in range(quotes.shape[1] - 2):
         # Accounts side by side, as in memory. No bool is stored: that would take longer than the rest of a step.
         before = observed.t().contiguous(), now.log_equity
+        held = now.units, now.target
         outputs = decide(observed, *(values[t] for values in inputs))
         action = torch.where(now.alive if allowed is None else now.alive & allowed[t], outputs[0], in_cash)
         lived = torch.where(now.alive, lived + 1, lived)
@@ -125,8 +137,9 @@ def _decisions(
         if fill.funding is not None:
             last_fill.append(fill.funding)
         sums = tuple(total + part for total, part in zip(sums, last_fill, strict=True))
-        observed = observe(now, quotes[1, t + 1], lived, base_rate, tuple(constants))
-        rows.append((*before, fill.log_return.float(), *outputs))
+        observed = observe(now, quotes[1, t + 1], lived, base_rate, tuple(constants), log_start)
+        recorded = (*held, *last_fill) if with_fills else ()
+        rows.append((*before, fill.log_return.float(), *recorded, *outputs))
     # Copied before the account changes in place.
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     played.copy_(lived)

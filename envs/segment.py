@@ -139,6 +139,18 @@ class Segment:
         return {name: values.t().contiguous() for name, values in fills.items()}
 
 
+class Fills(NamedTuple):
+    """The ledger of a segment as played, (H, N) each, in the precision of the accounts."""
+
+    units: Tensor  # held before the fill
+    target: Tensor  # the same
+    log_return: Tensor
+    traded: Tensor  # in start equities, as all that follows
+    costs: Tensor
+    borrow_cost: Tensor
+    funding: Tensor | None = None  # None where the market has none
+
+
 class Trajectory(NamedTuple):
     """One segment as played, decision by decision; A = account observations."""
 
@@ -149,6 +161,7 @@ class Trajectory(NamedTuple):
     terminated: Tensor  # (H, N) bool
     truncated: Tensor  # (N,) bool, at the last decision
     outputs: tuple[Tensor, ...]  # (H, N, ...) each, of `decide`; the first are the actions
+    fills: Fills | None = None  # where the environment records them
 
 
 class Statistics:

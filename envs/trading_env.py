@@ -17,7 +17,7 @@ from envs.account import AccountState, advance, flows_of, observation_constants,
 from envs.compiled import CompiledSteps, Decide
 from envs.config import EnvConfig
 from envs.market import Market
-from envs.segment import Segment, Statistics, Trajectory
+from envs.segment import Fills, Segment, Statistics, Trajectory
 
 
 class TradingEnv:
@@ -125,6 +125,7 @@ class TradingEnv:
     ) -> None:
         self.config = config
         self.compiled = compiled
+        self.records_fills = False  # in the trajectories of `play`
         self._observed: Tensor | None = None  # at the next decision, where `play` has computed it
         self.device = torch.device(device)
         self.dtype = dtype
@@ -268,32 +269,37 @@ class TradingEnv:
         """Play the segment that has begun to its end; in few calls, where it is compiled.
 
         Args:
-            decide: a function of the account observations, (N, A), and of this step's inputs, (N, ...); the
-                first tensor that it returns is the actions, (N,) int64. It is compiled, too, where ``play`` is:
-                then it must be tensor operations alone, and hold no numbers that change from call to call.
-            inputs: (H, N, ...) each.
+            decide: a function of the account observations, (N, A), and of this step's inputs; the first tensor
+                that it returns is the actions, (N,) int64. Where ``play`` is compiled, it is too: see ``Decide``.
+            inputs: (H, ...) each.
 
         Raises:
             RuntimeError: no segment has just begun.
         """
         if self._step:
             raise RuntimeError(f"{self._step} steps of the segment are taken: call begin_segment()")
-        if self.compiled and self._log_start is None:
-            played = self._played.clone()
-            self._observed, columns = self._compiled_steps.play(decide, inputs, self.account_observations())
-            by_account, log_equity, rewards, *outputs = columns
-            alive, terminated, truncated = self._finish_compiled(outputs[0], played)
+        recorded = 2 + len(self.statistics.flows) if self.records_fills else 0
+        if self.compiled:
+            played, observed = self._played.clone(), self.account_observations()
+            terms = decide, inputs, observed, self._log_start, self.records_fills
+            self._observed, columns = self._compiled_steps.play(*terms)
+            by_account, log_equity, rewards, *rest = columns
+            alive, terminated, truncated = self._finish_compiled(rest[recorded], played)
             observations = by_account.transpose(1, 2)
         else:
             rows = []
             for t in range(self.config.horizon):
-                before = self.account_observations(), self.alive.clone(), self.account.log_equity.clone()
-                decision = decide(before[0], *(values[t] for values in inputs))
+                account, observed = self.account, self.account_observations()
+                before = observed, self.alive.clone(), account.log_equity.clone()
+                held = (account.units.clone(), account.target.clone()) if recorded else ()
+                decision = decide(observed, *(values[t] for values in inputs))
                 reward, ruined, truncated = self.step(decision[0])
-                rows.append((*before, reward, ruined, *decision))
+                fill = (*held, *self.last_fill) if recorded else ()
+                rows.append((*before, reward, ruined, *fill, *decision))
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-            observations, alive, log_equity, rewards, terminated, *outputs = columns
-        return Trajectory(observations, alive, log_equity, rewards, terminated, truncated, tuple(outputs))
+            observations, alive, log_equity, rewards, terminated, *rest = columns
+        fills, outputs = Fills(*rest[:recorded]) if recorded else None, tuple(rest[recorded:])
+        return Trajectory(observations, alive, log_equity, rewards, terminated, truncated, outputs, fills)
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fill one decision per environment and move to the next bar.
@@ -302,9 +308,8 @@ class TradingEnv:
             actions: (N,) int64, index of the wanted target position.
 
         Returns:
-            rewards: (N,) float32.
-            terminated: (N,) bool, ruined by this decision.
-            truncated: (N,) bool, the episode ends by age or lack of bars; only at the last step of a segment.
+            rewards: (N,) float32; terminated: (N,) bool, ruined by this decision; truncated: (N,) bool, the
+            episode ends by age or lack of bars, only at the last step of a segment.
 
         Raises:
             RuntimeError: the segment is over.
@@ -348,8 +353,7 @@ class TradingEnv:
         if self._account is not self._kept:
             self._kept.copy_(self._account)
         self._account = account = self._kept
-        config = self.config
-        self._cursor.add_(config.horizon)
+        self._cursor.add_(self.config.horizon)
         truncated = account.alive & self._cut()
         self._over.copy_(truncated | ~account.alive)
         self.statistics.end(account, self._played, self._over, self.segment.held)
@@ -384,13 +388,12 @@ class TradingEnv:
             raise RuntimeError(
                 f"the state can be kept between segments only, this is after step {self._step}"
             )
-        market = self.market
         return {
             "positions": list(self.config.positions),
-            "symbols": [market.symbols[number] for number in self._symbol.tolist()],
-            "open_time": market.open_time[self._cursor].cpu(),
+            "symbols": [self.market.symbols[number] for number in self._symbol.tolist()],
+            "open_time": self.market.open_time[self._cursor].cpu(),
             # A split changes past prices; `_place` rescales the units so that they are worth the same.
-            "next_open": market.quotes[self._cursor + 1, 0].cpu(),
+            "next_open": self.market.quotes[self._cursor + 1, 0].cpu(),
             "account": {f.name: getattr(self.account, f.name).cpu().clone() for f in fields(self.account)},
             "played": self._played.cpu().clone(),
             "over": self._over.cpu().clone(),

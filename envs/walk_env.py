@@ -51,10 +51,13 @@ class ExamEnv(TradingEnv):
         places: Sequence[tuple[str, int]],
         dtype: torch.dtype = torch.float64,
         flat_cost_bps: Sequence[float | None] | None = None,
+        compiled: bool = False,
     ) -> None:
-        super().__init__(market, replace(config, num_envs=max(1, len(places))), device, seed=0, dtype=dtype)
-        walks = [_walk(market, symbol, start_ns) for symbol, start_ns in places]
-        self.num_segments = max(map(len, walks), default=0)
+        config = replace(config, num_envs=max(1, len(places)))
+        super().__init__(market, config, device, seed=0, dtype=dtype, compiled=compiled)
+        self.records_fills = True
+        walk_of = {place: _walk(market, *place) for place in dict.fromkeys(places)}
+        self.num_segments = max(map(len, walk_of.values()), default=0)
         if not self.num_segments:
             raise NoSegment(
                 f"no place has the {market.horizon + 2} bars of a segment after its start: "
@@ -62,7 +65,8 @@ class ExamEnv(TradingEnv):
             )
         # First bar of every segment, -1 for none; (segments + 1, N).
         schedule = torch.full((self.num_segments + 1, len(places)), -1, dtype=torch.int64)
-        for number, walk in enumerate(walks):
+        for number, place in enumerate(places):
+            walk = walk_of[place]
             schedule[: len(walk), number] = torch.tensor(walk, dtype=torch.int64)
         self._schedule = schedule.to(self.device)
         numbers = [market.symbols.index(symbol) for symbol, _ in places]

@@ -2,14 +2,16 @@
 
 All contestants are accounts of one ``ExamEnv``, so they pay the same costs at the same opens. The trunk reads
 many segments in parallel, laid out by the clock as for live decisions (``Market.segment_starts``), wherever the
-walk begins; only the ledger and the head run bar by bar.
+walk begins, and each of them once; only the ledger and the head run bar by bar, as in a rollout, in compiled
+pieces where the training's are. Nothing that a policy decides is taken over from another cost: its head sees the
+cost rate and the equity. ``tests/evaluation/test_exam.py`` has the same walk step by step, for one account.
 Shapes: P = contestants, S = symbols, N = P x S accounts, H = horizon, R = segments of the longest walk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +24,12 @@ from envs.market import Market
 from envs.walk_env import ExamEnv
 from evaluation.baselines import BASELINES, actions_after
 from models.policy import Head, Policy
+from runtime.control import heartbeat_thread
 
 POLICY, CHAMPION = "policy", "champion"
 # So many segments are encoded ahead: enough to fill a micro-batch, few enough to keep in memory.
 ENCODED_SEGMENTS = 512
+COMPILER_SECONDS = 900.0  # for the first segment, if it is compiled; a compiler that takes longer hangs
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def examine(
     flat_costs_bps: Sequence[float] = (),
     on_segment: Callable[[int, int], None] = lambda done, total: None,
     max_segments: int | None = None,
+    compiled: bool = False,
 ) -> dict[str, list[Walk]]:
     """Let policies and baselines walk the bars from ``start_ns`` to ``end_ns``, greedily: nothing is drawn.
 
@@ -89,6 +94,7 @@ def examine(
             again, as further contestants named ``at_flat_cost(name, bps)``.
         on_segment: called after every segment with how many are done, and of how many.
         max_segments: stop after this many segments; None: at the end of the bars.
+        compiled: play by torch.compile, which takes a while for each number of accounts, once in a process.
 
     Returns:
         Walks of the policies, then of the baselines.
@@ -108,35 +114,36 @@ def examine(
         market.device,
         [(symbol, start_ns) for _ in names for symbol in symbols],
         flat_cost_bps=[cost for cost in costs for _ in symbols],
+        compiled=compiled,
     )
     env.cost_scale = cost_scale
-    heads = [policy.head for policy in policies.values()]
-    accounts_per_head = [1 + len(flat_costs_bps), *(1 for _ in others)]  # on every symbol
+    accounts_per_head = (1 + len(flat_costs_bps), *(1 for _ in others))  # on every symbol
+    decide = _Decisions(tuple(policy.head for policy in policies.values()), accounts_per_head)
     horizon, num_symbols = config.horizon, len(symbols)
     schedule = env.schedule[:max_segments, :num_symbols]  # (R, S)
     indices = [market.symbols.index(symbol) for symbol in symbols]
     first_bars = market.offsets[torch.tensor(indices, device=env.device)]
     ahead = torch.arange(horizon, device=env.device)
     num_ahead = max(1, ENCODED_SEGMENTS // num_symbols)
+    # A policy with two names reads the market once.
+    readers = {id(p): _Reader(p, market, indices, horizon, chunk_segments) for p in policies.values()}
 
     played = []
     for number in range(len(schedule)):
         check_stop()
         if number % num_ahead == 0:
             rows = schedule[number : number + num_ahead]
-            projected = [
-                _encode(policy, market, rows, indices, horizon, chunk_segments, check_stop)
-                for policy in policies.values()
-            ]
+            read = {key: reader.read(rows, check_stop) for key, reader in readers.items()}
+            projected = [read[id(policy)] for policy in policies.values()]
         env.begin_segment()
         # (H, S); accounts that have ended are in cash at some bar
         bars = env.cursor[:num_symbols] + ahead[:, None]
         rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
         encoded = [segments[number % num_ahead] for segments in projected]
-        with _one_thread(env.device):
-            played.append(_play(env, encoded, heads, accounts_per_head, torch.cat(rules, dim=1)))
+        with _one_thread(env.device), _patience(compiled and number == 0):
+            played.append(_play(env, decide, torch.cat(rules, dim=1), encoded))
         on_segment(number + 1, len(schedule))
-    columns = [np.concatenate(column) for column in zip(*played, strict=True)]  # (R x H, N) each
+    columns = list(np.concatenate(played, axis=1))  # (R x H, N) each
     return _walks(names, symbols, market, schedule, ahead, columns)
 
 
@@ -157,76 +164,106 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _encode(
-    policy: Policy,
-    market: Market,
-    rows: Tensor,
-    symbols: Sequence[int],
-    horizon: int,
-    chunk_segments: int,
-    check_stop: Callable[[], None],
-) -> Tensor:
-    """Encode the H decisions from bars ``rows`` (r, S) on, -1 for none: (r, H, S, W)."""
-    bars = rows[..., None] + torch.arange(horizon, device=rows.device)  # (r, S, H)
-    starts = torch.full_like(bars, -1)
-    for column, number in enumerate(symbols):
-        walked = rows[:, column] >= 0
-        of_symbol = bars[walked, column]
-        starts[walked, column] = market.segment_starts(number, of_symbol.flatten(), horizon).view_as(
-            of_symbol
-        )
-    segments, number_of = torch.unique(starts, return_inverse=True)
-    number_of, within = number_of.flatten(), (bars - starts).flatten()
-    length = market.context_bars + horizon + 1
-    tokens = torch.arange(length, device=rows.device) - market.context_bars
-    result = None
-    for part in torch.arange(int(segments[0] < 0), len(segments), device=rows.device).split(chunk_segments):
-        check_stop()
-        first = segments.new_full((chunk_segments,), market.context_bars)
-        first[: len(part)] = segments[part]
-        # A segment may reach beyond the last bar; nothing is decided there.
-        places = torch.minimum(first[:, None] + tokens, market.last_bar(first)[:, None])
-        windows = market.features[places].float()
-        encoded = policy.encode(windows, horizon + 1)
-        if result is None:
-            result = encoded.new_zeros(len(number_of), encoded.shape[-1])
-        here = ((number_of >= part[0]) & (number_of <= part[-1])).nonzero().flatten()
-        result[here] = encoded[number_of[here] - part[0], within[here]]
-    assert result is not None  # some symbol walks every segment
-    return result.view(*bars.shape, -1).transpose(1, 2).contiguous()
+def _patience(is_compiling: bool) -> AbstractContextManager[None]:
+    return heartbeat_thread(COMPILER_SECONDS) if is_compiling else nullcontext()
+
+
+class _Reader:
+    """Runs a policy's trunk over the bars of a walk, each segment once, in the order of the walk."""
+
+    def __init__(
+        self, policy: Policy, market: Market, symbols: Sequence[int], horizon: int, chunk_segments: int
+    ) -> None:
+        self._policy, self._market, self._symbols = policy, market, symbols
+        self._horizon, self._chunk_segments = horizon, chunk_segments
+        # The newest segment of every symbol, in which the next rows may go on: (k,) starts, (k, H + 1, W).
+        self._starts = torch.empty(0, dtype=torch.int64, device=market.device)
+        self._encoded = torch.empty(0, device=market.device)
+
+    def read(self, rows: Tensor, check_stop: Callable[[], None]) -> Tensor:
+        """Encode the H decisions from bars ``rows`` (r, S) on, -1 for none: (r, H, S, W)."""
+        ahead = torch.arange(self._horizon, device=rows.device)
+        bars = rows[..., None] + ahead  # (r, S, H)
+        starts = torch.full_like(bars, -1)
+        for column, number in enumerate(self._symbols):
+            walked = rows[:, column] >= 0
+            of_symbol = bars[walked, column]
+            begin = self._market.segment_starts(number, of_symbol.flatten(), self._horizon)
+            starts[walked, column] = begin.view_as(of_symbol)
+        segments, number_of = torch.unique(starts, return_inverse=True)
+        newest_of = number_of[-1, :, -1].unique()  # each symbol's
+        number_of, within = number_of.flatten(), (bars - starts).flatten()
+        result, kept = None, []
+        for numbers, encoded in self._segments(segments, check_stop):
+            if result is None:
+                result = encoded.new_zeros(len(number_of), encoded.shape[-1])
+            place = torch.full_like(segments, -1)
+            place[numbers] = torch.arange(len(numbers), device=rows.device)
+            here = (place[number_of] >= 0).nonzero().flatten()
+            result[here] = encoded[place[number_of[here]], within[here]]
+            keep = torch.isin(numbers, newest_of)
+            kept.append((segments[numbers[keep]], encoded[keep]))
+        assert result is not None  # some symbol walks every segment
+        starts_kept, encoded_kept = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        self._starts, order = starts_kept.sort()
+        self._encoded = encoded_kept[order]
+        return result.view(*bars.shape, -1).transpose(1, 2).contiguous()
+
+    def _segments(self, segments: Tensor, check_stop: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield numbers (m,) of ``segments`` (n,), sorted, -1 for none, with their decisions, (m, H + 1, W)."""
+        market = self._market
+        numbers = torch.arange(len(segments), device=segments.device)
+        if len(self._starts):
+            place = torch.searchsorted(self._starts, segments).clamp_(max=len(self._starts) - 1)
+            is_kept = self._starts[place] == segments
+            yield numbers[is_kept], self._encoded[place[is_kept]]
+            numbers = numbers[~is_kept]
+        tokens = torch.arange(market.context_bars + self._horizon + 1, device=segments.device)
+        for part in numbers[segments[numbers] >= 0].split(self._chunk_segments):
+            check_stop()
+            first = segments.new_full((self._chunk_segments,), market.context_bars)
+            first[: len(part)] = segments[part]
+            # A segment may reach beyond the last bar; nothing is decided there.
+            places = torch.minimum(
+                first[:, None] - market.context_bars + tokens, market.last_bar(first)[:, None]
+            )
+            encoded = self._policy.encode(market.features[places].float(), self._horizon + 1)
+            yield part, encoded[: len(part)]
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    """The actions of all accounts at one bar: first those of the policies, by their heads, then those of rules."""
+
+    heads: tuple[Head, ...]
+    accounts_per_head: tuple[int, ...]  # on every symbol
+
+    def __call__(self, accounts: Tensor, rules: Tensor, *projected: Tensor) -> tuple[Tensor]:
+        """Join observations (N, A), the rules' actions (n,), and the market's part of each head, (S, W)."""
+        actions, first = [], 0
+        for head, market, count in zip(self.heads, projected, self.accounts_per_head, strict=True):
+            size = market.shape[0]
+            own = accounts[first : first + count * size].unflatten(0, (count, size))
+            actions.append(head.decide(market, own)[0].argmax(-1).flatten())
+            first += count * size
+        return (torch.cat((*actions, rules)),)
 
 
 def _play(
-    env: ExamEnv,
-    projected: Sequence[Tensor],
-    heads: Sequence[Head],
-    accounts_per_head: Sequence[int],
-    rules: Tensor,
-) -> list[NDArray[np.float64]]:
-    """Play one segment; return position, log return, costs, traded, borrowing, and funding if any, (H, N) each."""
-    before, fills = [], []
-    for h in range(env.config.horizon):
-        account = env.account
-        before.append(torch.stack((account.units, account.log_equity, account.target)))
-        accounts = env.account_observations()
-        actions, first = [], 0
-        for head, market_share, count in zip(heads, projected, accounts_per_head, strict=True):
-            size = market_share.shape[1]
-            own = accounts[first : first + count * size].unflatten(0, (count, size))
-            actions.append(head.decide(market_share[h], own)[0].argmax(-1).flatten())
-            first += count * size
-        env.step(torch.cat((*actions, rules[h])))
-        fills.append(env.last_fill)
-    units, equity, held = torch.stack(before, dim=1)
-    equity = equity.exp()
-    log_return, traded, costs, borrowing, *funding = torch.stack(fills, dim=1)
+    env: ExamEnv, decide: _Decisions, rules: Tensor, projected: Sequence[Tensor]
+) -> NDArray[np.float64]:
+    """Play one segment; return position, log return, costs, traded, borrowing, and funding if any: (5-6, H, N)."""
+    played = env.play(decide, rules, *projected)
+    assert played.fills is not None
+    units, held, log_return, traded, costs, borrowing, funding = played.fills
+    equity = played.log_equity.exp()
     # A new target is reached exactly; repeating a target trades nothing, so the exposure has drifted.
     targets = torch.tensor([*env.config.positions, 0.0], dtype=env.dtype, device=env.device)
     chosen = targets[env.segment.held.long()]
     position = torch.where(chosen == held, units * env.segment.price[:-1] / equity, chosen)
-    paid = (part / equity for part in (costs + borrowing, traded, borrowing, *funding))
-    columns = (position, log_return, *paid)
-    return [column.cpu().numpy() for column in columns]
+    paid = [costs + borrowing, traded, borrowing, *([] if funding is None else [funding])]
+    columns = (position, log_return, *(part / equity for part in paid))
+    return torch.stack(columns).cpu().numpy()
 
 
 def _walks(

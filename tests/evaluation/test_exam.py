@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 
 from data_sources.bars import DAY_NS
+from envs import compiled as compiled_steps
+from envs.config import EnvConfig
 from envs.market import YEAR_NS, Market, NoSegment
 from envs.walk_env import ExamEnv
 from evaluation import baselines
+from evaluation import exam as exam_module
 from evaluation.exam import Walk, examine
 from models.policy import Policy
 from models.transformer import TransformerConfig
@@ -110,52 +114,114 @@ def test_the_laws_of_the_baselines(walks: dict[str, list[Walk]]) -> None:
     assert (stock.traded > 0).sum() == 1
 
 
-def encode_alone(policy: Policy, market: Market, bar: int) -> torch.Tensor:
+@cache
+@torch.no_grad()
+def encode_alone(seed: int, bar: int) -> torch.Tensor:
     """Encode a decision, (1, W): segments begin every H bars from the day's first bar with its context."""
+    market = MARKET.until(NEVER)
     day, start = int(market.open_time[bar]) // DAY_NS, bar
     stretch = max(first for first in market.stretch_first.tolist() if first <= bar)
     while start > stretch + CONTEXT and int(market.open_time[start - 1]) // DAY_NS == day:
         start -= 1
     start += (bar - start) // HORIZON * HORIZON
     tokens = market.features[start - CONTEXT : bar + 1].float()[None]
-    return policy.encode(tokens, bar - start + 1)[:, -1]
+    return policy_of(MARKET, seed).encode(tokens, bar - start + 1)[:, -1]
 
 
+@cache
 @torch.no_grad()
-def step_by_step(policy: Policy, market: Market, symbol: str, start_ns: int) -> np.ndarray:
-    """Rows of an account's time, position, equity after it, fees and borrowing: one env, one step at a time."""
-    env = ExamEnv(market, CONFIG, market.device, [(symbol, start_ns)])
+def step_by_step(seed: int, config: EnvConfig, symbol: str) -> np.ndarray:
+    """Rows of an account's time, position, equity after it, fees and borrowing: one env, one step at a time.
+
+    A time of 0 is after its ruin.
+    """
+    policy, market = policy_of(MARKET, seed), MARKET.until(NEVER)
+    env = ExamEnv(market, config, market.device, [(symbol, TRAINED_UNTIL)])
     rows = []
     for _ in range(env.num_segments):
         env.begin_segment()
-        projected = torch.stack(
-            [encode_alone(policy, market, int(env.cursor) + h) for h in range(HORIZON)], 1
-        )
+        projected = torch.stack([encode_alone(seed, int(env.cursor) + h) for h in range(HORIZON)], 1)
         times = market.open_time[env.cursor + torch.arange(1, HORIZON + 1)]
         for h in range(HORIZON):
             logits, _ = policy.head.decide(projected[:, h], env.account_observations())
-            price = env.segment.price[h].clone()
-            env.step(logits.argmax(-1))
+            price, time = env.segment.price[h].clone(), times[h] * env.alive
+            _, ruined, _ = env.step(logits.argmax(-1))
             account = env.account
             value = account.units * price
             exposure = value / (account.cash + value)  # the cash is what is left after this fill
+            exposure[ruined] = torch.nan  # sold since
             equity = account.log_equity.exp()
-            rows.append(torch.cat((times[h : h + 1], exposure, equity, env.last_fill[2], account.owed)))
+            rows.append(torch.cat((time, exposure, equity, env.last_fill[2], env.last_fill[3])))
     return torch.stack(rows).double().numpy().T
 
 
-def test_the_policy_acts_as_it_does_step_by_step(walks: dict[str, list[Walk]]) -> None:
-    policy, market = policy_of(MARKET), MARKET.until(NEVER)
-    for played, start in ((walks["policy"][1], TRAINED_UNTIL),):
-        time, position, equity, fees, borrowed = step_by_step(policy, market, played.symbol, start)
-        assert np.array_equal(played.time.astype(np.int64), time.astype(np.int64))
-        np.testing.assert_allclose(played.position, position, atol=1e-6)
-        np.testing.assert_allclose(np.cumsum(played.log_returns), np.log(equity), atol=1e-6)
-        before = played.equity_before
-        np.testing.assert_allclose(played.costs * before, fees + borrowed, atol=1e-6)
-        np.testing.assert_allclose(played.borrowing * before, borrowed, atol=1e-9)
-        assert borrowed.sum() > 0
-        assert len(set(played.position.round(1))) > 1
+# Large orders, orders that do not count, ruin, leverage, and an exam's first bar in the middle of a segment.
+AWKWARD = {
+    "plain": {},
+    "large orders": {"volume_slippage": 0.02, "account_value": 300.0, "positions": (-1.0, 0.0, 2.0)},
+    "flat at night and ruined": {"flat_before_close": 3, "ruin_fraction": 0.99, "range_slippage": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_policy_acts_as_it_does_step_by_step(
+    case: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The function that is compiled, as it is without the compiler; and few segments ahead, so that some go on.
+    monkeypatch.setattr(compiled_steps, "compiled", lambda function, device: function)
+    monkeypatch.setattr(exam_module, "ENCODED_SEGMENTS", 3)
+    config = replace(CONFIG, **AWKWARD[case])
+    two = {"policy": policy_of(MARKET), "champion": policy_of(MARKET, seed=1)}
+    walks = examine(two, MARKET, config, ("AAA", "BBB"), TRAINED_UNTIL, NEVER, compiled=compiled)
+    were_ruined: list[bool] = []
+    positions, paid = set[float](), 0.0
+    for seed, name in enumerate(two):
+        for played in walks[name]:
+            time, position, equity, fees, borrowed = step_by_step(seed, config, played.symbol)
+            lived = time > 0
+            assert np.array_equal(played.time.astype(np.int64)[lived], time[lived].astype(np.int64))
+            were_ruined.append(not lived.all())
+            known = ~np.isnan(position)
+            np.testing.assert_allclose(played.position[known], position[known], atol=1e-6)
+            np.testing.assert_allclose(np.cumsum(played.log_returns), np.log(equity), atol=1e-6)
+            before = played.equity_before
+            np.testing.assert_allclose(played.costs * before, fees + borrowed, atol=1e-6)
+            np.testing.assert_allclose(played.borrowing * before, borrowed, atol=1e-9)
+            positions |= set(played.position.round())
+            paid += borrowed.sum()
+    assert len(positions) >= 3 and paid > 0
+    assert any(were_ruined) == (case == "flat at night and ruined")
+
+
+@pytest.mark.drill
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own when it loads its compiler
+def test_a_compiled_exam_is_the_plain_one(walks: dict[str, list[Walk]]) -> None:
+    for name, contestant in exam(compiled=True).items():
+        for ours, plain in zip(contestant, walks[name], strict=True):
+            for column in ("position", "log_returns", "costs", "traded", "borrowing"):
+                np.testing.assert_allclose(getattr(ours, column), getattr(plain, column), atol=1e-6)
+
+
+def test_the_trunk_reads_every_segment_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exam_module, "ENCODED_SEGMENTS", 1)  # as many symbols as that, or more
+    read: list[int] = []
+    policy = policy_of(MARKET)
+    encode = policy.encode
+    monkeypatch.setattr(policy, "encode", lambda bars, count: read.append(len(bars)) or encode(bars, count))
+    walked = examine(policy, MARKET, CONFIG, ("AAA", "BBB"), TRAINED_UNTIL, NEVER, chunk_segments=1)
+    market, segments = MARKET.until(NEVER), 0
+    for number, own in enumerate(walked["policy"]):
+        decided = (
+            torch.searchsorted(
+                market.open_time[slice(*market.offsets[number : number + 2])],
+                torch.from_numpy(own.time.astype(np.int64)),
+            )
+            - 1
+            + market.offsets[number]
+        )
+        segments += len(market.segment_starts(number, decided, HORIZON).unique())
+    assert read == [1] * segments
 
 
 def test_an_exam_may_end_after_so_many_segments(walks: dict[str, list[Walk]]) -> None:

@@ -159,6 +159,7 @@ def exam(trainer: Trainer, settings: Settings) -> dict[str, Any]:
                 end_ns,
                 chunk_segments=min(trainer.learner.micro_batch_segments, settings.envs_per_gpu),
                 max_segments=number,
+                compiled=trainer.env.compiled,
             )
             counted(run, f"exam{number}", found)
     launches = found["exam2_launches"] - found["exam1_launches"]
