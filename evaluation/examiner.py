@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +19,20 @@ from evaluation import champion, ledger
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
 from evaluation.measures import Measures, measure
+from evaluation.parts import Part, PartFailed, Stopped, TooLong, join, on_every_rank, symbols_of
 from evaluation.revision import Revision, revision_of
 from evaluation.trained_policy import NEVER_NS
 from evaluation.verdict import Verdict, beats, verdict
 from models.policy import Policy
-from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waiting
+from runtime.control import (
+    STOP_NOW,
+    Control,
+    heartbeat,
+    heartbeat_while_others_work,
+    heartbeat_while_waiting,
+)
 from training import checkpoint
+from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
 from training.distributed import Ranks
 from training.progress import TrainingProgress
@@ -55,18 +63,23 @@ class _Best:
     walks: list[Walk]
 
 
-class _Stopped(Exception):
-    """The program was asked to stop now: the checkpoint is saved without an exam."""
+@dataclass(frozen=True)
+class _Plan:
+    """What rank 0 finds before an exam."""
 
-
-class _TooLong(Exception):
-    """The exam has used its time: the checkpoint is saved without one."""
+    start_ns: int  # of the walks
+    file: tuple[int, int, int] | None  # of the champion
+    best: _Best | None = None  # its walks, where they need not be repeated
+    champion: Checkpoint | None = None  # that walks again
+    policy: Policy | None = None  # of it, on the host
+    obstacle: str = ""  # why the champion cannot be compared
 
 
 class Examiner:
-    """Examines policies on rank 0 while the others wait; changes nothing that training depends on.
+    """Examines policies, every rank on some of the symbols; changes nothing that training depends on.
 
-    If no exam is possible, the reason is logged, and training continues.
+    Rank 0 decides when the walks begin and whether the champion walks, and judges. If no exam is possible, the
+    reason is logged, and training continues.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, control: Control, max_seconds: float = math.inf) -> None:
@@ -78,6 +91,7 @@ class Examiner:
         self._control = control
         self._logged: set[str] = set()
         self._best: _Best | None = None
+        self._may_compile = True
 
     def examine(self, trainer: Trainer, fingerprint: str, writer: CheckpointWriter) -> Exam:
         """Score the trainer's policy on the bars that it was never trained on (all ranks).
@@ -87,84 +101,139 @@ class Examiner:
             fingerprint: digest of the run's bars.
             writer: is waited for, so that the previous exam is in the ledger.
         """
-        policy = trainer.full_policy()
-        if not self._ranks.is_first:
+        began = time.monotonic()
+        plan = None
+        if self._ranks.is_first:
+            writer.finish()
+            plan = self._plan(trainer, fingerprint)
+        with heartbeat_while_waiting():
+            sizes = plan.policy.sizes if plan and plan.policy else None
+            found = self._ranks.broadcast((plan.start_ns, sizes) if plan else None)
+        if found is None:
+            return Exam()
+        start_ns, sizes = found
+        parts = self._walk(trainer, start_ns, sizes, plan.policy if plan else None)
+        if plan is None:
             with heartbeat_while_waiting():
                 self._ranks.any(False)
             return Exam()
-        writer.finish()
-        exam = Exam()
-        try:
-            exam = self._examine(trainer, policy, fingerprint)
-        except _Stopped:
-            log.info("No exam: asked to stop")
-        except _TooLong:
-            minutes = self._max_seconds / 60
-            log.warning(
-                f"No exam: not done after exam_minutes={minutes:g}; raise that, or lower holdout_days"
-            )
-        except OSError as error:
-            log.warning(f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}")
+        exam = self._conclude(trainer, fingerprint, plan, parts, began)
         self._ranks.any(False)
         return exam
+
+    def _plan(self, trainer: Trainer, fingerprint: str) -> _Plan | None:
+        path = self._folder / checkpoint.BEST
+        start_ns = trainer.progress.trained_until_ns
+        try:
+            file = _identity(path)
+            best = self._best if self._best and self._best.file == file else None
+            if best:
+                start_ns = max(start_ns, best.trained_until_ns)
+                if (best.fingerprint, best.start_ns) == (fingerprint, start_ns):
+                    return _Plan(start_ns, file, best)
+            if not file:
+                return _Plan(start_ns, file)
+            try:
+                saved = champion.read(path, trainer.env.market.statistics, trainer.env.config)
+                policy = saved.policy(torch.device("cpu"), trainer.policy.bf16)
+            except checkpoint.CheckpointError as error:
+                obstacle = f"{error}; move it away to let another one take its place"
+                return _Plan(start_ns, file, obstacle=obstacle)
+        except OSError as error:
+            self._warn_of(error)
+            return None
+        return _Plan(max(start_ns, saved.trained_until_ns), file, None, saved, policy)
+
+    def _walk(
+        self, trainer: Trainer, start_ns: int, sizes: Mapping[str, Any] | None, best: Policy | None
+    ) -> list[Part]:
+        """Walk this rank's symbols; return the parts of all ranks on rank 0 (all ranks take part)."""
+        self._deadline = time.monotonic() + self._max_seconds
+        failure, policies = "", {}
+        try:
+            policies[POLICY] = trainer.full_policy()
+            if sizes:
+                policies[CHAMPION] = on_every_rank(best, sizes, self._ranks, trainer.policy.bf16)
+        except torch.OutOfMemoryError as error:
+            failure = _describe(error)
+        part = Part(failure=failure) if failure else self._own_part(trainer, policies, start_ns)
+        left = max(0.0, self._deadline - time.monotonic())
+        with heartbeat_while_others_work(left):
+            return self._ranks.gather_to_first(part)
+
+    def _own_part(self, trainer: Trainer, policies: dict[str, Policy], start_ns: int) -> Part:
+        market, config = trainer.env.market, trainer.env.config
+        symbols = symbols_of(self._ranks, market, start_ns)
+        compiled = trainer.env.compiled and self._may_compile
+        if compiled:
+            # As many accounts as with a champion: the steps are compiled for their number.
+            policies.setdefault(CHAMPION, policies[POLICY])
+        try:
+            return Part(
+                examine(
+                    policies,
+                    market,
+                    config,
+                    symbols,
+                    start_ns,
+                    NEVER_NS,
+                    chunk_segments=min(trainer.learner.micro_batch_segments, config.num_envs),
+                    check_stop=self._check_stop,
+                    compiled=compiled,
+                )
+            )
+        except NoSegment:
+            return Part()
+        except Stopped:
+            return Part(is_stopped=True)
+        except TooLong:
+            return Part(is_late=True)
+        except torch.AcceleratorError:  # the GPU's, which computes nothing any more
+            raise
+        except Exception as error:  # noqa: BLE001 - a warning on rank 0: no exam is worth a training
+            self._may_compile = False  # in case that it was the compiler
+            return Part(failure=_describe(error))
 
     def _check_stop(self) -> None:
         heartbeat()
         if self._control.stop_level >= STOP_NOW:
-            raise _Stopped
+            raise Stopped
         if time.monotonic() > self._deadline:
-            raise _TooLong
+            raise TooLong
 
-    def _examine(self, trainer: Trainer, policy: Policy, fingerprint: str) -> Exam:
-        began = time.monotonic()
-        self._deadline = began + self._max_seconds
-        progress, market = trainer.progress, trainer.env.market
-        path = self._folder / checkpoint.BEST
-        file = _identity(path)
-        champion_read = None
-        obstacle = ""
-        start_ns = progress.trained_until_ns
-        policies = {POLICY: policy}
-        best = self._best if self._best and self._best.file == file else None
-        if best:
-            start_ns = max(start_ns, best.trained_until_ns)
-            if (best.fingerprint, best.start_ns) != (fingerprint, start_ns):
-                best = None
+    def _conclude(
+        self, trainer: Trainer, fingerprint: str, plan: _Plan, parts: Sequence[Part], began: float
+    ) -> Exam:
+        """Judge what the ranks have walked, or log why there is no exam."""
+        progress, market, best = trainer.progress, trainer.env.market, plan.best
         try:
-            if file and not best:
-                try:
-                    champion_read = champion.read(path, market.statistics, trainer.env.config)
-                    policies[CHAMPION] = champion_read.policy(market.device, policy.bf16)
-                    start_ns = max(start_ns, champion_read.trained_until_ns)
-                except checkpoint.CheckpointError as error:
-                    champion_read = None
-                    obstacle = f"{error}; move it away to let another one take its place"
-            walks = examine(
-                policies,
-                market,
-                trainer.env.config,
-                market.symbols,
-                start_ns,
-                NEVER_NS,
-                chunk_segments=min(trainer.learner.micro_batch_segments, trainer.env.config.num_envs),
-                check_stop=self._check_stop,
+            walks = join(parts, market.symbols)
+            own = walks.pop(CHAMPION, [])
+            if plan.champion and plan.file:
+                name, until_ns = plan.champion.name, plan.champion.trained_until_ns
+                best = self._best = _Best(plan.file, fingerprint, plan.start_ns, name, until_ns, own)
+            if best:
+                walks = {POLICY: walks.pop(POLICY), CHAMPION: best.walks} | walks
+            revision = revision_of(market, plan.start_ns, progress.cutoff_ns)
+            name = best.name if best else ""
+            return self._judge(walks, progress, fingerprint, revision, name, plan.obstacle, began)
+        except Stopped:
+            log.info("No exam: asked to stop")
+        except TooLong:
+            minutes = self._max_seconds / 60
+            log.warning(
+                f"No exam: not done after exam_minutes={minutes:g}; raise that, or lower holdout_days"
             )
-        except (NoSegment, torch.OutOfMemoryError) as error:
-            self._log_once(_reason_for_none(error, start_ns, trainer))
-            return Exam()
-        if champion_read and file:
-            best = self._best = _Best(
-                file,
-                fingerprint,
-                start_ns,
-                champion_read.name,
-                champion_read.trained_until_ns,
-                walks[CHAMPION],
-            )
-        if best:
-            walks = {POLICY: walks[POLICY], CHAMPION: best.walks} | walks
-        revision = revision_of(market, start_ns, progress.cutoff_ns)
-        return self._judge(walks, progress, fingerprint, revision, best.name if best else "", obstacle, began)
+        except PartFailed as error:
+            log.warning(f"No exam: {error}")
+        except NoSegment:
+            self._log_once(_reason_for_none(plan.start_ns, trainer))
+        except OSError as error:
+            self._warn_of(error)
+        return Exam()
+
+    def _warn_of(self, error: OSError) -> None:
+        log.warning(f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}")
 
     def _judge(
         self,
@@ -289,9 +358,14 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _reason_for_none(error: Exception, start_ns: int, trainer: Trainer) -> str:
-    if not isinstance(error, NoSegment):
-        return f"No exam: the GPU's memory is full. {str(error).splitlines()[0]}"
+def _describe(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full. {text}"
+    return f"{type(error).__name__}: {text}"
+
+
+def _reason_for_none(start_ns: int, trainer: Trainer) -> str:
     bars = trainer.env.config.horizon + 2
     since = np.datetime64(start_ns, "ns").astype("datetime64[m]")
     return (

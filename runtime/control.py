@@ -329,6 +329,15 @@ def heartbeat_while_waiting() -> contextlib.AbstractContextManager[None]:
     return heartbeat_thread(math.inf) if is_elsewhere else contextlib.nullcontext()
 
 
+def heartbeat_while_others_work(max_seconds: float) -> contextlib.AbstractContextManager[None]:
+    """Record heartbeats while this rank, with its part done, waits for those of others; not for longer than that.
+
+    Not where all ranks are on this machine: there, they record them.
+    """
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return contextlib.nullcontext() if is_alone else heartbeat_thread(max_seconds)
+
+
 def _overwrite(path: Path, content: bytes) -> None:
     with path.open("r+b", buffering=0) as file:
         file.write(content)

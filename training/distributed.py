@@ -78,6 +78,19 @@ class Ranks:
         torch_distributed.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
+    def copy_from_first(self, tensor: Tensor) -> None:
+        """Give a device tensor rank 0's values, in place (all ranks take part)."""
+        if self.world_size > 1:
+            torch_distributed.broadcast(tensor, src=0)
+
+    def gather_to_first(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order, on rank 0; nothing on the others (all ranks take part)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size if self.is_first else []
+        torch_distributed.gather_object(value, values or None, dst=0, group=self.cpu_group)
+        return values
+
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order, on every rank (all ranks take part)."""
         if self.world_size == 1:

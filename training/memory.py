@@ -118,7 +118,7 @@ class MemoryNeeds:
 
     @property
     def exam_bytes(self) -> int:
-        """All that an exam needs of rank 0: it has no gradients, but the champion, and with shards all weights."""
+        """All that an exam needs of a rank: it has no gradients, but the champion, and with shards all weights."""
         copies = 2 if self.shards > 1 else 1
         weights = self._held_parameters * (STATE_BYTES - 4) + copies * 4 * self.num_parameters
         return weights + self._bucket_bytes + self.bars_bytes + self.rollout_bytes

@@ -154,13 +154,11 @@ class Trainer:
             dry_run(self.objective, *sizes, self.ranks)
 
     def full_policy(self) -> Policy:
-        """Return the unsharded policy, for rank 0 to use while the others wait (all ranks take part)."""
+        """Return the unsharded policy (all ranks take part)."""
         learner = self.learner
         if not isinstance(learner.parallel, Sharded):
             return self.policy
         weights = learner.parallel.weights()  # gathered from all ranks
-        if not self.ranks.is_first:
-            return self.policy
         policy = Policy.from_sizes(self.policy.sizes, self.policy.bf16).to(self.ranks.device)
         policy.load_state_dict(weights)
         return policy

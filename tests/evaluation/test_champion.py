@@ -60,17 +60,22 @@ def half_hours(symbol: str, drift: float, seed: int) -> Bars:
 class Training:
     """A training without updates, whose policy always wants one position; its checkpoints are real."""
 
-    def __init__(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-        self.folder, self._caplog = folder, caplog
+    def __init__(
+        self,
+        folder: Path,
+        caplog: pytest.LogCaptureFixture | None = None,
+        ranks: Ranks = Ranks(0, 1, torch.device("cpu")),  # noqa: B008 - frozen
+        **changes: Any,
+    ) -> None:
+        self.folder, self._caplog, settings = folder, caplog, replace(SETTINGS, **changes)
         self.bars = [half_hours("AAA", 1e-3, 0), half_hours("BBB", 5e-4, 1)]
         self.trained_until_ns = int(self.bars[0].open_time[-1]) - 8 * DAY_NS
-        ranks = Ranks(0, 1, torch.device("cpu"))
         market = market_of(*self.bars, holdout_start_ns=self.trained_until_ns, context_bars=4, horizon=8)
-        plan = plan_memory(SETTINGS, market.num_bytes, ranks)
+        plan = plan_memory(settings, market.num_bytes, ranks)
         self.progress = TrainingProgress(
             trained_until_ns=self.trained_until_ns, cutoff_ns=self.trained_until_ns
         )
-        self.trainer = Trainer(market, SETTINGS, ranks, plan, self.progress)
+        self.trainer = Trainer(market, settings, ranks, plan, self.progress)
         self.examiner = Examiner(folder, ranks, Control())
 
     def hold(self, position: str) -> None:
@@ -88,7 +93,8 @@ class Training:
         return exam
 
     def writer(self) -> CheckpointWriter:
-        return CheckpointWriter(self.folder, 2, True, partial(champion.apply_decision, pending=[]))
+        is_first, apply = self.trainer.ranks.is_first, partial(champion.apply_decision, pending=[])
+        return CheckpointWriter(self.folder, 2, is_first, apply)
 
     def checkpoint(self, exam: Exam, data: str = "d") -> Checkpoint:
         saved = self.trainer.checkpoint(data, exam.figures, exam.record)
@@ -108,6 +114,7 @@ class Training:
 
     @property
     def output(self) -> str:
+        assert self._caplog is not None
         lines = [f"{record.levelname.title()}: {record.getMessage()}" for record in self._caplog.records]
         self._caplog.clear()
         return "\n".join(lines)
