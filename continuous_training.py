@@ -128,6 +128,7 @@ class Settings:
     epochs: int = 200  # epochs per run; an epoch is one segment per account and its update
     runs: int | None = None  # stop after this many runs, including those of earlier starts; not set: never
     checkpoint_every: int = 25  # epochs between checkpoints
+    checkpoint_minutes: float = 60.0  # minutes after which one is due as well, whichever comes first
     exam_minutes: float = 60.0  # an exam that takes longer is given up, and training continues
     keep_checkpoints: int = 16  # newest checkpoints to keep, of any run
     keep_runs: int = 8  # newest runs of which to keep the last checkpoint; older: one a day, then one a week

@@ -36,7 +36,7 @@ from training.integrity import Inspections
 from training.memory import plan_memory
 from training.metrics import Phases
 from training.mirror import Mirror
-from training.progress import Summary, TrainingProgress
+from training.progress import CheckpointSchedule, Summary, TrainingProgress
 from training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Job:
         self._trainer: Trainer | None = None
         self._inspections = Inspections()
         self._exam, self._exam_at = Exam(), (0, 0)  # the newest, and the run and epoch of its weights
+        self._schedule = CheckpointSchedule(settings)
 
     def __enter__(self) -> Job:
         """Join the ranks, lock the checkpoint folder, open the console, and find the newest checkpoint.
@@ -80,8 +81,8 @@ class Job:
             self._phases = Phases(self.console.phase)
             command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
             self._prefetch = enter(prefetch.Prefetch(command))
-            mirror = enter(Mirror(settings, ranks.is_first))
             self.progress, self._saved = self._find_checkpoint()
+            mirror = enter(Mirror(settings, ranks.is_first))
             on_saved = mirror.after(partial(champion.apply_decision, pending=[]))
             keep, runs = settings.keep_checkpoints, settings.keep_runs
             self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
@@ -166,9 +167,8 @@ class Job:
 
     def checkpoint_is_due(self) -> bool:
         """Return whether to save now: once in a while, at the end, and after a failed save (all ranks)."""
-        epoch, settings = self.progress.epoch, self.settings
-        due = epoch % settings.checkpoint_every == 0 or epoch == settings.epochs
-        return due or self.stopping or self.ranks.any(self._writer.last_save_failed)
+        wants = self._writer.last_save_failed or (self.ranks.is_first and self._schedule.is_late())
+        return self.stopping or self._schedule.is_due_at(self.progress.epoch) or self.ranks.any(wants)
 
     def is_corrupt(self) -> bool:
         """Whether a rank's numbers are wrong, which a warning names; they are not to be saved (all ranks)."""
@@ -179,7 +179,7 @@ class Job:
         """Score the policy on held-out days, unless asked to stop now; return its metrics (all ranks)."""
         self._exam, self._exam_at = Exam(), (self.progress.run, self.progress.epoch)
         if not self.stop_now():
-            with self._phases.during("evaluation"):
+            with self._phases.during("evaluation"), self._schedule.time_exam():
                 self._exam = self._examiner.examine(self.trainer, self._fingerprint, self._writer)
             self.stop_now()  # a request that came meanwhile has interrupted the exam
         return self._exam.figures
@@ -201,13 +201,13 @@ class Job:
         with self._phases.during("checkpoint"):
             saved = self.trainer.checkpoint(self._fingerprint, metrics, self._exam_of_weights().record)
             self._writer.save(saved)
+        self._schedule.restart()
 
     def end_epoch(self) -> None:
         """Record that training progresses, and fetch the next run's bars ahead when it is time."""
-        progress, settings = self.progress, self.settings
         self.control.report_epoch()
-        is_last_run = self.stopping or progress.run == settings.runs
-        self._prefetch.after_epoch(0 if is_last_run else settings.epochs - progress.epoch)
+        is_last_run = self.stopping or self.progress.run == self.settings.runs
+        self._prefetch.after_epoch(0 if is_last_run else self.settings.epochs - self.progress.epoch)
 
     def roll_back(self) -> None:
         """Return to the newest checkpoint, at half the learning rate until the run ends (all ranks)."""

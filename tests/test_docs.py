@@ -47,7 +47,7 @@ START = re.compile(r"(?:START_CONTINUOUS\.(?:sh|bat)|python continuous_training\
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
 # The processes of one start set these for each other; users never do.
-BETWEEN_PROCESSES = {"LOCAL_RANK", "RANK", "WORLD_SIZE"}
+BETWEEN_PROCESSES = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"}
 # Documented by CUDA, curl, Python, torch and systemd.
 OF_OTHERS = {
     *("CUDA_VISIBLE_DEVICES", "NETRC", "PYTHONHOME", "PYTHONWARNINGS", "PYTORCH_CUDA_ALLOC_CONF"),

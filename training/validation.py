@@ -64,6 +64,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "epochs": (1, 10**9),
     "runs": (1, 10**9),
     "checkpoint_every": (1, 10**9),
+    "checkpoint_minutes": (0.01, 10**5),
     "exam_minutes": (0.01, 10**5),
     "keep_checkpoints": (1, 10**6),
     "keep_runs": (1, 10**6),

@@ -1,0 +1,52 @@
+"""A checkpoint with its exam is due by epochs or by minutes, whichever comes first, by rank 0's clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from commands import train
+from continuous_training import Settings
+from runtime.control import Control
+from tests.program import TINY, names_of
+from training import progress
+
+
+def test_a_checkpoint_is_due_by_epochs_and_by_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=1_000.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    folders = {name: str(tmp_path / name.split("_")[0]) for name in ("checkpoint_dir", "data_dir", "log_dir")}
+    folders["checkpoint_dir"] += "s"
+    schedule = {"epochs": 8, "checkpoint_every": 5, "checkpoint_minutes": 30.0, "dashboard": False}
+    settings = Settings(**TINY | {"sources": ("simulated",)} | folders | schedule)
+    with train.Job(settings, Control()) as job:
+        assert job.begin_run()
+        due = []
+        for _ in range(8):
+            job.progress.tick(1)
+            due.append(job.checkpoint_is_due())
+        assert due == [False, False, False, False, True, False, False, True]
+        job.progress.epoch = 1
+        clock.now += 30 * 60 - 1
+        assert not job.checkpoint_is_due()
+        clock.now += 1
+        assert job.checkpoint_is_due()
+        first = job.ranks
+        job.ranks = replace(first, rank=1)  # whose clock does not count
+        assert not job.checkpoint_is_due()
+        job.ranks = first
+        job.save({})
+        assert not job.checkpoint_is_due()
+        with job._schedule.time_exam():
+            clock.now += 600.0
+        job.save({})  # by the clock, an exam takes a tenth of the time at most
+        clock.now += 9 * 600 - 1
+        assert not job.checkpoint_is_due()
+        clock.now += 1
+        assert job.checkpoint_is_due()
+    assert names_of(tmp_path) == {"run1_epoch1.pt"}
