@@ -357,7 +357,7 @@ def test_a_start_says_what_check_knows_of_memory_and_disks(
     monkeypatch.setattr(check, "memory_bytes", lambda: GB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 20 * GB))
     preflight_command(replace(FULL, sources=("simulated",)))
-    first, memory, disk = capsys.readouterr().err.splitlines()
+    _, first, memory, disk = capsys.readouterr().err.splitlines()  # the first: PyTorch is loading
     assert first == "Trains on the CPU."
     assert memory.startswith("Warning: memory: ") and disk.startswith("Warning: disk: checkpoints: ")
 

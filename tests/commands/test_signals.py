@@ -206,7 +206,8 @@ def test_the_request_ends_now_and_reaches_back_no_further_than_features_look(tra
     )
     request = request_of(settings, NOW, ("AAPL", "X:A-B"))
     assert (request.end_ns - request.start_ns) // (1440 * MINUTE_NS) == signals.LOOK_BACK_DAYS
-    kept = {"stocks": ["AAPL", "top:5"], "binance_pairs": [], "polygon_crypto": ["X:A-B"]}
+    kept = {"stocks": ["AAPL", "top:5"], "polygon_crypto": ["X:A-B"]}
+    kept |= {"binance_pairs": [], "binance_perpetuals": []}
     assert request.symbols == kept
     assert request_of(settings, NOW, ()).symbols["binance_pairs"] == PAIRS
 

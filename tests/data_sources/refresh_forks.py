@@ -33,7 +33,7 @@ def run(job: dict) -> int:
     binance = Binance(job["binance"], job["binance"], policy=QUICK)
     with (
         patch.object(Polygon, "from_environment", lambda: Polygon("key", "secret", job["s3"], QUICK)),
-        patch.object(Binance, "from_environment", lambda: binance),
+        patch.object(Binance, "from_environment", lambda _: binance),
     ):
         reports = refresh(Lake(Path(job["root"])), request, job["now_ns"], NullProgress())
     return 0 if all(report.status == "ok" for report in reports.values()) else 1
