@@ -40,7 +40,10 @@ class Head(nn.Module):
         self.mix = Linear(width, width)
         self.logits = nn.Linear(width, num_positions)
         self.value = nn.Linear(width, 1)
-        # An untrained policy is undecided and expects nothing.
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero the last layers: an untrained policy is undecided and expects nothing."""
         for layer in (self.logits, self.value):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

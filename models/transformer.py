@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,10 @@ class TransformerConfig:
 
 def rotary_angles(length: int, head_width: int) -> Tensor:
     """Return angles (length, head_width / 2) of rotary positions, base 10,000."""
-    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    return torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    # On the CPU whatever the default: on the device "meta", arange alone would import torch's compiler.
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, **exact) / head_width)
+    return torch.arange(length, **exact)[:, None] * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -119,16 +122,22 @@ class Trunk(nn.Module):
         self.embed = Linear(config.num_features, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model)
-        angles = rotary_angles(config.max_length, config.d_model // config.num_heads)
+        angles = torch.empty(config.max_length, config.d_model // config.num_heads // 2)
         # Not persistent: derived from the configuration, so that checkpoints hold only weights.
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", angles, persistent=False)
+        self.register_buffer("sin", angles.clone(), persistent=False)
         self.cos: Tensor
         self.sin: Tensor
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw initial weights; layers that write to the residual stream shrink with depth, as in GPT-2."""
+        """Draw initial weights; layers that write to the residual stream shrink with depth, as in GPT-2.
+
+        Fills the rotary angles, too, for a trunk that was made without memory.
+        """
+        angles = rotary_angles(self.config.max_length, self.config.d_model // self.config.num_heads)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))

@@ -6,6 +6,7 @@ So everything that is compiled is tried first, and used on all ranks or on none.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -17,15 +18,25 @@ from training.devices import missing_tools
 from training.distributed import Ranks
 from training.hindsight import Hindsight, hindsight_advantages
 from training.losses import Objective, Targets
+from training.parallel import is_sharded
 
 CompilerErrors = (RuntimeError, OSError)  # TorchDynamoException is a RuntimeError
+
+
+def _alone(policy: Policy) -> AbstractContextManager[None]:
+    """Compute without the other ranks, which a sharded policy would wait for."""
+    if not is_sharded(policy):
+        return nullcontext()
+    from training.sharding import without_communication
+
+    return without_communication(policy)
 
 
 def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon: int, ranks: Ranks) -> None:
     """Run one forward as in a rollout, and one forward and backward as in an update, on zeros (all ranks).
 
-    Allocates the optimizer's moments too, so that peak memory is realistic; clears the gradients. ``objective`` is
-    not sharded yet; ``num_segments`` is of one micro-batch.
+    Allocates the optimizer's moments too, so that peak memory is realistic; clears the gradients. ``num_segments``
+    is of one micro-batch. A sharded policy is of no use after an error: FSDP stays in the middle of its step.
 
     Raises:
         torch.OutOfMemoryError: on every rank, if one has too little memory.
@@ -39,11 +50,12 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
         moments = [torch.empty_like(p) for p in policy.parameters() for _ in range(2)]
         num_features = policy.trunk.config.num_features
         bars = torch.zeros(num_segments, context_bars + horizon + 1, num_features, device=device)
-        with torch.no_grad():
-            policy.encode(bars, horizon + 1)
         accounts, targets = zeros_of(policy, num_segments, horizon, device)
-        num_decisions = targets.valid.numel()
-        objective(bars[:, 1:].contiguous(), accounts, targets, num_decisions).total.backward()
+        with _alone(policy):
+            with torch.no_grad():
+                policy.encode(bars, horizon + 1)
+            losses = objective(bars[:, 1:].contiguous(), accounts, targets, targets.valid.numel())
+            losses.total.backward()
         del moments
     except torch.OutOfMemoryError as error:
         out_of_memory = _describe(error)

@@ -20,12 +20,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from runtime.control import EXIT_DOES_NOT_FIT, ExitProgram
 from training.distributed import Ranks
 from training.losses import Objective, Targets
-from training.parallel import Parallel, Sharded
+from training.parallel import Parallel, is_sharded
 
 log = logging.getLogger("continuous_training")
 
@@ -104,7 +103,7 @@ class Inspector:
     def __init__(self, objective: Objective, parallel: Parallel, ranks: Ranks) -> None:
         self._objective, self._parallel, self._ranks = objective, parallel, ranks
         self._names = [name for name, _ in objective.policy.named_parameters()]
-        shards = [isinstance(parameter, DTensor) for parameter in objective.policy.parameters()]
+        shards = [hasattr(parameter, "to_local") for parameter in objective.policy.parameters()]
         self._replicated = [not is_shard for is_shard in shards]
         self._unstable: set[str] | None = None  # what no rank computes twice alike; None: not known yet
 
@@ -170,14 +169,14 @@ class Inspector:
         parameters = list(self._objective.policy.parameters())
         # Not by a call: hooks on the objective are the training's.
         losses = self._objective.forward(bars, accounts, targets, targets.valid.numel())
-        if isinstance(self._parallel, Sharded):  # its gradients exist only where a backward reduces them
+        if is_sharded(self._objective.policy):  # its gradients exist only where a backward reduces them
             losses.total.backward()
             gradients = [bars.grad, *(p.grad for p in parameters)]
             self._objective.zero_grad()
         else:  # no reduction: a rank's own gradients
             gradients = list(torch.autograd.grad(losses.total, [bars, *parameters]))
         parts = torch.stack([losses.total.detach(), losses.policy, losses.value, losses.entropy])
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+        local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients if g is not None]
         sums: list[int] = checksums([parts, *local]).tolist()
         return sums
 

@@ -7,16 +7,15 @@ optimizer step, and the optimizer sees plain tensors of this rank: full weights,
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from models.policy import Policy
 from training.distributed import Ranks
 from training.losses import Objective
 
@@ -47,9 +46,50 @@ class Parallel(Protocol):
         """Return all weights of the policy, unsharded, by name (all ranks)."""
 
 
+def new_policy(sizes: Mapping[str, Any], bf16: bool, seed: int, ranks: Ranks, sharded: bool) -> Policy:
+    """Return a policy with the initial weights of a seed, bit by bit the same for replicas and shards.
+
+    Args:
+        sizes: see Policy.from_sizes.
+        bf16: the trunk computes in it.
+        seed: of the CPU's generator, which draws the weights of every device.
+        ranks: of the training.
+        sharded: hold this rank's shard of the trunk, at no time all of it.
+    """
+    torch.manual_seed(seed)
+    if sharded and ranks.world_size > 1:
+        from training.sharding import sharded_policy  # DTensor takes most of a second to import
+
+        return sharded_policy(sizes, bf16, ranks)
+    return Policy.from_sizes(sizes, bf16).to(ranks.device)
+
+
+def is_sharded(policy: Policy) -> bool:
+    """Whether this rank holds a shard of the trunk, by a method of FSDP's."""
+    return hasattr(policy.trunk, "unshard")
+
+
+def load_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a whole policy, of which a sharded one takes its rows.
+
+    Raises:
+        RuntimeError: they are of another network.
+    """
+    if is_sharded(policy):
+        from training.sharding import load_shards
+
+        load_shards(policy, weights)
+    else:
+        policy.load_state_dict(weights)
+
+
 def parallelize(objective: Objective, ranks: Ranks, sharded: bool) -> Parallel:
     """Prepare an objective's policy for training on these ranks."""
-    return Sharded(objective, ranks) if sharded and ranks.world_size > 1 else Replicated(objective, ranks)
+    if sharded and ranks.world_size > 1:
+        from training.sharding import Sharded
+
+        return Sharded(objective, ranks)
+    return Replicated(objective, ranks)
 
 
 class Replicated:
@@ -92,70 +132,3 @@ class Replicated:
     def weights(self) -> dict[str, Tensor]:
         """Return the policy's own."""
         return self.policy.state_dict()
-
-
-class Sharded:
-    """Every rank holds a shard of the trunk's weights, gradients and moments (FSDP2, ``fully_shard``).
-
-    A block's weights are unsharded only while it computes. The head, which a rollout uses at every bar, is
-    replicated: it is a thousandth of a large model. Weights are gathered and gradients reduced in float32, as in
-    Replicated, so that both learn the same (Zhao et al. 2023, arXiv:2304.11277).
-    """
-
-    def __init__(self, objective: Objective, ranks: Ranks) -> None:
-        self.policy = objective.policy
-        self.objective: nn.Module = objective
-        self._ranks = ranks
-        self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        for block in self.policy.trunk.blocks:
-            fully_shard(block, mesh=self._mesh)
-        fully_shard(self.policy.trunk, mesh=self._mesh)
-        parameters = list(self.policy.parameters())
-        # The optimizer gets plain tensors over the same memory: its fused kernel takes no others.
-        self.parameters = [nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in parameters]
-        pairs = list(zip(self.parameters, parameters, strict=True))
-        self._sharded = {id(local): (local, p) for local, p in pairs if isinstance(p, DTensor)}
-        self._head = [p for p in parameters if not isinstance(p, DTensor)]
-
-    def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
-        """Every backward reduces and scatters: to keep full gradients until the last one takes their memory."""
-        return nullcontext()
-
-    def gradients(self) -> tuple[list[Tensor], Tensor]:
-        """Trunk: this rank's shard, averaged by FSDP. Head: averaged here."""
-        trunk = []
-        for local, parameter in self._sharded.values():
-            assert isinstance(parameter.grad, DTensor)
-            local.grad, parameter.grad = parameter.grad.to_local(), None
-            trunk.append(local.grad)
-        head = [p.grad for p in self._head if p.grad is not None]
-        mean = self._ranks.sum(torch.cat([gradient.flatten() for gradient in head])) / self._ranks.world_size
-        for gradient, part in zip(head, mean.split([gradient.numel() for gradient in head]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        # Squares of shards add up over ranks, those of the replicated head count once.
-        trunk_square = self._ranks.sum(nn.utils.get_total_norm(trunk).square())
-        head_square = nn.utils.get_total_norm(head).square()
-        return [*trunk, *head], (trunk_square + head_square).sqrt()
-
-    def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """Gather it to the host: all of them together may be more than a GPU has to spare."""
-        if id(parameter) not in self._sharded:
-            return tensor
-        sharded = self._sharded[id(parameter)][1]
-        shape, stride = sharded.shape, sharded.stride()
-        shard = DTensor.from_local(
-            tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
-        )
-        return shard.full_tensor().cpu()
-
-    def shard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """Cut it as the weight is cut; every rank has the full tensor, so nothing is communicated."""
-        if id(parameter) not in self._sharded:
-            return tensor
-        on_device = tensor.to(self._ranks.device)
-        return distribute_tensor(on_device, self._mesh, [Shard(0)], src_data_rank=None).to_local()
-
-    def weights(self) -> dict[str, Tensor]:
-        """Gather them one by one, to the host."""
-        weights = self.policy.state_dict()
-        return {name: w.full_tensor().cpu() if isinstance(w, DTensor) else w for name, w in weights.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from training.learner import Learner
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryPlan
 from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, plasticity
-from training.parallel import Sharded
+from training.parallel import is_sharded, load_weights, new_policy
 from training.progress import TrainingProgress
 from training.rollout import Rollout, collect
 from training.validation import policy_sizes
@@ -73,10 +74,7 @@ class Trainer:
         # One stream per rank, so that the ranks' accounts differ.
         env_config = EnvConfig.from_settings(settings)
         self.env = TradingEnv(market, env_config, ranks.device, seed=settings.seed * 1_000_003 + ranks.rank)
-        torch.manual_seed(settings.seed)  # every rank draws the same initial weights
-        sizes = policy_sizes(settings, market.num_features)
-        self.policy = Policy.from_sizes(sizes, uses_bf16(settings.precision, ranks.device)).to(ranks.device)
-        self.objective = Objective(self.policy, settings)
+        self._make_policy()
         self.not_compiled = "not requested"
         if compile_is_on(settings, ranks.device):
             log.info("Compiling the update and the accounts' steps, which takes a minute or two once")
@@ -85,7 +83,7 @@ class Trainer:
         self._pending_update: tuple[Rollout, dict[str, Any]] | None = None
         self._yardstick = Yardstick(ranks.device, torch.bfloat16 if self.policy.bf16 else torch.float32)
         if saved:
-            self.policy.load_state_dict(saved.model)
+            load_weights(self.policy, saved.model)
         self.learner = Learner(self.objective, ranks, self.memory_plan.micro_batch_segments)
         if saved and saved.resume:
             self.learner.load_state_dict(saved.resume.learner)
@@ -122,6 +120,21 @@ class Trainer:
                 "of an epoch, which make one step; raise envs_per_gpu for a larger one"
             )
 
+    def _make_policy(self) -> None:
+        """Make policy and objective, on every rank with the same initial weights (all ranks)."""
+        settings, device = self.settings, self.ranks.device
+        sizes = policy_sizes(settings, self.env.market.num_features)
+        bf16, sharded = uses_bf16(settings.precision, device), settings.parallel == "fsdp"
+        self.policy = new_policy(sizes, bf16, settings.seed, self.ranks, sharded)
+        self.objective = Objective(self.policy, settings)
+
+    def _after_failure(self) -> None:
+        """Undo what a failed dry run leaves: compiled code, and FSDP in the middle of a step (all ranks)."""
+        uncompile(self.objective)
+        if is_sharded(self.policy):
+            self._make_policy()
+            gc.collect()  # of the one before, whose hooks refer to it in a circle
+
     def _dry_run(self, plan: MemoryPlan) -> MemoryPlan:
         """Return the plan that works on this GPU: the given one, or one with half the micro-batch (all ranks).
 
@@ -133,7 +146,7 @@ class Trainer:
             return plan
         log.warning(f"the GPU's memory was full with {plan}; half the micro-batch is tried")
         plan = plan.smaller()
-        uncompile(self.objective)
+        self._after_failure()
         try:
             self._compile_and_run(plan)
         except torch.OutOfMemoryError as error:
@@ -145,8 +158,12 @@ class Trainer:
         sizes = plan.micro_batch_segments, settings.context_bars, settings.horizon
         self.policy.trunk.recompute = plan.recompute
         if compile_is_on(settings, self.ranks.device):
+            reason = compile_objective(self.objective, *sizes, self.ranks)
+            if reason:
+                self._after_failure()
+                self.policy.trunk.recompute = plan.recompute
             self.not_compiled = (
-                compile_objective(self.objective, *sizes, self.ranks)
+                reason
                 or compile_accounts(self.env, self.policy, self.ranks)
                 or compile_hindsight(self.objective, self.env, self.ranks)
             )
@@ -156,7 +173,7 @@ class Trainer:
     def full_policy(self) -> Policy:
         """Return the unsharded policy (all ranks take part)."""
         learner = self.learner
-        if not isinstance(learner.parallel, Sharded):
+        if not is_sharded(self.policy):
             return self.policy
         weights = learner.parallel.weights()  # gathered from all ranks
         policy = Policy.from_sizes(self.policy.sizes, self.policy.bf16).to(self.ranks.device)
@@ -302,7 +319,7 @@ class Trainer:
         }
         # A shard alone shows nothing; the other ranks wait meanwhile, so not in every epoch.
         due = progress.epoch == 1 or progress.epoch % PLASTICITY_EVERY == 0
-        if due and self.ranks.is_first and not isinstance(self.learner.parallel, Sharded):
+        if due and self.ranks.is_first and not is_sharded(self.policy):
             figures |= plasticity(self.policy, fixed_batch(self.env.market))
         if self.ranks.device.type == "cuda":
             figures |= gpu_figures(self.ranks.device)

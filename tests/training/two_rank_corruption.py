@@ -16,12 +16,15 @@ from tests.training.rollouts import CONTEXT, HORIZON, SETTINGS, made_up_rollout,
 from training import distributed
 from training.compilation import compile_objective
 from training.losses import Objective
+from training.sharding import shard_policy
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sharded, found = "sharded" in sys.argv, {}
     with distributed.start() as ranks:
         objective = Objective(small_policy(), SETTINGS)
+        if sharded:
+            shard_policy(objective.policy, ranks)
         if "compiled" in sys.argv:
             assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks) == ""
         learner = small_learner(objective, ranks, sharded=sharded)

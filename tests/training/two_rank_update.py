@@ -2,7 +2,7 @@
 
     two_rank_update.py OUT [poison] [sharded] [compiled]
 
-``poison`` spoils the bars of rank 1. ``sharded`` lets ranks hold shares of the model instead of copies.
+``poison`` spoils the bars of rank 1. ``sharded`` lets ranks hold shards of the model instead of replicas.
 ``compiled`` compiles the objective.
 """
 
@@ -28,6 +28,7 @@ from training import distributed
 from training.compilation import compile_objective
 from training.learner import Learner
 from training.losses import Objective
+from training.sharding import shard_policy
 
 
 def handed_over(first: Learner, rollout, ranks, sharded: bool):
@@ -46,6 +47,8 @@ if __name__ == "__main__":
     sharded = "sharded" in sys.argv
     with distributed.start() as ranks:
         policy = small_policy()
+        if sharded:
+            shard_policy(policy, ranks)
         objective = Objective(policy, SETTINGS)
         if "compiled" in sys.argv:
             assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks) == ""
