@@ -315,9 +315,11 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     One with its resume state is preferred to a newer one without: an exact continuation beats a few epochs.
 
     Raises:
-        CheckpointError: the folder exists and cannot be read.
+        CheckpointError: the folder exists and cannot be read; or none in it can, as the disk refuses: training
+            would begin afresh.
     """
     warnings: list[str] = []
+    refused: CheckpointError | None = None  # by the disk; what is damaged stays so
     weights_only: Checkpoint | None = None
     try:
         paths = existing(folder)
@@ -328,6 +330,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             checkpoint = Checkpoint.read(path)
         except CheckpointError as error:
             warnings.append(f"{error}; the one before it is used")
+            refused = refused or (error if isinstance(error.__cause__, OSError) else None)
             continue
         try:
             if checkpoint._resume_path.exists():
@@ -340,6 +343,11 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             f"{weights_only.path} has no resume state left: its weights are used, "
             "optimizer and accounts start afresh"
         )
+    elif refused:
+        raise CheckpointError(
+            f"{refused}, and no other in {folder} is whole: check the disk and the rights, or start a new "
+            "training with another --checkpoint-dir"
+        ) from refused
     return weights_only, warnings
 
 

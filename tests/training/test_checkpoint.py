@@ -1,11 +1,13 @@
 """Checkpoints: complete or absent, damage always detected, nothing executed, old ones pruned by rule."""
 
+import errno
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,29 @@ def damage_one_bit(path: Path) -> None:
     place = content.find(torch.tensor(4.0).numpy().tobytes() * 4) + 1
     content[place] ^= 1
     path.write_bytes(bytes(content))
+
+
+def test_checkpoints_that_the_disk_refuses_are_an_error_and_no_fresh_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for epoch in (1, 2):
+        small(tmp_path, 1, epoch).save(keep=3)
+    opened = zipfile.ZipFile
+
+    def refuse(path: Path) -> zipfile.ZipFile:
+        if path.name == "run1_epoch2.pt" or all_of_them:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path)
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    all_of_them = False
+    found, warnings = checkpoint.newest(tmp_path)
+    assert found is not None and found.epoch == 1 and "Input/output error; the one before" in warnings[0]
+    all_of_them = True
+    with pytest.raises(
+        CheckpointError, match=r"run1_epoch2\.pt cannot be read: Input/output error, and no other"
+    ):
+        checkpoint.newest(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [damage_truncated, damage_emptied, damage_one_bit])
