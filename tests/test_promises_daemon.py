@@ -45,6 +45,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and ter
 EPOCHS, STEPS_PER_EPOCH = 8, 3 * 2  # 3 passes over 64 transitions, 32 in each step
 TWO_RUNS = [(run, epoch) for run in (1, 2) for epoch in range(1, EPOCHS + 1)]
 LAST = f"run2_epoch{EPOCHS}.pt"
+TEXTS = {"time", "loss/outlying_symbol"}
 TWO_RANKS = {"runs": 1, "batch_size": 64}
 
 
@@ -183,7 +184,7 @@ def test_bf16_is_used_where_it_is_asked_for_and_weights_stay_float32(
             assert not torch.equal(weights, other["model"][name]), name
     entries = metrics(tmp_path)
     assert all(
-        math.isfinite(value) for entry in entries for value in entry.values() if value != entry["time"]
+        math.isfinite(value) for entry in entries for name, value in entry.items() if name not in TEXTS
     )
     assert entries[0]["ppo/first_kl"] < 1e-4
 
@@ -447,5 +448,5 @@ def test_a_second_daemon_on_the_same_folder_is_refused_with_75(
 ) -> None:
     folder, _, second = interrupted
     assert second.process.returncode == 75
-    (line,) = second.lines
+    _, line = second.lines  # after that of loading PyTorch
     assert f"{folder}/checkpoints is written by process " in line

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     import torch
 
     import continuous_training as program
+    from commands.train import Job
 
     lengths: set[tuple[int, int, bool]] = set()
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -40,13 +41,13 @@ if __name__ == "__main__":
 
     torch.nn.functional.scaled_dot_product_attention = watched_attention
     trainers = []
-    make_trainer = program.Job._make_trainer
+    make_trainer = Job._make_trainer
 
     def kept_trainer(*arguments):
         trainers.append(make_trainer(*arguments))
         return trainers[-1]
 
-    program.Job._make_trainer = kept_trainer
+    Job._make_trainer = kept_trainer
     code: object = 0
     try:
         program.main()

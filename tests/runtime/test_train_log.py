@@ -15,9 +15,9 @@ log = logging.getLogger("continuous_training")
 
 
 @pytest.fixture(autouse=True)
-def no_warnings_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_warnings_yet(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(files, "_warned", set())
-    monkeypatch.setattr(log, "level", logging.DEBUG)
+    caplog.set_level(logging.DEBUG, log.name)  # as the console does
 
 
 def lines(folder: Path, name: str = "train.log") -> list[str]:
