@@ -193,11 +193,11 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
         "model": checkpoint.model_config | {"precision": settings.precision},
         "accounts": accounts,
         "features": {
-            "schema_sha256": feature_schema(),
+            "schema_sha256": feature_schema(statistics.names),
             "names": list(statistics.names),
             "mean": statistics.mean.tolist(),
             "std": statistics.std.tolist(),
-            "probe": feature_probe(),
+            "probe": feature_probe(statistics.names),
         },
         "symbols": list(checkpoint.symbols),
         "data": {"fingerprint": checkpoint.data_fingerprint, "cutoff": cutoff.isoformat()},

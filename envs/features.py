@@ -13,30 +13,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from data_sources.bars import MINUTE_NS, AssetClass, Bars, find_breaks
-from data_sources.calendar import new_york_time
+from data_sources.bars import Bars, find_breaks
+from envs.config import FIRST_FEATURES
+from envs.day_features import DAY_FEATURES
 from envs.feature_errors import FeatureError, evaluate, import_own
-from envs.rolling import lagged, rolling_max, rolling_means
-from envs.scales import VOLATILITY_FLOOR, robust_moments
+from envs.flow_features import FLOW_FEATURES
+from envs.history import MINUTES_PER_DAY, History, local_minutes
+from envs.rolling import lagged, log_ratio, rolling_max, rolling_means
+from envs.scales import robust_moments
 
-FeatureFunction = Callable[["History"], Tensor]
+__all__ = [
+    "History",
+    "feature",
+    "lagged",
+    "local_minutes",
+    "rolling_max",
+    "rolling_means",
+]  # for own features
+
+FeatureFunction = Callable[[History], Tensor]
 FEATURES: dict[str, FeatureFunction] = {}
 
 CLIP = 8.0  # normalised features stay within this many standard deviations
 LARGEST_RAW = 1e3  # only bad prints exceed it; they must not ruin the statistics
 # A symbol's first bars have almost no history: their features are 0 and not part of the statistics.
 WARM_UP_BARS = 15
-MINUTES_PER_DAY = 1_440
 SESSION_OPEN_MINUTE, SESSION_MINUTES = 570, 390  # 09:30 to 16:00 in New York
 
 
@@ -48,117 +56,9 @@ def feature(function: FeatureFunction) -> FeatureFunction:
     return function
 
 
-class History:
-    """One symbol's bars as tensors (B,), with causal building blocks for features.
-
-    Prices and volume are float64, derived series float32. A window that reaches before the first bar is shorter
-    there; a lag that does gives 0.
-    """
-
-    def __init__(self, bars: Bars, device: torch.device) -> None:
-        self.asset_class: AssetClass = bars.asset_class
-        self.open, self.high, self.low, self.close, self.volume = (
-            torch.from_numpy(np.ascontiguousarray(column)).to(device)
-            for column in (bars.open, bars.high, bars.low, bars.close, bars.volume)
-        )
-        self.open_time = torch.from_numpy(np.ascontiguousarray(bars.open_time)).to(device)
-        self.local_minute = torch.from_numpy(local_minutes(bars.open_time, bars.asset_class)).to(device)
-        self._bars = bars
-        self._volatility: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.open_time)
-
-    @property
-    def is_crypto(self) -> bool:
-        """Whether the market never closes."""
-        return self.asset_class != "stock"
-
-    @cached_property
-    def trades(self) -> Tensor:
-        """Number of trades, float64; NaN where it is not known, see ``has_trades``."""
-        return self._flow("trades")
-
-    @cached_property
-    def taker_buy_volume(self) -> Tensor:
-        """Volume that takers bought, float64; NaN where it is not known, see ``has_taker_buy_volume``."""
-        return self._flow("taker_buy_volume")
-
-    @property
-    def has_trades(self) -> Tensor:
-        """Mask of the bars whose number of trades is known, (B,) bool."""
-        return ~self.trades.isnan()
-
-    @property
-    def has_taker_buy_volume(self) -> Tensor:
-        """Mask of the bars whose takers' volume is known, (B,) bool."""
-        return ~self.taker_buy_volume.isnan()
-
-    def _flow(self, name: str) -> Tensor:
-        """Return a column of the order flow; on the device only once a feature asks for it."""
-        column = getattr(self._bars, name)
-        if column is None:
-            return torch.full_like(self.volume, math.nan)
-        return torch.from_numpy(np.ascontiguousarray(column)).to(self.volume.device)
-
-    @cached_property
-    def log_close(self) -> Tensor:
-        """Log of the close, float64: take differences before rounding to float32."""
-        return self.close.log()
-
-    @cached_property
-    def log_range(self) -> Tensor:
-        """Log of high / low."""
-        return (self.high / self.low).log().float()
-
-    @cached_property
-    def minutes_since_previous(self) -> Tensor:
-        """Minutes from the previous bar's open; 1 at the first bar."""
-        minutes = (self.open_time - lagged(self.open_time, 1)) / MINUTE_NS
-        minutes[:1] = 1.0
-        return minutes.float()
-
-    def log_return(self, bars: int) -> Tensor:
-        """Log return of the close over ``bars`` bars; 0 where the history is shorter."""
-        change = (self.log_close - lagged(self.log_close, bars)).float()
-        change[:bars] = 0.0
-        return change
-
-    def volatility(self, bars: int) -> Tensor:
-        """Volatility per bar, from the high-low ranges of the last ``bars`` bars (Parkinson 1980).
-
-        Ranges exclude overnight jumps, which would dominate the window for hours.
-        """
-        if not self._volatility:
-            # All windows of the built-in features in one pass.
-            windows = sorted({15, 60, 240, 1440, bars})
-        elif bars not in self._volatility:
-            windows = [bars]
-        else:
-            windows = []
-        for window, mean in rolling_means(self.log_range.square(), windows).items():
-            self._volatility[window] = (mean / (4 * math.log(2))).sqrt().clamp_(min=VOLATILITY_FLOOR)
-        return self._volatility[bars]
-
-    @cached_property
-    def mean_volume(self) -> Tensor:
-        """Mean volume of the last 240 bars, this one included."""
-        return rolling_means(self.volume.float(), [240])[240]
-
-
-def local_minutes(open_time: NDArray[np.int64], asset_class: AssetClass) -> NDArray[np.int64]:
-    """Return minutes since a Monday 00:00 on the exchange's clock: UTC for crypto, New York for stocks."""
-    local_time = new_york_time(open_time) if asset_class == "stock" else open_time
-    return local_time // MINUTE_NS + 3 * MINUTES_PER_DAY  # 1970-01-01 was a Thursday
-
-
-def _scale_by_volatility(history: History, move: Tensor, bars: int = 1) -> Tensor:
-    return move / (history.volatility(240) * math.sqrt(bars))
-
-
 def _return_over(bars: int) -> FeatureFunction:
     def scaled_return(history: History) -> Tensor:
-        return _scale_by_volatility(history, history.log_return(bars), bars)
+        return history.in_volatilities(history.log_return(bars), bars)
 
     scaled_return.__name__ = f"return_{bars}"
     return feature(scaled_return)
@@ -173,7 +73,7 @@ def jump(history: History) -> Tensor:
     """Log of this open / the previous close: the move between two bars, such as overnight."""
     change = (history.open.log() - lagged(history.log_close, 1)).float()
     change[:1] = 0.0
-    return _scale_by_volatility(history, change)
+    return history.in_volatilities(change)
 
 
 @feature
@@ -197,7 +97,7 @@ def volatility_level(history: History) -> Tensor:
 @feature
 def bar_range(history: History) -> Tensor:
     """Log of high / low, in volatilities."""
-    return _scale_by_volatility(history, history.log_range)
+    return history.in_volatilities(history.log_range)
 
 
 @feature
@@ -223,22 +123,16 @@ def close_in_four_hours(history: History) -> Tensor:
     return _position_in_range(history.close, -rolling_max(-history.low, 240), rolling_max(history.high, 240))
 
 
-def _log_ratio(volume: Tensor, usual: Tensor) -> Tensor:
-    # A twentieth of the usual volume is added, so the log is finite; 0 where the usual volume is 0.
-    ratio = (volume + 0.05 * usual) / (1.05 * usual)
-    return torch.where(usual > 0, ratio.log(), torch.zeros_like(usual))
-
-
 @feature
 def volume(history: History) -> Tensor:
     """Log of the volume / its mean over the last 240 bars."""
-    return _log_ratio(history.volume.float(), history.mean_volume)
+    return log_ratio(history.volume.float(), history.mean_volume)
 
 
 @feature
 def volume_trend(history: History) -> Tensor:
     """Log of the mean volume of 15 bars / that of 240."""
-    return _log_ratio(rolling_means(history.volume.float(), [15])[15], history.mean_volume)
+    return log_ratio(rolling_means(history.volume.float(), [15])[15], history.mean_volume)
 
 
 @feature
@@ -251,7 +145,7 @@ def volume_for_the_time_of_day(history: History) -> Tensor:
     order = torch.argsort(half_hour, stable=True)
     for places in order.split(torch.bincount(half_hour, minlength=48).tolist()):
         usual[places] = lagged(rolling_means(volumes[places], [window])[window], 1)
-    return _log_ratio(volumes, usual)
+    return log_ratio(volumes, usual)
 
 
 @feature
@@ -380,9 +274,26 @@ class FeatureStatistics:
         return FeatureStatistics(tuple(state["names"]), state["mean"], state["std"])
 
 
+# --- groups, of which the setting ``features`` names some ------------------------------------------------------
+
+GROUPS: dict[str, tuple[str, ...]] = {"symbol": tuple(FEATURES)}
+for _group, _functions in {"day": DAY_FEATURES, "flow": FLOW_FEATURES}.items():
+    GROUPS[_group] = tuple(feature(function).__name__ for function in _functions)
+BUILT_IN = tuple(FEATURES)
+
+
+def chosen_features(groups: Iterable[str] = FIRST_FEATURES) -> dict[str, FeatureFunction]:
+    """Return the features of some groups and all of one's own, in the order of their columns.
+
+    Raises:
+        FeatureError: envs/own_features.py cannot be run.
+    """
+    left_out = set(BUILT_IN) - {name for group in groups for name in GROUPS.get(group, ())}
+    return {name: function for name, function in registered_features().items() if name not in left_out}
+
+
 # --- envs/own_features.py -------------------------------------------------------------------------------------
 
-BUILT_IN = tuple(FEATURES)
 OWN_FILE = Path(__file__).with_name("own_features.py")
 
 

@@ -17,12 +17,7 @@ from torch import Tensor
 from data_sources.bars import DAY_NS, AssetClass, Bars, find_breaks
 from data_sources.calendar import minutes_left
 from envs.config import EnvConfig
-from envs.features import (
-    FeatureFunction,
-    FeatureStatistics,
-    compute,
-    registered_features,
-)
+from envs.features import FeatureFunction, FeatureStatistics, chosen_features, compute
 from envs.scales import reward_scales
 
 if TYPE_CHECKING:
@@ -92,14 +87,14 @@ class Market:
             horizon: H.
             statistics: from an earlier market of the same training; default: measured on the bars before the
                 holdout.
-            features: name -> function; default: the registered ones.
+            features: name -> function; default: those of the group "symbol", and one's own.
 
         Raises:
             NoSegment: no segment fits.
             ValueError: a symbol appears twice, or the statistics are of other features.
         """
         device = torch.device(device)
-        functions = registered_features() if features is None else dict(features)
+        functions = chosen_features() if features is None else dict(features)
         symbols = tuple(series.symbol for series in bars)
         if len(set(symbols)) != len(symbols):
             twice = sorted({symbol for symbol in symbols if symbols.count(symbol) > 1})
@@ -174,7 +169,7 @@ class Market:
         holdout_start_ns: int,
         statistics: FeatureStatistics | None = None,
     ) -> Market:
-        """Call ``from_bars`` with the context and the horizon of the settings."""
+        """Call ``from_bars`` with the features, the context and the horizon of the settings."""
         return Market.from_bars(
             bars,
             device=device,
@@ -182,6 +177,7 @@ class Market:
             context_bars=settings.context_bars,
             horizon=settings.horizon,
             statistics=statistics,
+            features=chosen_features(settings.features),
         )
 
     def until(self, end_ns: int) -> Market:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -48,3 +48,27 @@ def rolling_max(series: Tensor, window: int) -> Tensor:
             best = best.cummax(0).values
         width += step
     return best
+
+
+def running(series: Tensor, age: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Combine each value with all earlier ones of its span, by doubling, such as with ``torch.add``.
+
+    Args:
+        series: (B,).
+        age: (B,) int64, how many earlier values the span has.
+        combine: of two tensors, element by element; associative.
+    """
+    longest, width = int(age.max()) if len(age) else 0, 1
+    while width <= longest:
+        series = torch.where(age >= width, combine(series, lagged(series, width)), series)
+        width *= 2
+    return series
+
+
+def log_ratio(value: Tensor, usual: Tensor) -> Tensor:
+    """Return the log of value / usual value, 0 where the usual one is 0.
+
+    A twentieth of the usual value is added, so that the log is finite.
+    """
+    ratio = (value + 0.05 * usual) / (1.05 * usual)
+    return torch.where(usual > 0, ratio.log(), torch.zeros_like(usual))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,16 @@ from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.simulated import simulated_bars
 from data_sources.universe import top_of
 from data_sources.vendors import ADVISERS
-from envs.config import EnvConfig
-from envs.features import CLIP, FEATURES, WARM_UP_BARS, FeatureStatistics, compute, registered_features
+from envs.config import FIRST_FEATURES, EnvConfig
+from envs.features import (
+    CLIP,
+    WARM_UP_BARS,
+    FeatureFunction,
+    FeatureStatistics,
+    chosen_features,
+    compute,
+    registered_features,
+)
 from envs.latest import latest_decisions
 from envs.market import Market
 from models.exported import ExportError, read_card
@@ -30,6 +39,7 @@ from training.checkpoint import Checkpoint, CheckpointError, same_version
 if TYPE_CHECKING:
     from continuous_training import Settings
 
+WEIGHTS_DEPEND_ON = ("d_model", "num_layers", "num_heads", "positions", "context_bars")
 PROBE_TOLERANCE = 1e-2  # of raw features, whose spread is about 1
 # Of EnvConfig, in folders that were exported before there were such futures: no decision of theirs rests on them.
 BEFORE_PERPETUALS = {"perpetual_fee_bps": 4.5, "maintenance_margin": 0.01}
@@ -72,21 +82,22 @@ class TrainedPolicy:
         checkpoint = Checkpoint.read(path, device)
         config = checkpoint.config
         with same_version(path):
-            for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars"):
-                if changes.get(name, config[name]) != config[name]:
-                    raise ValueError(
-                        f"{name}={changes[name]}, but {path} was trained with {name}={config[name]}"
-                    )
+            fixed = {name: config[name] for name in WEIGHTS_DEPEND_ON}
+            for name, value in (fixed | {"features": checkpoint.feature_groups}).items():
+                if changes.get(name, value) != value:
+                    raise ValueError(f"{name}={changes[name]}, but {path} was trained with {name}={value}")
             # What the training computed on may not exist here, or be busy with it.
             known = {field.name for field in fields(settings_class)} - {"device"}
             values = {k: v for k, v in config.items() if k in known} | changes
+            values["features"] = checkpoint.feature_groups
             for name in ADVISERS.keys() & config.keys() - changes.keys():
                 # Written before spellings were checked: such a symbol had no bars.
                 values[name] = tuple(s for s in values[name] if top_of((s,)) or not ADVISERS[name](s))
             settings = settings_class(**values)
         statistics = checkpoint.statistics
-        if statistics.names != tuple(registered_features()):
-            other = sorted(set(statistics.names) ^ set(FEATURES)) or ["their order"]
+        names = tuple(chosen_features(checkpoint.feature_groups))
+        if statistics.names != names:
+            other = sorted(set(statistics.names) ^ set(names)) or ["their order"]
             raise CheckpointError(
                 f"{path} was trained on other features than this program computes: {', '.join(other)}"
             )
@@ -136,14 +147,14 @@ class Actor:
         """
         folder = Path(path)
         card = read_card(folder)
-        features = card["features"]
-        if features["schema_sha256"] != feature_schema():
-            other = sorted(set(features["names"]) ^ set(FEATURES)) or ["their order or their limits"]
+        features, names = card["features"], chosen_features(card["settings"].get("features", FIRST_FEATURES))
+        if features["schema_sha256"] != feature_schema(names):
+            other = sorted(set(features["names"]) ^ set(names)) or ["their order or their limits"]
             raise ExportError(
                 f"{folder} was trained on other features than this program computes: {', '.join(other)}"
             )
         # The same names could hide another computation, which shows on made-up bars.
-        differences = (torch.tensor(feature_probe()) - torch.tensor(features["probe"])).abs().tolist()
+        differences = (torch.tensor(feature_probe(names)) - torch.tensor(features["probe"])).abs().tolist()
         rows = zip(features["names"], differences, strict=True)
         changed = [name for name, difference in rows if difference > PROBE_TOLERANCE]
         if changed:
@@ -185,6 +196,7 @@ class Actor:
             context_bars=self.config.context_bars,
             horizon=1,  # nothing is played, so stretches may be of any length
             statistics=self.statistics,
+            features=self.features,
         )
         latest = latest_decisions(market, self.config)
         unavailable |= latest.unavailable
@@ -206,6 +218,12 @@ class Actor:
             )
         ]
         return decisions, unavailable
+
+    @property
+    def features(self) -> dict[str, FeatureFunction]:
+        """The features that it sees, by name, in the order of their columns."""
+        known = registered_features()
+        return {name: known[name] for name in self.statistics.names}
 
     @torch.no_grad()
     def log_policy(self, bars: Tensor, decision: Tensor, accounts: Tensor) -> Tensor:
@@ -264,13 +282,17 @@ class Decision:
         return (0.0 if self.only_cash else self.positions[best]), row[best]
 
 
-def feature_schema() -> str:
+def feature_schema(names: Iterable[str]) -> str:
     """Return a digest of the features' names, order and limits, as SHA-256 in hex."""
-    return hashlib.sha256(json.dumps([list(registered_features()), CLIP, WARM_UP_BARS]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([list(names), CLIP, WARM_UP_BARS]).encode()).hexdigest()
 
 
-def feature_probe() -> list[float]:
-    """Return every raw feature at the last of some made-up bars, to compare two versions' computations."""
+def feature_probe(names: Iterable[str]) -> list[float]:
+    """Return raw features at the last of some made-up bars, to compare two versions' computations."""
     (bars,) = simulated_bars(1, 3_000, seed=0, end_ns=20_000 * DAY_NS)
-    values: list[float] = compute(bars, torch.device("cpu"))[-1].tolist()
+    draw = np.random.default_rng(0).random
+    bars = replace(bars, trades=np.ceil(90 * draw(3_000)), taker_buy_volume=bars.volume * draw(3_000))
+    known = registered_features()
+    functions = {name: known[name] for name in names}
+    values: list[float] = compute(bars, torch.device("cpu"), functions)[-1].tolist()
     return values

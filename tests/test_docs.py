@@ -298,6 +298,8 @@ def test_every_metric_has_its_sentence_and_no_other_has_one(trained: Path) -> No
 def test_every_feature_has_its_row() -> None:
     explained = []
     for row in table_rows(text_of(ROOT / "docs" / "features.md"), "| feature | is | looks at |"):
+        if row[0].startswith("**group"):
+            continue
         first, *others = quoted(row[0])
         stem = first.rstrip("0123456789").removesuffix("_")
         explained += [first, *(stem + name if name.startswith("_") else name for name in others)]

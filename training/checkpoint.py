@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from envs.features import FEATURES, FeatureStatistics
+from envs.config import FIRST_FEATURES
+from envs.features import FeatureStatistics, chosen_features
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
@@ -167,6 +168,11 @@ class Checkpoint:
         return policy.to(device).eval()
 
     @property
+    def feature_groups(self) -> tuple[str, ...]:
+        """The setting ``features`` of its training."""
+        return tuple(self.config.get("features", FIRST_FEATURES))
+
+    @property
     def statistics(self) -> FeatureStatistics:
         """The scale of the features."""
         with same_version(self.path):
@@ -185,8 +191,14 @@ class Checkpoint:
                     f"{name}={self.config[name]}: set it back, or start a new training with another "
                     "--checkpoint-dir"
                 )
+        if set(self.feature_groups) != set(settings.features):
+            return (
+                f"features={','.join(settings.features)}, but {self.path} was trained with "
+                f"features={','.join(self.feature_groups)}: set it back, or start a new training with another "
+                "--checkpoint-dir"
+            )
         names = self.statistics.names
-        if names != tuple(FEATURES):
+        if names != tuple(chosen_features(settings.features)):
             return (
                 f"{self.path} was trained with other features: {', '.join(names)}; use those, or start a new "
                 "training with another --checkpoint-dir"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from envs.features import FEATURES
+from envs.features import chosen_features
 from models.policy import Policy, uses_bf16
 from training.distributed import Ranks
 from training.validation import minibatch_segments, policy_sizes
@@ -291,7 +291,9 @@ def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int
 def num_parameters(settings: Settings) -> int:
     """Count the policy's weights without allocating them."""
     with torch.device("meta"):
-        return Policy.from_sizes(policy_sizes(settings, len(FEATURES))).num_parameters()
+        return Policy.from_sizes(
+            policy_sizes(settings, len(chosen_features(settings.features)))
+        ).num_parameters()
 
 
 def gpu_memory(device: torch.device) -> int:

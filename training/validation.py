@@ -15,7 +15,7 @@ from data_sources.bars import DAY_NS, FIRST_DATE, MINUTE_NS
 from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from data_sources.vendors.files_description import is_timezone
-from envs.config import EnvConfig, require
+from envs.config import FEATURE_GROUPS, EnvConfig, require
 from runtime.control import EXIT_SETTING, ExitProgram
 from training.setting_types import DEVICE_RULE, DEVICES, shown
 
@@ -254,6 +254,10 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         require(not has_secret, "mirror", f"{protocol}://...", rule)  # the value itself is not repeated
         is_same = not protocol and Path(s.mirror).resolve() == Path(s.checkpoint_dir).resolve()
         yield "mirror", not is_same, "must be another place than checkpoint_dir"
+
+    groups, unknown = ", ".join(FEATURE_GROUPS), [name for name in s.features if name not in FEATURE_GROUPS]
+    yield "features", bool(s.features), f"must name at least one of: {groups}"
+    yield "features", not unknown, f"has {', '.join(unknown)}, which is unknown; use some of: {groups}"
 
     known = ", ".join(SOURCES)
     unknown = [source for source in s.sources if source not in SOURCES]

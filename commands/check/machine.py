@@ -20,7 +20,7 @@ from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
 from data_sources.sources import DataRequest
 from data_sources.universe import plain_names, top_of
-from envs.features import FEATURES
+from envs.features import chosen_features
 from models.policy import uses_bf16
 from monitoring.format import size
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
@@ -41,7 +41,6 @@ LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
 WEIGHT_BYTES, RESUME_BYTES = 4, 8
 LAKE_BYTES_PER_BAR = 30  # as written, where the lake holds nothing to measure
 MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440, "perpetual": 7 * 1_440}
-BAR_BYTES = 2 * len(FEATURES) + 5 * 4 + 8 + 2  # of one bar in envs.market.Market
 
 
 def check_devices(found: Devices, settings: Settings) -> Iterator[Line]:
@@ -55,13 +54,18 @@ def check_devices(found: Devices, settings: Settings) -> Iterator[Line]:
         yield Line("GPU", "warning", text)
 
 
+def bar_bytes(settings: Settings) -> int:
+    """Return the bytes of one bar in envs.market.Market."""
+    return 2 * len(chosen_features(settings.features)) + 5 * 4 + 8 + 2
+
+
 def check_memory(
     found: Devices, memory_total: int, settings: Settings, request: DataRequest, launch: Launch
 ) -> Line:
     """Compare the needs of one process with its GPU's memory, or with its part of the RAM (bytes)."""
     gpu_bytes = min((gpu.memory_total for gpu in found.gpus), default=None)
     bf16 = uses_bf16(settings.precision, torch.device(found.kind), found.capability)
-    market_bytes = (num_bars(request) + found_bars(settings, request)) * BAR_BYTES
+    market_bytes = (num_bars(request) + found_bars(settings, request)) * bar_bytes(settings)
     needs = MemoryNeeds.of(settings, market_bytes, launch.num_ranks, bf16)
     try:
         chosen = plan(needs, gpu_bytes, settings.micro_batch_segments)

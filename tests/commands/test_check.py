@@ -327,7 +327,10 @@ def test_memory_that_is_too_small_is_an_error_and_its_fix_fits() -> None:
 def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
     simulated = replace(SMALL, sources=("simulated",))
     need = plan(
-        MemoryNeeds.of(simulated, machine.num_bars(request_of(simulated)) * machine.BAR_BYTES, 1, False), None
+        MemoryNeeds.of(
+            simulated, machine.num_bars(request_of(simulated)) * machine.bar_bytes(simulated), 1, False
+        ),
+        None,
     )
     ram = 1.5 * need.needed_bytes
     assert memory_line(CPU, simulated, ram).level == "OK"

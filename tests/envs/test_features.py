@@ -20,6 +20,7 @@ from envs.features import (
     CLIP,
     FEATURES,
     FeatureStatistics,
+    chosen_features,
     compute,
     feature,
     lagged,
@@ -77,9 +78,12 @@ def test_the_feature_of_the_documentation_works_and_does_not_look_ahead():
 
 def test_every_feature_varies_where_it_can():
     bars = walk(num_bars=12_000, asset_class="stock", gaps=dict.fromkeys(range(390, 12_000, 390), 1050))
-    raw = compute(bars, CPU)
-    spread = dict(zip(FEATURES, raw.std(0).tolist(), strict=True))
-    assert [name for name, std in spread.items() if std < 1e-3] == ["is_crypto"]
+    part = np.random.default_rng(0).random(12_000)
+    bars = replace(bars, trades=np.ceil(9 * part + 1), taker_buy_volume=bars.volume * part)
+    functions = chosen_features(("symbol", "day", "flow"))
+    spread = dict(zip(functions, compute(bars, CPU, functions).std(0).tolist(), strict=True))
+    constant = [name for name, std in spread.items() if std < 1e-3]
+    assert constant == ["is_crypto", "taker_flow_is_known", "trades_are_known"]
 
 
 @settings(max_examples=40, deadline=None)
