@@ -108,6 +108,27 @@ def data_command(
             raise ExitProgram(EXIT_NO_DATA, str(error)) from error
 
 
+def probe_command(
+    settings: Settings,
+    costs: Annotated[str, typer.Option("--costs", help="flat costs of a side, bp")] = "0,0.5,1,2,5",
+    trees: Annotated[
+        bool | None,
+        typer.Option("--trees/--no-trees", help="boosted trees, too; default: where lightgbm is installed"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Fit plain models to the features of the lake: what the signal is worth, and at which costs; in seconds."""
+    from commands import probe
+    from monitoring.console import Console
+
+    try:
+        costs_bps, models = probe.parse_costs(costs), probe.chosen_models(trees)
+    except ValueError as error:
+        raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
+    with Console(Path(settings.log_dir), to_stderr=as_json) as console:
+        probe.command(settings, costs_bps, models, console, as_json)
+
+
 def selftest_command(
     settings: Settings,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="number of trainings per market")] = 1,
@@ -225,6 +246,7 @@ def export_command(
 COMMANDS: tuple[Callable[..., None], ...] = (
     data_command,
     check_command,
+    probe_command,
     selftest_command,
     preflight_command,
 )

@@ -172,6 +172,78 @@ def _break_evens(costs_bps: Sequence[float], growth: NDArray[np.float64]) -> NDA
     return np.where(lost[:, 0], -np.inf, at)
 
 
+@dataclass(frozen=True)
+class Margin:
+    """What trades earn beside what they cost, over all decisions of a pool; None with too few days or no trade.
+
+    Gross is before fees and slippage; borrowing and funding are taken off. A basis point a bar is the mean over
+    all bars and symbols, those without a position included.
+    """
+
+    net_bps: float  # per bar
+    net_interval: Interval | None  # 95 %, by bootstrap over days
+    gross_bps: float  # per bar
+    gross_interval: Interval | None
+    turnover: float  # value traded per bar, in equities
+    break_even_bps: float | None  # cost of traded value, per side, at which these trades would earn nothing
+    break_even_interval: Interval | None
+
+    def __str__(self) -> str:
+        text = f"gross {self.gross_bps:+.3f} bp a bar{_range(self.gross_interval)}, {self.turnover:.4f} of equity"
+        if self.break_even_bps is None:
+            return f"{text} traded a bar"
+        interval = _range(self.break_even_interval)
+        return f"{text} traded a bar, break-even at {self.break_even_bps:.2f} bp a side{interval}"
+
+
+def margin(walks: Sequence[Walk]) -> Margin:
+    """Measure what the trades of a pool earn, gross and net.
+
+    Raises:
+        ValueError: there is no walk.
+    """
+    _require_walks(walks)
+    parts = []
+    for walk in walks:
+        growth = np.exp(walk.log_returns)
+        fees = walk.costs - walk.borrowing
+        columns = (np.ones(len(growth)), walk.log_returns, np.log(growth + fees), walk.traded)
+        days, first = np.unique(days_of_fills(walk), return_index=True)
+        parts.append((days, np.add.reduceat(np.stack(columns, axis=1), first)))
+    every_day = np.unique(np.concatenate([days for days, _ in parts]))
+    sums = np.zeros((len(every_day), 4))  # decisions, net, gross, traded
+    for days, own in parts:
+        sums[np.searchsorted(every_day, days)] += own
+    ratios = _margins(sums.sum(axis=0))
+    intervals: list[Interval | None] = [None] * len(ratios)
+    if len(sums) >= LEAST_DAYS:
+        drawn = resampled_days(len(sums))
+        resampled = _margins(np.stack([column[drawn].sum(axis=1) for column in sums.T]))
+        intervals = [_interval(values) if np.isfinite(values).any() else None for values in resampled]
+    net, gross, turnover, break_even_bps = map(float, ratios)
+    return Margin(
+        net_bps=net,
+        net_interval=intervals[0],
+        gross_bps=gross,
+        gross_interval=intervals[1],
+        turnover=turnover,
+        break_even_bps=break_even_bps if math.isfinite(break_even_bps) else None,
+        break_even_interval=intervals[3],
+    )
+
+
+def _margins(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return net and gross in bp a bar, turnover and break-even (NaN without a trade) of sums (4, ...)."""
+    decisions, net, gross, traded = sums
+    break_evens = np.full(np.shape(traded), np.nan)
+    np.divide(1e4 * gross, traded, out=break_evens, where=traded > 0)
+    return np.stack([1e4 * net / decisions, 1e4 * gross / decisions, traded / decisions, break_evens])
+
+
+def _range(interval: Interval | None) -> str:
+    return "" if interval is None else f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
 def daily_returns(walks: Sequence[Walk]) -> tuple[NDArray[np.float64], int]:
     """Return the pool's return on every day of any walk, and the number of such days per year.
 
@@ -230,6 +302,13 @@ def _sharpe(daily: NDArray[np.float64], year: float) -> NDArray[np.float64]:
     # As quotients of equity, equal returns differ by rounding.
     deviation[deviation <= 1e-12] = np.nan
     return daily.mean(axis=1) / deviation * year
+
+
+def interval_of_mean(daily: NDArray[np.float64]) -> Interval | None:
+    """Return the 95 % interval of the mean of daily values, by bootstrap over days; None with too few."""
+    if len(daily) < LEAST_DAYS:
+        return None
+    return _interval(daily[resampled_days(len(daily))].mean(axis=1))
 
 
 def _interval(values: NDArray[np.float64]) -> Interval:

@@ -17,6 +17,8 @@ from evaluation.measures import (
     days_of_fills,
     drawdown,
     equity_curve,
+    interval_of_mean,
+    margin,
     measure,
     resampled_days,
 )
@@ -202,3 +204,25 @@ def test_the_interval_of_the_break_even_cost_has_ends_on_the_ladder_or_none() ->
     assert break_even_interval(costs[:2], growth[:2])[1] is None
     assert break_even_interval(costs, growth - 0.02)[0] is None
     assert break_even_interval(costs, growth[:, :4]) is None
+
+
+def test_the_margin_of_trades_by_hand() -> None:
+    """Per decision of all symbols: net, gross before fees, traded; break-even is gross over traded."""
+    long = of_daily(
+        *WEEK, symbol="AAA", costs=[0.002] * 7, borrowing=[0.0005] * 7, traded=[1, 0, 1, 1, 2, 1, 0]
+    )
+    idle = of_daily(*[0.0] * 7, symbol="BBB")
+    got = margin([long, idle])
+    gross = sum(math.log(1 + r + 0.0015) for r in WEEK)
+    assert got.net_bps == pytest.approx(1e4 * sum(map(math.log1p, WEEK)) / 14)
+    assert got.gross_bps == pytest.approx(1e4 * gross / 14)
+    assert got.turnover == pytest.approx(6 / 14)
+    assert got.break_even_bps == pytest.approx(1e4 * gross / 6)
+    for interval, value in ((got.net_interval, got.net_bps), (got.break_even_interval, got.break_even_bps)):
+        assert interval is not None and value is not None and interval[0] < value < interval[1]
+    assert f"break-even at {1e4 * gross / 6:.2f} bp a side [" in str(got)
+    never = margin([idle])
+    assert never.break_even_bps is None and never.break_even_interval is None
+    assert str(never) == "gross +0.000 bp a bar [+0.000, +0.000], 0.0000 of equity traded a bar"
+    few = margin([of_daily(*WEEK[: LEAST_DAYS - 1])])
+    assert few.net_interval is None and interval_of_mean(np.zeros(LEAST_DAYS - 1)) is None
