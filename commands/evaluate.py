@@ -35,6 +35,7 @@ from evaluation.provenance import (
 )
 from evaluation.report import Report, file_name, json_bytes, write_folder
 from evaluation.revision import revision_of
+from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import verdict
 from runtime.control import EXIT_NO_DATA, ExitProgram
@@ -145,7 +146,8 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
     interval = f" (95 % interval: {report.break_even_range})" if report.break_even_range else ""
-    log.info(f"Break-even cost: {report.break_even[1]}{interval}")
+    log.info(f"Its trades: {report.margin}")
+    log.info(f"Break-even cost of the ladder: {report.break_even[1]}{interval}")
     log.info(f"Wrote {folder / 'report.html'} in {time.monotonic() - began:.1f} s")
     return folder
 
@@ -283,6 +285,12 @@ def _evaluate(
     missing = [symbol for symbol in symbols if symbol not in {walk.symbol for walk in walks[POLICY]}]
     if missing:
         notes.append(f"Too few bars for a segment of {settings.horizon}: {', '.join(missing)}.")
+    # By the simulated market's rules, every open is the close before.
+    is_simulated = "simulated" in settings.sources
+    warning = "" if is_simulated else stale_opens(market, symbols, span.start_ns, span.end_ns)
+    if warning:
+        log.warning(warning)
+        notes.append(f"{warning}.")
     pooled = {name: measure(contestant) for name, contestant in walks.items()}
     trials = num_trials(trained.checkpoint, data.fingerprint)
     judgement = verdict(pooled[POLICY], {n: m for n, m in pooled.items() if n != POLICY}, trials)

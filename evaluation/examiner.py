@@ -18,9 +18,10 @@ from envs.market import NoSegment
 from evaluation import champion, ledger
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
-from evaluation.measures import Measures, measure
+from evaluation.measures import Margin, Measures, margin, measure
 from evaluation.parts import Part, PartFailed, Stopped, TooLong, join, on_every_rank, symbols_of
 from evaluation.revision import Revision, revision_of
+from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import NEVER_NS
 from evaluation.verdict import Verdict, beats, verdict
 from models.policy import Policy
@@ -216,6 +217,7 @@ class Examiner:
                 walks = {POLICY: walks.pop(POLICY), CHAMPION: best.walks} | walks
             revision = revision_of(market, plan.start_ns, progress.cutoff_ns)
             name = best.name if best else ""
+            self._warn_of_stale_opens(trainer, [walk.symbol for walk in walks[POLICY]], plan.start_ns)
             return self._judge(walks, progress, fingerprint, revision, name, plan.obstacle, began)
         except Stopped:
             log.info("No exam: asked to stop")
@@ -231,6 +233,11 @@ class Examiner:
         except OSError as error:
             self._warn_of(error)
         return Exam()
+
+    def _warn_of_stale_opens(self, trainer: Trainer, symbols: Sequence[str], start_ns: int) -> None:
+        # By the simulated market's rules, every open is the close before.
+        if "simulated" not in trainer.settings.sources:
+            self._log_once(stale_opens(trainer.env.market, symbols, start_ns, NEVER_NS), logging.WARNING)
 
     def _warn_of(self, error: OSError) -> None:
         log.warning(f"No exam: {error.filename or self._folder} cannot be read: {error.strerror}")
@@ -255,6 +262,7 @@ class Examiner:
         pooled = {name: measure(own) for name, own in walks.items()}
         others = {name: measures for name, measures in pooled.items() if name != POLICY}
         judgement = verdict(pooled[POLICY], others, num_trials)
+        trades = margin(walks[POLICY])
         promoted, reason = False, obstacle
         if not obstacle:
             # The first champion has only cash to beat.
@@ -279,6 +287,7 @@ class Examiner:
             "decision": champion.PROMOTED if promoted else champion.REFUSED,
             "reason": reason,
             "pooled": {name: asdict(measures) for name, measures in pooled.items()},
+            "margin": asdict(trades),
         }
         symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
         seconds = time.monotonic() - began
@@ -286,7 +295,8 @@ class Examiner:
         if ledger.key_of(key) in recorded:
             decision, reason = "decided before", "this exam is already in the ledger"
         lines = [
-            f"Exam: {_summary(pooled, len(symbols))}, {judgement} ({seconds:.1f} s, bars {revision.digest})",
+            f"Exam: {_summary(pooled, len(symbols))}, {trades}, {judgement} ({seconds:.1f} s, "
+            f"bars {revision.digest})",
             f"Champion: {decision}, {reason}",
         ]
         if revised:
@@ -294,13 +304,13 @@ class Examiner:
                 f"Bars: those of {', '.join(revised)} are others than an earlier exam scored, whose line in the "
                 "ledger stays: another source's by now, or corrected"
             )
-        figures = _figures(pooled, judgement, num_trials, promoted)
+        figures = _figures(pooled, trades, judgement, num_trials, promoted)
         figures |= {"exam/symbols": len(symbols), "exam/seconds": seconds, "exam/revised_days": len(revised)}
         return Exam(figures, {"line": line, "symbols": symbols}, lines)
 
-    def _log_once(self, text: str) -> None:
-        if text not in self._logged:
-            log.info(text)
+    def _log_once(self, text: str, level: int = logging.INFO) -> None:
+        if text and text not in self._logged:
+            log.log(level, text)
             self._logged.add(text)
 
 
@@ -322,7 +332,7 @@ def _summary(pooled: Mapping[str, Measures], num_symbols: int) -> str:
 
 
 def _figures(
-    pooled: Mapping[str, Measures], judgement: Verdict, num_trials: int, promoted: bool
+    pooled: Mapping[str, Measures], trades: Margin, judgement: Verdict, num_trials: int, promoted: bool
 ) -> dict[str, float]:
     # docs/metrics.md explains the names; figures without a value are NaN.
     policy = pooled[POLICY]
@@ -344,6 +354,10 @@ def _figures(
         "exam/sortino": _or_nan(policy.sortino),
         "exam/max_drawdown_percent": 100 * policy.max_drawdown,
         "exam/turnover": policy.turnover,
+        "exam/net_bps": trades.net_bps,
+        "exam/gross_bps": trades.gross_bps,
+        "exam/turnover_per_bar": trades.turnover,
+        "exam/break_even_bps": _or_nan(trades.break_even_bps),
         "exam/time_in_market": policy.time_in_market,
         "exam/hit_rate": policy.hit_rate,
         "exam/costs_percent": 100 * policy.costs,

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from evaluation import plots
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY, Contestants, Walk
-from evaluation.measures import Measures, break_even, break_even_interval, jsonable, measure
+from evaluation.measures import (
+    Margin,
+    Measures,
+    break_even,
+    break_even_interval,
+    jsonable,
+    margin,
+    measure,
+)
 from evaluation.verdict import Verdict
 from runtime.files import TEMPORARY_SUFFIX, sync_file, sync_folder
 
@@ -80,6 +88,11 @@ class Report:
         traded = sum(float(walk.traded.sum()) for walk in self.walks[POLICY])
         return 1e4 * sum(float(walk.costs.sum()) for walk in self.walks[POLICY]) / traded if traded else 0.0
 
+    @cached_property
+    def margin(self) -> Margin:
+        """What the policy's trades earn gross and net, at the stated costs."""
+        return margin(self.walks[POLICY])
+
     @property
     def break_even(self) -> tuple[float | None, str]:
         """The cost above which nothing is earned, None if it is not on the ladder, and a text."""
@@ -125,6 +138,7 @@ class Report:
                 "trials": self.num_trials,
                 "pooled": {name: asdict(measures) for name, measures in self.pooled.items()},
                 "paid_bps": self.paid_bps,
+                "margin": asdict(self.margin),
                 "cost_ladder": [{"bps": bps} | asdict(measures) for bps, measures in self.ladder],
                 "break_even_bps": self.break_even[0],
                 "break_even": self.break_even[1],

@@ -433,6 +433,23 @@ def test_an_exam_draws_nothing_and_moves_no_account(training: Training) -> None:
     assert training.trainer.env.cost_scale == 0.25
 
 
+def test_an_exam_says_what_its_trades_earn_and_which_opens_are_no_prices(
+    training: Training, caplog: pytest.LogCaptureFixture
+) -> None:
+    training.hold("long")
+    exam = training.examine()
+    assert ", gross +" in exam.lines[0] and "of equity traded a bar, break-even at " in exam.lines[0]
+    margin, figures = exam.record["line"]["margin"], exam.figures
+    assert figures["exam/gross_bps"] == margin["gross_bps"] > figures["exam/net_bps"] == margin["net_bps"]
+    assert figures["exam/break_even_bps"] == margin["break_even_bps"] > 0
+    assert "repeat the previous close" not in caplog.text
+    quotes = training.trainer.env.market.quotes
+    quotes[1:, 0] = quotes[:-1, 1]
+    for data in ("e", "f"):
+        training.examine(data)
+    assert caplog.text.count("repeat the previous close") == 1
+
+
 def test_nothing_held_out_is_one_line(training: Training) -> None:
     training.progress.trained_until_ns = int(training.bars[0].open_time[-1])
     assert training.examine() == training.examine() == Exam()
