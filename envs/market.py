@@ -6,7 +6,7 @@ Shapes: S = symbols, B = bars of all symbols, one symbol after the other, F = fe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -199,8 +199,9 @@ class Market:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of all tensors."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        """Device memory of all tensors but ``is_perpetual``, which is made when it is first asked for."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
     @cached_property
     def is_perpetual(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from data_sources.bars import MINUTE_NS
 from envs.features import FEATURES, compute
-from tests.envs.markets import CONTEXT, HORIZON, NEVER, constant, market_of, walk
+from tests.envs.markets import CONTEXT, HORIZON, NEVER, config_of, constant, market_of, walk
 
 
 def expected_starts(bars, holdout_start_ns, first_bar):
@@ -26,6 +26,13 @@ def expected_starts(bars, holdout_start_ns, first_bar):
 
 def draw(market, count=20_000, seed=0):
     return market.draw_starts(count, torch.Generator().manual_seed(seed))
+
+
+def test_its_memory_is_the_same_before_and_after_use():
+    market = market_of(walk())
+    unused = market.num_bytes
+    market.cost_rates(config_of(), torch.float32)
+    assert market.num_bytes == unused > market.features.nbytes
 
 
 def test_every_valid_start_is_drawn_and_no_other():
