@@ -84,6 +84,9 @@ def data_command(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     no_refresh: Annotated[bool, typer.Option("--no-refresh", help="contact no source")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="re-read and check the whole lake first")] = False,
+    flow: Annotated[
+        bool, typer.Option("--flow", help="fetch again now what was kept before order flow was")
+    ] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
     """Refresh the data once and show what is there."""
@@ -101,8 +104,8 @@ def data_command(
             if background:
                 cutoff_ns = closed_before(now_ns)
                 request = data_request(settings, cutoff_ns)
-                console.emit(data.in_background(lake, request, now_ns, cutoff_ns))
-            elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, as_json):
+                data.in_background(lake, request, now_ns, cutoff_ns, console.emit)
+            elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, flow, as_json):
                 raise ExitProgram(code, "There are no bars." if code == EXIT_NO_DATA else "")
         except DataError as error:
             raise ExitProgram(EXIT_NO_DATA, str(error)) from error

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data_sources import snapshot
 from data_sources.bars import FLOW_COLUMNS
 from data_sources.coverage import Extent, SymbolRow, minutes_behind
+from data_sources.flow import FILES_PER_REFRESH, FlowPlan, fetch_flow, missing_flow
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData, load
 from data_sources.pegged import PEGGED
@@ -43,17 +44,21 @@ def show(
     console: Console,
     refreshes: bool,
     verifies: bool,
+    fetches_flow: bool,
     as_json: bool,
 ) -> int:
-    """Verify and refresh the lake where asked to, and print what it holds.
+    """Verify, refresh and complete the lake where asked to, and print what it holds.
 
     Returns:
         The exit code: EXIT_NO_DATA without a symbol to train on, 1 if damage was found and not repaired.
     """
     damaged = [*lake.verify(), *snapshot.verify(lake)] if verifies else []  # first, as a refresh repairs
     reports = refresh(lake, request, now_ns, console) if refreshes else {}
+    if fetches_flow:
+        fetch_flow(lake, request, now_ns, console)
     loaded = load(lake, request)
-    content = report(loaded, reports, damaged, request)
+    flow = missing_flow(lake, request, now_ns)
+    content = report(loaded, reports, damaged, request, flow)
     code = EXIT_NO_DATA if not loaded.bars else int(bool(damaged) and not refreshes)
     if as_json:
         console.emit(json.dumps(content, indent=1))
@@ -62,27 +67,54 @@ def show(
     if content["series"]:
         console.table(title, COLUMNS, map(_cells, content["series"]))
     console.show_data_warnings(loaded)
+    if flow.files:
+        log.info(f"{flow}; or at once, by data --flow")
     for name in damaged:
         log.warning(f"damaged and set aside: {name}" + ("" if refreshes else "; a refresh fetches it again"))
     return code
 
 
-def in_background(lake: Lake, request: DataRequest, now_ns: int, cutoff_ns: int) -> str:
-    """Refresh, and write the snapshot that the next run will map; return JSON for training/prefetch.py.
+def in_background(
+    lake: Lake, request: DataRequest, now_ns: int, cutoff_ns: int, tell: Callable[[str], None]
+) -> None:
+    """Refresh, and write the snapshot that the next run will map; then fetch order flow that former bars lack.
 
-    ``request`` is for the bars up to ``cutoff_ns``, the last ones that have closed at ``now_ns``.
+    Args:
+        lake: to refresh.
+        request: for the bars up to ``cutoff_ns``.
+        now_ns: the present.
+        cutoff_ns: the end of the last minute that has closed.
+        tell: receives JSON for training/prefetch.py.
 
     Raises:
         LakeError: the lake cannot be read, or the snapshot cannot be written.
     """
     collector = WarningCollector()
     refresh(lake, request, now_ns, collector)
-    snapshot.provide(lake, request)
-    return json.dumps({"now_ns": cutoff_ns, "warnings": collector.warnings})
+    path = snapshot.provide(lake, request)
+    bars = snapshot.content_of(path) if path else ""
+    tell(json.dumps({"now_ns": cutoff_ns, "bars": bars, "warnings": collector.warnings}))
+    fetch_flow(lake, request, now_ns, _LaterWarnings(tell), FILES_PER_REFRESH)
+
+
+class _LaterWarnings(WarningCollector):
+    """Tells each warning when it comes: this process may be killed at any time."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def warn(self, source: str, message: str) -> None:
+        super().warn(source, message)
+        self._tell(json.dumps({"later_warning": self.warnings[-1]}))
 
 
 def report(
-    loaded: LoadedData, reports: Mapping[str, SourceReport], damaged: Sequence[str], request: DataRequest
+    loaded: LoadedData,
+    reports: Mapping[str, SourceReport],
+    damaged: Sequence[str],
+    request: DataRequest,
+    flow: FlowPlan,
 ) -> dict[str, Any]:
     """Return everything known about the data as plain types.
 
@@ -99,6 +131,12 @@ def report(
             for source, result in reports.items()
         },
         "damaged": list(damaged),
+        "flow_to_fetch": {
+            "files": flow.files,
+            "bars": flow.bars,
+            "download_bytes": flow.downloaded_bytes,
+            "disk_bytes": flow.kept_bytes,
+        },
         "series": [entry for row in loaded.rows for entry in _entries(row, request)],
         "symbols": [
             {

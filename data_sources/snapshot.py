@@ -45,6 +45,7 @@ def provide(
     request: DataRequest,
     *,
     symbols: Collection[str] = (),
+    written_ahead: str = "",
     kept_snapshots: int = KEPT_SNAPSHOTS,
 ) -> Path | None:
     """Return a snapshot of what the lake has for ``request``, written now if there is none; old ones are removed.
@@ -54,6 +55,7 @@ def provide(
         request: which bars.
         symbols: of a resumed run, those that it began with. Its snapshot is the one that has them, whatever the
             lake has learned since; a run that begins has none, and gets what the lake holds now.
+        written_ahead: the fingerprint of a snapshot that will do, too; the lake may have got order flow since.
         kept_snapshots: how many of this request stay.
 
     Returns:
@@ -62,7 +64,8 @@ def provide(
     Raises:
         LakeError: the lake cannot be read, or the snapshot cannot be written (disk full, read-only).
     """
-    found = find(lake, request, symbols, "" if symbols else fingerprint(lake, request))
+    found = find(lake, request, symbols, written_ahead) if written_ahead else None
+    found = found or find(lake, request, symbols, "" if symbols else fingerprint(lake, request))
     if found is not None:
         with lake_errors("write", found):
             os.utime(found)
@@ -99,9 +102,14 @@ def find(lake: Lake, request: DataRequest, symbols: Collection[str] = (), conten
                 names = {bars.symbol for bars in open_snapshot(path).bars}
             if not names:
                 _remove(path)
-            elif names.issuperset(symbols) and path.stem.endswith(content):
+            elif names.issuperset(symbols) and content in ("", content_of(path)):
                 return path
     return None
+
+
+def content_of(path: Path) -> str:
+    """Return the fingerprint of a snapshot's bars, by its name."""
+    return path.stem.rpartition("-")[2]
 
 
 def open_snapshot(path: Path) -> LoadedData:

@@ -18,7 +18,7 @@ from data_sources.splits import SplitLedger
 from data_sources.universe import top_of
 
 if TYPE_CHECKING:
-    from data_sources.lake.lake import Lake  # which imports pyarrow and polars
+    from data_sources.lake.lake import Lake, Part  # which imports pyarrow and polars
 
 Keys = Mapping[str, str]
 
@@ -176,6 +176,21 @@ class Source:
             MissingCredentials: a key is not set; the source is skipped.
             DataError: nothing could be brought up to date, or the source was given up.
             ImportError: its library is not installed.
+        """
+        raise NotImplementedError
+
+    def without_flow(self, lake: Lake, request: DataRequest, now_ns: int) -> list[Part]:
+        """Return the parts of a request without order flow that ``add_flow`` would fetch again, newest first.
+
+        None where its files are large for what is kept of them.
+        """
+        return []
+
+    def add_flow(self, lake: Lake, parts: Sequence[Part], now_ns: int, progress: Progress) -> None:
+        """Fetch parts again and add their order flow to the lake, by ``Lake.add_flow``, each as it comes.
+
+        Raises:
+            DataError, ImportError: the source was given up; what was added stays.
         """
         raise NotImplementedError
 

@@ -14,6 +14,7 @@ from data_sources.bars import Bars
 from data_sources.calendar import date_ns, utc
 from data_sources.coverage import SymbolRow
 from data_sources.errors import LakeError
+from data_sources.flow import missing_flow
 from data_sources.lake.lake import READY_FOLDER, Lake
 from data_sources.lake.quality import closed_before
 from data_sources.load import LoadedData, load
@@ -78,10 +79,12 @@ def fresh_bars(
         ExitProgram: the lake cannot be read, ranks read different bars, or symbols that the run began with are
             gone and ``missing_symbols`` is "stop".
     """
-    cutoff_ns = progress.cutoff_ns
+    cutoff_ns, written_ahead = progress.cutoff_ns, ""
     if ranks.is_first:
         with _exit_without_lake(progress):
-            cutoff_ns = _bring_up_to_date(lake, settings, progress, control, reporter, prefetch)
+            cutoff_ns, written_ahead = _bring_up_to_date(
+                lake, settings, progress, control, reporter, prefetch
+            )
     with heartbeat_while_waiting():
         cutoff_ns = ranks.broadcast(cutoff_ns)
     if agreed_stop(STOP_AT_EPOCH_END, ranks, control):
@@ -89,13 +92,18 @@ def fresh_bars(
     progress.cutoff_ns = cutoff_ns
     request = data_request(settings, progress.cutoff_ns)
     with _exit_without_lake(progress):
-        data = _map_copy(lake, request, progress.num_bars, ranks)
+        data = _map_copy(lake, request, progress.num_bars, ranks, written_ahead)
     if len(set(ranks.gather(data.fingerprint))) > 1:
         raise ExitProgram(
             EXIT_CRASH, f"ranks read different bars in {lake.root}: is it one folder for all of them?"
         )
     if request.needs_lake:
         _compare_with_beginning(data, progress, settings, lake)
+    if ranks.is_first:
+        with _exit_without_lake(progress):
+            flow = missing_flow(lake, request, time.time_ns())
+        if flow.files:
+            log.info(str(flow))
     progress.num_bars = {bars.symbol: len(bars) for bars in data.bars}
     return data
 
@@ -107,28 +115,32 @@ def _bring_up_to_date(
     control: Control,
     reporter: Progress,
     prefetch: Prefetch,
-) -> int:
-    """Ask the sources for what this run lacks, if anything; return where its bars end."""
+) -> tuple[int, str]:
+    """Ask the sources for what this run lacks, if anything.
+
+    Returns:
+        Where the run's bars end, and the fingerprint of its snapshot, if that was written ahead.
+    """
     cutoff_ns = progress.cutoff_ns
     if cutoff_ns:
         request = data_request(settings, cutoff_ns)
         if not request.needs_lake or snapshot.find(lake, request, progress.num_bars):
-            return cutoff_ns
+            return cutoff_ns, ""
         log.warning(
             f"{lake.root} has no copy of the bars that run {progress.run} began with: the sources are asked for "
             f"them again, up to {utc(cutoff_ns):%Y-%m-%d %H:%M} UTC"
         )
     else:
-        cutoff_ns = prefetch.take()
+        cutoff_ns, written_ahead = prefetch.take()
         if cutoff_ns:
-            return cutoff_ns
+            return cutoff_ns, written_ahead
     now_ns = time.time_ns()
     # Only what has closed: the same request will have the same bars later.
     cutoff_ns = cutoff_ns or closed_before(now_ns)
     interruptible = Interruptible(reporter, lambda: control.stop_level > 0)
     with contextlib.suppress(StopRequested):  # a stop is agreed on by the ranks afterwards
         refresh(lake, data_request(settings, cutoff_ns), now_ns, interruptible)
-    return cutoff_ns
+    return cutoff_ns, ""
 
 
 def lost_symbols(rows: Iterable[SymbolRow], num_bars: Iterable[str], request: DataRequest) -> dict[str, str]:
@@ -286,12 +298,14 @@ def _exit_without_lake(progress: TrainingProgress) -> Iterator[None]:
         raise ExitProgram(code, f"{error}: check the disk, or use another --data-dir") from error
 
 
-def _map_copy(lake: Lake, request: DataRequest, symbols: Collection[str], ranks: Ranks) -> LoadedData:
+def _map_copy(
+    lake: Lake, request: DataRequest, symbols: Collection[str], ranks: Ranks, written_ahead: str
+) -> LoadedData:
     """Map the shared copy of the run's bars; without disk space for one, every rank reads the lake itself."""
     name = ""
     if ranks.is_first and request.needs_lake:
         try:
-            path = snapshot.provide(lake, request, symbols=symbols)
+            path = snapshot.provide(lake, request, symbols=symbols, written_ahead=written_ahead)
             name = path.name if path else ""
         except LakeError as error:
             log.warning(f"every rank and restart reads all of the lake: {error}")

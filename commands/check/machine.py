@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from commands.check.report import Line
 from commands.check.sources import stored_rows
 from data_sources.errors import LakeError
+from data_sources.flow import SPARE_BYTES, missing_flow
 from data_sources.lake.lake import Lake
 from data_sources.sources import DataRequest
 from data_sources.universe import plain_names, top_of
@@ -149,6 +152,11 @@ def check_disks(settings: Settings, request: DataRequest) -> Iterator[Line]:
     fetched = int(max(0, num_bars(request) - rows) * per_bar)
     text = f"lake: {size(stored)} so far, at most {size(fetched)} to fetch, then {size(week)} a week"
     yield _on_disk(text, lake, fetched + week, week, "lower --history-days")
+    with contextlib.suppress(LakeError):  # reported with its bars
+        flow = missing_flow(Lake(lake), request, time.time_ns())
+        if not flow.files:
+            return
+        yield _on_disk(str(flow), lake, flow.kept_bytes + SPARE_BYTES, 0, "it waits until there is room")
 
 
 def _on_disk(text: str, folder: Path, wanted: int, needed: int, fix: str) -> Line:

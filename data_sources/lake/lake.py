@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from data_sources.bars import COLUMNS, join_columns
 from data_sources.errors import BadAnswer, LakeBusy, LakeError, lake_errors
+from data_sources.lake.flow import added_to, join_flow
 from data_sources.lake.listing import dataset_of, entries, folders, part_files, stamp_of
 from data_sources.lake.names import escape
 from data_sources.lake.parts import (
@@ -201,23 +203,65 @@ class Lake:
             flow_content=flow_digest_of(cleaned.table),
             flow_rejected=cleaned.flow_rejected,
         )
-        path = self._path(part)
-        quarantine = self._quarantine_path(part)
         with self.writing():
             self._refuse_shrinking(part, cleaned.table)
-            with lake_errors("write", path):
-                # Whatever comes between the two leaves a superfluous file, never a missing one.
-                if cleaned.quarantined.num_rows:
-                    write_atomically(
-                        quarantine, lambda file: pq.write_table(cleaned.quarantined, file, compression="zstd")
-                    )
-                write_atomically(path, lambda file: write_part(file, cleaned.table, part))
-                if not cleaned.quarantined.num_rows:
-                    quarantine.unlink(missing_ok=True)
-                stamp = stamp_of(path)
+            self._keep(part, cleaned.table, cleaned.quarantined)
+        return part
+
+    def add_flow(self, part: Part, answer: pa.Table | None, now_ns: int) -> Part | None:
+        """Give the bars of ``part``, kept before there was order flow, that of a newer answer; see lake/flow.py.
+
+        Its bars, their digest and their age stay: whatever was known of them still holds.
+
+        Args:
+            part: as it was listed.
+            answer: as for ``write``; None: there is none, which is noted.
+            now_ns: the time of the answer.
+
+        Returns:
+            The part as it is now; None where another one has taken its place, or it is damaged.
+
+        Raises:
+            BadAnswer, LakeError: as ``write``.
+        """
+        with self.writing():
+            is_listed = self.parts(part.source, part.dataset).get(part.unit) == part
+            bars = self._rows(part) if is_listed else None
+            if bars is None:
+                return None
+            if answer is None:
+                part = replace(part, flow_asked_ns=now_ns)
+                self._keep(part, bars.set_column(0, "symbol", bars["symbol"].cast(pa.string())), None)
+                return part
+            part, bars, aside = join_flow(part, bars, answer, now_ns)
+            self._keep(part, bars, self._added_to_quarantine(part, aside) if aside.num_rows else None)
+        return part
+
+    def _added_to_quarantine(self, part: Part, aside: pa.Table) -> pa.Table | None:
+        path = self._quarantine_path(part)
+        try:
+            with lake_errors("read", path):
+                return added_to(path, aside)
+        except (LakeError, pa.ArrowException, KeyError) as error:
+            name = path.relative_to(self.root).as_posix()
+            self._progress.warn(
+                part.source, f"{name} cannot be added to ({error}); {len(aside)} rows are lost"
+            )
+            return None
+
+    def _keep(self, part: Part, table: pa.Table, aside: pa.Table | None) -> None:
+        """Write a part's file, and that of its quarantine; None: as it is."""
+        path, quarantine = self._path(part), self._quarantine_path(part)
+        with lake_errors("write", path):
+            # Whatever comes between the two leaves a superfluous file, never a missing one.
+            if aside is not None and aside.num_rows:
+                write_atomically(quarantine, lambda file: pq.write_table(aside, file, compression="zstd"))
+            write_atomically(path, lambda file: write_part(file, table, part))
+            if aside is not None and not aside.num_rows:
+                quarantine.unlink(missing_ok=True)
+            stamp = stamp_of(path)
         with self._known_guard:
             self._known[path] = (stamp, part)
-        return part
 
     def remove(self, part: Part) -> None:
         """Remove a part and its quarantine, if they exist."""

@@ -44,6 +44,7 @@ class Part:
 
     Order flow: ``flow`` counts the bars with a value by column, ``flow_content`` is a SHA-256 of those columns,
     ``flow_rejected`` counts by symbol the bars that lost theirs. ``content`` is without it, as in format 1.
+    ``flow_asked_ns`` is when a part of format 1 was last asked for in vain to get its flow.
     """
 
     source: str
@@ -65,6 +66,7 @@ class Part:
     flow: dict[str, int] = field(default_factory=dict)
     flow_content: str = ""
     flow_rejected: dict[str, dict[str, int]] = field(default_factory=dict)
+    flow_asked_ns: int = 0
 
 
 class DamagedPartError(Exception):
@@ -262,7 +264,7 @@ def _check_types(part: Part) -> None:
     """Raise a TypeError unless every field has its type: a footer may be of another version, or made by hand."""
     texts = (part.source, part.dataset, part.unit, part.key, part.version, part.content, *part.symbols)
     texts += (part.flow_content,)
-    numbers = (part.start_ns, part.end_ns, part.fetched_ns, part.rows, part.format)
+    numbers = (part.start_ns, part.end_ns, part.fetched_ns, part.rows, part.format, part.flow_asked_ns)
     counts = (part.rejected, part.repaired, part.dollar_volume, *part.rejected_by_symbol.values())
     counts += (part.flow, *part.flow_rejected.values())
     is_right = (

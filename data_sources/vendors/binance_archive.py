@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import requests
 
 from data_sources.bars import COLUMNS, DAY_NS, FLOW_COLUMNS, MINUTE_NS
@@ -41,6 +42,7 @@ ZIP_ERRORS = (
 BAR_PLACES = {name: place for place, name in enumerate(COLUMNS)}
 PLACES = BAR_PLACES | {"trades": 8, "taker_buy_volume": 9}
 HEADER = "open"  # with which a row of names begins
+SETTLED_NS = 40 * DAY_NS  # after its end; a file that is not out by now never will be
 MAX_FILE_BYTES = 64 << 20  # a month of one pair is about 2.5 MB, its CSV about 6 MB
 
 
@@ -88,6 +90,20 @@ class ArchiveFile(Generic[Content]):
     sha256: str
     num_bytes: int
     content: Content
+
+    def rows_of(self: ArchiveFile[pa.Table], unit: Unit) -> pa.Table:
+        """Return the rows of a file of bars.
+
+        Raises:
+            BadAnswer: some are not of ``unit``; stamps that are off by a day would pass for other bars.
+        """
+        time = self.content.column("open_time")
+        inside = self.content.filter(
+            pc.and_(pc.greater_equal(time, unit.start_ns), pc.less(time, unit.end_ns))
+        )
+        if outside := len(self.content) - len(inside):
+            raise BadAnswer(f"{self.key}: {outside} of {len(self.content)} rows are not of {unit.name}")
+        return inside
 
 
 class Archive:

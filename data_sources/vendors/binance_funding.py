@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from data_sources.bars import DAY_NS, HOUR_NS
 from data_sources.errors import DataError, LakeError
 from data_sources.funding import LONGEST_INTERVAL_NS, FundingLedger
-from data_sources.vendors.binance_archive import Archive, months
+from data_sources.vendors.binance_archive import SETTLED_NS, Archive, months
 from data_sources.vendors.binance_rest import PAGE_FUNDING, Rest, UnknownPair
 
 SHORTEST_INTERVAL_NS = HOUR_NS
 OVERLAP_NS = DAY_NS  # asked for again, so that a row that came late or was corrected is found
 LATE = 1.5  # of an interval: a row that comes as late is not missing
-SETTLED_NS = 40 * DAY_NS  # what the archive does not have by now it never will
 
 
 class FundingRefresh:

@@ -23,7 +23,7 @@ from data_sources.funding import FundingLedger
 from data_sources.lake.parts import Part
 from data_sources.lake.quality import SCHEMA, clean, closed_before
 from data_sources.sources import RefreshJob
-from data_sources.vendors.binance_archive import Archive, Unit, days, months
+from data_sources.vendors.binance_archive import SETTLED_NS, Archive, Unit, days, months
 from data_sources.vendors.binance_funding import FundingRefresh
 from data_sources.vendors.binance_parts import PairParts
 from data_sources.vendors.binance_product import Product
@@ -35,7 +35,6 @@ SILENCE_NS = 10 * MINUTE_NS  # how old a minute without a bar must be to count a
 LATE_NS = 26 * HOUR_NS  # after its due time a file is asked for: REST has its bars meanwhile
 EARLY_NS = 2 * HOUR_NS  # the same while REST is down
 ASK_AGAIN_NS = 6 * HOUR_NS  # after a 404 of a file that others stand in for
-SETTLED_NS = 40 * DAY_NS  # a file that is not out by now never will be
 REST_PAGES = 90  # per pair and refresh: 62 days; 27 pairs of it weigh one minute's limit
 PAGE_NS = PAGE_BARS * MINUTE_NS
 MOST_WARNINGS = 3  # about rows of funding
@@ -245,12 +244,7 @@ class PairRefresh:
         if is_before_first:
             self._first_bar_ns = None  # REST has less than the archive
         self._progress.advance(self._product.source, 0, file.num_bytes)
-        time = file.content.column("open_time")
-        inside = pc.and_(pc.greater_equal(time, unit.start_ns), pc.less(time, unit.end_ns))
-        table = file.content.filter(inside)
-        if len(table) < len(file.content):  # stamps that are off by a day would pass for other bars
-            outside = len(file.content) - len(table)
-            raise BadAnswer(f"{file.key}: {outside} of {len(file.content)} rows are not of {unit.name}")
+        table = file.rows_of(unit)
         if any(part.rows for part in self._parts.between(unit.start_ns, unit.end_ns)):
             held = self._parts.bars(unit.start_ns, unit.end_ns)
             kept = _without(held, clean(table, now_ns=self._now_ns).table)

@@ -5,14 +5,23 @@ Both have the same klines, archive and faults: one code serves them, and this is
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from data_sources.sources import SymbolGroup
+from data_sources import renames
+from data_sources.sources import DataRequest, SymbolGroup
 from data_sources.vendors.spelling import advise_binance_pair, advise_binance_perpetual
 
 ARCHIVE_URL = "https://data.binance.vision"
 ARCHIVE_VARIABLE = "BINANCE_ARCHIVE_URL"  # one archive has both
+
+
+def archive_address() -> str:
+    """Return where the archive is, by the environment."""
+    return os.environ.get("BINANCE_ARCHIVE_URL") or ARCHIVE_URL
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,19 @@ class Product:
     def is_name(self, symbol: str) -> bool:
         """Return whether a symbol may be one of Binance's."""
         return re.fullmatch(r"[A-Z0-9]{2,20}" + re.escape(self.suffix), symbol) is not None
+
+    def names(self, root: Path, request: DataRequest) -> Iterator[tuple[str, int, int]]:
+        """Yield the names that a request needs and their spans: its symbols, and what those were called before.
+
+        Raises:
+            LakeError: the user's table of renames in the lake at ``root`` cannot be read.
+        """
+        symbols = dict.fromkeys(self.group.symbols(request))
+        yield from ((symbol, request.start_ns, request.end_ns) for symbol in symbols)
+        span = request.start_ns, request.end_ns
+        for stretch in renames.former(renames.read(root), self.group.setting, symbols, *span):
+            start_ns, end_ns = max(span[0], stretch.start_ns), min(span[1], stretch.end_ns)
+            yield stretch.name, start_ns, end_ns
 
 
 # Source: https://github.com/binance/binance-spot-api-docs (2026-07-21): 6,000 weight a minute, a page weighs 2.

@@ -9,12 +9,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from data_sources import renames
 from data_sources.errors import DataError
 from data_sources.sources import RefreshJob
 from data_sources.vendors.binance_archive import Archive
 from data_sources.vendors.binance_pair import Hosts, PairRefresh
-from data_sources.vendors.binance_product import ARCHIVE_URL, SPOT, Product
+from data_sources.vendors.binance_product import ARCHIVE_URL, SPOT, Product, archive_address
 from data_sources.vendors.binance_rest import Rest
 from data_sources.vendors.http import RetryPolicy
 
@@ -42,7 +41,7 @@ class Binance:
         spot, futures = os.environ.get("BINANCE_API_URL"), os.environ.get("BINANCE_FUTURES_API_URL")
         return cls(
             (spot if product is SPOT else futures) or product.api_url,
-            os.environ.get("BINANCE_ARCHIVE_URL") or ARCHIVE_URL,
+            archive_address(),
             product=product,
             policy=policy,
         )
@@ -67,14 +66,12 @@ class Binance:
         rest, archive = self._hosts.rest.host, self._hosts.archive.host
         rest.begin_refresh()
         archive.begin_refresh()
-        progress, source, group = job.progress, self._product.source, self._product.group
-        pairs = list(dict.fromkeys(group.symbols(job.request)))
-        works = [PairRefresh(self._hosts, job, pair) for pair in pairs]
-        known = renames.read(job.lake.root)
-        for stretch in renames.former(known, group.setting, pairs, job.start_ns, job.end_ns):
-            start_ns, end_ns = max(job.start_ns, stretch.start_ns), min(job.end_ns, stretch.end_ns)
-            then = replace(job, request=replace(job.request, start_ns=start_ns, end_ns=end_ns))
-            works.append(PairRefresh(self._hosts, then, stretch.name))
+        progress, source = job.progress, self._product.source
+        works = []
+        request = replace(job.request, end_ns=job.end_ns)
+        for name, start_ns, end_ns in self._product.names(job.lake.root, request):
+            then = replace(job.request, start_ns=start_ns, end_ns=end_ns)
+            works.append(PairRefresh(self._hosts, replace(job, request=then), name))
         progress.start(source, f"files and {self._product.noun}s", sum(work.num_steps for work in works))
         pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix=source)
         try:

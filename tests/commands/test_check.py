@@ -23,12 +23,16 @@ from commands.check.report import Line
 from commands.check.sources import check_clock, stored_rows
 from continuous_training import PRESETS, Settings
 from data_sources import sources
+from data_sources.bars import DAY_NS
+from data_sources.flow import SPARE_BYTES, FlowPlan
 from data_sources.lake.lake import Lake
 from data_sources.refresh import refresh
 from data_sources.sources import Answer
 from data_sources.vendors import http
+from data_sources.vendors.binance_archive import months
 from data_sources.vendors.http import RetryPolicy
 from runtime.launch import Launch
+from tests.data_sources.bar_tables import as_format_1, walk
 from tests.data_sources.vendors.loopback import Answer as HttpAnswer
 from tests.data_sources.vendors.loopback import Fault, LoopbackServer, Notes
 from tests.data_sources.vendors.s3_server import Fault as S3Fault
@@ -392,6 +396,27 @@ def test_disks_that_are_too_small_are_reported(monkeypatch: pytest.MonkeyPatch, 
         assert {line.code for line in found if line.level == "error"} <= {4}
     assert "lower --keep-checkpoints" not in found[0].text and ": free 7.26 GB more" in found[0].text
     assert found[1].text.startswith("lake: 0 B so far, at most 1.27 GB to fetch, then 12.2 MB a week")
+
+
+def test_order_flow_that_is_missing_is_said_with_the_disk_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = replace(FULL, sources=("binance",), binance_pairs=("BTCUSDT",), data_dir=str(tmp_path))
+    lake, request = Lake(tmp_path), request_of(settings)
+    (month,) = months(request.start_ns, request.start_ns + 1)
+    bars = walk("BTCUSDT", month.end_ns - DAY_NS, 1440)
+    span = {"start_ns": month.start_ns, "end_ns": month.end_ns, "now_ns": request.end_ns}
+    lake.write("binance", "BTCUSDT", month.name, bars, key="k", version="v", symbols=["BTCUSDT"], **span)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 100 * GB))
+    assert not [line for line in machine.check_disks(settings, request) if "order flow" in line.text]
+    as_format_1(lake, "binance", "BTCUSDT")
+    *_, line = machine.check_disks(settings, request)
+    assert (line.topic, line.level, line.code) == ("disk", "OK", 0)
+    assert line.text == f"{FlowPlan(1, 1440)}; 100 GB are free"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, SPARE_BYTES))
+    *_, line = machine.check_disks(settings, request)
+    assert (line.level, line.code) == ("warning", 0)
+    assert line.text.endswith("; 4.29 GB are free: it waits until there is room, or free 11.5 kB more")
 
 
 def test_libraries_are_compared_with_the_requirements(

@@ -19,11 +19,17 @@ from commands.cli import flags_of
 from continuous_training import Settings
 from data_sources.bars import MINUTE_NS, Bars
 from data_sources.coverage import Extent, Series, row_of
+from data_sources.flow import FlowPlan
 from data_sources.lake.lake import Lake
+from data_sources.lake.quality import bar_table
 from data_sources.load import LoadedData
+from data_sources.snapshot import content_of as content_of_snapshot
 from data_sources.snapshot import open_snapshot
 from data_sources.sources import DataRequest
 from data_sources.vendors import SOURCES
+from data_sources.vendors.binance_archive import months
+from monitoring.console import Console
+from tests.data_sources.bar_tables import as_format_1
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.program import ROOT, environment
 from training.data_feed import refresh_command
@@ -130,6 +136,48 @@ def test_in_the_background_it_prints_one_line_and_leaves_the_snapshot_that_the_n
     assert bars.open_time[-1] > printed["now_ns"] - 10 * 60 * MINUTE_NS
 
 
+def test_former_bars_get_their_order_flow_after_the_result_was_told_or_at_once(
+    server: BinanceServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("BINANCE_API_URL", server.url)
+    monkeypatch.setenv("BINANCE_ARCHIVE_URL", server.url)
+    *_, month = months(server.now_ns - 100 * DAY_NS, server.now_ns - 70 * DAY_NS)
+    span = {"start_ns": month.start_ns, "end_ns": month.end_ns}
+    request = DataRequest(("binance",), {"binance_pairs": ("OLDUSDT",)}, **span, min_bars=1)
+    monkeypatch.setattr(server, "pairs", ("OLDUSDT",))
+    monkeypatch.setitem(server.listed_ns, "OLDUSDT", month.end_ns - DAY_NS)
+    times, values = server.truth("OLDUSDT", **span)
+    table = bar_table("OLDUSDT", [times, *values.T])
+    for name in ("background", "by hand"):
+        lake = Lake(tmp_path / name)
+        origin = {"key": month.name, "version": "v", "symbols": ["OLDUSDT"], "now_ns": server.now_ns}
+        lake.write("binance", "OLDUSDT", month.name, table, **origin, **span)
+        as_format_1(lake, "binance", "OLDUSDT")
+
+    lake, told = Lake(tmp_path / "background"), []
+    data.in_background(lake, request, server.now_ns, month.end_ns, told.append)
+    (result,) = map(json.loads, told)
+    (ready,) = (lake.root / ".ready").glob("*.npy")
+    assert result == {"now_ns": month.end_ns, "bars": content_of_snapshot(ready), "warnings": []}
+    assert open_snapshot(ready).bars[0].trades is None  # told before, so that nothing waits for it
+    assert lake.parts("binance", "OLDUSDT")[month.name].flow == {"trades": 1440, "taker_buy_volume": 1440}
+
+    lake, console = Lake(tmp_path / "by hand"), Console(tmp_path / "logs", to_stderr=True)
+    with console:
+        assert data.show(lake, request, server.now_ns, console, False, False, False, False) == 0
+        assert f"{FlowPlan(1, 1440)}; or at once, by data --flow" in capsys.readouterr().err
+        for fetches, files, flow in ((False, 1, {}), (True, 0, {"trades": 1440, "taker_buy_volume": 1440})):
+            assert data.show(lake, request, server.now_ns, console, False, False, fetches, True) == 0
+            printed = capsys.readouterr()
+            content = json.loads(printed.out)
+            assert content["flow_to_fetch"]["files"] == files
+            assert ("order flow of 1 of 1 files added" in printed.err) == fetches
+            assert content["series"][0]["flow"] == flow
+
+
 def test_without_a_bar_it_ends_with_3(server: BinanceServer, tmp_path: Path) -> None:
     answer = data_command(server, tmp_path, "--no-refresh")
     assert answer.returncode == 3
@@ -149,7 +197,7 @@ def verdict_of(
     index = list(SOURCES).index(source)
     row = row_of(Series(bars, np.full(len(bars), index, np.int8), **more), dropped)
     request = DataRequest((source,), {}, END - 10 * DAY_NS, END)
-    report = data.report(LoadedData([bars], {}, [row], "f"), {}, [], request)
+    report = data.report(LoadedData([bars], {}, [row], "f"), {}, [], request, FlowPlan(0, 0))
     return str(report["series"][0]["verdict"])
 
 
@@ -187,7 +235,7 @@ def test_a_symbol_of_two_sources_has_a_row_for_each_and_one_for_the_merged_serie
     }
     row = row_of(Series(bars, np.empty(0, np.int8), extents), "no bars")
     request = DataRequest(("polygon", "yahoo"), {"stocks": ("AAA",)}, END - 10 * DAY_NS, END)
-    series = data.report(LoadedData([], {}, [row], "f"), {}, [], request)["series"]
+    series = data.report(LoadedData([], {}, [row], "f"), {}, [], request, FlowPlan(0, 0))["series"]
     assert [(entry["source"], entry["verdict"]) for entry in series] == [
         ("polygon", "ok"), ("yahoo", "no bars"), ("merged", "no bars"),
     ]  # fmt: skip

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from data_sources.bars import COLUMNS, DAY_NS, FLOW_COLUMNS, MINUTE_NS
 from data_sources.lake.lake import Lake
+from data_sources.lake.parts import Part, parse_part, write_part
 from data_sources.lake.quality import SCHEMA, bar_table
 from data_sources.progress import NullProgress, Progress
 from data_sources.sources import DataRequest, RefreshJob
 from data_sources.splits import SplitLedger
 
-__all__ = ["DAY_NS", "flat", "job_for", "ns", "read", "table", "walk", "with_values"]
+__all__ = ["DAY_NS", "as_format_1", "flat", "job_for", "ns", "read", "table", "walk", "with_values"]
 
 
 def ns(text: str) -> int:
@@ -77,6 +81,21 @@ def read(
         flow = {name: columns[name] for name in FLOW_COLUMNS if name in columns}
         tables.append(bar_table(symbol, [columns[name] for name in COLUMNS], **flow))
     return pa.concat_tables(tables, promote_options="default")
+
+
+def as_format_1(lake: Lake, source: str, dataset: str) -> None:
+    """Turn the parts of a dataset into what they were before there was order flow."""
+    for unit, part in lake.parts(source, dataset).items():
+        path = lake.root / source / dataset / f"{unit}.parquet"
+        former = replace(part, format=1, flow={}, flow_content="", flow_rejected={})
+        rewrite(path, parse_part(path).select(SCHEMA.names), former)
+
+
+def rewrite(path: Path, table: pa.Table, part: Part) -> None:
+    """Replace a part's file by another whole one."""
+    buffer = io.BytesIO()
+    write_part(buffer, table.set_column(0, "symbol", table["symbol"].cast(pa.string())), part)
+    path.write_bytes(buffer.getvalue())
 
 
 @contextmanager

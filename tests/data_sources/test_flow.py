@@ -1,21 +1,19 @@
 """Order flow: checked apart from its bar, absent where it is not known, and carried from the lake to a feature."""
 
 import datetime
-import io
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from bar_tables import DAY_NS, ns, read, walk, with_values
+from bar_tables import DAY_NS, as_format_1, ns, read, rewrite, walk, with_values
 
 from data_sources import snapshot
 from data_sources.bars import COLUMNS, FLOW_COLUMNS, MINUTE_NS, Bars, bars_of_frame
 from data_sources.lake.lake import Lake
-from data_sources.lake.parts import FORMAT, Part, parse_part, write_part
+from data_sources.lake.parts import FORMAT, parse_part
 from data_sources.lake.quality import FLOW_SCHEMA, SCHEMA, clean
 from data_sources.load import load
 from data_sources.sources import DataRequest
@@ -42,21 +40,6 @@ def put(lake: Lake, bars: pa.Table, unit: str = "u", source: str = "binance", no
     symbol = bars["symbol"][0].as_py()
     given = {"dataset": symbol, "key": unit, "version": "v", "start_ns": START, "end_ns": END} | more
     return lake.write(source, unit=unit, table=bars, symbols=[symbol], now_ns=now_ns, **given)
-
-
-def as_format_1(lake: Lake, source: str, dataset: str) -> None:
-    """Turn the parts of a dataset into what they were before there was flow."""
-    for unit, part in lake.parts(source, dataset).items():
-        path = lake.root / source / dataset / f"{unit}.parquet"
-        former = replace(part, format=1, flow={}, flow_content="", flow_rejected={})
-        rewrite(path, parse_part(path).select(SCHEMA.names), former)
-
-
-def rewrite(path: Path, table: pa.Table, part: Part) -> None:
-    """Replace a part's file by another whole one."""
-    buffer = io.BytesIO()
-    write_part(buffer, table.set_column(0, "symbol", table["symbol"].cast(pa.string())), part)
-    path.write_bytes(buffer.getvalue())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import signal
 import threading
@@ -14,16 +15,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from continuous_training import Settings
+from data_sources import snapshot
 from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS
+from data_sources.flow import FlowPlan
 from data_sources.lake.lake import Lake
 from data_sources.lake.quality import bar_table
 from data_sources.load import LoadedData
 from data_sources.progress import NullProgress
 from runtime.control import EXIT_NO_DATA, Control, ExitProgram
+from tests.data_sources.bar_tables import as_format_1, ns, walk
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.drill.programs import living
 from tests.program import (
@@ -35,20 +40,20 @@ from tests.program import (
     tiny_flags,
 )
 from tests.vendors import BinanceNow
-from training.data_feed import fresh_bars
+from training.data_feed import data_request, fresh_bars
 from training.distributed import Ranks
 from training.prefetch import Prefetch
 from training.progress import TrainingProgress
 
 
 class Taken:
-    """A Prefetch that has brought the lake up to date until ``ready_ns``."""
+    """A Prefetch that has brought the lake up to date until ``ready_ns``, and written a snapshot of ``bars``."""
 
-    def __init__(self, ready_ns: int) -> None:
-        self.ready_ns = ready_ns
+    def __init__(self, ready_ns: int, bars: str = "") -> None:
+        self.ready = ready_ns, bars
 
-    def take(self) -> int:
-        return self.ready_ns
+    def take(self) -> tuple[int, str]:
+        return self.ready
 
 
 def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bars(
@@ -87,6 +92,46 @@ def test_a_run_asks_nobody_after_a_refresh_ahead_and_a_resumed_one_keeps_its_bar
     resumed = bars_of(progress, 0)
     assert resumed.fingerprint == first.fingerprint
     np.testing.assert_array_equal(resumed.bars[0].close, first.bars[0].close)
+
+
+def test_order_flow_that_came_after_the_snapshot_waits_for_the_next_run_and_what_is_left_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CONTROL_DIR", raising=False)
+    caplog.set_level(logging.INFO)
+    start_ns = ns("2026-09-28")
+    lake, end_ns = Lake(tmp_path), start_ns + 3 * DAY_NS
+    bars = walk("BTCUSDT", start_ns, 3 * 1440)
+    span = {"start_ns": ns("2026-09-01"), "end_ns": end_ns, "symbols": ["BTCUSDT"], "now_ns": end_ns + DAY_NS}
+    lake.write("binance", "BTCUSDT", "2026-09", bars, key="k", version="v", **span)
+    as_format_1(lake, "binance", "BTCUSDT")
+    settings = Settings(
+        sources=("binance",), binance_pairs=("BTCUSDT",), start_date="2026-09-28", data_dir=str(tmp_path)
+    )
+    request = data_request(settings, end_ns)
+    ready = snapshot.provide(lake, request)
+    assert ready is not None
+
+    def begin(bars: str) -> LoadedData:
+        prefetch, ranks = cast(Prefetch, Taken(end_ns, bars)), Ranks(0, 1, torch.device("cpu"))
+        data = fresh_bars(
+            Lake(tmp_path), settings, TrainingProgress(), ranks, Control(), NullProgress(), prefetch
+        )
+        assert data is not None
+        return data
+
+    first = begin(snapshot.content_of(ready))
+    assert caplog.messages == [str(FlowPlan(1, 3 * 1440))]
+    flow = {"trades": np.ceil(bars["volume"].to_numpy())}
+    (part,) = Lake(tmp_path).parts("binance", "BTCUSDT").values()
+    Lake(tmp_path).add_flow(part, bars.append_column("trades", pa.array(flow["trades"])), end_ns + DAY_NS)
+    assert begin(snapshot.content_of(ready)).fingerprint == first.fingerprint
+    assert list((tmp_path / ".ready").glob("*.npy")) == [ready]  # none was written while training waited
+    later = begin("")
+    assert first.bars[0].trades is None and later.bars[0].trades is not None
+    np.testing.assert_array_equal(later.bars[0].trades, flow["trades"])
+    np.testing.assert_array_equal(later.bars[0].close, first.bars[0].close)
+    assert len(caplog.messages) == 1
 
 
 @pytest.fixture

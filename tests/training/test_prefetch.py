@@ -19,7 +19,10 @@ from training.prefetch import TOP_UP_SECONDS, Prefetch
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTER = "import sys, time, json, os\nfrom runtime.background_process import be_background\nbe_background()\n"
-TELL = 'print("noise")\nprint(json.dumps({"now_ns": 42, "warnings": ["Yahoo failed: no"]}))\n'
+TELL = (
+    'print("noise")\n'
+    'print(json.dumps({"now_ns": 42, "bars": "ab12", "warnings": ["Yahoo failed: no"]}), flush=True)\n'
+)
 HANG = "print('hangs', flush=True)\ntime.sleep(1000)\n"
 
 
@@ -60,9 +63,9 @@ def test_what_it_brought_is_taken_once_with_its_warnings(
     ahead = start(TELL)
     ahead.after_epoch(5)
     child_of(ahead).wait(60)
-    assert ahead.take() == 42
+    assert ahead.take() == (42, "ab12")
     assert caplog.messages == ["Yahoo failed: no"]
-    assert ahead.take() == 0
+    assert ahead.take() == (0, "")
 
 
 def test_the_process_has_the_lowest_priority_and_a_session_of_its_own(
@@ -84,11 +87,58 @@ def test_a_source_that_hangs_costs_the_next_run_seconds_and_is_said(
     ahead.after_epoch(5)
     child = child_of(ahead)
     before = time.time_ns()
-    assert closed_before(before) <= ahead.take() <= time.time_ns()
+    ready_ns, bars = ahead.take()
+    assert closed_before(before) <= ready_ns <= time.time_ns() and bars == ""
     assert is_gone(child)
     assert caplog.messages == [
         "the background refresh is not done; this run takes the bars that have arrived"
     ]
+
+
+LATER = 'print(json.dumps({"later_warning": "BTCUSDT 2026-09: odd"}), flush=True)\n'
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    while not true():  # the test's own time limit ends it
+        time.sleep(0.01)
+
+
+def test_a_process_that_goes_on_after_its_result_delays_no_run(
+    start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetching, "PICK_UP_SECONDS", 60.0)
+    ahead = start(TELL + LATER + HANG)
+    ahead.after_epoch(5)
+    child = child_of(ahead)
+    began = time.monotonic()
+    assert ahead.take() == (42, "ab12")  # as soon as it is told, without a wait for the process
+    assert time.monotonic() - began < 30
+    assert is_gone(child)
+    assert caplog.messages[0] == "Yahoo failed: no"
+    caplog.clear()
+
+    ahead.after_epoch(5)
+    wait_for(lambda: len(ahead._lines) == 4)
+    assert ahead.take() == (42, "ab12")
+    assert caplog.messages == ["Yahoo failed: no", "BTCUSDT 2026-09: odd"]
+
+
+def test_what_goes_on_after_its_result_makes_room_for_the_next_refresh(
+    start: Callable[[str], Prefetch], caplog: pytest.LogCaptureFixture
+) -> None:
+    ahead = start(TELL + LATER + HANG)
+    now = 0.0
+    ahead._clock = lambda: now
+    ahead.after_epoch(20)
+    first = child_of(ahead)
+    wait_for(lambda: len(ahead._lines) == 4)
+    now = TOP_UP_SECONDS
+    ahead.after_epoch(1)
+    assert is_gone(first)
+    assert child_of(ahead).pid != first.pid
+    ahead._command = command(HANG)
+    assert ahead.take() == (42, "ab12")  # the first one's, if the second is not done
+    assert caplog.messages == ["Yahoo failed: no", "BTCUSDT 2026-09: odd"]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +151,14 @@ def test_a_failure_is_one_warning_and_the_caller_refreshes_itself(
     ahead = start(code)
     ahead.after_epoch(5)
     child_of(ahead).wait(60)
-    assert ahead.take() == 0
+    assert ahead.take() == (0, "")
     assert caplog.messages == [f"the background refresh failed: {expected}"]
 
 
 def test_a_program_that_cannot_be_started_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with Prefetch(["/nowhere/python"]) as ahead:
         ahead.after_epoch(5)
-        assert ahead.take() == 0
+        assert ahead.take() == (0, "")
     assert len(caplog.messages) == 1
     assert "No such file" in caplog.text
 
@@ -147,7 +197,7 @@ def test_it_starts_with_the_run_and_once_more_shortly_before_the_end(
         now = epoch * 30.0  # a run of 100 minutes
         ahead.after_epoch(200 - epoch)
     assert starts == [30.0, 6000.0 - TOP_UP_SECONDS]
-    assert ahead.take() == 0
+    assert ahead.take() == (0, "")
     ahead.after_epoch(0)  # the next run's bars are needed at once: nothing to fetch ahead
     assert len(starts) == 2
 
@@ -155,5 +205,5 @@ def test_it_starts_with_the_run_and_once_more_shortly_before_the_end(
 def test_other_ranks_and_the_simulated_market_fetch_nothing_ahead(caplog: pytest.LogCaptureFixture) -> None:
     with Prefetch(None) as ahead:
         ahead.after_epoch(5)
-        assert ahead.take() == 0
+        assert ahead.take() == (0, "")
     assert caplog.messages == []
