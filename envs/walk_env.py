@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from envs.config import EnvConfig
+from envs.config import EQUITY_FLOOR, EnvConfig
 from envs.market import Market, NoSegment
 from envs.trading_env import TradingEnv
 
@@ -116,12 +116,16 @@ class ExamEnv(TradingEnv):
             tensor.masked_fill_(in_cash, 0)
         new_episode = over | (self._played + self.config.horizon > self.config.episode_bars)
         self._played.masked_fill_(new_episode, 0)
+        # An episode begins at the newest close: the open at which this decision fills is still to come.
+        close = self.market.quotes[self._cursor, 1].to(self.dtype)
+        marked = (account.cash + account.units * close).clamp_(min=EQUITY_FLOOR).log_()
+        begins_at = torch.where(in_cash, account.log_equity, marked)
         for tensor, begins in (
             (self._began_at, new_episode),
             (account.log_peak, new_episode),
             (account.log_at_trade, over),
         ):
-            tensor.copy_(torch.where(begins, account.log_equity, tensor))
+            tensor.copy_(torch.where(begins, begins_at, tensor))
         # Accounts that are out still need a bar that exists; any will do.
         self._cursor.masked_fill_(out, self.config.context_bars)
         self._over.copy_(over)

@@ -84,11 +84,12 @@ def test_the_policy_sees_episodes_as_in_training_and_the_account_stays():
     units, begun, peak = 0.0, 0.0, 0.0
     for segment in range(6):
         env.begin_segment()
-        log_equity = float(env.account.log_equity)
-        if segment % 2 == 0:
-            begun = peak = log_equity
         seen = env.account_observations()[0]
         marked = math.log(float(env.account.cash + env.account.units * env.segment.closes[0]))
+        if (
+            segment % 2 == 0
+        ):  # an episode begins at the newest close: the open of its first fill is not known yet
+            begun = peak = marked
         assert seen[3 + 2] == pytest.approx(10 * (marked - float(env.account.log_peak)), abs=1e-6)
         assert seen[3 + 3] == pytest.approx(10 * (marked - begun), abs=1e-6)
         assert seen[3 + 4] == pytest.approx(1 - (segment % 2) / 2)
