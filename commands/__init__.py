@@ -154,6 +154,22 @@ def selftest_command(
         raise ExitProgram(EXIT_CRASH, "\n".join(failures))
 
 
+def record_command(
+    settings: Settings,
+    verify: Annotated[bool, typer.Option("--verify", help="check that no line was edited")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Show what the champions earned on bars that came after them, as a table and a page."""
+    from commands import record
+    from monitoring.console import Console
+
+    try:
+        with Console(Path(settings.log_dir), to_stderr=as_json) as console:
+            (record.verify if verify else record.show)(settings, console, as_json)
+    except OSError as error:
+        raise ExitProgram(EXIT_CRASH, f"{error.filename}: {error.strerror}") from error
+
+
 def episode_command(
     trained: TrainedPolicy,
     symbol: Annotated[str, typer.Option("--symbol", help="default: the checkpoint's first")] = "",
@@ -251,6 +267,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     check_command,
     probe_command,
     selftest_command,
+    record_command,
     preflight_command,
 )
 CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (

@@ -33,6 +33,7 @@ from evaluation.provenance import (
     num_trials,
     training_rows,
 )
+from evaluation.record_summary import headline_beside
 from evaluation.report import Report, file_name, json_bytes, write_folder
 from evaluation.revision import revision_of
 from evaluation.stale_opens import stale_opens
@@ -145,6 +146,7 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     write_folder(folder, render_files(report, progress))
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
+    log.info(report.record)
     interval = f" (95 % interval: {report.break_even_range})" if report.break_even_range else ""
     log.info(f"Its trades: {report.margin}")
     log.info(f"Break-even cost of the ladder: {report.break_even[1]}{interval}")
@@ -321,6 +323,7 @@ def _evaluate(
         training=rows,
         made=how_it_was_made(trained, data, revision, len(walks[POLICY]), device),
         notes=[*notes, *row_notes],
+        record=headline_beside(trained.checkpoint.path),
     )
 
 

@@ -17,6 +17,7 @@ from data_sources.lake.lake import Lake
 from envs.market import Market
 from evaluation import champion
 from evaluation.examiner import Exam, Examiner
+from evaluation.recorder import Recorder
 from monitoring.console import Console
 from runtime.control import (
     EXIT_DOES_NOT_FIT,
@@ -87,6 +88,7 @@ class Job:
             keep, runs = settings.keep_checkpoints, settings.keep_runs
             self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
             self._examiner = Examiner(self._folder, ranks, self.control, 60 * settings.exam_minutes)
+            self._recorder = Recorder(self._folder, ranks, self.control, 60 * settings.exam_minutes)
             self._summary = Summary(self.progress.transitions)
             self._opened = stack.pop_all()
         return self
@@ -99,8 +101,6 @@ class Job:
         """The trainer, from the first ``begin_run`` on."""
         assert self._trainer is not None
         return self._trainer
-
-    # --- runs ---------------------------------------------------------------------------------------------
 
     def begin_run(self) -> bool:
         """Put this run's bars on the device and hand them to the trainer; False when training ends (all ranks).
@@ -123,6 +123,8 @@ class Job:
             scaled = self._trainer.env.market if self._trainer else self._saved
             statistics = scaled.statistics if scaled else None
             market = make_market(settings, data.bars, self.ranks, statistics)
+        with self._phases.during("evaluation"):  # before anything is trained or chosen on these bars
+            self._recorder.update(market, settings, progress.cutoff_ns, data.fingerprint)
         progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))
         self._fingerprint = data.fingerprint
         if self._trainer:
@@ -153,8 +155,6 @@ class Job:
                 f"The final checkpoint was not saved: free disk space in {self._folder}. "
                 "The next start resumes from the previous checkpoint.",
             )
-
-    # --- epochs -------------------------------------------------------------------------------------------
 
     def agree_on_stop(self, level: int = STOP_AT_EPOCH_END) -> bool:
         """Set ``stopping`` if any rank was asked to stop at this level or above, and return that (all ranks)."""
@@ -190,7 +190,7 @@ class Job:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Show and record one epoch; the seconds of its phases are added to ``metrics``."""
-        metrics |= self._phases.figures()
+        metrics |= self._recorder.figures | self._phases.figures()
         self.console.show_epoch(metrics, self.settings.epochs)
         for line in self._exam_of_weights().lines:
             log.info(line)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from envs.compiled import Decide
 from envs.config import EnvConfig
 from envs.market import Market
 from envs.walk_env import ExamEnv
@@ -126,25 +127,26 @@ def examine(
     ahead = torch.arange(horizon, device=env.device)
     num_ahead = max(1, ENCODED_SEGMENTS // num_symbols)
     # A policy with two names reads the market once.
-    readers = {id(p): _Reader(p, market, indices, horizon, chunk_segments) for p in policies.values()}
+    readers = {id(p): Reader(p, market, indices, horizon, chunk_segments) for p in policies.values()}
 
     played = []
     for number in range(len(schedule)):
         check_stop()
         if number % num_ahead == 0:
-            rows = schedule[number : number + num_ahead]
-            read = {key: reader.read(rows, check_stop) for key, reader in readers.items()}
+            rows = schedule[number : number + num_ahead, :, None]
+            read_at = torch.where(rows < 0, -1, rows + ahead)
+            read = {key: reader.read(read_at, check_stop) for key, reader in readers.items()}
             projected = [read[id(policy)] for policy in policies.values()]
         env.begin_segment()
         # (H, S); accounts that have ended are in cash at some bar
         bars = env.cursor[:num_symbols] + ahead[:, None]
         rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
         encoded = [segments[number % num_ahead] for segments in projected]
-        with _one_thread(env.device), _patience(compiled and number == 0):
-            played.append(_play(env, decide, torch.cat(rules, dim=1), encoded))
+        with one_thread(env.device), _patience(compiled and number == 0):
+            played.append(play_segment(env, decide, torch.cat(rules, dim=1), encoded))
         on_segment(number + 1, len(schedule))
     columns = list(np.concatenate(played, axis=1))  # (R x H, N) each
-    return _walks(names, symbols, market, schedule, ahead, columns)
+    return walks_of(names, symbols, market, schedule, ahead, columns)
 
 
 def at_flat_cost(name: str, bps: float) -> str:
@@ -153,8 +155,8 @@ def at_flat_cost(name: str, bps: float) -> str:
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    # Splitting a step of a few hundred accounts among a CPU's threads takes longer than the step.
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Use one thread of a CPU: splitting a step of a few hundred accounts takes longer than the step."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -168,7 +170,7 @@ def _patience(is_compiling: bool) -> AbstractContextManager[None]:
     return heartbeat_thread(COMPILER_SECONDS) if is_compiling else nullcontext()
 
 
-class _Reader:
+class Reader:
     """Runs a policy's trunk over the bars of a walk, each segment once, in the order of the walk."""
 
     def __init__(
@@ -180,16 +182,13 @@ class _Reader:
         self._starts = torch.empty(0, dtype=torch.int64, device=market.device)
         self._encoded = torch.empty(0, device=market.device)
 
-    def read(self, rows: Tensor, check_stop: Callable[[], None]) -> Tensor:
-        """Encode the H decisions from bars ``rows`` (r, S) on, -1 for none: (r, H, S, W)."""
-        ahead = torch.arange(self._horizon, device=rows.device)
-        bars = rows[..., None] + ahead  # (r, S, H)
+    def read(self, bars: Tensor, check_stop: Callable[[], None]) -> Tensor:
+        """Encode the decisions at ``bars`` (r, S, h), -1 for none: (r, h, S, W)."""
         starts = torch.full_like(bars, -1)
         for column, number in enumerate(self._symbols):
-            walked = rows[:, column] >= 0
-            of_symbol = bars[walked, column]
-            begin = self._market.segment_starts(number, of_symbol.flatten(), self._horizon)
-            starts[walked, column] = begin.view_as(of_symbol)
+            walked = bars[:, column] >= 0
+            of_symbol = bars[:, column][walked]
+            starts[:, column][walked] = self._market.segment_starts(number, of_symbol, self._horizon)
         segments, number_of = torch.unique(starts, return_inverse=True)
         newest_of = number_of[-1, :, -1].unique()  # each symbol's
         number_of, within = number_of.flatten(), (bars - starts).flatten()
@@ -198,7 +197,7 @@ class _Reader:
             if result is None:
                 result = encoded.new_zeros(len(number_of), encoded.shape[-1])
             place = torch.full_like(segments, -1)
-            place[numbers] = torch.arange(len(numbers), device=rows.device)
+            place[numbers] = torch.arange(len(numbers), device=bars.device)
             here = (place[number_of] >= 0).nonzero().flatten()
             result[here] = encoded[place[number_of[here]], within[here]]
             keep = torch.isin(numbers, newest_of)
@@ -249,8 +248,8 @@ class _Decisions:
         return (torch.cat((*actions, rules)),)
 
 
-def _play(
-    env: ExamEnv, decide: _Decisions, rules: Tensor, projected: Sequence[Tensor]
+def play_segment(
+    env: ExamEnv, decide: Decide, rules: Tensor, projected: Sequence[Tensor]
 ) -> NDArray[np.float64]:
     """Play one segment; return position, log return, costs, traded, borrowing, and funding if any: (5-6, H, N)."""
     played = env.play(decide, rules, *projected)
@@ -266,7 +265,7 @@ def _play(
     return torch.stack(columns).cpu().numpy()
 
 
-def _walks(
+def walks_of(
     names: Sequence[str],
     symbols: Sequence[str],
     market: Market,
@@ -274,6 +273,7 @@ def _walks(
     ahead: Tensor,
     columns: Sequence[NDArray[np.float64]],
 ) -> dict[str, list[Walk]]:
+    """Cut the columns of what was played, (R x H, N) each, into walks, one a symbol and name."""
     walks: dict[str, list[Walk]] = {name: [] for name in names}
     for number, symbol in enumerate(symbols):
         first = schedule[:, number]

@@ -1,9 +1,10 @@
-"""The page of a report: ``report.html``, filled in. It loads nothing, and everything in it is escaped."""
+"""The pages of a report and of the record, filled in. They load nothing, and everything in them is escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -11,6 +12,7 @@ from markupsafe import Markup
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
 from evaluation.measures import Interval
+from evaluation.record_summary import Summary, grown, told
 from evaluation.report import Report
 
 NONE = Markup('<span title="too few days, or nothing to divide by">n/a</span>')
@@ -46,6 +48,24 @@ def render_page(report: Report, svgs: Mapping[str, tuple[str, str]]) -> bytes:
     )
 
 
+def render_record(
+    summary: Summary, lines: Sequence[Mapping[str, Any]], svgs: Mapping[str, tuple[str, str]]
+) -> bytes:
+    """Return ``record.html``: a record's sum, its curve, and its lines, the newest first."""
+    return (
+        _environment()
+        .get_template("record.html")
+        .render(
+            summary=summary,
+            lines=[*reversed(lines)],
+            svgs={name: tuple(map(Markup, pair)) for name, pair in svgs.items()},
+            POLICY=POLICY,
+            BUY_AND_HOLD=BUY_AND_HOLD,
+        )
+        .encode()
+    )
+
+
 def headline(report: Report) -> str:
     """Return the result in one sentence or two."""
     net = report.pooled[POLICY].total_return
@@ -70,7 +90,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "interval": _interval, "count_of": count_of}
+    environment.filters |= {
+        "number": _number,
+        "interval": _interval,
+        "count_of": count_of,
+        "grown": grown,
+        "told": told,
+    }
     return environment
 
 

@@ -65,6 +65,7 @@ class Report:
     notes: Sequence[str]
     # `daily_growth` at each rung of the ladder: an exact break-even cost of a pool, and its interval.
     ladder_growth: Sequence[NDArray[np.float64]] = ()
+    record: str = ""  # headline of the record beside the checkpoint
     symbols: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -136,6 +137,7 @@ class Report:
                 "overlaps_training": self.overlaps,
                 "verdict": asdict(self.verdict),
                 "trials": self.num_trials,
+                "record": self.record,
                 "pooled": {name: asdict(measures) for name, measures in self.pooled.items()},
                 "paid_bps": self.paid_bps,
                 "margin": asdict(self.margin),

@@ -196,7 +196,7 @@ class _Page:
 
     def left(self, width: int) -> list[Section]:
         """Reward, exam, learning, speed."""
-        sections = [Section("Reward", 5, self._rows(width, REWARD)), self._exam(width)]
+        sections = [Section("Reward", 5, self._rows(width, REWARD)), self._exam(width), self._record(width)]
         sections.append(Section("Learning", 4, self._rows(width, LEARNING)))
         sections.append(Section("Speed", 3, self._rows(width, SPEED)))
         return [section for section in sections if section.rows]
@@ -218,17 +218,27 @@ class _Page:
         return rows
 
     def _exam(self, width: int) -> Section:
-        """Metrics on held-out days, of the newest epoch that has them: they come with checkpoints only."""
-        exams = ([name for name in row if name.startswith("exam/")] for row in reversed(self.state.history))
-        names = next(filter(None, exams), [])
+        """Metrics on held-out days: they come with checkpoints only."""
+        return Section("Exam, on held-out days", 4, self._newest(width, "exam/", EXAM_FIRST)[:MOST_EXAM_ROWS])
+
+    def _record(self, width: int) -> Section:
+        """What the champions earned on bars that were not there when they were saved."""
+        return Section("Record, on bars that came later", 3, self._newest(width, "record/"))
+
+    def _newest(self, width: int, prefix: str, first: Sequence[str] = ()) -> list[Text]:
+        """Metrics with this prefix, of the newest epoch that has them."""
+        rows_with = (
+            [name for name in row if name.startswith(prefix)] for row in reversed(self.state.history)
+        )
+        names = next(filter(None, rows_with), [])
         rows = []
-        for name in dict.fromkeys([*(name for name in EXAM_FIRST if name in names), *names]):
+        for name in dict.fromkeys([*(name for name in first if name in names), *names]):
             values = [value for value in self.state.values(name) if value is not None]
             if values:
-                label = name.removeprefix("exam/").replace("_percent", " %").replace("_", " ")
+                label = name.removeprefix(prefix).replace("_percent", " %").replace("_", " ")
                 curve = self.curve(values, width - LABEL - VALUE - 2)
                 rows.append(self.row(label, f"{values[-1]:+.4g}", curve))
-        return Section("Exam, on held-out days", 4, rows[:MOST_EXAM_ROWS])
+        return rows
 
     def _time(self, width: int) -> Section:
         spent = self.state.time_use()

@@ -2,7 +2,7 @@
 
     MIRROR/resume/run1_epoch25.pt   copied first
     MIRROR/run1_epoch25.pt          so, as in the checkpoint folder, weights in place mean that both are complete
-    MIRROR/best.pt, ledger.jsonl    the champion and the decisions
+    MIRROR/best.pt, ledger.jsonl    the champion and the decisions; beside them the record and its head
 
 A thread copies the newest checkpoint after it was saved and read back; while a slow copy is under way, newer ones
 wait, and only the newest of them follows. The place is a folder, or any URL of fsspec with its library installed.
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 LEDGER = "ledger.jsonl"
+# What grows while it is copied: the head of the record last, since it says how long the record is.
+KEPT = (LEDGER, "record.jsonl", "record.head")
 LONGEST_FETCH_SECONDS = 24 * 3600.0
 LAST_COPY_SECONDS = 60.0  # for which the end of the program waits
 
@@ -129,8 +131,9 @@ class Mirror:
         if best.exists() and (stamp := (best.stat().st_ino, best.stat().st_mtime_ns)) != self._best:
             self._put(files, best, f"{root}/{BEST}")
             self._best = stamp
-        if (self._folder / LEDGER).exists():
-            self._put(files, self._folder / LEDGER, f"{root}/{LEDGER}")
+        for name in KEPT:
+            if (self._folder / name).exists():
+                self._put(files, self._folder / name, f"{root}/{name}")
         # Older ones that are gone here go there, too; whatever is newer is of another training, and stays.
         here = {kept.name for kept in checkpoint.existing(self._folder)}
         names, states = _series(files, root), _series(files, f"{root}/{RESUME}")
@@ -148,7 +151,7 @@ class Mirror:
             return
         files.put_file(str(path), target)
         size = files.info(target)["size"]
-        if size is not None and size != path.stat().st_size and path.name != LEDGER:
+        if size is not None and size != path.stat().st_size and path.name not in KEPT:
             raise OSError(f"{size} bytes arrived of {path.stat().st_size}")
 
     # --- from the mirror ------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ class Mirror:
         try:
             files, root = _open(self.url)
             names = _series(files, root)
-            for name in (LEDGER, BEST) if names else ():
+            for name in (*KEPT, BEST) if names else ():
                 if files.exists(f"{root}/{name}"):
                     self._get(files, f"{root}/{name}", self._folder / name)
             for name in names:

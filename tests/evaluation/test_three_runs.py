@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from evaluation import ledger
+from evaluation import ledger, record
 from runtime.launch import Launch
 from tests.program import (
     ALONE,
@@ -132,3 +133,23 @@ def test_other_ranks_wait_for_the_exam(tmp_path: Path, parallel: str) -> None:
     Start(tmp_path / "out", command[1:], environment(**additions)).ends_well()
     (line,) = lines_of(tmp_path)
     assert (line["run"], line["epoch"], line["decision"]) == (1, 2, "refused")
+
+
+@pytest.mark.drill
+def test_at_a_runs_start_the_champion_walks_the_days_that_came_since(tmp_path: Path) -> None:
+    begin(tmp_path, runs=1, holdout_days=5)
+    folder = tmp_path / "checkpoints"
+    # As if it had been saved then: the program goes by the clock.
+    saved = checkpoint(tmp_path, "run1_epoch2.pt") | {"data_cutoff_ns": int(NEWEST) + 60 * 10**9}
+    torch.save(saved, folder / "best.pt")
+    output = begin(tmp_path, runs=2, holdout_days=5, end_date="2026-02-03")
+    assert (
+        "Record: run1_epoch2.pt on 8,638 new bars of 2 symbols, 2026-02-01T00:00 to 2026-02-03T23:58"
+        in output
+    )
+    kept = record.read(folder)
+    assert [line["kind"] for line in kept.lines] == ["begin", "champion", "scored"] and not kept.faults
+    (_, entry) = [row for row in metrics(tmp_path) if "exam/days" in row]
+    assert entry["record/days"] == 3
+    words = [*ALONE[:1], "record", "--verify", "--checkpoint-dir", folder, "--log-dir", tmp_path / "logs"]
+    assert "3 lines, whole and in order" in Start(tmp_path / "verified", words).ends_well().output

@@ -1,0 +1,124 @@
+"""OpenEnv: accounts that go on for as long as bars come; between two walks they are plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from envs.account import AccountState
+from envs.config import EnvConfig
+from envs.market import Market
+from envs.walk_env import ExamEnv
+
+
+@dataclass(frozen=True)
+class OpenAccount:
+    """One account between two decisions, all of it: money as in ``AccountState``."""
+
+    next_ns: int  # open time of the bar at whose close it decides next
+    price: float  # open of the bar after that one, at which its equity is counted
+    cash: float
+    units: float
+    owed: float
+    log_equity: float
+    log_peak: float
+    log_at_trade: float
+    target: float
+    alive: bool
+    played: float  # decisions in this episode
+    log_start: float  # log equity at the start of the episode
+
+
+AMOUNTS = tuple(field.name for field in fields(AccountState) if field.name != "alive")
+
+
+class OpenEnv(ExamEnv):
+    """An ``ExamEnv`` of one decision at a time, whose accounts begin where earlier ones stood.
+
+        env = OpenEnv(market, config, device, [("AAPL", start_ns)], [None])
+        while ...: env.begin_segment(); env.play(decide)
+        (account,) = env.accounts()      # and, with the bars of another day, OpenEnv(..., [account])
+
+    Fills, costs and observations are those of an exam of the same bars; but every bar is decided upon whose
+    outcome is known, that is with two more bars after it, so none is left over at the end of a stretch. An
+    account goes on with the bar ``next_ns``, with its position; where that bar is no more, or ends a stretch, it
+    goes on in cash, as after any hole. Prices may have been rescaled since, by a split: its units then are, too,
+    so that it is worth the same.
+
+    ``places`` have the first bar of accounts that are new, and are ignored by the others.
+    """
+
+    def __init__(
+        self,
+        market: Market,
+        config: EnvConfig,
+        device: torch.device | str,
+        places: Sequence[tuple[str, int]],
+        accounts: Sequence[OpenAccount | None],
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        places = [
+            (symbol, account.next_ns if account else start_ns)
+            for (symbol, start_ns), account in zip(places, accounts, strict=True)
+        ]
+        super().__init__(replace(market, horizon=1), replace(config, horizon=1), device, places, dtype)
+        self._given = list(accounts)
+        self._left: list[tuple[Tensor, ...]] = []  # the state of those that are done, and who is
+        first = self._schedule[0]
+        known = [number for number, account in enumerate(accounts) if account]
+        if not known:
+            return
+        where = torch.tensor(known, device=self.device)
+        held = [account for account in accounts if account]
+
+        def values(name: str, kind: torch.dtype) -> Tensor:
+            return torch.tensor([getattr(account, name) for account in held], dtype=kind, device=self.device)
+
+        for name in AMOUNTS:
+            getattr(self._kept, name)[where] = values(name, dtype)
+        self._kept.alive[where] = values("alive", torch.bool)
+        self._played[where], self._began_at[where] = values("played", dtype), values("log_start", dtype)
+        self._symbol.copy_(self._symbols)
+        bar = first[where].clamp(min=0)
+        goes_on = (first[where] >= 0) & (market.open_time[bar] == values("next_ns", torch.int64))
+        self._cursor[where] = torch.where(goes_on, bar, -1)
+        price = market.quotes[(bar + 1).clamp(max=len(market.quotes) - 1), 0].to(dtype)
+        self._kept.units[where] *= torch.where(goes_on, values("price", dtype) / price, 1.0)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        if self._round:
+            self._keep(self._schedule[self._round] < 0)
+        return super()._places()
+
+    def _keep(self, over: Tensor) -> None:
+        # An ``ExamEnv`` puts accounts in cash whose walk is over, while the others walk on.
+        now = (*self._kept.tensors(), self._played, self._began_at, self._schedule[self._round - 1] + 1)
+        if not self._left:
+            self._left = [(torch.zeros_like(over), *(tensor.clone() for tensor in now))]
+        done, *left = self._left[0]
+        for kept, current in zip(left, now, strict=True):
+            kept.copy_(torch.where(done, kept, current))
+        done |= over
+
+    def accounts(self) -> list[OpenAccount | None]:
+        """Return every account as it is now; those without a bar to walk are as they were given."""
+        if not self._round:
+            return self._given
+        self._keep(torch.zeros_like(self._over))
+        _, *tensors = self._left[0]
+        cursor = tensors.pop()
+        columns = dict(
+            zip((*(f.name for f in fields(AccountState)), "played", "log_start"), tensors, strict=True)
+        )
+        columns["next_ns"] = self.market.open_time[cursor]
+        after = (cursor + 1).clamp_(max=len(self.market.quotes) - 1)
+        columns["price"] = self.market.quotes[after, 0].double()
+        has_walked = (self._schedule[0] >= 0).tolist()
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [
+            OpenAccount(**dict(zip(columns, row, strict=True))) if walked else given
+            for row, walked, given in zip(rows, has_walked, self._given, strict=True)
+        ]

@@ -1,0 +1,173 @@
+"""Accounts that go on in pieces earn what one exam of the same bars says, to the bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_sources.bars import Bars
+from envs.market import Market
+from envs.open_env import OpenAccount
+from evaluation.exam import Walk, examine
+from evaluation.open_walk import OpenWalks, walk_on
+from models.policy import Policy
+from models.transformer import TransformerConfig
+from tests.envs.markets import CONTEXT, HORIZON, NEVER, config_of, funded, market_of, walk
+
+CONFIG = config_of(episode_bars=4 * HORIZON, borrow_rate=5.0, range_slippage=0.05, volume_slippage=0.001)
+COIN, STOCK = funded(walk("AAA", 300, asset_class="perpetual")), walk("BBB", 260, "stock", seed=1)
+MARKET = market_of(COIN, STOCK)
+START = int(COIN.open_time[60])
+SYMBOLS = ("AAA", "BBB")
+
+
+def policy_of(market: Market) -> Policy:
+    torch.manual_seed(60)  # one that trades, long and short
+    policy = Policy(TransformerConfig(market.num_features, 16, 1, 2, CONTEXT + HORIZON + 1), 9, 3)
+    torch.nn.init.normal_(policy.head.logits.weight, std=0.5)
+    return policy
+
+
+POLICY = policy_of(MARKET)
+
+
+def go_on(accounts: Any, end_ns: int, market: Market = MARKET, **given: Any) -> OpenWalks:
+    given = {"decides_from_ns": START, **given}
+    return walk_on(POLICY, market, CONFIG, SYMBOLS, accounts, end_ns=end_ns, **given)
+
+
+def stored(accounts: Any) -> Any:
+    """Accounts as a file would bring them back."""
+    text = json.dumps({name: {s: asdict(a) for s, a in own.items()} for name, own in accounts.items()})
+    return {n: {s: OpenAccount(**a) for s, a in own.items()} for n, own in json.loads(text).items()}
+
+
+def in_pieces(
+    ends: list[int], markets: list[Market] | None = None
+) -> tuple[dict[str, list[Walk]], OpenWalks]:
+    """Walk up to each end in turn; return the walks of all pieces joined, and the last piece."""
+    accounts: Any = {}
+    pieces = []
+    for end, market in zip(ends, markets or [MARKET] * len(ends), strict=True):
+        pieces.append(go_on(accounts, end, market))
+        accounts = stored(pieces[-1].accounts)
+    joined = {}
+    for name in pieces[0].walks:
+        joined[name] = [
+            Walk(
+                symbol,
+                "",
+                *(
+                    np.concatenate(
+                        [getattr(w, field) for p in pieces for w in p.walks[name] if w.symbol == symbol]
+                    )
+                    for field in (
+                        "time",
+                        "price",
+                        "position",
+                        "log_returns",
+                        "costs",
+                        "traded",
+                        "borrowing",
+                        "funding",
+                    )
+                ),
+            )
+            for symbol in SYMBOLS
+        ]
+    return joined, pieces[-1]
+
+
+CUTS = [int(COIN.open_time[bar]) for bar in (64, 101, 102, 103, 190, 191)]
+
+
+def test_pieces_are_one_exam_to_the_bit() -> None:
+    whole = examine(POLICY, MARKET, CONFIG, SYMBOLS, START, NEVER)
+    joined, _ = in_pieces([*CUTS, NEVER])
+    for name, walks in joined.items():
+        for own, theirs in zip(walks, whole[name], strict=True):
+            count = len(theirs.time)
+            assert 0 <= len(own.time) - count < HORIZON  # an exam leaves up to a segment over
+            for field in (
+                "time",
+                "price",
+                "position",
+                "log_returns",
+                "costs",
+                "traded",
+                "borrowing",
+                "funding",
+            ):
+                assert np.array_equal(getattr(own, field)[:count], getattr(theirs, field)), (name, field)
+    assert {-1, 0, 1} == set(np.round(np.concatenate([w.position for w in joined["policy"]])).astype(int))
+
+
+def test_every_bar_whose_outcome_is_known_is_walked_once() -> None:
+    joined, last = in_pieces([*CUTS, NEVER])
+    for walked, bars in zip(joined["policy"], (COIN, STOCK), strict=True):
+        first = int(np.searchsorted(bars.open_time, START)) + 1
+        assert walked.time.astype(np.int64).tolist() == bars.open_time[first:-1].tolist()
+        account = last.accounts["policy"][walked.symbol]
+        assert account.next_ns == bars.open_time[-2]
+        assert account.log_equity == pytest.approx(walked.log_returns.sum(), abs=1e-12)
+    assert last.is_whole and not last.held
+
+
+def test_a_policy_decides_nothing_on_bars_that_it_was_chosen_on() -> None:
+    first = go_on({}, CUTS[1])
+    until = int(COIN.open_time[150])
+    second = go_on(first.accounts, CUTS[-1], decides_from_ns=until)
+    for walked in second.walks["policy"]:
+        before = walked.time.astype(np.int64) <= until
+        assert not walked.traded[before].any()
+        assert walked.traded[~before].any()
+    assert second.held == 2 * (150 - 99)
+
+
+def scaled(bars: Bars, factor: float) -> Bars:
+    prices = {name: getattr(bars, name) * factor for name in ("open", "high", "low", "close")}
+    return replace(bars, **prices, volume=bars.volume / factor)
+
+
+def test_a_split_between_two_walks_changes_nothing() -> None:
+    after = market_of(scaled(COIN, 0.25), scaled(STOCK, 0.25), statistics=MARKET.statistics)
+    plain, _ = in_pieces(CUTS[:2])
+    split, _ = in_pieces(CUTS[:2], [MARKET, after])
+    for name, walks in plain.items():
+        for own, theirs in zip(walks, split[name], strict=True):
+            assert own.log_returns == pytest.approx(theirs.log_returns, abs=1e-6)
+
+
+def test_after_a_hole_accounts_go_on_in_cash_and_ruin_is_final() -> None:
+    fall = np.where(np.arange(300) < 120, 1.0, 0.1)
+    crash = replace(COIN, **{n: getattr(COIN, n) * fall for n in ("open", "high", "low", "close")})
+    holes = walk("BBB", 260, "stock", seed=1, gaps={130: 7_000})
+    market = market_of(crash, holes, statistics=MARKET.statistics)
+    ends = [int(holes.open_time[129]), int(holes.open_time[130]), NEVER]
+    accounts: Any = {}
+    pieces = []
+    for end in ends:
+        pieces.append(go_on(accounts, end, market))
+        accounts = stored(pieces[-1].accounts)
+    stock = next(walked for walked in pieces[-1].walks["policy"] if walked.symbol == "BBB")
+    assert stock.time[0].astype(np.int64) == holes.open_time[130 + CONTEXT + 1]
+    ruined = [piece.accounts["buy and hold"]["AAA"] for piece in pieces]
+    assert not ruined[0].alive and ruined[0].log_equity < np.log(CONFIG.ruin_fraction)
+    assert ruined[2].log_equity == pytest.approx(ruined[0].log_equity, abs=1e-12)
+    assert ruined[2].next_ns == crash.open_time[-2]
+    assert accounts["buy and hold"]["BBB"].alive
+
+
+def test_a_walk_that_is_late_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.open_walk.ENCODED_SEGMENTS", 2)  # so many at once
+    calls = iter([False, True])
+    first = go_on({}, NEVER, is_late=lambda: next(calls))
+    assert not first.is_whole
+    second = go_on(first.accounts, NEVER)
+    whole = go_on({}, NEVER)
+    assert second.accounts == whole.accounts
