@@ -40,6 +40,7 @@ from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import verdict
 from runtime.control import EXIT_NO_DATA, ExitProgram
+from runtime.wording import first_of
 from training.data_feed import data_request
 
 log = logging.getLogger("continuous_training")
@@ -204,9 +205,7 @@ def _load_bars(
     known = [symbol for symbol in trained.checkpoint.symbols if symbol in available]
     unknown = [symbol for symbol in options.symbols if symbol not in available]
     if unknown:
-        listed = ", ".join(sorted(available)[:50])
-        if len(available) > 50:
-            listed += f" and {len(available) - 50} more"
+        listed = first_of(sorted(available), most=50)
         raise ValueError(
             f"--symbols {','.join(unknown)}: no bars from {span}; there are: {listed}; others are read with "
             + ", ".join(f"--{setting.replace('_', '-')}" for setting in request.symbols)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from envs.market import Market
+from runtime.wording import first_of
 
 NEARLY_ALL = 0.95  # of real bars at most 0.53, measured on 32 symbols of three markets
 LEAST_BARS = 100
-MOST_NAMED = 5
 VOLUME = 4  # column of Market.quotes
 
 
@@ -36,9 +36,8 @@ def stale_opens(market: Market, symbols: Sequence[str], start_ns: int, end_ns: i
             found.append(symbol)
     if not found:
         return ""
-    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
     return (
-        f"Nearly all opens of {', '.join(found[:MOST_NAMED])}{more} repeat the previous close: they are no "
+        f"Nearly all opens of {first_of(found)} repeat the previous close: they are no "
         "prices, nobody could trade at them, and what is earned in the bar after a decision is fiction. Trust "
         "only what is left one bar late, or take bars of another source"
     )

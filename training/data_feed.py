@@ -38,6 +38,7 @@ from runtime.control import (
     heartbeat_thread,
     heartbeat_while_waiting,
 )
+from runtime.wording import first_of
 from training.distributed import Ranks, agreed_stop
 from training.prefetch import Prefetch
 from training.progress import TrainingProgress
@@ -169,7 +170,7 @@ def _compare_with_beginning(
     now = {bars.symbol: len(bars) for bars in data.bars}
     lost = lost_symbols(data.rows, progress.num_bars, data_request(settings, progress.cutoff_ns))
     if lost:
-        listed = _first_of([f"{symbol} ({reason})" for symbol, reason in lost.items()])
+        listed = first_of([f"{symbol} ({reason})" for symbol, reason in lost.items()])
         text = (
             f"run {progress.run} began with symbols that {lake.root} and the sources no longer have: {listed}"
         )
@@ -183,13 +184,13 @@ def _compare_with_beginning(
     still = [symbol for symbol in progress.num_bars if data.dropped.get(symbol, "").startswith(PEGGED)]
     if still:
         log.warning(
-            f"run {progress.run} continues without {_first_of(still)}, whose price stands still; keep_pegged "
+            f"run {progress.run} continues without {first_of(still)}, whose price stands still; keep_pegged "
             "keeps such symbols"
         )
     gone = {*lost, *still}
     if unnamed := [symbol for symbol in progress.num_bars if symbol not in now and symbol not in gone]:
         log.warning(
-            f"run {progress.run} continues without {_first_of(unnamed)}, which the settings no longer name"
+            f"run {progress.run} continues without {first_of(unnamed)}, which the settings no longer name"
         )
     fewer = [
         f"{symbol} {now[symbol]:,} of {count:,}"
@@ -198,14 +199,9 @@ def _compare_with_beginning(
     ]
     if fewer:
         log.warning(
-            f"run {progress.run} continues with fewer bars than it began with: {_first_of(fewer)}; Yahoo has "
+            f"run {progress.run} continues with fewer bars than it began with: {first_of(fewer)}; Yahoo has "
             "minutes of 30 days only, older ones are in the data_dir that it began with"
         )
-
-
-def _first_of(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def make_market(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from runtime.control import EXIT_DOES_NOT_FIT, ExitProgram
+from runtime.wording import first_of
 from training.distributed import Ranks
 from training.losses import Objective, Targets
 from training.parallel import Parallel, is_sharded
@@ -30,7 +31,6 @@ log = logging.getLogger("continuous_training")
 
 MOST_SEGMENTS = 8  # of the micro-batch that is computed twice, without a compiler: it takes more memory
 REPETITIONS = 12  # the first time, and where two differ
-MOST_NAMES = 3
 MOST_IN_A_ROW = 3  # returns to a checkpoint without a sound one in between
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -133,7 +133,7 @@ class Inspector:
         verdicts = self._compute_twice(sample) if sample is not None else {}
         by_rank = self._ranks.gather((_place_of(self._ranks), broken, held, verdicts))
         found = [
-            f"{place}: {_list(broken)} changed between two optimizer steps"
+            f"{place}: {first_of(broken)} changed between two optimizer steps"
             for place, broken, _, _ in by_rank
             if broken
         ]
@@ -145,8 +145,8 @@ class Inspector:
         unstable = self._unstable or set()
         for place, verdicts in verdicts_of:
             if names := [name for name in verdicts if name not in unstable]:
-                found.append(f"{place}: {_list(names)} came out differently when computed again")
-        warning = f"not compared, as no rank computes it twice alike: {_list(sorted(unstable))}"
+                found.append(f"{place}: {first_of(names)} came out differently when computed again")
+        warning = f"not compared, as no rank computes it twice alike: {first_of(sorted(unstable))}"
         return "; ".join(found), warning if is_first and unstable else ""
 
     def _compute_twice(self, sample: Sample) -> dict[str, int]:
@@ -219,15 +219,12 @@ def _odd_ones(held: list[tuple[str, dict[str, int]]]) -> list[str]:
                 place for (place, _), total in zip(held, sums, strict=True) if not is_settled or total != most
             ]
             differing.setdefault(" and ".join(odd), []).append(name)
-    return [f"{places}: {_list(names)} differs from the other ranks'" for places, names in differing.items()]
+    return [
+        f"{places}: {first_of(names)} differs from the other ranks'" for places, names in differing.items()
+    ]
 
 
 def _unstable(verdicts: list[tuple[str, dict[str, int]]]) -> set[str]:
     """Return what varies on every rank, and more than once: a kernel's own nondeterminism, no corruption."""
     everywhere = set.intersection(*(set(own) for _, own in verdicts))
     return {name for name in everywhere if sum(own[name] for _, own in verdicts) > 1}
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more

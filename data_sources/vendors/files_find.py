@@ -13,9 +13,9 @@ from data_sources.errors import BadAnswer, SourceUnavailable
 from data_sources.vendors.files_columns import is_symbol
 from data_sources.vendors.files_description import FILE_NAME, Description
 from data_sources.vendors.files_open import SUFFIXES
+from runtime.wording import first_of
 
 READER = "1"  # another number reads all files again
-NAMED = 5  # names in a line
 # What follows the symbol in names such as BTCUSDT-1m-2024-01 and AAPL_1min_2024.
 _TAIL = re.compile(
     r"[-_. ]+(1 ?m(in(ute)?s?)?|m1|\d+ ?s(ec)?|(19|20)\d\d([-_.]?\d\d){0,2}|bars?|ohlcv|minute|klines?|full|utc)$",
@@ -132,9 +132,3 @@ class Folder:
             self.warnings.append(f"{name} is no regular file: left out")
         else:
             self.files.append(OwnFile(path, name, description, status.st_size, status.st_mtime_ns))
-
-
-def first_of(names: list[str]) -> str:
-    """Return some of many names in words."""
-    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -24,9 +24,10 @@ from data_sources.vendors.files import SOURCE_NAME as SOURCE
 from data_sources.vendors.files import dataset_of
 from data_sources.vendors.files_columns import Columns
 from data_sources.vendors.files_description import CRYPTO, FILE_NAME, KINDS, STOCK
-from data_sources.vendors.files_find import Folder, OwnFile, first_of
+from data_sources.vendors.files_find import Folder, OwnFile
 from data_sources.vendors.files_minutes import Spool, coarse_symbols, to_minutes
 from data_sources.vendors.files_open import opened
+from runtime.wording import first_of
 
 SPOOL_FOLDER = ".files"
 IN_SESSION = 0.3  # of stocks' bars, below which their times are doubtful

@@ -1,0 +1,11 @@
+"""Words for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def first_of(names: Sequence[str], most: int = 5) -> str:
+    """Return names as a list in a sentence, such as "a, b and 1,998 more"."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
