@@ -107,6 +107,9 @@ def test_a_week_in_hindsight() -> None:
     assert float(earned[:FLIP].sum()) == pytest.approx(np.log(EQUITY_AT_FLIP), abs=1e-6)
     exact = np.log(1 - 0.1 + 5e-5 * 1.1)  # Thursday 12:00: the move, and the funding at the new price
     assert float(earned[THURSDAY + 11]) == pytest.approx(exact, abs=1e-6)
+    # The whole week: beside those the short receives 22 times and pays once, each time at exactly the target.
+    rest = 22 * np.log1p(5e-5) + np.log1p(-2e-4)
+    assert float(earned.sum()) == pytest.approx(np.log(EQUITY_AT_FLIP) + exact + rest, abs=2e-6)
 
 
 def test_a_week_by_backtesting_py() -> None:
