@@ -56,14 +56,15 @@ def show(
     reports = refresh(lake, request, now_ns, console) if refreshes else {}
     if fetches_flow:
         fetch_flow(lake, request, now_ns, console)
-    loaded = load(lake, request)
+    loaded = load(lake, request, keeps_bars=False)
     flow = missing_flow(lake, request, now_ns)
     content = report(loaded, reports, damaged, request, flow)
-    code = EXIT_NO_DATA if not loaded.bars else int(bool(damaged) and not refreshes)
+    used = [row for row in loaded.rows if not row.dropped]
+    code = EXIT_NO_DATA if not used else int(bool(damaged) and not refreshes)
     if as_json:
         console.emit(json.dumps(content, indent=1))
         return code
-    title = f"{len(loaded.bars)} symbols, {sum(map(len, loaded.bars)):,} bars, data {loaded.fingerprint}"
+    title = f"{len(used)} symbols, {content['bars']:,} bars, data {loaded.fingerprint}"
     if content["series"]:
         console.table(title, COLUMNS, map(_cells, content["series"]))
     console.show_data_warnings(loaded)
@@ -125,7 +126,7 @@ def report(
         "fingerprint": loaded.fingerprint,
         "from": iso_time(request.start_ns),
         "to": iso_time(request.end_ns),
-        "bars": sum(map(len, loaded.bars)),
+        "bars": sum(row.num_bars for row in loaded.rows if not row.dropped),
         "refreshed": {
             source: {"status": result.status, "message": result.message, "seconds": round(result.seconds, 3)}
             for source, result in reports.items()

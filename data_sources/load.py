@@ -50,10 +50,13 @@ class LoadedData:
     fingerprint: str
 
 
-def load(lake: Lake, request: DataRequest) -> LoadedData:
+def load(lake: Lake, request: DataRequest, *, keeps_bars: bool = True) -> LoadedData:
     """Read a request's bars from the lake, symbol by symbol; no network, no lock.
 
-    The lake's folder need not exist for computed sources alone.
+    Args:
+        lake: its folder need not exist for computed sources alone.
+        request: which bars.
+        keeps_bars: False for the rows alone, in the memory of a few symbols.
 
     Raises:
         LakeError: the folder cannot be read. Damaged parts are no error: they are set aside with a warning.
@@ -63,7 +66,7 @@ def load(lake: Lake, request: DataRequest) -> LoadedData:
         result.rows.append(row)
         if row.dropped:
             result.dropped[row.symbol] = row.dropped
-        else:
+        elif keeps_bars:
             result.bars.append(bars)
     # After reading, so that a part set aside meanwhile counts as absent.
     return dataclasses.replace(result, fingerprint=fingerprint(lake, request))

@@ -1,7 +1,8 @@
 """Order flow of archive files that the lake has from before it kept any: which to fetch again, and how.
 
-Only the archive is asked, one small file after another. What came from REST stays as it is: the newest bars are
-replaced by the archive's files anyway, the others are the few that it lacks.
+Only the archive is asked, one small file after another, the newest days and months first: they are what exams and
+live decisions see. The bars that REST gave of the last days are for the next refresh (binance_pair.py); others of
+REST, which the archive lacks, are few and stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from data_sources.lake.lake import Lake
 from data_sources.lake.parts import FORMAT, Part
 from data_sources.progress import Progress
 from data_sources.sources import DataRequest
-from data_sources.vendors.binance_archive import SETTLED_NS, Archive, Unit, days, months
+from data_sources.vendors.binance_archive import Archive, Unit, days, months
 from data_sources.vendors.binance_product import Product
 from data_sources.vendors.http import FinalAnswer
 
@@ -41,11 +42,8 @@ def without_flow(lake: Lake, product: Product, request: DataRequest, now_ns: int
 
 
 def _is_due(part: Part, now_ns: int) -> bool:
-    if part.format >= FORMAT or not part.rows or not part.version or not part.unit[0].isdigit():
-        return False
-    (month,) = months(part.start_ns, part.start_ns + 1)
-    is_replaced_soon = part.unit != month.name and now_ns < month.end_ns + SETTLED_NS
-    return not is_replaced_soon and now_ns - part.flow_asked_ns >= ASK_AGAIN_NS
+    is_file = part.unit[0].isdigit() and bool(part.version) and part.rows > 0
+    return is_file and part.format < FORMAT and now_ns - part.flow_asked_ns >= ASK_AGAIN_NS
 
 
 def add_flow(

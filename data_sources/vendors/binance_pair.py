@@ -20,7 +20,7 @@ from data_sources.bars import DAY_NS, HOUR_NS, MINUTE_NS
 from data_sources.calendar import utc
 from data_sources.errors import BadAnswer, DataError, LakeError
 from data_sources.funding import FundingLedger
-from data_sources.lake.parts import Part
+from data_sources.lake.parts import FORMAT, Part
 from data_sources.lake.quality import SCHEMA, clean, closed_before
 from data_sources.sources import RefreshJob
 from data_sources.vendors.binance_archive import SETTLED_NS, Archive, Unit, days, months
@@ -336,6 +336,7 @@ class PairRefresh:
         start_ns = max(front_ns, recent.end_ns - OVERLAP_NS)
         is_whole = recent.rows == (recent.end_ns - recent.start_ns) // MINUTE_NS
         is_whole = is_whole and "conflicting" not in recent.rejected
+        is_whole = is_whole and recent.format >= FORMAT  # before, order flow was not kept
         if not is_whole and (recent.rows or recent.rejected) and recent.end_ns - front_ns <= HEALED_NS:
             start_ns = front_ns
         if recent.end_ns >= self._end_ns and front_ns == recent.start_ns and start_ns > front_ns:

@@ -28,8 +28,8 @@ from tests.data_sources.vendors.binance_harness import DAY_NS, NOW, POLICY, Harn
 from tests.data_sources.vendors.binance_server import MINUTE_NS, BinanceServer, flow_of
 from tests.data_sources.vendors.loopback import Fault, Notes, ns
 
-LONG_AGO, LISTED = ns("2026-09-15T00:00"), ns("2026-09-28T00:00")
-MONTHS = ["2026-10", "2026-09"]
+LONG_AGO, LISTED, NOVEMBER = ns("2026-09-15T00:00"), ns("2026-09-28T00:00"), ns("2026-11-01T00:00")
+UNITS = ["2026-11-22", "2026-11-21", "2026-10", "2026-09"]
 
 
 PAIRS = {SPOT.source: ("BTCUSDT", "ETHUSDT"), USD_M.source: ("BTCUSDT.P",)}
@@ -39,7 +39,7 @@ PAIRS = {SPOT.source: ("BTCUSDT", "ETHUSDT"), USD_M.source: ("BTCUSDT.P",)}
 def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A lake of October, the last days of September and two of November, kept before there was order flow."""
     lake, server = Lake(tmp_path_factory.mktemp("former")), BinanceServer(NOW)
-    units = [*months(LISTED, ns("2026-11-01T00:00")), *days(ns("2026-11-21T00:00"), ns("2026-11-23T00:00"))]
+    units = [*months(LISTED, NOVEMBER), *days(ns("2026-11-21T00:00"), ns("2026-11-23T00:00"))]
     for product in (SPOT, USD_M):
         for pair in PAIRS[product.source]:
             for unit in units:
@@ -55,10 +55,12 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class FormerLake(Harness):
     """A copy of such a lake, and what comes of fetching its flow."""
 
-    def __init__(self, server: BinanceServer, folder: Path, product: Product, *pairs: str) -> None:
+    def __init__(
+        self, server: BinanceServer, folder: Path, product: Product, *pairs: str, end_ns: int = NOVEMBER
+    ) -> None:
         super().__init__(server, folder, product)
         symbols = {product.group.setting: pairs}
-        self.request = DataRequest((product.source,), symbols, LONG_AGO, NOW, min_bars=1)
+        self.request = DataRequest((product.source,), symbols, LONG_AGO, end_ns, min_bars=1)
 
     def fetch_flow(self, most_files: int | None = None, later_ns: int = 0) -> list[str]:
         """Fetch what is missing; return the requested zips."""
@@ -103,25 +105,25 @@ def former(server: BinanceServer, lake: Path) -> FormerLake:
 
 
 @pytest.mark.parametrize("product", [SPOT, USD_M], ids=["spot", "perpetuals"])
-def test_months_get_their_flow_newest_first_and_nothing_else_changes(
+def test_files_get_their_flow_newest_first_and_nothing_else_changes(
     server: BinanceServer, lake: Path, product: Product
 ) -> None:
     pairs = PAIRS[product.source]
-    former = FormerLake(server, lake, product, *pairs)
+    former = FormerLake(server, lake, product, *pairs, end_ns=NOW)
     before = {pair: former.lake.parts(product.source, pair) for pair in pairs}
     bars = {pair: read(former.lake, product.source, pair, None, 0, NOW) for pair in pairs}
     plan = missing_flow(former.lake, former.request, NOW)
-    assert plan == FlowPlan(2 * len(pairs), len(pairs) * (3 + 31) * 1440)
+    assert plan == FlowPlan(4 * len(pairs), len(pairs) * (3 + 31 + 2) * 1440)
     if product is SPOT:
-        assert "order flow: the lake has 4 files from before it was kept" in str(plan)
-        assert str(plan).endswith("about 5.6 MB to download, 0.8 MB more on the disk")
+        assert "order flow: the lake has 8 files from before it was kept" in str(plan)
+        assert str(plan).endswith("about 5.9 MB to download, 0.8 MB more on the disk")
 
     asked = former.fetch_flow()
-    assert asked == [f"{name}-1m-{month}.zip" for month in MONTHS for name in map(product.at_binance, pairs)]
+    assert asked == [f"{name}-1m-{unit}.zip" for unit in UNITS for name in map(product.at_binance, pairs)]
     for pair in pairs:
         former.assert_whole(pair, "2026-09-01T00:00", "2026-11-01T00:00")
+        former.assert_whole(pair, "2026-11-21T00:00", "2026-11-23T00:00")
         after = former.lake.parts(product.source, pair)
-        assert after["2026-11-21"].flow == {}  # its month replaces it soon, and has flow
         assert (
             read(former.lake, product.source, pair, None, 0, NOW)
             .select(bars[pair].column_names)
@@ -210,14 +212,17 @@ def test_a_file_that_is_gone_or_damaged_is_asked_for_again_a_week_later(former: 
     former.assert_whole("BTCUSDT", "2026-09-01T00:00", "2026-11-01T00:00")
 
 
-def test_days_whose_month_never_came_get_their_flow_too(former: FormerLake) -> None:
-    later = NOW + 60 * DAY_NS  # November is long over, and its file did not come
-    (source,) = former.request.chosen
-    units = [part.unit for part in source.without_flow(former.lake, former.request, later)]
-    assert units == ["2026-11-22", "2026-11-21", "2026-10", "2026-09"]
-    former.server.now_ns = later
-    former.fetch_flow(2, later_ns=60 * DAY_NS)
-    former.assert_whole("BTCUSDT", "2026-11-21T00:00", "2026-11-23T00:00")
+def test_what_rest_gave_of_the_last_days_comes_again_once_with_the_next_refresh(
+    server: BinanceServer, tmp_path: Path
+) -> None:
+    harness = Harness(server, tmp_path)
+    start_ns = NOW - NOW % DAY_NS - DAY_NS
+    harness.refresh(start_ns=start_ns)
+    assert harness.units() == {"recent"}
+    as_format_1(harness.lake, "binance", "BTCUSDT")
+    assert len(harness.refresh(start_ns=start_ns)) == 3  # pages of a day and a half
+    harness.assert_complete(start_ns=start_ns)
+    assert harness.refresh(start_ns=start_ns) == []
 
 
 def test_a_dead_archive_and_a_full_disk_are_a_line_each(
