@@ -17,18 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from envs.config import EQUITY_FLOOR
 from evaluation.exam import Walk
+from evaluation.uncertainty import LEAST_DAYS, Interval, interval, resampled_days, score, tail_of
 
-# With fewer days, Sharpe ratios and intervals are None: they would mean nothing.
-LEAST_DAYS = 5
-RESAMPLES = 2_000
-CONFIDENCE = 0.95
 # Days per year with returns: all for a pool with crypto in it, only the sessions for one of stocks.
 CRYPTO_DAYS_PER_YEAR, STOCK_DAYS_PER_YEAR = 365, 252
 # New York is 4 or 5 hours behind UTC, and its longest session lasts from 04:00 to 20:00 there: shifted by five
 # hours, all of it lies in one UTC day, in summer and in winter.
 SESSION_SHIFT = np.timedelta64(5, "h")
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,7 @@ class Measures:
     total_return: float  # of the money at the start
     mean_daily_return: float
     mean_daily_interval: Interval | None  # 95 %, by bootstrap over days
+    mean_daily_score: float | None  # how surely it is above 0: see ``uncertainty.score``
     sharpe: float | None  # per year; None also without any variance
     sharpe_interval: Interval | None
     sortino: float | None  # per year; None also without a losing day
@@ -66,12 +62,13 @@ def measure(walks: Sequence[Walk]) -> Measures:
     mean_interval = sharpe_interval = None
     if enough:
         resampled = daily[resampled_days(num_days)]
-        mean_interval = _interval(resampled.mean(axis=1))
-        sharpe_interval = _interval(_sharpe(resampled, year)) if math.isfinite(sharpe) else None
+        mean_interval = interval(resampled.mean(axis=1), num_days)
+        sharpe_interval = interval(_sharpe(resampled, year), num_days) if math.isfinite(sharpe) else None
     return Measures(
         total_return=float(equity[-1] - 1.0),
         mean_daily_return=float(daily.mean()),
         mean_daily_interval=mean_interval,
+        mean_daily_score=float(score(daily)) if enough else None,
         sharpe=float(sharpe) if enough and math.isfinite(sharpe) else None,
         sharpe_interval=sharpe_interval,
         sortino=float(daily.mean() / losses * year) if enough and losses > 0 else None,
@@ -148,7 +145,7 @@ def break_even_interval(
     days = resampled_days(num_days)
     counts = np.stack([np.bincount(row, minlength=num_days) for row in days]).astype(np.float64)
     values = np.sort(_break_evens(costs_bps, np.stack([counts @ rung for rung in growth], axis=1)))
-    tail = round((1 - CONFIDENCE) / 2 * len(values))
+    tail = round(tail_of(num_days) * len(values))
     low, high = (float(value) if np.isfinite(value) else None for value in (values[tail], values[-1 - tail]))
     return low, high
 
@@ -219,7 +216,9 @@ def margin(walks: Sequence[Walk]) -> Margin:
     if len(sums) >= LEAST_DAYS:
         drawn = resampled_days(len(sums))
         resampled = _margins(np.stack([column[drawn].sum(axis=1) for column in sums.T]))
-        intervals = [_interval(values) if np.isfinite(values).any() else None for values in resampled]
+        intervals = [
+            interval(values, len(sums)) if np.isfinite(values).any() else None for values in resampled
+        ]
     net, gross, turnover, break_even_bps = map(float, ratios)
     return Margin(
         net_bps=net,
@@ -279,21 +278,6 @@ def days_of_fills(walk: Walk) -> NDArray[np.datetime64]:
     return time.astype("datetime64[D]")
 
 
-def resampled_days(num_days: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """Draw days for a stationary bootstrap (Politis and Romano 1994), (resamples, num_days) indices.
-
-    Runs of neighbouring days, of random length with a mean of the cube root of ``num_days``, keep the dependence
-    of a day on the one before. Seeded: the same number of days gives the same draws, so differences are paired.
-    """
-    random = np.random.default_rng(seed)
-    new_run = random.random((resamples, num_days)) < 1.0 / max(1.0, num_days ** (1 / 3))
-    new_run[:, 0] = True
-    number = np.arange(num_days)
-    began = np.maximum.accumulate(np.where(new_run, number, 0), axis=1)
-    first = np.take_along_axis(random.integers(0, num_days, (resamples, num_days)), began, axis=1)
-    return (first + number - began) % num_days
-
-
 def _sharpe(daily: NDArray[np.float64], year: float) -> NDArray[np.float64]:
     """Return the yearly Sharpe ratio of every row (R, days); not a number without any variance."""
     if daily.shape[1] < 2:
@@ -308,13 +292,7 @@ def interval_of_mean(daily: NDArray[np.float64]) -> Interval | None:
     """Return the 95 % interval of the mean of daily values, by bootstrap over days; None with too few."""
     if len(daily) < LEAST_DAYS:
         return None
-    return _interval(daily[resampled_days(len(daily))].mean(axis=1))
-
-
-def _interval(values: NDArray[np.float64]) -> Interval:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(values, (tail, 100 - tail))
-    return float(low), float(high)
+    return interval(daily[resampled_days(len(daily))].mean(axis=1), len(daily))
 
 
 def _require_walks(walks: Sequence[Walk]) -> None:

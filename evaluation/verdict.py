@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from evaluation.exam import CHAMPION, Walk
-from evaluation.measures import LEAST_DAYS, Measures, daily_returns, resampled_days
+from evaluation.measures import Measures, daily_returns
+from evaluation.uncertainty import LEAST_DAYS, NORMAL, score
 
 EULER_GAMMA = 0.5772156649015329
-# A challenger must have earned more than the champion in this share of the resampled histories.
+# So sure must it be that a challenger earns more than the champion.
 CERTAINTY = 0.95
 
 
@@ -92,7 +93,7 @@ def beats(challenger: Sequence[Walk], other: Sequence[Walk]) -> tuple[bool, str]
         return False, f"{num_days} days are too few to tell, {LEAST_DAYS} are needed"
     if not difference.any():
         return False, "both earned the same on every day"
-    share = float((difference[resampled_days(num_days)].mean(axis=1) > 0).mean())
-    return share >= CERTAINTY, (
-        f"{difference.mean():+.3%} a day, above 0 in {share:.1%} of resampled histories, {CERTAINTY:.0%} needed"
+    certainty = NORMAL.cdf(float(score(difference)))
+    return certainty >= CERTAINTY, (
+        f"{difference.mean():+.3%} a day, above 0 with {certainty:.1%} certainty, {CERTAINTY:.0%} needed"
     )

@@ -116,7 +116,7 @@ def test_the_terminal_shows_the_result(reported: tuple[Path, Result]) -> None:
     lines = result.output.splitlines()
     assert lines[0] == f"Evaluating {NAME}.pt on 2 symbols, 2026-01-30 23:59 to 2026-02-01 00:00 UTC"
     assert any(line.startswith("No edge on these days. It ") for line in lines)
-    assert "too few to tell, 5 are needed" in result.output
+    assert "too few to tell, 10 are needed" in result.output
     assert "evaluation: 22 segments walked" in lines
     assert lines[-1].startswith(f"Wrote {folder / FOLDER / 'report.html'} in ")
     assert result.output.isascii()

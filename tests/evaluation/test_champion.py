@@ -43,14 +43,14 @@ SETTINGS = Settings(
     envs_per_gpu=4,
     batch_size=16,
     micro_batch_segments=2,
-    holdout_days=8,
+    holdout_days=12,
 )
 POSITIONS = {"long": 2, "flat": 1, "short": 0}
 
 
 def half_hours(symbol: str, drift: float, seed: int) -> Bars:
-    """12 days of bars, one every 30 minutes, that rise by ``drift`` on average."""
-    bars = walk(symbol, 12 * 48, seed=seed)
+    """16 days of bars, one every 30 minutes, that rise by ``drift`` on average."""
+    bars = walk(symbol, 16 * 48, seed=seed)
     rise = np.exp(np.arange(len(bars)) * drift)
     prices = {name: getattr(bars, name) * rise for name in ("open", "high", "low", "close")}
     start = bars.open_time[0] // DAY_NS * DAY_NS
@@ -69,7 +69,7 @@ class Training:
     ) -> None:
         self.folder, self._caplog, settings = folder, caplog, replace(SETTINGS, **changes)
         self.bars = [half_hours("AAA", 1e-3, 0), half_hours("BBB", 5e-4, 1)]
-        self.trained_until_ns = int(self.bars[0].open_time[-1]) - 8 * DAY_NS
+        self.trained_until_ns = int(self.bars[0].open_time[-1]) - 12 * DAY_NS
         market = market_of(*self.bars, holdout_start_ns=self.trained_until_ns, context_bars=4, horizon=8)
         plan = plan_memory(settings, market.num_bytes, ranks)
         self.progress = TrainingProgress(
@@ -147,7 +147,7 @@ def test_only_a_challenger_that_beats_the_champion_replaces_it(training: Trainin
     assert [line["trials"] for line in training.ledger] == [1, 2, 3, 4, 5, 6]
     for line in training.ledger:
         assert np.datetime64(line["first"], "ns").astype(np.int64) > training.trained_until_ns
-        assert (line["days"], line["symbols"]) == (8, 2)
+        assert (line["days"], line["symbols"]) == (12, 2)
         assert set(line["pooled"]) >= {"policy", "buy and hold", "always flat", "momentum"}
         assert ("champion" in line["pooled"]) == (line["champion"] is not None)
     # A policy that always holds is the market: better than cash, not better than buying and holding.
@@ -212,7 +212,7 @@ def test_the_days_are_new_to_challenger_and_champion(training: Training) -> None
     torch.save(contents | {"trained_until_ns": training.trained_until_ns + 3 * DAY_NS}, path)
     training.examine()
     assert training.ledger[2]["days"] == days[0] - 3
-    torch.save(contents | {"trained_until_ns": training.trained_until_ns + 8 * DAY_NS}, path)
+    torch.save(contents | {"trained_until_ns": training.trained_until_ns + 12 * DAY_NS}, path)
     assert training.examine() == training.examine() == Exam()
     assert training.output.count("No exam: no symbol has 10 bars in a row after") == 1
     assert len(training.ledger) == 3

@@ -20,14 +20,14 @@ from evaluation.report import Report, json_bytes, write_folder
 from tests.evaluation.reports import Page, files_of, report_of
 from tests.evaluation.walks import of_daily
 
-GAINS = (0.01, 0.02, -0.005, 0.015, 0.01, 0.02, 0.005)
+GAINS = (0.01, 0.012, 0.008, 0.015, 0.01, 0.012, 0.005, 0.009, 0.011, 0.01, 0.013, 0.008)
 ROWS = [{"rollout/reward_bps": value, "loss/entropy": None} for value in np.sin(np.arange(40.0))]
 HOSTILE = '<script>alert("x")</script>&\'</title>'
 
 
 def edge(**given: object) -> Report:
     walks = [
-        of_daily(*GAINS, symbol="AAA", traded=[0.5] * 7, costs=[1e-4] * 7),
+        of_daily(*GAINS, symbol="AAA", traded=[0.5] * 12, costs=[1e-4] * 12),
         of_daily(*GAINS[::-1], symbol="BBB"),
     ]
     return report_of(walks, **({"num_trials": 1, "training": ROWS} | given))
@@ -117,13 +117,13 @@ def test_figures_on_the_page_are_those_of_the_measures() -> None:
     assert f"+{own.total_return:.2%} net return" in text
     assert f"{own.sharpe:.1f} Sharpe, {low:.1f} to {high:.1f}" in text
     assert f"{own.max_drawdown:.2%} max drawdown" in text
-    assert "2 symbols, 7 days" in text
+    assert "2 symbols, 12 days" in text
     assert "40 epochs up to this checkpoint" in text
 
 
 def test_funding_is_on_the_page_where_there_is_any(files: dict[str, bytes]) -> None:
     assert "funding" not in Page(files["report.html"]).text.lower()
-    funding = [1e-4, 0, -3e-4, 0, 0, 0, 0]
+    funding = [1e-4, 0, -3e-4, *[0] * 9]
     report = report_of([of_daily(*GAINS, funding=funding), of_daily(*GAINS, symbol="BBB")])
     page = Page(files_of(report)["report.html"])
     assert "-0.01% funding, paid less received" in page.text
@@ -141,12 +141,12 @@ def test_a_report_without_training_curves_has_no_place_for_them() -> None:
 
 
 def test_an_edge_is_reported() -> None:
-    assert headline(edge()) == "An edge on these days. It earned 7.72% after costs."
+    assert headline(edge()) == "An edge on these days. It earned 13.01% after costs."
 
 
 def test_no_edge_is_reported_with_its_reasons() -> None:
-    report = report_of([of_daily(0.01, -0.02, 0.01, -0.01, 0.005, -0.002, 0.001, traded=[1.0] * 7)])
-    assert headline(report) == "No edge on these days. It lost 0.63% after costs."
+    report = report_of([of_daily(*[0.01, -0.02, 0.01, -0.01, 0.005, -0.002] * 2, traded=[1.0] * 12)])
+    assert headline(report) == "No edge on these days. It lost 1.46% after costs."
     text = text_of(report)
     assert "not surely above 0." in text
     assert "Not above buy and hold, always flat, momentum." in text
@@ -154,7 +154,7 @@ def test_no_edge_is_reported_with_its_reasons() -> None:
 
 
 def test_a_gain_below_a_baseline_is_no_edge() -> None:
-    report = edge(others={"buy and hold": [of_daily(*[0.05] * 7, symbol=name) for name in ("AAA", "BBB")]})
+    report = edge(others={"buy and hold": [of_daily(*[0.05] * 12, symbol=name) for name in ("AAA", "BBB")]})
     assert not report.verdict.edge
     assert "Not above buy and hold." in text_of(report)
 
@@ -163,7 +163,7 @@ def test_few_days_are_reported() -> None:
     report = report_of([of_daily(0.01, 0.01)])
     assert headline(report).startswith("No edge")
     text = text_of(report)
-    assert "2 days are too few to tell, 5 are needed" in text
+    assert "2 days are too few to tell, 10 are needed" in text
     assert json.loads(json_bytes(report))["pooled"]["policy"]["sharpe"] is None
 
 

@@ -45,7 +45,7 @@ def test_an_edge_needs_all_three() -> None:
     unsure = verdict(replace(GOOD, mean_daily_interval=(-0.001, 0.02)), others, 1)
     assert str(unsure) == "no edge: its mean day is between -0.10% and +2.00%, not surely above 0"
     few = measure([of_daily(0.01, 0.02)])
-    assert str(verdict(few, others, 1)) == "no edge: 2 days are too few to tell, 5 are needed"
+    assert str(verdict(few, others, 1)) == "no edge: 2 days are too few to tell, 10 are needed"
 
 
 def test_staying_flat_is_no_edge() -> None:
@@ -58,7 +58,7 @@ def test_earning_a_little_more_every_day_beats_in_any_market() -> None:
     champion = of_daily(*market)
     better, reason = beats([of_daily(*(market + 0.001))], [champion])
     assert better
-    assert reason == "+0.100% a day, above 0 in 100.0% of resampled histories, 95% needed"
+    assert reason == "+0.100% a day, above 0 with 100.0% certainty, 95% needed"
     worse, _ = beats([of_daily(*(market - 0.001))], [champion])
     assert not worse
     other = np.random.default_rng(1).normal(0.001, 0.05, 14)
@@ -66,7 +66,7 @@ def test_earning_a_little_more_every_day_beats_in_any_market() -> None:
 
 
 def test_equal_days_and_too_few_days_beat_no_contestant() -> None:
-    walk = of_daily(0.01, 0.02, -0.01, 0.03, 0.01)
+    walk = of_daily(*[0.01, 0.02, -0.01, 0.03, 0.01] * 2)
     assert beats([walk], [walk]) == (False, "both earned the same on every day")
     two = of_daily(0.5, 0.5)
-    assert beats([two], [of_daily(0.0, 0.0)]) == (False, "2 days are too few to tell, 5 are needed")
+    assert beats([two], [of_daily(0.0, 0.0)]) == (False, "2 days are too few to tell, 10 are needed")
