@@ -38,7 +38,7 @@ from evaluation.report import Report, file_name, json_bytes, write_folder
 from evaluation.revision import revision_of
 from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import TrainedPolicy
-from evaluation.verdict import verdict
+from evaluation.verdict import describe_power, verdict
 from runtime.control import EXIT_NO_DATA, ExitProgram
 from runtime.wording import first_of
 from training.data_feed import data_request
@@ -147,6 +147,7 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     write_folder(folder, render_files(report, progress))
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
+    log.info(f"Power: {describe_power(report.pooled[POLICY], report.num_trials)}")
     log.info(report.record)
     interval = f" (95 % interval: {report.break_even_range})" if report.break_even_range else ""
     log.info(f"Its trades: {report.margin}")

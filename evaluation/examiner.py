@@ -23,7 +23,7 @@ from evaluation.parts import Part, PartFailed, Stopped, TooLong, join, on_every_
 from evaluation.revision import Revision, revision_of
 from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import NEVER_NS
-from evaluation.verdict import Verdict, beats, verdict
+from evaluation.verdict import Verdict, beats, describe_power, verdict
 from models.policy import Policy
 from runtime.control import (
     STOP_NOW,
@@ -284,6 +284,8 @@ class Examiner:
             "verdict": "edge" if judgement.edge else "no edge",
             "verdict_reason": judgement.reason,
             "sharpe_bar": judgement.sharpe_bar,
+            "probability": judgement.probability,
+            "power": judgement.power,
             "decision": champion.PROMOTED if promoted else champion.REFUSED,
             "reason": reason,
             "pooled": {name: asdict(measures) for name, measures in pooled.items()},
@@ -291,13 +293,18 @@ class Examiner:
         }
         symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
         seconds = time.monotonic() - began
-        decision = f"{challenger} from now on" if promoted else f"still {champion_name or 'none'}"
+        is_proven = judgement.edge if promoted else ledger.is_proven(champion_name, earlier)
+        best = f"{challenger} from now on" if promoted else f"still {champion_name or 'none'}"
+        decision = f"{best} ({'proven' if is_proven else 'the best so far, not proven'})"
+        if not promoted and not champion_name:
+            decision = best
         if ledger.key_of(key) in recorded:
             decision, reason = "decided before", "this exam is already in the ledger"
         lines = [
             f"Exam: {_summary(pooled, len(symbols))}, {trades}, {judgement} ({seconds:.1f} s, "
             f"bars {revision.digest})",
             f"Champion: {decision}, {reason}",
+            f"Power: {describe_power(pooled[POLICY], num_trials)}",
         ]
         if revised:
             lines.append(
@@ -350,7 +357,9 @@ def _figures(
         "exam/sharpe": _or_nan(policy.sharpe),
         "exam/sharpe_low": sharpe_low,
         "exam/sharpe_high": sharpe_high,
-        "exam/sharpe_bar": judgement.sharpe_bar,
+        "exam/sharpe_bar": _or_nan(judgement.sharpe_bar),
+        "exam/deflated_probability": _or_nan(judgement.probability),
+        "exam/power": _or_nan(judgement.power),
         "exam/sortino": _or_nan(policy.sortino),
         "exam/max_drawdown_percent": 100 * policy.max_drawdown,
         "exam/turnover": policy.turnover,

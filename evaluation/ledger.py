@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 def key_of(line: Line) -> tuple[Any, ...]:
     """Return the identity of an exam: an epoch that is repeated on the same bars is one trial."""
     return line["run"], line["epoch"], line["data"]
+
+
+def is_proven(champion: str, lines: Iterable[Line]) -> bool:
+    """Return whether the exam that made a checkpoint the champion found an edge.
+
+    Lines without a deflated probability are of before it was required, and prove nothing.
+    """
+    promotions = [
+        line for line in lines if line.get("checkpoint") == champion and line.get("decision") == "promoted"
+    ]
+    return bool(promotions) and promotions[-1]["verdict"] == "edge" and "probability" in promotions[-1]
 
 
 def append(path: Path, line: Line) -> None:

@@ -14,6 +14,7 @@ from evaluation.exam import POLICY
 from evaluation.measures import Interval
 from evaluation.record_summary import Summary, grown, told
 from evaluation.report import Report
+from evaluation.verdict import describe_power
 
 NONE = Markup('<span title="too few days, or nothing to divide by">n/a</span>')
 
@@ -38,6 +39,7 @@ def render_page(report: Report, svgs: Mapping[str, tuple[str, str]]) -> bytes:
             svgs={name: tuple(map(Markup, pair)) for name, pair in svgs.items()},
             plotted=plotted,
             headline=headline(report),
+            power=describe_power(report.pooled[POLICY], report.num_trials),
             dates=f"{report.first.astype('datetime64[D]')} to {report.last.astype('datetime64[D]')}",
             trained_until=f"{report.trained_until.astype('datetime64[m]')}".replace("T", " "),
             has_funding=any(measures.funding for measures in report.pooled.values()),

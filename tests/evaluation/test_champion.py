@@ -153,8 +153,11 @@ def test_only_a_challenger_that_beats_the_champion_replaces_it(training: Trainin
     # A policy that always holds is the market: better than cash, not better than buying and holding.
     assert training.ledger[2]["verdict_reason"].startswith("not above buy and hold")
     output = training.output
-    assert "Champion: run1_epoch3.pt from now on, against always flat, as there is no champion: +" in output
-    assert "Champion: still run1_epoch3.pt, against run1_epoch3.pt: -" in output
+    assert (
+        "Champion: run1_epoch3.pt from now on (the best so far, not proven), against always flat, " in output
+    )
+    assert "Champion: still run1_epoch3.pt (the best so far, not proven), against run1_epoch3.pt: -" in output
+    assert "Power: 12 days after 6 trials show a true Sharpe of 5 in " in output
 
 
 def test_the_champion_is_an_ordinary_checkpoint_and_survives_pruning(training: Training) -> None:

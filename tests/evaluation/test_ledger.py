@@ -66,3 +66,13 @@ def test_a_full_disk_leaves_earlier_lines(path: Path, monkeypatch: pytest.Monkey
     assert path.read_text() == json.dumps(line(1)) + "\n"
     ledger.append(path, line(2))
     assert ledger.read(path) == [line(1), line(2)]
+
+
+def test_a_champion_is_proven_by_the_edge_of_its_own_exam_and_not_by_one_of_older_rules() -> None:
+    won = {"checkpoint": "a.pt", "decision": "promoted", "verdict": "edge", "probability": 0.99}
+    lost = {"checkpoint": "b.pt", "decision": "refused", "verdict": "edge", "probability": 0.99}
+    assert ledger.is_proven("a.pt", [won, lost])
+    assert not ledger.is_proven("b.pt", [won, lost])
+    assert not ledger.is_proven("a.pt", [won | {"verdict": "no edge"}])
+    assert not ledger.is_proven("a.pt", [{k: v for k, v in won.items() if k != "probability"}])
+    assert not ledger.is_proven("a.pt", [won, won | {"verdict": "no edge"}])  # the newest counts

@@ -151,6 +151,7 @@ def test_no_edge_is_reported_with_its_reasons() -> None:
     assert "not surely above 0." in text
     assert "Not above buy and hold, always flat, momentum." in text
     assert "Judged after 3 exams" in text
+    assert "12 days after 3 trials show a true Sharpe of 5 in " in text
 
 
 def test_a_gain_below_a_baseline_is_no_edge() -> None:
