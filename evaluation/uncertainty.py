@@ -9,6 +9,7 @@ left is Student's t distribution with the degrees of freedom of that sum.
 from __future__ import annotations
 
 import math
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -94,6 +95,7 @@ def _run_length(num_days: int) -> float:
     return max(1.0, num_days ** (1 / 3))
 
 
+@cache
 def _weights(num_days: int) -> NDArray[np.float64]:
     """Return the weights of the periodogram in the bootstrap's variance of the mean, (num_days,).
 
@@ -105,4 +107,5 @@ def _weights(num_days: int) -> NDArray[np.float64]:
     kernel[1:] += lag[1:] / num_days * goes_on ** (num_days - lag[1:])
     weights = np.fft.fft(kernel).real
     weights[0] = 0.0
+    weights.setflags(write=False)
     return weights
