@@ -97,17 +97,17 @@ def test_every_new_bar_is_scored_once_and_the_account_goes_on(life: Life) -> Non
     begin, champion, first = life.run(life.day(1.3))
     assert [line["kind"] for line in (begin, champion, first)] == ["begin", "champion", "scored"]
     assert life.run(life.day(1.3)) == []  # a restart of the same run
-    rest = [line for cutoff in (2.0, 4.5, 7.9) for line in life.run(life.day(cutoff))]
+    rest = [line for cutoff in (2.0, 4.5, 10.9) for line in life.run(life.day(cutoff))]
     assert [line["kind"] for line in rest] == ["scored"] * 3
     scored = [first, *rest]
     # To the bit what one exam of all these bars says.
     whole = examine(
         life.training.trainer.full_policy(),
-        life.market(life.day(7.9)),
+        life.market(life.day(10.9)),
         life.training.trainer.env.config,
         ["AAA", "BBB"],
         life.first_cutoff_ns - MINUTE_NS,
-        life.day(7.9),
+        life.day(10.9),
     )
     accounts = record.read(life.folder).accounts
     for name in ("policy", "buy and hold"):
@@ -126,8 +126,8 @@ def test_every_new_bar_is_scored_once_and_the_account_goes_on(life: Life) -> Non
     assert life.first_cutoff_ns <= first_fill <= life.first_cutoff_ns + 30 * MINUTE_NS
     summary = summarize(record.read(life.folder).lines)
     assert summary is not None and summary.measures["policy"].mean_daily_interval is not None
-    assert life.figures["record/days"] == summary.measures["policy"].num_days == 8
-    assert "Record: 8 days since " in life.training.output
+    assert life.figures["record/days"] == summary.measures["policy"].num_days == 11
+    assert "Record: 11 days since " in life.training.output
     assert summary.hash[:16] in headline_beside(life.folder / BEST)
 
 
@@ -250,7 +250,7 @@ def test_the_command_shows_a_table_json_and_a_page_and_verifies(
         run()
     life.run(life.day(2))
     life.crown("short", life.day(3))
-    life.run(life.day(7.9))
+    life.run(life.day(10.9))
     table = run()
     assert "run1_epoch2.pt is the champion, after run1_epoch1.pt" in table
     content = json.loads(run(as_json=True))
