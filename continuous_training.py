@@ -76,7 +76,7 @@ class Settings:
     min_bars: int = 2_000  # symbols with fewer bars are dropped
     holdout_days: int = 14  # the newest days of bars, never trained on
     extended_hours: bool = False  # keep stock bars before 09:30 and after 16:00 New York
-    features: tuple[str, ...] = ("symbol",)  # groups of features that the policy sees: symbol, day, flow
+    features: tuple[str, ...] = ("symbol",)  # groups of what the policy sees: symbol, day, flow, panel
     keep_pegged: bool = False  # keep symbols whose price hardly moves, such as stablecoins
     files_dir: str | None = None  # folder with CSV or Parquet files of your own, for the source files
     files_timezone: str = "UTC"  # of times without one in those files, such as America/New_York

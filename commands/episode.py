@@ -43,7 +43,7 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     symbol = symbol or trained.checkpoint.symbols[0]
     if symbol not in bars:
         raise ValueError(f"--symbol {symbol} has no bars here; there are: {', '.join(bars) or 'none'}")
-    config, market = trained.env_config(1), trained.market([bars[symbol]])
+    config, market = trained.env_config(1), trained.market([bars[symbol]], loaded)
     newest = max(0, len(bars[symbol]) - config.episode_bars - 2)
     start_ns = _time_ns(start) if start else int(bars[symbol].open_time[newest])
     walk = play(trained.policy, market, config, symbol, start_ns)

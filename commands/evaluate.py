@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_sources.bars import DAY_NS
+from data_sources.bars import DAY_NS, Bars
 from data_sources.calendar import date_ns
 from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
@@ -139,9 +139,9 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
         min_bars=trained.settings.context_bars + trained.settings.horizon + 2,
         keep_pegged=True,
     )
-    data, symbols, notes = _load_bars(lake, request, trained, options, span)
+    data, symbols, others, notes = _load_bars(lake, request, trained, options, span)
     log.info(f"Evaluating {trained.checkpoint.path.name} on {count_of(len(symbols), 'symbol')}, {span}")
-    report = _evaluate(trained, data, symbols, options, span, notes, progress)
+    report = _evaluate(trained, data, symbols, others, options, span, notes, progress)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
     folder = Path(trained.settings.report_dir) / f"{file_name(trained.checkpoint.path.stem)}_{first}_{last}"
     write_folder(folder, render_files(report, progress))
@@ -182,8 +182,8 @@ def choose_span(options: EvaluateOptions, trained_until_ns: int, newest_ns: int,
 
 def _load_bars(
     lake: Lake, request: DataRequest, trained: TrainedPolicy, options: EvaluateOptions, span: Span
-) -> tuple[LoadedData, list[str], list[str]]:
-    """Load the bars; return them, the symbols to evaluate, and notes about both.
+) -> tuple[LoadedData, list[str], list[Bars], list[str]]:
+    """Load the bars; return those of the symbols to evaluate, these symbols, other bars, and notes about all.
 
     Raises:
         ValueError: no bars on these days, or a symbol is unknown.
@@ -225,7 +225,8 @@ def _load_bars(
     if missing and not options.symbols:
         notes.append(f"Symbols of the training without bars in these days: {', '.join(missing)}.")
     chosen = [bars for bars in data.bars if bars.symbol in set(symbols)]
-    return replace(data, bars=chosen), symbols, notes
+    others = [bars for bars in data.bars if bars.symbol not in set(symbols)]
+    return replace(data, bars=chosen), symbols, others, notes
 
 
 def _has_bars(lake: Lake, request: DataRequest) -> bool:
@@ -241,6 +242,7 @@ def _evaluate(
     trained: TrainedPolicy,
     data: LoadedData,
     symbols: Sequence[str],
+    others: Sequence[Bars],
     options: EvaluateOptions,
     span: Span,
     notes: Sequence[str],
@@ -261,7 +263,7 @@ def _evaluate(
     if champion:
         policies[CHAMPION] = champion.policy(device, trained.policy.bf16)
     try:
-        market = trained.market(data.bars)
+        market = trained.market(data.bars, others)
         walks = examine(
             policies,
             market,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass
+from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import expected_minutes
 from data_sources.coverage import minutes_behind
 from data_sources.errors import LakeBusy, LakeError
@@ -85,10 +85,13 @@ class Signal:
     # ok; closed: the exchange is closed, an order would fill at the open; stale: newer bars should exist
     state: Literal["ok", "closed", "stale"]
     in_training: bool
+    late: tuple[str, ...] = ()  # other symbols that it sees without their bar of this minute
 
 
-def request_of(settings: Settings, now_ns: int, symbols: Sequence[str]) -> DataRequest:
-    """Return which bars the signals need.
+def request_of(
+    settings: Settings, now_ns: int, symbols: Sequence[str], sees_others: bool = False
+) -> DataRequest:
+    """Return which bars the signals need: with ``sees_others`` those of all symbols, whatever is asked for.
 
     Raises:
         ValueError: the settings request a symbol from no source.
@@ -110,7 +113,7 @@ def request_of(settings: Settings, now_ns: int, symbols: Sequence[str]) -> DataR
     if unknown:
         flags = " or ".join(f"--{setting.replace('_', '-')}" for setting in kept)
         raise ValueError(f"--symbols {','.join(unknown)}: no source is asked for it; add it to {flags}")
-    return dataclasses.replace(request, symbols=kept)
+    return request if sees_others else dataclasses.replace(request, symbols=kept)
 
 
 def compute_signals(
@@ -141,13 +144,22 @@ def compute_signals(
     closed = [bars for bars in closed if len(bars)]
     if not closed:
         return [], missing
-    decisions, unavailable = trained.actor.decide(closed)
+    others = [bars.between(0, closed_until) for bars in data.bars if bars.symbol in trained_on - wanted]
+    decisions, unavailable = trained.actor.decide(closed, others)
+    seen = [bars for bars in (*closed, *others) if len(bars) and bars.symbol in trained_on]
     signals = []
     for decision in decisions:
         behind, state = freshness(decision.open_time, decision.asset_class, now_ns)
         holding = options.holdings.get(decision.symbol, 0.0)
-        signals.append(Signal(decision, holding, behind, state, decision.symbol in trained_on))
-    return signals, missing | unavailable
+        late = late_symbols(decision, seen) if trained.actor.sees_others else ()
+        signals.append(Signal(decision, holding, behind, state, decision.symbol in trained_on, late))
+    return signals, {symbol: why for symbol, why in unavailable.items() if symbol in loaded} | missing
+
+
+def late_symbols(decision: Decision, seen: Sequence[Bars]) -> tuple[str, ...]:
+    """Return the symbols of its asset class without a bar of the decision's minute, as quiet or halted ones."""
+    same = [bars for bars in seen if bars.asset_class == decision.asset_class]
+    return tuple(bars.symbol for bars in same if bars.open_time[-1] < decision.open_time)
 
 
 def freshness(
@@ -185,8 +197,8 @@ def run(
     settings = trained.settings
     lake = Lake(Path(settings.data_dir), progress)
     if options.refreshes:
-        now_ns = _refresh(lake, settings, options, now_ns, progress)
-    data = load(lake, request_of(settings, now_ns, options.symbols))
+        now_ns = _refresh(lake, trained, options, now_ns, progress)
+    data = load(lake, request_of(settings, now_ns, options.symbols, trained.actor.sees_others))
     signals, missing = compute_signals(trained, data, now_ns, options)
     if options.as_json:
         content = report(trained, signals, missing, now_ns, data.fingerprint)
@@ -203,13 +215,16 @@ def run(
     return bool(signals)
 
 
-def _refresh(lake: Lake, settings: Settings, options: SignalOptions, now_ns: int, progress: Progress) -> int:
+def _refresh(
+    lake: Lake, trained: TrainedPolicy, options: SignalOptions, now_ns: int, progress: Progress
+) -> int:
     """Refresh the bars, after another process's refresh if one is under way; return the time of the request."""
-    request_of(settings, now_ns, options.symbols)  # an unknown symbol needs no wait
+    given = options.symbols, trained.actor.sees_others
+    request_of(trained.settings, now_ns, *given)  # an unknown symbol needs no wait
     try:
         with lake.writing(WAIT_SECONDS, progress) as waited_ns:
             now_ns += waited_ns
-            refresh(lake, request_of(settings, now_ns, options.symbols), now_ns, progress)
+            refresh(lake, request_of(trained.settings, now_ns, *given), now_ns, progress)
     except LakeBusy as error:
         now_ns += int(WAIT_SECONDS * 1e9)
         progress.warn("lake", f"not refreshed, as it is still busy after {WAIT_SECONDS:.0f} s: {error}")
@@ -291,6 +306,7 @@ def _entry(signal: Signal, now_ns: int) -> dict[str, Any]:
         "state": signal.state,
         "must_be_in_cash": decision.only_cash,
         "in_training": signal.in_training,
+        "late_symbols": list(signal.late),
         "if_holding": [choice(position) for position in decision.positions],
     }
 
@@ -318,6 +334,7 @@ def _row(signal: Signal, now_ns: int) -> dict[str, str]:
     notes: list[str] = [signal.state]
     notes += ["must be in cash"] if decision.only_cash else []
     notes += [] if signal.in_training else ["not in the training"]
+    notes += [f"{len(signal.late)} late"] if signal.late else []
     return {
         "symbol": decision.symbol,
         "holding": _format_position(signal.holding),

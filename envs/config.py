@@ -26,7 +26,7 @@ ZERO_OR_MORE = (
     "maintenance_margin",
 )
 FEES = ("stock_fee_bps", "crypto_fee_bps", "perpetual_fee_bps")
-FEATURE_GROUPS = ("symbol", "day", "flow")  # see docs/features.md
+FEATURE_GROUPS = ("symbol", "day", "flow", "panel")  # see docs/features.md
 FIRST_FEATURES = ("symbol",)  # all that there was before there were groups
 
 

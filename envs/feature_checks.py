@@ -28,15 +28,19 @@ from envs.features import (
     compute,
     compute_unbounded,
     own_features,
+    panel_of,
     read_own_features,
     registered_features,
 )
+from envs.later_bars import bars_around, change_bars_after, differs, names_that_differ, replace_bars_after
 
 CPU = torch.device("cpu")
 CUTS_PER_BAR, FEWEST_CUTS = 1 / 1_000, 1_500  # the latter of all symbols together
 # Of this thread, for windows: features of Python loops would take hours, and get fewer cuts.
 MOST_SECONDS, MOST_SECONDS_PER_BAR = 10.0, 2e-6
 WINDOW_BARS, CUTS_PER_WINDOW = 2_048, 16  # cuts lie in a window's second half
+ACROSS_MOMENTS = 100  # at which bars of all symbols change, where a feature looks at other ones
+ACROSS_SYMBOLS = 12  # of these symbols at a time
 FULL_CUTS = 3  # per symbol, with all of its bars: one in each third
 USUAL_SHARE = 0.01  # of bars that may have no finite value, or one out of bounds, without a warning
 FIX = "correct envs/own_features.py, or take the feature out"
@@ -67,6 +71,7 @@ def check_own_features(bars: Sequence[Bars], fewest_cuts: int = FEWEST_CUTS) -> 
         checks.compare_orders()
         for series in bars:
             checks.look_ahead(series)
+        checks.look_across()
     except FeatureError as error:
         report.errors = [*checks.faults.values(), str(error)]
         return report
@@ -97,43 +102,49 @@ def features_that_look_ahead(
     found: dict[str, int] = {}
     for seed, cut in enumerate(cuts):
         actual = compute(replace_bars_after(bars, cut, seed), device, functions)
-        for name in _names_that_differ(functions, expected[: cut + 1], actual[: cut + 1]):
+        for name in names_that_differ(functions, expected[: cut + 1], actual[: cut + 1]):
             found.setdefault(name, cut)
     return found
 
 
-def replace_bars_after(bars: Bars, cut: int, seed: int, num_later: int | None = None) -> Bars:
-    """Return the same bars up to index ``cut``, then unrelated prices, volumes and times.
-
-    Large and small moves, up and down, take turns with the seed: a feature may react to some kinds only. Prices
-    stay within a factor of 3, so that no break follows: segments must be the same.
+def features_that_look_across(
+    bars: Sequence[Bars],
+    moments: Sequence[int],
+    functions: Mapping[str, FeatureFunction] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, tuple[str, int]]:
+    """Find features whose values up to a moment depend on later bars of any symbol; a single bit counts.
 
     Args:
-        bars: of one symbol.
-        cut: index of the last bar that stays.
-        seed: another seed draws other bars.
-        num_later: bars after the cut; None: as many as before.
+        bars: of all symbols.
+        moments: ns; all bars that open later change, one moment at a time.
+        functions: name -> feature; default: all registered features.
+        device: where features are computed.
+
+    Returns:
+        Name -> the symbol at which it saw a later bar, and when; empty if none looks ahead.
     """
-    random = np.random.default_rng(seed)
-    later = len(bars) - cut - 1 if num_later is None else num_later
-    is_wild = seed % 2 == 0
-    jump, spread = (random.uniform(-0.4, 0.4), 0.1) if is_wild else (random.normal(0, 0.01), 0.003)
-    prices = float(bars.close[cut]) * np.exp(jump + random.normal(0, spread, (4, later)))
-    volume = random.lognormal(8, 4, later) * (random.random(later) > 0.3)
-    steps = random.integers(1, 500 if is_wild else 3, later) * MINUTE_NS
-    columns = {
-        "open_time": bars.open_time[cut] + np.cumsum(steps),
-        "open": prices[0],
-        "high": prices.max(0),
-        "low": prices.min(0),
-        "close": prices[1],
-        "volume": volume,
-    }
-    is_known = random.random(later) > 0.2
-    flow = {"trades": np.ceil(volume), "taker_buy_volume": volume * random.random(later)}
-    columns |= {name: np.where(is_known, values, np.nan) for name, values in flow.items()}
-    joined = {name: np.concatenate([getattr(bars, name)[: cut + 1], columns[name]]) for name in bars.columns}
-    return Bars.known_valid(bars.symbol, bars.asset_class, joined)
+    functions = registered_features() if functions is None else functions
+    found: dict[str, tuple[str, int]] = {}
+    for moment in moments:
+        window = bars_around(bars, moment)
+        others = change_bars_after(window, moment, seed=moment // MINUTE_NS)
+        expected, actual = (dict(_raw(each, functions, device)) for each in (window, others))
+        for series in window:
+            count = int(np.searchsorted(series.open_time, moment, side="right"))
+            if count:
+                one, other = expected[series.symbol][:count], actual[series.symbol][:count]
+                for name in names_that_differ(functions, one, other):
+                    found.setdefault(name, (series.symbol, moment))
+    return found
+
+
+def _raw(
+    bars: Sequence[Bars], functions: Mapping[str, FeatureFunction], device: torch.device | str
+) -> Iterator[tuple[str, Tensor]]:
+    panel = panel_of(bars, device, functions)
+    for series in bars:
+        yield series.symbol, compute_unbounded(series, torch.device(device), functions, panel)
 
 
 class _OwnChecks:
@@ -141,6 +152,7 @@ class _OwnChecks:
 
     def __init__(self, bars: Sequence[Bars], own: Mapping[str, FeatureFunction], fewest_cuts: int) -> None:
         self.own, self._bars = own, bars
+        self._panel = panel_of(bars, CPU, own)
         self.faults: dict[str, str] = {}
         self.warnings: list[str] = []
         num_bars = max(1, sum(map(len, bars)))
@@ -160,9 +172,9 @@ class _OwnChecks:
         """Compare the features of each symbol alone with those computed in the training's order, twice."""
         for bars in self._bars:
             before = [getattr(bars, name).copy() for name in bars.columns]
-            raw = compute_unbounded(bars, CPU, self._fresh())
+            raw = compute_unbounded(bars, CPU, self._fresh(), self._panel)
             self._count_values(raw)
-            self._compare(bars, raw, compute_unbounded(bars, CPU, self.own))
+            self._compare(bars, raw, compute_unbounded(bars, CPU, self.own, self._panel))
             pairs = zip(bars.columns, before, strict=True)
             changed = [
                 name
@@ -195,6 +207,20 @@ class _OwnChecks:
             for cut in cuts:
                 self._look_ahead_at(window, cut - first, expected, twin)
 
+    def look_across(self) -> None:
+        """Change later bars of all symbols at once, where a feature looks at other symbols."""
+        if not self._panel.is_used:
+            return
+        random, size = np.random.default_rng(0), min(ACROSS_SYMBOLS, len(self._bars))
+        for moment in choose_moments(self._bars, ACROSS_MOMENTS):
+            some = [self._bars[number] for number in random.choice(len(self._bars), size, replace=False)]
+            for name, (symbol, _) in features_that_look_across(some, [moment], self.own).items():
+                self.faults.setdefault(
+                    name,
+                    f"{place_of(self.own[name])}: feature {name} looks ahead: its value at {symbol}'s bar of "
+                    f"{_minute(moment)} UTC or one before depends on later bars; {FIX}",
+                )
+
     def judge_values(self) -> None:
         """Turn the counts of unusable values into an error where there is no other, else into warnings."""
         for kind, counts in self._bad.items():
@@ -215,7 +241,7 @@ class _OwnChecks:
         return {name: again.get(name, function) for name, function in self.own.items()}
 
     def _compare(self, bars: Bars, alone: Tensor, among_others: Tensor) -> None:
-        for name in _names_that_differ(self.own, alone, among_others):
+        for name in names_that_differ(self.own, alone, among_others):
             self.faults.setdefault(
                 name,
                 f"{place_of(self.own[name])}: feature {name} has other values when {bars.symbol} is computed "
@@ -232,15 +258,13 @@ class _OwnChecks:
         num_later = later // 2 if self._seed % 3 == 0 and later >= 256 else later
         twin = replace_bars_after(bars, cut, self._seed, num_later)
         actual = compute_unbounded(twin, CPU, functions)[: cut + 1]
-        for name in _names_that_differ(self.own, expected[: cut + 1], actual):
+        for name in names_that_differ(self.own, expected[: cut + 1], actual):
             column = list(self.own).index(name)
-            differs = _differs(expected[: cut + 1, column], actual[:, column])
-            bar = int(differs.nonzero()[0])
-            minute = np.datetime64(int(bars.open_time[bar]), "ns").astype("datetime64[m]")
+            bar = int(differs(expected[: cut + 1, column], actual[:, column]).nonzero()[0])
             self.faults.setdefault(
                 name,
                 f"{place_of(self.own[name])}: feature {name} looks ahead: its value at {bars.symbol}'s bar of "
-                f"{str(minute).replace('T', ' ')} UTC depends on later bars; {FIX}",
+                f"{_minute(int(bars.open_time[bar]))} UTC depends on later bars; {FIX}",
             )
 
     def _count_values(self, raw: Tensor) -> None:
@@ -284,15 +308,22 @@ def _choose_places(bars: Bars, count: int, random: np.random.Generator) -> list[
     return [int(place) for place in (*np.concatenate(special), *spread.astype(np.int64))]
 
 
+def choose_moments(bars: Sequence[Bars], count: int) -> list[int]:
+    """Choose times of bars (ns): half of them where something special follows in some symbol."""
+    random = np.random.default_rng(count)
+    usable = [series for series in bars if len(series) > 1]
+    places = [(series, _choose_places(series, count, random)) for series in usable]
+    times = np.unique(
+        np.concatenate([series.open_time[np.minimum(place, len(series) - 1)] for series, place in places])
+        if places
+        else np.empty(0, np.int64)
+    )
+    return sorted(random.choice(times, min(count, len(times)), replace=False).tolist())
+
+
 def _largest(values: NDArray[np.generic], count: int) -> NDArray[np.int64]:
     return np.argpartition(values, -count)[-count:] if count < len(values) else np.arange(len(values))
 
 
-def _differs(one: Tensor, other: Tensor) -> Tensor:
-    # Bit for bit, except that any NaN equals any other.
-    return (one != other) & ~(one.isnan() & other.isnan())
-
-
-def _names_that_differ(functions: Mapping[str, FeatureFunction], one: Tensor, other: Tensor) -> list[str]:
-    differs = _differs(one, other).any(0).tolist()
-    return [name for name, is_other in zip(functions, differs, strict=True) if is_other]
+def _minute(time_ns: int) -> str:
+    return str(np.datetime64(time_ns, "ns").astype("datetime64[m]")).replace("T", " ")

@@ -11,21 +11,22 @@ Features are scale-free: a symbol's price and volume level cancel out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_sources.bars import Bars, find_breaks
+from data_sources.bars import Bars
 from envs.config import FIRST_FEATURES
 from envs.day_features import DAY_FEATURES
 from envs.feature_errors import FeatureError, evaluate, import_own
 from envs.flow_features import FLOW_FEATURES
-from envs.history import MINUTES_PER_DAY, History, local_minutes
+from envs.history import LARGEST_RAW, MINUTES_PER_DAY, WARM_UP_BARS, History, local_minutes
+from envs.panel import Panel
+from envs.panel_features import PANEL_FEATURES
 from envs.rolling import lagged, log_ratio, rolling_max, rolling_means
 from envs.scales import robust_moments
 
@@ -42,9 +43,6 @@ FeatureFunction = Callable[[History], Tensor]
 FEATURES: dict[str, FeatureFunction] = {}
 
 CLIP = 8.0  # normalised features stay within this many standard deviations
-LARGEST_RAW = 1e3  # only bad prints exceed it; they must not ruin the statistics
-# A symbol's first bars have almost no history: their features are 0 and not part of the statistics.
-WARM_UP_BARS = 15
 SESSION_OPEN_MINUTE, SESSION_MINUTES = 570, 390  # 09:30 to 16:00 in New York
 
 
@@ -197,32 +195,54 @@ def is_crypto(history: History) -> Tensor:
 
 
 def compute(
-    bars: Bars, device: torch.device, functions: Mapping[str, FeatureFunction] | None = None
+    bars: Bars,
+    device: torch.device,
+    functions: Mapping[str, FeatureFunction] | None = None,
+    panel: Panel | None = None,
 ) -> Tensor:
     """Return the raw features of one symbol, (B, F) float32, never NaN or infinite.
 
     A break (``data_sources.bars.find_breaks``) begins a new history: no feature looks back across it.
 
+    Args:
+        bars: of the symbol.
+        device: of the result.
+        functions: name -> feature; default: all registered ones.
+        panel: the market that the symbol is in; default: it is alone.
+
     Raises:
         FeatureError: a feature failed, returned no vector of the bars, or changed its history; or
             envs/own_features.py cannot be run.
     """
-    raw = compute_unbounded(bars, device, functions)
+    raw = compute_unbounded(bars, device, functions, panel)
     return raw.nan_to_num_(0.0, 0.0, 0.0).clamp_(-LARGEST_RAW, LARGEST_RAW)
 
 
 @torch.no_grad()
 def compute_unbounded(
-    bars: Bars, device: torch.device, functions: Mapping[str, FeatureFunction] | None = None
+    bars: Bars,
+    device: torch.device,
+    functions: Mapping[str, FeatureFunction] | None = None,
+    panel: Panel | None = None,
 ) -> Tensor:
     """Return the features as their functions return them, (B, F) float32, with NaN and infinities."""
     functions = registered_features() if functions is None else functions
+    panel = panel_of([bars], device, functions) if panel is None else panel
     raw = torch.empty(len(bars), len(functions), device=device)
-    for first, end in pairwise([0, *find_breaks(bars).tolist(), len(bars)]):
-        history = History(bars.rows(first, end), device)
+    for first, end, history in panel.histories(bars):
         for column, (name, function) in enumerate(functions.items()):
             raw[first:end, column] = evaluate(name, function, history, end - first)
     return raw
+
+
+def panel_of(
+    bars: Sequence[Bars],
+    device: torch.device | str,
+    functions: Mapping[str, FeatureFunction] | None = None,
+    members: Collection[str] | None = None,
+) -> Panel:
+    """Return the panel of a market, whose features may ask their peers for any registered one or ``functions``."""
+    return Panel(bars, device, registered_features() | dict(functions or {}), members)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +297,7 @@ class FeatureStatistics:
 # --- groups, of which the setting ``features`` names some ------------------------------------------------------
 
 GROUPS: dict[str, tuple[str, ...]] = {"symbol": tuple(FEATURES)}
-for _group, _functions in {"day": DAY_FEATURES, "flow": FLOW_FEATURES}.items():
+for _group, _functions in {"day": DAY_FEATURES, "flow": FLOW_FEATURES, "panel": PANEL_FEATURES}.items():
     GROUPS[_group] = tuple(feature(function).__name__ for function in _functions)
 BUILT_IN = tuple(FEATURES)
 

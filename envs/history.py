@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,10 +13,17 @@ from torch import Tensor
 
 from data_sources.bars import MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import new_york_time
+from envs.feature_errors import FeatureError
 from envs.rolling import lagged, rolling_means
 from envs.scales import VOLATILITY_FLOOR
 
+if TYPE_CHECKING:
+    from envs.panel import Peers
+
 MINUTES_PER_DAY = 1_440
+LARGEST_RAW = 1e3  # only bad prints exceed it; they must not ruin the statistics
+# A symbol's first bars have almost no history: their features are 0 and not part of the statistics.
+WARM_UP_BARS = 15
 FLOW_WINDOWS = (1, 5, 15, 60)  # of the built-in features, which one pass computes
 
 
@@ -35,11 +43,29 @@ class History:
         self.open_time = torch.from_numpy(np.ascontiguousarray(bars.open_time)).to(device)
         self.local_minute = torch.from_numpy(local_minutes(bars.open_time, bars.asset_class)).to(device)
         self._bars = bars
+        self._peers: Peers | None = None
         self._volatility: dict[int, Tensor] = {}
         self._taker_flow: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.open_time)
+
+    def join(self, peers: Peers) -> None:
+        """Make it part of a panel."""
+        self._peers = peers
+
+    @property
+    def peers(self) -> Peers:
+        """The other symbols of its asset class at the same minutes.
+
+        Raises:
+            FeatureError: it is not part of a panel: this is a feature of the others, seen by another one.
+        """
+        if self._peers is None:
+            raise FeatureError(
+                "a feature that peers are asked for must not ask its own peers: ask for another one"
+            )
+        return self._peers
 
     @property
     def is_crypto(self) -> bool:

@@ -17,7 +17,8 @@ from torch import Tensor
 from data_sources.bars import DAY_NS, AssetClass, Bars, find_breaks
 from data_sources.calendar import minutes_left
 from envs.config import EnvConfig
-from envs.features import FeatureFunction, FeatureStatistics, chosen_features, compute
+from envs.features import FeatureFunction, FeatureStatistics, chosen_features, compute, panel_of
+from envs.panel import Panel
 from envs.scales import reward_scales
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Market:
         horizon: int,
         statistics: FeatureStatistics | None = None,
         features: Mapping[str, FeatureFunction] | None = None,
+        panel: Panel | None = None,
     ) -> Market:
         """Move bars to the device and compute their features.
 
@@ -88,6 +90,7 @@ class Market:
             statistics: from an earlier market of the same training; default: measured on the bars before the
                 holdout.
             features: name -> function; default: those of the group "symbol", and one's own.
+            panel: has these bars, and perhaps those of more symbols for features to look at; default: these.
 
         Raises:
             NoSegment: no segment fits.
@@ -108,14 +111,17 @@ class Market:
             )
         offsets = np.concatenate([[0], np.cumsum([len(series) for series in bars])]).astype(np.int64)
 
+        panel = panel_of(bars, device, functions) if panel is None else panel
         training_bars = [int(np.searchsorted(series.open_time, holdout_start_ns)) for series in bars]
         if statistics is None:
-            raws = (compute(series, device, functions) for series in bars)
+            raws = (compute(series, device, functions, panel) for series in bars)
             statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
         table = torch.empty(int(offsets[-1]), len(functions), dtype=torch.float16, device=device)
         # Computed twice rather than kept: float32 features of all symbols would take twice the table's memory.
         for first, series in zip(offsets, bars, strict=False):
-            table[first : first + len(series)] = statistics.normalise(compute(series, device, functions))
+            table[first : first + len(series)] = statistics.normalise(
+                compute(series, device, functions, panel)
+            )
 
         steps = [
             np.diff(series.open_time, append=series.open_time[-1:]) * (series.asset_class != "perpetual")
@@ -168,6 +174,7 @@ class Market:
         device: torch.device,
         holdout_start_ns: int,
         statistics: FeatureStatistics | None = None,
+        panel: Panel | None = None,
     ) -> Market:
         """Call ``from_bars`` with the features, the context and the horizon of the settings."""
         return Market.from_bars(
@@ -178,6 +185,7 @@ class Market:
             horizon=settings.horizon,
             statistics=statistics,
             features=chosen_features(settings.features),
+            panel=panel,
         )
 
     def until(self, end_ns: int) -> Market:

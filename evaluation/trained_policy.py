@@ -23,15 +23,18 @@ from data_sources.vendors import ADVISERS
 from envs.config import FIRST_FEATURES, EnvConfig
 from envs.features import (
     CLIP,
+    GROUPS,
     WARM_UP_BARS,
     FeatureFunction,
     FeatureStatistics,
     chosen_features,
     compute,
+    panel_of,
     registered_features,
 )
 from envs.latest import latest_decisions
 from envs.market import Market
+from envs.panel import Panel
 from models.exported import ExportError, read_card
 from models.policy import Policy, uses_bf16
 from training.checkpoint import Checkpoint, CheckpointError, same_version
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from continuous_training import Settings
 
 WEIGHTS_DEPEND_ON = ("d_model", "num_layers", "num_heads", "positions", "context_bars")
+PROBED = ("SOLUSDT", "ETHUSDT", "BTCUSDT")  # the first one's features are compared
 PROBE_TOLERANCE = 1e-2  # of raw features, whose spread is about 1
 # Of EnvConfig, in folders that were exported before there were such futures: no decision of theirs rests on them.
 BEFORE_PERPETUALS = {"perpetual_fee_bps": 4.5, "maintenance_margin": 0.01}
@@ -115,28 +119,34 @@ class TrainedPolicy:
     @property
     def actor(self) -> Actor:
         """The policy for decisions on the newest bars."""
-        return Actor(self.policy, self.statistics, self.env_config(1))
+        return Actor(self.policy, self.statistics, self.env_config(1), tuple(self.checkpoint.symbols))
 
     def env_config(self, num_envs: int) -> EnvConfig:
         """Return accounts as in training, except for changed settings."""
         return EnvConfig.from_settings(self.settings, num_envs)
 
-    def market(self, bars: Sequence[Bars]) -> Market:
+    def market(self, bars: Sequence[Bars], others: Sequence[Bars] = ()) -> Market:
         """Put bars on the policy's device, scaled as in training, with nothing held out.
+
+        Args:
+            bars: of the symbols to act on.
+            others: of symbols that features only look at; those of the training among all of them count.
 
         Raises:
             ValueError: no symbol has enough bars for a segment.
         """
-        return Market.from_settings(bars, self.settings, self.device, NEVER_NS, self.statistics)
+        panel = training_panel(bars, others, self.device, self.checkpoint.symbols)
+        return Market.from_settings(bars, self.settings, self.device, NEVER_NS, self.statistics, panel)
 
 
 @dataclass(frozen=True)
 class Actor:
-    """A policy with what it needs to act on bars: the scale of its features, and the accounts of its training."""
+    """A policy with what it needs to act on bars: scale of its features, accounts and symbols of its training."""
 
     policy: Policy
     statistics: FeatureStatistics
     config: EnvConfig
+    symbols: tuple[str, ...] = ()
 
     @classmethod
     def with_card(cls, policy: Policy, path: str | Path) -> Actor:
@@ -167,14 +177,18 @@ class Actor:
         )
         accounts = BEFORE_PERPETUALS | card["accounts"]
         accounts["positions"] = tuple(accounts["positions"])
-        return cls(policy, statistics, EnvConfig(num_envs=1, **accounts))
+        return cls(policy, statistics, EnvConfig(num_envs=1, **accounts), tuple(card["symbols"]))
 
-    def decide(self, bars: Sequence[Bars]) -> tuple[list[Decision], dict[str, str]]:
+    def decide(
+        self, bars: Sequence[Bars], others: Sequence[Bars] = ()
+    ) -> tuple[list[Decision], dict[str, str]]:
         """Decide for every symbol at its newest bar.
 
         Args:
             bars: closed bars of each symbol, up to the newest. Features look back over days (docs/features.md):
                 with a shorter history they have the values that they have near a symbol's first bar.
+            others: closed bars of more symbols of the training, which features of the panel look at. One that is
+                missing, or has no bar of the newest minute yet, counts as a quiet or halted one does in training.
 
         Returns:
             The decisions, and for each symbol without one the reason.
@@ -189,15 +203,22 @@ class Actor:
         by_symbol = {series.symbol: series for series in bars if series.symbol not in unavailable}
         if not by_symbol:
             return [], unavailable
+        device = next(self.policy.parameters()).device
+        panel = training_panel(bars, others, device, self.symbols)
         market = Market.from_bars(
             list(by_symbol.values()),
-            device=next(self.policy.parameters()).device,
+            device=device,
             holdout_start_ns=NEVER_NS,
             context_bars=self.config.context_bars,
             horizon=1,  # nothing is played, so stretches may be of any length
             statistics=self.statistics,
             features=self.features,
+            panel=panel,
         )
+        if panel.is_used:
+            given = {series.symbol for series in (*bars, *others)}
+            absent = "no bars of it, so the others are seen as if it were halted"
+            unavailable |= {symbol: absent for symbol in self.symbols if symbol not in given}
         latest = latest_decisions(market, self.config)
         unavailable |= latest.unavailable
         if not latest.symbols:
@@ -224,6 +245,12 @@ class Actor:
         """The features that it sees, by name, in the order of their columns."""
         known = registered_features()
         return {name: known[name] for name in self.statistics.names}
+
+    @property
+    def sees_others(self) -> bool:
+        """Whether a feature may look at other symbols: those of the panel do, and those of one's own may."""
+        alone = {name for group in GROUPS if group != "panel" for name in GROUPS[group]}
+        return not alone.issuperset(self.statistics.names)
 
     @torch.no_grad()
     def log_policy(self, bars: Tensor, decision: Tensor, accounts: Tensor) -> Tensor:
@@ -282,6 +309,19 @@ class Decision:
         return (0.0 if self.only_cash else self.positions[best]), row[best]
 
 
+def training_panel(
+    bars: Sequence[Bars], others: Sequence[Bars], device: torch.device, symbols: Sequence[str]
+) -> Panel:
+    """Return the panel of some bars and of ``others`` without them, in which the training's symbols count.
+
+    Where none of those is there, as in another vendor's spelling, all count.
+    """
+    own = {series.symbol for series in bars}
+    known = [*bars, *(series for series in others if series.symbol not in own)]
+    members = {series.symbol for series in known} & set(symbols)
+    return panel_of(known, device, members=members or None)
+
+
 def feature_schema(names: Iterable[str]) -> str:
     """Return a digest of the features' names, order and limits, as SHA-256 in hex."""
     return hashlib.sha256(json.dumps([list(names), CLIP, WARM_UP_BARS]).encode()).hexdigest()
@@ -289,10 +329,11 @@ def feature_schema(names: Iterable[str]) -> str:
 
 def feature_probe(names: Iterable[str]) -> list[float]:
     """Return raw features at the last of some made-up bars, to compare two versions' computations."""
-    (bars,) = simulated_bars(1, 3_000, seed=0, end_ns=20_000 * DAY_NS)
-    draw = np.random.default_rng(0).random
-    bars = replace(bars, trades=np.ceil(90 * draw(3_000)), taker_buy_volume=bars.volume * draw(3_000))
-    known = registered_features()
+    draw, market = np.random.default_rng(0).random, []
+    for bars, symbol in zip(simulated_bars(3, 3_000, 0, 20_000 * DAY_NS), PROBED, strict=True):
+        trades, taker = np.ceil(90 * draw(3_000)), bars.volume * draw(3_000)
+        market.append(replace(bars, symbol=symbol, trades=trades, taker_buy_volume=taker))
+    known, cpu = registered_features(), torch.device("cpu")
     functions = {name: known[name] for name in names}
-    values: list[float] = compute(bars, torch.device("cpu"), functions)[-1].tolist()
+    values: list[float] = compute(market[0], cpu, functions, panel_of(market, cpu))[-1].tolist()
     return values

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from commands.selftest.vendor_rows import load_through_a_lake
-from data_sources.bars import COLUMNS, DAY_NS, AssetClass, Bars
+from data_sources.bars import COLUMNS, DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import new_york_time
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
@@ -28,9 +28,15 @@ from data_sources.load import each_symbol
 from data_sources.simulated import simulated_bars
 from data_sources.sources import DataRequest
 from envs.config import EnvConfig
-from envs.feature_checks import check_own_features, features_that_look_ahead, replace_bars_after
+from envs.feature_checks import (
+    check_own_features,
+    choose_moments,
+    features_that_look_across,
+    features_that_look_ahead,
+)
 from envs.feature_errors import FeatureError
-from envs.features import WARM_UP_BARS
+from envs.features import GROUPS, WARM_UP_BARS, own_features, panel_of, registered_features
+from envs.later_bars import change_bars_after, replace_bars_after
 from envs.market import Market, NoSegment
 from envs.trading_env import TradingEnv
 from evaluation.provenance import minute_of
@@ -52,6 +58,9 @@ CUTS = 6  # of each kind per symbol, after which bars are replaced to check feat
 # The last rows before a cut, and the factor of their prices: prints, crashes, and a level that stays.
 EXCURSIONS = ((1, 10.0), (2, 0.7), (3, 0.3), (5, 4.0))
 ROWS_BEFORE, ROWS_AFTER = 1_500, 500  # such a cut
+DECISION_MINUTES = (
+    6_000  # of bars before the holdout, to check decisions where features look at other symbols
+)
 SEGMENTS = 3  # per symbol, to check decisions
 HOLDOUT_SEGMENTS = 64  # of all symbols, to check that the holdout is unused
 
@@ -124,11 +133,19 @@ def find_look_ahead(bars: Sequence[Bars], settings: Settings, ranks: Ranks) -> t
         subject = f"{series.symbol}: rows"
         line = f"{series.symbol}: bars up to {_minute(series, cut)} depend on later rows of the vendor"
         found.setdefault(subject, line)
+    # Those of the panel see nothing of a symbol alone.
+    alone = {name: each for name, each in registered_features().items() if name not in GROUPS["panel"]}
     for series in bars:
-        cuts = features_that_look_ahead(series, _choose_cuts(series), device=ranks.device)
+        cuts = features_that_look_ahead(series, _choose_cuts(series), alone, ranks.device)
         for name, cut in cuts.items():
             subject = f"{series.symbol}: feature {name}"
             found[subject] = f"{subject} sees bars after {_minute(series, cut)}"
+    moments = choose_moments(bars, CUTS)
+    for name, (symbol, moment) in features_that_look_across(bars, moments, device=ranks.device).items():
+        subject = f"{symbol}: feature {name}"
+        found.setdefault(
+            subject, f"{subject} sees bars after {minute_of(moment)} UTC, perhaps of another symbol"
+        )
     checks = _RolloutChecks(bars, settings, holdout_ns, ranks)
     for series in bars:
         for subject, line in checks.check_decisions(series):
@@ -189,6 +206,7 @@ class _RolloutChecks:
         self.bf16 = uses_bf16(settings.precision, ranks.device)
         self.holdout_ns = holdout_ns
         self.market = self._make_market(bars)
+        self.sees_others = "panel" in settings.features or bool(own_features())
         self.played: list[str] = []  # symbols on which decisions were checked
 
     def check_decisions(self, bars: Bars) -> Iterator[tuple[str, str]]:
@@ -197,15 +215,21 @@ class _RolloutChecks:
         Yields:
             The subject of a finding, and a line about it.
         """
+        others = [series for series in self.bars if series is not bars] if self.sees_others else []
+        if others:  # fewer bars of each, so that their panel is quick
+            span = self.holdout_ns - DECISION_MINUTES * MINUTE_NS, self.holdout_ns
+            bars, *others = (series.between(*span) for series in (bars, *others))
         try:
-            market = self._make_market([bars], self.market)
+            market = self._make_market([bars], self.market, others)
         except NoSegment:
             return  # other symbols have one
         self.played.append(bars.symbol)
         for seed in range(SEGMENTS):
-            yield from self._check_segment(bars, market, seed)
+            yield from self._check_segment(bars, others, market, seed)
 
-    def _check_segment(self, bars: Bars, market: Market, seed: int) -> Iterator[tuple[str, str]]:
+    def _check_segment(
+        self, bars: Bars, others: Sequence[Bars], market: Market, seed: int
+    ) -> Iterator[tuple[str, str]]:
         expected, end = self._roll_out(market, 1, seed)
         horizon, context = self.settings.horizon, self.settings.context_bars
         for last in (0, horizon // 2, horizon - 1):
@@ -213,7 +237,8 @@ class _RolloutChecks:
             # Times stay the same, so that the same segment is drawn; the feature check replaces them too. The
             # scales of features and rewards stay too: training takes them from all bars before the holdout.
             other = replace(replace_bars_after(bars, cut, seed), open_time=bars.open_time)
-            twin = replace(self._make_market([other], market), volatility=market.volatility)
+            later = change_bars_after(others, int(bars.open_time[cut]), seed)
+            twin = replace(self._make_market([other], market, later), volatility=market.volatility)
             actual, _ = self._roll_out(twin, 1, seed)
             # An account that the next fill ruins, on the first replaced bar, does not decide at this one.
             decided = last + int(expected.valid[0, last] & actual.valid[0, last])
@@ -244,9 +269,12 @@ class _RolloutChecks:
             if not torch.equal(value, _tensors(actual)[name]):
                 yield f"training's {name} depend on the holdout"
 
-    def _make_market(self, bars: Sequence[Bars], known: Market | None = None) -> Market:
+    def _make_market(
+        self, bars: Sequence[Bars], known: Market | None = None, others: Sequence[Bars] = ()
+    ) -> Market:
         statistics = known.statistics if known else None
-        return Market.from_settings(bars, self.settings, self.device, self.holdout_ns, statistics)
+        panel = panel_of([*bars, *others], self.device)
+        return Market.from_settings(bars, self.settings, self.device, self.holdout_ns, statistics, panel)
 
     def _roll_out(self, market: Market, num_envs: int, seed: int) -> tuple[Rollout, int]:
         """Play one segment per account; return it, and the bar after the first account's last decision."""

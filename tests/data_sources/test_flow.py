@@ -18,8 +18,8 @@ from data_sources.lake.quality import FLOW_SCHEMA, SCHEMA, clean
 from data_sources.load import load
 from data_sources.sources import DataRequest
 from data_sources.splits import Split, SplitLedger
-from envs.feature_checks import replace_bars_after
 from envs.features import History
+from envs.later_bars import replace_bars_after
 
 START = ns("2026-11-20 00:00")
 END = START + DAY_NS

@@ -94,6 +94,8 @@ LOOKS_AHEAD = {
     "the mean of all bars": "return (history.log_close - history.log_close.mean()).float()",
     "the spread of all bars": "return history.log_return(1) / history.log_return(1).std()",
     "the mean of the first part": "return (history.log_close - history.log_close[:2_000].mean()).float()",
+    "another symbol's next bar": "return history.peers.log_return(1).roll(-1)",
+    "how the others will rank": "return history.peers.rank('volume').argsort().float()",
     "ranks": "return history.volume.argsort().argsort().float()",
     "how many bars there are": "return torch.linspace(0, 1, len(history))",
     "the last price": "return (history.log_close - history.log_close[-1]).float()",
@@ -161,6 +163,8 @@ FINE = {
         padded = torch.nn.functional.pad(history.log_return(1), (29, 0))
         return padded.unfold(0, 30, 1).std(-1).clamp(min=1e-6).log()""",
     "whole numbers": "return (history.local_minute % 60) // 10",
+    "the others' mean": "return history.peers.mean('return_5') - history.peers.share_up('return_5')",
+    "its residual": "return history.log_return(2) - history.peers.beta * history.peers.log_return(2)",
     "booleans": "return history.close > history.open",
     "an exponential mean": """
         mean, values = 0.0, []

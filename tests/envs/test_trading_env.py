@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.env_throughput import bytes_per_environment
-from commands.selftest.lookahead import replace_bars_after
 from data_sources.bars import MINUTE_NS
 from data_sources.calendar import expected_minutes, minutes_left
+from envs.later_bars import replace_bars_after
 from envs.trading_env import TradingEnv
 from tests.envs.account_reference import ReferenceAccount
 from tests.envs.markets import (
