@@ -132,6 +132,27 @@ def probe_command(
         probe.command(settings, costs_bps, models, console, as_json)
 
 
+def status_command(
+    settings: Settings,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Show how a training goes, on one screen: one that runs elsewhere on this machine, or has run."""
+    from commands import status
+
+    if code := status.show(status.find(settings), typer.secho, as_json):
+        raise ExitProgram(code)
+
+
+def dashboard_command(
+    settings: Settings,
+    attach: Annotated[bool, typer.Option("--attach", help="to a training of this machine; always so")] = True,
+) -> None:
+    """Show the live dashboard of a training that runs elsewhere on this machine, until Ctrl+C."""
+    from commands import status
+
+    status.watch(status.find(settings))
+
+
 def selftest_command(
     settings: Settings,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="number of trainings per market")] = 1,
@@ -266,6 +287,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     data_command,
     check_command,
     probe_command,
+    status_command,
+    dashboard_command,
     selftest_command,
     record_command,
     preflight_command,

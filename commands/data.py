@@ -10,7 +10,7 @@ from typing import Any
 
 from data_sources import snapshot
 from data_sources.bars import FLOW_COLUMNS
-from data_sources.coverage import Extent, SymbolRow, minutes_behind
+from data_sources.coverage import STALE_MINUTES, Extent, SymbolRow, minutes_behind
 from data_sources.flow import FILES_PER_REFRESH, FlowPlan, fetch_flow, missing_flow
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData, load
@@ -18,18 +18,12 @@ from data_sources.pegged import PEGGED
 from data_sources.progress import WarningCollector
 from data_sources.refresh import SourceReport, refresh
 from data_sources.sources import DataRequest
-from data_sources.vendors import SOURCES
 from monitoring.console import Console
 from monitoring.format import age, iso_time
 from runtime.control import EXIT_NO_DATA
 
 log = logging.getLogger("continuous_training")
 
-STALE_MINUTES = {
-    (source.name, group.asset_class): group.stale_minutes
-    for source in SOURCES.values()
-    for group in source.groups
-}
 THIN_COVERAGE = {"stock": 0.6, "crypto": 0.9, "perpetual": 0.9}
 COLUMNS = (
     "symbol", "source", "bars", "first", "last, UTC", "coverage", "flow", "gaps", "rejected", "splits", "behind",

@@ -77,8 +77,7 @@ class Job:
             self.ranks = ranks = enter(distributed.start(wanted=settings.device))
             enter(checkpoint.exclusive(self._folder, ranks.is_first))
             self.control.listen()
-            log_dir, port = Path(settings.log_dir) if ranks.is_first else None, settings.prometheus_port
-            self.console = enter(Console(log_dir, log_level=settings.log_level, prometheus_port=port))
+            self.console = enter(Console.of_training(settings, self.control, ranks.is_first))
             self._phases = Phases(self.console.phase)
             command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
             self._prefetch = enter(prefetch.Prefetch(command))
@@ -119,7 +118,7 @@ class Job:
             )
             if data is None:  # asked to stop while bars were loading
                 return False
-            self.console.show_data(data)
+            self.console.show_data(data, progress.cutoff_ns)
             scaled = self._trainer.env.market if self._trainer else self._saved
             statistics = scaled.statistics if scaled else None
             market = make_market(settings, data.bars, self.ranks, statistics)

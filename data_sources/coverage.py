@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,13 @@ from data_sources.vendors import SOURCES
 
 STALE_BARS = 60
 LOW_COVERAGE = 0.6
+# Of trade; bars that end longer before the end of a request are stale.
+STALE_MINUTES = {
+    (source.name, group.asset_class): group.stale_minutes
+    for source in SOURCES.values()
+    for group in source.groups
+}
+DAY_MINUTES = {"stock": 390}  # of trade; 1440 for everything else
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,26 @@ def _longest_stale(bars: Bars) -> int:
     moves = np.flatnonzero(np.concatenate([[True], ~still, [True]]))
     longest = int(np.diff(moves).max()) - 1
     return longest if longest > STALE_BARS else 0
+
+
+def days_late(rows: Sequence[SymbolRow], end_ns: int) -> dict[str, float]:
+    """Return, by source, for how many days of trade its newest bar has been stale at ``end_ns``; 0: not stale.
+
+    What is computed ends where it was asked to, and is never late.
+    """
+    newest: dict[tuple[str, AssetClass], int] = {}
+    for row in rows:
+        for extent in row.by_source:
+            if extent.last_ns is not None:
+                key = extent.source, row.asset_class
+                newest[key] = max(newest.get(key, 0), extent.last_ns)
+    late: dict[str, float] = {}
+    for (source, asset_class), last_ns in newest.items():
+        behind = minutes_behind(last_ns, asset_class, end_ns) or 0
+        stale = behind - STALE_MINUTES.get((source, asset_class), math.inf)
+        days = max(0.0, stale / DAY_MINUTES.get(asset_class, 1440))
+        late[source] = min(late.get(source, math.inf), days)  # one class that comes shows that it lives
+    return late
 
 
 def minutes_behind(last_ns: int | None, asset_class: str, end_ns: int) -> int | None:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -22,15 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data_sources.bars import MINUTE_NS
+from data_sources.coverage import days_late
 from data_sources.load import LoadedData
 from monitoring import health
-from monitoring.dashboard import Painter
-from monitoring.exporters import Telemetry, read_metrics
-from monitoring.format import utc_time
-from monitoring.machine import Gauges, read_disk
+from monitoring.attach import FolderReader
+from monitoring.dashboard import Painter, can_be_drawn_on
+from monitoring.exporters import Telemetry
+from monitoring.format import epoch_line, short, utc_time
+from monitoring.live import Frame
+from monitoring.metrics_file import read_metrics
+from monitoring.published import Publisher, describe_stop, describe_training
 from monitoring.screen import Screen
-from monitoring.state import KEPT_EPOCHS, DashboardState, Task
-from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control, heartbeat
+from monitoring.state import HEALTH_EPOCHS, KEPT_EPOCHS, DashboardState, Task
+from runtime.control import Control, heartbeat
 from training.progress import TrainingProgress
 from training.retention import most_files
 
@@ -41,12 +44,6 @@ log = logging.getLogger("continuous_training")
 
 Row = Mapping[str, Any]
 
-DISK_SECONDS = 10.0
-HEALTH_EPOCHS = 50  # that define what is usual
-STOPPING = {
-    STOP_AT_EPOCH_END: "Stopping after this epoch, with checkpoint and summary. Ctrl+C again ends at once.",
-    STOP_NOW: "Saving at the next safe point, then exit.",
-}
 # Redirected, a refresh logs its progress now and then, not at every file.
 PLAIN_PROGRESS_SECONDS = 15.0
 
@@ -85,15 +82,33 @@ class Console:
         self._screen: Screen | None = None
         self._watch = health.Watch()
         self._telemetry = Telemetry(log_dir, prometheus_port) if log_dir else None
+        self._publisher: Publisher | None = None
         self._handler = _Handler(self)
         log.addHandler(self._handler)
         log.setLevel(logging.DEBUG)
         log.propagate = False  # a library that configures the root logger would print every line again
 
+    @classmethod
+    def of_training(cls, settings: Settings, control: Control, is_first: bool) -> Console:
+        """Return the console of a rank; that of the first one publishes how the training goes (published.py)."""
+        console = cls(
+            Path(settings.log_dir) if is_first else None,
+            log_level=settings.log_level,
+            prometheus_port=settings.prometheus_port if is_first else None,
+        )
+        if is_first:
+            describe_training(console._state, settings, most_files(settings), control)
+            console._publisher = Publisher(Path(settings.log_dir), console._state, control)
+        return console
+
     def __enter__(self) -> Console:
+        if self._publisher:
+            self._publisher.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        if self._publisher:
+            self._publisher.__exit__(*error)
         self._leave_screen()
         with self._state.lock:  # work that failed or was interrupted
             self._state.tasks.clear()
@@ -148,8 +163,8 @@ class Console:
             table.add_row(*map(escape, row))
         self._print(table)
 
-    def show_data(self, data: LoadedData) -> None:
-        """Show what was loaded, as a table the first time, then as a line; and warnings about it."""
+    def show_data(self, data: LoadedData, end_ns: int) -> None:
+        """Show what was loaded, up to ``end_ns``, as a table the first time, then as a line; and warnings."""
         columns = ("symbol", "sources", "bars", "first", "last, UTC", "coverage", "gaps", "rejected")
         used = [row for row in data.rows if not row.dropped]
         rows = [
@@ -174,6 +189,7 @@ class Console:
                     newest_ns[extent.source] = max(newest_ns.get(extent.source, 0), end_ns)
                     symbols[extent.source] += 1
         self._state.newest_ns, self._state.symbols = newest_ns, symbols
+        self._state.days_late = days_late(used, end_ns)
         title = f"{len(rows)} symbols, {sum(map(len, data.bars)):,} bars, data {data.fingerprint}"
         if rows and not self._data_shown:
             self.table(title, columns, rows)
@@ -219,15 +235,11 @@ class Console:
         if not state.history:  # a resumed training shows the epochs before
             history = read_metrics(self._log_dir, KEPT_EPOCHS, progress.transitions)
         state.begin(progress.run, progress.epoch, progress.transitions, history)
-        is_able = self._is_terminal and not (self._rich.is_dumb_terminal or self._rich.legacy_windows)
+        state.device, state.rollbacks = device, progress.rollbacks
+        is_able = self._is_terminal and can_be_drawn_on(self._rich)
         if not settings.dashboard or self.quiet or self._screen or not is_able:
             return
-        state.epochs, state.runs, state.device = settings.epochs, settings.runs, device
-        state.restarts, began = control.restarts()
-        state.began = time.monotonic() - max(0.0, time.time() - began)
-        state.checkpoint_every = settings.checkpoint_every
-        state.keep_checkpoints = most_files(settings)
-        frame = _Frame(state, Painter(self._rich), control, Path(settings.checkpoint_dir))
+        frame = Frame(_OwnState(state, control), Painter(self._rich))
         screen = Screen(self._stream, frame, control.report_screen)
         try:
             screen.open()
@@ -238,7 +250,7 @@ class Console:
 
     def phase(self, name: str) -> None:
         """Show the training's phase on the dashboard."""
-        self._state.phase = name
+        self._state.phase, self._state.phase_began = name, time.monotonic()
 
     def _on_screen(self) -> bool:
         """Return whether the dashboard is on; restore the terminal of one that has died."""
@@ -335,12 +347,12 @@ class Console:
         new = self._watch.new(found)
         if self._on_screen():
             heartbeat()
-            log.info(_line_of(metrics, epochs), extra={"is_shown": False})  # the dashboard has its figures
+            log.info(epoch_line(metrics, epochs), extra={"is_shown": False})  # the dashboard has its figures
             for finding in new:  # no warnings: the dashboard shows a finding for as long as it lasts
                 log.info(str(finding))
             return
-        log.info(_line_of(metrics, epochs))
-        log.debug("  ".join(f"{k}={_short(v)}" for k, v in metrics.items() if "/" in k))
+        log.info(epoch_line(metrics, epochs))
+        log.debug("  ".join(f"{k}={short(v)}" for k, v in metrics.items() if "/" in k))
         for finding in new:
             log.warning(str(finding))
 
@@ -374,51 +386,17 @@ class _Handler(logging.Handler):
             self._console.print_line(text, "", record.levelno)
 
 
-class _Frame:
-    """Draws one frame of the dashboard; called by the screen's thread only."""
+class _OwnState:
+    """Reads the state of this process's training."""
 
-    def __init__(
-        self, state: DashboardState, painter: Painter, control: Control, checkpoint_dir: Path
-    ) -> None:
-        self._state, self._painter, self._control = state, painter, control
-        self._checkpoint_dir = checkpoint_dir
-        self._disk_due = 0.0
+    def __init__(self, state: DashboardState, control: Control) -> None:
+        self._state, self._control = state, control
+        self._folder = FolderReader()
 
-    @cached_property
-    def _gauges(self) -> Gauges:
-        return Gauges()
-
-    def __call__(self, width: int, height: int) -> list[str]:
-        state, now = self._state, time.monotonic()
-        state.stopping = STOPPING.get(self._control.stop_level, "")
-        state.machine = self._gauges.read()
-        if now >= self._disk_due:
-            state.disk, self._disk_due = read_disk(self._checkpoint_dir), now + DISK_SECONDS
-        return self._painter(state.snapshot(), width, height)
-
-
-def _line_of(metrics: Row, epochs: int) -> str:
-    parts = [
-        f"run {metrics['run']} epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}",
-        f"reward {metrics['rollout/reward_bps']:+.3f} bp/bar",
-        *([f"costs {scale:.0%}"] if (scale := metrics.get("rollout/cost_scale", 1.0)) < 1 else []),
-        f"return {metrics['rollout/episode_return_percent']:+.2f}%",
-        f"loss {metrics['loss/policy']:+.4f}/{metrics['loss/value']:.4f}",
-        f"kl {metrics['ppo/approx_kl']:.4f}",
-        f"clip {metrics['ppo/clip_fraction']:.2f}",
-        f"entropy {metrics['loss/entropy']:.3f}",
-        f"ev {metrics['ppo/explained_variance']:+.2f}",
-        f"{metrics['perf/transitions_per_second']:,.0f} transitions/s",
-        f"{metrics['perf/episodes_per_second']:.1f} episodes/s",
-        f"mfu {metrics['perf/mfu']:.0%}",
-    ]
-    if "gpu/utilization_percent" in metrics:
-        parts.append(f"gpu {metrics['gpu/utilization_percent']:.0f}% {metrics['gpu/memory_gb']:.1f} GB")
-    return "  ".join(parts)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+    def __call__(self) -> DashboardState:
+        self._state.stopping = describe_stop(self._control)
+        self._folder.read(self._state)
+        return self._state.snapshot()
 
 
 def _utc(time_ns: int | None, form: str) -> str:

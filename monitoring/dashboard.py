@@ -7,18 +7,21 @@ least important first; no line is ever longer than the terminal is wide.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import zip_longest
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from monitoring.format import age, duration, size, sparkline
+from monitoring import attach, exams
+from monitoring.format import age, duration, printable, size, sparkline, wrap
 from monitoring.health import HOTTEST_CELSIUS
 from monitoring.machine import Gpu
-from monitoring.state import DashboardState
+from monitoring.state import PHASE_LABELS, DashboardState
 
 TWO_COLUMNS = 76
 GAP = 3
@@ -36,14 +39,8 @@ EXAM_FIRST = (
     "exam/max_drawdown_percent",
     "exam/edge",
 )
+DIGITS = re.compile(r"[\d.]+")
 ACCENT, DIM, WARNING, STRONG = "cyan", "dim", "yellow", "bold"
-PHASE_LABELS = {
-    "data": "loading bars",
-    "rollout": "collecting",
-    "update": "learning",
-    "evaluation": "evaluating",
-    "checkpoint": "saving",
-}
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,9 @@ def render(state: DashboardState, width: int, height: int, glyphs: Glyphs = UNIC
     inner = max(1, width - 2)
     page = _Page(state, inner, glyphs)
     head, attention = page.head(), page.attention()
+    verdict = page.verdict()
+    del verdict[max(0, height // 4) :]  # of a small terminal
+    head += verdict
     room = height - len(head) - len(attention) - FEWEST_LOG_LINES - 1
     if inner < TWO_COLUMNS:
         body = _stack([*page.left(inner), *page.right(inner)], inner, room, glyphs)
@@ -102,6 +102,12 @@ class Painter:
         self._color_system = terminal.color_system
         self._glyphs = UNICODE if (terminal.encoding or "").lower().startswith("utf") else ASCII
 
+    @staticmethod
+    def of(stream: TextIO) -> Painter | None:
+        """Return a painter for a stream, None where it is no terminal that can be drawn on."""
+        terminal = RichConsole(file=stream)
+        return Painter(terminal) if stream.isatty() and can_be_drawn_on(terminal) else None
+
     def __call__(self, state: DashboardState, width: int, height: int) -> list[str]:
         """Return the lines, without line ends."""
         text = io.StringIO()
@@ -116,6 +122,11 @@ class Painter:
         )
         console.print(Text("\n").join(render(state, width, height, self._glyphs)), no_wrap=True, end="")
         return text.getvalue().split("\n")
+
+
+def can_be_drawn_on(terminal: RichConsole) -> bool:
+    """Whether a terminal knows the sequences that a dashboard needs."""
+    return not (terminal.is_dumb_terminal or terminal.legacy_windows)
 
 
 class _Page:
@@ -158,9 +169,23 @@ class _Page:
             *self._flow(position),
             *self._flow(ahead),
         ]
-        if state.stopping:
-            lines.append(Text(state.stopping, f"{STRONG} {WARNING}"))
+        for notice in filter(None, (state.stopping, attach.describe_life(state))):
+            lines.append(Text(notice, f"{STRONG} {WARNING}"))
         return lines
+
+    def verdict(self) -> list[Text]:
+        """What people ask first: whether there is an edge, by how much, and who is the champion."""
+        if not self.state.exams:
+            return []
+        verdict = exams.verdict_of(self.state)
+        style = ACCENT if verdict.is_edge else WARNING
+        texts = [
+            (f"{verdict.headline}: {verdict.reason}" if verdict.reason else verdict.headline, style),
+            (verdict.figures, ""),
+            (f"Champion: {verdict.champion}", ""),
+            (verdict.about, DIM),
+        ]
+        return [Text(part, style) for text, style in texts if text for part in wrap(text, self.width)]
 
     def attention(self) -> list[Text]:
         """Findings about the training's health, then the warnings of the last hour, the newest first."""
@@ -172,8 +197,11 @@ class _Page:
                 "the disk is nearly full: no room for two more checkpoints; lower keep_checkpoints or keep_runs",
             )
         lines: list[Text] = []
-        for text in dict.fromkeys(texts):
-            wrapped = _wrap(text, self.width - 2)[:2]
+        unlike: dict[str, str] = {}  # of texts that differ in figures alone the first, which is the newest
+        for text in texts:
+            unlike.setdefault(DIGITS.sub("", text), text)
+        for text in unlike.values():
+            wrapped = wrap(text, self.width - 2)[:2]
             if len(lines) + len(wrapped) > MOST_ATTENTION_LINES:
                 break
             marks = (f"{self.glyphs.alert} ", *["  "] * len(wrapped))
@@ -189,7 +217,7 @@ class _Page:
             seconds = self.state.now_ns / 1e9 - (self.state.now - line.at)
             at = datetime.fromtimestamp(seconds).strftime("%H:%M:%S")  # noqa: DTZ006 - the reader's clock
             style = WARNING if line.is_warning else ""
-            lines.append(Text.assemble((f"{at}  ", DIM), (_printable(line.text), style)))
+            lines.append(Text.assemble((f"{at}  ", DIM), (printable(line.text), style)))
         return lines
 
     # -------------------------------------------------------------------------------------------- sections
@@ -411,17 +439,3 @@ def _title(title: str, width: int, glyphs: Glyphs) -> Text:
 def _spread(left: Text, right: Text, width: int) -> Text:
     space = width - left.cell_len - right.cell_len
     return left.append(" " * space).append_text(right) if space > 0 else left
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text.strip())
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in _printable(text).split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > max(1, width):
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines

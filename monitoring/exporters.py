@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -13,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -25,6 +23,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from monitoring.metrics_file import append_metrics, is_finite
 
 log = logging.getLogger("continuous_training")
 
@@ -52,7 +52,7 @@ class Telemetry:
 
     def record(self, metrics: Row) -> None:
         """Write one epoch's metrics to every exporter."""
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and _is_finite(v)}
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and is_finite(v)}
         step = int(numbers.pop("transitions", 0))
         self._try("metrics.jsonl", lambda: append_metrics(self._folder, metrics))
         self._try("TensorBoard's events", lambda: self._events.write(step, numbers))
@@ -75,50 +75,6 @@ class Telemetry:
             self._failing.add(target)
         else:
             self._failing.discard(target)
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-# --- metrics.jsonl ------------------------------------------------------------------------------------------
-
-NAME = "metrics.jsonl"
-BYTES_PER_EPOCH = 4_096  # an upper bound: how far back to read for a number of epochs
-
-
-def append_metrics(folder: Path, metrics: Row) -> None:
-    """Append one epoch as a line of JSON, with the time.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    # JSON has no NaN or infinity, and most readers refuse Python's spelling.
-    finite = {name: value if _is_finite(value) else None for name, value in metrics.items()}
-    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **finite}, allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / NAME).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def read_metrics(folder: Path, epochs: int, up_to_transitions: int) -> list[dict[str, Any]]:
-    """Return the newest epochs of ``metrics.jsonl``, each once, up to where a start resumes.
-
-    Lines that are not an epoch are skipped: another program may have changed the file.
-    """
-    found: list[dict[str, Any]] = []
-    with contextlib.suppress(OSError), (folder / NAME).open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - epochs * BYTES_PER_EPOCH))
-        for line in file.read().splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("transitions"), int):
-                    # A later start resumed from a checkpoint before these epochs and did them again.
-                    while found and found[-1]["transitions"] >= row["transitions"]:
-                        found.pop()
-                    found.append(row)
-    return [row for row in found if row["transitions"] <= up_to_transitions][-epochs:]
 
 
 # --- TensorBoard --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import psutil
 import pynvml
 
 from runtime.cores import memory_limit, usable_cores
-from training.checkpoint import NUM_RESUME_STATES, RESUME
+from training.checkpoint_names import NUM_RESUME_STATES, RESUME
 
 
 @dataclass(frozen=True)

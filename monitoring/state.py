@@ -14,10 +14,18 @@ from monitoring.machine import Disk, Machine
 Row = Mapping[str, Any]
 
 KEPT_EPOCHS = 500
+HEALTH_EPOCHS = 50  # that define what is usual
 KEPT_LINES = 1_000  # printed when the dashboard closes
 PACE_EPOCHS = 25
 WARNING_SECONDS = 3_600.0  # a warning stays visible for this long
-PHASES = ("data", "rollout", "update", "evaluation", "checkpoint")
+PHASE_LABELS = {
+    "data": "loading bars",
+    "rollout": "collecting",
+    "update": "learning",
+    "evaluation": "evaluating",
+    "checkpoint": "saving",
+}
+PHASES = tuple(PHASE_LABELS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class DashboardState:
     epoch: int = 0  # finished epochs of the run
     transitions: int = 0
     phase: str = ""  # one of PHASES
+    rollbacks: int = 0  # of the run
     stopping: str = ""  # the stop request, in words
     history: list[Row] = field(default_factory=list)  # metrics of the newest epochs, the newest last
     findings: Sequence[Finding] = ()
@@ -79,11 +88,21 @@ class DashboardState:
     tasks: dict[str, Task] = field(default_factory=dict)  # by source
     newest_ns: Mapping[str, int] = field(default_factory=dict)  # source -> end of its newest bar
     symbols: Mapping[str, int] = field(default_factory=dict)  # source -> number of symbols
+    days_late: Mapping[str, float] = field(
+        default_factory=dict
+    )  # source -> days of trade, when bars were loaded
+    exams: Sequence[Row] = ()  # lines of the ledger, the newest last
+    host: str = ""
+    checkpoint_dir: str = ""
+    report_dir: str = ""
+    silence: float = 0.0  # seconds since a training that is watched from elsewhere published anything
+    ended: float | None = None  # when it ended, in seconds since 1970
     machine: Machine = field(default_factory=Machine)
     disk: Disk = field(default_factory=Disk)
     restarts: int = 0  # by the supervisor
     began: float = field(default_factory=time.monotonic)  # of the supervisor, or without one of this process
     epoch_began: float = field(default_factory=time.monotonic)
+    phase_began: float = field(default_factory=time.monotonic)
     now: float = field(default_factory=time.monotonic)
     now_ns: int = field(default_factory=time.time_ns)
     lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)

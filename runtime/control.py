@@ -152,8 +152,7 @@ class SupervisorControl:
 
     def log_dir(self) -> Path | None:
         """Return where train.log is, once the preflight has read the settings."""
-        text = os.fsdecode((self.folder / _LOG_DIR).read_bytes()).strip()
-        return Path(text) if text else None
+        return log_dir_of(self.folder)
 
     def report_restarts(self, number: int) -> None:
         """Report to the workers how often they were restarted."""
@@ -179,6 +178,12 @@ class SupervisorControl:
     def progress(self) -> int:
         """Return a number that changes with every finished epoch."""
         return (self.folder / _PROGRESS).stat().st_mtime_ns
+
+
+def log_dir_of(folder: Path) -> Path | None:
+    """Return the log_dir of the training of a control folder; None before its preflight has read the settings."""
+    text = os.fsdecode((folder / _LOG_DIR).read_bytes()).strip()
+    return Path(text) if text else None
 
 
 def seconds_since(folder: Path) -> tuple[float, float]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from envs.features import FeatureStatistics, chosen_features
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
+from training.checkpoint_names import BEST, NAME, NUM_RESUME_STATES, RESUME
 from training.distributed import Ranks
 from training.retention import thin_out
 from training.torch_files import CheckpointError, load_file, root_cause
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 FORMAT = 1
-NAME = re.compile(r"run(\d+)_epoch(\d+)(?:_step(\d+))?\.pt")
-RESUME = "resume"
-BEST = "best.pt"  # the champion; outside the series, so it is neither pruned nor resumed from
-# The newest two: should the newest file be damaged, training resumes exactly from the one before.
-NUM_RESUME_STATES = 2
 SPARE_BYTES = 1 << 20  # what a file takes beside its tensors
 
 

@@ -22,9 +22,9 @@ from continuous_training import Settings
 from monitoring import health
 from monitoring.console import Console
 from monitoring.dashboard import ASCII, UNICODE, Painter, render
-from monitoring.exporters import read_metrics
 from monitoring.format import age, duration, size, sparkline
 from monitoring.machine import Disk, Gauges, Machine
+from monitoring.metrics_file import read_metrics
 from monitoring.state import DashboardState, Task
 from runtime.control import ENTER, LEAVE, Control
 from tests.monitoring.nvml import Nvml

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from monitoring import exporters
-from monitoring.exporters import EventFile, Telemetry, read_metrics
+from monitoring import exporters, metrics_file
+from monitoring.exporters import EventFile, Telemetry
+from monitoring.metrics_file import read_metrics
 from tests.program import ALONE, Start, metrics, tiny_flags
 
 
@@ -133,7 +134,7 @@ def test_a_resumed_start_reads_the_epochs_before_it(tmp_path: Path) -> None:
     for epoch, transitions in ((1, 64), (2, 128), (3, 192), (2, 128), (3, 192), (4, 256)):
         telemetry.record({"epoch": epoch, "transitions": transitions, "tried": transitions})
     telemetry.close()
-    path = tmp_path / exporters.NAME
+    path = tmp_path / metrics_file.NAME
     with path.open("a", encoding="utf-8") as file:
         file.write('{"epoch": 5, "trans\n[1]\n\n')
     assert [row["epoch"] for row in read_metrics(tmp_path, 10, 192)] == [1, 2, 3]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from evaluation import ledger
-from monitoring.exporters import NAME, read_metrics
+from monitoring.metrics_file import NAME, read_metrics
 from tests.data_sources.test_any_bytes import ENTRIES, is_refused_cheaply, json_bytes, mutated
 from tests.training.checkpoints import small
 from training import checkpoint
