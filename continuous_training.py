@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from runtime.control import (
 )
 from runtime.train_log import append_line, keep_log
 from training import setting_types, validation
+from training.urls import Url
 
 STOCKS = tuple(
     "AAPL MSFT GOOGL AMZN NVDA META TSLA JPM BAC V MA WMT UNH PG DIS INTC CSCO ORCL ADBE CRM NFLX JNJ".split()
@@ -143,6 +145,9 @@ class Settings:
     dashboard: bool = True  # a live dashboard where the output is a terminal
     log_level: Literal["debug", "info", "warning"] = "info"  # lines of this level and above are shown
     prometheus_port: int | None = None  # the newest metrics on this port of 127.0.0.1, for Prometheus
+    web_port: int | None = None  # a page that shows how training goes, on this port
+    web_host: str = "127.0.0.1"  # address of that page; one that others can reach needs WEB_TOKEN in .env
+    notify: tuple[Url, ...] = ()  # URLs to send messages to; secret ones are better in NOTIFY_URLS in .env
 
     def __post_init__(self) -> None:
         for name, value in setting_types.convert_all(self).items():
@@ -243,6 +248,7 @@ def train_command(settings: Settings) -> None:
 
     import torch  # takes seconds; a mistake was reported before
 
+    from commands.companion import beside
     from envs.features import registered_features
     from training import checkpoint, devices
     from training.memory import DoesNotFit
@@ -251,7 +257,8 @@ def train_command(settings: Settings) -> None:
         if control.folder is None:  # else the supervisor's preflight has compared them
             devices.find(settings, os.environ)
         registered_features()  # raises where envs/own_features.py cannot be run
-        with keep_log(log_dir, settings.log_level):
+        is_alone = control.folder is None and log_dir is not None  # else the supervisor has one beside it
+        with keep_log(log_dir, settings.log_level), beside(settings) if is_alone else nullcontext():
             train(settings, control)
     except devices.DeviceError as reason:
         code, message = EXIT_SETTING, str(reason)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ def preflight_command(settings: Settings) -> None:
     except ValueError as error:
         raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
     typer.echo("Settings are valid; loading PyTorch ...", err=True)
-    from commands import check
+    from commands import check, companion
     from envs.features import registered_features
     from training.data_feed import data_request
 
@@ -54,27 +55,42 @@ def preflight_command(settings: Settings) -> None:
     for line in check.check_folder(settings, launch.world_size, is_first):
         if line.code:
             raise ExitProgram(line.code, line.text)
-    report_plan(launch.num_ranks, Path(settings.log_dir))
+    has_companion = is_first and companion.is_wanted(settings, os.environ)
+    report_plan(launch.num_ranks, Path(settings.log_dir), has_companion)
     room = check.check_room(settings, data_request(settings, time.time_ns()), launch, found)
     # Not refused: memory is an estimate here, and a full disk has old checkpoints that make room.
-    warnings = [*found.warnings, *(f"{line.topic}: {line.text}" for line in room if line.level != "OK")]
-    for text in (f"Trains {found.text}.", *(f"Warning: {text}" for text in warnings)):
+    watchers = list(check.check_watchers(settings, os.environ, sends_test=False)) if has_companion else []
+    notes = [f"{line.topic}: {line.text}" for line in watchers if line.level == "OK"]
+    doubts = [f"{line.topic}: {line.text}" for line in [*room, *watchers] if line.level != "OK"]
+    warnings = [f"Warning: {text}" for text in (*found.warnings, *doubts)]
+    for text in (f"Trains {found.text}.", *notes, *warnings):
         typer.echo(text, err=True)
         if is_first:
             append_line(Path(settings.log_dir), text)
+
+
+def companion_command(settings: Settings) -> None:
+    """Serve the page and send the messages of a training, until standard input ends."""
+    from commands import companion
+
+    companion.run(settings, os.environ, sys.stdin)
 
 
 def check_command(
     settings: Settings,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="contact no source")] = False,
+    test_notify: Annotated[
+        bool, typer.Option("--test-notify", help="send a message to every --notify URL")
+    ] = False,
 ) -> None:
     """Check all that can be known before a start: settings, features, keys, sources, clock, GPUs, memory, disk."""
     from commands import check
     from monitoring.console import Console
 
     with Console(Path(settings.log_dir), to_stderr=as_json) as console:
-        code = check.print_report(check.check_all(settings, os.environ, offline), console, as_json)
+        lines = check.check_all(settings, os.environ, offline, test_notify)
+        code = check.print_report(lines, console, as_json)
     if code:
         raise ExitProgram(code)
 
@@ -292,6 +308,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     selftest_command,
     record_command,
     preflight_command,
+    companion_command,
 )
 CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (
     evaluate_command,
@@ -299,7 +316,7 @@ CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (
     signals_command,
     export_command,
 )
-HIDDEN = (preflight_command,)
+HIDDEN = (preflight_command, companion_command)
 
 
 def name_of(command: Callable[..., None]) -> str:

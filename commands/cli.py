@@ -19,7 +19,8 @@ import typer
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
 from envs.feature_errors import FeatureError
 from runtime.control import EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
-from training.setting_types import KINDS, shown
+from training.setting_types import KINDS, NOT_PASSED_ON, shown
+from training.urls import Url
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -172,6 +173,8 @@ def flags_of(settings: Settings) -> list[str]:
     flags = []
     for field in fields(settings):
         value, option = getattr(settings, field.name), field.name.replace("_", "-")
+        if field.name in NOT_PASSED_ON:
+            continue
         if isinstance(value, bool):
             flags.append(f"--{option}" if value else f"--no-{option}")
         else:
@@ -198,17 +201,18 @@ def _setting_options(settings_class: type[Settings], *, show_defaults: bool) -> 
             option = typer.Option(
                 help=comment + default, rich_help_panel=section, parser=str, metavar=f"<{label}>"
             )
-            annotation = _annotation(label, option)
+            annotation = _annotation(label, option, is_repeatable=types[name] == tuple[Url, ...])
         yield inspect.Parameter(name, KEYWORD, default=None, annotation=annotation)
 
 
-def _annotation(label: str, option: Any) -> Any:
+def _annotation(label: str, option: Any, is_repeatable: bool = False) -> Any:
     """Return an annotation that typer shows as ``<label>``; the value stays text, for ``_parse`` to read.
 
     Typer's own conversion would refuse a bad value in words, and in a box, of its own. What it shows as the type
     is the annotation's name, or in older releases the option's metavar.
     """
-    return Annotated[type(label, (), {}) | None, option]
+    kind: Any = type(label, (), {})
+    return Annotated[(list[kind] if is_repeatable else kind) | None, option]
 
 
 def _read_comments(settings_class: type[Settings]) -> Iterator[tuple[str, str, str]]:
@@ -225,7 +229,7 @@ def _type_label(hint: Any) -> str:
     """Return how a type is shown: ``int``, ``float,...`` for a list, ``on|off`` for choices."""
     arguments = [argument for argument in get_args(hint) if argument is not NoneType]
     if get_origin(hint) is tuple:
-        return f"{arguments[0].__name__},..."
+        return "URL" if arguments[0] is Url else f"{arguments[0].__name__},..."
     if get_origin(hint) is Literal:
         return "|".join(arguments)
     return arguments[0].__name__ if arguments else hint.__name__
@@ -310,7 +314,7 @@ def _parse_given(
     defaults = {field.name: field.default for field in fields(settings_class)}
     parsed = {}
     for name, value in given.items():
-        if value is None:
+        if value is None or value == []:
             continue
         try:
             parsed[name] = _parse(types[name], value)
@@ -329,9 +333,11 @@ def _parse(hint: Any, value: Any) -> Any:
     Raises:
         ValueError: the text is something else; says what it must be.
     """
+    arguments = get_args(hint)
+    if isinstance(value, list):  # of an option that can be repeated
+        return tuple(arguments[0](text) for text in value if text.lower() != "none")
     if not isinstance(value, str):
         return value
-    arguments = get_args(hint)
     if NoneType in arguments:
         if value.lower() == "none":
             return None
@@ -373,6 +379,11 @@ def enter_program_folder(folder: Path) -> None:
         called_from = called_from or os.getcwd()  # noqa: PTH109
     os.chdir(folder)
     _called_from = "" if Path(called_from) == folder else called_from
+
+
+def environment_of_child() -> dict[str, str]:
+    """Return the environment of another process of the program that gets the same words on its command line."""
+    return {**os.environ, CALLED_FROM: _called_from or os.getcwd()}  # noqa: PTH109
 
 
 # --- running --------------------------------------------------------------------------------------------------

@@ -14,10 +14,15 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve().parent.parent / "continuous_training.py"
 
 
+def lower_priority(niceness: int = 19) -> None:
+    """Give this process a low priority, by default the lowest."""
+    if sys.platform != "win32":
+        os.setpriority(os.PRIO_PROCESS, 0, max(niceness, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 def be_background() -> None:
     """Give this process the lowest priority, and let it exit as soon as its standard input ends."""
-    if sys.platform != "win32":
-        os.setpriority(os.PRIO_PROCESS, 0, 19)
+    lower_priority()
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""How the supervisor and its workers communicate: eight small files in one folder, no sockets, no signals.
+"""How the supervisor and its workers communicate: nine small files in one folder, no sockets, no signals.
 
 * ``stop``: one byte, supervisor to workers: 0 run, 1 stop at the end of the epoch, 2 at the next safe point
 * ``heartbeat``: touched by workers while they make progress, by each at most once a second
@@ -7,6 +7,7 @@
 * ``exit_code``: the workers' exit code as text; torchrun does not pass it on reliably
 * ``ranks``: how many of them this machine gets, as text, from the preflight, which asks torch for the GPUs
 * ``log_dir``: where train.log is, as text, from the preflight
+* ``companion``: one byte, 1 where the preflight asks for a companion (companion.py)
 * ``restarts``: how many there were, and when the supervisor began, in seconds of the system's clock
 
 All exist, with content, before a worker starts, and are overwritten in place: that works on a full disk, where
@@ -64,6 +65,7 @@ _NO_CODE = b"none"
 _RANKS = "ranks"
 _LOG_DIR, _LONGEST_PATH = "log_dir", 4096
 _RESTARTS = "restarts"
+_COMPANION = "companion"
 
 
 class ExitProgram(Exception):
@@ -117,7 +119,7 @@ class SupervisorControl:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._held = hold_folder(self.folder)
-        for name in (_STOP, _HEARTBEAT, _PROGRESS, _SCREEN):
+        for name in (_STOP, _HEARTBEAT, _PROGRESS, _SCREEN, _COMPANION):
             (self.folder / name).write_bytes(b"0")
         (self.folder / _EXIT_CODE).write_bytes(_NO_CODE)
         (self.folder / _RANKS).write_bytes(b"1")
@@ -153,6 +155,10 @@ class SupervisorControl:
     def log_dir(self) -> Path | None:
         """Return where train.log is, once the preflight has read the settings."""
         return log_dir_of(self.folder)
+
+    def wants_companion(self) -> bool:
+        """Return whether the preflight asks for a companion."""
+        return (self.folder / _COMPANION).read_bytes() == b"1"
 
     def report_restarts(self, number: int) -> None:
         """Report to the workers how often they were restarted."""
@@ -285,11 +291,12 @@ _heartbeat_file: Path | None = None  # of the Control that this process made las
 _last_heartbeat = -math.inf
 
 
-def report_plan(num_ranks: int, log_dir: Path) -> None:
+def report_plan(num_ranks: int, log_dir: Path, wants_companion: bool = False) -> None:
     """Report to the supervisor, if there is one, how many ranks this machine gets, and where train.log is."""
     if folder := os.environ.get(CONTROL_DIR):
         _overwrite(Path(folder) / _RANKS, b"%d" % num_ranks)
         _overwrite(Path(folder) / _LOG_DIR, os.fsencode(log_dir.absolute())[:_LONGEST_PATH])
+        _overwrite(Path(folder) / _COMPANION, b"1" if wants_companion else b"0")
 
 
 def heartbeat() -> None:

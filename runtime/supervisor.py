@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runtime import surroundings
+from runtime.companion import Companion
 from runtime.control import (
     ABORT,
     CONTROL_DIR,
@@ -139,13 +140,22 @@ class Supervisor:
         self._processes = Processes(run_id=control.folder.name)
         self._forwarded = 0  # the stop level that the workers know of
         self._environment = clean_environment() | {CONTROL_DIR: str(control.folder)}
+        companion = [sys.executable, self._script, "companion", *self._flags]
+        self._companion = Companion(companion, self._environment, errors.file if errors else None)
 
     def run(self) -> int:
         """Train until a final exit code, which is returned, and leave no process behind."""
         try:
             code = self._preflight()
             if code is None:
-                code = self._train()
+                with self._companion:
+                    if self._control.wants_companion():
+                        self._companion.start()
+                    code = self._train()
+                    if code not in (EXIT_OK, EXIT_ABORTED, EXIT_GAVE_UP):
+                        self._companion.tell(
+                            "gave_up", f"It ended with exit code {code}; train.log says why."
+                        )
         finally:
             stuck = self._processes.sweep()
             self._restore_terminal()
@@ -190,17 +200,17 @@ class Supervisor:
                     self._say("Stopped before training resumed.")
                     return EXIT_OK
                 if self._stop.level:
-                    self._say(
-                        f"Training died while stopping: {error}. The newest checkpoint on disk is intact."
-                    )
+                    line = f"Training died while stopping: {error}. The newest checkpoint on disk is intact."
+                    self._say(line)
+                    self._companion.tell("gave_up", line)
                     return EXIT_GAVE_UP
                 if stuck or crashes >= self._limits.crashes:
                     reason = f"{crashes} crashes without a finished epoch"
                     if stuck:
                         reason = f"could not kill processes {stuck}"
-                    self._say(
-                        f"Giving up: {reason}. The last: {error}. The newest checkpoint on disk is intact."
-                    )
+                    line = f"Giving up: {reason}. The last: {error}. The newest checkpoint on disk is intact."
+                    self._say(line)
+                    self._companion.tell("gave_up", line)
                     return EXIT_GAVE_UP
                 delay = self._limits.delay_seconds(crashes)
                 if self._launch.num_nodes > 1:  # a machine that is back sooner meets the others' old group
@@ -210,6 +220,7 @@ class Supervisor:
                 self._say(line)
                 restarts += 1
                 self._control.report_restarts(restarts)
+                self._companion.tell("restarted", line, restarts)
             if not self._wait(delay):
                 self._say("Stopped. The next start resumes from the newest checkpoint on disk.")
                 return EXIT_ABORTED if self._stop.level == ABORT else EXIT_OK
@@ -235,6 +246,7 @@ class Supervisor:
                 self._say("Aborted. The newest checkpoint on disk is intact.")
                 return EXIT_ABORTED
             self._forward_stop()
+            self._companion.keep_alive()
             if self._errors is not None and not self._control.is_screen_taken():
                 self._errors.show()
             codes = self._processes.exit_codes()

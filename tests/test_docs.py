@@ -207,8 +207,9 @@ def test_every_flag_that_is_named_exists(document: Path, commands: dict[str, set
 
 def test_the_readme_shows_every_command(commands: dict[str, set[str]]) -> None:
     shown = " ".join(row[0] for row in table_rows(text_of(ROOT / "README.md"), "| command | what |"))
-    # The supervisor calls preflight, users do not.
-    assert {name for name in commands if f"continuous_training.py {name}" not in shown} == {"preflight"}
+    # The supervisor calls these, users do not.
+    hidden = {"preflight", "companion"}
+    assert {name for name in commands if f"continuous_training.py {name}" not in shown} == hidden
 
 
 def test_the_readme_names_every_exit_code() -> None:
@@ -260,7 +261,8 @@ def names_read_in(*folders: str) -> set[str]:
 
 
 def test_the_env_file_has_every_name_that_sources_read_and_no_other() -> None:
-    assert names_read_in("data_sources/**/*.py", "training/mirror.py") == set(NAMES_IN_ENV)
+    readers = ("data_sources/**/*.py", "training/mirror.py", "training/urls.py", "commands/companion.py")
+    assert names_read_in(*readers) == set(NAMES_IN_ENV)
     readme = text_of(ROOT / "README.md")
     assert [name for name in NAMES_IN_ENV if f"`{name}`" not in readme] == []
 

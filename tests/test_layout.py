@@ -39,7 +39,8 @@ ALIASES = {"training/acting.py": {"evaluation"}}
 # The one place of a library.
 ONLY_IN = {
     "rich": {"monitoring/console.py", "monitoring/dashboard.py"},
-    "jinja2": {"evaluation/page.py"},
+    "jinja2": {"evaluation/page.py", "monitoring/page.py"},
+    "apprise": {"monitoring/notify.py"},
     "tensorboard": {"monitoring/exporters.py"},
     "prometheus_client": {"monitoring/exporters.py"},
     "pynvml": {"monitoring/machine.py", "training/metrics.py"},

@@ -31,6 +31,9 @@ IN_FILE = {
     "POLYGON_S3_ACCESS_KEY": f"AKIACANARY{uuid.uuid4().hex}",
     "POLYGON_S3_SECRET_KEY": f"canary/+{uuid.uuid4().hex}",
 }
+# Of a target of messages, which does not answer.
+TARGET_SECRET = f"canarytarget{uuid.uuid4().hex}"
+IN_FILE["NOTIFY_URLS"] = f"http://canary:{TARGET_SECRET}@127.0.0.1:9/{TARGET_SECRET}?token={TARGET_SECRET}"
 IN_ENVIRONMENT = {"POLYGON_API_KEY": f"canaryapi{uuid.uuid4().hex}"}
 KEYS = IN_FILE | IN_ENVIRONMENT
 FLAGS: dict[str, Any] = {
@@ -65,7 +68,7 @@ def forms_of(secret: str) -> set[bytes]:
     return {form.encode() for form in (secret, quote_plus(secret), encoded)}
 
 
-FORMS = {form for secret in KEYS.values() for form in forms_of(secret)}
+FORMS = {form for secret in (*KEYS.values(), TARGET_SECRET) for form in forms_of(secret)}
 
 
 class Watch:
@@ -143,6 +146,8 @@ def test_the_keys_were_used_and_the_training_met_trouble(trained: Trained) -> No
     assert KEYS["POLYGON_S3_ACCESS_KEY"] in trained.heard and KEYS["POLYGON_API_KEY"] in trained.heard
     output = trained.start.output
     assert "Traceback" in output and "Training died" in output and "Run 1 is complete" in output
+    log = (trained.folder / "logs" / "train.log").read_text()
+    assert "was not sent to http://127.0.0.1:9/...: Connection refused" in log
 
 
 def test_no_file_that_a_training_leaves_holds_a_key(trained: Trained) -> None:

@@ -6,17 +6,31 @@ import os
 import re
 import reprlib
 from collections.abc import Hashable
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from training.urls import Url
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
 Class = TypeVar("Class", bound=type)
 
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text in quotes"}
-TUPLES = {str: 'a tuple of texts, such as ("AAPL", "MSFT")', float: "a tuple of numbers, such as (0.0, 1.0)"}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text in quotes",
+    Url: "a URL in quotes",
+}
+TUPLES = {
+    str: 'a tuple of texts, such as ("AAPL", "MSFT")',
+    float: "a tuple of numbers, such as (0.0, 1.0)",
+    Url: 'a tuple of URLs, such as ("https://host/path",)',
+}
+# Of how a training is looked at, with secrets in them: neither other processes nor checkpoints get them.
+NOT_PASSED_ON = ("notify",)
 LARGEST = 2**63  # beyond it arrays and tensors overflow
 DEVICES = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 DEVICE_RULE = "must be auto, cpu, cuda, or one GPU such as cuda:1"
@@ -37,13 +51,14 @@ def convert_all(settings: Settings) -> dict[str, Any]:
         ValueError: a value is of another type; names the setting, the value, the type and a value that would do.
     """
     hints = get_type_hints(type(settings))
-    converted = {}
+    converted: dict[str, Any] = {}
     for setting in fields(settings):
         name, value = setting.name, getattr(settings, setting.name)
         try:
             converted[name] = convert(name, hints[name], value)
         except ValueError as error:
-            raise ValueError(f"{name}={shown(value)} must be {error}") from None
+            given = "..." if name in NOT_PASSED_ON else shown(value)
+            raise ValueError(f"{name}={given} must be {error}") from None
     for name, value in vars(type(settings)).items():
         if not name.startswith("_") and name not in converted and not callable(value):
             kind = type(value).__name__
@@ -76,6 +91,8 @@ def convert(name: str, hint: Any, value: Any) -> Any:
             except ValueError:
                 pass
         raise ValueError(TUPLES[kind])
+    if hint is Url and isinstance(value, str):
+        return Url(value)
     if hint is float and type(value) is int and abs(value) < LARGEST:
         return float(value)
     if hint is str and name.endswith("_dir") and isinstance(value, os.PathLike):
@@ -85,6 +102,11 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     if hint is str and "\0" in value:
         raise ValueError(f"{KINDS[str]} without null characters")
     return value
+
+
+def recorded(settings: Settings) -> dict[str, Any]:
+    """Return the settings as a checkpoint has them, by name."""
+    return {name: value for name, value in asdict(settings).items() if name not in NOT_PASSED_ON}
 
 
 def shown(value: object) -> str:

@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, pla
 from training.parallel import is_sharded, load_weights, new_policy
 from training.progress import TrainingProgress
 from training.rollout import Rollout, collect
+from training.setting_types import recorded
 from training.validation import policy_sizes
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ class Trainer:
             model_config=self.policy.sizes,
             symbols=list(self.env.market.symbols),
             features=self.env.market.statistics.state_dict(),
-            config=asdict(self.settings),
+            config=recorded(self.settings),
             data_fingerprint=fingerprint,
             data_cutoff_ns=progress.cutoff_ns,
             trained_until_ns=progress.trained_until_ns,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from data_sources.vendors.files_description import is_timezone
 from envs.config import FEATURE_GROUPS, EnvConfig, require
 from runtime.control import EXIT_SETTING, ExitProgram
 from training.setting_types import DEVICE_RULE, DEVICES, shown
+from training.urls import find_targets, is_address, is_local
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -69,13 +71,15 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "keep_checkpoints": (1, 10**6),
     "keep_runs": (1, 10**6),
     "prometheus_port": (1, 65_535),
+    "web_port": (1, 65_535),
 }
 ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef")
-OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port")
+OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port", "web_port")
 LARGEST_POSITION = 100.0
 LONGEST_SYMBOL = 32
 WITHOUT_SHORTS = "use --positions 0,1, or --allow-spot-shorts if you borrow coins on margin"
 KEPT_SHORTS = "keeps those that it was trained with; --allow-spot-shorts says that you borrow coins on margin"
+LEAST_TOKEN = 16  # characters
 MINUTES_PER_DAY = DAY_NS // MINUTE_NS
 
 
@@ -138,6 +142,31 @@ def check_training(settings: Settings, world_size: int) -> None:
     same = Path(s.checkpoint_dir).resolve() == Path(s.data_dir).resolve()
     require(not same, "data_dir", s.data_dir, "must be another folder than checkpoint_dir")
     check_batch(settings, world_size)
+    check_watchers(settings, os.environ)
+
+
+def check_watchers(settings: Settings, environment: Mapping[str, str]) -> None:
+    """Check what the page and the messages need of the environment.
+
+    Raises:
+        ValueError: others could read the page without a token, or a target in NOTIFY_URLS cannot be used.
+    """
+    token = environment.get("WEB_TOKEN", "")
+    if (
+        settings.web_port is not None
+        and len(token) < LEAST_TOKEN
+        and (token or not is_local(settings.web_host))
+    ):
+        reason = (
+            f"is reached from other machines, so WEB_TOKEN in .env must have {LEAST_TOKEN} characters or more"
+        )
+        if token:
+            reason = f"has a WEB_TOKEN in .env of under {LEAST_TOKEN} characters"
+        make = 'python -c "import secrets; print(secrets.token_urlsafe())"'
+        raise ValueError(f"web_host={settings.web_host} {reason}; make one with {make}")
+    for url in find_targets((), environment):
+        if fault := url.find_fault():
+            raise ValueError(f"NOTIFY_URLS in .env has {url}, which {fault}")
 
 
 def check_batch(settings: Settings, world_size: int) -> None:
@@ -244,6 +273,16 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
 
     yield "device", DEVICES.fullmatch(s.device) is not None, DEVICE_RULE
+
+    yield (
+        "web_host",
+        bool(s.web_host) and is_address(s.web_host),
+        "must be an address, such as 127.0.0.1 or 0.0.0.0",
+    )
+    is_same_port = s.web_port is not None and s.web_port == s.prometheus_port
+    yield "web_port", not is_same_port, "must be another port than prometheus_port"
+    faults = [f"{url}: {fault}" for url in s.notify if (fault := url.find_fault())]
+    yield "notify", not faults, f"has {'; '.join(faults)}"
 
     if s.mirror:
         protocol, _, rest = s.mirror.rpartition("://")

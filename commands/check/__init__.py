@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from commands.check import machine, sources
 from commands.check.features import check_features
 from commands.check.report import Line, print_report
+from commands.check.watchers import check_watchers
 from data_sources import refresh
 from data_sources.sources import Answer, DataRequest
 from monitoring.machine import memory_bytes
@@ -29,16 +30,19 @@ from training.devices import Devices
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-__all__ = ["check_all", "check_folder", "check_room", "plan_launch", "print_report"]
+__all__ = ["check_all", "check_folder", "check_room", "check_watchers", "plan_launch", "print_report"]
 
 
-def check_all(settings: Settings, environment: Mapping[str, str], offline: bool) -> Iterator[Line]:
+def check_all(
+    settings: Settings, environment: Mapping[str, str], offline: bool, sends_test: bool = False
+) -> Iterator[Line]:
     """Run every check, in the order in which a start would meet its errors.
 
     Args:
         settings: each valid by itself.
         environment: keys, NPROC and its like.
         offline: contact no source.
+        sends_test: send a message to every target of messages.
     """
     launch, found = Launch(), None
     try:
@@ -74,6 +78,7 @@ def check_all(settings: Settings, environment: Mapping[str, str], offline: bool)
     if found:
         yield from machine.check_devices(found, settings)
     yield from check_room(settings, request, launch, found)
+    yield from check_watchers(settings, environment, sends_test)
     yield from machine.check_versions()
 
 

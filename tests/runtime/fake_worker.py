@@ -85,13 +85,18 @@ def train(rank: int) -> None:
 if __name__ == "__main__":
     command, *flags = sys.argv[1:] or ["nothing"]
     if command == "preflight":
-        report_plan(int(os.environ["NPROC"]), FOLDER)
+        report_plan(int(os.environ["NPROC"]), FOLDER, "COMPANION" in os.environ)
         log(f"preflight {' '.join(flags)} planned={os.environ['NPROC']}")
         if MISHAP == "preflight":
             sys.stderr.write("the setting is wrong\n")
             sys.exit(int(MISHAP_DETAIL))
     elif command == "train" and "--help" not in flags:
         train(int(os.environ.get("RANK", "0")))
+    elif command == "companion":
+        log(f"companion {' '.join(flags)}")
+        for line in sys.stdin:
+            log(f"heard {line.strip()}")
+        log("companion ends")
     elif command == "folder":
         sys.stdout.write(os.environ["CONTINUOUS_TRAINING_CALLED_FROM"] + "\n")
     else:

@@ -195,6 +195,38 @@ def test_a_second_ctrl_c_ends_at_once_with_130(daemon):
     assert run.has_left_nothing()
 
 
+def heard(run: Daemon) -> list[tuple[str, int]]:
+    """What the companion was told: events with their counts."""
+    lines = [line.removeprefix("heard ") for line in run.log().splitlines() if line.startswith("heard ")]
+    return [(word["event"], word["count"]) for word in map(json.loads, lines)]
+
+
+def test_a_companion_outlives_crashes_and_is_told_of_them(daemon):
+    run = daemon("--flag", "1", COMPANION="yes", MISHAP="step:1", limits={"crashes": 3}).start()
+    code, errors = run.ends()
+    assert code == 1 and "Giving up: 3 crashes" in errors
+    assert heard(run) == [("restarted", 1), ("restarted", 2), ("gave_up", 1), ("end", 1)]
+    assert run.log().count("companion --flag 1") == 1 and "companion ends" in run.log()
+    assert run.has_left_nothing()
+
+
+def test_a_companion_hears_the_end_of_a_supervisor_that_is_killed(daemon):
+    run = daemon(COMPANION="yes").start().train()
+    run.process.kill()
+    wait_for(lambda: "companion ends" in run.log())
+    assert heard(run) == []
+    wait_for(lambda: not run.living())
+
+
+@pytest.mark.parametrize(("mishap", "events"), [("start:reports 4", ["gave_up", "end"]), ("", ["end"])])
+def test_a_companion_is_told_of_an_end_that_is_final(daemon, mishap, events):
+    run = daemon(COMPANION="yes", MISHAP=mishap).start()
+    if not mishap:
+        run.train().process.send_signal(signal.SIGINT)
+    assert run.ends()[0] == (4 if mishap else 0)
+    assert [event for event, _ in heard(run)] == events and run.has_left_nothing()
+
+
 def test_a_bouncing_ctrl_c_counts_once(daemon):
     run = daemon(EPOCH_SECONDS="0.8").start().train()
     run.process.send_signal(signal.SIGINT)
