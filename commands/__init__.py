@@ -287,6 +287,39 @@ def signals_command(
             raise ExitProgram(EXIT_NO_DATA, str(error)) from error
 
 
+def paper_command(
+    trained: TrainedPolicy,
+    symbols: Annotated[
+        str, typer.Option("--symbols", help="comma-separated; default: all of the training")
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the accounts' folder; default: paper/NAME")
+    ] = None,
+    portfolio: Annotated[
+        bool, typer.Option("--portfolio", help="beside them one account over all symbols")
+    ] = False,
+    gross: Annotated[
+        float,
+        typer.Option("--gross", help="cap on its exposure, in equities", parser=float, metavar="<float>"),
+    ] = 1.0,
+    minutes: Annotated[
+        int | None, typer.Option("--minutes", min=1, help="end after so many; default: at Ctrl+C")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a minute")] = False,
+) -> None:
+    """Trade on paper: accounts on live bars, once a minute, until Ctrl+C; sends no orders."""
+    from commands import paper
+    from monitoring.console import Console
+
+    wanted = tuple(dict.fromkeys(name.strip() for name in symbols.split(",") if name.strip()))
+    options = paper.PaperOptions(wanted, output, minutes, as_json, gross if portfolio else None)
+    with Console(Path(trained.settings.log_dir), to_stderr=as_json) as console:
+        try:
+            paper.run(trained, options, console)
+        except OSError as error:
+            raise ExitProgram(EXIT_CRASH, f"{error.filename}: {error.strerror}") from error
+
+
 def export_command(
     trained: TrainedPolicy,
     output: Annotated[Path | None, typer.Option("--output", help="default: exports/NAME")] = None,
@@ -314,6 +347,7 @@ CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (
     evaluate_command,
     episode_command,
     signals_command,
+    paper_command,
     export_command,
 )
 HIDDEN = (preflight_command, companion_command)

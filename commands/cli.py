@@ -142,13 +142,17 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         from evaluation.trained_policy import TrainedPolicy
         from models.exported import ExportError
         from training import devices
-        from training.checkpoint import CheckpointError
+        from training.checkpoint import BEST, CheckpointError
 
         options = {parameter.name: _locate(given.pop(parameter.name)) for parameter in own}
         try:
             changes = _parse_given(settings_class, types, given)
             device = devices.of_rank(changes.get("device", "auto"), local_rank=0)
-            trained = TrainedPolicy.read(_locate(checkpoint), settings_class, device, **changes)
+            path = _locate(checkpoint)
+            if str(checkpoint) == "best" and not path.exists():  # the champion, wherever it is kept
+                default = next(f.default for f in fields(settings_class) if f.name == "checkpoint_dir")
+                path = Path(changes.get("checkpoint_dir", default)) / BEST
+            trained = TrainedPolicy.read(path, settings_class, device, **changes)
             _call(run, trained, options)
         except (CheckpointError, ExportError, FeatureError) as error:
             exit_with(EXIT_SETTING, str(error))
@@ -158,7 +162,9 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         except ValueError as error:
             exit_with(EXIT_SETTING, f"Invalid setting: {error}")
 
-    argument = typer.Argument(metavar="CHECKPOINT", help="a file such as checkpoints/best.pt")
+    argument = typer.Argument(
+        metavar="CHECKPOINT", help="a file such as checkpoints/run1_epoch25.pt, or best: the champion"
+    )
     path = inspect.Parameter("checkpoint", KEYWORD, annotation=Annotated[Path, argument])
     return _with_options(command, [path, *own, *_setting_options(settings_class, show_defaults=False)])
 

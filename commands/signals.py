@@ -197,7 +197,7 @@ def run(
     settings = trained.settings
     lake = Lake(Path(settings.data_dir), progress)
     if options.refreshes:
-        now_ns = _refresh(lake, trained, options, now_ns, progress)
+        now_ns = refresh_bars(lake, trained, options, now_ns, progress)
     data = load(lake, request_of(settings, now_ns, options.symbols, trained.actor.sees_others))
     signals, missing = compute_signals(trained, data, now_ns, options)
     if options.as_json:
@@ -215,7 +215,7 @@ def run(
     return bool(signals)
 
 
-def _refresh(
+def refresh_bars(
     lake: Lake, trained: TrainedPolicy, options: SignalOptions, now_ns: int, progress: Progress
 ) -> int:
     """Refresh the bars, after another process's refresh if one is under way; return the time of the request."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -19,7 +19,9 @@ class OpenAccount:
     """One account between two decisions, all of it: money as in ``AccountState``."""
 
     next_ns: int  # open time of the bar at whose close it decides next
-    price: float  # open of the bar after that one, at which its equity is counted
+    close: float  # of that bar
+    mark_ns: int  # open time of a later bar, the next one when it stood there
+    price: float  # open of that one, at which its equity was counted
     cash: float
     units: float
     owed: float
@@ -32,6 +34,7 @@ class OpenAccount:
     log_start: float  # log equity at the start of the episode
 
 
+SAME = 1e-6  # ratios of prices in float32 that agree so well are one
 AMOUNTS = tuple(field.name for field in fields(AccountState) if field.name != "alive")
 
 
@@ -85,8 +88,23 @@ class OpenEnv(ExamEnv):
         bar = first[where].clamp(min=0)
         goes_on = (first[where] >= 0) & (market.open_time[bar] == values("next_ns", torch.int64))
         self._cursor[where] = torch.where(goes_on, bar, -1)
-        price = market.quotes[(bar + 1).clamp(max=len(market.quotes) - 1), 0].to(dtype)
-        self._kept.units[where] *= torch.where(goes_on, values("price", dtype) / price, 1.0)
+        self._kept.units[where] *= torch.where(goes_on, self._rescaled(where, bar, values), 1.0)
+
+    def _rescaled(self, where: Tensor, bar: Tensor, values: Callable[[str, torch.dtype], Tensor]) -> Tensor:
+        """Return the factor of a split since then: two prices agree on it, those of a revised bar do not."""
+        market, offsets = self.market, self.market.offsets
+        numbers, marked = self._symbols[where], values("mark_ns", torch.int64)
+        later = [
+            first + int(torch.searchsorted(market.open_time[first:last], time))
+            for first, last, time in zip(
+                offsets[numbers].tolist(), offsets[numbers + 1].tolist(), marked, strict=True
+            )
+        ]
+        mark = torch.tensor(later, device=self.device).clamp_(max=len(market.open_time) - 1)
+        is_there = market.open_time[mark] == marked
+        ratio = values("price", self.dtype) / market.quotes[mark, 0].to(self.dtype)
+        other = values("close", self.dtype) / market.quotes[bar, 1].to(self.dtype)
+        return torch.where(is_there & ((ratio / other - 1).abs() < SAME), ratio, 1.0)
 
     def _places(self) -> tuple[Tensor, Tensor]:
         if self._round:
@@ -114,7 +132,9 @@ class OpenEnv(ExamEnv):
             zip((*(f.name for f in fields(AccountState)), "played", "log_start"), tensors, strict=True)
         )
         columns["next_ns"] = self.market.open_time[cursor]
+        columns["close"] = self.market.quotes[cursor, 1].double()
         after = (cursor + 1).clamp_(max=len(self.market.quotes) - 1)
+        columns["mark_ns"] = self.market.open_time[after]
         columns["price"] = self.market.quotes[after, 0].double()
         has_walked = (self._schedule[0] >= 0).tolist()
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)

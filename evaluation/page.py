@@ -68,6 +68,15 @@ def render_record(
     )
 
 
+def render_paper(
+    content: Mapping[str, Any], said: Sequence[Mapping[str, Any]], svgs: Mapping[str, tuple[str, str]]
+) -> bytes:
+    """Return ``paper.html``: paper accounts as ``paper --json`` shows them, and what was said, newest first."""
+    pairs = {name: tuple(map(Markup, pair)) for name, pair in svgs.items()}
+    page = _environment().get_template("paper.html")
+    return page.render(content=content, said=said, svgs=pairs).encode()
+
+
 def headline(report: Report) -> str:
     """Return the result in one sentence or two."""
     net = report.pooled[POLICY].total_return

@@ -17,7 +17,7 @@ from envs.open_env import OpenAccount
 from evaluation import record
 from evaluation.record import HEAD, NAME
 
-ACCOUNT = OpenAccount(60, 100.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, 5.0, 0.0)
+ACCOUNT = OpenAccount(60, 100.0, 120, 100.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, 5.0, 0.0)
 
 
 def accounts(cash: float) -> record.Accounts:

@@ -1,0 +1,173 @@
+"""The command ``paper``: a loopback Binance minute by minute, with faults and a restart, and what was booked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import paper
+from commands.check.report import Line
+from commands.paper import PaperOptions
+from commands.signals import request_of
+from continuous_training import Settings
+from data_sources.bars import MINUTE_NS
+from data_sources.lake.lake import Lake
+from data_sources.load import load
+from envs.market import Market
+from evaluation.open_walk import walk_on
+from evaluation.paper import SETTLED_MINUTES
+from evaluation.paper_book import LINES, STATE
+from evaluation.trained_policy import NEVER_NS, TrainedPolicy
+from monitoring.console import Console
+from runtime.control import ExitProgram
+from runtime.locking import FolderLock
+from tests.data_sources.vendors.binance_server import BinanceServer
+from tests.data_sources.vendors.loopback import Fault
+from tests.evaluation.reports import Page
+from tests.training.checkpoints import NOW, PAIRS, untrained
+
+START = NOW // MINUTE_NS * MINUTE_NS + 6 * 10**9
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[BinanceServer]:
+    with BinanceServer(NOW) as running:
+        yield running
+
+
+class Trader:
+    """A paper account whose clock is moved by hand."""
+
+    def __init__(self, folder: Path, server: BinanceServer, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.server, self.capsys = folder, server, capsys
+        self.path = untrained(folder)
+        self.now_ns = START
+        self.said = ""
+
+    def run(self, minutes: int, **options: Any) -> list[dict[str, Any]]:
+        """Start it for so many minutes; return what it printed."""
+
+        def clock() -> int:
+            self.server.now_ns = self.now_ns
+            return self.now_ns
+
+        def sleep(seconds: float) -> None:
+            self.now_ns += MINUTE_NS
+
+        trained = TrainedPolicy.read(self.path, Settings)
+        given = PaperOptions(folder=self.folder / "paper", minutes=minutes, as_json=True)
+        with Console(self.folder / "logs", to_stderr=True) as console:
+            paper.run(trained, replace(given, **options), console, clock, sleep)
+        self.now_ns += MINUTE_NS
+        out, self.said = self.capsys.readouterr()
+        return [json.loads(line) for line in out.splitlines()]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "paper" / LINES).read_text().splitlines()]
+
+    @property
+    def accounts(self) -> dict[str, Any]:
+        content = json.loads((self.folder / "paper" / STATE).read_text())
+        return dict(content["state"]["accounts"])
+
+
+@pytest.fixture
+def trader(
+    server: BinanceServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Trader:
+    server.now_ns = NOW
+    server.faults.clear()
+    monkeypatch.setenv("BINANCE_API_URL", server.url)
+    monkeypatch.setenv("BINANCE_ARCHIVE_URL", server.url)
+    return Trader(tmp_path, server, capsys)
+
+
+def test_two_starts_earn_what_an_exam_of_the_same_minutes_says(trader: Trader) -> None:
+    contents = [*trader.run(6, gross=1.0), *trader.run(SETTLED_MINUTES + 6, gross=1.0)]
+    trained = TrainedPolicy.read(trader.path, Settings)
+    data = load(Lake(Path(trained.settings.data_dir)), request_of(trained.settings, trader.now_ns, ()))
+    market = Market.from_settings(data.bars, trained.settings, trained.device, NEVER_NS, trained.statistics)
+    settled_ns = trader.now_ns // MINUTE_NS * MINUTE_NS - (1 + SETTLED_MINUTES) * MINUTE_NS
+    exam = walk_on(
+        trained.policy,
+        market,
+        trained.env_config(1),
+        PAIRS,
+        {},
+        START // MINUTE_NS * MINUTE_NS - MINUTE_NS,
+        settled_ns,
+    )
+    fills = [line for line in trader.lines if line["kind"] == "fill"]
+    for name in ("policy", "buy and hold"):
+        for symbol in PAIRS:
+            assert trader.accounts[name][symbol] == asdict(exam.accounts[name][symbol])  # to the bit
+    assert len(fills) == sum(int((walk.traded > 0).sum()) for walk in exam.walks["policy"])
+    last = contents[-1]
+    assert len(contents) == 12 + SETTLED_MINUTES and last["trades"] == len(fills)
+    assert len({(line["time"], line["symbol"]) for line in fills}) == len(fills)  # none twice
+    assert {row["symbol"] for row in last["symbols"]} == set(PAIRS)
+    assert all(row["target"] in (-1.0, 0.0, 1.0) for row in last["symbols"])
+    assert 0 <= last["portfolio"]["exposure"] <= 1.001
+    page = Page((trader.folder / "paper" / "paper.html").read_bytes())
+    page.loads_nothing()
+    assert "No orders were sent" in page.text
+
+
+def test_late_bars_sources_that_are_down_and_wrong_clocks_are_no_trade_and_said(
+    trader: Trader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trader.run(2)
+    late = Fault(r"klines\?.*BTCUSDT", "rows", rows=lambda rows: rows[:-2])
+    trader.server.faults.append(late)
+    (content,) = trader.run(1)
+    states = {row["symbol"]: (row["target"], row["state"]) for row in content["symbols"]}
+    assert states["BTCUSDT"][0] is None and "stale, no trade" in states["BTCUSDT"][1]
+    assert states["ETHUSDT"][0] is not None
+    trader.server.faults[:] = [Fault("/api/v3/klines", status=451)]
+    (content,) = trader.run(1)
+    assert "No trade: " in trader.said and "sources are down, or this clock is ahead" in trader.said
+    trader.server.faults.clear()
+    trader.run(SETTLED_MINUTES + 3)
+    assert "BTCUSDT: bar" in trader.said and "came too late" in trader.said
+    behind = trader.now_ns
+    trader.now_ns -= 10 * MINUTE_NS
+    assert trader.run(1) == []
+    assert "No trade: the clock went back" in trader.said
+    trader.now_ns = behind
+    off = Line("clock", "warning", "90 s behind api.example.com's: set it, as with timedatectl set-ntp true")
+    monkeypatch.setattr(paper, "check_clock", lambda answers: off)
+    (content,) = trader.run(1)
+    assert "No trade: this clock is 90 s behind api.example.com's" in trader.said
+    assert all(row["target"] is None for row in content["symbols"])
+
+
+def test_a_new_champion_is_followed(trader: Trader) -> None:
+    trader.run(1)
+    other = untrained(trader.folder / "other")
+    best = trader.path
+    best.write_bytes(other.read_bytes())
+    contents = trader.run(1)
+    assert contents[0]["checkpoint"] == "run1_epoch2.pt"
+
+
+def test_one_folder_is_one_papers(trader: Trader) -> None:
+    trader.run(1)
+    with FolderLock(trader.folder / "paper").hold():
+        with pytest.raises(ExitProgram, match=r"is used by another paper, process \d+: stop it") as failure:
+            trader.run(1)
+        assert failure.value.code == 75
+    with pytest.raises(ExitProgram, match="has accounts of another symbols, gross: use another --output"):
+        trader.run(1, symbols=("BTCUSDT",), gross=0.5)
+    with pytest.raises(ValueError, match="--gross -1 must be above 0"):
+        trader.run(1, gross=-1.0)
+    with pytest.raises(ValueError, match="--symbols NOPE"):
+        trader.run(1, symbols=("NOPE",))
+    (trader.folder / "paper" / STATE).write_text("{")
+    with pytest.raises(ExitProgram, match=r"paper\.state is damaged"):
+        trader.run(1)
