@@ -50,8 +50,8 @@ class History:
     def __len__(self) -> int:
         return len(self.open_time)
 
-    def join(self, peers: Peers) -> None:
-        """Make it part of a panel."""
+    def join(self, peers: Peers | None) -> None:
+        """Make it part of a panel; None: of none any more."""
         self._peers = peers
 
     @property

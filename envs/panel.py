@@ -70,6 +70,7 @@ class Panel:
             history = History(bars.rows(first, end), self._device)
             history.join(Peers(symbol, history, first))
             yield first, end, history
+            history.join(None)  # a circle would keep gigabytes until Python's collector comes
 
     def class_of(self, asset_class: str) -> _Class:
         """Return the members of an asset class."""
