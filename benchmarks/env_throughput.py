@@ -154,7 +154,7 @@ def feature_seconds(device: str) -> float:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        features.compute(bars, torch.device(device))
+        features.compute(bars, torch.device(device), features.chosen_features())
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -242,7 +242,7 @@ def main() -> None:
     kept, segment = bytes_per_environment(env)
     print(
         f"\nMemory per environment beside the market: {kept:.0f} bytes kept; {segment:,.0f} for the quotes of the "
-        f"segment that is played.\n{len(features.FEATURES)} features of a million bars: "
+        f"segment that is played.\n{len(features.chosen_features())} features of a million bars: "
         f"{feature_seconds(options.device):.2f} s."
     )
     if peers:

@@ -9,7 +9,7 @@ from commands.check.report import Line
 from data_sources.errors import DataError
 from envs.feature_checks import check_own_features
 from envs.feature_errors import FeatureError
-from envs.features import BUILT_IN, own_features
+from envs.features import chosen_features, own_features
 from runtime.control import EXIT_SETTING
 
 if TYPE_CHECKING:
@@ -35,5 +35,6 @@ def check_features(settings: Settings, now_ns: int) -> Iterator[Line]:
     for text in report.warnings:
         yield Line("features", "warning", text)
     if not report.errors and not report.warnings:
-        text = f"{len(BUILT_IN)}, and {', '.join(report.names)} of your own: none looks ahead"
+        num_chosen = len(chosen_features(settings.features)) - len(report.names)
+        text = f"{num_chosen}, and {', '.join(report.names)} of your own: none looks ahead"
         yield Line("features", "OK", text)
