@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from envs.history import History
+from envs.history import FLOW_WINDOWS, History
 from envs.rolling import log_ratio, rolling_means
 
 HORIZONS = (1, 2, 3, 5, 15, 60, 240)
@@ -92,5 +92,5 @@ PANEL_FEATURES = (
     *map(_share_up, (1, 15, 60)),
     *map(_rank, ("return_1", "return_15", "return_60", "volume", "taker_flow_5")),
     market_volume,
-    *map(_market_flow, (1, 15)),
+    *map(_market_flow, FLOW_WINDOWS),
 )

@@ -74,9 +74,8 @@ def features_of_part(
         number = table.notna().sum(axis=1).clip(lower=1)
         share = (table.lt(mine[name], axis=0).sum(axis=1) - table.gt(mine[name], axis=0).sum(axis=1)) / number
         result[f"{name}_rank"] = share.where(mine.counts | (not is_member), 0.0)
-    for feature, name in (
-        ("market_volume", "volume"), ("market_flow_1", "taker_flow_1"), ("market_flow_15", "taker_flow_15"),
-    ):  # fmt: skip
+    flows = {f"market_flow_{length}": f"taker_flow_{length}" for length in (1, 5, 15, 60)}
+    for feature, name in {"market_volume": "volume", **flows}.items():
         mean = cross_section(others, name, minutes).mean(axis=1)
         result[feature] = mean.reindex(mine.index, method="ffill", tolerance=MOST_AGE).fillna(0.0)
     return result
@@ -105,7 +104,16 @@ def of_part(bars: Bars) -> pd.DataFrame:
     return table
 
 
-SINGLE = ["return_1", "return_15", "return_60", "volume", "taker_flow_1", "taker_flow_5", "taker_flow_15"]
+SINGLE = [
+    "return_1",
+    "return_15",
+    "return_60",
+    "volume",
+    "taker_flow_1",
+    "taker_flow_5",
+    "taker_flow_15",
+    "taker_flow_60",
+]
 
 
 def at_minutes(table: pd.DataFrame, minutes: pd.DatetimeIndex) -> pd.DataFrame:
