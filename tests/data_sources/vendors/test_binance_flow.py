@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +30,7 @@ from tests.data_sources.bar_tables import as_format_1, read
 from tests.data_sources.vendors.binance_harness import DAY_NS, NOW, POLICY, Harness
 from tests.data_sources.vendors.binance_server import MINUTE_NS, BinanceServer, flow_of
 from tests.data_sources.vendors.loopback import Fault, Notes, ns
+from tests.program import ROOT
 
 LONG_AGO, LISTED, NOVEMBER = ns("2026-09-15T00:00"), ns("2026-09-28T00:00"), ns("2026-11-01T00:00")
 UNITS = ["2026-11-22", "2026-11-21", "2026-10", "2026-09"]
@@ -155,6 +159,42 @@ def test_a_bounded_fetch_goes_on_where_it_ended_and_so_does_one_that_is_interrup
     assert missing_flow(former.lake, former.request, NOW).files == 2
     assert former.fetch_flow() == ["BTCUSDT-1m-2026-09.zip", "ETHUSDT-1m-2026-09.zip"]
     former.assert_whole("BTCUSDT", "2026-09-01T00:00", "2026-11-01T00:00")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from data_sources.flow import fetch_flow
+from data_sources.lake.lake import Lake
+from data_sources.progress import NullProgress
+from data_sources.sources import DataRequest
+root, start_ns, now_ns, *pairs = sys.argv[1:]
+request = DataRequest(("binance",), {"binance_pairs": tuple(pairs)}, int(start_ns), int(now_ns), min_bars=1)
+fetch_flow(Lake(Path(root)), request, int(now_ns), NullProgress())
+"""
+
+
+@pytest.mark.drill
+def test_a_fetch_that_is_killed_goes_on_where_it_was(server: BinanceServer, lake: Path) -> None:
+    pairs = PAIRS[SPOT.source]
+    command = [sys.executable, "-c", KILLED, str(lake), str(LONG_AGO), str(NOW), *pairs]
+    former = FormerLake(server, lake, SPOT, *pairs, end_ns=NOW)
+    for files in (1, 2, 1, 3):
+        server.requests.clear()
+        child = subprocess.Popen(command, cwd=ROOT)
+        while sum(path.endswith(".zip") for path in server.requests) < files:
+            time.sleep(0.001)
+        time.sleep(0.03 * files)  # within the answer, the rows or the write
+        child.kill()
+        child.wait()
+        left = missing_flow(Lake(lake), former.request, NOW).files
+        assert Lake(lake).verify() == []
+    assert 1 <= left <= 8 - 3  # each but the last of every process is kept
+    former.lake = Lake(lake)
+    assert len(former.fetch_flow()) == left
+    for pair in pairs:
+        former.assert_whole(pair, "2026-09-01T00:00", "2026-11-01T00:00")
+        former.assert_whole(pair, "2026-11-21T00:00", "2026-11-23T00:00")
 
 
 def test_a_month_that_has_other_prices_by_now_changes_no_bar_and_is_said(former: FormerLake) -> None:
