@@ -3,11 +3,11 @@
     git worktree add ../other COMMIT
     python benchmarks/data_beside.py --other ../other [--rounds 7]
 
-Every measurement is a fresh process that has done the same once before the clock starts: ``refresh``, without news
-but for a closed minute, of 26 pairs over two years, against a stand-in of Binance on loopback; ``day``, a day file
-of Polygon's with 1.6 million rows to checked, synced bars of 22 stocks; ``copy`` and ``lake``, from the mapped
-copy and from the lake's Parquet to tensors. The two commits take turns, each with a lake that it wrote: ours has
-order flow for ``refresh`` and ``lake, with flow``. CPU seconds are of all threads: a busy machine spoils less.
+A round is a process of each commit, in turns; every job is done there once before its clock starts: ``refresh``,
+without news but for a closed minute, of 8 pairs over a year, against a stand-in of Binance on loopback; ``day``, a
+day file of Polygon's with 1.6 million rows to checked, synced bars of 22 stocks; ``copy`` and ``lake``, from the
+mapped copy and from the lake's Parquet to tensors. Each commit has a lake that it wrote, ours with order flow for
+``refresh`` and ``lake, with flow``. CPU seconds are of all threads, so that a busy machine spoils less.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import datetime as dt
 import gzip
 import io
+import json
 import os
 import platform
 import statistics
@@ -27,14 +28,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTE_NS, DAY_NS = 60_000_000_000, 86_400 * 10**9
-NOW_NS = 1_795_521_630 * 10**9  # 2026-11-24 12:00:30
-PAIRS = tuple(f"COIN{letter}USDT" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+NOW_NS = 1_793_707_230 * 10**9  # 2026-11-03 12:00:30, when October's files are out
+PAIRS = tuple(f"COIN{letter}USDT" for letter in "ABCDEFGH")
 STOCKS = (
     "AAPL", "MSFT", "GOOGL", "AMZN", "NVDA", "META", "TSLA", "JPM", "BAC", "V", "MA", "WMT", "UNH", "PG", "DIS",
     "INTC", "CSCO", "ORCL", "ADBE", "CRM", "NFLX", "AMD",
 )  # fmt: skip
 DAY = dt.date(2026, 11, 20)
-TENSOR_SYMBOLS, TENSOR_BARS = 6, 500_000
+TENSOR_SYMBOLS, TENSOR_DAYS = 4, 173
 JOBS = ("refresh", "day", "copy", "lake", "lake, with flow")
 
 
@@ -106,7 +107,7 @@ def do_refresh(folder: Path, day: Path, attempt: int):
     from data_sources.refresh import refresh
 
     now_ns = int(os.environ["BENCHMARK_NOW_NS"]) + attempt * MINUTE_NS
-    request = request_for(PAIRS, NOW_NS - 730 * DAY_NS, now_ns)
+    request = request_for(PAIRS, NOW_NS - 365 * DAY_NS, now_ns)
     yield
     reports = refresh(Lake(folder), request, now_ns, NullProgress())
     assert reports["binance"].status == "ok", reports
@@ -133,9 +134,9 @@ def do_tensors(folder: Path, day: Path, attempt: int, is_mapped: bool):
     from data_sources.lake.lake import Lake
     from data_sources.load import each_symbol
 
-    request = request_for(PAIRS[:TENSOR_SYMBOLS], NOW_NS - TENSOR_BARS * MINUTE_NS, NOW_NS)
+    request = request_for(PAIRS[:TENSOR_SYMBOLS], NOW_NS - TENSOR_DAYS * DAY_NS, NOW_NS)
     ready = snapshot.provide(Lake(folder), request)
-    num_bars = TENSOR_SYMBOLS * TENSOR_BARS
+    num_bars = TENSOR_SYMBOLS * TENSOR_DAYS * 1_440
     times, values = torch.empty(num_bars, dtype=torch.int64).fill_(1), torch.empty(5, num_bars).fill_(1)
     yield
     first = 0
@@ -150,20 +151,23 @@ def do_tensors(folder: Path, day: Path, attempt: int, is_mapped: bool):
     assert first > 0.99 * num_bars
 
 
-def work(job: str, folder: Path, day: Path) -> None:
-    """Do a job twice with the modules of the working folder; print the second's CPU time in ns."""
-    for attempt in (0, 1):
-        steps = {
-            "refresh": lambda attempt=attempt: do_refresh(folder, day, attempt),
-            "day": lambda attempt=attempt: do_day(folder, day, attempt),
-            "copy": lambda attempt=attempt: do_tensors(folder, day, attempt, True),
-        }.get(job, lambda attempt=attempt: do_tensors(folder, day, attempt, False))()
-        next(steps)  # what is ready before the clock starts
-        began = time.process_time_ns()
-        for _ in steps:
-            pass
-        spent = time.process_time_ns() - began
-    print(spent)
+def work(folder: Path, day: Path) -> None:
+    """Do every job twice with the modules of the working folder; print the second's CPU time in ns, as JSON."""
+    spent = {}
+    for job in JOBS:
+        for attempt in (0, 1):
+            if job == "refresh":
+                steps = do_refresh(folder / job, day, attempt)
+            elif job == "day":
+                steps = do_day(folder / job, day, attempt)
+            else:
+                steps = do_tensors(folder / job.replace("copy", "lake"), day, attempt, job == "copy")
+            next(steps)  # what is ready before the clock starts
+            began = time.process_time_ns()
+            for _ in steps:
+                pass
+            spent[job] = time.process_time_ns() - began
+    print(json.dumps(spent))
 
 
 def in_tree(tree: Path, *words: str, **environment: str) -> str:
@@ -178,48 +182,50 @@ def in_tree(tree: Path, *words: str, **environment: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--other", type=Path)
+    parser.add_argument("--other", type=Path, help="a working tree of the other commit")
+    parser.add_argument("--folder", type=Path, help="keeps the lakes; default: none are kept")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        job, folder, day = arguments.work
-        work(job, Path(folder), Path(day))
+        work(*map(Path, arguments.work))
         return
     if arguments.make:
         folder, count, start_ns, flow = arguments.make
-        end_ns = NOW_NS - 23 * DAY_NS if int(count) == len(PAIRS) else NOW_NS
+        end_ns = NOW_NS - NOW_NS % DAY_NS - 2 * DAY_NS if int(count) == len(PAIRS) else NOW_NS
         make_lake(Path(folder), PAIRS[: int(count)], int(start_ns), end_ns, flow == "flow")
         return
     sys.path.insert(0, str(ROOT))
     from tests.data_sources.vendors.binance_server import BinanceServer
 
     trees = {"other": arguments.other.resolve(), "ours": ROOT}
-    with tempfile.TemporaryDirectory() as root, BinanceServer(NOW_NS + DAY_NS, PAIRS) as server:
-        day, folders = Path(root) / "day.csv.gz", {}
-        make_day(day)
+    with tempfile.TemporaryDirectory() as temporary, BinanceServer(NOW_NS + DAY_NS, PAIRS) as server:
+        root = (arguments.folder or Path(temporary)).resolve()
+        day = root / "day.csv.gz"
+        if not day.exists():
+            make_day(day)
         for name, tree in trees.items():
-            for job in JOBS:
-                folders[name, job] = folder = Path(root) / name / job
-                if job == "refresh":
-                    make = (len(PAIRS), NOW_NS - 730 * DAY_NS, "flow" if name == "ours" else "none")
-                else:
-                    has_flow = name == "ours" and job == "lake, with flow"
-                    make = (TENSOR_SYMBOLS, NOW_NS - TENSOR_BARS * MINUTE_NS, "flow" if has_flow else "none")
-                if job != "day":
-                    in_tree(tree, "--make", str(folder), *map(str, make))
-        spent: dict[tuple[str, str], list[int]] = {key: [] for key in folders}
+            for job in ("refresh", "lake", "lake, with flow"):
+                count, days = (len(PAIRS), 365) if job == "refresh" else (TENSOR_SYMBOLS, TENSOR_DAYS)
+                has_flow = name == "ours" and job != "lake"
+                folder, start_ns = root / name / job, NOW_NS - days * DAY_NS
+                if not folder.exists():
+                    in_tree(
+                        tree, "--make", str(folder), str(count), str(start_ns), "flow" if has_flow else "none"
+                    )
         addresses = {"BINANCE_API_URL": server.url, "BINANCE_ARCHIVE_URL": server.url}
+        rounds: list[dict[str, dict[str, int]]] = []
         for number in range(arguments.rounds):
-            for job in JOBS:
-                for name in sorted(trees, reverse=bool(number % 2)):
-                    addresses["BENCHMARK_NOW_NS"] = str(NOW_NS + 2 * number * MINUTE_NS)
-                    words = ("--work", job, str(folders[name, job]), str(day))
-                    spent[name, job].append(int(in_tree(trees[name], *words, **addresses)))
+            addresses["BENCHMARK_NOW_NS"] = str(NOW_NS + 2 * number * MINUTE_NS)
+            rounds.append({})
+            for name in sorted(trees, reverse=bool(number % 2)):
+                printed = in_tree(trees[name], "--work", str(root / name), str(day), **addresses)
+                rounds[-1][name] = json.loads(printed)
+            print(f"{number + 1} of {arguments.rounds}: {rounds[-1]}", file=sys.stderr, flush=True)
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, CPU ms")
     for job in JOBS:
-        ours, other = spent["ours", job], spent["other", job]
+        ours, other = ([each[name][job] for each in rounds] for name in ("ours", "other"))
         ratio = statistics.median(a / b for a, b in zip(ours, other, strict=True))
         figures = [f"{statistics.median(each) / 1e6:,.0f} ({min(each) / 1e6:,.0f})" for each in (other, ours)]
         print(

@@ -27,7 +27,8 @@ from data_sources.splits import SplitLedger, near_split_ratio, suspect_splits
 from data_sources.universe import Interval, members, plain_names, top_of
 from data_sources.vendors import SOURCES
 
-SYMBOLS_AT_ONCE = 48  # of a dataset with many: bounds the memory in use beside the result
+# Of a dataset with many: bound the memory in use beside the result, some 200 bytes a bar.
+SYMBOLS_AT_ONCE, BARS_AT_ONCE = 48, 10_000_000
 MIN_COMMON_BARS = 30  # of two sources, to compare their levels
 SOURCES_DIFFER = 0.001  # median relative difference of closes that is worth a flag
 SILENCE_NS = HOUR_NS  # without a trade, after which a perpetual counts as settled or halted
@@ -189,7 +190,7 @@ class _Reader:
         """Return the columns of a symbol, None where the lake has no bar."""
         place = bisect_left(self.symbols, symbol)
         if place not in self._batch_places:
-            batch = self.symbols[place : place + (SYMBOLS_AT_ONCE if self._dataset else 1)]
+            batch = self.symbols[place : place + self._symbols_at_once()]
             self._batch_places = range(place, place + len(batch))
             span = (self._request.start_ns, self._request.end_ns)
             self._batch = self.lake.columns(self.source.name, self._dataset_of(symbol), batch, *span)
@@ -199,6 +200,14 @@ class _Reader:
         if columns is not None and self.group.asset_class == "stock" and not self._request.extended_hours:
             columns = _select(columns, in_regular_session(columns["open_time"]))
         return columns
+
+    def _symbols_at_once(self) -> int:
+        """Return how many symbols to read together: every time, all parts of their dataset are read whole."""
+        if not self._dataset:
+            return 1
+        parts = self.lake.parts(self.source.name, self._dataset).values()
+        bars_of_one = sum(part.rows / max(1, len(part.symbols)) for part in parts)
+        return max(1, min(SYMBOLS_AT_ONCE, int(BARS_AT_ONCE / max(1.0, bars_of_one))))
 
     def names(self, symbol: str) -> list[renames.Stretch]:
         """Return the names that a symbol had, itself alone as a rule."""

@@ -19,7 +19,9 @@ import pytest
 from commands.check import machine
 from commands.selftest import lookahead
 from continuous_training import Settings
+from data_sources import load as loading
 from data_sources.bars import DAY_NS, MINUTE_NS
+from data_sources.lake.lake import Lake
 from data_sources.load import load
 from data_sources.splits import Split, SplitLedger
 from tests.data_sources.vendors.files_harness import NOW, START, Own, assert_same, bars_of
@@ -220,6 +222,23 @@ def test_a_column_of_symbols_divides_a_file(own: Own) -> None:
         assert_same(bars[name.upper()], bars_of(seed=seed))
     assert [bars[name].asset_class for name in ("AAPL", "BTCUSDT")] == ["stock", "crypto"]
     assert "stock AAPL, MSFT; crypto BTCUSDT" in own.notes.warnings[0]
+
+
+def test_of_many_symbols_with_many_bars_a_few_are_loaded_at_once(
+    own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["AAPL", "AMZN", "JPM", "MSFT", "NVDA"]
+    own.csv("all.csv", pd.concat([BARS.assign(symbol=name) for name in names]))
+    own.refresh()
+    together, at_once = own.bars(), []
+    monkeypatch.setattr(loading, "BARS_AT_ONCE", 2 * len(BARS))
+    read = Lake.columns
+    monkeypatch.setattr(
+        Lake, "columns", lambda lake, *asked: at_once.append(list(asked[2])) or read(lake, *asked)
+    )
+    assert [*own.bars()] == names and at_once == [names[:2], names[2:4], names[4:]]
+    for name, bars in own.bars().items():
+        np.testing.assert_array_equal(bars.close, together[name].close)
 
 
 def test_bars_finer_than_a_minute_are_aggregated(own: Own) -> None:
