@@ -108,7 +108,7 @@ class Settings:
     d_model: int = 2_048  # width of the transformer
     num_layers: int = 12  # transformer blocks
     num_heads: int = 32  # attention heads
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16 on GPUs, else fp32
+    precision: Literal["auto", "fp8", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16, on CPUs fp32
     compile: Literal["auto", "on", "off"] = "auto"  # compile the model and the accounts; auto: on GPUs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # whole model on each GPU; fsdp: a shard, for larger models
     device: str = "auto"  # auto: every GPU, else the CPU; cpu; cuda; or one GPU, such as cuda:1

@@ -111,7 +111,7 @@ def print_report(
     settings: Settings, trainer: Trainer, epochs: Sequence[Mapping[str, float]], prepared: float
 ) -> None:
     """Print the table and the figures derived from it."""
-    ranks, trunk, bf16 = trainer.ranks, trainer.policy.trunk, trainer.policy.bf16
+    ranks, trunk, precision = trainer.ranks, trainer.policy.trunk, trainer.policy.precision
     seconds = {name: statistics.median(epoch[name] for epoch in epochs) for name in epochs[0]}
     total = seconds["rollout"] + seconds["update"]
     parts = {
@@ -128,7 +128,7 @@ def print_report(
     name = torch.cuda.get_device_name(ranks.device) if is_cuda else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{ranks.world_size} x {name}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}; {len(epochs)} "
-        f"epochs; {trainer.policy.num_parameters():,} parameters, trunk in {'bf16' if bf16 else 'fp32'}, "
+        f"epochs; {trainer.policy.num_parameters():,} parameters, trunk in {precision}, "
         f"{settings.envs_per_gpu} accounts per device, {micro_batch} segments per micro-batch, "
         f"not compiled: {trainer.not_compiled or 'nothing'}; prepared in {prepared:.0f} s\n"
     )
@@ -140,7 +140,7 @@ def print_report(
     segments = settings.envs_per_gpu * settings.update_passes
     flops = 3 * segments * trunk.forward_flops(settings.context_bars + settings.horizon, settings.horizon)
     rate = flops / seconds["update"]
-    product = matmul_rate(ranks.device, torch.bfloat16 if bf16 else torch.float32)
+    product = matmul_rate(ranks.device, trainer.policy.dtype)
     figures = {
         "transitions per second": f"{transitions / total:,.0f}",
         "rollout, share of the epoch": f"{seconds['rollout'] / total:.1%}",
@@ -148,7 +148,7 @@ def print_report(
         "update, share of a square product's rate": f"{rate / product:.1%}",
         f"a run of {EPOCHS_OF_A_RUN} epochs, hours": f"{EPOCHS_OF_A_RUN * total / 3_600:.2f}",
     }
-    if bf16 and name in PEAKS:
+    if precision == "bf16" and name in PEAKS:
         figures["update, MFU by the data sheet"] = f"{rate / PEAKS[name]:.1%}"
     if is_cuda and trainer.memory_plan.memory_bytes:
         peak_memory = torch.cuda.max_memory_allocated(ranks.device)

@@ -43,13 +43,14 @@ step() {
 
 full=(--preset full --compile on)
 eager=(--preset full --compile off)
+fp8=(--preset full --compile on --precision fp8)
 small=(--preset small --compile on)
 probe=(--preset full --compile on --kernels "$OUT/kernels.txt")
 demo=()
 epochs=5
 if [ -n "$TINY" ]; then
     tiny=(--preset demo --envs-per-gpu 16 --batch-size 2048 --compile off)
-    full=("${tiny[@]}") eager=("${tiny[@]}") small=("${tiny[@]}")
+    full=("${tiny[@]}") eager=("${tiny[@]}") fp8=("${tiny[@]}" --precision fp8) small=("${tiny[@]}")
     probe=("${tiny[@]}" --bars 20000 --symbols 4 --exam-days 2)
     demo=(--epochs 2 --envs-per-gpu 16 --batch-size 2048 --simulated-symbols 4 --simulated-bars 30000 --holdout-days 1)
     epochs=1
@@ -70,6 +71,8 @@ step demo $((${TINY:-0} ? 240 : 90)) env NPROC=1 "$PYTHON" -m runtime.supervisor
     --checkpoint-dir "$work/checkpoints" --log-dir "$work/logs"
 [ -f "$work/logs/metrics.jsonl" ] && cp "$work/logs/metrics.jsonl" "$OUT/demo_metrics.jsonl"
 step epoch_small 90 "$PYTHON" benchmarks/epoch.py "${small[@]}" --measured-epochs "$epochs"
+# From compute capability 8.9 on; on other GPUs it is bf16 again.
+step epoch_full_fp8 150 "$PYTHON" benchmarks/epoch.py "${fp8[@]}" --measured-epochs "$epochs"
 step epoch_full_eager 60 "$PYTHON" benchmarks/epoch.py "${eager[@]}" --measured-epochs "$epochs"
 # As on a card of 24 GB.
 step epoch_full_16 90 "$PYTHON" benchmarks/epoch.py "${eager[@]}" --micro-batch-segments 16 --measured-epochs "$epochs"

@@ -63,7 +63,7 @@ def probe(
         is_cuda = ranks.device.type == "cuda"
         if is_cuda:
             print(f"host syncs of an epoch: {_syncs_of(epoch) or 'none'}")
-            print(f"attention: {_attention(settings, trainer.policy.bf16)}")
+            print(f"attention: {_attention(settings, trainer.policy.dtype)}")
             _print_enqueuing(epoch)
         _print_exam_share(trainer, exam_days, epoch)
         if is_cuda:
@@ -104,7 +104,7 @@ def _syncs_of(epoch: Callable[[], None]) -> dict[str, int]:
     return dict(places)
 
 
-def _attention(settings: Settings, bf16: bool) -> str:
+def _attention(settings: Settings, dtype: torch.dtype) -> str:
     """Return the kernel that torch chooses for the trunk's attention."""
     shape = (
         8,
@@ -112,9 +112,7 @@ def _attention(settings: Settings, bf16: bool) -> str:
         settings.context_bars + settings.horizon,
         settings.d_model // settings.num_heads,
     )
-    values = torch.randn(
-        shape, device="cuda", dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True
-    )
+    values = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
     return type(F.scaled_dot_product_attention(values, values, values, is_causal=True).grad_fn).__name__
 
 

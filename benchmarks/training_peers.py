@@ -110,7 +110,7 @@ def make_trainer(
         entropy_coef=peers.ENTROPY,
         value_coef=peers.VALUE,
     )
-    needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, bf16=False)
+    needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, precision="fp32")
     return Trainer(market, settings, RANKS, MemoryPlan(needs, None, micro_batch), TrainingProgress(run=2))
 
 

@@ -261,7 +261,7 @@ def _evaluate(
     champion, champion_notes = champion_beside(trained, span.start_ns)
     policies = {POLICY: trained.policy}
     if champion:
-        policies[CHAMPION] = champion.policy(device, trained.policy.bf16)
+        policies[CHAMPION] = champion.policy(device, trained.policy.precision)
     try:
         market = trained.market(data.bars, others)
         walks = examine(

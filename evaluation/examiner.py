@@ -136,7 +136,7 @@ class Examiner:
                 return _Plan(start_ns, file)
             try:
                 saved = champion.read(path, trainer.env.market.statistics, trainer.env.config)
-                policy = saved.policy(torch.device("cpu"), trainer.policy.bf16)
+                policy = saved.policy(torch.device("cpu"), trainer.policy.precision)
             except checkpoint.CheckpointError as error:
                 obstacle = f"{error}; move it away to let another one take its place"
                 return _Plan(start_ns, file, obstacle=obstacle)
@@ -154,7 +154,7 @@ class Examiner:
         try:
             policies[POLICY] = trainer.full_policy()
             if sizes:
-                policies[CHAMPION] = on_every_rank(best, sizes, self._ranks, trainer.policy.bf16)
+                policies[CHAMPION] = on_every_rank(best, sizes, self._ranks, trainer.policy.precision)
         except torch.OutOfMemoryError as error:
             failure = _describe(error)
         part = Part(failure=failure) if failure else self._own_part(trainer, policies, start_ns)

@@ -68,14 +68,14 @@ def join(parts: Sequence[Part], symbols: Sequence[str]) -> dict[str, list[Walk]]
     return walks
 
 
-def on_every_rank(policy: Policy | None, sizes: Mapping[str, object], ranks: Ranks, bf16: bool) -> Policy:
+def on_every_rank(policy: Policy | None, sizes: Mapping[str, object], ranks: Ranks, precision: str) -> Policy:
     """Return rank 0's policy on every rank's device (all ranks take part).
 
     Args:
         policy: of rank 0; None on the others.
         sizes: of it, on all ranks.
         ranks: of the training.
-        bf16: of the trunk.
+        precision: of the trunk.
 
     Raises:
         torch.OutOfMemoryError: on every rank, if one has too little memory.
@@ -83,7 +83,7 @@ def on_every_rank(policy: Policy | None, sizes: Mapping[str, object], ranks: Ran
     reason = ""
     try:
         with torch.random.fork_rng(devices=[]):
-            policy = policy or Policy.from_sizes(sizes, bf16).eval()
+            policy = policy or Policy.from_sizes(sizes, precision).eval()
         policy = policy.to(ranks.device)
     except torch.OutOfMemoryError as error:
         reason = str(error)

@@ -27,7 +27,7 @@ from evaluation.open_walk import OpenWalks, walk_on
 from evaluation.parts import Stopped
 from evaluation.record_summary import grown, pool_days, summarize, told
 from evaluation.revision import SCORED
-from models.policy import uses_bf16
+from models.policy import precision_on
 from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waiting
 from training.checkpoint import BEST, Checkpoint, CheckpointError
 from training.distributed import Ranks
@@ -74,8 +74,8 @@ class Recorder:
         if self._ranks.is_first:
             try:
                 config = EnvConfig.from_settings(settings)
-                bf16 = uses_bf16(settings.precision, market.device)
-                self._update(market, config, cutoff_ns, fingerprint, bf16)
+                precision = precision_on(market.device, settings.precision)
+                self._update(market, config, cutoff_ns, fingerprint, precision)
             except Stopped:
                 log.info("Nothing recorded: asked to stop")
             except OSError as error:
@@ -94,7 +94,7 @@ class Recorder:
             self._ranks.any(False)
 
     def _update(
-        self, market: Market, config: EnvConfig, cutoff_ns: int, fingerprint: str, bf16: bool
+        self, market: Market, config: EnvConfig, cutoff_ns: int, fingerprint: str, precision: str
     ) -> None:
         kept = record.read(self._folder)
         if kept.faults:
@@ -120,7 +120,7 @@ class Recorder:
         until_ns = int(kept.lines[-1]["until_ns"]) if kept.lines else best.data_cutoff_ns
         if cutoff_ns <= max(until_ns, best.data_cutoff_ns):
             return
-        found = self._walk(best, market, config, kept, cutoff_ns, bf16)
+        found = self._walk(best, market, config, kept, cutoff_ns, precision)
         if found is None:
             return
         lines = _events(kept, best, market, training, until_ns, config)
@@ -137,7 +137,7 @@ class Recorder:
         config: EnvConfig,
         kept: record.Record,
         cutoff_ns: int,
-        bf16: bool,
+        precision: str,
     ) -> OpenWalks | None:
         """Walk on with all accounts; None without a new bar whose outcome is known."""
         deadline = time.monotonic() + self._max_seconds
@@ -149,7 +149,7 @@ class Recorder:
 
         try:
             return walk_on(
-                best.policy(market.device, bf16),
+                best.policy(market.device, precision),
                 market,
                 config,
                 market.symbols,

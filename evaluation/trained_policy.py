@@ -36,7 +36,7 @@ from envs.latest import latest_decisions
 from envs.market import Market
 from envs.panel import Panel
 from models.exported import ExportError, read_card
-from models.policy import Policy, uses_bf16
+from models.policy import Policy, precision_on
 from training.checkpoint import Checkpoint, CheckpointError, same_version
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class TrainedPolicy:
         longest = checkpoint.max_length - settings.context_bars - 1
         if settings.horizon > longest:
             raise ValueError(f"horizon={settings.horizon} must be at most {longest} with {path}")
-        policy = checkpoint.policy(device, uses_bf16(settings.precision, device))
+        policy = checkpoint.policy(device, precision_on(device, settings.precision))
         return cls(checkpoint, settings, policy, statistics)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from models.policy import Policy, uses_bf16
+from models.policy import Policy, precision_on
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
 FORMAT = 1
@@ -57,7 +57,7 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
     if digest != card["weights_sha256"]:
         raise ExportError(f"{weights} is damaged: its SHA-256 is not the card's; export again")
     sizes = card["model"]
-    policy = Policy.from_sizes(sizes, uses_bf16(sizes["precision"], device))
+    policy = Policy.from_sizes(sizes, precision_on(device, sizes["precision"]))
     try:
         policy.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models import fp8
+
 # The operator is not public: a version of torch without it uses its own layers.
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -71,10 +73,14 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by oneDNN where that is faster."""
+    """nn.Linear, by oneDNN where that is faster, or in fp8."""
+
+    in_fp8 = False  # of layers without bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
+        if self.in_fp8:
+            return fp8.linear(x, self.weight)
         if (
             HAS_ONEDNN
             and not torch.compiler.is_exporting()  # first: a graph may have any number of rows

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import fp8
 from models.linear import Linear
 from models.transformer import TransformerConfig, Trunk
 
@@ -81,32 +82,47 @@ class Head(nn.Module):
         return (log_policy + noise).argmax(dim=-1), log_policy, value
 
 
-def uses_bf16(precision: str, device: torch.device, capability: tuple[int, int] | None = None) -> bool:
-    """Return whether a trunk of this ``precision`` ("auto", "bf16" or "fp32") computes in bf16 on the device.
+def precision_on(device: torch.device, wanted: str, capability: tuple[int, int] | None = None) -> str:
+    """Return the precision of a trunk on a device: fp32, bf16 or fp8.
 
-    "auto" does so on GPUs of compute ``capability`` 8.0 or newer (by default the device's): older ones emulate it.
+    Args:
+        device: of the trunk.
+        wanted: the setting. "auto" is bf16 on GPUs that compute it, else fp32: those below 8.0 emulate it. Where
+            fp8 would take kernels that a GPU lacks, which training refuses, bf16 comes nearest.
+        capability: the GPU's compute capability; by default that of ``device``.
     """
-    if precision != "auto" or device.type != "cuda":
-        return precision == "bf16"
-    return (capability or torch.cuda.get_device_capability(device)) >= BF16_CAPABILITY
+    if device.type != "cuda" or wanted not in ("auto", "fp8"):
+        return "fp32" if wanted == "auto" else wanted
+    capability = capability or torch.cuda.get_device_capability(device)
+    if wanted == "auto":
+        return "bf16" if capability >= BF16_CAPABILITY else "fp32"
+    return "bf16" if wanted == "fp8" and not fp8.has_kernels(capability) else wanted
 
 
 class Policy(nn.Module):
     """Actor and critic of one trading account: logits over target positions, and value."""
 
     def __init__(
-        self, config: TransformerConfig, num_account_features: int, num_positions: int, bf16: bool = False
+        self,
+        config: TransformerConfig,
+        num_account_features: int,
+        num_positions: int,
+        precision: str = "fp32",
     ) -> None:
+        """``precision``: of the trunk, see precision_on; with fp8 blocks multiply in it, and the rest is bf16."""
         super().__init__()
         self.trunk = Trunk(config)
         self.head = Head(config.d_model, num_account_features, num_positions)
-        self.bf16 = bf16
+        self.precision = precision
+        for module in self.trunk.blocks.modules():
+            if isinstance(module, Linear):
+                module.in_fp8 = precision == "fp8"
 
     @classmethod
-    def from_sizes(cls, sizes: Mapping[str, Any], bf16: bool = False) -> Policy:
+    def from_sizes(cls, sizes: Mapping[str, Any], precision: str = "fp32") -> Policy:
         """Build a policy with fresh weights from what ``sizes`` returned; other entries are ignored."""
         trunk = TransformerConfig(**sizes["trunk"])
-        return cls(trunk, sizes["num_account_features"], sizes["num_positions"], bf16)
+        return cls(trunk, sizes["num_account_features"], sizes["num_positions"], precision)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -117,16 +133,21 @@ class Policy(nn.Module):
             "num_positions": self.head.logits.out_features,
         }
 
-    def precision(self, device: torch.device) -> AbstractContextManager[None]:
-        """Return the context for the trunk: bf16 autocast; weights and head stay float32."""
-        if not self.bf16:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what passes between the trunk's blocks; fp8 is for their products alone."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """Return the context for the trunk: bf16 unless it is fp32; weights and head stay float32."""
+        if self.precision == "fp32":
             return nullcontext()
         # Every weight is used once per forward, and a cache would keep its bf16 copy until the end.
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def hidden(self, bars: Tensor, num_decisions: int) -> Tensor:
         """Run the trunk in its precision: (B, S, F) -> (B, T, D) float32, T = ``num_decisions``."""
-        with self.precision(bars.device):
+        with self.autocast(bars.device):
             hidden: Tensor = self.trunk(bars, num_decisions)
         return hidden
 

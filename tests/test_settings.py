@@ -89,7 +89,11 @@ def test_every_preset_fits_every_usual_number_of_processes(preset: str, world_si
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"gamma": 1.5}, "gamma=1.5 must be 0 or more and below 1"),
         ({"runs": 0}, "runs=0 must be 1 or more, or not set"),
-        ({"precision": "fp8"}, "precision=fp8 must be one of: auto, bf16, fp32"),
+        ({"precision": "fp4"}, "precision=fp4 must be one of: auto, fp8, bf16, fp32"),
+        (
+            {"precision": "fp8", "d_model": 40, "num_heads": 4},
+            "a multiple of 16 for precision=fp8, such as 32",
+        ),
         ({"ruin_fraction": 1.0}, "ruin_fraction=1.0 must be 1e-06 or more and below 1"),
         ({"ruin_fraction": 1e-7}, "ruin_fraction=1e-07 must be 1e-06 or more and below 1"),
         ({"positions": (-1.0, 1.0)}, "positions=-1.0,1.0 must have 0 among them"),

@@ -150,7 +150,7 @@ class Checkpoint:
         except OSError as error:
             log.warning(f"old checkpoints were not removed: {root_cause(error)}")
 
-    def policy(self, device: torch.device, bf16: bool) -> Policy:
+    def policy(self, device: torch.device, precision: str) -> Policy:
         """Build the policy with these weights, in evaluation mode; random streams are left as they are.
 
         Raises:
@@ -158,7 +158,7 @@ class Checkpoint:
         """
         # The fresh weights drawn here are replaced at once.
         with same_version(self.path), torch.random.fork_rng(devices=[]):
-            policy = Policy.from_sizes(self.model_config, bf16)
+            policy = Policy.from_sizes(self.model_config, precision)
             policy.load_state_dict(self.model)
         return policy.to(device).eval()
 

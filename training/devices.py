@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models import fp8
 from models.policy import BF16_CAPABILITY
 from runtime.cores import usable_cores
 from runtime.gpus import Driver, hides_gpus, named_gpus, read_driver
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 OLDEST = (7, 5)  # Turing: torch for CUDA 13 has kernels from there on
 SHM, ENOUGH_SHM = Path("/dev/shm"), 512 * 2**20  # bytes
 ON_CPU = "or train on the CPU with --device cpu"
+NEEDS_FP8 = "needs NVIDIA GPUs of compute capability 8.9 (Ada, Hopper) or newer"
+USE_AUTO = "use --precision auto"
 
 
 class DeviceError(ValueError):
@@ -78,7 +81,9 @@ def find(settings: Settings, environment: Mapping[str, str]) -> Devices:
     wanted, text = settings.device, environment.get("NPROC", "").strip()
     asked = int(text) if text.isdigit() else None  # Launch has checked it
     if wanted == "cpu" or (wanted == "auto" and hides_gpus(environment)):
-        return _on_cpu(asked, f"for {'--device cpu' if wanted == 'cpu' else 'CUDA_VISIBLE_DEVICES'}")
+        return _on_cpu(
+            settings.precision, asked, f"for {'--device cpu' if wanted == 'cpu' else 'CUDA_VISIBLE_DEVICES'}"
+        )
     driver = read_driver()
     seen = _seen_gpus()
     named = named_gpus(environment)
@@ -86,7 +91,7 @@ def find(settings: Settings, environment: Mapping[str, str]) -> Devices:
     if driver.num_instances or any(name.startswith("MIG-") for name in named or ()):
         expected = min(expected, 1)  # CUDA gives a process one slice
     if wanted == "auto" and not seen and not expected and not driver.fault:
-        return _on_cpu(asked, _why_no_gpu(driver))
+        return _on_cpu(settings.precision, asked, _why_no_gpu(driver))
     if not seen or len(seen) < expected:
         raise DeviceError(_why_fewer(driver, named, expected, len(seen)))
     gpus = _chosen(wanted, asked, seen)
@@ -137,7 +142,9 @@ def missing_tools(kind: str) -> str:
     return ""
 
 
-def _on_cpu(asked: int | None, reason: str) -> Devices:
+def _on_cpu(precision: str, asked: int | None, reason: str) -> Devices:
+    if precision == "fp8":
+        raise DeviceError(f"precision=fp8 {NEEDS_FP8}, and training is on the CPU, {reason}: {USE_AUTO}")
     ranks = asked or 1
     text = f"on the CPU, {reason}; {usable_cores()} cores"
     return Devices(ranks, text=text, warnings=tuple(_shortages(ranks, False)))
@@ -170,9 +177,11 @@ def _chosen(wanted: str, asked: int | None, seen: list[SeenGpu]) -> tuple[SeenGp
 
 
 def _check_gpu(gpu: SeenGpu, precision: str) -> None:
+    named = f"GPU {gpu.index}, {gpu.name}, has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+    if precision == "fp8" and not fp8.has_kernels(gpu.capability):
+        raise DeviceError(f"precision=fp8 {NEEDS_FP8}, and {named}: {USE_AUTO}")
     if torch.version.hip:
         return
-    named = f"GPU {gpu.index}, {gpu.name}, has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
     if gpu.capability < OLDEST:
         raise DeviceError(
             f"{named}, and training needs {OLDEST[0]}.{OLDEST[1]} (Turing) or newer: leave it out with "
@@ -184,9 +193,7 @@ def _check_gpu(gpu: SeenGpu, precision: str) -> None:
             f"newer and start again, {ON_CPU}"
         )
     if precision == "bf16" and gpu.capability < BF16_CAPABILITY:
-        raise DeviceError(
-            f"precision=bf16: {named}, and computes bf16 from 8.0 (Ampere) on: use --precision auto"
-        )
+        raise DeviceError(f"precision=bf16: {named}, and computes bf16 from 8.0 (Ampere) on: {USE_AUTO}")
 
 
 def _has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from envs.features import chosen_features
-from models.policy import Policy, uses_bf16
+from models.policy import Policy, precision_on
 from training.distributed import Ranks
 from training.validation import minibatch_segments, policy_sizes
 
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 STATE_BYTES = 16  # per parameter: float32 weight, gradient and the optimizer's two moments
-BF16_COPY_BYTES = 2  # per parameter, while a forward and backward use it
+# Per parameter: what autocast makes of it while a forward and backward use it; in fp8 one at a time is rounded.
+COPY_BYTES = {"fp8": 0, "bf16": 2, "fp32": 0}
 BUCKET_BYTES = 4  # per parameter: DDP averages gradients in memory of its own
 # Kept for the backward, per unit of width, layer and bar. On a CPU: tests/training/test_memory.py counts them.
-ACTIVATION_BYTES = {"bf16": 60, "fp32": 86}
+ACTIVATION_BYTES = {"fp8": 54, "bf16": 60, "fp32": 86}
 # On a GPU, whose attention and norms keep less, compiled or not: tests/nullgpu compares the plan with the peak.
-GPU_ACTIVATION_BYTES = {"bf16": 36, "fp32": 72}
+GPU_ACTIVATION_BYTES = {"fp8": 30, "bf16": 36, "fp32": 72}
 # Per unit of width and bar: head and losses, gradients on their way.
-GPU_LAST_BYTES = {"bf16": 24, "fp32": 48}
-INPUT_BYTES = {"bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
+GPU_LAST_BYTES = {"fp8": 24, "bf16": 24, "fp32": 48}
+INPUT_BYTES = {"fp8": 2, "bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
 USABLE = 0.9  # of a GPU's memory: CUDA itself and the allocator's rounding take the rest
 MOST_SEGMENTS = 128  # a GPU is busy long before that
 FEWEST_SEGMENTS = 4  # with fewer, recomputing blocks is cheaper
@@ -54,7 +55,7 @@ class MemoryNeeds:
     envs_per_gpu: int
     minibatch_segments: int
     num_positions: int
-    bf16: bool
+    precision: str  # of the trunk
     market_bytes: int
     num_heads: int = 1
     shards: int = 1  # ranks among which the trunk's weights are divided
@@ -63,7 +64,7 @@ class MemoryNeeds:
     bars_setting: tuple[str, int] = ("history_days", 1)
 
     @staticmethod
-    def of(settings: Settings, market_bytes: int, world_size: int, bf16: bool) -> MemoryNeeds:
+    def of(settings: Settings, market_bytes: int, world_size: int, precision: str) -> MemoryNeeds:
         """Add up what training with these settings needs of one GPU."""
         bars_setting = "start_date" if settings.start_date else "history_days"
         if "simulated" in settings.sources:
@@ -77,7 +78,7 @@ class MemoryNeeds:
             envs_per_gpu=settings.envs_per_gpu,
             minibatch_segments=minibatch_segments(settings, world_size),
             num_positions=len(settings.positions),
-            bf16=bf16,
+            precision=precision,
             market_bytes=market_bytes,
             num_heads=settings.num_heads,
             shards=world_size if settings.parallel == "fsdp" else 1,
@@ -100,7 +101,7 @@ class MemoryNeeds:
         if self.shards > 1:
             copied = 2 * self._block_parameters
             held += copied
-        return held * STATE_BYTES + copied * BF16_COPY_BYTES * self.bf16 + self._bucket_bytes
+        return held * STATE_BYTES + copied * COPY_BYTES[self.precision] + self._bucket_bytes
 
     @property
     def _bucket_bytes(self) -> int:
@@ -142,10 +143,11 @@ class MemoryNeeds:
 
     def segment_bytes(self, recompute: bool, on_gpu: bool = True) -> int:
         """Activations of one segment of a micro-batch."""
-        precision = "bf16" if self.bf16 else "fp32"
-        block = (GPU_ACTIVATION_BYTES if on_gpu else ACTIVATION_BYTES)[precision]
-        last = GPU_LAST_BYTES[precision] if on_gpu else 0
-        blocks = self.num_layers * INPUT_BYTES[precision] + block if recompute else self.num_layers * block
+        block = (GPU_ACTIVATION_BYTES if on_gpu else ACTIVATION_BYTES)[self.precision]
+        last = GPU_LAST_BYTES[self.precision] if on_gpu else 0
+        blocks = (
+            self.num_layers * INPUT_BYTES[self.precision] + block if recompute else self.num_layers * block
+        )
         return self.d_model * (self.context_bars + self.horizon) * (blocks + last)
 
 
@@ -246,8 +248,8 @@ def plan_memory(settings: Settings, market_bytes: int, ranks: Ranks) -> MemoryPl
         DoesNotFit: on every rank, if on one no micro-batch is small enough.
     """
     memory_bytes = gpu_memory(ranks.device) if ranks.device.type == "cuda" else None
-    bf16 = uses_bf16(settings.precision, ranks.device)
-    needs = MemoryNeeds.of(settings, market_bytes, ranks.world_size, bf16)
+    precision = precision_on(ranks.device, settings.precision)
+    needs = MemoryNeeds.of(settings, market_bytes, ranks.world_size, precision)
     chosen, refusal = None, ""
     try:
         chosen = plan(needs, memory_bytes, settings.micro_batch_segments)

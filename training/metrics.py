@@ -151,7 +151,7 @@ def fixed_batch(market: Market) -> Tensor:
 @torch.no_grad()
 def plasticity(policy: Policy, bars: Tensor) -> dict[str, float]:
     """Measure the trunk on ``bars`` (B, S, F); waits for the device, so call it where the host waits anyway."""
-    with policy.precision(bars.device):
+    with policy.autocast(bars.device):
         hidden, activity = activations(policy.trunk, bars)
     features = hidden[:, -BARS_OF_EACH:].reshape(-1, hidden.shape[-1])
     norm = torch.stack([parameter.double().square().sum() for parameter in policy.parameters()]).sum().sqrt()

@@ -46,12 +46,12 @@ class Parallel(Protocol):
         """Return all weights of the policy, unsharded, by name (all ranks)."""
 
 
-def new_policy(sizes: Mapping[str, Any], bf16: bool, seed: int, ranks: Ranks, sharded: bool) -> Policy:
+def new_policy(sizes: Mapping[str, Any], precision: str, seed: int, ranks: Ranks, sharded: bool) -> Policy:
     """Return a policy with the initial weights of a seed, bit by bit the same for replicas and shards.
 
     Args:
         sizes: see Policy.from_sizes.
-        bf16: the trunk computes in it.
+        precision: of the trunk.
         seed: of the CPU's generator, which draws the weights of every device.
         ranks: of the training.
         sharded: hold this rank's shard of the trunk, at no time all of it.
@@ -60,8 +60,8 @@ def new_policy(sizes: Mapping[str, Any], bf16: bool, seed: int, ranks: Ranks, sh
     if sharded and ranks.world_size > 1:
         from training.sharding import sharded_policy  # DTensor takes most of a second to import
 
-        return sharded_policy(sizes, bf16, ranks)
-    return Policy.from_sizes(sizes, bf16).to(ranks.device)
+        return sharded_policy(sizes, precision, ranks)
+    return Policy.from_sizes(sizes, precision).to(ranks.device)
 
 
 def is_sharded(policy: Policy) -> bool:

@@ -24,10 +24,10 @@ from training.distributed import Ranks
 from training.losses import Objective
 
 
-def sharded_policy(sizes: Mapping[str, Any], bf16: bool, ranks: Ranks) -> Policy:
+def sharded_policy(sizes: Mapping[str, Any], precision: str, ranks: Ranks) -> Policy:
     """Make a policy of fresh weights: shards of those that ``Policy.from_sizes`` draws on the CPU."""
     with torch.device("meta"):
-        policy = Policy.from_sizes(sizes, bf16)
+        policy = Policy.from_sizes(sizes, precision)
     shard_policy(policy, ranks)
     policy.to_empty(device=ranks.device)
     with _DrawnOnCpu():
@@ -67,12 +67,12 @@ def _fill(tensor: Tensor, whole: Tensor) -> None:
 def shard_policy(policy: Policy, ranks: Ranks) -> None:
     """Keep this rank's shard of every weight of the trunk, in place, float32.
 
-    Where the trunk computes in bf16, blocks are gathered so, which is what autocast would make of them: but
+    Where the trunk computes in bf16 or fp8, blocks are gathered so, which is what autocast would make of them: but
     autograd would keep its copies, of all weights, from the forward to the backward.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     precision = MixedPrecisionPolicy()
-    if policy.bf16:
+    if policy.precision != "fp32":
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in policy.trunk.blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision)

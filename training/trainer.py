@@ -16,7 +16,7 @@ from torch import Tensor
 from envs.config import EnvConfig
 from envs.market import Market
 from envs.trading_env import TradingEnv
-from models.policy import Policy, uses_bf16
+from models.policy import Policy, precision_on
 from training.checkpoint import Checkpoint, ResumeState, name_of
 from training.compilation import (
     compile_accounts,
@@ -81,7 +81,7 @@ class Trainer:
         self.memory_plan = self._dry_run(plan)
         # The rollout of an update that a stop request interrupted, and where; the next epoch begins there.
         self._pending_update: tuple[Rollout, dict[str, Any]] | None = None
-        self._yardstick = Yardstick(ranks.device, torch.bfloat16 if self.policy.bf16 else torch.float32)
+        self._yardstick = Yardstick(ranks.device, self.policy.dtype)
         if saved:
             load_weights(self.policy, saved.model)
         self.learner = Learner(self.objective, ranks, self.memory_plan.micro_batch_segments)
@@ -106,7 +106,7 @@ class Trainer:
         if compile_is_on(settings, ranks.device) and self.not_compiled:
             log.warning(f"not all is compiled, so training is somewhat slower: {self.not_compiled}")
         log.info(
-            f"Policy: {num_parameters:,} parameters, trunk in {'bf16' if self.policy.bf16 else 'fp32'}, on "
+            f"Policy: {num_parameters:,} parameters, trunk in {self.policy.precision}, on "
             f"{ranks}; {settings.envs_per_gpu * ranks.world_size:,} accounts; "
             f"{self.transitions_per_step:,} transitions per optimizer step, "
             f"{self.learner.micro_batch_segments} segments per micro-batch; "
@@ -124,8 +124,8 @@ class Trainer:
         """Make policy and objective, on every rank with the same initial weights (all ranks)."""
         settings, device = self.settings, self.ranks.device
         sizes = policy_sizes(settings, self.env.market.num_features)
-        bf16, sharded = uses_bf16(settings.precision, device), settings.parallel == "fsdp"
-        self.policy = new_policy(sizes, bf16, settings.seed, self.ranks, sharded)
+        precision, sharded = precision_on(device, settings.precision), settings.parallel == "fsdp"
+        self.policy = new_policy(sizes, precision, settings.seed, self.ranks, sharded)
         self.objective = Objective(self.policy, settings)
 
     def _after_failure(self) -> None:
@@ -176,7 +176,7 @@ class Trainer:
         if not is_sharded(self.policy):
             return self.policy
         weights = learner.parallel.weights()  # gathered from all ranks
-        policy = Policy.from_sizes(self.policy.sizes, self.policy.bf16).to(self.ranks.device)
+        policy = Policy.from_sizes(self.policy.sizes, self.policy.precision).to(self.ranks.device)
         policy.load_state_dict(weights)
         return policy
 

@@ -346,6 +346,9 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     pair = 2 * s.num_heads  # rotary positions rotate pairs of a head's channels
     rule = f"must be a multiple of 2 x num_heads = {pair}, such as {max(1, round(s.d_model / pair)) * pair}"
     yield "d_model", s.d_model % pair == 0, rule
+    step = math.lcm(pair, 16)  # fp8.MULTIPLE
+    rule = f"must be a multiple of {step} for precision=fp8, such as {max(1, round(s.d_model / step)) * step}"
+    yield "d_model", s.precision != "fp8" or s.d_model % step == 0, rule
     for name, hint in get_type_hints(type(s)).items():
         choices = get_args(hint) if get_origin(hint) is Literal else (getattr(s, name),)
         yield name, getattr(s, name) in choices, f"must be one of: {', '.join(map(str, choices))}"

@@ -24,7 +24,7 @@ from data_sources.lake.lake import Lake
 from data_sources.sources import DataRequest
 from data_sources.universe import plain_names, top_of
 from envs.features import chosen_features
-from models.policy import uses_bf16
+from models.policy import precision_on
 from monitoring.format import size
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
 from runtime.launch import Launch
@@ -67,9 +67,9 @@ def check_memory(
 ) -> Line:
     """Compare the needs of one process with its GPU's memory, or with its part of the RAM (bytes)."""
     gpu_bytes = min((gpu.memory_total for gpu in found.gpus), default=None)
-    bf16 = uses_bf16(settings.precision, torch.device(found.kind), found.capability)
+    precision = precision_on(torch.device(found.kind), settings.precision, found.capability)
     market_bytes = (num_bars(request) + found_bars(settings, request)) * bar_bytes(settings)
-    needs = MemoryNeeds.of(settings, market_bytes, launch.num_ranks, bf16)
+    needs = MemoryNeeds.of(settings, market_bytes, launch.num_ranks, precision)
     try:
         chosen = plan(needs, gpu_bytes, settings.micro_batch_segments)
     except DoesNotFit as error:

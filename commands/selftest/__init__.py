@@ -164,7 +164,7 @@ def run_trial(settings: Settings, trial: Trial, sizes: Sizes, seed: int, ranks: 
     paths = draw_paths(trial.market, sizes.num_symbols, sizes.num_bars, seed=1_000 + seed)
     settings = _trial_settings(settings, trial, sizes, seed, ranks.world_size)
     market = Market.from_settings(paths.bars, settings, ranks.device, NEVER_NS)
-    needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, bf16=False)
+    needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, precision="fp32")
     memory_plan = plan(needs, None, settings.micro_batch_segments)
     trainer, curve = Trainer(market, settings, ranks, memory_plan, TrainingProgress()), []
     for _ in range(trial.epochs):

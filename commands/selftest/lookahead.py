@@ -40,7 +40,7 @@ from envs.later_bars import change_bars_after, replace_bars_after
 from envs.market import Market, NoSegment
 from envs.trading_env import TradingEnv
 from evaluation.provenance import minute_of
-from models.policy import Policy, uses_bf16
+from models.policy import Policy, precision_on
 from models.transformer import TransformerConfig
 from training.data_feed import data_request, holdout_start_ns
 from training.distributed import Ranks
@@ -203,7 +203,7 @@ class _RolloutChecks:
 
     def __init__(self, bars: Sequence[Bars], settings: Settings, holdout_ns: int, ranks: Ranks) -> None:
         self.bars, self.settings, self.device = bars, settings, ranks.device
-        self.bf16 = uses_bf16(settings.precision, ranks.device)
+        self.precision = precision_on(ranks.device, settings.precision)
         self.holdout_ns = holdout_ns
         self.market = self._make_market(bars)
         self.sees_others = "panel" in settings.features or bool(own_features())
@@ -282,7 +282,7 @@ class _RolloutChecks:
         torch.manual_seed(seed)
         length = self.settings.context_bars + self.settings.horizon + 1
         trunk = TransformerConfig(market.num_features, 64, 2, 4, length)
-        policy = Policy(trunk, env.num_account_features, len(self.settings.positions), self.bf16)
+        policy = Policy(trunk, env.num_account_features, len(self.settings.positions), self.precision)
         for layer in (policy.head.logits, policy.head.value):
             nn.init.normal_(layer.weight)  # an untrained head would ignore its input
         generator = torch.Generator(self.device).manual_seed(seed)

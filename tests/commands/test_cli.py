@@ -59,7 +59,7 @@ def test_every_option_shows_its_type_and_a_readable_default() -> None:
         ("--positions", "<float,...>", "-1, 0, 1"),
         ("--runs", "<int>", "not set"),
         ("--start-date", "<str>", "not set"),
-        ("--precision", "<auto|bf16|fp32>", "auto"),
+        ("--precision", "<auto|fp8|bf16|fp32>", "auto"),
         ("--no-dashboard", "<bool>", "on"),
         ("--no-extended-hours", "<bool>", "off"),
     ):
@@ -111,7 +111,7 @@ def test_the_version_is_that_of_the_folder(
         ("data --epochs many", "Invalid setting: epochs='many' must be a whole number, such as 200"),
         ("--runs some", "Invalid setting: runs='some' must be a whole number, or none"),
         ("--positions long,short", "Invalid setting: positions='long,short' must be a number, such as -1,0,1"),
-        ("check --precision fp8", "Invalid setting: precision=fp8 must be one of: auto, bf16, fp32"),
+        ("check --precision fp4", "Invalid setting: precision=fp4 must be one of: auto, fp8, bf16, fp32"),
         ("evaluate best.pt --gamma x", "Invalid setting: gamma='x' must be a number, such as 0.99"),
     ],
 )  # fmt: skip

@@ -20,12 +20,12 @@ CONTEXT, HORIZON, FEATURES, ACCOUNT, POSITIONS = 4, 8, 5, 6, 3
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def small_policy(bf16: bool = False, num_layers: int = 2) -> Policy:
+def small_policy(precision: str = "fp32", num_layers: int = 2) -> Policy:
     torch.manual_seed(0)
     config = TransformerConfig(
         FEATURES, d_model=32, num_layers=num_layers, num_heads=4, max_length=CONTEXT + HORIZON + 1
     )
-    policy = Policy(config, ACCOUNT, POSITIONS, bf16)
+    policy = Policy(config, ACCOUNT, POSITIONS, precision)
     for layer in (policy.head.logits, policy.head.value):
         torch.nn.init.normal_(layer.weight, std=0.3)
     return policy
@@ -116,13 +116,13 @@ def part_of(rollout: Rollout, rows: slice) -> Rollout:
     return Rollout(**parts)
 
 
-def policy_for(env: TradingEnv, bf16: bool = False) -> Policy:
+def policy_for(env: TradingEnv, precision: str = "fp32") -> Policy:
     torch.manual_seed(0)
     length = env.config.context_bars + env.config.horizon + 1
     config = TransformerConfig(
         env.market.num_features, d_model=32, num_layers=2, num_heads=4, max_length=length
     )
-    policy = Policy(config, env.num_account_features, len(env.config.positions), bf16)
+    policy = Policy(config, env.num_account_features, len(env.config.positions), precision)
     for layer in (policy.head.logits, policy.head.value):
         torch.nn.init.normal_(layer.weight, std=0.5)
     return policy

@@ -144,6 +144,25 @@ def test_cards_that_are_too_old_or_too_new_are_refused(here: Path, torch_sees: A
         find(replace(SMALL, precision="bf16"), {})
 
 
+def test_fp8_is_refused_without_its_kernels(
+    here: Path, torch_sees: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SMALL, precision="fp8")
+    ends = "the CPU, as there is no NVIDIA GPU: use --precision auto"
+    with pytest.raises(
+        DeviceError, match=r"precision=fp8 needs NVIDIA GPUs .* or newer, and training is on " + ends
+    ):
+        find(settings, {})
+    torch_sees(A100)
+    with pytest.raises(DeviceError, match=r"GPU 0, A100, has compute capability 8.0: use --precision auto"):
+        find(settings, {})
+    torch_sees(("RTX 4090", (8, 9)))
+    assert find(settings, {}).num_ranks == 1
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # whose capabilities count otherwise
+    with pytest.raises(DeviceError, match="needs NVIDIA GPUs"):
+        find(settings, {})
+
+
 def test_what_is_short_is_a_warning(here: Path, torch_sees: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_sees(*[A100] * 4)
     monkeypatch.setattr(devices, "usable_cores", lambda: 2)

@@ -74,8 +74,9 @@ def test_rollout_and_update_agree_at_the_first_minibatch() -> None:
     assert float(statistics["ppo/approx_kl"]) > 1e-6
 
 
-def test_in_bf16_rollout_and_update_agree_too() -> None:
-    policy = small_policy(bf16=True)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_in_fewer_bits_rollout_and_update_agree_too(precision: str) -> None:
+    policy = small_policy(precision)
     statistics = small_learner(policy).update(made_up_rollout(policy, 8), run_fraction=0.0)
     assert float(statistics["ppo/first_kl"]) < 1e-4
     assert all(p.dtype == torch.float32 for p in policy.parameters())

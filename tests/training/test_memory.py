@@ -32,14 +32,14 @@ from training.memory import (
 
 T = TypeVar("T")
 GIB = 2**30
-FULL = MemoryNeeds.of(Settings(), market_bytes=2 * GIB, world_size=1, bf16=True)
-SMALL = MemoryNeeds.of(Settings(**PRESETS["small"]), market_bytes=2 * GIB, world_size=1, bf16=True)
+FULL = MemoryNeeds.of(Settings(), market_bytes=2 * GIB, world_size=1, precision="bf16")
+SMALL = MemoryNeeds.of(Settings(**PRESETS["small"]), market_bytes=2 * GIB, world_size=1, precision="bf16")
 
 
-def kept_for_the_backward(num_layers: int, bf16: bool, recompute: bool) -> int:
+def kept_for_the_backward(num_layers: int, precision: str, recompute: bool) -> int:
     """Count the bytes that a forward leaves for its backward, weights excluded."""
     batch, length, width = 3, 24, 64
-    policy = Policy(TransformerConfig(5, width, num_layers, 4, length), 9, 3, bf16)
+    policy = Policy(TransformerConfig(5, width, num_layers, 4, length), 9, 3, precision)
     policy.trunk.recompute = recompute
     weights = {p.untyped_storage().data_ptr() for p in (*policy.parameters(), *policy.buffers())}
     kept = {}
@@ -55,12 +55,11 @@ def kept_for_the_backward(num_layers: int, bf16: bool, recompute: bool) -> int:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_a_block_keeps_what_the_plan_counts(precision: str, recompute: bool) -> None:
-    bf16 = precision == "bf16"
-    block = kept_for_the_backward(4, bf16, recompute) - kept_for_the_backward(3, bf16, recompute)
-    if bf16 and not recompute:
-        block -= 12 * 64**2 * memory.BF16_COPY_BYTES  # of the weights, which the plan counts as state
+    block = kept_for_the_backward(4, precision, recompute) - kept_for_the_backward(3, precision, recompute)
+    if not recompute:
+        block -= 12 * 64**2 * memory.COPY_BYTES[precision]  # of the weights, which the plan counts as state
     counted = (INPUT_BYTES if recompute else ACTIVATION_BYTES)[precision]
     assert block / (3 * 24 * 64) == pytest.approx(counted, rel=0.03)
 
@@ -79,13 +78,13 @@ def test_recomputing_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gib", "bf16", "segments", "recompute"),
-    [(80, True, 128, False), (80, False, 128, False), (40, True, 128, False), (24, True, 32, False)],
+    ("gib", "precision", "segments", "recompute"),
+    [(80, "bf16", 128, False), (80, "fp32", 128, False), (40, "bf16", 128, False), (24, "bf16", 32, False)],
 )
 def test_the_full_model_gets_what_its_weights_leave(
-    gib: int, bf16: bool, segments: int, recompute: bool
+    gib: int, precision: str, segments: int, recompute: bool
 ) -> None:
-    chosen = plan(replace(FULL, bf16=bf16), gib * GIB)
+    chosen = plan(replace(FULL, precision=precision), gib * GIB)
     assert (chosen.micro_batch_segments, chosen.recompute) == (segments, recompute)
     assert chosen.needed_bytes <= memory.USABLE * gib * GIB
     assert FULL.minibatch_segments % segments == 0
@@ -113,10 +112,10 @@ def test_shares_make_room_for_what_one_gpu_cannot_hold() -> None:
 
 
 def test_ddp_keeps_gradients_a_second_time() -> None:
-    alone = MemoryNeeds.of(Settings(), 2 * GIB, world_size=1, bf16=True)
-    four = MemoryNeeds.of(Settings(batch_size=4 * 65_536), 2 * GIB, world_size=4, bf16=True)
+    alone = MemoryNeeds.of(Settings(), 2 * GIB, world_size=1, precision="bf16")
+    four = MemoryNeeds.of(Settings(batch_size=4 * 65_536), 2 * GIB, world_size=4, precision="bf16")
     assert four.state_bytes - alone.state_bytes == 4 * alone.num_parameters
-    sharded = MemoryNeeds.of(Settings(batch_size=4 * 65_536, parallel="fsdp"), 2 * GIB, 4, bf16=True)
+    sharded = MemoryNeeds.of(Settings(batch_size=4 * 65_536, parallel="fsdp"), 2 * GIB, 4, precision="bf16")
     assert sharded.state_bytes < alone.state_bytes
 
 
@@ -148,7 +147,7 @@ def test_what_cannot_fit_is_refused_with_the_one_setting_to_change(changes: dict
     assert "the GPU has 8.0 GiB" in str(refusal.value) and "\n" not in str(refusal.value)
     if not changes:
         width = int(str(refusal.value).split("d_model to ")[1].split(",")[0])
-        fitting = MemoryNeeds.of(Settings(d_model=width), 2 * GIB, 1, bf16=True)
+        fitting = MemoryNeeds.of(Settings(d_model=width), 2 * GIB, 1, precision="bf16")
         assert plan(fitting, 8 * GIB).micro_batch_segments >= 1
 
 
@@ -208,7 +207,7 @@ def test_ranks_with_more_or_less_free_memory_plan_the_same(
         SETTINGS, precision="bf16", parallel=parallel, num_layers=40, batch_size=64 * HORIZON
     )  # of which a rank takes 32 segments
     settings = replace(settings, micro_batch_segments=set_by_user)
-    needs = MemoryNeeds.of(settings, GIB, 2, bf16=True)
+    needs = MemoryNeeds.of(settings, GIB, 2, precision="bf16")
     free = [
         int((needs.fixed_bytes + (segments + 0.1) * needs.segment_bytes(recompute)) / memory.USABLE)
         for segments, recompute in room

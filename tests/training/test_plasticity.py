@@ -66,10 +66,10 @@ def test_effective_rank_counts_directions() -> None:
     assert math.isnan(effective_rank(torch.full((4, 4), math.inf)))
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_walk_through_the_blocks_is_the_trunk_itself(bf16: bool) -> None:
-    policy = small_policy(bf16)
-    with torch.no_grad(), policy.precision(torch.device("cpu")):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_the_walk_through_the_blocks_is_the_trunk_itself(precision: str) -> None:
+    policy = small_policy(precision)
+    with torch.no_grad(), policy.autocast(torch.device("cpu")):
         hidden, activity = activations(policy.trunk, bars())
         assert torch.equal(hidden, policy.trunk(bars()))
     assert activity.shape == (2, 4 * 32) and bool((activity > 0).all())

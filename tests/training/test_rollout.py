@@ -27,15 +27,15 @@ def places_of(env: TradingEnv) -> torch.Tensor:
     return torch.searchsorted(env.market.open_time, env.state_dict()["open_time"])
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_update_sees_the_policy_that_acted(bf16: bool) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_the_update_sees_the_policy_that_acted(precision: str) -> None:
     # The first minibatch after a rollout has ratio 1: the same trunk over the same bars, one bar shorter.
     env = env_of(market_of(walk()))
-    policy = policy_for(env, bf16)
+    policy = policy_for(env, precision)
     rollout = rollout_of(env, policy)
     with torch.no_grad():
         logits, values = policy(rollout.bars, rollout.accounts)
-    bound = 2e-2 if bf16 else 1e-5
+    bound = 1e-5 if precision == "fp32" else 2e-2
     assert (torch.log_softmax(logits, -1) - rollout.log_policy).abs().max() < bound
     assert (values - rollout.values).abs().max() < bound * 5
 
@@ -179,7 +179,7 @@ def test_rollout_and_update_never_wait_for_the_gpu(compiled: bool, advantages: s
     market = moved(market_of(walk(num_bars=2_000)), device)
     config = config_of(num_envs=64, episode_bars=2 * HORIZON)
     env = TradingEnv(market, config, device, seed=0)
-    policy = policy_for(env, bf16=True).to(device)
+    policy = policy_for(env, "bf16").to(device)
     ranks = Ranks(0, 1, device)
     objective = Objective(policy, replace(SETTINGS, advantages=advantages))
     if compiled:

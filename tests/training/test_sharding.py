@@ -128,7 +128,7 @@ def test_after_a_dry_run_that_failed_in_the_middle_of_a_backward_the_policy_is_a
     market = Market.from_bars(
         bars, device="cpu", holdout_start_ns=2**62, context_bars=CONTEXT, horizon=HORIZON
     )
-    plan = MemoryPlan(MemoryNeeds.of(settings, 0, 2, bf16=False), 2**30, 4, recompute=True)
+    plan = MemoryPlan(MemoryNeeds.of(settings, 0, 2, precision="fp32"), 2**30, 4, recompute=True)
     with one_rank(1, 2) as ranks:
         trainer = Trainer(market, settings, ranks, plan, TrainingProgress())
         assert trainer.policy is not tried[0][0] and trainer.policy.trunk.recompute

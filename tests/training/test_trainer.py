@@ -41,7 +41,7 @@ def small_trainer(
     )
     if memory:
         settings = replace(settings, compile="on")
-    needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, bf16=False)
+    needs = MemoryNeeds.of(settings, market.num_bytes, world_size=1, precision="fp32")
     plan = memory or MemoryPlan(needs, None, micro_batch_segments=2)
     progress = TrainingProgress.of(saved) if saved else TrainingProgress()
     return Trainer(market, settings, ALONE, plan, progress, saved)
@@ -182,7 +182,7 @@ def test_a_rehearsal_that_runs_out_of_memory_halves_the_micro_batch_once(monkeyp
         return compile_objective
 
     demand = MemoryNeeds(
-        1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0
+        1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, precision="fp32", market_bytes=0
     )
     plan = MemoryPlan(demand, 2**30, 8)
     monkeypatch.setattr(training.trainer, "compile_accounts", lambda env, policy, ranks: "")
@@ -202,7 +202,7 @@ def test_accounts_for_which_no_memory_is_left_are_a_training_that_does_not_fit(m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
     demand = MemoryNeeds(
-        1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, bf16=False, market_bytes=0
+        1_000, 16, 1, 8, 8, 8, minibatch_segments=8, num_positions=3, precision="fp32", market_bytes=0
     )
     monkeypatch.setattr(training.trainer, "compile_objective", lambda *sizes: "")
     monkeypatch.setattr(training.trainer, "compile_accounts", out_of_memory)
