@@ -100,9 +100,14 @@ def new_trainer(
     plan: MemoryPlan,
     saved: checkpoint.Checkpoint | None = None,
 ) -> Trainer:
-    """Make a trainer, but multiply no large matrices for MFU: they are not part of the plan."""
+    """Make a trainer, but multiply no large matrices for MFU: they are not part of the plan.
+
+    Nor does DDP copy rank 0's weights: it joins them, sends them and copies the parts, of which the null GPU does
+    only the last.
+    """
     progress = TrainingProgress.of(saved) if saved else TrainingProgress()
-    with patch("training.metrics.matmul_rate", lambda *_: 1e12):
+    no_copy = patch("torch.nn.parallel.distributed._sync_module_states", lambda *_, **__: None)
+    with no_copy, patch("training.metrics.matmul_rate", lambda *_: 1e12):
         trainer = Trainer(market, settings, ranks, plan, progress, saved)
     if isinstance(trainer.learner.parallel.objective, DistributedDataParallel):
         trainer.learner.parallel.objective.register_comm_hook(None, averaged)
