@@ -21,7 +21,7 @@ from data_sources.load import load
 from envs.config import EnvConfig
 from envs.market import Market
 from evaluation.forecasts import RIDGE, TREES, import_lightgbm
-from evaluation.measures import Interval, Margin
+from evaluation.measures import Interval
 from evaluation.probe import Probe, RankIC, Rung, cut_days, probe
 from evaluation.provenance import day_of
 from evaluation.stale_opens import stale_opens
@@ -38,10 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 IC_COLUMNS = ("horizon", "rank IC", "95 %", "one bar late", "95 %")
-LADDER_COLUMNS = (
-    "bp a side", "net bp/bar", "95 %", "gross", "traded/bar", "break-even bp", "95 %", "net one bar late",
-    "95 %", "rule",
-)  # fmt: skip
+LADDER_COLUMNS = ("bp", "net bp/bar", "95 %", "gross", "traded", "break-even", "95 %")
+RULE_COLUMNS = ("bp", "net one bar late", "95 %", "rule")
 
 
 def parse_costs(text: str) -> tuple[float, ...]:
@@ -168,7 +166,9 @@ def prepare(settings: Settings, bars: Sequence[Bars], device: torch.device) -> t
 def _print(found: Probe, console: Console) -> None:
     days = f"{found.num_days} days forecast, {found.num_judged_days} of them judged; {found.seconds:.1f} s"
     console.table(f"{found.model}: rank IC, {days}", IC_COLUMNS, map(_ic_cells, found.rank_ic))
-    console.table(f"{found.model}: cost ladder", LADDER_COLUMNS, map(_rung_cells, found.ladder))
+    title = f"{found.model}: cost of a side in bp, and what its rule earned"
+    console.table(title, LADDER_COLUMNS, map(_rung_cells, found.ladder))
+    console.table(f"{found.model}: the same one bar late", RULE_COLUMNS, map(_rule_cells, found.ladder))
 
 
 def _ic_cells(ic: RankIC) -> list[str]:
@@ -182,30 +182,24 @@ def _ic_cells(ic: RankIC) -> list[str]:
 
 
 def _rung_cells(rung: Rung) -> list[str]:
-    own, late = rung.margin, rung.late
+    own = rung.margin
     return [
         f"{rung.cost_bps:g}",
         f"{own.net_bps:+.3f}",
         _interval(own.net_interval, "+.3f"),
         f"{own.gross_bps:+.3f}",
         f"{own.turnover:.4f}",
-        _break_even(own),
+        "no trade" if own.break_even_bps is None else f"{own.break_even_bps:.2f}",
         _interval(own.break_even_interval, ".2f"),
-        f"{late.net_bps:+.3f}",
-        _interval(late.net_interval, "+.3f"),
-        _rule(rung),
     ]
 
 
-def _rule(rung: Rung) -> str:
-    if rung.rule is None:
-        return "flat: none earned"
-    enter, leave = 1e4 * rung.rule.enter, 1e4 * rung.rule.leave
-    return f"beyond {enter:.2f} bp in {rung.rule.horizon}, until {leave:+.2f}"
-
-
-def _break_even(found: Margin) -> str:
-    return "no trade" if found.break_even_bps is None else f"{found.break_even_bps:.2f}"
+def _rule_cells(rung: Rung) -> list[str]:
+    rule, late = "flat: none earned for sure", rung.late
+    if rung.rule is not None:
+        enter, leave = 1e4 * rung.rule.enter, 1e4 * rung.rule.leave
+        rule = f"beyond {enter:.2f} bp in {rung.rule.horizon}, until {leave:+.2f}"
+    return [f"{rung.cost_bps:g}", f"{late.net_bps:+.3f}", _interval(late.net_interval, "+.3f"), rule]
 
 
 def _interval(interval: Interval | None, form: str) -> str:

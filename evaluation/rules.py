@@ -23,6 +23,7 @@ from evaluation.forecasts import BarTable
 # of sign, and only for the other side.
 ENTERED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003, 0.001)
 LEAVES = (1.0, 0.0, -1.0)
+STANDARD_ERRORS = 2.0  # taken off what a rule earned; the best of so many has about as much by luck
 LEAST_TRADED = 100.0  # equities that a rule trades on the days of choice; what it earned with less is luck
 
 Floats = NDArray[np.float64]
@@ -58,9 +59,8 @@ class Decisions:
     """Bars after which accounts decide, and what they meet, (n,) each; sides are turned into ``positions``."""
 
     rows: NDArray[np.int64]  # bars of the market
-    begins: NDArray[
-        np.bool_
-    ]  # where an account begins in cash: at a symbol's first decision, and after a hole
+    time: NDArray[np.int64]  # of the fill, ns UTC
+    begins: NDArray[np.bool_]  # where an account begins in cash: with a symbol, and after a hole
     price: Floats  # of the fill, over the first one of the account
     next_price: Floats
     borrow: Floats  # of what is borrowed until the next fill
@@ -82,6 +82,7 @@ class Decisions:
 
         return Decisions(
             rows,
+            table.open_time[rows + 1],
             begins,
             table.price[rows + 1] / first,
             table.price[rows + 2] / first,
@@ -176,7 +177,10 @@ def choose_rules(
     horizons: Sequence[int],
     costs_bps: Sequence[float],
 ) -> tuple[list[Rule | None], int]:
-    """Return for each cost the rule that earned most on these decisions, None where none earned; and the trials.
+    """Return for each cost the rule that earned most for sure, None where none did; and the number of trials.
+
+    For sure is the sum over minutes, all symbols together, less two standard errors: the sum alone would choose
+    whoever held what rose in these days.
 
     Args:
         decisions: to choose on, never those that are judged.
@@ -185,6 +189,7 @@ def choose_rules(
         costs_bps: of traded value.
     """
     move = np.log(decisions.next_price / decisions.price)
+    minutes, minute = np.unique(decisions.time, return_inverse=True)
     best: list[tuple[float, Rule | None]] = [(0.0, None)] * len(costs_bps)
     num_trials = 0
     for number, horizon in enumerate(horizons):
@@ -193,13 +198,17 @@ def choose_rules(
         for enter, leave in itertools.product(thresholds.tolist(), LEAVES):
             rule = Rule(horizon, enter, leave * enter)
             held = decisions.targets(apply_rule(rule, forecast, decisions.begins))
-            # As in the ledger but for drift and interest, which decide between no two rules.
-            earned = float(held @ move)
-            traded = float(np.abs(held - np.where(decisions.begins, 0.0, np.roll(held, 1))).sum())
+            change = np.abs(held - np.where(decisions.begins, 0.0, np.roll(held, 1)))
             num_trials += 1
-            if traded < LEAST_TRADED:
+            if change.sum() < LEAST_TRADED:
                 continue
+            # As in the ledger but for drift and interest, which decide between no two rules.
+            earned, traded = (
+                np.bincount(minute, values, len(minutes)) for values in (held * move, change * 1e-4)
+            )
             for place, bps in enumerate(costs_bps):
-                if earned - traded * bps / 1e4 > best[place][0]:
-                    best[place] = earned - traded * bps / 1e4, rule
+                net = earned - bps * traded
+                for_sure = float(net.sum() - STANDARD_ERRORS * np.sqrt(net @ net))
+                if for_sure > best[place][0]:
+                    best[place] = for_sure, rule
     return [rule for _, rule in best], num_trials
