@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 IC_COLUMNS = ("horizon", "rank IC", "95 %", "one bar late", "95 %")
+SIGN_COLUMNS = ("horizon", "gross", "95 %", "traded", "break-even", "95 %", "one bar late", "95 %")
 LADDER_COLUMNS = ("bp", "net bp/bar", "95 %", "gross", "traded", "break-even", "95 %")
 RULE_COLUMNS = ("bp", "net one bar late", "95 %", "rule")
 
@@ -166,6 +167,11 @@ def prepare(settings: Settings, bars: Sequence[Bars], device: torch.device) -> t
 def _print(found: Probe, console: Console) -> None:
     days = f"{found.num_days} days forecast, {found.num_judged_days} of them judged; {found.seconds:.1f} s"
     console.table(f"{found.model}: rank IC, {days}", IC_COLUMNS, map(_ic_cells, found.rank_ic))
+    console.table(
+        f"{found.model}: the sign of every forecast, bp a bar at no cost",
+        SIGN_COLUMNS,
+        map(_sign_cells, found.signs),
+    )
     title = f"{found.model}: cost of a side in bp, and what its rule earned"
     console.table(title, LADDER_COLUMNS, map(_rung_cells, found.ladder))
     console.table(f"{found.model}: the same one bar late", RULE_COLUMNS, map(_rule_cells, found.ladder))
@@ -173,7 +179,7 @@ def _print(found: Probe, console: Console) -> None:
 
 def _ic_cells(ic: RankIC) -> list[str]:
     return [
-        f"{ic.horizon} bars" if ic.horizon > 1 else "1 bar",
+        _bars(ic.horizon),
         f"{ic.value:+.4f}",
         _interval(ic.interval, "+.4f"),
         f"{ic.late:+.4f}",
@@ -181,13 +187,22 @@ def _ic_cells(ic: RankIC) -> list[str]:
     ]
 
 
+def _sign_cells(rung: Rung) -> list[str]:
+    late = rung.late
+    horizon = _bars(rung.rule.horizon) if rung.rule else ""
+    return [horizon, *_earned(rung), f"{late.net_bps:+.3f}", _interval(late.net_interval, "+.3f")]
+
+
 def _rung_cells(rung: Rung) -> list[str]:
+    net, interval, *trades = _earned(rung)
+    return [f"{rung.cost_bps:g}", net, interval, f"{rung.margin.gross_bps:+.3f}", *trades]
+
+
+def _earned(rung: Rung) -> list[str]:
     own = rung.margin
     return [
-        f"{rung.cost_bps:g}",
         f"{own.net_bps:+.3f}",
         _interval(own.net_interval, "+.3f"),
-        f"{own.gross_bps:+.3f}",
         f"{own.turnover:.4f}",
         "no trade" if own.break_even_bps is None else f"{own.break_even_bps:.2f}",
         _interval(own.break_even_interval, ".2f"),
@@ -204,3 +219,7 @@ def _rule_cells(rung: Rung) -> list[str]:
 
 def _interval(interval: Interval | None, form: str) -> str:
     return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _bars(number: int) -> str:
+    return "1 bar" if number == 1 else f"{number} bars"

@@ -66,6 +66,7 @@ class Probe:
 
     model: str
     rank_ic: list[RankIC]
+    signs: list[Rung]  # for each horizon, on the side of every forecast at no cost: nothing is chosen
     ladder: list[Rung]
     num_trials: int  # rules that were tried on the days of choice, for each cost
     num_days: int  # forecast
@@ -120,10 +121,15 @@ def probe(
         judge(market, table, decisions, forecasts[judged], rule, bps)
         for rule, bps in zip(rules, costs_bps, strict=True)
     ]
+    signs = [
+        judge(market, table, decisions, forecasts[judged], Rule(horizon, 0.0, 0.0), 0.0)
+        for horizon in HORIZONS
+    ]
     days = days_of(market, table, rows)
     return Probe(
         model=model,
         rank_ic=rank_ics(table, rows, days, forecasts),
+        signs=signs,
         ladder=ladder,
         num_trials=num_trials,
         num_days=len(np.unique(days)),

@@ -74,6 +74,8 @@ def test_a_planted_signal_is_recovered_with_its_correlation_and_its_price() -> N
     free = found.ladder[0]
     # A sign that is drawn anew at every bar: the mean of a half-normal is earned, and the position traded once.
     price_bps = 1e4 * SIGMA * strength * math.sqrt(2 / math.pi)
+    assert found.signs[0].margin.turnover == pytest.approx(1.0, rel=0.05)
+    assert found.signs[0].margin.gross_bps == pytest.approx(price_bps, rel=0.25)
     assert free.margin.turnover == pytest.approx(1.0, rel=0.05)
     assert free.margin.gross_bps == free.margin.net_bps == pytest.approx(price_bps, rel=0.25)
     low, high = free.margin.break_even_interval or (math.nan, math.nan)
@@ -197,6 +199,7 @@ def test_the_command_prints_json_and_leaves_the_holdout_alone(
     assert found["last"] == "2026-01-25" and found["forecast_from"] == "2026-01-20"
     (ridge,) = found["models"]
     assert [row["horizon"] for row in ridge["rank_ic"]] == list(HORIZONS)
+    assert [row["rule"]["horizon"] for row in ridge["signs"]] == list(HORIZONS)
     assert [row["cost_bps"] for row in ridge["ladder"]] == [0.0, 3.0]
     assert ridge["rank_ic"][0]["interval"][0] > 0.05  # the simulated market is easy on purpose
     assert found["features"][0] == "return_1" and found["warning"] == ""
