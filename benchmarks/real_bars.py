@@ -4,8 +4,8 @@
     python benchmarks/real_bars.py --data FOLDER --seeds 3 --epochs 400 --d-model 256 --num-layers 4
 
 Every folder in FOLDER with CSV or Parquet files is a market of its own; files right in FOLDER make all of it one
-(docs/data.md has their form). Its days are cut in order: 60 % to train and fit on, 20 % to choose a threshold rule
-for each cost, 20 % to judge; before a later part a day is left out, and all moves that reach into it. The product
+(docs/data.md has their form). Its days are cut in order: 50 % to train and fit on, 15 % to choose a threshold rule
+for each cost, 35 % to judge; before a later part a day is left out, and all moves that reach into it. The product
 trains anew at each flat cost of a side and for each seed, and walks the judged days greedily by the exam's code;
 ridge and trees see the same features, and their rules the same fills. Net is in basis points per bar and symbol,
 bars without a position included, with 95 % intervals by bootstrap over days. Every flag of the training is one of
@@ -59,7 +59,7 @@ from training.progress import TrainingProgress
 from training.trainer import Trainer
 
 FEES = ("stock_fee_bps", "crypto_fee_bps", "perpetual_fee_bps")
-SHARES = (0.6, 0.8)  # of the days: where the days of choice and the judged days begin
+SHARES = (0.5, 0.65)  # of the days: where the days of choice and the judged days begin
 LAST_EPOCHS = 0.1  # of a training, whose mean reward stands for what it believes
 # A demo's model and learning, which two cores train in a minute or two.
 SIZES = dict(PRESETS["demo"]) | {

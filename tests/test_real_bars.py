@@ -25,7 +25,7 @@ SIZES = real_bars.SIZES | {
     name: TINY[name]
     for name in ("d_model", "num_layers", "num_heads", "envs_per_gpu", "context_bars", "horizon", "episode_bars")
 } | {"batch_size": 32, "epochs": 1, "device": "cpu"}  # fmt: skip
-DAYS, MINUTES = 12, 120
+DAYS, MINUTES = 14, 120
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_every_contestant_is_in_the_table_and_the_file(
     assert [row["name"] for row in rows] == names
     printed = capsys.readouterr().out
     assert (
-        "**coins**: 2 symbols, 2,880 bars, 24 features; trained to 2024-10-09, chosen from 2024-10-11"
+        "**coins**: 2 symbols, 3,360 bars, 24 features; trained to 2024-10-09, chosen from 2024-10-11"
         in printed
     )
     assert "109 trials, 1 of them trainings, the others rules on the days of choice." in printed
