@@ -103,6 +103,9 @@ def data_command(
     flow: Annotated[
         bool, typer.Option("--flow", help="fetch again now what was kept before order flow was")
     ] = False,
+    details: Annotated[
+        bool, typer.Option("--details", help="a row for every source, with the reasons of rejected bars")
+    ] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
     """Refresh the data once and show what is there."""
@@ -121,7 +124,9 @@ def data_command(
                 cutoff_ns = closed_before(now_ns)
                 request = data_request(settings, cutoff_ns)
                 data.in_background(lake, request, now_ns, cutoff_ns, console.emit)
-            elif code := data.show(lake, request, now_ns, console, not no_refresh, verify, flow, as_json):
+            elif code := data.show(
+                lake, request, now_ns, console, not no_refresh, verify, flow, as_json, details
+            ):
                 raise ExitProgram(code, "There are no bars." if code == EXIT_NO_DATA else "")
         except DataError as error:
             raise ExitProgram(EXIT_NO_DATA, str(error)) from error
@@ -268,6 +273,9 @@ def signals_command(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="repeat after every minute, until Ctrl+C")] = False,
     no_refresh: Annotated[bool, typer.Option("--no-refresh", help="contact no source")] = False,
+    details: Annotated[
+        bool, typer.Option("--details", help="also what it wants from every position that you could hold")
+    ] = False,
 ) -> None:
     """Show the position that a checkpoint wants in each symbol now; sends no orders."""
     from commands import signals
@@ -275,7 +283,7 @@ def signals_command(
     from monitoring.console import Console
 
     options = signals.SignalOptions.parse(
-        symbols, holding or (), not no_refresh, as_json, trained.settings.positions
+        symbols, holding or (), not no_refresh, as_json, trained.settings.positions, details
     )
     with Console(Path(trained.settings.log_dir), to_stderr=as_json) as console:
         try:

@@ -20,6 +20,7 @@ from data_sources.refresh import SourceReport, refresh
 from data_sources.sources import DataRequest
 from monitoring.console import Console
 from monitoring.format import age, iso_time
+from monitoring.tables import enumerate_few
 from runtime.control import EXIT_NO_DATA
 
 log = logging.getLogger("continuous_training")
@@ -29,6 +30,16 @@ COLUMNS = (
     "symbol", "source", "bars", "first", "last, UTC", "coverage", "flow", "gaps", "rejected", "splits", "behind",
     "verdict",
 )  # fmt: skip
+SPARE = (
+    "first",
+    "flow",
+    "splits",
+    "gaps",
+    "source",
+    "rejected",
+    "coverage",
+    "behind",
+)  # in a narrow terminal
 
 
 def show(
@@ -40,8 +51,9 @@ def show(
     verifies: bool,
     fetches_flow: bool,
     as_json: bool,
+    has_details: bool = False,
 ) -> int:
-    """Verify, refresh and complete the lake where asked to, and print what it holds.
+    """Verify, refresh and complete the lake where asked to, and print what it holds, of each symbol or in detail.
 
     Returns:
         The exit code: EXIT_NO_DATA without a symbol to train on, 1 if damage was found and not repaired.
@@ -59,8 +71,10 @@ def show(
         console.emit(json.dumps(content, indent=1))
         return code
     title = f"{len(used)} symbols, {content['bars']:,} bars, data {loaded.fingerprint}"
-    if content["series"]:
-        console.table(title, COLUMNS, map(_cells, content["series"]))
+    if entries := content["series"]:
+        whole = [entry for entry in entries if entry["is_series"]]
+        rows = [_cells(entry, in_full=has_details) for entry in (entries if has_details else whole)]
+        console.table(title, COLUMNS, rows, SPARE, _summary(whole))
     console.show_data_warnings(loaded)
     if flow.files:
         log.info(f"{flow}; or at once, by data --flow")
@@ -166,6 +180,7 @@ def _entries(row: SymbolRow, request: DataRequest) -> Iterator[dict[str, Any]]:
     for source, extent, rejected in extents:
         behind = minutes_behind(extent.last_ns, row.asset_class, request.end_ns)
         names = [part.source for part in row.by_source] if source == "merged" else [source]
+        is_series = source == "merged" or len(extents) == 1  # what training uses of the symbol
         yield {
             "symbol": row.symbol,
             "source": source,
@@ -179,9 +194,8 @@ def _entries(row: SymbolRow, request: DataRequest) -> Iterator[dict[str, Any]]:
             "rejected": dict(rejected),
             "splits": row.num_splits,
             "behind_minutes": behind,
-            "verdict": _verdict(
-                row, extent, names, behind, is_series=source == "merged" or len(extents) == 1
-            ),
+            "verdict": _verdict(row, extent, names, behind, is_series=is_series),
+            "is_series": is_series,
         }
 
 
@@ -206,18 +220,31 @@ def _verdict(
     return "ok"
 
 
-def _cells(entry: Mapping[str, Any]) -> list[str]:
-    coverage, behind = entry["coverage"], entry["behind_minutes"]
+def _summary(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many symbols have which verdict, by name where that is not "ok"."""
+    by_verdict: dict[str, list[str]] = {}
+    for entry in entries:
+        by_verdict.setdefault(entry["verdict"], []).append(entry["symbol"])
+    parts = [f"{len(by_verdict.pop('ok', []))} ok"]
+    parts += [
+        f"{len(symbols)} {verdict}: {enumerate_few(symbols)}" for verdict, symbols in by_verdict.items()
+    ]
+    return "; ".join(parts)
+
+
+def _cells(entry: Mapping[str, Any], in_full: bool) -> list[str]:
+    coverage, behind, rejected = entry["coverage"], entry["behind_minutes"], entry["rejected"]
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items()) if in_full else ""
     return [
         entry["symbol"],
         entry["source"],
         f"{entry['bars']:,}",
         (entry["first"] or "")[:10],
-        (entry["last"] or "")[:16].replace("T", " "),
+        (entry["last"] or "")[0 if in_full else 5 : 16].replace("T", " "),
         "" if coverage is None else f"{coverage:.1%}",
         _flow(entry),
         f"{entry['gaps']:,}",
-        ", ".join(f"{count} {reason}" for reason, count in entry["rejected"].items()) or "0",
+        reasons or f"{sum(rejected.values()):,}",
         str(entry["splits"]),
         "" if behind is None else _lag(behind),
         entry["verdict"],

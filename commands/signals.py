@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from data_sources.universe import top_of
 from evaluation.trained_policy import Decision, TrainedPolicy
 from monitoring.console import Console
 from monitoring.format import age, iso_time, utc_time
+from monitoring.tables import enumerate_few
 from training.data_feed import data_request
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ LOOK_BACK_DAYS = 45  # of bars for the features; the longest window is 10 days o
 # Minutes of trading that the newest bar may lag: a quiet minute has no bar, and a vendor takes seconds.
 FRESH_MINUTES = 5
 WAIT_SECONDS = 120.0  # for a refresh by the daemon; a usual one takes seconds
+SPARE = ("holding", "closed, UTC", "probability", "age")  # columns, in a narrow terminal
+NO_BARS_AND_NEW = "no bars, and not in the training"
+NOT_ASKED = "in the training, but no source has it with these settings"
 PUBLISHED_SECONDS = 6.0  # from a minute's end to the request for its bar; data_sources accepts none before 5
 
 
@@ -50,10 +55,16 @@ class SignalOptions:
     holdings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     refreshes: bool = True
     as_json: bool = False
+    has_details: bool = False
 
     @staticmethod
     def parse(
-        symbols: str, holdings: Sequence[str], refreshes: bool, as_json: bool, positions: Sequence[float]
+        symbols: str,
+        holdings: Sequence[str],
+        refreshes: bool,
+        as_json: bool,
+        positions: Sequence[float],
+        has_details: bool = False,
     ) -> SignalOptions:
         """Parse the flags: comma-separated symbols, and holdings as SYMBOL=POSITION.
 
@@ -72,7 +83,7 @@ class SignalOptions:
                 raise ValueError(f"--holding {text} must be one of the policy's positions: {known}")
             positions_held[symbol.strip()] = position
         names = tuple(dict.fromkeys(name.strip() for name in symbols.split(",") if name.strip()))
-        return SignalOptions(names, positions_held, refreshes, as_json)
+        return SignalOptions(names, positions_held, refreshes, as_json, has_details)
 
 
 @dataclass(frozen=True)
@@ -137,8 +148,11 @@ def compute_signals(
     wanted = set(options.symbols) or loaded & trained_on
     missing = {symbol: why for symbol, why in data.dropped.items() if symbol in wanted}
     if not options.symbols:
+        without = {row.symbol for row in data.rows if not row.num_bars}
         new = "not in the training; name it in --symbols to see it anyway"
-        missing |= dict.fromkeys(sorted(loaded - trained_on), new)
+        missing |= dict.fromkeys(sorted(loaded - trained_on - without), new)
+        missing |= dict.fromkeys(sorted((loaded - trained_on) & without), NO_BARS_AND_NEW)
+        missing |= dict.fromkeys(sorted(trained_on - loaded), NOT_ASKED)
     closed_until = now_ns - MINUTE_NS + 1  # bars that opened before it have closed
     closed = [bars.between(0, closed_until) for bars in data.bars if bars.symbol in wanted]
     closed = [bars for bars in closed if len(bars)]
@@ -204,7 +218,10 @@ def run(
         content = report(trained, signals, missing, now_ns, data.fingerprint)
         console.emit(json.dumps(content, indent=indent))
     elif signals:
-        console.table(*table(trained, signals, now_ns, console.width))
+        console.table(*table(trained, signals, now_ns, options.has_details), SPARE, summary(signals))
+    if not options.as_json:
+        verdict, reason = verdict_of(trained)
+        log.info(f"Verdict of its exam: {verdict}: {reason}" if verdict else f"No verdict: {reason}")
     for reason in dict.fromkeys(missing.values()):
         symbols = ", ".join(symbol for symbol, why in missing.items() if why == reason)
         log.warning(f"no signal for {symbols}: {reason}")
@@ -275,6 +292,8 @@ def report(
         "checkpoint": trained.checkpoint.path.name,
         "run": trained.checkpoint.run,
         "epoch": trained.checkpoint.epoch,
+        "verdict": verdict_of(trained)[0],
+        "verdict_reason": verdict_of(trained)[1],
         "data_fingerprint": fingerprint,
         "signals": [_entry(signal, now_ns) for signal in signals],
         "no_signal": dict(missing),
@@ -312,20 +331,39 @@ def _entry(signal: Signal, now_ns: int) -> dict[str, Any]:
 
 
 def table(
-    trained: TrainedPolicy, signals: Sequence[Signal], now_ns: int, width: int
+    trained: TrainedPolicy, signals: Sequence[Signal], now_ns: int, has_details: bool
 ) -> tuple[str, list[str], list[list[str]]]:
-    """Return title, columns and rows for people; the least important columns are left out if it is too wide."""
+    """Return title, columns and rows for people; ``has_details``: with a target from every position."""
     title = f"{trained.checkpoint.path.name} at {utc_time(now_ns)} UTC; no orders are sent"
-    per_position = [f"from {_format_position(position)}" for position in trained.env_config(1).positions]
-    rows = [
-        _row(signal, now_ns) | dict(zip(per_position, _targets(signal), strict=True)) for signal in signals
+    rows = [_row(signal, now_ns) for signal in signals]
+    if has_details:
+        per_position = [f"from {_format_position(position)}" for position in trained.env_config(1).positions]
+        rows = [
+            row | dict(zip(per_position, _targets(signal), strict=True))
+            for row, signal in zip(rows, signals, strict=True)
+        ]
+    return title, list(rows[0]), [list(row.values()) for row in rows]
+
+
+def summary(signals: Sequence[Signal]) -> str:
+    """Return how many symbols are wanted at which position, and which bars are not fresh."""
+    targets: Counter[float] = Counter(signal.decision.when_holding(signal.holding)[0] for signal in signals)
+    wanted = ", ".join(
+        f"{count} at {_format_position(position)}" for position, count in sorted(targets.items())
+    )
+    states = [
+        (state, [s.decision.symbol for s in signals if s.state == state]) for state in ("stale", "closed")
     ]
-    columns = list(rows[0])
-    for spare in (per_position, ["holding"], ["closed, UTC"]):
-        widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
-        if sum(widths) + 2 * (len(widths) - 1) > width:
-            columns = [column for column in columns if column not in spare]
-    return title, columns, [[row[column] for column in columns] for row in rows]
+    others = [f"; {state}: {enumerate_few(symbols)}" for state, symbols in states if symbols]
+    return f"{len(signals)} symbol{'s' if len(signals) != 1 else ''}: {wanted}{''.join(others)}"
+
+
+def verdict_of(trained: TrainedPolicy) -> tuple[str | None, str]:
+    """Return the verdict of the exam of these weights, None if they had none, and its reason."""
+    line = trained.checkpoint.exam.get("line") if trained.checkpoint.exam else None
+    if not line or "verdict" not in line:
+        return None, "no exam is known of these weights"
+    return str(line["verdict"]), str(line.get("verdict_reason") or "no reason was recorded")
 
 
 def _row(signal: Signal, now_ns: int) -> dict[str, str]:
@@ -333,7 +371,7 @@ def _row(signal: Signal, now_ns: int) -> dict[str, str]:
     target, probability = decision.when_holding(signal.holding)
     notes: list[str] = [signal.state]
     notes += ["must be in cash"] if decision.only_cash else []
-    notes += [] if signal.in_training else ["not in the training"]
+    notes += [] if signal.in_training else ["not trained on"]
     notes += [f"{len(signal.late)} late"] if signal.late else []
     return {
         "symbol": decision.symbol,

@@ -11,14 +11,13 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from data_sources.bars import MINUTE_NS
 from data_sources.coverage import days_late
@@ -33,6 +32,7 @@ from monitoring.metrics_file import read_metrics
 from monitoring.published import Publisher, describe_stop, describe_training
 from monitoring.screen import Screen
 from monitoring.state import HEALTH_EPOCHS, KEPT_EPOCHS, DashboardState, Task
+from monitoring.tables import fit, lay_out
 from runtime.control import Control, heartbeat
 from training.progress import TrainingProgress
 from training.retention import most_files
@@ -147,21 +147,33 @@ class Console:
         """Columns that a table can have."""
         return self._rich.width
 
-    def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-        """Print a table, numbers aligned right; only the title where the dashboard is on."""
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Iterable[Iterable[Any]],
+        spare: Iterable[str] = (),
+        summary: str = "",
+    ) -> None:
+        """Print a table; only its title where the dashboard is on.
+
+        Args:
+            title: a line above it.
+            columns: their names.
+            rows: of cells.
+            spare: columns that may be left out, in this order, where the terminal is narrow. No cell is cut.
+            summary: a second line above it, broken where it is long.
+        """
         if self._on_screen():
             log.info(title)
             return
-        table = Table(
-            title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, header_style="bold"
-        )
         cells = [[str(cell) for cell in row] for row in rows]
-        for number, column in enumerate(columns):
-            is_numeric = all(_is_number(row[number]) for row in cells)
-            table.add_column(column, justify="right" if is_numeric else "left", no_wrap=True)
-        for row in cells:
-            table.add_row(*map(escape, row))
-        self._print(table)
+        heading, *lines = lay_out(*fit(columns, cells, self.width, spare))
+        for text, style in ((title, "italic"), (summary, ""), (heading, "bold")):
+            if text:
+                self._print(escape(text), style)
+        for line in lines:
+            self._print(escape(line))
 
     def show_data(self, data: LoadedData, end_ns: int) -> None:
         """Show what was loaded, up to ``end_ns``, as a table the first time, then as a line; and warnings."""
@@ -192,7 +204,7 @@ class Console:
         self._state.days_late = days_late(used, end_ns)
         title = f"{len(rows)} symbols, {sum(map(len, data.bars)):,} bars, data {data.fingerprint}"
         if rows and not self._data_shown:
-            self.table(title, columns, rows)
+            self.table(title, columns, rows, spare=("first", "gaps", "sources", "rejected", "coverage"))
             self._data_shown = True
         elif rows:
             log.info(title)
@@ -408,8 +420,3 @@ def _is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty()
     except (OSError, ValueError):  # closed
         return False
-
-
-def _is_number(text: str) -> bool:
-    digits = text.replace(",", "").replace(".", "").replace("%", "").replace("-", "").replace("+", "")
-    return digits.isdigit() or not text

@@ -29,6 +29,7 @@ from data_sources.sources import DataRequest
 from data_sources.vendors import SOURCES
 from data_sources.vendors.binance_archive import months
 from monitoring.console import Console
+from monitoring.tables import fit, lay_out
 from tests.data_sources.bar_tables import as_format_1
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.program import ROOT, environment
@@ -236,6 +237,37 @@ def test_a_symbol_of_two_sources_has_a_row_for_each_and_one_for_the_merged_serie
     row = row_of(Series(bars, np.empty(0, np.int8), extents), "no bars")
     request = DataRequest(("polygon", "yahoo"), {"stocks": ("AAA",)}, END - 10 * DAY_NS, END)
     series = data.report(LoadedData([], {}, [row], "f"), {}, [], request, FlowPlan(0, 0))["series"]
-    assert [(entry["source"], entry["verdict"]) for entry in series] == [
-        ("polygon", "ok"), ("yahoo", "no bars"), ("merged", "no bars"),
+    assert [(entry["source"], entry["verdict"], entry["is_series"]) for entry in series] == [
+        ("polygon", "ok", False), ("yahoo", "no bars", False), ("merged", "no bars", True),
     ]  # fmt: skip
+
+
+def test_the_table_has_a_row_for_each_symbol_and_fits_a_terminal() -> None:
+    names = ("BTCUSDT", "1000SHIBUSDT.P", *(f"COIN{number}USDT" for number in range(7)))
+    entries = [
+        {
+            "symbol": name,
+            "source": "merged",
+            "bars": 1_051_200,
+            "first": "2024-11-28T00:00:00Z",
+            "last": "2026-11-28T23:59:00Z",
+            "coverage": 0.9987,
+            "flow": {"trades": 1_051_200, "taker_volume": 1_051_200},
+            "gaps": 1_204,
+            "rejected": {"price is not positive": 1_234},
+            "splits": 0,
+            "behind_minutes": 90,
+            "verdict": "ok" if name == "BTCUSDT" else "too few bars",
+        }
+        for name in names
+    ]
+    rows = [data._cells(entry, in_full=False) for entry in entries]
+    for width in (100, 80, 60):
+        columns, cells = fit(data.COLUMNS, rows, width, data.SPARE)
+        assert {"symbol", "bars", "last, UTC", "verdict"} <= set(columns)
+        assert max(map(len, lay_out(columns, cells))) <= width
+    assert data._summary(entries) == (
+        "1 ok; 8 too few bars: 1000SHIBUSDT.P, COIN0USDT, COIN1USDT, COIN2USDT, COIN3USDT and 3 more"
+    )
+    detailed = data._cells(entries[0], in_full=True)
+    assert "1,234 price is not positive" in detailed and "2026-11-28 23:59" in detailed

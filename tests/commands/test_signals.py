@@ -32,6 +32,7 @@ from data_sources.lake.lake import Lake
 from data_sources.load import load
 from evaluation.trained_policy import TrainedPolicy
 from monitoring.console import Console
+from monitoring.tables import fit, lay_out
 from runtime.control import ExitProgram
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.data_sources.vendors.loopback import Fault, ns
@@ -176,18 +177,41 @@ def test_a_narrow_terminal_shows_what_matters_most(trained: TrainedPolicy) -> No
     bars = [walk("BTCUSDT", 300), walk("SHIBUSDT", 300, seed=1)]
     decisions, _ = trained.actor.decide(bars)
     found = [Signal(decision, 0.0, 0, "ok", True) for decision in decisions]
+    found[1] = replace(found[1], state="stale", in_training=False)
     now_ns = decisions[0].close_time + 90 * 10**9
-    shown = {width: signals.table(trained, found, now_ns, width)[1] for width in (200, 80, 60, 50, 20)}
-    always = ["symbol", "target", "probability", "age", "state"]
-    assert shown[200][-3:] == ["from -1", "from 0", "from +1"] and set(always) < set(shown[200])
-    assert shown[80][1] == "holding" and shown[80][-1] == "state"
-    assert shown[60] == ["symbol", "target", "probability", "closed, UTC", "age", "state"]
-    assert shown[50] == shown[20] == always
-    for width in (60, 50):
-        _, columns, rows = signals.table(trained, found, now_ns, width)
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        assert sum(widths) + 2 * (len(widths) - 1) <= width
-        assert [row[columns.index("age")] for row in rows] == ["90 s", "90 s"]
+    title, columns, rows = signals.table(trained, found, now_ns, has_details=False)
+    assert title.endswith("no orders are sent")
+    for width, left_out in ((200, set()), (80, set()), (60, {"holding"}), (50, {"holding", "closed, UTC"})):
+        shown, cells = fit(columns, rows, width, signals.SPARE)
+        assert set(columns) - set(shown) == left_out, width
+        assert max(map(len, lay_out(shown, cells))) <= width
+        assert [row[0] for row in cells] == ["BTCUSDT", "SHIBUSDT"]
+        assert [row[-1] for row in cells] == ["ok", "stale, not trained on"]
+    assert signals.table(trained, found, now_ns, has_details=True)[1][-3:] == ["from -1", "from 0", "from +1"]
+    summary = signals.summary(found)
+    assert summary.startswith("2 symbols: ") and summary.endswith("; stale: SHIBUSDT")
+
+
+def test_the_verdict_of_its_exam_is_said(trained: TrainedPolicy) -> None:
+    assert signals.verdict_of(trained) == (None, "no exam is known of these weights")
+    line = {"verdict": "no edge", "verdict_reason": "not above buy and hold"}
+    examined = replace(trained, checkpoint=replace(trained.checkpoint, exam={"line": line, "symbols": {}}))
+    assert signals.verdict_of(examined) == ("no edge", "not above buy and hold")
+    content = signals.report(examined, [], {}, NOW, "f")
+    assert (content["verdict"], content["verdict_reason"]) == ("no edge", "not above buy and hold")
+
+
+def test_no_bars_is_told_from_not_in_the_training(
+    trained: TrainedPolicy, capsys: pytest.CaptureFixture[str], server: BinanceServer
+) -> None:
+    server.pairs = (*PAIRS, "NEWUSDT")
+    pairs = ("BTCUSDT", "NEWUSDT", "NOSUCHUSDT")
+    content, _ = run(replace(trained, settings=replace(trained.settings, binance_pairs=pairs)), capsys, NOW)
+    assert content["no_signal"] == {
+        "NEWUSDT": "not in the training; name it in --symbols to see it anyway",
+        "NOSUCHUSDT": "no bars, and not in the training",
+        "ETHUSDT": "in the training, but no source has it with these settings",
+    }
 
 
 def test_a_bar_that_is_not_closed_is_never_decided_upon(trained: TrainedPolicy) -> None:
