@@ -133,6 +133,7 @@ class Settings:
     checkpoint_every: int = 25  # epochs between checkpoints
     checkpoint_minutes: float = 60.0  # minutes after which one is due as well, whichever comes first
     exam_minutes: float = 60.0  # an exam that takes longer is given up, and training continues
+    exam_on_stop: bool = False  # after Ctrl+C, hold or finish the exam of the last checkpoint
     keep_checkpoints: int = 16  # newest checkpoints to keep, of any run
     keep_runs: int = 8  # newest runs of which to keep the last checkpoint; older: one a day, then one a week
     mirror: str | None = None  # folder or URL to copy checkpoints to, and to fetch one from if none is here

@@ -20,8 +20,8 @@ from data_sources.refresh import SourceReport, refresh
 from data_sources.sources import DataRequest
 from monitoring.console import Console
 from monitoring.format import age, iso_time
-from monitoring.tables import enumerate_few
 from runtime.control import EXIT_NO_DATA
+from runtime.wording import first_of
 
 log = logging.getLogger("continuous_training")
 
@@ -226,9 +226,7 @@ def _summary(entries: Sequence[Mapping[str, Any]]) -> str:
     for entry in entries:
         by_verdict.setdefault(entry["verdict"], []).append(entry["symbol"])
     parts = [f"{len(by_verdict.pop('ok', []))} ok"]
-    parts += [
-        f"{len(symbols)} {verdict}: {enumerate_few(symbols)}" for verdict, symbols in by_verdict.items()
-    ]
+    parts += [f"{len(symbols)} {verdict}: {first_of(symbols)}" for verdict, symbols in by_verdict.items()]
     return "; ".join(parts)
 
 

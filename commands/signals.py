@@ -29,7 +29,7 @@ from data_sources.universe import top_of
 from evaluation.trained_policy import Decision, TrainedPolicy
 from monitoring.console import Console
 from monitoring.format import age, iso_time, utc_time
-from monitoring.tables import enumerate_few
+from runtime.wording import first_of
 from training.data_feed import data_request
 
 if TYPE_CHECKING:
@@ -354,7 +354,7 @@ def summary(signals: Sequence[Signal]) -> str:
     states = [
         (state, [s.decision.symbol for s in signals if s.state == state]) for state in ("stale", "closed")
     ]
-    others = [f"; {state}: {enumerate_few(symbols)}" for state, symbols in states if symbols]
+    others = [f"; {state}: {first_of(symbols)}" for state, symbols in states if symbols]
     return f"{len(signals)} symbol{'s' if len(signals) != 1 else ''}: {wanted}{''.join(others)}"
 
 

@@ -82,12 +82,13 @@ class Job:
             command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
             self._prefetch = enter(prefetch.Prefetch(command))
             self.progress, self._saved = self._find_checkpoint()
-            mirror = enter(Mirror(settings, ranks.is_first))
-            on_saved = mirror.after(partial(champion.apply_decision, pending=[]))
+            apply_decision = partial(champion.apply_decision, pending=[])
+            on_saved = enter(Mirror(settings, ranks.is_first)).after(apply_decision)
             keep, runs = settings.keep_checkpoints, settings.keep_runs
             self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
-            self._examiner = Examiner(self._folder, ranks, self.control, 60 * settings.exam_minutes)
-            self._recorder = Recorder(self._folder, ranks, self.control, 60 * settings.exam_minutes)
+            seconds = 60 * settings.exam_minutes
+            self._examiner = Examiner(self._folder, ranks, self.control, seconds, settings.exam_on_stop)
+            self._recorder = Recorder(self._folder, ranks, self.control, seconds)
             self._summary = Summary(self.progress.transitions)
             self._opened = stack.pop_all()
         return self
@@ -175,12 +176,12 @@ class Job:
             return self._inspections.is_corrupt(self.trainer.learner.find_corruption)
 
     def examine(self) -> dict[str, float]:
-        """Score the policy on held-out days, unless asked to stop now; return its metrics (all ranks)."""
+        """Score the policy on held-out days, unless asked to stop; return its metrics (all ranks)."""
         self._exam, self._exam_at = Exam(), (self.progress.run, self.progress.epoch)
-        if not self.stop_now():
+        if not self.agree_on_stop(self._examiner.ends_at):
             with self._phases.during("evaluation"), self._schedule.time_exam():
                 self._exam = self._examiner.examine(self.trainer, self._fingerprint, self._writer)
-            self.stop_now()  # a request that came meanwhile has interrupted the exam
+            self.agree_on_stop(self._examiner.ends_at)  # a request meanwhile has interrupted the exam
         return self._exam.figures
 
     def _exam_of_weights(self) -> Exam:

@@ -26,6 +26,7 @@ from evaluation.trained_policy import NEVER_NS
 from evaluation.verdict import Verdict, beats, describe_power, verdict
 from models.policy import Policy
 from runtime.control import (
+    STOP_AT_EPOCH_END,
     STOP_NOW,
     Control,
     heartbeat,
@@ -83,9 +84,20 @@ class Examiner:
     reason is logged, and training continues.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, control: Control, max_seconds: float = math.inf) -> None:
-        """``folder`` holds the checkpoints; an exam that takes longer than ``max_seconds`` is given up."""
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        control: Control,
+        max_seconds: float = math.inf,
+        holds_on_stop: bool = False,
+    ) -> None:
+        """``folder`` holds the checkpoints; an exam is given up after ``max_seconds``, or when asked to stop.
+
+        With ``holds_on_stop`` only a request to stop at once ends it.
+        """
         self._max_seconds = max_seconds
+        self.ends_at = STOP_NOW if holds_on_stop else STOP_AT_EPOCH_END
         self._deadline = math.inf
         self._folder = folder
         self._ranks = ranks
@@ -197,7 +209,7 @@ class Examiner:
 
     def _check_stop(self) -> None:
         heartbeat()
-        if self._control.stop_level >= STOP_NOW:
+        if self._control.stop_level >= self.ends_at:
             raise Stopped
         if time.monotonic() > self._deadline:
             raise TooLong

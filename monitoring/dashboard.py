@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import zip_longest
@@ -18,8 +18,9 @@ from rich.console import Console as RichConsole
 from rich.text import Text
 
 from monitoring import attach, exams
+from monitoring.figures import LABELS, LEARNING, REWARD, SPEED, Figure
 from monitoring.format import age, duration, printable, size, sparkline, wrap
-from monitoring.health import HOTTEST_CELSIUS
+from monitoring.health import HOTTEST_CELSIUS, number
 from monitoring.machine import Gpu
 from monitoring.state import PHASE_LABELS, DashboardState
 
@@ -29,16 +30,7 @@ LABEL, VALUE = 18, 11  # columns
 FEWEST_LOG_LINES = 3
 MOST_ATTENTION_LINES = 6
 MOST_EXAM_ROWS = 8
-# Of an exam's metrics these come first.
-EXAM_FIRST = (
-    "exam/return_percent",
-    "exam/buy_and_hold_percent",
-    "exam/momentum_percent",
-    "exam/champion_percent",
-    "exam/sharpe",
-    "exam/max_drawdown_percent",
-    "exam/edge",
-)
+LONG_PHASE_SECONDS = 10.0  # from which on it is said for how long
 DIGITS = re.compile(r"[\d.]+")
 ACCENT, DIM, WARNING, STRONG = "cyan", "dim", "yellow", "bold"
 
@@ -154,12 +146,16 @@ class _Page:
             Text(f"epoch {state.epoch}/{state.epochs}", STRONG),
             Text(f"{state.transitions:,} transitions"),
         ]
-        ahead = [Text(PHASE_LABELS.get(state.phase, state.phase) or "starting", ACCENT)]
+        doing = PHASE_LABELS.get(state.phase, state.phase) or "starting"
+        if (lasts := state.now - state.phase_began) > LONG_PHASE_SECONDS:
+            doing += f" for {duration(lasts)}"
+        ahead = [Text(doing, ACCENT)]
         left, to_save = state.epochs - state.epoch, state.epochs_to_checkpoint
         if left and state.pace is not None:
             epochs = "1 epoch" if to_save == 1 else f"{to_save} epochs"
+            this = state.seconds_for(1)
             ahead += [
-                Text(f"epoch {duration(state.seconds_for(1))} left"),
+                Text(f"epoch {duration(this)} left" if this else "epoch takes longer than usual"),
                 Text(f"run {duration(state.seconds_for(left))} left"),
                 Text(f"checkpoint in {epochs}, {duration(state.seconds_for(to_save))}"),
             ]
@@ -224,7 +220,10 @@ class _Page:
 
     def left(self, width: int) -> list[Section]:
         """Reward, exam, learning, speed."""
-        sections = [Section("Reward", 5, self._rows(width, REWARD)), self._exam(width), self._record(width)]
+        scale = number(self.state.metrics, "rollout/cost_scale")
+        share = f", at {scale:.0%} of the costs" if scale is not None and scale < 1 else ""
+        reward = Section(f"Reward{share}", 5, self._rows(width, REWARD))
+        sections = [reward, self._exam(width), self._record(width)]
         sections.append(Section("Learning", 4, self._rows(width, LEARNING)))
         sections.append(Section("Speed", 3, self._rows(width, SPEED)))
         return [section for section in sections if section.rows]
@@ -247,23 +246,23 @@ class _Page:
 
     def _exam(self, width: int) -> Section:
         """Metrics on held-out days: they come with checkpoints only."""
-        return Section("Exam, on held-out days", 4, self._newest(width, "exam/", EXAM_FIRST)[:MOST_EXAM_ROWS])
+        return Section("Exam, on held-out days", 4, self._newest(width, "exam/")[:MOST_EXAM_ROWS])
 
     def _record(self, width: int) -> Section:
         """What the champions earned on bars that were not there when they were saved."""
         return Section("Record, on bars that came later", 3, self._newest(width, "record/"))
 
-    def _newest(self, width: int, prefix: str, first: Sequence[str] = ()) -> list[Text]:
+    def _newest(self, width: int, prefix: str) -> list[Text]:
         """Metrics with this prefix, of the newest epoch that has them."""
         rows_with = (
             [name for name in row if name.startswith(prefix)] for row in reversed(self.state.history)
         )
         names = next(filter(None, rows_with), [])
         rows = []
-        for name in dict.fromkeys([*(name for name in first if name in names), *names]):
+        for name in dict.fromkeys([*(name for name in LABELS if name in names), *names]):
             values = [value for value in self.state.values(name) if value is not None]
             if values:
-                label = name.removeprefix(prefix).replace("_percent", " %").replace("_", " ")
+                label = LABELS.get(name) or name.removeprefix(prefix).replace("_", " ")
                 curve = self.curve(values, width - LABEL - VALUE - 2)
                 rows.append(self.row(label, f"{values[-1]:+.4g}", curve))
         return rows
@@ -363,42 +362,6 @@ class _Page:
             else:
                 lines.append(Text().append_text(part))
         return lines
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A metric of metrics.jsonl on the dashboard."""
-
-    metric: str
-    label: str
-    form: Callable[[float], str]
-    is_occasional: bool = False  # not in every epoch: its newest value stays
-
-
-REWARD = (
-    Figure("rollout/reward_bps", "reward bp/bar", "{:+.3f}".format),
-    Figure("rollout/episode_return_percent", "episode return", "{:+.2f} %".format),
-    Figure("rollout/turnover", "turnover", "{:.4f}".format),
-    Figure("rollout/cost_scale", "share of costs", "{:.0%}".format),
-)
-LEARNING = (
-    Figure("ppo/approx_kl", "KL", "{:.4f}".format),
-    Figure("ppo/clip_fraction", "clip fraction", "{:.3f}".format),
-    Figure("loss/entropy", "entropy", "{:.3f}".format),
-    Figure("ppo/explained_variance", "explained var.", "{:+.3f}".format),
-    Figure("ppo/grad_norm", "gradient norm", "{:.3g}".format),
-    Figure("ppo/skipped_steps", "skipped steps", "{:.0f}".format),
-    Figure("ppo/first_kl", "first KL", "{:.1e}".format),
-    Figure("learning_rate", "learning rate", "{:.2e}".format),
-    Figure("plasticity/dormant_units", "dormant units", "{:.1%}".format, is_occasional=True),
-    Figure("plasticity/effective_rank", "effective rank", "{:.1f}".format, is_occasional=True),
-    Figure("plasticity/weight_norm", "weight norm", "{:.4g}".format, is_occasional=True),
-)
-SPEED = (
-    Figure("perf/transitions_per_second", "transitions/s", "{:,.0f}".format),
-    Figure("perf/episodes_per_second", "episodes/s", "{:,.1f}".format),
-    Figure("perf/mfu", "MFU", "{:.0%}".format),
-)
 
 
 def _stack(sections: list[Section], width: int, height: int, glyphs: Glyphs) -> list[Text]:

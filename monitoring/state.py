@@ -17,12 +17,13 @@ KEPT_EPOCHS = 500
 HEALTH_EPOCHS = 50  # that define what is usual
 KEPT_LINES = 1_000  # printed when the dashboard closes
 PACE_EPOCHS = 25
+PACE_EXAMS = 3
 WARNING_SECONDS = 3_600.0  # a warning stays visible for this long
 PHASE_LABELS = {
     "data": "loading bars",
     "rollout": "collecting",
     "update": "learning",
-    "evaluation": "evaluating",
+    "evaluation": "examining",
     "checkpoint": "saving",
 }
 PHASES = tuple(PHASE_LABELS)
@@ -160,22 +161,38 @@ class DashboardState:
 
     @property
     def pace(self) -> float | None:
-        """Seconds per recent epoch, evaluations and checkpoints included; None before the first epoch."""
+        """Seconds per recent epoch, checkpoints included and exams not; None before the first epoch."""
         seconds = []
         for row in self.history[-PACE_EPOCHS:]:
             total, data = number(row, "perf/epoch_seconds"), number(row, "perf/data_seconds")
             if total is not None and not data:  # an epoch that waited for bars waited for compilers, too
-                seconds.append(total)
+                seconds.append(total - (number(row, "perf/evaluation_seconds") or 0.0))
         if seconds:
             return sum(seconds) / len(seconds)
         rollout, update = (number(self.metrics, f"perf/{name}_seconds") for name in ("rollout", "update"))
         return None if rollout is None or update is None else rollout + update
 
+    @property
+    def exam_seconds(self) -> float:
+        """Seconds of a recent exam; 0 before the first one."""
+        seconds = [number(row, "perf/evaluation_seconds") or 0.0 for row in self.history]
+        held = [spent for spent in seconds if spent][-PACE_EXAMS:]
+        return sum(held) / len(held) if held else 0.0
+
     def seconds_for(self, epochs: int) -> float | None:
-        """Estimate the seconds until this many more epochs are finished."""
+        """Estimate the seconds until this many more epochs are finished, with the exams among them."""
         if self.pace is None:
             return None
-        return max(0.0, self.pace - (self.now - self.epoch_began)) + (epochs - 1) * self.pace
+        this = self.pace + self.exam_seconds * self._exams_within(1)
+        others = self._exams_within(epochs) - self._exams_within(1)
+        left = max(0.0, this - (self.now - self.epoch_began))
+        return left + (epochs - 1) * self.pace + others * self.exam_seconds
+
+    def _exams_within(self, epochs: int) -> int:
+        """Count the exams that are due in this many next epochs of the run."""
+        last = min(self.epoch + epochs, self.epochs)
+        due = last // self.checkpoint_every - self.epoch // self.checkpoint_every
+        return due + int(last == self.epochs and self.epochs % self.checkpoint_every != 0)
 
     @property
     def epochs_to_checkpoint(self) -> int:

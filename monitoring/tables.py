@@ -40,9 +40,3 @@ def is_number(text: str) -> bool:
     """Whether a cell is a number, or empty."""
     digits = text.replace(",", "").replace(".", "").replace("%", "").replace("-", "").replace("+", "")
     return digits.isdigit() or not text
-
-
-def enumerate_few(names: Sequence[str], most: int = 5) -> str:
-    """Return names with commas between, a long list shortened."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"

@@ -10,7 +10,8 @@ import pytest
 
 from commands import train
 from continuous_training import Settings
-from runtime.control import Control
+from evaluation.examiner import Exam
+from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control
 from tests.program import TINY, names_of
 from training import progress
 
@@ -49,4 +50,11 @@ def test_a_checkpoint_is_due_by_epochs_and_by_minutes(
         assert not job.checkpoint_is_due()
         clock.now += 1
         assert job.checkpoint_is_due()
+        for ends_at, num_exams in ((STOP_AT_EPOCH_END, 0), (STOP_NOW, 1)):  # without and with --exam-on-stop
+            held: list[int] = []
+            examine = lambda *_, held=held: held.append(1) or Exam()  # noqa: E731
+            job._examiner, job.stopping = SimpleNamespace(ends_at=ends_at, examine=examine), False
+            job.control._stop.level = STOP_AT_EPOCH_END
+            assert job.examine() == {} and len(held) == num_exams
+            assert job.stopping is (num_exams == 0)
     assert names_of(tmp_path) == {"run1_epoch1.pt"}

@@ -131,7 +131,7 @@ def test_the_figures_are_those_of_the_metrics(width: int, height: int) -> None:
     assert value_of(lines, "transitions/s") == "10,000"
     assert value_of(lines, "episodes/s") == "61.5"
     assert value_of(lines, "MFU") == "41%"
-    assert value_of(lines, "sharpe") == "+1.25"
+    assert value_of(lines, "Sharpe, per year") == "+1.25"
     assert value_of(lines, "rollout") == "2.00 s"
     assert value_of(lines, "update") == "7.00 s"
     assert value_of(lines, "checkpoint") == "0.50 s"
@@ -184,9 +184,48 @@ def test_times_left_follow_from_the_pace() -> None:
     assert f"run {duration(6 + 161 * 10)} left" in page  # of 200 epochs 38 are done
     assert f"checkpoint in 12 epochs, {duration(6 + 11 * 10)}" in page
     late = replace(state, now=130.0)
-    assert "epoch 0:00 left" in "\n".join(text_of(late))
+    assert "epoch takes longer than usual" in "\n".join(text_of(late))
     last = replace(state, epoch=199)
     assert "checkpoint in 1 epoch, 0:06" in "\n".join(text_of(last))
+
+
+def test_times_left_count_the_exams_ahead_and_a_long_phase_says_for_how_long() -> None:
+    rows = [row(epoch) for epoch in range(1, 38)]
+    rows[24] |= {"perf/epoch_seconds": 130.0, "perf/evaluation_seconds": 120.0}
+    state = replace(full_state(), history=rows, epoch=38, epoch_began=100.0, now=104.0)
+    assert (state.pace, state.exam_seconds) == (10.0, 120.0)
+    # Of 200 epochs exams follow after 50, 75, ..., 200.
+    assert state.seconds_for(162) == 6 + 161 * 10 + 7 * 120
+    assert state.seconds_for(11) == 6 + 10 * 10 and state.seconds_for(12) == 6 + 11 * 10 + 120
+    examined = replace(state, epoch=49, now=200.0, phase="evaluation", phase_began=105.0)
+    page = "\n".join(text_of(examined))
+    assert "examining for 1:35" in page and "epoch 0:30 left" in page and "0:00 left" not in page
+    uneven = replace(state, epochs=190, epoch=180)
+    assert uneven.seconds_for(10) == 6 + 9 * 10 + 120
+
+
+def test_the_reward_says_which_share_of_the_costs_it_bears() -> None:
+    early = replace(full_state(), history=[row(1, **{"rollout/cost_scale": 0.29})])
+    assert "Reward, at 29% of the costs" in "\n".join(text_of(early))
+    assert "of the costs" not in "\n".join(text_of(full_state()))
+
+
+def test_the_verdict_is_said_in_full_on_every_width() -> None:
+    measures = {"total_return": 0.021, "sharpe": 1.9, "sharpe_interval": [-0.2, 3.1]}
+    exam = {
+        "run": 1,
+        "epoch": 25,
+        "verdict": "no edge",
+        "verdict_reason": "its mean day is not surely above 0",
+    }
+    exam |= {"pooled": {"policy": measures, "buy and hold": {"total_return": 0.087}}}
+    exam |= {"checkpoint": "run1_epoch25.pt", "decision": "promoted", "time": "2026-11-25T10:00:00+00:00"}
+    state = replace(full_state(), exams=[exam])
+    for width in (100, 80, 60):
+        words = " ".join(" ".join(text_of(state, width, 50)).split())
+        assert "No edge: its mean day is not surely above 0" in words
+        assert "policy +2.1%, buy and hold +8.7%, Sharpe 1.9 [-0.2, 3.1]" in words
+        assert "Champion: run1_epoch25.pt since 2026-11-25 10:00 UTC" in words
 
 
 def test_the_first_epoch_of_a_start_sets_no_pace() -> None:
@@ -199,7 +238,7 @@ def test_a_long_exam_shows_its_main_metrics() -> None:
     figures = {f"exam/figure_{number}": 1.0 for number in range(20)}
     examined = row(3, **figures, **{"exam/sharpe": 0.5, "exam/return_percent": -1.5})
     lines = text_of(replace(full_state(), history=[examined, row(4)]), 100, 60)
-    assert value_of(lines, "return %") == "-1.5" and value_of(lines, "sharpe") == "+0.5"
+    assert value_of(lines, "return, %") == "-1.5" and value_of(lines, "Sharpe, per year") == "+0.5"
     assert sum(" figure " in line for line in lines) == 6
 
 

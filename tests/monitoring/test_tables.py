@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from monitoring import console
 from monitoring.console import Console
-from monitoring.tables import enumerate_few, fit, lay_out
+from monitoring.tables import fit, lay_out
 
 COLUMNS = ["symbol", "bars", "first", "gaps", "verdict"]
 ROWS = [
@@ -63,8 +63,3 @@ def test_on_a_terminal_no_cell_is_cut(tmp_path: Path, monkeypatch: pytest.Monkey
     text = stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
     assert "X:DOGE-USD" in text and "too few bars" in " ".join(text.split()) and "\u2026" not in text
     assert ("1,051,200" in text) == (width > 30)
-
-
-def test_a_long_list_is_shortened() -> None:
-    assert enumerate_few(["A", "B"], 2) == "A, B"
-    assert enumerate_few(list("ABCDEFGH")) == "A, B, C, D, E and 3 more"
