@@ -21,6 +21,7 @@ from envs.feature_errors import FeatureError
 from runtime.control import EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
 from training.setting_types import KINDS, NOT_PASSED_ON, shown
 from training.urls import Url
+from training.validation import is_folder
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -324,7 +325,7 @@ def _parse_given(
             continue
         try:
             parsed[name] = _parse(types[name], value)
-            if name.endswith("_dir") and parsed[name] is not None:
+            if is_folder(name, parsed[name]):
                 parsed[name] = locate(parsed[name])
         except ValueError as error:
             default = defaults[name]

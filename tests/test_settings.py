@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -247,6 +247,19 @@ def test_a_typed_path_starts_where_the_user_is_and_a_constant_in_the_programs_fo
     assert f"{tmp_path}/mine/ck is writable" in done.stdout, done.stdout + done.stderr
     assert (tmp_path / "mine" / "ck").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # no data_cache, no reports
+
+
+def test_every_setting_that_is_a_folder_starts_where_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = Path("elsewhere").absolute()
+    monkeypatch.setattr(cli, "_called_from", str(elsewhere))
+    names = [field.name for field in fields(Settings) if field.name.endswith("_dir")] + ["mirror"]
+    typed = dict.fromkeys(names, "mine")
+    located = cli._parse_given(Settings, get_type_hints(Settings), typed)
+    assert len(names) >= 6 and set(located.values()) == {str(elsewhere / "mine")}
+    same = {"mirror": "s3://bucket/mine", "data_dir": str(Path("mine").absolute()), "files_dir": "none"}
+    parsed = cli._parse_given(Settings, get_type_hints(Settings), same)
+    assert parsed == same | {"files_dir": None}
+    assert cli._locate(Path("run1_epoch25.pt")) == elsewhere / "run1_epoch25.pt"
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

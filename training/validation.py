@@ -86,10 +86,11 @@ MINUTES_PER_DAY = DAY_NS // MINUTE_NS
 def folders(settings: Settings) -> list[tuple[str, str]]:
     """Return name and value of every setting that is a folder."""
     values = ((field.name, getattr(settings, field.name)) for field in fields(settings))
-    return [(name, value) for name, value in values if _is_folder(name, value)]
+    return [(name, value) for name, value in values if is_folder(name, value)]
 
 
-def _is_folder(name: str, value: object) -> bool:
+def is_folder(name: str, value: object) -> bool:
+    """Whether a setting of this name and value is a folder of this machine."""
     return isinstance(value, str) and (name.endswith("_dir") or (name == "mirror" and "://" not in value))
 
 
