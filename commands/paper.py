@@ -39,6 +39,7 @@ from monitoring.format import iso_time, utc_time
 from runtime.control import EXIT_LOCKED, EXIT_SETTING, ExitProgram
 from runtime.files import write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
+from runtime.wording import first_of
 from training.checkpoint import CheckpointError
 
 log = logging.getLogger("continuous_training")
@@ -141,8 +142,8 @@ class Paper:
             for symbol, times in found.items()
         ]
         why = self._clock_fault or ", ".join(
-            f"{symbol}: {reason}" if len(done.waiting) <= MOST_NAMED else reason
-            for symbol, reason in [*done.waiting.items()][:MOST_NAMED]
+            f"{reason} ({first_of([s for s, other in done.waiting.items() if other == reason], MOST_NAMED)})"
+            for reason in dict.fromkeys(done.waiting.values())
         )
         no_trade = f"No trade: {why}" if why and not done.targets else ""
         if no_trade and not self._is_silent:
@@ -399,6 +400,5 @@ def _curves(marks: Sequence[Mapping[str, Any]]) -> dict[str, list[Walk]]:
 
 
 def _minutes(times: Sequence[int]) -> str:
-    shown = ", ".join(utc_time(time_ns, "%H:%M") for time_ns in times[:MOST_NAMED])
-    more = f" and {len(times) - MOST_NAMED} more" if len(times) > MOST_NAMED else ""
-    return f"bar{'s' if len(times) > 1 else ''} of {shown}{more}"
+    shown = first_of([utc_time(time_ns, "%H:%M") for time_ns in times], MOST_NAMED)
+    return f"bar{'s' if len(times) > 1 else ''} of {shown}"

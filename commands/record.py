@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from evaluation import plots, record
@@ -51,8 +52,11 @@ def show(settings: Settings, console: Console, as_json: bool) -> None:
     if as_json:
         console.emit(json.dumps(content, indent=1, allow_nan=False))
     else:
+        columns = ("line", "written, UTC", "return", "buy and hold", "what")
         rows = [_row(line) for line in kept.lines]
-        console.table(summary.headline, ("line", "written, UTC", "return", "buy and hold", "what"), rows)
+        left = console.width - sum(max(len(row[n]) for row in [columns, *rows]) + 2 for n in range(4))
+        rows = [[*row, shorten(what, max(left, 20), placeholder=" ...")] for *row, what in rows]
+        console.table(summary.headline, columns, rows)
     folder = Path(settings.report_dir) / "record"
     write_folder(folder, _files(summary, kept.lines, content))
     log.info(f"Wrote {folder / 'record.html'}")

@@ -101,7 +101,8 @@ def run_minute(
     for series in closed if may_decide else ():
         if now_ns >= _next_open(series) + MINUTE_NS:
             behind = (minute_ns - newest[series.symbol]) // MINUTE_NS - 1
-            waiting[series.symbol] = f"its newest bar closed {behind} minutes ago: stale, no trade"
+            minutes = f"{behind} minute{'s' if behind > 1 else ''}"
+            waiting[series.symbol] = f"stale: its newest bar closed {minutes} ago"
         elif newest[series.symbol] not in state.decided.get(series.symbol, {}):  # after a restart it may be
             wanted.append(series.symbol)
     decided = {symbol: dict(own) for symbol, own in state.decided.items()}

@@ -119,11 +119,12 @@ def told(line: Line) -> str:
     """Put a line into words."""
     match line["kind"]:
         case "begin":
-            return f"the record begins, with bars after {line['until']} UTC"
+            return f"the record begins, with bars after {line['until'].replace('T', ' ')} UTC"
         case "champion":
             return f"{line['champion']} is the champion, after {line['before'] or 'none'}"
         case "missed":
-            return f"{line['from']} to {line['until']} UTC: {line['reason']}"
+            span = f"{line['from']} to {line['until']}".replace("T", " ")
+            return f"{span} UTC: {line['reason']}"
         case "revised":
             names = ", ".join(
                 f"{symbol} (line {', '.join(map(str, of))})" for symbol, of in line["symbols"].items()

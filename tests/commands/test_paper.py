@@ -127,11 +127,17 @@ def test_late_bars_sources_that_are_down_and_wrong_clocks_are_no_trade_and_said(
     trader.server.faults.append(late)
     (content,) = trader.run(1)
     states = {row["symbol"]: (row["target"], row["state"]) for row in content["symbols"]}
-    assert states["BTCUSDT"][0] is None and "stale, no trade" in states["BTCUSDT"][1]
+    assert (
+        states["BTCUSDT"][0] is None and "stale: its newest bar closed 1 minute ago" in states["BTCUSDT"][1]
+    )
     assert states["ETHUSDT"][0] is not None
     trader.server.faults[:] = [Fault("/api/v3/klines", status=451)]
     (content,) = trader.run(1)
-    assert "No trade: " in trader.said and "sources are down, or this clock is ahead" in trader.said
+    assert "(BTCUSDT, ETHUSDT)" in trader.said
+    assert (
+        "No trade: stale: its newest bar closed " in trader.said
+        and "sources are down, or this clock is ahead" in trader.said
+    )
     trader.server.faults.clear()
     trader.run(SETTLED_MINUTES + 3)
     assert "BTCUSDT: bar" in trader.said and "came too late" in trader.said

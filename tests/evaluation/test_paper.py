@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_sources.bars import MINUTE_NS, Bars
+from evaluation import record
 from evaluation.exam import Walk, examine
 from evaluation.open_walk import walk_on
 from evaluation.paper import SETTLED_MINUTES, Minute, PaperState, run_minute
@@ -18,6 +22,7 @@ from evaluation.paper_book import LINES, STATE, Book, BookError
 from evaluation.trained_policy import Actor
 from tests.envs.markets import HORIZON, NEVER, config_of, funded, market_of, walk
 from tests.evaluation.test_open_walk import policy_of
+from tests.program import ROOT
 
 COINS = (funded(walk("AAA", 200, asset_class="perpetual")), walk("BBB", 190, seed=1, gaps={100: 3}))
 MARKET = market_of(*COINS)
@@ -101,8 +106,8 @@ def test_a_decision_is_known_before_its_fill(plain: Life) -> None:
             targets[symbol, time_of(FIRST + number) // MINUTE_NS] = target
     for symbol in SYMBOLS:
         booked = plain.booked("policy", symbol)
-        for time, position, traded in zip(booked.time, booked.position, booked.traded, strict=True):
-            target = targets.get((symbol, int(time.astype(np.int64)) // MINUTE_NS))
+        for filled, position, traded in zip(booked.time, booked.position, booked.traded, strict=True):
+            target = targets.get((symbol, int(filled.astype(np.int64)) // MINUTE_NS))
             if target is not None and traded:
                 assert position == pytest.approx(target)
 
@@ -162,7 +167,7 @@ def test_a_source_that_is_down_is_no_trade_and_said_and_its_bars_are_booked_late
 
     life = Life(source).run()
     silent = life.minutes[81 - FIRST]
-    assert not silent.targets and "stale, no trade" in silent.waiting["AAA"]
+    assert not silent.targets and "stale: its newest bar closed 2 minutes ago" in silent.waiting["AAA"]
     assert len(life.found("late")["AAA"]) == 6
     exam = examine(ACTOR.policy, MARKET, CONFIG, SYMBOLS, time_of(FIRST - 1) - 6 * 10**9, NEVER)
     ours, theirs = life.booked("policy", "AAA"), exam["policy"][0]
@@ -242,6 +247,41 @@ def test_a_kill_between_any_two_bytes_loses_no_line_and_doubles_none(tmp_path: P
     (tmp_path / STATE).unlink()
     with pytest.raises(BookError, match="is missing"):
         Book.open(tmp_path, IDENTITY)
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from evaluation import record
+from evaluation.paper import PaperState
+from evaluation.paper_book import Book
+folder = Path(sys.argv[1])
+book, kept = Book.open(folder, {}), record.read(folder)
+kept.complete()
+print("ready", flush=True)
+while True:
+    n = book.state.minute_ns
+    book.save(PaperState(minute_ns=n + 1), {}, [{"n": 2 * n}, {"n": 2 * n + 1}])
+    m = len(kept.lines) // 2
+    kept.append([{"n": 2 * m}, {"n": 2 * m + 1}], {})
+"""
+
+
+@pytest.mark.drill
+def test_real_kills_at_random_instants_lose_no_line_and_double_none(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        command = [sys.executable, "-c", ENDLESS, str(tmp_path)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+            time.sleep(random.uniform(0.0, 0.1))
+            child.kill()
+    book, kept = Book.open(tmp_path, {}), record.read(tmp_path)
+    kept.complete()
+    assert [line["n"] for line in book.lines()] == list(range(2 * book.state.minute_ns))
+    assert not kept.faults and [line["n"] for line in kept.lines] == list(range(len(kept.lines)))
+    assert (tmp_path / record.NAME).read_text().count("\n") == len(kept.lines)
+    assert min(book.state.minute_ns, len(kept.lines)) > 50
 
 
 def test_a_full_disk_leaves_the_minute_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

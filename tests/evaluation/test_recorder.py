@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,9 @@ def test_the_command_shows_a_table_json_and_a_page_and_verifies(
     assert "run1_epoch2.pt is the champion, after run1_epoch1.pt" in table
     content = json.loads(run(as_json=True))
     assert content["headline"] in table and len(content["lines"]) == 6
+    assert re.findall(r"^ *(\d) +\d{4}-\d\d-\d\d \d\d:\d\d ", table, re.M) == [
+        *"123456"
+    ]  # no column is cut off
     page = Page((tmp_path / "reports" / "record" / "record.html").read_bytes())
     page.loads_nothing()
     assert content["headline"] in page.text and content["hash"][:16] in page.text
