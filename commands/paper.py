@@ -242,7 +242,12 @@ def run(
         ExitProgram: the folder is another account's, is used by another process, or cannot be read.
         ValueError: an option does not fit.
     """
-    request_of(trained.settings, clock(), options.symbols)  # an unknown symbol needs no folder
+    settings = trained.settings
+    if settings.end_date:
+        raise ValueError(f"end_date={settings.end_date} ends the bars before now: --end-date none lifts that")
+    if "simulated" in settings.sources:
+        raise ValueError("sources=simulated has no live bars: name others, such as --sources binance")
+    request_of(settings, clock(), options.symbols)  # an unknown symbol needs no folder
     if options.gross is not None and not 0 < options.gross < math.inf:
         raise ValueError(f"--gross {options.gross:g} must be above 0, such as 1 for all of the equity")
     folder = options.folder or Path("paper") / file_name(trained.checkpoint.path.stem)

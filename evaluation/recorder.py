@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data_sources.bars import MINUTE_NS
+from data_sources.bars import DAY_NS, MINUTE_NS
 from envs.config import EnvConfig
 from envs.features import FeatureStatistics
 from envs.market import Market, NoSegment
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 SEGMENTS_AT_ONCE = 16  # per forward of the trunk, to bound memory
+REVISED_NS = 60 * DAY_NS  # older bars are not compared any more: vendors correct the newest weeks
 SAME = 1e-6  # ratios of prices that agree so well were rescaled, by a split, and not revised
 COSTS = (
     "stock_fee_bps",
@@ -300,6 +301,7 @@ def _revised(lines: Sequence[Mapping[str, Any]], market: Market) -> dict[str, li
         for number in numbers
     }
     offsets = market.offsets.tolist()
+    since_ns = int(market.open_time.max()) - REVISED_NS
     changed: dict[str, list[int]] = {}
     for line in lines:
         if line["kind"] != "scored":
@@ -308,7 +310,7 @@ def _revised(lines: Sequence[Mapping[str, Any]], market: Market) -> dict[str, li
             if symbol not in market.symbols or (symbol, line["number"]) in told:
                 continue
             first_ns, last_ns, digest, *prices = row["bars"]
-            if int(market.open_time[offsets[market.symbols.index(symbol)]]) > first_ns:
+            if last_ns < since_ns or int(market.open_time[offsets[market.symbols.index(symbol)]]) > first_ns:
                 continue
             _, _, now, *prices_now = _bars_of(market, symbol, first_ns, last_ns)
             if now != digest and not _is_rescaled(prices, prices_now):

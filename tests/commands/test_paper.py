@@ -49,7 +49,7 @@ class Trader:
         self.now_ns = START
         self.said = ""
 
-    def run(self, minutes: int, **options: Any) -> list[dict[str, Any]]:
+    def run(self, minutes: int, settings: Any = (), **options: Any) -> list[dict[str, Any]]:
         """Start it for so many minutes; return what it printed."""
 
         def clock() -> int:
@@ -59,7 +59,7 @@ class Trader:
         def sleep(seconds: float) -> None:
             self.now_ns += MINUTE_NS
 
-        trained = TrainedPolicy.read(self.path, Settings)
+        trained = TrainedPolicy.read(self.path, Settings, **dict(settings))
         given = PaperOptions(folder=self.folder / "paper", minutes=minutes, as_json=True)
         with Console(self.folder / "logs", to_stderr=True) as console:
             paper.run(trained, replace(given, **options), console, clock, sleep)
@@ -133,7 +133,7 @@ def test_late_bars_sources_that_are_down_and_wrong_clocks_are_no_trade_and_said(
     assert states["ETHUSDT"][0] is not None
     trader.server.faults[:] = [Fault("/api/v3/klines", status=451)]
     (content,) = trader.run(1)
-    assert "(BTCUSDT, ETHUSDT)" in trader.said
+    assert "(ETHUSDT)" in trader.said
     assert (
         "No trade: stale: its newest bar closed " in trader.said
         and "sources are down, or this clock is ahead" in trader.said
@@ -170,6 +170,10 @@ def test_one_folder_is_one_papers(trader: Trader) -> None:
         assert failure.value.code == 75
     with pytest.raises(ExitProgram, match="has accounts of another symbols, gross: use another --output"):
         trader.run(1, symbols=("BTCUSDT",), gross=0.5)
+    with pytest.raises(ValueError, match="--end-date none lifts that"):
+        trader.run(1, settings={"end_date": "2026-11-19"})
+    with pytest.raises(ValueError, match="sources=simulated has no live bars"):
+        trader.run(1, settings={"sources": ("simulated",)})
     with pytest.raises(ValueError, match="--gross -1 must be above 0"):
         trader.run(1, gross=-1.0)
     with pytest.raises(ValueError, match="--symbols NOPE"):
