@@ -54,7 +54,7 @@ def show(attached: Attached, emit: Callable[..., object], as_json: bool) -> int:
         as_json: for machines.
 
     Returns:
-        The exit code: 0 if it runs or has ended as it should, 1 if it gives no sign of life.
+        The exit code: 0 if it runs or has ended as it should, 1 if it failed or gives no sign of life.
     """
     state = attached.read()
     if as_json:
@@ -67,7 +67,7 @@ def show(attached: Attached, emit: Callable[..., object], as_json: bool) -> int:
         for number, news in enumerate(summary.newest_lines(state, NEWEST_LINES)):
             text = shortened(news.text, width - LABEL)
             emit(f"{'' if number else 'lines':<{LABEL}}{text}", fg="yellow" if news.is_warning else None)
-    return int(state.ended is None and not attach.is_alive(state))
+    return int(state.has_failed or (state.ended is None and not attach.is_alive(state)))
 
 
 def lines_of(fact: Fact, width: int) -> list[str]:

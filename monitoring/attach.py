@@ -118,7 +118,8 @@ def is_alive(state: DashboardState) -> bool:
 def describe_life(state: DashboardState) -> str:
     """Return in words whether the training runs, "" while it does."""
     if state.ended is not None:
-        return f"ended {_when(state.ended)}"
+        how = "ended by an error" if state.has_failed else "ended"
+        return f"{how} {_when(state.ended)}{'; train.log has it' if state.has_failed else ''}"
     if is_alive(state):
         return ""
     return f"not running: its last sign of life was {_when(time.time() - state.silence)}"

@@ -179,6 +179,7 @@ class _Page:
             (f"{verdict.headline}: {verdict.reason}" if verdict.reason else verdict.headline, style),
             (verdict.figures, ""),
             (f"Champion: {verdict.champion}", ""),
+            (f"Record: {verdict.record}" if verdict.record else "", ""),
             (verdict.about, DIM),
         ]
         return [Text(part, style) for text, style in texts if text for part in wrap(text, self.width)]

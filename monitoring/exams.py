@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from monitoring.health import number
 from monitoring.state import DashboardState
 
 Row = Mapping[str, Any]
@@ -28,6 +29,7 @@ class Verdict:
     reason: str = ""
     figures: str = ""  # returns and the Sharpe ratio with its interval
     champion: str = ""  # which, and since when
+    record: str = ""  # what champions earned on bars that came after them
     about: str = ""  # what was examined, and when
     is_edge: bool = False
 
@@ -70,8 +72,8 @@ def describe(exams: Sequence[Row]) -> Verdict:
 
 
 def verdict_of(state: DashboardState) -> Verdict:
-    """Return the verdict on a training; one on bars that were made up says so."""
-    verdict = describe(state.exams)
+    """Return the verdict on a training, with the record; one on bars that were made up says so."""
+    verdict = replace(describe(state.exams), record=_record(state))
     if state.exams and list(state.newest_ns) == ["simulated"]:
         return replace(verdict, headline=f"{verdict.headline} on simulated bars")
     return verdict
@@ -98,6 +100,18 @@ def returns_of(exam: Row) -> dict[str, float]:
         return {}
     totals = {name: measures.get("total_return") for name, measures in pooled.items()}
     return {str(name): float(total) for name, total in totals.items() if isinstance(total, int | float)}
+
+
+def _record(state: DashboardState) -> str:
+    recorded = next(
+        (row for row in reversed(state.history) if number(row, "record/return_percent") is not None), {}
+    )
+    names = ("record/return_percent", "record/buy_and_hold_percent", "record/days")
+    figures = [number(recorded, name) for name in names]
+    if None in figures:
+        return ""
+    earned, held, days = figures
+    return f"champions {earned:+.1f}% on {days:.0f} days that came after them, buy and hold {held:+.1f}%"
 
 
 def _figures(exam: Row) -> str:

@@ -111,6 +111,14 @@ def _charts(state: DashboardState) -> list[tuple[str, Curve]]:
     if len(state.exams) > 1:
         span = (exams.name_of(state.exams[0]), exams.name_of(state.exams[-1]))
         charts.append(("Return on held-out days, by exam", draw(held_out, "{:+.1%}", span)))
+    record = {
+        name: state.values(f"record/{key}_percent")
+        for name, key in (("champions", "return"), ("buy and hold", "buy_and_hold"))
+    }
+    if len(record["champions"]) > 1:
+        rows = [row for row in state.history if "record/return_percent" in row]
+        span = (f"run {rows[0]['run']}", f"run {rows[-1]['run']}")
+        charts.append(("Record, percent on days that came later", draw(record, "{:+.1f}%", span)))
     return charts
 
 

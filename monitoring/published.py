@@ -136,4 +136,4 @@ def fill_in(state: DashboardState, content: Mapping[str, Any]) -> None:
         setattr(state, name, state.now - max(0.0, now - content[name]))
     state.tasks = {source: Task(source, unit, total, done) for source, unit, total, done in content["tasks"]}
     state.silence = max(0.0, now - content["time"])
-    state.ended = content.get("ended")
+    state.ended, state.has_failed = content.get("ended"), bool(content.get("has_failed"))

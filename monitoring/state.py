@@ -98,6 +98,7 @@ class DashboardState:
     report_dir: str = ""
     silence: float = 0.0  # seconds since a training that is watched from elsewhere published anything
     ended: float | None = None  # when it ended, in seconds since 1970
+    has_failed: bool = False  # it ended by an error
     machine: Machine = field(default_factory=Machine)
     disk: Disk = field(default_factory=Disk)
     restarts: int = 0  # by the supervisor

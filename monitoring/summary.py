@@ -38,7 +38,8 @@ def facts_beside_verdict(state: DashboardState) -> list[Fact]:
 
 def _progress(state: DashboardState) -> Iterator[Fact]:
     life = attach.describe_life(state)
-    yield Fact("training", life or _position(state), needs_attention=bool(life) and state.ended is None)
+    is_ill = bool(life) and (state.ended is None or state.has_failed)
+    yield Fact("training", life or _position(state), needs_attention=is_ill)
     if life:
         yield Fact("reached", describe_place(state))
     if state.stopping:
@@ -49,7 +50,13 @@ def _progress(state: DashboardState) -> Iterator[Fact]:
 def _verdict(state: DashboardState) -> Iterator[Fact]:
     verdict = exams.verdict_of(state)
     yield Fact("verdict", f"{verdict.headline}: {verdict.reason}" if verdict.reason else verdict.headline)
-    for label, text in (("", verdict.figures), ("", verdict.about), ("champion", verdict.champion)):
+    others = (
+        ("", verdict.figures),
+        ("", verdict.about),
+        ("champion", verdict.champion),
+        ("record", verdict.record),
+    )
+    for label, text in others:
         if text:
             yield Fact(label, text)
 

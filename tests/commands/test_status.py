@@ -56,6 +56,10 @@ def test_its_exit_code_tells_whether_the_training_lives(tmp_path: Path) -> None:
     assert json.loads(silent[0])["alive"] is False
     publish(tmp_path, ended=time.time())
     assert status.show(attached, lambda line, **_: None, as_json=False) == 0
+    said: list[str] = []
+    publish(tmp_path, ended=time.time(), has_failed=True)
+    assert status.show(attached, lambda line, **_: said.append(line), as_json=False) == 1
+    assert said[0].startswith("training  ended by an error 20")
 
 
 def test_where_nothing_ran_it_names_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

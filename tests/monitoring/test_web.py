@@ -19,8 +19,10 @@ import pytest
 
 from monitoring import web
 from monitoring.attach import Attached
+from monitoring.metrics_file import append_metrics
 from monitoring.web import PageServer, Website
 from tests.monitoring.published_training import exam, hold_exams, publish
+from tests.monitoring.test_dashboard import row
 
 TOKEN = "correct-horse-battery"
 EVIL = '<script>alert("x")</script>'
@@ -122,6 +124,22 @@ def test_the_page_says_what_matters_and_loads_nothing(training: Path) -> None:
     assert found.open == [] and found.loads == [] and found.tags.count("script") == 1
     assert "https://" not in body and "http://" not in body
     assert "default-src 'none'; script-src 'sha256-" in headers["Content-Security-Policy"]
+
+
+def test_the_record_is_said_and_drawn_once_there_is_one(training: Path) -> None:
+    for run, earned in ((2, 1.0), (3, -0.5)):
+        figures = {
+            "record/return_percent": earned,
+            "record/buy_and_hold_percent": 2.0,
+            "record/days": 9.0 * run,
+        }
+        append_metrics(training / "logs", row(run, run=run, transitions=10**9 * run, **figures))
+    with site(training) as served:
+        _, _, body = served.get()
+    assert "Record: champions -0.5% on 27 days that came after them, buy and hold +2.0%" in body
+    assert (
+        "Record, percent on days that came later" in body and "<span>run 2</span><span>run 3</span>" in body
+    )
 
 
 def test_the_script_is_the_one_that_the_policy_allows(training: Path) -> None:
