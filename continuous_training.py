@@ -154,7 +154,7 @@ class Settings:
         for name, value in setting_types.convert_all(self).items():
             object.__setattr__(self, name, value)
         for name, folder in validation.folders(self):
-            object.__setattr__(self, name, os.path.expanduser(folder))  # noqa: PTH111 - Path would drop "./"
+            object.__setattr__(self, name, setting_types.expand_path(folder))
         validation.check(self)
 
 

@@ -19,7 +19,7 @@ import typer
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
 from envs.feature_errors import FeatureError
 from runtime.control import EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
-from training.setting_types import KINDS, NOT_PASSED_ON, shown
+from training.setting_types import KINDS, NOT_PASSED_ON, expand_path, shown
 from training.urls import Url
 from training.validation import is_folder
 
@@ -369,8 +369,9 @@ def locate(path: str) -> str:
     ``~`` is the home folder, which no shell expands within quotes or after ``--flag=``; other relative paths start
     in the folder from which the program was called.
     """
-    path = os.path.expanduser(path)  # noqa: PTH111 - Path would drop "./", which protects a "~"
-    is_invalid = not path.strip() or path.startswith("~")  # training/validation.py reports it
+    path = expand_path(path)
+    # training/validation.py reports what is invalid.
+    is_invalid = not path.strip() or path.startswith("~") or "://" in path
     return path if is_invalid else os.path.join(_called_from, path)  # noqa: PTH118
 
 

@@ -207,28 +207,6 @@ def test_presets_name_settings_only() -> None:
     assert all(set(preset) <= names for preset in PRESETS.values())
 
 
-def test_a_folder_that_is_a_file_is_one_line_with_the_right_code(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    for flag, code in (("--checkpoint-dir", 2), ("--data-dir", 3)):
-        done = run(
-            "train",
-            "--sources",
-            "yahoo",
-            "--checkpoint-dir",
-            str(tmp_path / "c"),
-            "--runs",
-            "1",
-            "--stocks",
-            "AAPL",
-            "--log-dir",
-            str(tmp_path / "logs"),
-            flag,
-            str(tmp_path / "file"),
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr and str(tmp_path / "file") in done.stderr
-
-
 @pytest.mark.parametrize("through_start_script", [False, True])
 def test_a_typed_path_starts_where_the_user_is_and_a_constant_in_the_programs_folder(
     tmp_path: Path, through_start_script: bool
@@ -260,6 +238,38 @@ def test_every_setting_that_is_a_folder_starts_where_it_was_typed(monkeypatch: p
     parsed = cli._parse_given(Settings, get_type_hints(Settings), same)
     assert parsed == same | {"files_dir": None}
     assert cli._locate(Path("run1_epoch25.pt")) == elsewhere / "run1_epoch25.pt"
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        ("FILE", "must be a folder: .*bars.csv is a file"),
+        ("FILE/below", "must be a folder: .*bars.csv is a file"),
+        ("LINK/ck", "must be a folder: .*gone links to .*unmounted, which does not exist"),
+        ("x" * 300, "must be a folder: File name too long"),
+        ("$NOT_SET/ck", r"names a variable that is not set, \$NOT_SET"),
+        ("/data/${NOT_SET}", r"names a variable that is not set, \$\{NOT_SET\}"),
+        ("s3://me:word@bucket/ck", r"s3://\.\.\. must be a folder of this machine"),
+        ("ck\n", "must have no line breaks"),
+    ],
+)
+def test_what_can_be_no_folder_is_one_line(tmp_path: Path, folder: str, told: str) -> None:
+    (tmp_path / "bars.csv").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    folder = folder.replace("FILE", f"{tmp_path}/bars.csv").replace("LINK", f"{tmp_path}/gone")
+    for name in ("checkpoint_dir", "report_dir", "files_dir"):
+        with pytest.raises(ValueError, match=f"^{name}=.*{told}"):
+            Settings(**{name: folder})
+    with pytest.raises(ValueError, match="mirror=://"):
+        Settings(mirror="://")
+
+
+def test_a_variable_is_filled_in_where_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISK", str(tmp_path))
+    for place in ("$DISK", "${DISK}"):
+        assert Settings(checkpoint_dir=f"{place}/ck", mirror=f"{place}/m").checkpoint_dir == f"{tmp_path}/ck"
+    assert Settings(checkpoint_dir=f"{tmp_path}/C$/a$b").checkpoint_dir == f"{tmp_path}/C$/a$b"
+    assert cli.locate("$DISK/ck") == f"{tmp_path}/ck"
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,11 @@ def recorded(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in NOT_PASSED_ON}
 
 
+def expand_path(path: str) -> str:
+    """Return a path with ``~`` and set variables such as ``$HOME`` filled in, as a shell does."""
+    return os.path.expandvars(os.path.expanduser(path))  # noqa: PTH111 - Path would drop "./"
+
+
 def shown(value: object) -> str:
     """Return a value of any type as a short text on one line."""
     try:

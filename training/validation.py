@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTIN
 from data_sources.vendors.files_description import is_timezone
 from envs.config import FEATURE_GROUPS, EnvConfig, require
 from runtime.control import EXIT_SETTING, ExitProgram
+from runtime.files import fault_of_folder
 from training.setting_types import DEVICE_RULE, DEVICES, shown
 from training.urls import find_targets, is_address, is_local
 
@@ -77,6 +79,7 @@ ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef")
 OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port", "web_port")
 LARGEST_POSITION = 100.0
 LONGEST_SYMBOL = 32
+UNSET_VARIABLE = re.compile(r"(?:^|[/\\])(\$\w+|\$\{\w+\})")  # what expand_path left
 WITHOUT_SHORTS = "use --positions 0,1, or --allow-spot-shorts if you borrow coins on margin"
 KEPT_SHORTS = "keeps those that it was trained with; --allow-spot-shorts says that you borrow coins on margin"
 LEAST_TOKEN = 16  # characters
@@ -272,6 +275,14 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         yield name, bool(folder.strip()), "must be a folder, such as checkpoints"
         # What expanduser leaves: ~NAME of no user. A folder of that name has to be meant, as in a shell.
         yield name, not folder.startswith("~"), "names no user; use ./~... for a folder of that name"
+        variable = UNSET_VARIABLE.search(folder)
+        yield name, not variable, f"names a variable that is not set, {variable and variable[1]}"
+        scheme, mark, _ = folder.partition("://")
+        rule = "must be a folder of this machine; only mirror takes a URL"
+        require(not mark, name, f"{scheme}://...", rule)  # a URL may have a password: it is not repeated
+        yield name, min(folder) >= " ", "must have no line breaks and other control characters in it"
+        fault = fault_of_folder(Path(folder))
+        yield name, not fault, f"must be a folder: {fault}"
 
     yield "device", DEVICES.fullmatch(s.device) is not None, DEVICE_RULE
 
@@ -293,6 +304,8 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         has_secret = bool(protocol) and ("?" in rest or ":" in rest.rpartition("@")[0])
         require(not has_secret, "mirror", f"{protocol}://...", rule)  # the value itself is not repeated
         is_same = not protocol and Path(s.mirror).resolve() == Path(s.checkpoint_dir).resolve()
+        is_url = "://" not in s.mirror or bool(protocol and rest)
+        yield "mirror", is_url, "must be a folder, or a URL such as s3://bucket/folder"
         yield "mirror", not is_same, "must be another place than checkpoint_dir"
 
     groups, unknown = ", ".join(FEATURE_GROUPS), [name for name in s.features if name not in FEATURE_GROUPS]
