@@ -28,9 +28,26 @@ FILE_NAME = "splits.json"
 # New to old shares, the likelier first: what is near to two of them is the first.
 SPLIT_RATIOS = (
     *((n, 1) for n in (*range(2, 21), *range(25, 101, 5), *range(125, 1001, 25), *range(21, 100))),
-    *((3, 2), (5, 2), (7, 2), (9, 2), (4, 3), (5, 3), (7, 3), (8, 3), (5, 4), (7, 4), (9, 4), (6, 5), (7, 5)),
+    *(
+        (3, 2),
+        (5, 2),
+        (7, 2),
+        (9, 2),
+        (4, 3),
+        (5, 3),
+        (7, 3),
+        (8, 3),
+        (5, 4),
+        (7, 4),
+        (9, 4),
+        (6, 5),
+        (7, 5),
+        (8, 5),
+    ),
 )
 RATIO_TOLERANCE = 0.02  # of n:1 and n:2; less where ratios lie closer
+# A split and the night's own move come together: as far from its ratio as so many usual nights, at most.
+USUAL_NIGHTS, LARGEST_NIGHT = 4.0, 0.05
 SMALLEST_RATIO = 1.19  # a little less than 6:5
 # News moves prices by less than this, and then brings several times the money, and the range, of other sessions.
 SURE_RATIO = 3.3
@@ -222,12 +239,12 @@ def suspect_splits(bars: Bars) -> list[SuspectedSplit]:
     ranges = np.log(highs / np.minimum.reduceat(bars.low[regular], starts))
     times = bars.open_time[regular][starts]
     ratios = closes[:-1] / opens[1:]
-    jumps = (np.abs(np.log(ratios)) > math.log(SMALLEST_RATIO)) & (
-        np.diff(day[starts]) <= LONGEST_CLOSURE_DAYS
-    )
+    moves = np.abs(np.log(ratios))
+    night = min(LARGEST_NIGHT, USUAL_NIGHTS * float(np.median(moves))) if len(moves) >= NEIGHBOURS else 0.0
+    jumps = (moves > math.log(SMALLEST_RATIO)) & (np.diff(day[starts]) <= LONGEST_CLOSURE_DAYS)
     found = []
     for i in (np.flatnonzero(jumps) + 1).tolist():
-        ratio = near_split_ratio(ratios[i - 1])
+        ratio = near_split_ratio(ratios[i - 1]) or _nearest_ratio(ratios[i - 1], night)
         if ratio is None:
             continue
         before, after = slice(max(0, i - NEIGHBOURS), i), slice(i, i + NEIGHBOURS)
@@ -249,6 +266,15 @@ def near_split_ratio(ratio: float) -> float | None:
         if abs(larger / (new / old) - 1) < RATIO_TOLERANCE / max(1, old - 1):
             return new / old if ratio > 1 else old / new
     return None
+
+
+def _nearest_ratio(ratio: float, most: float) -> float | None:
+    """Return the nearest ratio of a split, None where the log of ``ratio`` is further than ``most`` from it."""
+    larger = max(ratio, 1 / ratio)
+    nearest = min((new / old for new, old in SPLIT_RATIOS), key=lambda exact: abs(math.log(larger / exact)))
+    if abs(math.log(larger / nearest)) > most:
+        return None
+    return nearest if ratio > 1 else 1 / nearest
 
 
 def _is_jump(bars: Bars, executed_ns: int, ratio: float) -> bool:

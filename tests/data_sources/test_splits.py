@@ -155,6 +155,30 @@ def test_an_unlisted_split_is_flagged_also_where_the_volume_stays(ratio):
     assert suspect_splits(two_sessions(ratio, volume_ratio=1.0))[0].ratio == pytest.approx(ratio)
 
 
+def sessions(nights):
+    """Sessions of 390 bars that open by the ``nights`` (logs) over the close before; volume moves against them."""
+    columns = {name: [] for name in COLUMNS}
+    close = 100.0
+    for day, night in enumerate([0.0, *nights]):
+        bars = walk("AAA", OPEN + day * DAY_NS, 390, seed=day)
+        scale = close * np.exp(night) / bars["open"][0].as_py()
+        for name in COLUMNS:
+            factor = {"open_time": 1, "volume": 100 / scale}.get(name, scale)
+            columns[name].append(bars[name].to_numpy() * factor)
+        close = columns["close"][-1][-1]
+    return Bars("AAA", "stock", *(np.concatenate(columns[name]) for name in COLUMNS))
+
+
+@pytest.mark.parametrize("ratio", [1.25, 4 / 3, 1.6, 2.0, 1 / 8, 2 / 3, 0.8])
+@pytest.mark.parametrize("usual", [0.012, 0.001])
+def test_the_nights_own_move_hides_no_split_unless_it_is_unusual(ratio, usual):
+    nights = np.where(np.arange(9) % 2, usual, -usual)
+    nights[4] = 0.03 - np.log(ratio)
+    found = suspect_splits(sessions(nights))
+    # 1.25 less three per cent may be 6:5 as well.
+    assert [jump.ratio for jump in found] == ([pytest.approx(ratio, rel=0.05)] if usual == 0.012 else [])
+
+
 def test_moves_that_are_not_splits_are_not_flagged():
     assert suspect_splits(two_sessions(1.0)) == []
     assert suspect_splits(two_sessions(1.7)) == []  # no ratio of small numbers
