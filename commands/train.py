@@ -150,11 +150,7 @@ class Job:
         for line in self._summary.lines(self.progress, self._writer.finish()):
             log.info(line)
         if self.ranks.any(self._writer.last_save_failed):
-            raise ExitProgram(
-                EXIT_DOES_NOT_FIT,
-                f"The final checkpoint was not saved: free disk space in {self._folder}. "
-                "The next start resumes from the previous checkpoint.",
-            )
+            raise ExitProgram(EXIT_DOES_NOT_FIT, self._writer.describe_failure())
 
     def agree_on_stop(self, level: int = STOP_AT_EPOCH_END) -> bool:
         """Set ``stopping`` if any rank was asked to stop at this level or above, and return that (all ranks)."""

@@ -6,7 +6,6 @@ Without an NVIDIA driver there are no GPUs, and no message about it. What a GPU 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import psutil
 import pynvml
 
 from runtime.cores import memory_limit, usable_cores
+from runtime.files import free_bytes
 from training.checkpoint_names import NUM_RESUME_STATES, RESUME
 
 
@@ -129,7 +129,8 @@ def read_disk(checkpoint_dir: Path) -> Disk:
     states: dict[str, float] = {}
     newest, newest_time = "", -1.0
     try:
-        free = float(shutil.disk_usage(checkpoint_dir).free)
+        known = free_bytes(checkpoint_dir)
+        free = None if known is None else float(known)
         for path in checkpoint_dir.rglob("run*.pt"):
             status = path.stat()
             sizes[path.name] = sizes.get(path.name, 0.0) + status.st_size

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ log = logging.getLogger("continuous_training")
 TEMPORARY_SUFFIX = ".tmp"
 # What SMB, VirtualBox and WSL shares, FUSE and others answer to a call that they do not implement.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOTTY)
+# A sync of a folder that fails otherwise is one that the file system does not have: EIO of rclone, EPROTO of
+# VirtualBox. A disk that is broken or gone says so to the next write.
+NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 FOLDER_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR)
 NO_OVERWRITE = (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EBUSY)
 NO_SYNC = "this file system does not sync files: a power cut can damage what was written last"
@@ -77,15 +81,27 @@ def sync_folder(folder: Path, warns: bool = True) -> None:
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         if error.errno not in (*UNSUPPORTED, *FOLDER_UNREADABLE):
             raise
-        if warns:
-            warn_once(folder, NO_FOLDER_SYNC)
+        is_synced = False
+    else:
+        is_synced = _is_synced(descriptor)
+    if warns and not is_synced:
+        warn_once(folder, NO_FOLDER_SYNC)
+
+
+def _is_synced(descriptor: int) -> bool:
+    """Sync an open folder and close it; False where the file system does not."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def sync_file(file: BinaryIO, folder: Path) -> None:
@@ -154,6 +170,33 @@ def find_lacks(folder: Path) -> list[str]:
         lacks, _probed = _probed, None
         probe.unlink(missing_ok=True)
     return list(dict.fromkeys(lacks))
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the free space of a folder's disk; None where the file system does not say, as some FUSE."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return None
+    return usage.free if usage.total or usage.free else None
+
+
+def fault_of_folder(folder: Path) -> str:
+    """Return why no folder can be there, "" if it is one, or could be made."""
+    path = folder.absolute()
+    for place in (path, *path.parents):
+        try:
+            if place.is_dir():
+                return ""
+            if place.is_symlink() and not place.exists():
+                return f"{place} links to {place.readlink()}, which does not exist"
+            if place.exists():
+                return f"{place} is a file"
+        except OSError as error:
+            return f"{error.strerror or error}"
+    return ""
 
 
 def fault_of_zip(path: Path, expected: str) -> str:

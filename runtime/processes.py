@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runtime.locking import NO_LOCK_ERRORS, try_lock
+from runtime.locking import try_lock
 
 WINDOWS = sys.platform == "win32"
 LINUX = sys.platform == "linux"
@@ -60,9 +60,8 @@ def die_with_parent(held_folder: Path | None = None) -> None:
             os._exit(1)
     except FileNotFoundError:
         os._exit(1)
-    except OSError as error:
-        if error.errno not in NO_LOCK_ERRORS:  # else there are no locks to look at
-            raise
+    except OSError:
+        return  # there are no locks to look at
 
 
 def is_held(folder: Path) -> bool:

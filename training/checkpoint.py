@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -27,12 +26,12 @@ from torch import Tensor
 from envs.config import FIRST_FEATURES
 from envs.features import FeatureStatistics, chosen_features
 from models.policy import Policy
-from runtime.files import TEMPORARY_SUFFIX, make_folder, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, free_bytes, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from training.checkpoint_names import BEST, NAME, NUM_RESUME_STATES, RESUME
 from training.distributed import Ranks
 from training.retention import thin_out
-from training.torch_files import CheckpointError, load_file, root_cause
+from training.torch_files import DISK_IS_FULL, CheckpointError, load_file, root_cause
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -294,15 +293,15 @@ def _make_room(folder: Path, num_bytes: int, keep_runs: int | None) -> None:
     Raises:
         OSError: that would not free enough (ENOSPC); nothing was deleted.
     """
-    missing = num_bytes - shutil.disk_usage(folder).free
-    if missing <= 0:
+    free = free_bytes(folder)
+    if free is None or (missing := num_bytes - free) <= 0:
         return
     # The champion is a second name of a checkpoint: removing the first one would free nothing.
     surplus = [path for path in _surplus(folder, 1, keep_runs, 1) if path.stat().st_nlink == 1]
     if sum(path.stat().st_size for path in surplus) < missing:
-        raise OSError(errno.ENOSPC, "the disk is full")
+        raise OSError(errno.ENOSPC, DISK_IS_FULL)
     for path in surplus:
-        if shutil.disk_usage(folder).free >= num_bytes:
+        if (free_bytes(folder) or 0) >= num_bytes:
             return
         path.unlink(missing_ok=True)
         log.warning(f"the disk is full: {path} was removed to make room for a newer checkpoint")

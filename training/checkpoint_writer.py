@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import Checkpoint, CheckpointError, existing, sweep_unfinished
+from training.torch_files import DISK_IS_FULL
 
 log = logging.getLogger("continuous_training")
 
@@ -80,6 +81,7 @@ class CheckpointWriter:
             keep_runs: see Checkpoint.save.
         """
         self._keep = (keep,) if keep_runs is None else (keep, keep_runs)
+        self._folder = folder
         self._wanted = wanted
         self._on_saved = on_saved
         self._snapshot = Snapshot()
@@ -113,6 +115,17 @@ class CheckpointWriter:
             self._writing.result()
             self._writing = None
         return self.newest
+
+    def describe_failure(self) -> str:
+        """Return a sentence on a last save that failed, for the end of a training."""
+        # The line above it has the reason.
+        fix = (
+            "free disk space in" if self.newest.endswith(DISK_IS_FULL) else "check the disk and the rights of"
+        )
+        return (
+            f"The final checkpoint was not saved: {fix} {self._folder}. "
+            "The next start resumes from the previous checkpoint."
+        )
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:

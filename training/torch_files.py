@@ -12,6 +12,7 @@ import torch
 
 from runtime.files import fault_of_zip
 
+DISK_IS_FULL = "the disk is full"
 EXAMPLE = "checkpoints/best.pt"
 
 
@@ -56,7 +57,7 @@ def root_cause(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-            return "the disk is full"
+            return DISK_IS_FULL
         cause = cause.__cause__ or cause.__context__
     text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
     return text[0][:200] if text else type(error).__name__

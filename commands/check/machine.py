@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from envs.features import chosen_features
 from models.policy import precision_on
 from monitoring.format import size
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT
+from runtime.files import free_bytes
 from runtime.launch import Launch
 from training import checkpoint
 from training.devices import Devices
@@ -162,7 +162,9 @@ def check_disks(settings: Settings, request: DataRequest) -> Iterator[Line]:
 def _on_disk(text: str, folder: Path, wanted: int, needed: int, fix: str) -> Line:
     """Compare with the free space: ``needed`` for a useful start, ``wanted`` in the long run."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(place)
+    if free is None:
+        return Line("disk", "OK", f"{text}; {place} does not say how much is free")
     text = f"{text}; {size(free)} are free"
     if free < needed:
         return Line("disk", "error", f"{text}: free {size(needed - free)} more", EXIT_DOES_NOT_FIT)

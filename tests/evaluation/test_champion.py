@@ -21,6 +21,7 @@ from data_sources.bars import Bars
 from evaluation import champion, ledger
 from evaluation.examiner import Exam, Examiner
 from evaluation.trained_policy import TrainedPolicy
+from runtime import files
 from runtime.control import STOP_NOW, Control
 from tests.envs.markets import market_of, walk
 from training import checkpoint
@@ -334,7 +335,7 @@ def test_removing_one_of_two_links_is_not_counted_as_freed_space(
         training.examine()
     before = sorted(path for path in training.folder.rglob("*.pt"))
     old_state = training.folder / checkpoint.RESUME / "run1_epoch1.pt"
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=1))
     with pytest.raises(OSError, match="the disk is full"):
         checkpoint._make_room(training.folder, old_state.stat().st_size + 1, None)
     assert sorted(path for path in training.folder.rglob("*.pt")) == before

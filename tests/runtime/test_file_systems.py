@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from commands.check import machine
+from monitoring.machine import read_disk
 from runtime import files
 from runtime.files import (
     NO_FOLDER_SYNC,
@@ -23,11 +25,13 @@ from runtime.files import (
     NO_SYNC,
     can_link,
     find_lacks,
+    free_bytes,
     replace,
     write_atomically,
 )
 from runtime.locking import NO_LOCKS, FolderHeld, FolderLock, can_lock
 from tests.program import PATIENCE, ROOT, environment, tiny_flags
+from tests.training import checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +48,17 @@ def refusing(call: Callable[..., Any], code: int, only_folders: bool = False) ->
     return refuse
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS])
-@pytest.mark.parametrize(("only_folders", "lack"), [(True, NO_FOLDER_SYNC), (False, NO_SYNC)])
+REFUSALS = [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS]
+
+
+@pytest.mark.parametrize(
+    ("code", "only_folders", "lack"),
+    [
+        *((code, False, NO_SYNC) for code in REFUSALS),
+        # Of a folder any refusal is one: rclone's answers EIO, VirtualBox's EPROTO.
+        *((code, True, NO_FOLDER_SYNC) for code in (*REFUSALS, errno.EIO, errno.EPROTO, errno.EACCES)),
+    ],
+)
 def test_a_refused_sync_is_one_warning_and_no_failed_write(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -63,16 +76,18 @@ def test_a_refused_sync_is_one_warning_and_no_failed_write(
     assert lack in find_lacks(tmp_path)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize(
+    ("code", "only_folders"), [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOSPC, True)]
+)
 def test_a_sync_that_fails_is_a_failed_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, only_folders: bool
 ) -> None:
-    monkeypatch.setattr(os, "fsync", refusing(os.fsync, code))
+    monkeypatch.setattr(os, "fsync", refusing(os.fsync, code, only_folders))
     with pytest.raises(OSError, match=os.strerror(code)):
         write_atomically(tmp_path / "a", lambda file: file.write(b"x"))
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EIO, errno.EACCES])
 def test_without_locks_a_folder_is_held_within_the_process_and_a_warning_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
@@ -113,6 +128,19 @@ def test_a_second_name_is_tried_and_nothing_stays(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "link", refusing(os.link, errno.EPERM))
     assert not can_link(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, None])
+def test_a_disk_that_does_not_say_what_is_free_is_not_a_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    assert free_bytes(tmp_path)
+    nothing = os.statvfs_result((0,) * 10)
+    monkeypatch.setattr(os, "statvfs", refusing(os.statvfs, code) if code else lambda _: nothing)
+    assert free_bytes(tmp_path) is None
+    checkpoints.small(tmp_path, 1, 1).save(keep=1)
+    assert machine._on_disk("checkpoints", tmp_path, 1, 1, "").level == "OK"
+    assert read_disk(tmp_path).free is None and read_disk(tmp_path).num_checkpoints == 1
 
 
 SHIM = """
