@@ -15,17 +15,6 @@ from runtime import surroundings
 from runtime.cores import limit_threads
 from runtime.processes import LINUX, WINDOWS
 
-# The parent may itself be a rank of something (Slurm, another torchrun): its numbers are not ours.
-INHERITED_RANKS = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-INHERITED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")  # of its store, which a rank of ours would wait for
 LOOPBACK = "127.0.0.1"
 RENDEZVOUS_SECONDS = 600  # for all machines to join; less than the supervisor's START_SECONDS
 
@@ -120,11 +109,8 @@ class Launch:
 
 def clean_environment() -> dict[str, str]:
     """Return the user's environment without inherited rank numbers and what was meant for other programs."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in INHERITED_RANKS and not name.startswith(INHERITED_PREFIXES)
-    }
+    inherited = dict(os.environ)
+    surroundings.shut_out_ranks(inherited)
     surroundings.shut_out(inherited)
     return inherited
 

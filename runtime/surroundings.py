@@ -13,7 +13,7 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, TextIO
 
 from runtime.cores import limit_threads
@@ -36,8 +36,12 @@ FOREIGN = (
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",
 )
 # AWS: Polygon's S3 is not Amazon's. PET: torchrun's own options, as Kubeflow sets them. GIT: within a hook.
-FOREIGN_PREFIXES = ("AWS_", "BOTO_", "PET_", "GIT_")
-KEPT = ("AWS_CA_BUNDLE",)
+# POLARS: an engine that is not installed, or debugging.
+FOREIGN_PREFIXES = ("AWS_", "BOTO_", "PET_", "GIT_", "POLARS_")
+KEPT = ("AWS_CA_BUNDLE", "POLARS_MAX_THREADS")
+# The parent may be a rank of something (Slurm, Kubeflow, another torchrun): its numbers are not ours.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")  # of its store, which a rank of ours would wait for
 # The reader of a stream is gone for good; Windows reports EINVAL. Other errors, as of a full disk, may pass.
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE, errno.ECONNRESET, errno.EINVAL)
 FULL_SECONDS = 5.0
@@ -52,6 +56,26 @@ def shut_out(environment: MutableMapping[str, str]) -> None:
     environment["NETRC"] = os.devnull
     if "error" in environment.get("PYTHONWARNINGS", ""):
         del environment["PYTHONWARNINGS"]
+    if not _is_count(environment.get("POLARS_MAX_THREADS", "1"), least=1):
+        del environment["POLARS_MAX_THREADS"]
+
+
+def shut_out_ranks(environment: MutableMapping[str, str]) -> None:
+    """Remove the numbers of a rank of something else from an environment."""
+    for name in list(environment):
+        if name in RANKS or name.startswith(RANK_PREFIXES):
+            del environment[name]
+
+
+def is_rank(environment: Mapping[str, str], arguments: Sequence[str]) -> bool:
+    """Whether this is a rank that a launcher started: a training, with all that torch needs to find the others."""
+    is_training = not arguments or arguments[0].startswith("-") or arguments[0] == "train"
+    is_whole = all(_is_count(environment.get(name, "")) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    return is_training and is_whole and bool(environment.get("MASTER_ADDR"))
+
+
+def _is_count(text: str, least: int = 0) -> bool:
+    return text.isascii() and text.isdigit() and int(text) >= least
 
 
 def prepare_process() -> None:
@@ -59,6 +83,8 @@ def prepare_process() -> None:
     if "error" in os.environ.get("PYTHONWARNINGS", ""):  # a library's warning is no crash
         warnings.filters[:] = [rule for rule in warnings.filters if rule[0] != "error"]  # type: ignore[index]
     shut_out(os.environ)
+    if not is_rank(os.environ, sys.argv[1:]):
+        shut_out_ranks(os.environ)
     os.environ.update(limit_threads())  # torch's would be as many as the machine has cores
     guard_streams()
     raise_file_limit()

@@ -47,11 +47,11 @@ START = re.compile(r"(?:START_CONTINUOUS\.(?:sh|bat)|python continuous_training\
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 ENVIRONMENT_NAME = re.compile(r"[A-Z][A-Z0-9_]{3,}")
 # The processes of one start set these for each other; users never do.
-BETWEEN_PROCESSES = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE"}
-# Documented by CUDA, curl, Python, torch and systemd.
+BETWEEN_PROCESSES = {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "RANK", "WORLD_SIZE"}
+# Documented by CUDA, curl, polars, Python, torch and systemd.
 OF_OTHERS = {
     *("CUDA_VISIBLE_DEVICES", "NETRC", "PYTHONHOME", "PYTHONWARNINGS", "PYTORCH_CUDA_ALLOC_CONF"),
-    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "POLARS_MAX_THREADS"),
 }
 
 

@@ -185,7 +185,8 @@ def test_an_env_file_that_is_no_utf_8_is_one_line_without_its_content(tmp_path: 
 
 def test_only_rank_0_prints_and_preflight_counts_the_ranks(tmp_path: Path) -> None:
     folder = ["--checkpoint-dir", str(tmp_path)]
-    quiet = run("train", "--batch-size", "7", *folder, RANK="1")
+    rank = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    quiet = run("train", "--batch-size", "7", *folder, **rank)
     assert (quiet.returncode, quiet.stderr) == (2, "")
     fine = run("preflight", "--preset", "small", *folder, NPROC="2")
     assert (fine.returncode, fine.stdout) == (0, "")

@@ -390,7 +390,7 @@ def test_disks_that_are_too_small_are_reported(monkeypatch: pytest.MonkeyPatch, 
         (5, ["error", "OK"]),
         (0, ["error", "error"]),
     ):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(0, 0, free * GB))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(100 * GB, 0, free * GB))
         found = list(machine.check_disks(FULL, request_of(FULL)))
         assert [line.level for line in found] == levels, free
         assert {line.code for line in found if line.level == "error"} <= {4}

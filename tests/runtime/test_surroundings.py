@@ -63,6 +63,10 @@ HOSTILE = {
     "XDG_CACHE_HOME": "/nonexistent/cache",
     "XDG_CONFIG_HOME": "/nonexistent/config",
     "ARROW_DEFAULT_MEMORY_POOL": "nonsense",
+    "POLARS_ENGINE_AFFINITY": "gpu",
+    "POLARS_MAX_THREADS": "0",
+    "RANK": "5",
+    "WORLD_SIZE": "8",
 }
 # In a shell with few files and a strict umask.
 SHELL = 'ulimit -Sn 40; umask 077; exec "$@"'
@@ -162,6 +166,27 @@ def test_what_is_the_machines_stays() -> None:
     left = dict(kept) | {"AWS_SECRET_ACCESS_KEY": "other", "MPLBACKEND": "x"}
     surroundings.shut_out(left)
     assert left == kept | {"NETRC": os.devnull}
+
+
+def test_ranks_of_something_else_are_not_ours() -> None:
+    """A shell within a Kubeflow or Slurm job has them, and only rank 0 of a training prints its errors."""
+    rank = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    assert surroundings.is_rank(rank, []) and surroundings.is_rank(rank, ["--epochs", "1"])
+    assert surroundings.is_rank(rank, ["train", "--demo"])
+    assert not surroundings.is_rank(rank, ["check"]) and not surroundings.is_rank({"RANK": "3"}, ["train"])
+    assert not surroundings.is_rank(rank | {"WORLD_SIZE": "all"}, ["train"])
+    done = subprocess.run(
+        [sys.executable, *ALONE, "check", "--epochs", "none"],
+        cwd=ROOT, env=environment(**rank), capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("Invalid setting: epochs")
+
+
+def test_what_only_polars_would_act_upon_is_shut_out_but_its_number_of_threads() -> None:
+    for given, kept in (("2", {"POLARS_MAX_THREADS": "2"}), ("0", {}), ("all", {}), ("", {})):
+        left = {"POLARS_ENGINE_AFFINITY": "gpu", "POLARS_IDEAL_MORSEL_SIZE": "0", "POLARS_MAX_THREADS": given}
+        surroundings.shut_out(left)
+        assert left == kept | {"NETRC": os.devnull}
 
 
 def test_pip_installs_here_and_from_the_users_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
