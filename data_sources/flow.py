@@ -6,13 +6,13 @@ its flow says so in its footer, so that a fetch that was killed goes on where it
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 
 from data_sources.errors import DataError
 from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
 from data_sources.sources import DataRequest
+from runtime.files import free_bytes
 
 FILES_PER_REFRESH = 500  # in the background: some minutes of one core, and up to 1.3 GB
 # A month of minutes in Binance's archive is 2.5 MB; six perpetuals took 3.8 to 5.9 bytes a bar more in the lake.
@@ -81,8 +81,8 @@ def fetch_flow(
             if not parts:
                 continue
             needed = SPARE_BYTES + KEPT_BYTES_PER_BAR * sum(part.rows for part in parts)
-            free = shutil.disk_usage(lake.root).free
-            if free < needed:
+            free = free_bytes(lake.root)
+            if free is not None and free < needed:
                 raise DataError(f"{_size(needed - free)} more must be free in {lake.root}")
             source.add_flow(lake, parts, now_ns, progress)
         except (DataError, OSError, ImportError) as error:
