@@ -18,7 +18,8 @@ import typer
 
 from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
 from envs.feature_errors import FeatureError
-from runtime.control import EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
+from runtime import surroundings
+from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
 from training.setting_types import KINDS, NOT_PASSED_ON, expand_path, shown
 from training.urls import Url
 from training.validation import is_folder
@@ -76,6 +77,10 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> NoReturn:
         code = app(args=list(arguments), standalone_mode=False)
     except UsageError as error:
         exit_with(EXIT_SETTING, _usage_message(error))
+    # A training goes on without its output, and ends well; of other commands the output may be all.
+    is_training = arguments[0] in ("train", *map(name_of, HIDDEN))
+    if not (code or is_training) and (reason := surroundings.lost_output()):
+        exit_with(EXIT_CRASH, f"The output was not written: {reason}")
     sys.exit(code)
 
 

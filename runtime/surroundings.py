@@ -46,6 +46,7 @@ RANK_PREFIXES = ("TORCHELASTIC_", "ROLE_", "GROUP_")  # of its store, which a ra
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE, errno.ECONNRESET, errno.EINVAL)
 FULL_SECONDS = 5.0
 MOST_FILES = 65_536
+_lost: list[str] = []  # reasons of writes that failed while the reader was there
 
 
 def shut_out(environment: MutableMapping[str, str]) -> None:
@@ -114,8 +115,16 @@ class _Output(io.FileIO):
         except OSError as error:
             if error.errno in GONE:
                 _open_nowhere(self.fileno())
+            elif self.fileno() == 1:
+                _lost.append(error.strerror or str(error))
             count = None
         return memoryview(data).nbytes if count is None else count
+
+
+def lost_output() -> str:
+    """Return why output of this process was lost that somebody may wait for, as on a full disk; "" if none was."""
+    sys.stdout.flush()
+    return _lost[0] if _lost else ""
 
 
 def guard_streams() -> None:

@@ -253,6 +253,20 @@ def test_a_training_whose_output_goes_nowhere_saves_and_ends_with_its_code(
     assert len((tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+def test_output_that_a_full_disk_lost_is_no_success_of_a_command_and_a_closed_pipe_is() -> None:
+    for shell, code, told in (
+        (">/dev/full", 1, "The output was not written: No space left on device\n"),
+        ("| true; exit ${PIPESTATUS[0]}", 0, ""),
+    ):
+        words = [sys.executable, *ALONE, "--version"]
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {shell}', "bash", *words],
+            cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, timeout=PATIENCE,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (code, told), shell
+
+
 @pytest.mark.drill
 def test_a_mistake_keeps_its_exit_code_without_a_reader(tmp_path: Path) -> None:
     for shell in ("2>&-", "2>/dev/full", ">&- 2>&-"):
