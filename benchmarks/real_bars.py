@@ -1,6 +1,7 @@
 """Train at several costs on bars of your own, and judge on days that nothing was tuned on, beside plain models.
 
-    python benchmarks/real_bars.py --data FOLDER                       # a small run: minutes per market on 2 cores
+    python benchmarks/real_bars.py --data FOLDER    # a model of the demo's size at each cost
+    python benchmarks/real_bars.py --data FOLDER --last-days 40 --epochs 12 --no-trees    # smaller
     python benchmarks/real_bars.py --data FOLDER --seeds 3 --epochs 400 --d-model 256 --num-layers 4
 
 Every folder in FOLDER with CSV or Parquet files is a market of its own; files right in FOLDER make all of it one

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.config import EnvConfig
+from envs.config import EQUITY_FLOOR, EnvConfig
 from envs.market import NUM_QUOTES, Market
 from evaluation.exam import Walk
 from evaluation.forecasts import BarTable
@@ -118,7 +118,8 @@ class Played:
 def play(decisions: Decisions, targets: Floats, cost_bps: float) -> Played:
     """Fill targets from -1 to 1 at a flat cost of traded value; units are held until the target changes.
 
-    The ledger of ``envs.account.advance``, without ruin, liquidation and costs that depend on size.
+    The ledger of ``envs.account.advance``, without ruin, liquidation and costs that depend on size; equity stays
+    above its floor.
     """
     price, next_price, begins = decisions.price, decisions.next_price, decisions.begins
     rate, place = cost_bps / 1e4, np.arange(len(targets))
@@ -130,6 +131,7 @@ def play(decisions: Decisions, targets: Floats, cost_bps: float) -> Played:
     paid = units * next_price * decisions.funding
     due = np.cumsum(owed + paid)
     after = 1.0 + units * (next_price - price[entry]) - (due - (due - owed - paid)[entry])
+    after = np.maximum(after, EQUITY_FLOOR)
     before = np.where(trades, 1.0, np.roll(after, 1))
     # What the account held is worth this share of its equity when the trade is made.
     drifted = np.where(begins, 0.0, np.roll(units, 1) * price / np.roll(after, 1))
