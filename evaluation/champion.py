@@ -1,4 +1,4 @@
-"""The champion: ``checkpoints/best.pt``, which changes only by the decision of an exam.
+"""The champion: ``checkpoints/best.pt``, which changes, or loses its title, only by the decision of an exam.
 
 A checkpoint carries its own exam, and with it the decision. Only once the checkpoint is on disk is the decision
 applied and its line appended to the ledger; after a kill in between, the next start does both from the newest
@@ -27,6 +27,7 @@ from training.checkpoint import BEST, Checkpoint, CheckpointError, same_version
 log = logging.getLogger("continuous_training")
 
 PROMOTED, REFUSED = "promoted", "refused"
+DETHRONED = "dethroned.pt"  # the newest champion that lost its title
 
 
 def apply_decision(checkpoint: Checkpoint, pending: list[dict[str, Any]] | None = None) -> None:
@@ -57,8 +58,10 @@ def apply_decision(checkpoint: Checkpoint, pending: list[dict[str, Any]] | None 
 
 
 def _replace_best(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace ``best.pt`` if that was decided; return the line for the ledger."""
+    """Replace ``best.pt`` or take it away if that was decided; return the line for the ledger."""
     line = dict(line)
+    if line["decision"] != PROMOTED and line.get("dethroned"):
+        _dethrone(folder / BEST)
     if line["decision"] == PROMOTED:
         path, best = folder / line["checkpoint"], folder / BEST
         try:
@@ -70,6 +73,16 @@ def _replace_best(folder: Path, line: Mapping[str, Any]) -> dict[str, Any]:
             line |= {"decision": REFUSED, "reason": f"{BEST} was not written: {error.strerror}"}
             log.warning(f"{line['checkpoint']} should have become the champion, but {line['reason']}")
     return line
+
+
+def _dethrone(best: Path) -> None:
+    """Take the title away; the file is kept, under another name. Killed before the ledger, it is gone already."""
+    try:
+        if best.exists():
+            replace(best, best.with_name(DETHRONED))
+            sync_folder(best.parent)
+    except OSError as error:
+        log.warning(f"{best} has lost the title, and cannot be moved to {DETHRONED}: {error.strerror}")
 
 
 def read(path: Path, statistics: FeatureStatistics, env: EnvConfig) -> Checkpoint:

@@ -22,6 +22,7 @@ from evaluation.measures import Margin, Measures, margin, measure
 from evaluation.parts import Part, PartFailed, Stopped, TooLong, join, on_every_rank, symbols_of
 from evaluation.revision import Revision, revision_of
 from evaluation.stale_opens import stale_opens
+from evaluation.title import BY_EXAM, NOT_PROVEN, Title, claim_of, title_of
 from evaluation.trained_policy import NEVER_NS
 from evaluation.verdict import Verdict, beats, describe_power, verdict
 from models.policy import Policy
@@ -275,11 +276,14 @@ class Examiner:
         others = {name: measures for name, measures in pooled.items() if name != POLICY}
         judgement = verdict(pooled[POLICY], others, num_trials)
         trades = margin(walks[POLICY])
+        title = title_of(champion_name, self._folder) if champion_name else Title(False, "")
         promoted, reason = False, obstacle
         if not obstacle:
-            # The first champion has only cash to beat.
-            promoted, reason = beats(walks[POLICY], walks[CHAMPION if champion_name else ALWAYS_FLAT])
-            reason = f"against {champion_name or 'always flat, as there is no champion'}: {reason}"
+            # The first champion has only cash to beat, and so has one after a champion that lost its title.
+            is_rival = champion_name and not title.loss
+            promoted, reason = beats(walks[POLICY], walks[CHAMPION if is_rival else ALWAYS_FLAT])
+            against = f"always flat, as {title.loss or 'there is no champion'}"
+            reason = f"against {champion_name if is_rival else against}: {reason}"
         line = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **key,
@@ -299,17 +303,21 @@ class Examiner:
             "probability": judgement.probability,
             "power": judgement.power,
             "decision": champion.PROMOTED if promoted else champion.REFUSED,
+            "dethroned": champion_name if title.loss and not obstacle else None,
             "reason": reason,
             "pooled": {name: asdict(measures) for name, measures in pooled.items()},
             "margin": asdict(trades),
         }
         symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
         seconds = time.monotonic() - began
-        is_proven = judgement.edge if promoted else ledger.is_proven(champion_name, earlier)
-        best = f"{challenger} from now on" if promoted else f"still {champion_name or 'none'}"
-        decision = f"{best} ({'proven' if is_proven else 'the best so far, not proven'})"
-        if not promoted and not champion_name:
-            decision = best
+        if promoted:
+            decision, claim = f"{challenger} from now on", BY_EXAM if judgement.edge else NOT_PROVEN
+        elif line["dethroned"]:
+            decision, claim = "none from now on", ""
+        else:
+            decision, claim = f"still {champion_name or 'none'}", claim_of(champion_name, title, earlier)
+        line["claim"] = claim or None
+        decision += f" ({claim})" if claim else ""
         if ledger.key_of(key) in recorded:
             decision, reason = "decided before", "this exam is already in the ledger"
         lines = [

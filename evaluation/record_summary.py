@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data_sources.bars import DAY_NS
 from evaluation import record
 from evaluation.baselines import BUY_AND_HOLD
+from evaluation.evidence import PROVEN, most_of
 from evaluation.exam import POLICY, Contestants, Walk
 from evaluation.measures import Measures, daily_growth, days_of_fills, measure
 
@@ -46,6 +47,7 @@ class Summary:
     revised: int
     num_lines: int
     hash: str
+    evidence: float  # what 1 that bets on the champions has become at most: see ``evidence``
 
     @property
     def headline(self) -> str:
@@ -55,10 +57,12 @@ class Summary:
         if policy.mean_daily_interval is not None:
             low, high = policy.mean_daily_interval
             mean += f" [{1e4 * low:+.1f}, {1e4 * high:+.1f}]"
+        proof = f"bets on it grew {self.evidence:.1f}-fold, {PROVEN:g} prove an edge"
         parts = [
             f"{policy.num_days} days since {self.days[0]}: {policy.total_return:+.2%} (buy and hold "
             f"{hold.total_return:+.2%})",
             mean,
+            "proven" if self.evidence >= PROVEN else proof,
             f"{self.champions} champion{'s' if self.champions > 1 else ''}",
         ]
         parts += [f"{self.missed} missed" for _ in range(self.missed > 0)]
@@ -78,6 +82,7 @@ class Summary:
             "record/daily_bps": 1e4 * policy.mean_daily_return,
             "record/daily_bps_low": 1e4 * low,
             "record/daily_bps_high": 1e4 * high,
+            "record/evidence": self.evidence,
         }
 
 
@@ -86,11 +91,7 @@ def summarize(lines: Sequence[Line]) -> Summary | None:
     scored = [line for line in lines if line["kind"] == "scored"]
     if not scored:
         return None
-    growth: dict[str, dict[str, float]] = {POLICY: {}, BUY_AND_HOLD: {}}
-    for line in scored:
-        for name, total in growth.items():
-            for day, factor in line["days"][name].items():
-                total[day] = total.get(day, 1.0) * factor
+    growth = {name: _growth(scored, name) for name in (POLICY, BUY_AND_HOLD)}
     days = np.array(sorted(growth[POLICY]), dtype="datetime64[D]")
     kind = "stock" if all(line["stocks_only"] for line in scored) else "crypto"
     walks = {
@@ -107,7 +108,24 @@ def summarize(lines: Sequence[Line]) -> Summary | None:
         kinds.count("revised"),
         len(lines),
         lines[-1].get("hash", ""),  # none yet while it is put together
+        most_of(daily_returns_of(lines)),
     )
+
+
+def daily_returns_of(lines: Sequence[Line], champion: str = "") -> NDArray[np.float64]:
+    """Return what the champions earned on every scored day, in order, (days,); or one of them on its days."""
+    scored = [line for line in lines if line["kind"] == "scored" and champion in ("", line["champion"])]
+    growth = _growth(scored, POLICY)
+    return np.array([growth[day] - 1.0 for day in sorted(growth)])
+
+
+def _growth(scored: Sequence[Line], name: str) -> dict[str, float]:
+    """Return by which factor a contestant's pool grew on each day; two lines may have parts of one."""
+    growth: dict[str, float] = {}
+    for line in scored:
+        for day, factor in line["days"][name].items():
+            growth[day] = growth.get(day, 1.0) * factor
+    return growth
 
 
 def grown(line: Line, name: str) -> float:

@@ -18,7 +18,7 @@ import torch
 
 from continuous_training import Settings
 from data_sources.bars import Bars
-from evaluation import champion, ledger
+from evaluation import champion, ledger, record
 from evaluation.examiner import Exam, Examiner
 from evaluation.trained_policy import TrainedPolicy
 from runtime import files
@@ -159,6 +159,31 @@ def test_only_a_challenger_that_beats_the_champion_replaces_it(training: Trainin
     )
     assert "Champion: still run1_epoch3.pt (the best so far, not proven), against run1_epoch3.pt: -" in output
     assert "Power: 12 days after 6 trials show a true Sharpe of 5 in " in output
+
+
+def test_a_champion_loses_its_title_when_its_record_says_so(training: Training) -> None:
+    training.hold("long")
+    training.examine()
+    loss = {str(np.datetime64("2026-01-01") + day): 0.99 - 0.001 * (day % 5) for day in range(40)}
+    kept = record.read(training.folder)
+    kept.append([{"kind": "scored", "champion": "run1_epoch1.pt", "days": {"policy": loss}}], {})
+    training.hold("short")
+    exam = training.examine()
+    assert training.best is None and (training.folder / champion.DETHRONED).exists()
+    line = training.ledger[-1]
+    assert (line["decision"], line["dethroned"], line["claim"]) == ("refused", "run1_epoch1.pt", None)
+    assert "Champion: none from now on, against always flat, as run1_epoch1.pt lost the title, with " in (
+        training.output
+    )
+    # Killed before the ledger had the line: the next start completes it.
+    path = training.folder / ledger.NAME
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    champion.apply_decision(training.checkpoint(exam))
+    assert path.read_bytes() == whole and training.best is None
+    training.hold("long")
+    training.examine()
+    assert training.best == (1, 3) and training.ledger[-1]["dethroned"] is None
 
 
 def test_the_champion_is_an_ordinary_checkpoint_and_survives_pruning(training: Training) -> None:
@@ -382,13 +407,13 @@ def test_a_save_between_two_epochs_keeps_the_exam_and_one_within_an_epoch_has_no
     training.hold("long")
     exam = training.examine()
     asked = itertools.count()
-    for step, record in ((0, exam.record), (1, {})):
+    for step, kept in ((0, exam.record), (1, {})):
         if step:
             rollout = training.trainer.collect()
             assert training.trainer.update(rollout, lambda: next(asked) == 1) is None
         with training.writer() as writer:
             writer.save(training.checkpoint(exam))
-        assert Checkpoint.read(training.folder / checkpoint.name_of(1, 1, step)).exam == record
+        assert Checkpoint.read(training.folder / checkpoint.name_of(1, 1, step)).exam == kept
 
 
 def test_a_champion_that_cannot_be_compared_is_left_alone(training: Training) -> None:
