@@ -22,7 +22,7 @@ from evaluation.measures import Margin, Measures, margin, measure
 from evaluation.parts import Part, PartFailed, Stopped, TooLong, join, on_every_rank, symbols_of
 from evaluation.revision import Revision, revision_of
 from evaluation.stale_opens import stale_opens
-from evaluation.title import BY_EXAM, NOT_PROVEN, Title, claim_of, title_of
+from evaluation.title import Title, claim_of, title_of
 from evaluation.trained_policy import NEVER_NS
 from evaluation.verdict import Verdict, beats, describe_power, verdict
 from models.policy import Policy
@@ -310,13 +310,15 @@ class Examiner:
         }
         symbols = {walk.symbol: asdict(measure([walk])) for walk in walks[POLICY]}
         seconds = time.monotonic() - began
+        claim = None
         if promoted:
-            decision, claim = f"{challenger} from now on", BY_EXAM if judgement.edge else NOT_PROVEN
-        elif line["dethroned"]:
-            decision, claim = "none from now on", ""
+            decision, claim = f"{challenger} from now on", claim_of(judgement.edge, title)
+        elif line["dethroned"] or not champion_name:
+            decision = "none from now on" if line["dethroned"] else "still none"
         else:
-            decision, claim = f"still {champion_name or 'none'}", claim_of(champion_name, title, earlier)
-        line["claim"] = claim or None
+            decision = f"still {champion_name}"
+            claim = claim_of(ledger.is_proven(champion_name, earlier), title)
+        line["claim"] = claim
         decision += f" ({claim})" if claim else ""
         if ledger.key_of(key) in recorded:
             decision, reason = "decided before", "this exam is already in the ledger"

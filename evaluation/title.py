@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import ledger, record
+from evaluation import record
 from evaluation.evidence import LOST, PROVEN, most_of
 from evaluation.record_summary import Line, daily_returns_of
 
@@ -48,16 +48,8 @@ def judge(champion: str, lines: Iterable[Line]) -> Title:
     return Title(most_of(daily_returns_of(lines)) >= PROVEN, loss)
 
 
-def claim_of(champion: str, title: Title, exams: Iterable[ledger.Line]) -> str:
-    """Return what can be claimed of a champion: "" without one.
-
-    Args:
-        champion: its name.
-        title: by the record.
-        exams: lines of the ledger, the one that made it the champion included.
-    """
-    if not champion:
-        return ""
-    if ledger.is_proven(champion, exams):
+def claim_of(is_edge: bool, title: Title) -> str:
+    """Return what can be claimed of a champion: by the exam that made it the champion, and by the record."""
+    if is_edge:
         return BY_EXAM
     return BY_RECORD if title.is_proven else NOT_PROVEN

@@ -56,8 +56,6 @@ def test_an_edited_record_proves_nothing_and_takes_no_title(tmp_path: Any) -> No
 
 
 def test_claims() -> None:
-    won = {"checkpoint": "a", "decision": "promoted", "verdict": "edge", "probability": 0.99}
-    assert claim_of("a", Title(False, ""), [won]) == BY_EXAM
-    assert claim_of("b", Title(True, ""), [won]) == BY_RECORD
-    assert claim_of("b", Title(False, ""), [won]) == NOT_PROVEN
-    assert claim_of("", Title(True, ""), [won]) == ""
+    assert claim_of(True, Title(False, "")) == BY_EXAM
+    assert claim_of(False, Title(True, "")) == BY_RECORD
+    assert claim_of(False, Title(False, "")) == NOT_PROVEN
