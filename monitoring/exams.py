@@ -80,10 +80,15 @@ def verdict_of(state: DashboardState) -> Verdict:
 
 
 def describe_champion(exams: Sequence[Row]) -> str:
-    """Return which checkpoint is the champion and since when, "" without exams."""
+    """Return which checkpoint is the champion, since when, and what is claimed of it; "" without exams."""
     for exam in reversed(exams):
         if exam.get("decision") == "promoted":
-            return f"{exam.get('checkpoint')} since {_minute(exam.get('time'))}"
+            claim = exams[-1].get("claim")  # none in lines of before it was kept
+            return (
+                f"{exam.get('checkpoint')} since {_minute(exam.get('time'))}{f', {claim}' if claim else ''}"
+            )
+        if exam.get("dethroned"):
+            return f"none, {exam['dethroned']} lost the title"
     # The ledger may be younger than the champion.
     return str(exams[-1].get("champion") or "none yet") if exams else ""
 

@@ -10,6 +10,7 @@ from evaluation import record
 from evaluation.exam import POLICY
 from evaluation.record_summary import daily_returns_of
 from evaluation.title import BY_EXAM, BY_RECORD, NOT_PROVEN, Title, claim_of, judge, title_of
+from monitoring.exams import describe_champion
 
 
 def scored(champion: str, *daily: float, first: str = "2026-01-01") -> dict[str, Any]:
@@ -59,3 +60,12 @@ def test_claims() -> None:
     assert claim_of(True, Title(False, "")) == BY_EXAM
     assert claim_of(False, Title(True, "")) == BY_RECORD
     assert claim_of(False, Title(False, "")) == NOT_PROVEN
+
+
+def test_people_are_told_who_is_the_champion_and_what_is_claimed_of_it() -> None:
+    won = {"checkpoint": "a.pt", "decision": "promoted", "time": "2026-11-29T09:00:00+00:00"}
+    told = describe_champion([won, {"decision": "refused", "claim": NOT_PROVEN}])
+    assert told.startswith("a.pt since ") and told.endswith(f", {NOT_PROVEN}")
+    assert (
+        describe_champion([won, {"decision": "refused", "dethroned": "a.pt"}]) == "none, a.pt lost the title"
+    )
