@@ -1,7 +1,7 @@
 """The page over HTTP: read-only, few connections at a time, few answers a second, no file but those it lists.
 
 It runs in a process of its own (commands/companion.py) at a low priority. What keeps it harmless: one page, made
-at most once a second however many ask; a connection that is slow gives way to the next; a report is looked up
+every three seconds at most, however many ask; a connection that is slow gives way to the next; a report is looked up
 among those that exist, so that no path is ever made from a request.
 """
 
@@ -29,10 +29,10 @@ from monitoring.attach import NothingPublished
 from monitoring.state import DashboardState
 
 MOST_CONNECTIONS = 32  # at a time; the oldest gives way to a further one
-ANSWERS_PER_SECOND = 20.0  # further requests wait in the system's queue
+ANSWERS_PER_SECOND = 10.0  # further requests wait in the system's queue
 BURST = 50.0
 IDLE_SECONDS = 5.0
-FRESH_SECONDS = 1.0
+FRESH_SECONDS = 3.0
 MOST_REPORTS = 30
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
@@ -50,7 +50,7 @@ REPORT_POLICY = (
 
 
 class Website:
-    """What is served: the page, ``status.json``, and the reports, as bytes that are at most a second old."""
+    """What is served: the page, ``status.json``, and the reports, as bytes that are a few seconds old at most."""
 
     def __init__(self, read: Callable[[], DashboardState]) -> None:
         """``read`` returns the training's state, or raises NothingPublished."""
@@ -125,7 +125,7 @@ class PageServer(ThreadingMixIn, HTTPServer):
     """
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 32
     # On Windows, reuse would let two programs listen on one port.
     allow_reuse_address = sys.platform != "win32"
 
