@@ -1,8 +1,8 @@
 """The page over HTTP: read-only, few connections at a time, few answers a second, no file but those it lists.
 
 It runs in a process of its own (commands/companion.py) at a low priority. What keeps it harmless: one page, made
-every three seconds at most, however many ask; a connection that is slow gives way to the next; a report is looked up
-among those that exist, so that no path is ever made from a request.
+every three seconds at most, however many ask; a connection that is slow gives way to the next; a report is looked
+up among those that exist, so that no path is ever made from a request.
 """
 
 from __future__ import annotations
