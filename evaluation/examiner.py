@@ -166,11 +166,15 @@ class Examiner:
         failure, policies = "", {}
         try:
             policies[POLICY] = trainer.full_policy()
-            if sizes:
-                policies[CHAMPION] = on_every_rank(best, sizes, self._ranks, trainer.policy.precision)
         except torch.OutOfMemoryError as error:
             failure = _describe(error)
-        part = Part(failure=failure) if failure else self._own_part(trainer, policies, start_ns)
+        has_failed = self._ranks.any(bool(failure))  # in what follows the others would wait for this rank
+        if sizes and not has_failed:
+            try:
+                policies[CHAMPION] = on_every_rank(best, sizes, self._ranks, trainer.policy.precision)
+            except torch.OutOfMemoryError as error:
+                failure, has_failed = _describe(error), True
+        part = Part(failure=failure) if has_failed else self._own_part(trainer, policies, start_ns)
         left = max(0.0, self._deadline - time.monotonic())
         with heartbeat_while_others_work(left):
             return self._ranks.gather_to_first(part)

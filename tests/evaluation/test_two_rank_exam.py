@@ -50,5 +50,8 @@ def test_two_ranks_share_out_an_exam_and_a_rank_that_fails_costs_only_it(tmp_pat
     assert_equal(alone, found["ddp"])
     assert_equal(alone, found["fsdp"])
     assert found["failed"] == {}
-    assert found["warnings"] == ["No exam: rank 1: KeyError: 'a fault of rank 1'"]
+    assert found["warnings"] == [
+        "No exam: rank 1: KeyError: 'a fault of rank 1'",
+        "No exam: rank 1: the GPU's memory is full. of 1 GiB, all",
+    ]
     assert found["after"]["exam/symbols"] == 2

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -44,6 +46,11 @@ def fail(*_: object, **__: object) -> None:
     raise KeyError("a fault of rank 1")
 
 
+def gather_then_fail(full_policy: Callable[[], object]) -> None:
+    full_policy()
+    raise torch.OutOfMemoryError("of 1 GiB, all")
+
+
 def run(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings: list[str] = []
@@ -62,6 +69,12 @@ def run(folder: Path) -> None:
         failed = training.examine()
         examiner.examine = walk
         found["failed"] = failed.figures
+        if ranks.rank == 1:
+            training.trainer.full_policy = partial(gather_then_fail, training.trainer.full_policy)
+        training.examiner._best = None  # so that the champion walks again
+        training.examine()
+        if ranks.rank == 1:
+            del training.trainer.full_policy
         found["warnings"] = warnings
         found["after"] = training.examine().figures
         if ranks.is_first:
