@@ -332,7 +332,7 @@ def test_memory_is_shared_by_the_processes_of_a_machine_without_gpus() -> None:
     simulated = replace(SMALL, sources=("simulated",))
     need = plan(
         MemoryNeeds.of(
-            simulated, machine.num_bars(request_of(simulated)) * machine.bar_bytes(simulated), 1, False
+            simulated, machine.num_bars(request_of(simulated)) * machine.bar_bytes(simulated), 1, "fp32"
         ),
         None,
     )
