@@ -247,7 +247,7 @@ class PairRefresh:
         table = file.rows_of(unit)
         if any(part.rows for part in self._parts.between(unit.start_ns, unit.end_ns)):
             held = self._parts.bars(unit.start_ns, unit.end_ns)
-            kept = _without(held, clean(table, now_ns=self._now_ns).table)
+            kept = _without(held, clean(table.select(SCHEMA.names), now_ns=self._now_ns).table)
             if len(kept):
                 newest_ns = last_minute_ns(kept) + MINUTE_NS
                 key = "held before " + file.key
@@ -344,7 +344,7 @@ class PairRefresh:
         fresh, covered_ns, error = self._pages(start_ns, self._end_ns)
         end_ns = max(covered_ns, recent.end_ns)
         held = self._parts.bars(front_ns, recent.end_ns)
-        sound = clean(fresh, now_ns=self._now_ns).table if len(fresh) else fresh
+        sound = clean(fresh.select(SCHEMA.names), now_ns=self._now_ns).table if len(fresh) else fresh
         joined = concatenate([_without(held, sound), fresh])
         is_news = (
             bool(recent.rejected)
