@@ -258,8 +258,8 @@ from evaluation.paper_book import Book
 folder = Path(sys.argv[1])
 book, kept = Book.open(folder, {}), record.read(folder)
 kept.complete()
-print("ready", flush=True)
 while True:
+    print("another", flush=True)
     n = book.state.minute_ns
     book.save(PaperState(minute_ns=n + 1), {}, [{"n": 2 * n}, {"n": 2 * n + 1}])
     m = len(kept.lines) // 2
@@ -273,15 +273,17 @@ def test_real_kills_at_random_instants_lose_no_line_and_double_none(tmp_path: Pa
     for _ in range(6):
         command = [sys.executable, "-c", ENDLESS, str(tmp_path)]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as child:
-            assert child.stdout is not None and child.stdout.readline() == b"ready\n"
-            time.sleep(random.uniform(0.0, 0.5))
+            assert child.stdout is not None
+            for _ in range(random.integers(1, 40)):
+                assert child.stdout.readline() == b"another\n"
+            time.sleep(random.uniform(0.0, 0.005))
             child.kill()
     book, kept = Book.open(tmp_path, {}), record.read(tmp_path)
     kept.complete()
     assert [line["n"] for line in book.lines()] == list(range(2 * book.state.minute_ns))
     assert not kept.faults and [line["n"] for line in kept.lines] == list(range(len(kept.lines)))
     assert (tmp_path / record.NAME).read_text().count("\n") == len(kept.lines)
-    assert min(book.state.minute_ns, len(kept.lines)) > 5
+    assert min(book.state.minute_ns, len(kept.lines)) > 20
 
 
 def test_a_full_disk_leaves_the_minute_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
