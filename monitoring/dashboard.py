@@ -151,7 +151,8 @@ class _Page:
             doing += f" for {duration(lasts)}"
         ahead = [Text(doing, ACCENT)]
         left, to_save = state.epochs - state.epoch, state.epochs_to_checkpoint
-        if left and state.pace is not None:
+        life = attach.describe_life(state)
+        if left > 0 and not life and state.pace is not None:
             epochs = "1 epoch" if to_save == 1 else f"{to_save} epochs"
             this = state.seconds_for(1)
             ahead += [
@@ -163,10 +164,10 @@ class _Page:
             _spread(title, about, self.width),
             self.bar(share, self.width - len(percent)).append(percent),
             *self._flow(position),
-            *self._flow(ahead),
+            *(() if life else self._flow(ahead)),
         ]
-        for notice in filter(None, (state.stopping, attach.describe_life(state))):
-            lines.append(Text(notice, f"{STRONG} {WARNING}"))
+        for notice in filter(None, (state.stopping, life)):
+            lines += [Text(part, f"{STRONG} {WARNING}") for part in wrap(notice, self.width)]
         return lines
 
     def verdict(self) -> list[Text]:

@@ -204,6 +204,15 @@ def test_times_left_count_the_exams_ahead_and_a_long_phase_says_for_how_long() -
     assert uneven.seconds_for(10) == 6 + 9 * 10 + 120
 
 
+def test_of_a_training_that_is_gone_nothing_is_foretold() -> None:
+    gone = replace(full_state(), silence=300.0)
+    for width in (100, 60):
+        page = text_of(gone, width, 40)
+        words = " ".join(" ".join(page).split())
+        assert re.search(r"not running: its last sign of life was \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", words)
+        assert " left" not in words and "learning for" not in words
+
+
 def test_the_reward_says_which_share_of_the_costs_it_bears() -> None:
     early = replace(full_state(), history=[row(1, **{"rollout/cost_scale": 0.29})])
     assert "Reward, at 29% of the costs" in "\n".join(text_of(early))
