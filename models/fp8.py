@@ -73,9 +73,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """(M, K) and (N, K) -> (M, N)."""
         left = unscaled(x)
-        ctx.save_for_backward(
-            left.numbers, weight
-        )  # one byte each; weights are rounded again, rather than kept
+        ctx.save_for_backward(left.numbers, weight)  # weights are rounded again, rather than kept
         ctx.dtype = x.dtype
         return multiply(left, scaled(weight.to(x.dtype)), x.dtype, fast=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -170,7 +171,17 @@ def test_after_a_ruin_nothing_counts() -> None:
         assert (rollout.rewards[n, end + 1 :] == 0).all()
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Multiply float32 as a training does (distributed.start): else the compiler warns that it could be faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # see test_compilation.py
 @pytest.mark.parametrize("advantages", ["hindsight", "gae"])
 @pytest.mark.parametrize("compiled", [False, True])
