@@ -142,7 +142,7 @@ def clean(
     if names:
         kept, lost, clamped = _clean_flow(kept, names, good if len(kept) < len(good) else None)
         repaired |= _nonzero(taker_clamped=clamped)
-        if len(lost):
+        if lost is not None:
             for symbol, reason, count in _counted(lost):
                 flow_rejected.setdefault(symbol, {})[reason] = count
             aside = pl.concat([aside, lost]).sort("row")
@@ -162,7 +162,7 @@ def clean(
 
 def _clean_flow(
     kept: pl.DataFrame, names: Sequence[str], rivals: pl.DataFrame | None
-) -> tuple[pl.DataFrame, pl.DataFrame, int]:
+) -> tuple[pl.DataFrame, pl.DataFrame | None, int]:
     """Take from bars the flow that cannot be theirs, all of it: one wrong figure says that the row is mixed up.
 
     Args:
@@ -171,7 +171,8 @@ def _clean_flow(
         rivals: the bars with the rows that lost their minutes to them; None: no row did.
 
     Returns:
-        The bars; (row, symbol, reason) of those that lost their flow; how many takers' parts were rounded down.
+        The bars; (row, symbol, reason) of those that lost their flow, None if none did; how many takers' parts
+        were rounded down.
     """
     taker, volume = pl.col("taker_buy_volume"), pl.col("volume")
     checks = [("flow_not_finite", ~pl.col(name).is_finite()) for name in names]
@@ -194,14 +195,15 @@ def _clean_flow(
         checks.append(("flow_conflicting", pl.col("mixed")))
     reason = pl.coalesce(pl.when(broken).then(pl.lit(reason)) for reason, broken in checks)
     kept = kept.with_columns(reason.alias("reason"))
-    lost = kept.filter(pl.col("reason").is_not_null()).select("row", "symbol", "reason")
-    if len(lost):
-        sound = pl.col("reason").is_null()
-        kept = kept.with_columns(pl.when(sound).then(pl.col(name)).alias(name) for name in names)
-    clamped = 0
-    if "taker_buy_volume" in names and (clamped := kept.select((taker > volume).sum()).item()):
-        rounded = pl.when(taker > volume).then(volume).otherwise(taker)
-        kept = kept.with_columns(rounded.alias("taker_buy_volume"))
+    is_sound = pl.col("reason").is_null()
+    is_above = taker > volume if "taker_buy_volume" in names else pl.lit(False)
+    num_lost, clamped = kept.select(lost=(~is_sound).sum(), clamped=(is_sound & is_above).sum()).row(0)
+    lost = None
+    if num_lost:
+        lost = kept.filter(~is_sound).select("row", "symbol", "reason")
+        kept = kept.with_columns(pl.when(is_sound).then(pl.col(name)).alias(name) for name in names)
+    if clamped:
+        kept = kept.with_columns(pl.when(is_above).then(volume).otherwise(taker).alias("taker_buy_volume"))
     return kept, lost, clamped
 
 
