@@ -186,6 +186,9 @@ def read_as_much(reader: Any, rows: torch.Tensor, check_stop: Callable[[], None]
 
 def resumes(trainer: Trainer, settings: Settings) -> bool:
     """Whether a trainer that resumes from a checkpoint has the same state as the one that wrote it."""
+    symbol = trainer.env._symbol
+    # Nothing was drawn: what lies there may be no symbol's number.
+    symbol.copy_(torch.zeros(symbol.shape, dtype=symbol.dtype))
     with tempfile.TemporaryDirectory() as folder:
         trainer.settings = replace(settings, checkpoint_dir=folder)
         with CheckpointWriter(Path(folder), keep=1, wanted=True) as writer:
