@@ -17,7 +17,8 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "self")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -59,16 +60,26 @@ def test_the_tightest_group_around_a_process_counts(groups: Path) -> None:
 
 
 def test_without_groups_there_is_no_limit(groups: Path) -> None:
-    assert (cores.usable_cores(), cores.memory_limit(), cores.limit_threads()) == (64, None, {})
+    assert (cores.usable_cores(), cores.memory_limit()) == (64, None)
+    assert "OMP_NUM_THREADS" not in cores.limit_threads()
 
 
 def test_threads_follow_the_quota_and_the_ranks_but_a_number_of_ones_own_stays(
     groups: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(groups, self="0::/", cpu__max="800000 100000")
-    assert cores.limit_threads() == {"OMP_NUM_THREADS": "8"}
+    assert cores.limit_threads()["OMP_NUM_THREADS"] == "8"
     for launcher in ("direct", "torchrun"):
         ((_, additions), *_) = Launch(num_ranks=4, launcher=launcher).commands(["worker.py"])
         assert additions["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert cores.limit_threads(4) == {}
+    assert "OMP_NUM_THREADS" not in cores.limit_threads(4)
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_threads_soon_sleep_while_they_wait_unless_one_says_otherwise(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert 0 < int(cores.limit_threads()["GOMP_SPINCOUNT"]) <= 2000
+    monkeypatch.setenv(name, "ACTIVE" if name == "OMP_WAIT_POLICY" else "300000")
+    assert "GOMP_SPINCOUNT" not in cores.limit_threads()
