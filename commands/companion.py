@@ -22,7 +22,6 @@ from commands.cli import ROOT, environment_of_child
 from monitoring.attach import Attached, NothingPublished
 from monitoring.events import TITLES, Event, Watcher
 from monitoring.notify import Messenger
-from monitoring.web import PageServer, Website
 from runtime.background_process import lower_priority
 from runtime.companion import CLOSE_SECONDS, FAREWELL, Companion
 from runtime.train_log import append_line
@@ -106,6 +105,8 @@ class _Page:
         """Serve the page if it is not served yet; a port that is taken is tried again."""
         if self._is_serving:
             return
+        from monitoring.web import PageServer, Website  # jinja2, which a training without a page does without
+
         settings = self._settings
         attached = Attached(Path(settings.log_dir), Path(settings.checkpoint_dir))
         assert settings.web_port is not None

@@ -21,7 +21,7 @@ import torch
 from continuous_training import Settings
 from data_sources.bars import COLUMNS
 from data_sources.calendar import new_york_midnight_ns
-from data_sources.lake.lake import Lake
+from data_sources.lake.lake import READY_FOLDER, Lake
 from data_sources.lake.quality import bar_table
 from data_sources.load import load
 from tests.data_sources.vendors.binance_server import BinanceServer
@@ -166,6 +166,7 @@ class Story:
         flipped.write_bytes(content)
         cut = root / "yahoo" / "NVDA" / f"{min(self.lake('mended').parts('yahoo', 'NVDA'))}.parquet"
         cut.write_bytes(cut.read_bytes()[:1000])
+        shutil.rmtree(root / READY_FOLDER)  # else a start within the same minute reads no bars
         return [path.relative_to(root).as_posix() for path in (flipped, cut)]
 
     def _change_the_exam(self) -> None:

@@ -299,6 +299,10 @@ def test_the_bat_does_what_the_sh_does():
 
 def test_env_example_names_every_variable_that_the_program_reads():
     offered = set(re.findall(r"^([A-Z0-9_]+)=$", (ROOT / ".env.example").read_text(), flags=re.M))
-    paths = [*(ROOT / "data_sources").rglob("*.py"), ROOT / "training" / "mirror.py"]
+    paths = [
+        path
+        for package in ("commands", "data_sources", "training")
+        for path in (ROOT / package).rglob("*.py")
+    ]
     sources = "\n".join(path.read_text() for path in paths)
-    assert offered == set(re.findall(r'"((?:POLYGON|BINANCE|YAHOO|MIRROR)_[A-Z0-9_]+)"', sources))
+    assert offered == set(re.findall(r'"((?:POLYGON|BINANCE|YAHOO|MIRROR|NOTIFY|WEB)_[A-Z0-9_]+)"', sources))
