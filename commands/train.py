@@ -81,9 +81,9 @@ class Job:
             self._phases = Phases(self.console.phase)
             command = refresh_command(settings, flags_of(settings)) if ranks.is_first else None
             self._prefetch = enter(prefetch.Prefetch(command))
+            mirror = enter(Mirror(settings, ranks.is_first))  # fills an empty folder: before it is looked at
             self.progress, self._saved = self._find_checkpoint()
-            apply_decision = partial(champion.apply_decision, pending=[])
-            on_saved = enter(Mirror(settings, ranks.is_first)).after(apply_decision)
+            on_saved = mirror.after(partial(champion.apply_decision, pending=[]))
             keep, runs = settings.keep_checkpoints, settings.keep_runs
             self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
             seconds = 60 * settings.exam_minutes

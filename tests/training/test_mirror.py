@@ -221,7 +221,6 @@ def test_training_does_not_wait_for_a_slow_mirror_and_copies_the_newest_afterwar
     assert copied == ["run1_epoch1.pt", "run1_epoch4.pt"]
 
 
-@pytest.mark.drill
 def test_training_continues_bit_for_bit_from_the_mirror_on_a_new_disk(tmp_path: Path) -> None:
     mirror, disk = tmp_path / "mirror", tmp_path / "disk"
     unbroken = Start(tmp_path / "out", [*ALONE, *tiny_flags(tmp_path / "unbroken", runs=1)])
