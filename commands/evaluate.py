@@ -23,7 +23,7 @@ from envs.market import NoSegment
 from evaluation import plots
 from evaluation.exam import CHAMPION, POLICY, at_flat_cost, examine
 from evaluation.measures import daily_growth, measure
-from evaluation.page import count_of, headline, render_page
+from evaluation.page import headline, render_page
 from evaluation.provenance import (
     champion_beside,
     changed_days,
@@ -40,7 +40,7 @@ from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import describe_power, verdict
 from runtime.control import EXIT_NO_DATA, ExitProgram
-from runtime.wording import first_of
+from runtime.wording import count_of, first_of
 from training.data_feed import data_request
 
 log = logging.getLogger("continuous_training")

@@ -37,7 +37,7 @@ from evaluation.trained_policy import TrainedPolicy
 from monitoring.console import Console
 from monitoring.format import iso_time, utc_time
 from runtime.control import EXIT_LOCKED, EXIT_SETTING, ExitProgram
-from runtime.files import write_atomically
+from runtime.files import identity_of, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from runtime.wording import first_of
 from training.checkpoint import CheckpointError
@@ -73,7 +73,7 @@ class Paper:
     ) -> None:
         self.trained, self.options, self.book, self.console = trained, options, book, console
         self._clock = clock
-        self._file = _identity_of(trained.checkpoint.path)
+        self._file = identity_of(trained.checkpoint.path)
         self._clock_fault, self._clock_at = "", -CLOCK_MINUTES
         self._warned: list[str] = []
         self._is_silent = False  # nothing was decided in the minute before, and that is said
@@ -185,7 +185,7 @@ class Paper:
         """Read the checkpoint again where it changed: ``best.pt`` is another one after a promotion."""
         path = self.trained.checkpoint.path
         try:
-            now = _identity_of(path)
+            now = identity_of(path)
             if now == self._file:
                 return []
             former = self.trained
@@ -222,11 +222,6 @@ class Paper:
         if self._clock_fault:
             self._clock_at = minute - CLOCK_MINUTES + 1  # look again soon
         return [f"Trades again: the clock is {line.text}"] if before and not self._clock_fault else []
-
-
-def _identity_of(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def run(

@@ -15,11 +15,12 @@ from evaluation import plots, record
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
 from evaluation.measures import jsonable
-from evaluation.page import count_of, render_record
+from evaluation.page import render_record
 from evaluation.record_summary import Summary, grown, summarize, told
 from evaluation.report import write_folder
 from monitoring.console import Console
 from runtime.control import EXIT_CRASH, EXIT_NO_DATA, ExitProgram
+from runtime.wording import count_of
 
 if TYPE_CHECKING:
     from continuous_training import Settings

@@ -13,6 +13,7 @@ from data_sources.lake.lake import Lake
 from data_sources.progress import Progress
 from data_sources.sources import DataRequest
 from runtime.files import free_bytes
+from runtime.wording import count_of
 
 FILES_PER_REFRESH = 500  # in the background: some minutes of one core, and up to 1.3 GB
 # A month of minutes in Binance's archive is 2.5 MB; six perpetuals took 3.8 to 5.9 bytes a bar more in the lake.
@@ -38,10 +39,10 @@ class FlowPlan:
         return self.bars * KEPT_BYTES_PER_BAR
 
     def __str__(self) -> str:
-        files = "1 file" if self.files == 1 else f"{self.files:,} files"
         return (
-            f"order flow: the lake has {files} from before it was kept, fetched again while a run trains, newest "
-            f"first: about {_size(self.downloaded_bytes)} to download, {_size(self.kept_bytes)} more on the disk"
+            f"order flow: the lake has {count_of(self.files, 'file')} from before it was kept, fetched again "
+            f"while a run trains, newest first: about {_size(self.downloaded_bytes)} to download, "
+            f"{_size(self.kept_bytes)} more on the disk"
         )
 
 

@@ -34,6 +34,7 @@ from runtime.control import (
     heartbeat_while_others_work,
     heartbeat_while_waiting,
 )
+from runtime.files import identity_of
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
@@ -425,7 +426,6 @@ def _reason_for_none(start_ns: int, trainer: Trainer) -> str:
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
     try:
-        status = path.stat()
+        return identity_of(path)
     except FileNotFoundError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size

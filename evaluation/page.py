@@ -15,6 +15,7 @@ from evaluation.measures import Interval
 from evaluation.record_summary import Summary, grown, told
 from evaluation.report import Report
 from evaluation.verdict import describe_power
+from runtime.wording import count_of
 
 NONE = Markup('<span title="too few days, or nothing to divide by">n/a</span>')
 
@@ -86,11 +87,6 @@ def headline(report: Report) -> str:
     if report.overlaps:
         return f"Not an exam: it was trained on some of these days. {result}."
     return f"{'An edge' if report.verdict.edge else 'No edge'} on these days. {result}."
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return "1 symbol", "42 symbols"."""
-    return f"1 {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _environment() -> Environment:

@@ -17,6 +17,7 @@ from evaluation.baselines import BUY_AND_HOLD
 from evaluation.evidence import PROVEN, most_of
 from evaluation.exam import POLICY, Contestants, Walk
 from evaluation.measures import Measures, daily_growth, days_of_fills, measure
+from runtime.wording import count_of
 
 Line = Mapping[str, Any]
 
@@ -59,16 +60,14 @@ class Summary:
             mean += f" [{1e4 * low:+.1f}, {1e4 * high:+.1f}]"
         proof = f"bets on it grew {self.evidence:.1f}-fold, {PROVEN:g} prove an edge"
         parts = [
-            f"{policy.num_days} days since {self.days[0]}: {policy.total_return:+.2%} (buy and hold "
+            f"{count_of(policy.num_days, 'day')} since {self.days[0]}: {policy.total_return:+.2%} (buy and hold "
             f"{hold.total_return:+.2%})",
             mean,
             "proven" if self.evidence >= PROVEN else proof,
-            f"{self.champions} champion{'s' if self.champions > 1 else ''}",
+            count_of(self.champions, "champion"),
         ]
         parts += [f"{self.missed} missed" for _ in range(self.missed > 0)]
         parts += [f"{self.revised} revised" for _ in range(self.revised > 0)]
-        if policy.num_days == 1:
-            parts[0] = parts[0].replace("1 days", "1 day", 1)
         return ", ".join(parts)
 
     def figures(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from monitoring import exams, health, metrics_file, published
 from monitoring.machine import Disk, read_disk
 from monitoring.state import HEALTH_EPOCHS, KEPT_EPOCHS, KEPT_LINES, DashboardState, Line
+from runtime.files import identity_of
 from runtime.train_log import NAME as TRAIN_LOG
 
 T = TypeVar("T")
@@ -37,8 +38,7 @@ class FileCache:
     def read(self, path: Path, read: Callable[[Path], T]) -> T | None:
         """Return what a file holds, read anew if it has changed; None where it cannot be read."""
         try:
-            status = path.stat()
-            stamp = status.st_ino, status.st_mtime_ns, status.st_size
+            stamp = identity_of(path)
             if self._kept.get(path, (None,))[0] != stamp:
                 self._kept[path] = stamp, read(path)
         except (OSError, ValueError):  # not there, or not readable for us

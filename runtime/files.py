@@ -183,6 +183,12 @@ def free_bytes(folder: Path) -> int | None:
     return usage.free if usage.total or usage.free else None
 
 
+def identity_of(path: Path) -> tuple[int, int, int]:
+    """Return (inode, mtime in ns, size) of a file: other ones are another file, or another content."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def fault_of_folder(folder: Path) -> str:
     """Return why no folder can be there, "" if it is one, or could be made."""
     path = folder.absolute()

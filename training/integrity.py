@@ -25,7 +25,7 @@ from runtime.control import EXIT_DOES_NOT_FIT, ExitProgram
 from runtime.wording import first_of
 from training.distributed import Ranks
 from training.losses import Objective, Targets
-from training.parallel import Parallel, is_sharded
+from training.parallel import is_sharded
 
 log = logging.getLogger("continuous_training")
 
@@ -100,8 +100,8 @@ class Inspections:
 class Inspector:
     """Compares what a rank holds and computes, with itself and with the other ranks."""
 
-    def __init__(self, objective: Objective, parallel: Parallel, ranks: Ranks) -> None:
-        self._objective, self._parallel, self._ranks = objective, parallel, ranks
+    def __init__(self, objective: Objective, ranks: Ranks) -> None:
+        self._objective, self._ranks = objective, ranks
         self._names = [name for name, _ in objective.policy.named_parameters()]
         shards = [hasattr(parameter, "to_local") for parameter in objective.policy.parameters()]
         self._replicated = [not is_shard for is_shard in shards]

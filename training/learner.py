@@ -60,7 +60,7 @@ class Learner:
         self.generator = torch.Generator(ranks.device).manual_seed(settings.seed * 1_000_003 + ranks.rank)
         self.stopped_at: dict[str, Any] | None = None  # where the update was stopped
         self.seal = Seal(self._owned)
-        self._inspector = Inspector(objective, self.parallel, ranks)
+        self._inspector = Inspector(objective, ranks)
         self._sample: Sample | None = None  # of the newest rollout
         # (3, N) of the newest rollout's segments: squared errors of the critic, decisions, clipped rewards
         self.by_segment: Tensor | None = None
