@@ -7,7 +7,7 @@
 Every folder in FOLDER with CSV or Parquet files is a market of its own; files right in FOLDER make all of it one
 (docs/data.md has their form). Its days are cut in order: 50 % to train and fit on, 15 % to choose a threshold rule
 for each cost, 35 % to judge; before a later part a day is left out, and all moves that reach into it. The product
-trains anew at each flat cost of a side and for each seed, and walks the judged days greedily by the exam's code;
+trains from scratch at each flat cost and for each seed, and walks the judged days greedily by the exam's code;
 ridge and trees see the same features, and their rules the same fills. Net is in basis points per bar and symbol,
 bars without a position included, with 95 % intervals by bootstrap over days. Every flag of the training is one of
 this program's.

@@ -159,5 +159,5 @@ def beside(settings: Settings) -> Iterator[None]:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            companion.tell("gave_up", (str(error).splitlines() or [type(error).__name__])[0])
+            companion.send("gave_up", (str(error).splitlines() or [type(error).__name__])[0])
             raise

@@ -84,7 +84,7 @@ def show(
 
 
 def in_background(
-    lake: Lake, request: DataRequest, now_ns: int, cutoff_ns: int, tell: Callable[[str], None]
+    lake: Lake, request: DataRequest, now_ns: int, cutoff_ns: int, emit: Callable[[str], None]
 ) -> None:
     """Refresh, and write the snapshot that the next run will map; then fetch order flow that former bars lack.
 
@@ -93,7 +93,7 @@ def in_background(
         request: for the bars up to ``cutoff_ns``.
         now_ns: the present.
         cutoff_ns: the end of the last minute that has closed.
-        tell: receives JSON for training/prefetch.py.
+        emit: receives JSON for training/prefetch.py.
 
     Raises:
         LakeError: the lake cannot be read, or the snapshot cannot be written.
@@ -102,20 +102,20 @@ def in_background(
     refresh(lake, request, now_ns, collector)
     path = snapshot.provide(lake, request)
     bars = snapshot.content_of(path) if path else ""
-    tell(json.dumps({"now_ns": cutoff_ns, "bars": bars, "warnings": collector.warnings}))
-    fetch_flow(lake, request, now_ns, _LaterWarnings(tell), FILES_PER_REFRESH)
+    emit(json.dumps({"now_ns": cutoff_ns, "bars": bars, "warnings": collector.warnings}))
+    fetch_flow(lake, request, now_ns, _LaterWarnings(emit), FILES_PER_REFRESH)
 
 
 class _LaterWarnings(WarningCollector):
-    """Tells each warning when it comes: this process may be killed at any time."""
+    """Emits each warning when it comes: this process may be killed at any time."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, emit: Callable[[str], None]) -> None:
         super().__init__()
-        self._tell = tell
+        self._emit = emit
 
     def warn(self, source: str, message: str) -> None:
         super().warn(source, message)
-        self._tell(json.dumps({"later_warning": self.warnings[-1]}))
+        self._emit(json.dumps({"later_warning": self.warnings[-1]}))
 
 
 def report(

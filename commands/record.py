@@ -16,7 +16,7 @@ from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
 from evaluation.measures import jsonable
 from evaluation.page import render_record
-from evaluation.record_summary import Summary, grown, summarize, told
+from evaluation.record_summary import Summary, describe, grown, summarize
 from evaluation.report import write_folder
 from monitoring.console import Console
 from runtime.control import EXIT_CRASH, EXIT_NO_DATA, ExitProgram
@@ -29,7 +29,7 @@ log = logging.getLogger("continuous_training")
 
 FORMAT = 1
 LIMITS = (
-    "A chain cannot show lines that were all written anew from some place on, head included, nor older copies of "
+    "A chain cannot show lines that were all rewritten from some place on, head included, nor older copies of "
     "both files: compare the hash with one that you kept, such as in train.log or a report"
 )
 
@@ -86,7 +86,7 @@ def report(summary: Summary, lines: list[record.Line]) -> dict[str, Any]:
             "headline": summary.headline,
             "hash": summary.hash,
             "so_far": {name: asdict(measures) for name, measures in summary.measures.items()},
-            "lines": [line | {"what": told(line)} for line in lines],
+            "lines": [line | {"what": describe(line)} for line in lines],
         }
     )
 
@@ -101,7 +101,7 @@ def _read_whole(settings: Settings) -> record.Record:
 def _row(line: record.Line) -> list[str]:
     is_scored = line["kind"] == "scored"
     returns = [f"{grown(line, name):+.2%}" if is_scored else "" for name in (POLICY, BUY_AND_HOLD)]
-    return [str(line["number"]), line["time"][:16].replace("T", " "), *returns, told(line)]
+    return [str(line["number"]), line["time"][:16].replace("T", " "), *returns, describe(line)]
 
 
 def _files(

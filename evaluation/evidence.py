@@ -1,6 +1,6 @@
 """Evidence from days that are looked at again and again: what bets on them would have become.
 
-Somebody stakes money on every day before it is known: a share of it that a usual day of those before would move
+A bettor stakes money on every day before it is known: a share of it that a usual day of those before would move
 by 2, 5, 10 or 25 %. On days without a mean above 0 no such bet gains on average, whenever one stops, so it grows
 40-fold in at most one of 40 lives (Ville 1939; "e-process"). No other assumption is made of the days, no number of
 looks is agreed on, and the evidence of one champion and of the next one multiply.

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
 from evaluation.measures import Interval
-from evaluation.record_summary import Summary, grown, told
+from evaluation.record_summary import Summary, describe, grown
 from evaluation.report import Report
 from evaluation.verdict import describe_power
 from runtime.wording import count_of
@@ -102,7 +102,7 @@ def _environment() -> Environment:
         "interval": _interval,
         "count_of": count_of,
         "grown": grown,
-        "told": told,
+        "described": describe,
     }
     return environment
 

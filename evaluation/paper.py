@@ -6,7 +6,7 @@ Then the policy *decides* at the newest bar, and that is on disk before its fill
 late for its order to fill at the next open is no decision: the account holds what it has, and it is said.
 
 Bars are settled after ``SETTLED_MINUTES``, in which late ones come and wrong ones are put right; until then a fill
-is provisional, computed anew every minute. So what is booked equals, to the bit, what an exam of these bars says
+is provisional, computed again every minute. So what is booked equals, to the bit, what an exam of these bars says
 whose accounts hold where nothing was decided in time.
 """
 

@@ -4,9 +4,9 @@
     checkpoints/record.head    the newest lines, their number and hash, and the accounts as they stand
 
 Every line has its number, the hash of the line before it, and its own: SHA-256 of all before it in the line. So
-an edited, removed, added or moved line shows, and with the head a cut end does. What no chain can show: somebody
-who writes all lines from some place on anew, hashes and head included, or who puts back older copies of both
-files. Whoever kept an earlier hash (train.log and reports have it) will know.
+an edited, removed, added or moved line shows, and with the head a cut end does. What no chain can show: that
+all lines from some place on were rewritten, hashes and head included, or that older copies of both files were put
+back. A hash that was kept elsewhere (train.log and reports have it) shows that, too.
 
 The head is written first, and whole; then the lines are appended. After a kill in between the next start appends
 what is missing: nothing is lost, and no line comes twice.

@@ -1,4 +1,4 @@
-"""What a record says in sum: one curve of all its days, whoever was the champion, and its headline."""
+"""What a record says in sum: one curve of all its days, of all champions, and its headline."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def grown(line: Line, name: str) -> float:
     return math.prod(line["days"][name].values()) - 1
 
 
-def told(line: Line) -> str:
+def describe(line: Line) -> str:
     """Put a line into words."""
     match line["kind"]:
         case "begin":

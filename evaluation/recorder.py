@@ -25,7 +25,7 @@ from evaluation.exam import POLICY
 from evaluation.measures import jsonable
 from evaluation.open_walk import OpenWalks, walk_on
 from evaluation.parts import Stopped
-from evaluation.record_summary import grown, pool_days, summarize, told
+from evaluation.record_summary import describe, grown, pool_days, summarize
 from evaluation.revision import SCORED
 from models.policy import precision_on
 from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waiting
@@ -289,11 +289,11 @@ def _bars_of(market: Market, symbol: str, first_ns: int, last_ns: int) -> list[A
 
 
 def _revised(lines: Sequence[Mapping[str, Any]], market: Market) -> dict[str, list[int]]:
-    """Return the symbols whose scored bars are others now, with the numbers of those lines; each is told once.
+    """Return the symbols whose scored bars are others now, with the numbers of those lines; each is reported once.
 
     Bars that are gone from the lake, and prices that were all rescaled alike, by a split, are no revision.
     """
-    told = {
+    reported = {
         (symbol, number)
         for line in lines
         if line["kind"] == "revised"
@@ -307,7 +307,7 @@ def _revised(lines: Sequence[Mapping[str, Any]], market: Market) -> dict[str, li
         if line["kind"] != "scored":
             continue
         for symbol, row in line["symbols"].items():
-            if symbol not in market.symbols or (symbol, line["number"]) in told:
+            if symbol not in market.symbols or (symbol, line["number"]) in reported:
                 continue
             first_ns, last_ns, digest, *prices = row["bars"]
             if last_ns < since_ns or int(market.open_time[offsets[market.symbols.index(symbol)]]) > first_ns:
@@ -326,12 +326,12 @@ def _is_rescaled(prices: Sequence[float], now: Sequence[float]) -> bool:
 
 
 def _log(kept: record.Record, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Tell what was added."""
+    """Log what was added."""
     score, summary = kept.lines[-1], summarize(kept.lines)
     assert summary is not None
     for line in lines:
         if line["kind"] in ("revised", "missed"):
-            log.warning(f"Record: {told(line)}")
+            log.warning(f"Record: {describe(line)}")
     whole = "" if score["is_whole"] else "; stopped by exam_minutes, the next run goes on from there"
     log.info(
         f"Record: {score['champion']} on {score['decisions']:,} new bars of {len(score['symbols'])} symbols, "

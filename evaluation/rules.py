@@ -182,7 +182,7 @@ def choose_rules(
     """Return for each cost the rule that earned most for sure, None where none did; and the number of trials.
 
     For sure is the sum over minutes, all symbols together, less two standard errors: the sum alone would choose
-    whoever held what rose in these days.
+    a rule that held what rose in these days.
 
     Args:
         decisions: to choose on, never those that are judged.

@@ -36,7 +36,7 @@ class FileCache:
         self._kept: dict[Path, tuple[Any, Any]] = {}  # by file: its stamp, and what was read of it
 
     def read(self, path: Path, read: Callable[[Path], T]) -> T | None:
-        """Return what a file holds, read anew if it has changed; None where it cannot be read."""
+        """Return what a file holds, read again if it has changed; None where it cannot be read."""
         try:
             stamp = identity_of(path)
             if self._kept.get(path, (None,))[0] != stamp:

@@ -1,4 +1,4 @@
-"""The process beside a training that serves its page and sends its messages: it starts, is told, and ends.
+"""The process beside a training that serves its page and sends its messages: it starts, gets events, and ends.
 
 The supervisor owns it, so that it outlives crashes of the training; without one, the training does. It hears
 through its standard input, a JSON object per line; when that ends without a farewell, its owner was killed. It
@@ -72,7 +72,7 @@ class Companion:
             self._release()
             self.start()
 
-    def tell(self, event: str, text: str = "", count: int = 1) -> None:
+    def send(self, event: str, text: str = "", count: int = 1) -> None:
         """Let it send a message."""
         if self._process is None or self._process.stdin is None:
             return
@@ -82,7 +82,7 @@ class Companion:
 
     def close(self) -> None:
         """Let it send what it has, and end."""
-        self.tell(FAREWELL)
+        self.send(FAREWELL)
         self._release(CLOSE_SECONDS)
 
     def _release(self, seconds: float = 0.0) -> None:

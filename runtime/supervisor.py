@@ -153,7 +153,7 @@ class Supervisor:
                         self._companion.start()
                     code = self._train()
                     if code not in (EXIT_OK, EXIT_ABORTED, EXIT_GAVE_UP):
-                        self._companion.tell(
+                        self._companion.send(
                             "gave_up", f"It ended with exit code {code}; train.log says why."
                         )
         finally:
@@ -202,7 +202,7 @@ class Supervisor:
                 if self._stop.level:
                     line = f"Training died while stopping: {error}. The newest checkpoint on disk is intact."
                     self._say(line)
-                    self._companion.tell("gave_up", line)
+                    self._companion.send("gave_up", line)
                     return EXIT_GAVE_UP
                 if stuck or crashes >= self._limits.crashes:
                     reason = f"{crashes} crashes without a finished epoch"
@@ -210,7 +210,7 @@ class Supervisor:
                         reason = f"could not kill processes {stuck}"
                     line = f"Giving up: {reason}. The last: {error}. The newest checkpoint on disk is intact."
                     self._say(line)
-                    self._companion.tell("gave_up", line)
+                    self._companion.send("gave_up", line)
                     return EXIT_GAVE_UP
                 delay = self._limits.delay_seconds(crashes)
                 if self._launch.num_nodes > 1:  # a machine that is back sooner meets the others' old group
@@ -220,7 +220,7 @@ class Supervisor:
                 self._say(line)
                 restarts += 1
                 self._control.report_restarts(restarts)
-                self._companion.tell("restarted", line, restarts)
+                self._companion.send("restarted", line, restarts)
             if not self._wait(delay):
                 self._say("Stopped. The next start resumes from the newest checkpoint on disk.")
                 return EXIT_ABORTED if self._stop.level == ABORT else EXIT_OK

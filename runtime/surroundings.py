@@ -122,7 +122,7 @@ class _Output(io.FileIO):
 
 
 def lost_output() -> str:
-    """Return why output of this process was lost that somebody may wait for, as on a full disk; "" if none was."""
+    """Return why output of this process was lost that a reader may wait for, as on a full disk; "" if none was."""
     sys.stdout.flush()
     return _lost[0] if _lost else ""
 

@@ -1,4 +1,4 @@
-"""Names in a checkpoint folder, for whoever looks at one without loading torch."""
+"""Names in a checkpoint folder, for those who look at one without loading torch."""
 
 from __future__ import annotations
 

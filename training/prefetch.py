@@ -26,7 +26,7 @@ class Prefetch:
     It starts with the first epoch of a run, so that missing bars have the whole run to arrive, and once more when
     about ten minutes are left, so that the next run begins with fresh ones. Its result is taken as it is when the
     run ends: a source that is down delays the background process only. A process that still works then is killed;
-    the lake keeps what arrived. One that has told its result may go on with what no run waits for, such as order
+    the lake keeps what arrived. One that has given its result may go on with what no run waits for, such as order
     flow of former bars; it is killed as soon as another one is due.
 
     Args:
@@ -60,7 +60,7 @@ class Prefetch:
         now = self._clock()
         self._epochs += 1
         self._listen()
-        if (self._child is not None and not self._has_told) or epochs_left == 0:
+        if (self._child is not None and not self._has_result) or epochs_left == 0:
             return
         if not self._starts:
             self._start(now)
@@ -78,7 +78,7 @@ class Prefetch:
         """
         wait_until = time.monotonic() + (0.0 if self._ready_ns else PICK_UP_SECONDS)
         self._listen()
-        while self._child is not None and not self._has_told and time.monotonic() < wait_until:
+        while self._child is not None and not self._has_result and time.monotonic() < wait_until:
             time.sleep(0.05)
             self._listen()
         if self._child is not None and not self._ready_ns:
@@ -95,7 +95,7 @@ class Prefetch:
         self._began = self._clock()
         self._epochs = 0
         self._starts: list[float] = []
-        self._has_told = False
+        self._has_result = False
         self._ready_ns = 0
         self._bars = ""
         self._warnings: list[str] = []
@@ -123,12 +123,12 @@ class Prefetch:
             log.warning(f"the next run's bars are not fetched in the background: {error}")
             return
         assert self._child.stdout is not None
-        self._lines, self._last_line, self._has_told = deque(), "it printed nothing", False
+        self._lines, self._last_line, self._has_result = deque(), "it printed nothing", False
         self._reader = threading.Thread(target=_read, args=(self._child.stdout, self._lines), daemon=True)
         self._reader.start()
 
     def _listen(self) -> None:
-        """Take what the child has told, and note its end."""
+        """Take what the child has printed, and note its end."""
         if self._child is None:
             return
         has_ended = self._child.poll() is not None
@@ -137,17 +137,21 @@ class Prefetch:
         while self._lines:
             line = self._lines.popleft()
             try:
-                told = json.loads(line)
-                if "later_warning" in told:
-                    self._later_warnings.append(str(told["later_warning"]))
+                message = json.loads(line)
+                if "later_warning" in message:
+                    self._later_warnings.append(str(message["later_warning"]))
                     continue
-                ready_ns, bars, warnings = int(told["now_ns"]), str(told["bars"]), list(told["warnings"])
+                ready_ns, bars, warnings = (
+                    int(message["now_ns"]),
+                    str(message["bars"]),
+                    list(message["warnings"]),
+                )
             except (ValueError, KeyError, TypeError):
                 self._last_line = line
                 continue
-            self._ready_ns, self._bars, self._warnings, self._has_told = ready_ns, bars, warnings, True
+            self._ready_ns, self._bars, self._warnings, self._has_result = ready_ns, bars, warnings, True
         if has_ended:
-            if self._child.returncode or not self._has_told:
+            if self._child.returncode or not self._has_result:
                 log.warning(f"the background refresh failed: {self._last_line[:300]}")
             self._end_child()
 

@@ -69,10 +69,10 @@ def test_it_serves_sends_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert not any("torch" in Path(file.path).name for file in process.memory_maps())
             hold_exams(tmp_path, exam(25), exam(50, decision="promoted"))
             wait_for(lambda: target.requests)
-            child.tell("restarted", "Training died: a worker was killed by SIGKILL.", 3)
+            child.send("restarted", "Training died: a worker was killed by SIGKILL.", 3)
             wait_for(lambda: len(target.requests) == 2)
             assert SECRET not in " ".join(process.cmdline())
-            child.tell("gave_up", "Giving up.")
+            child.send("gave_up", "Giving up.")
     assert [(body["event"], body["count"]) for body in target.bodies()] == [
         ("champion", 1),
         ("restarted", 3),

@@ -24,6 +24,7 @@ COIN, STOCK = funded(walk("AAA", 300, asset_class="perpetual")), walk("BBB", 260
 MARKET = market_of(COIN, STOCK)
 START = int(COIN.open_time[60])
 SYMBOLS = ("AAA", "BBB")
+COLUMNS = ("time", "price", "position", "log_returns", "costs", "traded", "borrowing", "funding")
 
 
 def policy_of(market: Market) -> Policy:
@@ -66,16 +67,7 @@ def in_pieces(
                     np.concatenate(
                         [getattr(w, field) for p in pieces for w in p.walks[name] if w.symbol == symbol]
                     )
-                    for field in (
-                        "time",
-                        "price",
-                        "position",
-                        "log_returns",
-                        "costs",
-                        "traded",
-                        "borrowing",
-                        "funding",
-                    )
+                    for field in COLUMNS
                 ),
             )
             for symbol in SYMBOLS
@@ -93,16 +85,7 @@ def test_pieces_are_one_exam_to_the_bit() -> None:
         for own, theirs in zip(walks, whole[name], strict=True):
             count = len(theirs.time)
             assert 0 <= len(own.time) - count < HORIZON  # an exam leaves up to a segment over
-            for field in (
-                "time",
-                "price",
-                "position",
-                "log_returns",
-                "costs",
-                "traded",
-                "borrowing",
-                "funding",
-            ):
+            for field in COLUMNS:
                 assert np.array_equal(getattr(own, field)[:count], getattr(theirs, field)), (name, field)
     assert {-1, 0, 1} == set(np.round(np.concatenate([w.position for w in joined["policy"]])).astype(int))
 
