@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from urllib.parse import quote
 
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
 
 
+@lru_cache(maxsize=1 << 14)  # a refresh asks for the same few names thousands of times
 def escape(name: str, folds_case: bool = False) -> str:
     """Return any text as one file name of every system: "^GSPC" -> "%5EGSPC", "CON" -> "%43ON", ".." -> "%2E%2E".
 

@@ -13,6 +13,7 @@ import datetime
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,28 @@ def _clean_flow(
         The bars; (row, symbol, reason) of those that lost their flow, None if none did; how many takers' parts
         were rounded down.
     """
+    if rivals is not None:  # equal bars with different flow: which is right?
+        keys = ["symbol", "open_time"]
+        same = pl.all_horizontal(pl.col(name) == pl.col(name).last().over(keys) for name in COLUMNS[1:])
+        differs = pl.any_horizontal(pl.col(name) != pl.col(name).last().over(keys) for name in names)
+        mixed = rivals.filter((same & differs).fill_null(False)).select(keys).unique()
+        kept = kept.join(mixed.with_columns(pl.lit(True).alias("mixed")), keys, "left", maintain_order="left")
+    kept = kept.with_columns(_flow_reasons(tuple(names), rivals is not None).alias("reason"))
+    is_sound, taker, volume = pl.col("reason").is_null(), pl.col("taker_buy_volume"), pl.col("volume")
+    is_above = taker > volume if "taker_buy_volume" in names else pl.lit(False)
+    num_lost, clamped = kept.select(lost=(~is_sound).sum(), clamped=(is_sound & is_above).sum()).row(0)
+    lost = None
+    if num_lost:
+        lost = kept.filter(~is_sound).select("row", "symbol", "reason")
+        kept = kept.with_columns(pl.when(is_sound).then(pl.col(name)).alias(name) for name in names)
+    if clamped:
+        kept = kept.with_columns(pl.when(is_above).then(volume).otherwise(taker).alias("taker_buy_volume"))
+    return kept, lost, clamped
+
+
+@lru_cache  # half a millisecond, and every answer asks for the same
+def _flow_reasons(names: tuple[str, ...], has_rivals: bool) -> pl.Expr:
+    """Return the first reason why a bar's flow is not its own, null where it is."""
     taker, volume = pl.col("taker_buy_volume"), pl.col("volume")
     checks = [("flow_not_finite", ~pl.col(name).is_finite()) for name in names]
     checks += [("flow_negative", pl.col(name) < 0) for name in names]
@@ -186,25 +209,9 @@ def _clean_flow(
     if "taker_buy_volume" in names:
         highest = volume * (1 + TAKER_TOLERANCE) + TAKER_DECIMAL
         checks.append(("taker_above_volume", taker > pl.when(volume > 0).then(highest).otherwise(0.0)))
-    if rivals is not None:  # equal bars with different flow: which is right?
-        keys = ["symbol", "open_time"]
-        same = pl.all_horizontal(pl.col(name) == pl.col(name).last().over(keys) for name in COLUMNS[1:])
-        differs = pl.any_horizontal(pl.col(name) != pl.col(name).last().over(keys) for name in names)
-        mixed = rivals.filter((same & differs).fill_null(False)).select(keys).unique()
-        kept = kept.join(mixed.with_columns(pl.lit(True).alias("mixed")), keys, "left", maintain_order="left")
+    if has_rivals:
         checks.append(("flow_conflicting", pl.col("mixed")))
-    reason = pl.coalesce(pl.when(broken).then(pl.lit(reason)) for reason, broken in checks)
-    kept = kept.with_columns(reason.alias("reason"))
-    is_sound = pl.col("reason").is_null()
-    is_above = taker > volume if "taker_buy_volume" in names else pl.lit(False)
-    num_lost, clamped = kept.select(lost=(~is_sound).sum(), clamped=(is_sound & is_above).sum()).row(0)
-    lost = None
-    if num_lost:
-        lost = kept.filter(~is_sound).select("row", "symbol", "reason")
-        kept = kept.with_columns(pl.when(is_sound).then(pl.col(name)).alias(name) for name in names)
-    if clamped:
-        kept = kept.with_columns(pl.when(is_above).then(volume).otherwise(taker).alias("taker_buy_volume"))
-    return kept, lost, clamped
+    return pl.coalesce(pl.when(broken).then(pl.lit(reason)) for reason, broken in checks)
 
 
 def bad_ticks(
@@ -300,13 +307,25 @@ def _reasons(
 ) -> pl.Expr:
     """Return the first reason why a row by itself is not a bar, null where it is one."""
     time = pl.col("open_time")
+    checks = list(_row_checks())
+    checks[3:3] = [("future", time > now_ns), ("not_closed", time + MINUTE_NS > now_ns - CLOSING_GRACE_NS)]
+    if start_ns is not None and end_ns is not None:
+        inside = (time >= start_ns - OUTSIDE_TOLERANCE_NS) & (time < end_ns + OUTSIDE_TOLERANCE_NS)
+        checks.insert(5, ("outside_interval", ~inside))
+    if symbols is not None:
+        checks.insert(1, ("wrong_symbol", ~pl.col("symbol").is_in(list(symbols))))
+    return pl.coalesce(pl.when(broken).then(pl.lit(reason)) for reason, broken in checks)
+
+
+@lru_cache  # they are the same for every answer
+def _row_checks() -> tuple[tuple[str, pl.Expr], ...]:
+    """Return the checks of a row that need neither the time nor what was asked for, in their order."""
+    time = pl.col("open_time")
     prices = [pl.col(name) for name in COLUMNS[1:5]]
-    checks: list[tuple[str, pl.Expr]] = [
+    return (
         ("no_symbol", pl.col("symbol").is_null() | (pl.col("symbol") == "")),
         ("no_time", time.is_null()),
         ("out_of_range", time < EARLIEST_NS),
-        ("future", time > now_ns),
-        ("not_closed", time + MINUTE_NS > now_ns - CLOSING_GRACE_NS),
         ("misaligned", time % MINUTE_NS != 0),
         ("not_finite", pl.any_horizontal(~price.is_finite().fill_null(False) for price in prices)),
         ("not_finite", pl.col("volume").is_infinite().fill_null(False)),
@@ -316,13 +335,7 @@ def _reasons(
         ("absurd", pl.col("volume").fill_nan(0.0).fill_null(0.0) > LARGEST_VOLUME),
         ("ohlc_broken", _out_of_order(OHLC_TOLERANCE)),
         ("absurd", pl.col("high") > LARGEST_RANGE * pl.col("low")),
-    ]
-    if start_ns is not None and end_ns is not None:
-        inside = (time >= start_ns - OUTSIDE_TOLERANCE_NS) & (time < end_ns + OUTSIDE_TOLERANCE_NS)
-        checks.insert(5, ("outside_interval", ~inside))
-    if symbols is not None:
-        checks.insert(1, ("wrong_symbol", ~pl.col("symbol").is_in(list(symbols))))
-    return pl.coalesce(pl.when(broken).then(pl.lit(reason)) for reason, broken in checks)
+    )
 
 
 def _duplicates(good: pl.DataFrame) -> pl.Series:
