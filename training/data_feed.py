@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from data_sources import snapshot
 from data_sources.bars import Bars
 from data_sources.calendar import date_ns, utc
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 CHECK_SECONDS = 3_600.0  # a feature that computes for longer counts as hanging
+ENOUGH_FLOW = 0.5  # of the bars, to scale features of the order flow by
 
 
 def fresh_bars(
@@ -226,6 +229,8 @@ def make_market(
             "network, or try it offline with --demo",
         )
     _check_features(bars, ranks)
+    if statistics is None and ranks.is_first:
+        _warn_of_missing_flow(settings.features, bars)
     try:
         holdout_ns = holdout_start_ns(settings, bars)
         return Market.from_settings(bars, settings, ranks.device, holdout_ns, statistics)
@@ -252,6 +257,22 @@ def _check_features(bars: Sequence[Bars], ranks: Ranks) -> None:
         errors = ranks.broadcast(errors)
     if errors:
         raise FeatureError("\n".join(errors))
+
+
+def _warn_of_missing_flow(groups: Collection[str], bars: Sequence[Bars]) -> None:
+    """Warn where few bars have the order flow by which a new training scales its features, for good."""
+    takers = [series.taker_buy_volume for series in bars]
+    num_known = sum(int(np.isfinite(taker).sum()) for taker in takers if taker is not None)
+    share = num_known / sum(map(len, bars))
+    reading = [group for group in ("flow", "panel") if group in groups]
+    if not num_known:  # no source has it: what the panel shows of it stays 0
+        reading = reading[: "flow" in groups]
+    if reading and share < ENOUGH_FLOW:
+        log.warning(
+            f"{share:.0%} of the bars have the order flow that features {' and '.join(reading)} look at, and this "
+            "training keeps the scales that it begins with: fetch what Binance has first, by data --flow, or "
+            "leave them out of features"
+        )
 
 
 def holdout_start_ns(settings: Settings, bars: Sequence[Bars]) -> int:

@@ -27,6 +27,7 @@ from data_sources.lake.lake import Lake
 from data_sources.lake.quality import bar_table
 from data_sources.load import LoadedData
 from data_sources.progress import NullProgress
+from data_sources.simulated import simulated_bars
 from runtime.control import EXIT_NO_DATA, Control, ExitProgram
 from tests.data_sources.bar_tables import as_format_1, ns, walk
 from tests.data_sources.vendors.binance_server import BinanceServer
@@ -40,7 +41,7 @@ from tests.program import (
     tiny_flags,
 )
 from tests.vendors import BinanceNow
-from training.data_feed import data_request, fresh_bars
+from training.data_feed import data_request, fresh_bars, make_market
 from training.distributed import Ranks
 from training.prefetch import Prefetch
 from training.progress import TrainingProgress
@@ -301,3 +302,29 @@ def test_ctrl_c_while_bars_arrive_exits_0_and_the_next_start_keeps_what_arrived(
     asked_twice = [path for path, times in Counter(binance.zips()).items() if times > 1]
     assert before[0] not in asked_twice
     assert (tmp_path / "checkpoints" / "run1_epoch2.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("groups", "known", "expected"),
+    [
+        (("symbol", "flow"), 0.0, "0% of the bars have the order flow that features flow look at"),
+        (("flow", "panel"), 0.25, "25% of the bars have the order flow that features flow and panel look at"),
+        (("panel",), 0.25, "25% of the bars have the order flow that features panel look at"),
+        (("panel",), 0.0, ""),  # bars of stocks: no source has it
+        (("symbol", "day"), 0.25, ""),
+        (("flow",), 0.75, ""),
+    ],
+)
+def test_a_new_training_says_that_few_bars_have_the_flow_that_it_looks_at(
+    groups: tuple[str, ...], known: float, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (bars,) = simulated_bars(1, 4_000, seed=1, end_ns=ns("2026-03-01"))
+    taker = np.where(np.arange(4_000) >= 4_000 * (1 - known), bars.volume / 2, np.nan)
+    bars = replace(bars, taker_buy_volume=taker if known else None)
+    settings = Settings(features=groups, holdout_days=0)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    market = make_market(settings, [bars], ranks, None)
+    assert [record.message.split(", and")[0] for record in caplog.records] == [expected][: bool(expected)]
+    caplog.clear()
+    make_market(settings, [bars], ranks, market.statistics)  # a run of a training that has its scales
+    assert not caplog.records
