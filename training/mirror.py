@@ -192,6 +192,32 @@ class Mirror:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file, 1 << 20))
 
 
+def try_out(url: str) -> str:
+    """Write a small file to the mirror, read it back and remove it; return the newest copy's name, or "".
+
+    Raises:
+        Exception: of whatever library, where one of these fails; see ``reason``.
+    """
+    files, root = _open(url)
+    place = root
+    while is_local(url) and not Path(place).is_dir():  # nothing is left behind, not even a folder
+        place = str(Path(place).parent)
+    path, content = f"{place}/check-{os.getpid()}.tmp", os.urandom(64)
+    files.pipe_file(path, content)
+    try:
+        if files.cat_file(path) != content:
+            raise CheckpointError("it gives back other bytes than it took")
+    finally:
+        files.rm_file(path)
+    names = _series(files, root)
+    return names[0] if names else ""
+
+
+def is_local(url: str) -> bool:
+    """Return whether the mirror is a folder of this machine."""
+    return "://" not in url.removeprefix("file://")
+
+
 def _open(url: str) -> tuple[Any, str]:
     # MIRROR_OPTIONS is JSON for fsspec's file system, such as keys.
     try:

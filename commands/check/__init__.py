@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from commands.check import machine, sources
 from commands.check.features import check_features
+from commands.check.mirror import check_mirror
 from commands.check.report import Line, print_report
 from commands.check.watchers import check_watchers
 from data_sources import refresh
@@ -64,6 +65,7 @@ def check_all(
     except checkpoint.CheckpointError as error:
         yield Line("checkpoint", "error", str(error), EXIT_SETTING)
     yield from _check_file_systems(settings, request.needs_lake)
+    yield from check_mirror(settings, saved is not None, offline)
     yield from sources.check_keys(request, environment)
     yield from sources.check_bars(settings, request)
     answers: list[Answer] = []
