@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.files import make_folder, sync_file, sync_folder
+from runtime.files import append_durably
 
 NAME = "ledger.jsonl"
 Line = Mapping[str, Any]
@@ -48,22 +46,11 @@ def append(path: Path, line: Line) -> None:
         OSError: the disk is full, or the file cannot be written; earlier lines stay.
     """
     text = json.dumps(line, allow_nan=False).encode() + b"\n"
-    make_folder(path.parent)
     content = _content(path)
     size = _intact_size(content or b"")
     # A last line without its newline is an exam all the same.
     text = b"\n" + text if content and size and content[size - 1 : size] != b"\n" else text
-    with path.open("ab", buffering=0) as file:
-        file.truncate(size)
-        try:
-            if file.write(text) < len(text):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            sync_file(file, path.parent)
-        except OSError:
-            file.truncate(size)
-            raise
-    if content is None:
-        sync_folder(path.parent)
+    append_durably(path, text, size)
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

@@ -9,9 +9,7 @@ the next start appends them: no fill is lost, and none comes twice.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 from envs.open_env import OpenAccount
 from evaluation.paper import PaperState
-from runtime.files import make_folder, sync_file, write_atomically
+from runtime.files import append_durably, make_folder, write_atomically
 
 STATE, LINES = "paper.state", "paper.jsonl"
 FORMAT = 1
@@ -107,11 +105,7 @@ class Book:
         """Let the lines end with these."""
         if not texts and not self.size:
             return
-        with (self.folder / LINES).open("ab", buffering=0) as file:
-            file.truncate(self.size)
-            if file.write(texts) < len(texts):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / LINES))
-            sync_file(file, self.folder)
+        append_durably(self.folder / LINES, texts, self.size)
         self.size += len(texts)
 
     def lines(self) -> list[dict[str, Any]]:

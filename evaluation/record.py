@@ -14,10 +14,8 @@ what is missing: nothing is lost, and no line comes twice.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.open_env import OpenAccount
-from runtime.files import make_folder, sync_file, sync_folder, write_atomically
+from runtime.files import append_durably, write_atomically
 
 NAME, HEAD = "record.jsonl", "record.head"
 START = "0" * 64  # the hash before the first line
@@ -80,20 +78,7 @@ class Record:
         """
         if not self.unwritten:
             return
-        path = self.folder / NAME
-        make_folder(self.folder)
-        is_new = not path.exists()
-        with path.open("ab", buffering=0) as file:
-            file.truncate(self.intact_size)
-            try:
-                if file.write(self.unwritten) < len(self.unwritten):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-                sync_file(file, self.folder)
-            except OSError:
-                file.truncate(self.intact_size)
-                raise
-        if is_new:
-            sync_folder(self.folder)
+        append_durably(self.folder / NAME, self.unwritten, self.intact_size)
         self.intact_size += len(self.unwritten)
         self.unwritten = b""
 

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,7 +48,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("wb") as file:  # not "xb", which some file systems refuse; the name is random
             write(file)
             sync_file(file, path.parent)
         replace(temporary, path)
@@ -56,6 +57,42 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def append_durably(path: Path, text: bytes, size: int) -> None:
+    """Let a file go on, after its first ``size`` bytes, with ``text``, durably; what a torn write left there goes.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written; the first ``size`` bytes stay.
+    """
+    make_folder(path.parent)
+    is_new = not path.exists()
+    with path.open("ab", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > size and not _is_cut(file, size):
+            kept = path.read_bytes()[:size]
+            write_atomically(path, lambda whole: whole.write(kept + text))
+            return
+        try:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            sync_file(file, path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error matters; the next try cuts it off
+                file.truncate(size)
+            raise
+    if is_new:
+        sync_folder(path.parent)
+
+
+def _is_cut(file: FileIO, size: int) -> bool:
+    """Shorten a file to ``size`` bytes; False where the file system cannot."""
+    try:
+        file.truncate(size)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
 
 
 def make_folder(folder: Path) -> None:

@@ -21,6 +21,7 @@ NO_LOCKS = (
 )
 POLL_SECONDS = 0.2
 _held_here: set[Path] = set()  # lock files that this process holds
+_HOLDER_BYTES = 32  # of the lock file
 _LOCK_OFFSET = 1 << 30  # a locked byte cannot be read on Windows: lock one beyond the holder's name
 
 
@@ -105,8 +106,8 @@ class FolderLock:
             os.close(descriptor)
             raise FolderHeld(self._path.parent, holder or "another process")
         try:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()}\n".encode())
+            # As long as any other holder's name: not every file system can shorten a file.
+            os.write(descriptor, f"process {os.getpid()}".ljust(_HOLDER_BYTES).encode())
         except OSError as error:
             os.close(descriptor)
             raise self._unwritable(error) from error

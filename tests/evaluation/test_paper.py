@@ -293,7 +293,7 @@ def test_a_full_disk_leaves_the_minute_before(tmp_path: Path, monkeypatch: pytes
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("write_atomically", "sync_file"):
+    for place in ("write_atomically", "append_durably"):
         with monkeypatch.context() as patch:
             patch.setattr(f"evaluation.paper_book.{place}", refuse)
             with pytest.raises(OSError, match="No space"):

@@ -16,6 +16,7 @@ import pytest
 from envs.open_env import OpenAccount
 from evaluation import record
 from evaluation.record import HEAD, NAME
+from runtime import files
 
 ACCOUNT = OpenAccount(60, 100.0, 120, 100.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, 5.0, 0.0)
 
@@ -153,12 +154,15 @@ def test_a_full_disk_leaves_the_record_as_it_was_and_the_next_start_completes_it
     kept = write(tmp_path, 2)
     before = (tmp_path / NAME).read_bytes()
 
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sync = files.sync_file
 
-    place = "write_atomically" if full == "head" else "sync_file"
+    def refuse(file: Any, folder: Path) -> None:
+        if (Path(file.name).name == NAME) == (full == "record"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file, folder)
+
     with monkeypatch.context() as patch:
-        patch.setattr(record, place, refuse)
+        patch.setattr(files, "sync_file", refuse)
         with pytest.raises(OSError, match="No space"):
             kept.append([{"kind": "scored", "n": 4}], accounts(9.0))
     assert (tmp_path / NAME).read_bytes() == before

@@ -156,17 +156,62 @@ int fsync(int fd) {
     int (*real)(int) = dlsym(RTLD_NEXT, "fsync");
     return real(fd);
 }
+int ftruncate(int fd, long size) {
+    struct stat s;
+    if (!fstat(fd, &s) && S_ISREG(s.st_mode) && size < s.st_size) { errno = ENOTSUP; return -1; }
+    int (*real)(int, long) = dlsym(RTLD_NEXT, "ftruncate");
+    return real(fd, size);
+}
+int ftruncate64(int fd, long size) { return ftruncate(fd, size); }
 """
 
 
-@pytest.mark.drill
-def test_training_saves_and_check_names_the_lacks_on_such_a_file_system(tmp_path: Path) -> None:
+@pytest.fixture
+def shim(tmp_path: Path) -> Path:
+    """A library that takes from a program what some file systems refuse."""
     (tmp_path / "shim.c").write_text(SHIM)
-    shim = tmp_path / "shim.so"
+    command = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "shim.so", tmp_path / "shim.c", "-ldl"]
     try:
-        subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
+        subprocess.run(command, check=True)
     except FileNotFoundError:
         pytest.skip("needs gcc")
+    return tmp_path / "shim.so"
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_lines_are_added_after_a_torn_one_though_no_file_can_be_shortened(shim: Path, refuses: bool) -> None:
+    path = shim.with_name("lines.jsonl")
+    path.write_bytes(b"first\nto")
+    code = (
+        "import sys; from pathlib import Path; from runtime import files; from runtime.locking import FolderLock\n"
+        "path = Path(sys.argv[1])\n"
+        "with FolderLock(path.parent).hold():\n"
+        "    files.append_durably(path, b'second\\n', 6)\n"
+        "    files.append_durably(path, b'third\\n', 13)\n"
+    )
+    variables = environment(LD_PRELOAD=str(shim)) if refuses else environment()
+    for _ in range(2):  # the second program finds the first one's lock file
+        subprocess.run(
+            [sys.executable, "-c", code, path], cwd=ROOT, env=variables, check=True, timeout=PATIENCE
+        )
+    assert path.read_bytes() == b"first\nsecond\nthird\n"
+    assert {file.name for file in shim.parent.iterdir()} == {"shim.c", "shim.so", "lines.jsonl", ".lock"}
+
+
+def test_lines_that_cannot_be_added_leave_those_before_them(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        files.append_durably(Path("/dev/full"), b"line\n", 0)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.append_durably(tmp_path / "folder", b"line\n", 0)
+    files.append_durably(tmp_path / "new" / "lines", b"line\n", 0)
+    assert (tmp_path / "new" / "lines").read_bytes() == b"line\n"
+
+
+@pytest.mark.drill
+def test_training_saves_and_check_names_the_lacks_on_such_a_file_system(tmp_path: Path, shim: Path) -> None:
     flags = tiny_flags(tmp_path, epochs=2, runs=1)
     outputs = []
     for command in ("train", "check"):
