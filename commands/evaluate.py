@@ -21,6 +21,7 @@ from data_sources.refresh import refresh
 from data_sources.sources import DataRequest
 from envs.market import NoSegment
 from evaluation import plots
+from evaluation.csv_files import csv_files
 from evaluation.exam import CHAMPION, POLICY, at_flat_cost, examine
 from evaluation.measures import daily_growth, measure
 from evaluation.page import headline, render_page
@@ -39,6 +40,7 @@ from evaluation.revision import revision_of
 from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import describe_power, verdict
+from monitoring.format import duration
 from runtime.control import EXIT_NO_DATA, ExitProgram
 from runtime.wording import count_of, first_of
 from training.data_feed import data_request
@@ -51,6 +53,7 @@ HISTORY_DAYS = 35
 SEGMENTS_AT_ONCE = {"cpu": 16, "cuda": 64}
 # Symbols drawn from either end of the table.
 NUM_PLOTTED = 3
+ESTIMATE_SECONDS = 5.0  # of work, after which the rest is estimated
 # Label of the progress bar.
 TASK = "evaluation"
 
@@ -140,10 +143,12 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
         keep_pegged=True,
     )
     data, symbols, others, notes = _load_bars(lake, request, trained, options, span)
-    log.info(f"Evaluating {trained.checkpoint.path.name} on {count_of(len(symbols), 'symbol')}, {span}")
+    log.info(f"Evaluating {_name_of(trained)} on {count_of(len(symbols), 'symbol')}, {span}")
     report = _evaluate(trained, data, symbols, others, options, span, notes, progress)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
-    folder = Path(trained.settings.report_dir) / f"{file_name(trained.checkpoint.path.stem)}_{first}_{last}"
+    folder = (
+        Path(trained.settings.report_dir) / f"{file_name(Path(trained.checkpoint.name).stem)}_{first}_{last}"
+    )
     write_folder(folder, render_files(report, progress))
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
@@ -249,14 +254,6 @@ def _evaluate(
     progress: Progress,
 ) -> Report:
     """Run the exam and reach a verdict."""
-
-    def show(done: int, total: int) -> None:
-        if done == 1:
-            progress.start(TASK, "segments", total)
-        progress.advance(TASK)
-        if done == total:
-            progress.finish(TASK, f"{total:,} segments walked")
-
     settings, device = trained.settings, trained.device
     champion, champion_notes = champion_beside(trained, span.start_ns)
     policies = {POLICY: trained.policy}
@@ -273,7 +270,7 @@ def _evaluate(
             span.end_ns,
             chunk_segments=settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type],
             flat_costs_bps=options.costs_bps,
-            on_segment=show,
+            on_segment=_Segments(progress),
         )
     except NoSegment as error:
         raise ValueError(
@@ -326,7 +323,33 @@ def _evaluate(
         made=how_it_was_made(trained, data, revision, len(walks[POLICY]), device),
         notes=[*notes, *row_notes],
         record=headline_beside(trained.checkpoint.path),
+        is_simulated=is_simulated,
     )
+
+
+class _Segments:
+    """Shows how many segments were read and walked, and soon how long the rest takes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._done, self._first, self._began = 0, 0, 0.0
+        self._is_estimated = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._done:
+            self._progress.start(TASK, "segments", total)
+            self._began, self._first = time.monotonic(), done
+        self._progress.advance(TASK, done - self._done)
+        self._done = done
+        seconds = time.monotonic() - self._began
+        if not self._is_estimated and seconds > ESTIMATE_SECONDS and done > self._first:
+            self._is_estimated = True
+            left = seconds / (done - self._first) * (total - done)
+            log.info(
+                f"About {duration(left)} more for {total:,} segments; Ctrl+C ends it and leaves nothing behind"
+            )
+        if done == total:
+            self._progress.finish(TASK, f"{total:,} segments read and walked")
 
 
 def render_files(report: Report, progress: Progress) -> Iterator[tuple[str, bytes]]:
@@ -343,8 +366,16 @@ def render_files(report: Report, progress: Progress) -> Iterator[tuple[str, byte
         yield f"{name}.png", plots.as_png(wide)
         progress.advance(TASK)
     progress.finish(TASK, f"{len(pictures)} pictures drawn")
+    yield from csv_files(report.walks, report.tear)
     yield "report.json", json_bytes(report)
     yield "report.html", render_page(report, svgs)
+
+
+def _name_of(trained: TrainedPolicy) -> str:
+    """Return a checkpoint's run and epoch, and its file where that says neither."""
+    checkpoint = trained.checkpoint
+    file = "" if checkpoint.path.name == checkpoint.name else f" ({checkpoint.path.name})"
+    return f"run {checkpoint.run}, epoch {checkpoint.epoch}{file}"
 
 
 def _words(text: str) -> tuple[str, ...]:

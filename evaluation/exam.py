@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from evaluation.baselines import BASELINES, actions_after
 from models.policy import Head, Policy
 from runtime.control import heartbeat_thread
 
-POLICY, CHAMPION = "policy", "champion"
+POLICY, CHAMPION, AGAINST = "policy", "champion", "the other checkpoint"
 # So many segments are encoded ahead: enough to fill a micro-batch, few enough to keep in memory.
 ENCODED_SEGMENTS = 512
 COMPILER_SECONDS = 900.0  # for the first segment, if it is compiled; a compiler that takes longer hangs
@@ -48,11 +49,21 @@ class Walk:
     borrowing: NDArray[np.float64]  # (T,) the part of ``costs`` paid for borrowing
     # (T,) paid beside ``costs``, below 0 where received, as a fraction of equity; None where no symbol has funding
     funding: NDArray[np.float64] | None = None
+    # (T,) each: the next open, up to which ``log_returns`` counts. After a hole, where the account goes on in
+    # cash, the next decision fills later. None where it is not known
+    next_time: NDArray[np.datetime64] | None = None
+    next_price: NDArray[np.float64] | None = None
 
     @property
     def equity_before(self) -> NDArray[np.float64]:
         """(T,) equity right before each fill, 1 at the start."""
         return np.exp(np.cumsum(self.log_returns) - self.log_returns)
+
+    def where(self, chosen: NDArray[np.bool_]) -> Walk:
+        """Return some of its decisions, chosen (T,), as a walk that begins with equity 1."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: value[chosen] for name, value in values.items() if isinstance(value, np.ndarray)}
+        return Walk(**values)
 
 
 Contestants = Mapping[str, list[Walk]]  # name -> one walk per symbol, on the same bars for all
@@ -93,7 +104,7 @@ def examine(
         check_stop: called before every segment and chunk; an exception from it ends the exam.
         flat_costs_bps: costs of traded value, instead of all fees and slippage, at which the first policy walks
             again, as further contestants named ``at_flat_cost(name, bps)``.
-        on_segment: called after every segment with how many are done, and of how many.
+        on_segment: called after segments were read or walked, with how many are done, and of how many.
         max_segments: stop after this many segments; None: at the end of the bars.
         compiled: play by torch.compile, which takes a while for each number of accounts, once in a process.
 
@@ -127,7 +138,14 @@ def examine(
     ahead = torch.arange(horizon, device=env.device)
     num_ahead = max(1, ENCODED_SEGMENTS // num_symbols)
     # A policy with two names reads the market once.
-    readers = {id(p): Reader(p, market, indices, horizon, chunk_segments) for p in policies.values()}
+    count = _Count(on_segment)
+    readers = {
+        id(p): Reader(p, market, indices, horizon, chunk_segments, count.add) for p in policies.values()
+    }
+    to_read = sum(
+        _num_segments(market, n, rows, horizon) for n, rows in zip(indices, schedule.T, strict=True)
+    )
+    count.total = len(readers) * to_read + len(schedule)
 
     played = []
     for number in range(len(schedule)):
@@ -144,7 +162,7 @@ def examine(
         encoded = [segments[number % num_ahead] for segments in projected]
         with one_thread(env.device), _patience(compiled and number == 0):
             played.append(play_segment(env, decide, torch.cat(rules, dim=1), encoded))
-        on_segment(number + 1, len(schedule))
+        count.add(1)
     columns = list(np.concatenate(played, axis=1))  # (R x H, N) each
     return walks_of(names, symbols, market, schedule, ahead, columns)
 
@@ -170,12 +188,39 @@ def _patience(is_compiling: bool) -> AbstractContextManager[None]:
     return heartbeat_thread(COMPILER_SECONDS) if is_compiling else nullcontext()
 
 
+@dataclass
+class _Count:
+    """How many segments are done: each is read once by every policy, and then walked."""
+
+    report: Callable[[int, int], None]
+    total: int = 0
+    done: int = 0
+
+    def add(self, number: int) -> None:
+        self.done += number
+        self.report(self.done, self.total)
+
+
+def _num_segments(market: Market, symbol: int, schedule: Tensor, horizon: int) -> int:
+    """Return how many segments a policy reads to walk one symbol's ``schedule``, (R,), -1 for none."""
+    first = schedule[schedule >= 0]
+    bars = (first[:, None] + torch.arange(horizon, device=first.device)).flatten()
+    return len(market.segment_starts(symbol, bars, horizon).unique())
+
+
 class Reader:
     """Runs a policy's trunk over the bars of a walk, each segment once, in the order of the walk."""
 
     def __init__(
-        self, policy: Policy, market: Market, symbols: Sequence[int], horizon: int, chunk_segments: int
+        self,
+        policy: Policy,
+        market: Market,
+        symbols: Sequence[int],
+        horizon: int,
+        chunk_segments: int,
+        on_read: Callable[[int], None] = lambda number: None,
     ) -> None:
+        self._on_read = on_read
         self._policy, self._market, self._symbols = policy, market, symbols
         self._horizon, self._chunk_segments = horizon, chunk_segments
         # The newest segment of every symbol, in which the next rows may go on: (k,) starts, (k, H + 1, W).
@@ -228,6 +273,7 @@ class Reader:
             )
             encoded = self._policy.encode(market.features[places].float(), self._horizon + 1)
             yield part, encoded[: len(part)]
+            self._on_read(len(part))
 
 
 @dataclass(frozen=True)
@@ -281,11 +327,18 @@ def walks_of(
         if not walked.any():
             continue
         fills = (first[first >= 0, None] + 1 + ahead).flatten()
-        time = market.open_time[fills].cpu().numpy().astype("datetime64[ns]")
-        price = market.quotes[fills, 0].double().cpu().numpy()
+        time, price = _opens(market, fills)
+        after = _opens(market, fills + 1)
         asset_class = market.asset_classes[market.symbols.index(symbol)]
         for place, name in enumerate(names):
             account = place * len(symbols) + number
             own = (column[walked, account] for column in columns)
-            walks[name].append(Walk(symbol, asset_class, time, price, *own))
+            walk = Walk(symbol, asset_class, time, price, *own)
+            walks[name].append(replace(walk, next_time=after[0], next_price=after[1]))
     return walks
+
+
+def _opens(market: Market, bars: Tensor) -> tuple[NDArray[np.datetime64], NDArray[np.float64]]:
+    """Return when bars (n,) open, and at which price."""
+    times = market.open_time[bars].cpu().numpy().astype("datetime64[ns]")
+    return times, market.quotes[bars, 0].double().cpu().numpy()

@@ -43,6 +43,7 @@ def render_page(report: Report, svgs: Mapping[str, tuple[str, str]]) -> bytes:
             power=describe_power(report.pooled[POLICY], report.num_trials),
             dates=f"{report.first.astype('datetime64[D]')} to {report.last.astype('datetime64[D]')}",
             trained_until=f"{report.trained_until.astype('datetime64[m]')}".replace("T", " "),
+            held=held_for,
             has_funding=any(measures.funding for measures in report.pooled.values()),
             POLICY=POLICY,
             BUY_AND_HOLD=BUY_AND_HOLD,
@@ -78,6 +79,16 @@ def render_paper(
     return page.render(content=content, said=said, svgs=pairs).encode()
 
 
+def held_for(minutes: float | None) -> str:
+    """Return a holding time in its largest unit."""
+    if minutes is None:
+        return "none"
+    for unit, length, limit in (("min", 1, 120), ("h", 60, 2_880)):
+        if minutes < limit:
+            return f"{minutes / length:.3g} {unit}"
+    return f"{minutes / 1_440:.3g} days"
+
+
 def headline(report: Report) -> str:
     """Return the result in one sentence or two."""
     net = report.pooled[POLICY].total_return
@@ -86,7 +97,8 @@ def headline(report: Report) -> str:
         result = "It never traded"
     if report.overlaps:
         return f"Not an exam: it was trained on some of these days. {result}."
-    return f"{'An edge' if report.verdict.edge else 'No edge'} on these days. {result}."
+    days = "these days of a simulated market" if report.is_simulated else "these days"
+    return f"{'An edge' if report.verdict.edge else 'No edge'} on {days}. {result}."
 
 
 def _environment() -> Environment:

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
-from evaluation.exam import CHAMPION, POLICY, Contestants, Walk
+from evaluation.exam import AGAINST, CHAMPION, POLICY, Contestants, Walk
 from evaluation.measures import drawdown, equity_curve
 
 Array = NDArray[np.float64]
@@ -38,9 +38,16 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     POLICY: {"color": ACCENT, "linewidth": 1.8, "zorder": 4},
     CHAMPION: {"color": SECOND, "linewidth": 1.4, "zorder": 3},
     BUY_AND_HOLD: {"color": INK, "linewidth": 1.0, "zorder": 2},
+    AGAINST: {"color": SECOND, "linewidth": 1.4, "linestyle": (0, (6, 2)), "zorder": 3},
     MOMENTUM: {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (4, 2)), "zorder": 2},
     ALWAYS_FLAT: {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1},
 }
+OWN_STYLE = {
+    "color": MUTED,
+    "linewidth": 1.0,
+    "linestyle": (0, (5, 1, 1, 1)),
+    "zorder": 2,
+}  # of baselines of one's own
 WIDTHS = (8.6, 3.6)  # inches, page and phone
 NARROW = 5.0  # inches; a narrower picture is for a phone
 LEAST_TRADE = 0.2  # a smaller change of the position is drift
@@ -50,15 +57,15 @@ POINTS = 700  # of a line: about one per pixel of a page
 
 def equity(contestants: Contestants, width: float) -> Figure:
     """Draw the net return of all contestants over time."""
-    figure, axes = _new_figure(width, 3.4)
+    figure, axes = new_figure(width, 3.4)
     ends = []
     for name, walks in contestants.items():
         time, curve = equity_curve(walks)
         percent = _percent(lasts(curve) - 1)
-        axes.plot(lasts(time), percent, label=name, **STYLES[name])
+        axes.plot(lasts(time), percent, label=name, **style_of(name))
         ends.append((float(percent[-1]), name))
-        _format_dates(axes, time, width)
-    _draw_zero_line(axes)
+        format_dates(axes, time, width)
+    draw_zero_line(axes)
     _label_lines(axes, ends, width)
     axes.set_ylabel("net return, %")
     return figure
@@ -66,16 +73,16 @@ def equity(contestants: Contestants, width: float) -> Figure:
 
 def drawdowns(contestants: Contestants, width: float) -> Figure:
     """Draw the drawdown of the policy and of buy and hold over time."""
-    figure, axes = _new_figure(width, 2.2)
+    figure, axes = new_figure(width, 2.2)
     ends = []
     for name in (POLICY, BUY_AND_HOLD):
         time, curve = equity_curve(contestants[name])
         percent = _percent(minima(drawdown(curve)))
-        axes.plot(lasts(time), percent, label=name, **STYLES[name])
+        axes.plot(lasts(time), percent, label=name, **style_of(name))
         if name == POLICY:
             axes.fill_between(lasts(time), percent, color=ACCENT, alpha=0.25, linewidth=0)
         ends.append((float(percent[-1]), name))
-        _format_dates(axes, time, width)
+        format_dates(axes, time, width)
     axes.set_ylim(top=0)
     _label_lines(axes, ends, width)
     axes.set_ylabel("below peak, %")
@@ -98,10 +105,10 @@ def cost_curve(
         break_even_bps: where the return crosses 0; None if it does not.
         width: in inches.
     """
-    figure, axes = _new_figure(width, 2.6)
+    figure, axes = new_figure(width, 2.6)
     percent = _percent(np.array(returns))
     axes.plot(costs_bps, percent, color=ACCENT, linewidth=1.8, marker="o", markersize=5, zorder=3)
-    _draw_zero_line(axes)
+    draw_zero_line(axes)
     for cost, value in zip(costs_bps, percent, strict=True):
         if width > NARROW or cost in (costs_bps[0], costs_bps[-1]):
             axes.annotate(
@@ -141,21 +148,16 @@ def cost_curve(
 
 def symbol(walk: Walk, width: float) -> Figure:
     """Draw one symbol's price, the position held over it, and its return."""
-    figure, (*_, net) = _draw_walk(walk, (width, 3.7), (3, 1.1, 1.6))
+    figure, (*_, net) = draw_walk(walk, (width, 3.7), (3, 1.1, 1.6))
     net.set_ylabel("net, %")
     return figure
 
 
 def episode(walk: Walk, title: str) -> Figure:
     """Draw what :func:`symbol` draws, plus every trade, buy and hold, and the costs so far."""
-    figure, (prices, _, net, paid) = _draw_walk(walk, (10, 8), (3, 1, 3, 2))
+    figure, (prices, _, net, paid) = draw_walk(walk, (10, 8), (3, 1, 3, 2))
     bars = np.arange(len(walk.time))
-    change = np.diff(walk.position.round(2), prepend=0.0)
-    for name, marker, color, where in (
-        ("bought", "^", BOUGHT, change > LEAST_TRADE),
-        ("sold", "v", SECOND, change < -LEAST_TRADE),
-    ):
-        prices.scatter(bars[where], walk.price[where], s=18, c=color, marker=marker, label=name, zorder=3)
+    mark_trades(prices, walk)
     prices.set_title(title, loc="left", color=INK, fontsize=10)
 
     held = 100 * (walk.price / walk.price[0] - 1)
@@ -193,7 +195,7 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
     for axes in grid[len(panels) :]:
         axes.axis("off")
     for axes, (key, title) in zip(grid, panels, strict=False):
-        _style(axes)
+        style(axes)
         found = [(at, row[key]) for at, row in enumerate(rows, 1) if row.get(key) is not None]
         places, values = np.array(found, np.float64).reshape(-1, 2).T
         values = np.where(np.abs(values) < LEAST_VALUE, 0.0, values)
@@ -205,7 +207,7 @@ def training(rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]
             middle = places[smooth // 2 :][: len(mean)]
             axes.plot(middle, mean, color=ACCENT, linewidth=1.6)
         if values.min() < 0 < values.max():
-            _draw_zero_line(axes)
+            draw_zero_line(axes)
         axes.set_title(title, loc="left", color=INK, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -253,14 +255,21 @@ def _shorten_tag(tag: re.Match[str]) -> str:
 # --- parts ------------------------------------------------------------------------------------------------
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def style_of(name: str) -> Mapping[str, Any]:
+    """Return the style of a contestant's line."""
+    return STYLES.get(name, OWN_STYLE)
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure and its only axes, in the style of the report."""
     figure = Figure(figsize=(width, height if width > NARROW else height * 0.85), layout="constrained")
     axes = figure.subplots()
-    _style(axes)
+    style(axes)
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Give axes the report's style."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
@@ -278,7 +287,7 @@ def _format_tick(axes: Axes, value: float, _: int | None) -> str:
     return f"{0.0 if abs(value) < 1e-9 * (high - low) else value:,.6g}"
 
 
-def _draw_walk(
+def draw_walk(
     walk: Walk, size: tuple[float, float], heights: Sequence[float]
 ) -> tuple[Figure, Sequence[Axes]]:
     """Draw price, position and net return over decisions; closed hours are left out.
@@ -289,7 +298,7 @@ def _draw_walk(
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     for axes in panels:
-        _style(axes)
+        style(axes)
         axes.margins(x=0)
     prices, positions, net, *_ = panels
     place = bin_starts(len(walk.time))
@@ -302,7 +311,7 @@ def _draw_walk(
     positions.set_ylabel("position")
     percent = _percent(np.expm1(np.cumsum(walk.log_returns)))
     net.plot(place, means(percent), color=ACCENT, linewidth=1.4, label="policy")
-    _draw_zero_line(net)
+    draw_zero_line(net)
     count = 4 if size[0] < NARROW else 8
     ticks = np.unique(np.linspace(0, len(walk.time) - 1, count).round().astype(int))
     times = (walk.time[tick].astype("datetime64[s]").item() for tick in ticks)
@@ -311,16 +320,29 @@ def _draw_walk(
     return figure, panels
 
 
+def mark_trades(prices: Axes, walk: Walk, size: float = 18) -> None:
+    """Mark over the price where the position was raised and where it was lowered."""
+    bars = np.arange(len(walk.time))
+    change = np.diff(walk.position.round(2), prepend=0.0)
+    for name, marker, color, where in (
+        ("bought", "^", BOUGHT, change > LEAST_TRADE),
+        ("sold", "v", SECOND, change < -LEAST_TRADE),
+    ):
+        prices.scatter(bars[where], walk.price[where], s=size, c=color, marker=marker, label=name, zorder=3)
+
+
 def _percent(fractions: Array) -> Array:
     """Return percent without rounding errors, which would be all that an axis shows where nothing was traded."""
     return (100 * fractions).round(9) + 0.0
 
 
-def _draw_zero_line(axes: Axes) -> None:
+def draw_zero_line(axes: Axes) -> None:
+    """Draw the line of 0."""
     axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
-def _format_dates(axes: Axes, time: NDArray[np.datetime64], width: float) -> None:
+def format_dates(axes: Axes, time: NDArray[np.datetime64], width: float) -> None:
+    """Let the horizontal axis show dates, as few as fit."""
     locator = AutoDateLocator(minticks=2, maxticks=5 if width < NARROW else 9)
     formatter = ConciseDateFormatter(locator, show_offset=False)
     # a day with its month
@@ -348,7 +370,7 @@ def _label_lines(axes: Axes, ends: Sequence[tuple[float, str]], width: float) ->
             (6, 0),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            color=STYLES[name]["color"],
+            color=style_of(name)["color"],
             va="center",
             fontsize=8.5,
             annotation_clip=False,

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from evaluation import plots
+from evaluation import plots, tear_plots
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY, Contestants, Walk
 from evaluation.measures import (
@@ -28,6 +28,7 @@ from evaluation.measures import (
     margin,
     measure,
 )
+from evaluation.tear_sheet import TearSheet, busiest_day
 from evaluation.verdict import Verdict
 from runtime.files import TEMPORARY_SUFFIX, sync_file, sync_folder
 
@@ -66,6 +67,7 @@ class Report:
     # `daily_growth` at each rung of the ladder: an exact break-even cost of a pool, and its interval.
     ladder_growth: Sequence[NDArray[np.float64]] = ()
     record: str = ""  # headline of the record beside the checkpoint
+    is_simulated: bool = False  # the bars are
     symbols: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,16 @@ class Report:
         self.symbols.extend(sorted(rows, key=lambda row: -row["contribution"]))
 
     @property
+    def name(self) -> str:
+        """Which weights, whatever the file is called."""
+        return f"run {self.run}, epoch {self.epoch}"
+
+    @cached_property
+    def tear(self) -> TearSheet:
+        """Days, months, trades and hours."""
+        return TearSheet.of(self.walks)
+
+    @property
     def paid_bps(self) -> float:
         """Costs of the policy in bps of its traded value, borrowing included; 0 without a trade."""
         traded = sum(float(walk.traded.sum()) for walk in self.walks[POLICY])
@@ -93,6 +105,11 @@ class Report:
     def margin(self) -> Margin:
         """What the policy's trades earn gross and net, at the stated costs."""
         return margin(self.walks[POLICY])
+
+    @cached_property
+    def busiest_day(self) -> tuple[Walk, str]:
+        """The day on which the pool earned or lost most, of the symbol that moved it most."""
+        return busiest_day(self.walks[POLICY])
 
     @property
     def break_even(self) -> tuple[float | None, str]:
@@ -129,6 +146,7 @@ class Report:
             {
                 "format": FORMAT,
                 "checkpoint": self.checkpoint,
+                "simulated": self.is_simulated,
                 "run": self.run,
                 "epoch": self.epoch,
                 "first": str(self.first)[:19],
@@ -148,6 +166,7 @@ class Report:
                 "symbols": [
                     row | {name: asdict(row[name]) for name in (POLICY, BUY_AND_HOLD)} for row in self.symbols
                 ],
+                "tear_sheet": self.tear.as_json(),
                 "made": dict(self.made),
                 "notes": list(self.notes),
             }
@@ -164,6 +183,11 @@ class Report:
         if self.ladder:
             rungs = [bps for bps, _ in self.ladder]
             result["costs"] = partial(plots.cost_curve, rungs, returns, as_trained, self.break_even[0])
+        if self.tear.window:
+            dates = self.tear.dates[self.tear.window - 1 :]
+            result["rolling"] = partial(tear_plots.rolling_sharpe, dates, self.tear.rolling_sharpe)
+        result["hours"] = partial(tear_plots.hours, self.tear.hours)
+        result["day"] = partial(tear_plots.day, self.busiest_day[0])
         by_name: dict[str, Walk] = {walk.symbol: walk for walk in self.walks[POLICY]}
         for number, name in enumerate(self.plotted, 1):
             result[f"symbol{number}_{file_name(name)}"] = partial(plots.symbol, by_name[name])

@@ -105,6 +105,7 @@ def test_the_report_is_one_folder(reported: tuple[Path, Result]) -> None:
     assert [path.name for path in folder.iterdir()] == [FOLDER]
     names = {path.name for path in (folder / FOLDER).iterdir()}
     assert names >= {"report.html", "report.json", "equity.png", "drawdown.png", "costs.png", "training.png"}
+    assert names >= {"returns.csv", "equity.csv", "trades.csv", "hours.png", "day.png"}
     assert sum(name.startswith("symbol") for name in names) == 2
     page = Page((folder / FOLDER / "report.html").read_bytes())
     page.loads_nothing()
@@ -114,10 +115,11 @@ def test_the_report_is_one_folder(reported: tuple[Path, Result]) -> None:
 def test_the_terminal_shows_the_result(reported: tuple[Path, Result]) -> None:
     folder, result = reported
     lines = result.output.splitlines()
-    assert lines[0] == f"Evaluating {NAME}.pt on 2 symbols, 2026-01-30 23:59 to 2026-02-01 00:00 UTC"
-    assert any(line.startswith("No edge on these days. It ") for line in lines)
+    assert lines[0] == "Evaluating run 1, epoch 2 on 2 symbols, 2026-01-30 23:59 to 2026-02-01 00:00 UTC"
+    assert any(line.startswith("No edge on these days of a simulated market. It ") for line in lines)
     assert "too few to tell, 10 are needed" in result.output
-    assert "evaluation: 22 segments walked" in lines
+    # Each of 44 is read once; the clock's segments of both symbols begin at midnight.
+    assert "evaluation: 68 segments read and walked" in lines
     assert lines[-1].startswith(f"Wrote {folder / FOLDER / 'report.html'} in ")
     assert result.output.isascii()
 

@@ -82,6 +82,9 @@ def test_every_picture_is_a_png_beside_the_page(files: dict[str, bytes]) -> None
         "symbol1_AAA.png",
         "symbol2_BBB.png",
         "training.png",
+        "rolling.png",
+        "hours.png",
+        "day.png",
     }
     assert all(files[name].startswith(b"\x89PNG\r\n\x1a\n") for name in pictures)
 
@@ -142,6 +145,19 @@ def test_a_report_without_training_curves_has_no_place_for_them() -> None:
 
 def test_an_edge_is_reported() -> None:
     assert headline(edge()) == "An edge on these days. It earned 13.01% after costs."
+
+
+def test_simulated_bars_are_said_in_the_headline() -> None:
+    report = edge(is_simulated=True)
+    assert headline(report) == "An edge on these days of a simulated market. It earned 13.01% after costs."
+    assert "2026-01-16, UTC, simulated bars" in text_of(report)
+    assert json.loads(json_bytes(report))["simulated"] is True
+
+
+def test_a_report_is_named_by_run_and_epoch_whatever_the_file() -> None:
+    page = page_of(edge(checkpoint="best.pt"))
+    assert "<title>Run 1, epoch 25, 2026-01-05 to 2026-01-16</title>" in page.source
+    assert "Evaluation of run 1, epoch 25, 2026-01-05 to 2026-01-16, UTC" in page.text
 
 
 def test_no_edge_is_reported_with_its_reasons() -> None:
