@@ -7,14 +7,16 @@
 Every folder in FOLDER with CSV or Parquet files is a market of its own; files right in FOLDER make all of it one
 (docs/data.md has their form). Its days are cut in order: 50 % to train and fit on, 15 % to choose a threshold rule
 for each cost, 35 % to judge; before a later part a day is left out, and all moves that reach into it. The product
-trains from scratch at each flat cost and for each seed, and walks the judged days greedily by the exam's code;
-ridge and trees see the same features, and their rules the same fills. Net is in basis points per bar and symbol,
-bars without a position included, with 95 % intervals by bootstrap over days. Every flag of the training is one of
-this program's.
+trains from scratch at each flat cost and for each seed, and walks the judged days greedily by the exam's code:
+with its last weights, and with those that did best on the days of choice, flat where none surely earned there, as
+for rules. Ridge and trees see the same features, and their rules the same fills. Net is in basis points per bar
+and symbol, bars without a position included, with 95 % intervals by bootstrap over days. Every flag of the
+training is one of this program's.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -43,15 +45,16 @@ from data_sources.refresh import refresh
 from data_sources.vendors.files_find import Folder
 from envs.config import EnvConfig
 from envs.market import Market
-from evaluation.baselines import BASELINES
+from evaluation.baselines import ALWAYS_FLAT, BASELINES
 from evaluation.exam import POLICY, Walk, examine
 from evaluation.forecasts import FITS, HORIZONS, BarTable, forecasts_of, targets_of
 from evaluation.measures import Margin, jsonable, margin
 from evaluation.probe import EMBARGO_NS, cut_days, judge
 from evaluation.provenance import day_of
-from evaluation.rules import Decisions, choose_rules, play, walks_of
+from evaluation.rules import STANDARD_ERRORS, Decisions, choose_rules, play, walks_of
 from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import NEVER_NS
+from models.policy import Policy
 from training import devices
 from training.data_feed import data_request
 from training.distributed import Ranks
@@ -61,6 +64,7 @@ from training.trainer import Trainer
 
 FEES = ("stock_fee_bps", "crypto_fee_bps", "perpetual_fee_bps")
 SHARES = (0.5, 0.65)  # of the days: where the days of choice and the judged days begin
+CHOSEN = "chosen"
 LAST_EPOCHS = 0.1  # of a training, whose mean reward stands for what it believes
 # A demo's model and learning, which two cores train in a minute or two.
 SIZES = dict(PRESETS["demo"]) | {
@@ -174,44 +178,69 @@ def measure(
     for cost_bps in costs_bps:
         at_cost = replace(settings, **dict.fromkeys(FEES, cost_bps), slippage_bps=0.0)
         for seed in range(settings.seed, settings.seed + seeds):
-            walks, training_bps = train_and_walk(
-                known, market, replace(at_cost, seed=seed), judged_ns, end_ns
-            )
-            judged = walks.pop(POLICY)
-            decisions = decisions_of(market, at_cost, judged)
-            late = replay(market, decisions, judged, cost_bps, late=1)
-            rows.append(
-                Row(name, cost_bps, f"product, seed {seed}", margin(judged), margin(late), training_bps)
-            )
-            print(line_of(rows[-1]), flush=True)
+            edges_ns = choice_ns, judged_ns, end_ns
+            walks, training_bps = train_and_walk(known, market, replace(at_cost, seed=seed), edges_ns)
+            for weights in (POLICY, CHOSEN):
+                judged = walks.pop(weights)
+                decisions = decisions_of(market, at_cost, judged)
+                late = replay(market, decisions, judged, cost_bps, late=1)
+                title = f"product, seed {seed}" + (", by its exams" if weights == CHOSEN else "")
+                rows.append(Row(name, cost_bps, title, margin(judged), margin(late), training_bps))
+                print(line_of(rows[-1]), flush=True)
         rows += [Row(name, cost_bps, rule, margin(walks[rule])) for rule in BASELINES]
-    num_trials = len(costs_bps) * seeds
+    trainings = len(costs_bps) * seeds
+    num_trials = trainings * math.ceil(settings.epochs / settings.checkpoint_every)  # one an exam
     for model in models:
         edges_ns = choice_ns, judged_ns
         found, tried = rules_of(name, model, market, settings, decisions.rows, edges_ns, costs_bps)
         rows += found
         num_trials += tried
     print_table(rows)
-    trainings = len(costs_bps) * seeds
     print(f"\n{num_trials:,} trials, {trainings} of them trainings, the others rules on the days of choice.")
     return rows
 
 
 def train_and_walk(
-    known: Market, market: Market, settings: Settings, start_ns: int, end_ns: int
+    known: Market, market: Market, settings: Settings, edges_ns: tuple[int, int, int]
 ) -> tuple[dict[str, list[Walk]], float]:
-    """Train on ``known``; return all walks of the judged days, baselines too, and the last reward in bp a bar."""
+    """Train on ``known``; return all walks of the judged days, baselines too, and the last reward in bp a bar.
+
+    Args:
+        known: ends before the days of choice.
+        market: all days.
+        settings: of the training.
+        edges_ns: where the days of choice and the judged days begin, and where they end.
+    """
+    choice_ns, judged_ns, end_ns = edges_ns
     ranks = Ranks(0, 1, known.device)
     memory_plan = plan_memory(settings, known.num_bytes, ranks)
     trainer, curve = Trainer(known, settings, ranks, memory_plan, TrainingProgress()), []
-    for _ in range(settings.epochs):
+    best, chosen = 0.0, None
+
+    def walk(policies: dict[str, Policy], start_ns: int, end_ns: int) -> dict[str, list[Walk]]:
+        return examine(
+            policies, market, trainer.env.config, market.symbols, start_ns, end_ns, chunk_segments=16
+        )
+
+    for epoch in range(1, settings.epochs + 1):
         trainer.update(trainer.collect())
         totals = trainer.env.episode_statistics()
         curve.append(1e4 * float(totals["rewards"] / totals["decisions"]))
-    walks = examine(
-        trainer.full_policy(), market, trainer.env.config, market.symbols, start_ns, end_ns, chunk_segments=16
-    )
-    return walks, float(np.mean(curve[-math.ceil(LAST_EPOCHS * len(curve)) :]))
+        if epoch % settings.checkpoint_every and epoch < settings.epochs:
+            continue
+        policy = trainer.full_policy()
+        earned = earned_for_sure(walk({POLICY: policy}, choice_ns, judged_ns - EMBARGO_NS)[POLICY])
+        if earned > best:
+            best, chosen = earned, copy.deepcopy(policy)
+    walks = walk({POLICY: policy} | ({CHOSEN: chosen} if chosen else {}), judged_ns, end_ns)
+    return {CHOSEN: walks[ALWAYS_FLAT]} | walks, float(np.mean(curve[-math.ceil(LAST_EPOCHS * len(curve)) :]))
+
+
+def earned_for_sure(walks: Sequence[Walk]) -> float:
+    """Return the sum over minutes, all symbols together, less two standard errors, as rules are chosen by."""
+    _, minute = np.unique(np.concatenate([walk.time for walk in walks]), return_inverse=True)
+    net = np.bincount(minute, np.concatenate([walk.log_returns for walk in walks]))
+    return float(net.sum() - STANDARD_ERRORS * np.sqrt(net @ net))
 
 
 def rules_of(

@@ -50,7 +50,14 @@ def test_every_contestant_is_in_the_table_and_the_file(
     real_bars.run(Settings(**SIZES), folder, costs="5", trees=False, output=output)
     rows = json.loads(output.read_text())
     assert {row["cost_bps"] for row in rows} == {5.0}
-    names = ["product, seed 0", "buy and hold", "always flat", "momentum", "ridge, best rule"]
+    names = [
+        "product, seed 0",
+        "product, seed 0, by its exams",
+        "buy and hold",
+        "always flat",
+        "momentum",
+        "ridge, best rule",
+    ]
     assert [row["name"] for row in rows] == names
     printed = capsys.readouterr().out
     assert (
@@ -70,9 +77,10 @@ def test_rules_meet_the_fills_of_the_exam(folder: Path, tmp_path: Path) -> None:
     bars = real_bars.read_bars(settings, last_days=6)
     assert sum(map(len, bars)) == 2 * 6 * MINUTES
     start_ns = int(bars[0].open_time[-1]) // DAY_NS * DAY_NS
-    known = Market.from_settings(bars, settings, torch.device("cpu"), start_ns)
+    edges_ns = start_ns - 3 * DAY_NS, start_ns, NEVER_NS
+    known = Market.from_settings(bars, settings, torch.device("cpu"), edges_ns[0])
     market = known.until(NEVER_NS)
-    walks, _ = real_bars.train_and_walk(known, market, settings, start_ns, NEVER_NS)
+    walks, _ = real_bars.train_and_walk(known, market, settings, edges_ns)
     traded = sum(float(walk.traded.sum()) for walk in walks[POLICY])
     for name in (POLICY, "buy and hold", "momentum"):
         decisions = real_bars.decisions_of(market, settings, walks[name])
