@@ -212,6 +212,24 @@ def record_command(
         raise ExitProgram(EXIT_CRASH, f"{error.filename}: {error.strerror}") from error
 
 
+def history_command(
+    settings: Settings,
+    has_all: Annotated[
+        bool, typer.Option("--all", help="every exam in the table, not the newest alone")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Show all exams, champions and records of a training, as tables and a page."""
+    from commands import history
+    from monitoring.console import Console
+
+    try:
+        with Console(Path(settings.log_dir), to_stderr=as_json) as console:
+            history.show(settings, console, as_json, has_all)
+    except OSError as error:
+        raise ExitProgram(EXIT_CRASH, f"{error.filename}: {error.strerror}") from error
+
+
 def episode_command(
     trained: TrainedPolicy,
     symbol: Annotated[str, typer.Option("--symbol", help="default: the checkpoint's first")] = "",
@@ -244,13 +262,17 @@ def evaluate_command(
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="allow days that were trained on, and mark the report")
     ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="another checkpoint to compare it with, day by day; or best"),
+    ] = None,
 ) -> None:
     """Run the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
     from commands import evaluate
     from monitoring.console import Console
 
     options = evaluate.EvaluateOptions.parse(
-        first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh
+        first_day, last_day, symbols, costs, plot_symbols, allow_overlap, refresh, against
     )
     try:
         with Console(Path(trained.settings.log_dir)) as console:
@@ -348,6 +370,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     dashboard_command,
     selftest_command,
     record_command,
+    history_command,
     preflight_command,
     companion_command,
 )

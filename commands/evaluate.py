@@ -21,8 +21,9 @@ from data_sources.refresh import refresh
 from data_sources.sources import DataRequest
 from envs.market import NoSegment
 from evaluation import plots
+from evaluation.comparison import compare, read_other
 from evaluation.csv_files import csv_files
-from evaluation.exam import CHAMPION, POLICY, at_flat_cost, examine
+from evaluation.exam import AGAINST, CHAMPION, POLICY, Walk, at_flat_cost, examine
 from evaluation.measures import daily_growth, measure
 from evaluation.page import headline, render_page
 from evaluation.provenance import (
@@ -69,6 +70,7 @@ class EvaluateOptions:
     plotted: tuple[str, ...] = ()
     allow_overlap: bool = False
     refresh: bool = False
+    against: Path | None = None
 
     @classmethod
     def parse(
@@ -80,6 +82,7 @@ class EvaluateOptions:
         plotted: str,
         overlap: bool,
         refresh: bool,
+        against: Path | None = None,
     ) -> EvaluateOptions:
         """Parse options as typed.
 
@@ -92,7 +95,8 @@ class EvaluateOptions:
             costs_bps = [-1.0]
         if not all(0 <= cost < math.inf for cost in costs_bps):
             raise ValueError(f"--costs {costs} must be basis points of 0 or more, such as 0,1,2,5,10")
-        return cls(first_day, last_day, _words(symbols), tuple(costs_bps), _words(plotted), overlap, refresh)
+        chosen = _words(symbols), tuple(costs_bps), _words(plotted)
+        return cls(first_day, last_day, *chosen, overlap, refresh, against)
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,15 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     most = 1e4 * trained.env_config(1).max_rate
     if any(cost >= most for cost in options.costs_bps):
         raise ValueError(f"--costs {max(options.costs_bps):g} must be under {most:g} bps")
-    trained_until_ns = trained.checkpoint.trained_until_ns
+    other = read_other(options.against, trained.settings, trained.device) if options.against else None
+    # Neither may have been trained on these days.
+    later = max(
+        [trained, other] if other else [trained], key=lambda policy: policy.checkpoint.trained_until_ns
+    )
     newest_ns = data_request(
         trained.settings, now_ns if options.refresh else trained.checkpoint.data_cutoff_ns
     ).end_ns
-    span = choose_span(options, trained_until_ns, newest_ns, trained.checkpoint.path.name)
+    span = choose_span(options, later.checkpoint.trained_until_ns, newest_ns, later.checkpoint.path.name)
     lake = Lake(Path(trained.settings.data_dir), progress)
     if options.refresh:
         refresh(lake, data_request(trained.settings, now_ns), now_ns, progress)
@@ -139,12 +147,13 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
         data_request(trained.settings, now_ns),
         start_ns=span.start_ns - HISTORY_DAYS * DAY_NS,
         end_ns=min(span.end_ns, now_ns),
-        min_bars=trained.settings.context_bars + trained.settings.horizon + 2,
+        min_bars=later.settings.context_bars + later.settings.horizon + 2,
         keep_pegged=True,
     )
     data, symbols, others, notes = _load_bars(lake, request, trained, options, span)
-    log.info(f"Evaluating {_name_of(trained)} on {count_of(len(symbols), 'symbol')}, {span}")
-    report = _evaluate(trained, data, symbols, others, options, span, notes, progress)
+    beside = f" against {_name_of(other)}" if other else ""
+    log.info(f"Evaluating {_name_of(trained)}{beside} on {count_of(len(symbols), 'symbol')}, {span}")
+    report = _evaluate(trained, other, data, symbols, others, options, span, notes, progress)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
     folder = (
         Path(trained.settings.report_dir) / f"{file_name(Path(trained.checkpoint.name).stem)}_{first}_{last}"
@@ -152,6 +161,8 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     write_folder(folder, render_files(report, progress))
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
+    if report.comparison:
+        log.info(str(report.comparison))
     log.info(f"Power: {describe_power(report.pooled[POLICY], report.num_trials)}")
     log.info(report.record)
     interval = f" (95 % interval: {report.break_even_range})" if report.break_even_range else ""
@@ -245,6 +256,7 @@ def _has_bars(lake: Lake, request: DataRequest) -> bool:
 
 def _evaluate(
     trained: TrainedPolicy,
+    other: TrainedPolicy | None,
     data: LoadedData,
     symbols: Sequence[str],
     others: Sequence[Bars],
@@ -255,6 +267,7 @@ def _evaluate(
 ) -> Report:
     """Run the exam and reach a verdict."""
     settings, device = trained.settings, trained.device
+    segments = settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type]
     champion, champion_notes = champion_beside(trained, span.start_ns)
     policies = {POLICY: trained.policy}
     if champion:
@@ -268,10 +281,11 @@ def _evaluate(
             symbols,
             span.start_ns,
             span.end_ns,
-            chunk_segments=settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type],
+            chunk_segments=segments,
             flat_costs_bps=options.costs_bps,
             on_segment=_Segments(progress),
         )
+        others_walks = _walk_other(other, data, symbols, others, span, segments, progress) if other else []
     except NoSegment as error:
         raise ValueError(
             f"no symbol has {settings.horizon + 2} bars in a row from {span}: "
@@ -295,7 +309,12 @@ def _evaluate(
     pooled = {name: measure(contestant) for name, contestant in walks.items()}
     trials = num_trials(trained.checkpoint, data.fingerprint)
     judgement = verdict(pooled[POLICY], {n: m for n, m in pooled.items() if n != POLICY}, trials)
-    until_ns = trained.checkpoint.trained_until_ns
+    comparison = None
+    if other:
+        comparison = compare(walks[POLICY], others_walks, _name_of(other))
+        walks = {POLICY: walks.pop(POLICY), AGAINST: others_walks, **walks}
+        pooled = {POLICY: pooled.pop(POLICY), AGAINST: measure(others_walks), **pooled}
+    until_ns = max(policy.checkpoint.trained_until_ns for policy in (trained, other) if policy)
     overlaps = span.start_ns < until_ns
     if overlaps:
         judgement = replace(judgement, edge=False, reason="days that it was trained on prove nothing")
@@ -324,7 +343,31 @@ def _evaluate(
         notes=[*notes, *row_notes],
         record=headline_beside(trained.checkpoint.path),
         is_simulated=is_simulated,
+        comparison=comparison,
     )
+
+
+def _walk_other(
+    other: TrainedPolicy,
+    data: LoadedData,
+    symbols: Sequence[str],
+    others: Sequence[Bars],
+    span: Span,
+    segments: int,
+    progress: Progress,
+) -> list[Walk]:
+    """Let the other checkpoint walk the same bars: its own features and scale, the same costs."""
+    walks = examine(
+        other.policy,
+        other.market(data.bars, others),
+        other.env_config(1),
+        symbols,
+        span.start_ns,
+        span.end_ns,
+        chunk_segments=segments,
+        on_segment=_Segments(progress),
+    )
+    return walks[POLICY]
 
 
 class _Segments:

@@ -10,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluation.baselines import BUY_AND_HOLD
-from evaluation.exam import POLICY
+from evaluation.exam import CHAMPION, POLICY
+from evaluation.history import History
 from evaluation.measures import Interval
 from evaluation.record_summary import Summary, describe, grown
 from evaluation.report import Report
@@ -68,6 +69,14 @@ def render_record(
         )
         .encode()
     )
+
+
+def render_history(history: History, svgs: Mapping[str, tuple[str, str]]) -> bytes:
+    """Return ``history.html``: exams and champions, the newest first."""
+    pairs = {name: tuple(map(Markup, pair)) for name, pair in svgs.items()}
+    names = {"POLICY": POLICY, "BUY_AND_HOLD": BUY_AND_HOLD, "CHAMPION": CHAMPION}
+    page = _environment().get_template("history.html")
+    return page.render(history=history, svgs=pairs, **names).encode()
 
 
 def render_paper(

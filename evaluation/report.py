@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from evaluation import plots, tear_plots
 from evaluation.baselines import BUY_AND_HOLD
+from evaluation.comparison import Comparison
 from evaluation.exam import POLICY, Contestants, Walk
 from evaluation.measures import (
     Margin,
@@ -68,6 +69,7 @@ class Report:
     ladder_growth: Sequence[NDArray[np.float64]] = ()
     record: str = ""  # headline of the record beside the checkpoint
     is_simulated: bool = False  # the bars are
+    comparison: Comparison | None = None  # with another checkpoint
     symbols: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -166,6 +168,7 @@ class Report:
                 "symbols": [
                     row | {name: asdict(row[name]) for name in (POLICY, BUY_AND_HOLD)} for row in self.symbols
                 ],
+                "comparison": self.comparison.as_json() if self.comparison else None,
                 "tear_sheet": self.tear.as_json(),
                 "made": dict(self.made),
                 "notes": list(self.notes),

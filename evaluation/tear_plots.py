@@ -1,16 +1,19 @@
-"""The pictures of a tear sheet, as matplotlib Figures; see ``evaluation/plots.py`` for widths and colours."""
+"""The pictures of a tear sheet and of a history; see ``evaluation/plots.py`` for widths and colours."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from evaluation import plots
-from evaluation.exam import Walk
+from evaluation.baselines import BUY_AND_HOLD
+from evaluation.exam import POLICY, Walk
 from evaluation.plots import ACCENT, MUTED, NARROW, SECOND
 
 Floats = NDArray[np.float64]
@@ -48,6 +51,28 @@ def hours(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
     net.set_xlabel("hour of the fill, UTC")
     net.set_xticks(range(0, 24, 3 if width > NARROW else 6))
     figure.align_ylabels()
+    return figure
+
+
+def exams(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
+    """Draw what the policy and buy and hold earned in every exam; rows as ``history.json`` has them."""
+    figure, axes = plots.new_figure(width, 2.8)
+    numbers = [row["exam"] for row in rows]
+    marker = "o" if len(rows) < 30 else None
+    for name in (BUY_AND_HOLD, POLICY):
+        values = [row["returns"].get(name) for row in rows]
+        percent = [math.nan if value is None else 100 * value for value in values]
+        axes.plot(numbers, percent, label=name, marker=marker, markersize=3, **plots.style_of(name))
+        if name == POLICY:
+            crowned = [(n, p) for n, p, row in zip(numbers, percent, rows, strict=True) if row["is_promoted"]]
+            axes.plot(
+                *zip(*crowned, strict=True) if crowned else ((), ()), "D", color=SECOND, label="new champion"
+            )
+    plots.draw_zero_line(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlabel("exam")
+    axes.set_ylabel("net return, %")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
     return figure
 
 

@@ -188,6 +188,20 @@ def test_days_of_the_training_are_shown_with_a_stamp_only(ask: Callable[..., Res
     assert "OVERLAPS TRAINING" in Page(page.read_bytes()).text
 
 
+def test_a_checkpoint_is_compared_with_another(
+    trained: Path, ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    other = trained / "checkpoints" / f"{NAME}.pt"
+    result = ask(tmp_path, "--costs", "", "--against", other)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Evaluating run 1, epoch 2 against run 1, epoch 2 on 2 symbols")
+    report = report_in(tmp_path)
+    assert report["comparison"]["mean_difference"] == 0.0
+    assert report["pooled"]["the other checkpoint"] == report["pooled"]["policy"]
+    assert "the other checkpoint" not in report["verdict"]["reason"]
+    assert ask(tmp_path, "--against", tmp_path / "none.pt").exit_code == 2
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
