@@ -122,7 +122,7 @@ class Job:
             self.console.show_data(data, progress.cutoff_ns)
             scaled = self._trainer.env.market if self._trainer else self._saved
             statistics = scaled.statistics if scaled else None
-            market = make_market(settings, data.bars, self.ranks, statistics)
+            market = make_market(settings, data.bars, self.ranks, statistics, data.copy)
         with self._phases.during("evaluation"):  # before anything is trained or chosen on these bars
             self._recorder.update(market, settings, progress.cutoff_ns, data.fingerprint)
         progress.trained_until_ns = max(progress.trained_until_ns, holdout_start_ns(settings, data.bars))

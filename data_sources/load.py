@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -49,6 +50,7 @@ class LoadedData:
     dropped: dict[str, str]
     rows: list[SymbolRow]
     fingerprint: str
+    copy: Path | None = None  # the mapped file that the bars are views of
 
 
 def load(lake: Lake, request: DataRequest, *, keeps_bars: bool = True) -> LoadedData:

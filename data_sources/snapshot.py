@@ -33,6 +33,7 @@ from data_sources.sources import DataRequest
 from runtime.files import TEMPORARY_SUFFIX, write_atomically
 
 SUFFIX, HEADER_SUFFIX = ".npy", ".jsonl"
+FEATURES_SUFFIX = ".features"  # of what training derives from a snapshot (training/kept_features.py)
 FORMER_SUFFIX = ".bars"  # of an earlier format
 KEPT_SNAPSHOTS = 4  # of one daemon: its run's, the previous one, and two that were written ahead
 UNUSED_SECONDS = 14 * 86_400.0  # snapshots of other settings are removed when unused for so long
@@ -130,7 +131,7 @@ def open_snapshot(path: Path) -> LoadedData:
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise LakeError(f"cannot read {path}: {error}") from error
     dropped = {row.symbol: row.dropped for row in rows if row.dropped}
-    return LoadedData(bars, dropped, rows, header["fingerprint"])
+    return LoadedData(bars, dropped, rows, header["fingerprint"], path)
 
 
 def _columns(row: SymbolRow) -> tuple[str, ...]:
@@ -239,6 +240,8 @@ def _checksum(path: Path) -> int:
 def _remove(path: Path) -> None:
     if path.suffix == SUFFIX:
         path.with_suffix(HEADER_SUFFIX).unlink(missing_ok=True)
+        for derived in path.parent.glob(f"{path.stem}-*{FEATURES_SUFFIX}*"):
+            derived.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 

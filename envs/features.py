@@ -44,6 +44,7 @@ FEATURES: dict[str, FeatureFunction] = {}
 
 CLIP = 8.0  # normalised features stay within this many standard deviations
 SESSION_OPEN_MINUTE, SESSION_MINUTES = 570, 390  # 09:30 to 16:00 in New York
+SAME_TIME_BARS = 300  # of the same half hour of the day: of ten days, where every minute has a bar
 
 
 def feature(function: FeatureFunction) -> FeatureFunction:
@@ -136,13 +137,14 @@ def volume_trend(history: History) -> Tensor:
 @feature
 def volume_for_the_time_of_day(history: History) -> Tensor:
     """Log of the volume / its mean over the last 300 earlier bars in the same half hour of the day."""
-    volumes, window = history.volume.float(), 300
+    volumes = history.volume.float()
     half_hour = history.local_minute % MINUTES_PER_DAY // 30
     usual = torch.zeros_like(volumes)
     # Each half hour separately: a shared running sum would carry rounding from the future.
     order = torch.argsort(half_hour, stable=True)
     for places in order.split(torch.bincount(half_hour, minlength=48).tolist()):
-        usual[places] = lagged(rolling_means(volumes[places], [window])[window], 1)
+        means = rolling_means(volumes[places], [SAME_TIME_BARS])[SAME_TIME_BARS]
+        usual[places] = lagged(means, 1)
     return log_ratio(volumes, usual)
 
 
@@ -276,6 +278,11 @@ class FeatureStatistics:
                 "fetch older bars or lower holdout_days"
             )
         return FeatureStatistics(tuple(names), mean.float(), std.float())
+
+    def of(self, names: Sequence[str]) -> FeatureStatistics:
+        """Return those of some features."""
+        places = [self.names.index(name) for name in names]
+        return FeatureStatistics(tuple(names), self.mean[places], self.std[places])
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn raw features (B, F) of a symbol into standard deviations, clipped, float16."""

@@ -78,6 +78,7 @@ class Market:
         statistics: FeatureStatistics | None = None,
         features: Mapping[str, FeatureFunction] | None = None,
         panel: Panel | None = None,
+        table: Tensor | None = None,
     ) -> Market:
         """Move bars to the device and compute their features.
 
@@ -91,6 +92,7 @@ class Market:
                 holdout.
             features: name -> function; default: those of the group "symbol", and one's own.
             panel: has these bars, and perhaps those of more symbols for features to look at; default: these.
+            table: their features, normalised with these ``statistics``, (B, F) float16; default: computed here.
 
         Raises:
             NoSegment: no segment fits.
@@ -111,17 +113,19 @@ class Market:
             )
         offsets = np.concatenate([[0], np.cumsum([len(series) for series in bars])]).astype(np.int64)
 
-        panel = panel_of(bars, device, functions) if panel is None else panel
-        training_bars = [int(np.searchsorted(series.open_time, holdout_start_ns)) for series in bars]
-        if statistics is None:
-            raws = (compute(series, device, functions, panel) for series in bars)
-            statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
-        table = torch.empty(int(offsets[-1]), len(functions), dtype=torch.float16, device=device)
-        # Computed twice rather than kept: float32 features of all symbols would take twice the table's memory.
-        for first, series in zip(offsets, bars, strict=False):
-            table[first : first + len(series)] = statistics.normalise(
-                compute(series, device, functions, panel)
-            )
+        training_bars = bars_before(bars, holdout_start_ns)
+        if table is None:
+            panel = panel_of(bars, device, functions) if panel is None else panel
+            if statistics is None:
+                raws = (compute(series, device, functions, panel) for series in bars)
+                statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
+            table = torch.empty(int(offsets[-1]), len(functions), dtype=torch.float16, device=device)
+            # Computed twice rather than kept: float32 features of all symbols would take twice the table's memory.
+            for first, series in zip(offsets, bars, strict=False):
+                table[first : first + len(series)] = statistics.normalise(
+                    compute(series, device, functions, panel)
+                )
+        assert statistics is not None
 
         steps = [
             np.diff(series.open_time, append=series.open_time[-1:]) * (series.asset_class != "perpetual")
@@ -160,7 +164,7 @@ class Market:
             open_time=put(open_time, torch.int64),
             quotes=put(np.stack(quotes, axis=1), torch.float32),
             minutes_left=put(np.concatenate([minutes_left(series) for series in bars]), torch.int16),
-            features=table,
+            features=table.to(device),
             statistics=statistics,
             context_bars=context_bars,
             horizon=horizon,
@@ -175,6 +179,7 @@ class Market:
         holdout_start_ns: int,
         statistics: FeatureStatistics | None = None,
         panel: Panel | None = None,
+        table: Tensor | None = None,
     ) -> Market:
         """Call ``from_bars`` with the features, the context and the horizon of the settings."""
         return Market.from_bars(
@@ -186,6 +191,7 @@ class Market:
             statistics=statistics,
             features=chosen_features(settings.features),
             panel=panel,
+            table=table,
         )
 
     def until(self, end_ns: int) -> Market:
@@ -331,6 +337,11 @@ def _windows(table: Tensor, first: Tensor, length: int) -> Tensor:
     width = table.shape[1]
     views = table.as_strided((len(table) - length + 1, length * width), (width, 1))
     return views.index_select(0, first).view(len(first), length, width)
+
+
+def bars_before(bars: Sequence[Bars], end_ns: int) -> list[int]:
+    """Return how many bars of each symbol open before ``end_ns``."""
+    return [int(np.searchsorted(series.open_time, end_ns)) for series in bars]
 
 
 def _starts(

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +29,8 @@ from data_sources.universe import top_of
 from data_sources.vendors import SYMBOL_SETTINGS
 from envs.feature_checks import check_own_features
 from envs.feature_errors import FeatureError
-from envs.features import FeatureStatistics, own_features
-from envs.market import Market
+from envs.features import FeatureStatistics, chosen_features, own_features
+from envs.market import Market, bars_before
 from runtime import background_process
 from runtime.control import (
     EXIT_CRASH,
@@ -41,6 +42,7 @@ from runtime.control import (
     heartbeat_while_waiting,
 )
 from runtime.wording import first_of
+from training import kept_features
 from training.distributed import Ranks, agreed_stop
 from training.prefetch import Prefetch
 from training.progress import TrainingProgress
@@ -208,7 +210,11 @@ def _compare_with_beginning(
 
 
 def make_market(
-    settings: Settings, bars: Sequence[Bars], ranks: Ranks, statistics: FeatureStatistics | None
+    settings: Settings,
+    bars: Sequence[Bars],
+    ranks: Ranks,
+    statistics: FeatureStatistics | None,
+    copy: Path | None = None,
 ) -> Market:
     """Put a run's bars on the device, their newest ``holdout_days`` held out (all ranks).
 
@@ -217,6 +223,7 @@ def make_market(
         bars: one series per symbol.
         ranks: rank 0 checks the features of one's own on these bars first.
         statistics: scale of the features that training began with; None: computed from these bars.
+        copy: the file that has the bars, beside which their features are kept; None: they are computed.
 
     Raises:
         ExitProgram: there are no bars, or too few to train on.
@@ -233,7 +240,12 @@ def make_market(
         _warn_of_missing_flow(settings.features, bars)
     try:
         holdout_ns = holdout_start_ns(settings, bars)
-        return Market.from_settings(bars, settings, ranks.device, holdout_ns, statistics)
+        table = None
+        if copy is not None:
+            functions, training_bars = chosen_features(settings.features), bars_before(bars, holdout_ns)
+            kept = kept_features.provide(copy, bars, training_bars, functions, statistics, ranks)
+            statistics, table = kept.statistics, kept.table
+        return Market.from_settings(bars, settings, ranks.device, holdout_ns, statistics, table=table)
     except FeatureError:
         raise
     except ValueError as error:
