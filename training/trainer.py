@@ -26,6 +26,7 @@ from training.compilation import (
     uncompile,
 )
 from training.distributed import Ranks
+from training.enough_days import shortage_in
 from training.learner import Learner
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryPlan
@@ -112,6 +113,8 @@ class Trainer:
             f"{self.learner.micro_batch_segments} segments per micro-batch; "
             f"{self.flops_per_transition() / 1e9:.3g} GFLOP per transition"
         )
+        if shortage := shortage_in(self.env.market, settings, ranks.world_size):
+            log.warning(shortage)
         if ranks.device.type == "cpu" and num_parameters > LARGE_MODEL:
             log.warning("no GPU was found: a model of this size takes hours per epoch; try --preset small")
         if self.transitions_per_step < settings.batch_size:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.check import machine, sources
+from commands.check.days import check_days
 from commands.check.features import check_features
 from commands.check.mirror import check_mirror
 from commands.check.report import Line, print_report
@@ -68,6 +69,7 @@ def check_all(
     yield from check_mirror(settings, saved is not None, offline)
     yield from sources.check_keys(request, environment)
     yield from sources.check_bars(settings, request)
+    yield from check_days(settings, request, launch.world_size)
     answers: list[Answer] = []
     if offline:
         yield Line("sources", "OK", "not contacted, for --offline")
