@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.evidence import PROVEN, bets_on
+from evaluation.evidence import LOST, PROVEN, bets_on, most_of
 from evaluation.uncertainty import LEAST_DAYS, NORMAL, resampled_days, score, tail_of
 from evaluation.verdict import CERTAINTY, PROBABILITY, expected_luck, power, sharpe_bar
 
@@ -179,8 +179,10 @@ def lives(panels: dict[str, Panel], worlds: int, random: np.random.Generator, nu
     counts = counts_of(num_days)
     luck = np.array([expected_luck(number) for number in range(1, EXAMS + 1)])
     run = np.arange(EXAMS) // EXAMS_PER_RUN
-    print("| market | trades | new days a run | an exam says edge | the record says edge | champions |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| market | trades | new days a run | an exam says edge | the record says edge | champions | titles lost |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for market in MARKETS:
         for name, own in panels.items():
             for shift in (1, 7):
@@ -195,31 +197,75 @@ def lives(panels: dict[str, Panel], worlds: int, random: np.random.Generator, nu
                         ratio = seen.mean(axis=1) / seen.std(axis=1, ddof=1)
                     before = is_above & (ratio > luck / math.sqrt(num_days))
                     now = score(seen) - luck >= NORMAL.inv_cdf(PROBABILITY)
-                    old, _ = _champions(
-                        days, run, shift, num_days, lambda d: ((d @ counts.T) > 0).mean() >= CERTAINTY
+                    old, _, _ = _champions(
+                        days,
+                        run,
+                        shift,
+                        num_days,
+                        lambda d: ((d @ counts.T) > 0).mean() >= CERTAINTY,
+                        math.inf,
                     )
-                    new, record = _champions(
-                        days, run, shift, num_days, lambda d: float(score(d)) >= NORMAL.inv_cdf(CERTAINTY)
+                    new, lost, record = _champions(
+                        days,
+                        run,
+                        shift,
+                        num_days,
+                        lambda d: float(score(d)) >= NORMAL.inv_cdf(CERTAINTY),
+                        LOST,
                     )
-                    proven = bets_on(record).max(initial=1.0) >= PROVEN
-                    figures.append((before.any(), now.any(), proven, old, new))
-                said, says, proven, old, new = np.mean(figures, axis=0)
-                cells = f"{said:.0%} -> {says:.1%} | {proven:.1%} | {old:.1f} -> {new:.1f}"
+                    proven = most_of(record) >= PROVEN
+                    figures.append((before.any(), now.any(), proven, old, new, lost))
+                said, says, proven, old, new, lost = np.mean(figures, axis=0)
+                cells = f"{said:.0%} -> {says:.1%} | {proven:.1%} | {old:.1f} -> {new:.1f} | {lost:.2f}"
                 print(f"| {market} | {name} | {shift} | {cells} |", flush=True)
 
 
 def _champions(
-    days: Array, run: NDArray[np.int64], shift: int, num_days: int, beats: Callable[[Array], bool]
-) -> tuple[int, Array]:
-    """Return how many champions there were, and what they earned on the days that came while they were."""
-    number, champion, record = 0, -1, []
+    days: Array,
+    run: NDArray[np.int64],
+    shift: int,
+    num_days: int,
+    beats: Callable[[Array], bool],
+    most: float,
+) -> tuple[int, int, Array]:
+    """Return how many champions there were, how many lost the title, and what they earned while they had it.
+
+    A champion loses it once bets against its own days have grown ``most``-fold.
+    """
+    number, lost, champion, record = 0, 0, -1, [np.zeros(0)]
+    own = record[:1]  # of the champion
     for k, r in enumerate(run):
         span = slice(r * shift, r * shift + num_days)
         if champion >= 0 and r > run[k - 1]:
-            record.append(days[champion, span.stop - shift : span.stop])
-        if beats(days[k, span] - (days[champion, span] if champion >= 0 else 0.0)):
-            number, champion = number + 1, k
-    return number, np.concatenate([np.zeros(0), *record])
+            own = [*own, days[champion, span.stop - shift : span.stop]]
+            record.append(own[-1])
+        has_lost = champion >= 0 and most_of(-np.concatenate(own)) >= most
+        is_rival = champion >= 0 and not has_lost
+        promoted = beats(days[k, span] - (days[champion, span] if is_rival else 0.0))
+        lost += has_lost
+        number += promoted
+        if promoted or has_lost:
+            champion, own = k if promoted else -1, record[:1]
+    return number, lost, np.concatenate(record)
+
+
+def titles(panels: dict[str, Panel], worlds: int, random: np.random.Generator) -> None:
+    """Print how often a champion loses its title, by what it is worth and the days that it has it."""
+    spans = (30, 90, 365)
+    print("| true Sharpe | days | " + " | ".join(f"lost in {number} days" for number in spans) + " |")
+    print("|---|---|" + "---|" * len(spans))
+    for sharpe in (-20, -10, -5, -2, 0, 2, 5, 10):
+        given = {"normal": random.normal(0, 1, (worlds, spans[-1]))}
+        for name, own in panels.items():
+            rows = random.integers(PANELS, size=(worlds, 1))
+            given[f"of coins, {name}"] = np.concatenate(
+                [own.days("crypto", row, spans[-1], random) for row in rows]
+            )
+        for kind, days in given.items():
+            worth = days + sharpe / math.sqrt(365) * days.std(axis=1, keepdims=True)
+            against = np.maximum.accumulate(bets_on(-worth), axis=1)
+            cells = " | ".join(f"{(against[:, number - 1] >= LOST).mean():.1%}" for number in spans)
+            print(f"| {sharpe} | {kind} | {cells} |", flush=True)
 
 
 def powers() -> None:
@@ -248,17 +294,22 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder with a folder of Parquet files per market"
     )
     parser.add_argument(
-        "--worlds", type=int, default=300, help="of each row of the table of lives; tenfold of errors"
+        "--worlds", type=int, default=300, help="of each row of the table of lives; tenfold of the others"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("powers", "errors", "lives", "titles"), help="print one table")
     given = parser.parse_args()
     random = np.random.default_rng(given.seed)
-    powers()
+    if given.only in (None, "powers"):
+        powers()
+    if given.only == "powers":
+        return
     panels = {name: panel(given.data, *how, random) for name, how in TRADERS.items()}
-    print()
-    errors(panels, 10 * given.worlds, random)
-    print()
-    lives(panels, given.worlds, random)
+    tables = {"errors": (errors, 10), "lives": (lives, 1), "titles": (titles, 10)}
+    for name, (print_table, times) in tables.items():
+        if given.only in (None, name):
+            print()
+            print_table(panels, times * given.worlds, random)
 
 
 if __name__ == "__main__":

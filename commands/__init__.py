@@ -381,6 +381,8 @@ CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (
     paper_command,
     export_command,
 )
+# They take several checkpoints, too.
+ENSEMBLE_COMMANDS = tuple(command for command in CHECKPOINT_COMMANDS if command is not episode_command)
 HIDDEN = (preflight_command, companion_command)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 import typer
 
-from commands import CHECKPOINT_COMMANDS, COMMANDS, HIDDEN, name_of
+from commands import CHECKPOINT_COMMANDS, COMMANDS, ENSEMBLE_COMMANDS, HIDDEN, name_of
 from envs.feature_errors import FeatureError
 from runtime import surroundings
 from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
@@ -135,17 +135,18 @@ def command_from(
 def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., None]) -> Callable[..., None]:
     """Return a function for typer that takes a checkpoint, and the settings to use it with as options.
 
-    ``run`` is called with the TrainedPolicy, on --device, and with its own options. A setting
-    that is not given is that of the training. An unusable checkpoint, or a ValueError of the settings or of
-    ``run``, is one line, exit code 2.
+    ``run`` is called with the TrainedPolicy, on --device, and with its own options; one of ``ENSEMBLE_COMMANDS``
+    takes several checkpoints. A setting that is not given is that of the training. An unusable checkpoint, or a
+    ValueError of the settings or of ``run``, is one line, exit code 2.
     """
     types = get_type_hints(settings_class)
     own = _own_parameters(settings_class, run)
+    takes_several = run in ENSEMBLE_COMMANDS
 
-    def command(checkpoint: Path, **given: Any) -> None:
+    def command(checkpoint: Path | list[Path], **given: Any) -> None:
         import torch
 
-        from evaluation.trained_policy import TrainedPolicy
+        from evaluation import ensemble
         from models.exported import ExportError
         from training import devices
         from training.checkpoint import BEST, CheckpointError
@@ -154,11 +155,14 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         try:
             changes = _parse_given(settings_class, types, given)
             device = devices.of_rank(changes.get("device", "auto"), local_rank=0)
-            path = _locate(checkpoint)
-            if str(checkpoint) == "best" and not path.exists():  # the champion, wherever it is kept
-                default = next(f.default for f in fields(settings_class) if f.name == "checkpoint_dir")
-                path = Path(changes.get("checkpoint_dir", default)) / BEST
-            trained = TrainedPolicy.read(path, settings_class, device, **changes)
+            paths = []
+            for typed in checkpoint if isinstance(checkpoint, list) else [checkpoint]:
+                path = _locate(typed)
+                if str(typed) == "best" and not path.exists():  # the champion, wherever it is kept
+                    default = next(f.default for f in fields(settings_class) if f.name == "checkpoint_dir")
+                    path = Path(changes.get("checkpoint_dir", default)) / BEST
+                paths.append(path)
+            trained = ensemble.read(paths, settings_class, device, **changes)
             _call(run, trained, options)
         except (CheckpointError, ExportError, FeatureError) as error:
             exit_with(EXIT_SETTING, str(error))
@@ -169,9 +173,12 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
             exit_with(EXIT_SETTING, f"Invalid setting: {error}")
 
     argument = typer.Argument(
-        metavar="CHECKPOINT", help="a file such as checkpoints/run1_epoch25.pt, or best: the champion"
+        metavar="CHECKPOINT..." if takes_several else "CHECKPOINT",
+        help="a file such as checkpoints/run1_epoch25.pt, or best: the champion"
+        + ("; of several the probabilities are averaged" if takes_several else ""),
     )
-    path = inspect.Parameter("checkpoint", KEYWORD, annotation=Annotated[Path, argument])
+    kind: Any = list[Path] if takes_several else Path
+    path = inspect.Parameter("checkpoint", KEYWORD, annotation=Annotated[kind, argument])
     return _with_options(command, [path, *own, *_setting_options(settings_class, show_defaults=False)])
 
 

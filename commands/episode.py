@@ -13,7 +13,7 @@ from envs.config import EnvConfig
 from envs.market import Market
 from evaluation.exam import POLICY, Walk, examine
 from evaluation.trained_policy import NEVER_NS, TrainedPolicy
-from models.policy import Policy
+from models.ensemble import Decider
 from training.data_feed import data_request
 
 
@@ -34,13 +34,13 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     """
     from evaluation import plots  # matplotlib takes a second to import
 
-    request = data_request(trained.settings, trained.checkpoint.data_cutoff_ns)
+    request = data_request(trained.settings, trained.data_cutoff_ns)
     try:
         loaded = load(Lake(Path(trained.settings.data_dir)), request).bars
     except LakeError as error:
         raise ValueError(str(error)) from error
     bars = {series.symbol: series for series in loaded}
-    symbol = symbol or trained.checkpoint.symbols[0]
+    symbol = symbol or trained.symbols[0]
     if symbol not in bars:
         raise ValueError(f"--symbol {symbol} has no bars here; there are: {', '.join(bars) or 'none'}")
     config, market = trained.env_config(1), trained.market([bars[symbol]], loaded)
@@ -49,7 +49,7 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     walk = play(trained.policy, market, config, symbol, start_ns)
     line = (
         f"{symbol}, {len(walk.time):,} decisions from {str(walk.time[0])[:16]} UTC, "
-        f"{trained.checkpoint.path.name}: "
+        f"{trained.name}: "
         f"equity {math.expm1(walk.log_returns.sum()):+.2%}, costs {walk.costs @ walk.equity_before:.2%}"
     )
     try:
@@ -59,7 +59,7 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     return f"{line}; drawn as {output}"
 
 
-def play(policy: Policy, market: Market, config: EnvConfig, symbol: str, start_ns: int) -> Walk:
+def play(policy: Decider, market: Market, config: EnvConfig, symbol: str, start_ns: int) -> Walk:
     """Play one episode greedily; shorter than ``episode_bars`` where bars end.
 
     Raises:

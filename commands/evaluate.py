@@ -23,6 +23,7 @@ from envs.market import NoSegment
 from evaluation import plots
 from evaluation.comparison import compare, read_other
 from evaluation.csv_files import csv_files
+from evaluation.ensemble import reading_like
 from evaluation.exam import AGAINST, CHAMPION, POLICY, Walk, at_flat_cost, examine
 from evaluation.measures import daily_growth, measure
 from evaluation.page import headline, render_page
@@ -30,7 +31,9 @@ from evaluation.provenance import (
     champion_beside,
     changed_days,
     day_of,
+    folders_of,
     how_it_was_made,
+    members_of,
     minute_of,
     num_trials,
     training_rows,
@@ -42,6 +45,8 @@ from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import TrainedPolicy
 from evaluation.verdict import describe_power, verdict
 from monitoring.format import duration
+from models.ensemble import Decider
+from models.policy import precision_on
 from runtime.control import EXIT_NO_DATA, ExitProgram
 from runtime.wording import count_of, first_of
 from training.data_feed import data_request
@@ -132,14 +137,10 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     if any(cost >= most for cost in options.costs_bps):
         raise ValueError(f"--costs {max(options.costs_bps):g} must be under {most:g} bps")
     other = read_other(options.against, trained.settings, trained.device) if options.against else None
-    # Neither may have been trained on these days.
-    later = max(
-        [trained, other] if other else [trained], key=lambda policy: policy.checkpoint.trained_until_ns
-    )
-    newest_ns = data_request(
-        trained.settings, now_ns if options.refresh else trained.checkpoint.data_cutoff_ns
-    ).end_ns
-    span = choose_span(options, later.checkpoint.trained_until_ns, newest_ns, later.checkpoint.path.name)
+    # None of them may have been trained on these days.
+    later = max([trained, other] if other else [trained], key=lambda policy: policy.newest.trained_until_ns)
+    newest_ns = data_request(trained.settings, now_ns if options.refresh else trained.data_cutoff_ns).end_ns
+    span = choose_span(options, later.newest.trained_until_ns, newest_ns, later.newest_name)
     lake = Lake(Path(trained.settings.data_dir), progress)
     if options.refresh:
         refresh(lake, data_request(trained.settings, now_ns), now_ns, progress)
@@ -155,9 +156,7 @@ def command(trained: TrainedPolicy, options: EvaluateOptions, progress: Progress
     log.info(f"Evaluating {_name_of(trained)}{beside} on {count_of(len(symbols), 'symbol')}, {span}")
     report = _evaluate(trained, other, data, symbols, others, options, span, notes, progress)
     first, last = (str(moment.astype("datetime64[D]")) for moment in (report.first, report.last))
-    folder = (
-        Path(trained.settings.report_dir) / f"{file_name(Path(trained.checkpoint.name).stem)}_{first}_{last}"
-    )
+    folder = Path(trained.settings.report_dir) / f"{file_name(stem_of(trained.titles))}_{first}_{last}"
     write_folder(folder, render_files(report, progress))
     log.info(headline(report))
     log.info(f"Because: {report.verdict.reason}")
@@ -219,7 +218,7 @@ def _load_bars(
         raise ValueError(
             f"there are no bars from {span}: give other --from and --to, or --refresh for newer ones"
         )
-    known = [symbol for symbol in trained.checkpoint.symbols if symbol in available]
+    known = [symbol for symbol in trained.symbols if symbol in available]
     unknown = [symbol for symbol in options.symbols if symbol not in available]
     if unknown:
         listed = first_of(sorted(available), most=50)
@@ -234,10 +233,10 @@ def _load_bars(
     notes = []
     if "simulated" in trained.settings.sources:
         notes.append("The bars are simulated, with a pattern to learn that real markets do not have.")
-    new = [symbol for symbol in symbols if symbol not in trained.checkpoint.symbols]
+    new = [symbol for symbol in symbols if symbol not in trained.symbols]
     if new:
         notes.append(f"Not among the symbols of the training: {', '.join(new)}.")
-    missing = [symbol for symbol in trained.checkpoint.symbols if symbol not in available]
+    missing = [symbol for symbol in trained.symbols if symbol not in available]
     if missing and not options.symbols:
         notes.append(f"Symbols of the training without bars in these days: {', '.join(missing)}.")
     chosen = [bars for bars in data.bars if bars.symbol in set(symbols)]
@@ -269,9 +268,10 @@ def _evaluate(
     settings, device = trained.settings, trained.device
     segments = settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type]
     champion, champion_notes = champion_beside(trained, span.start_ns)
-    policies = {POLICY: trained.policy}
+    policies: dict[str, Decider] = {POLICY: trained.policy}
     if champion:
-        policies[CHAMPION] = champion.policy(device, trained.policy.precision)
+        best = champion.policy(device, precision_on(device, settings.precision))
+        policies[CHAMPION] = reading_like(trained, best)
     try:
         market = trained.market(data.bars, others)
         walks = examine(
@@ -297,6 +297,8 @@ def _evaluate(
         ladder.append((bps, measure(rung)))
         ladder_growth.append(daily_growth(rung))
     notes = [*notes, *champion_notes]
+    if trained.members:
+        notes.append("Each set of members that was tried is one more trial; no ledger counts them.")
     missing = [symbol for symbol in symbols if symbol not in {walk.symbol for walk in walks[POLICY]}]
     if missing:
         notes.append(f"Too few bars for a segment of {settings.horizon}: {', '.join(missing)}.")
@@ -307,26 +309,25 @@ def _evaluate(
         log.warning(warning)
         notes.append(f"{warning}.")
     pooled = {name: measure(contestant) for name, contestant in walks.items()}
-    trials = num_trials(trained.checkpoint, data.fingerprint)
+    trials = num_trials(trained, data.fingerprint)
     judgement = verdict(pooled[POLICY], {n: m for n, m in pooled.items() if n != POLICY}, trials)
     comparison = None
     if other:
         comparison = compare(walks[POLICY], others_walks, _name_of(other))
         walks = {POLICY: walks.pop(POLICY), AGAINST: others_walks, **walks}
         pooled = {POLICY: pooled.pop(POLICY), AGAINST: measure(others_walks), **pooled}
-    until_ns = max(policy.checkpoint.trained_until_ns for policy in (trained, other) if policy)
+    until_ns = max(policy.newest.trained_until_ns for policy in (trained, other) if policy)
     overlaps = span.start_ns < until_ns
     if overlaps:
         judgement = replace(judgement, edge=False, reason="days that it was trained on prove nothing")
     rows, row_notes = training_rows(trained)
     revision = revision_of(market, span.start_ns, span.end_ns)
-    notes += changed_days(trained.checkpoint, revision)
+    notes += changed_days(trained, revision)
     by_return = sorted(walks[POLICY], key=lambda walk: -walk.log_returns.sum())
     ends = [*by_return[:NUM_PLOTTED], *by_return[NUM_PLOTTED:][-NUM_PLOTTED:]]
     return Report(
-        checkpoint=trained.checkpoint.path.name,
-        run=trained.checkpoint.run,
-        epoch=trained.checkpoint.epoch,
+        checkpoint=trained.name,
+        members=members_of(trained),
         first=min(walk.time[0] for walk in walks[POLICY]),
         last=max(walk.time[-1] for walk in walks[POLICY]),
         trained_until=np.datetime64(until_ns, "ns"),
@@ -341,7 +342,7 @@ def _evaluate(
         training=rows,
         made=how_it_was_made(trained, data, revision, len(walks[POLICY]), device),
         notes=[*notes, *row_notes],
-        record=headline_beside(trained.checkpoint.path),
+        record=_records(trained),
         is_simulated=is_simulated,
         comparison=comparison,
     )
@@ -415,10 +416,20 @@ def render_files(report: Report, progress: Progress) -> Iterator[tuple[str, byte
 
 
 def _name_of(trained: TrainedPolicy) -> str:
-    """Return a checkpoint's run and epoch, and its file where that says neither."""
+    """Return a checkpoint's run and epoch, and its file where that says neither; of an ensemble all files."""
+    if trained.members:
+        return trained.name
     checkpoint = trained.checkpoint
     file = "" if checkpoint.path.name == checkpoint.name else f" ({checkpoint.path.name})"
     return f"run {checkpoint.run}, epoch {checkpoint.epoch}{file}"
+
+
+def _records(trained: TrainedPolicy) -> str:
+    """Return the headlines of the records beside the checkpoints."""
+    headlines = [(folder.name, headline_beside(folder)) for folder in folders_of(trained)]
+    if len(headlines) == 1:
+        return headlines[0][1]
+    return "; ".join(f"of {name}: {headline}" for name, headline in headlines)
 
 
 def _words(text: str) -> tuple[str, ...]:

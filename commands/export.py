@@ -13,7 +13,7 @@ import platform
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +25,10 @@ from torch import Tensor
 
 from commands.cli import program_version
 from evaluation.measures import jsonable
+from evaluation.provenance import members_of, minute_of
 from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema
-from models.exported import CARD, FORMAT, WEIGHTS, ExportError, load_policy
+from models.ensemble import Decider, Ensemble
+from models.exported import CARD, ENSEMBLE_FORMAT, FORMAT, WEIGHTS, ExportError, load_policy
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_file, sync_folder
 
@@ -79,7 +81,7 @@ is meant to fill at the next bar's open.
 
 GRAPH_ROWS = """| `policy.pt2`, `policy.onnx` | the network as a graph: `torch.export.load`, ONNX Runtime |
 
-The graphs take `bars` (segments, bars, {num_features}), normalised features of up to {longest} bars, the
+The graphs take `bars` (segments, bars, {num_features}), normalised features of {shortest} to {longest} bars, the
 newest one last, and `accounts` (segments, 1, {num_account_features}). They return `logits`
 (segments, 1, {num_positions}) over the positions {positions}, and `value` (segments, 1).
 """
@@ -103,7 +105,7 @@ def command(
         ValueError: the folder holds something else or cannot be written, or a library is missing.
         ExportError: the exported files compute something else than the checkpoint.
     """
-    output = output or Path("exports") / trained.checkpoint.path.stem
+    output = output or Path("exports") / trained.stem
     is_empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not is_empty and not (output / CARD).is_file():
         raise ValueError(f"{output} exists and is not an export: choose another with --output")
@@ -135,11 +137,16 @@ def _write(
     if with_graphs:
         for name, difference in write_graphs(policy, folder).items():
             log(f"{name} differs from the checkpoint by {difference:.1e} at most")
-        network = policy.trunk.config
-        sizes = card["model"] | {"num_features": network.num_features, "longest": network.max_length}
+        sizes = {
+            "num_features": policy.num_features,
+            "num_account_features": policy.num_account_features,
+            "num_positions": len(card["accounts"]["positions"]),
+            "shortest": policy.min_length,
+            "longest": policy.max_length,
+        }
         positions = ", ".join(f"{position:g}" for position in card["accounts"]["positions"])
         graph_rows = GRAPH_ROWS.format(**sizes, positions=positions)
-    name = f"{trained.checkpoint.path.stem}, exported {card['exported'][:10]}"
+    name = f"{trained.name.replace('.pt', '')}, exported {card['exported'][:10]}"
     (folder / "README.md").write_text(README.format(name=name, graphs=graph_rows), encoding="utf-8")
     (folder / "example.py").write_text(EXAMPLE.format(folder=_as_argument(output)), encoding="utf-8")
     reloaded = Actor.with_card(load_policy(folder), folder).policy  # as a user's program will
@@ -155,9 +162,13 @@ def _as_argument(output: Path) -> str:
         return output.name
 
 
-def _on_cpu(trained: TrainedPolicy) -> Policy:
+def _on_cpu(trained: TrainedPolicy) -> Decider:
     """Return the policy in float32 on the CPU, where every runtime can be compared with it."""
-    policy = Policy.from_sizes(trained.policy.sizes)
+    policy: Decider
+    if trained.members:
+        policy = Ensemble.from_sizes(_sizes_of(trained), lambda wanted: "fp32")
+    else:
+        policy = Policy.from_sizes(trained.policy.sizes)
     policy.load_state_dict(trained.policy.state_dict())
     return policy.eval()
 
@@ -171,26 +182,31 @@ def _replace_folder(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _sizes_of(trained: TrainedPolicy) -> dict[str, Any]:
+    """Return the sizes of an ensemble's networks, each with the precision of its training."""
+    parts = zip(trained.policy.sizes["members"], trained.parts, strict=True)
+    return {"members": [sizes | {"precision": part.settings.precision} for sizes, part in parts]}
+
+
 def card_of(trained: TrainedPolicy) -> dict[str, Any]:
-    """Return everything known about a policy as plain types."""
-    checkpoint, settings, statistics = trained.checkpoint, trained.settings, trained.statistics
+    """Return everything known about a policy as plain types; of an ensemble the parts of each member in a list."""
+    statistics = trained.statistics
     accounts = asdict(trained.env_config(1))
     del accounts["num_envs"]
-    figures = {name: value for name, value in checkpoint.metrics.items() if name.startswith("exam/")}
-    cutoff = datetime.fromtimestamp(checkpoint.data_cutoff_ns // 10**9, UTC)
+    members = [_member_card(*given) for given in zip(trained.parts, members_of(trained), strict=True)]
+    if trained.members:
+        own = {"checkpoint": trained.name, "model": _sizes_of(trained), "members": members}
+    else:
+        own = members[0] | {"model": trained.policy.sizes | {"precision": trained.settings.precision}}
     return {
-        "format": FORMAT,
+        "format": ENSEMBLE_FORMAT if trained.members else FORMAT,
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "program": {
             "version": program_version(),
             "python": platform.python_version(),
             "torch": str(torch.__version__),
         },
-        "checkpoint": checkpoint.path.name,
-        "run": checkpoint.run,
-        "epoch": checkpoint.epoch,
-        "transitions": checkpoint.transitions,
-        "model": checkpoint.model_config | {"precision": settings.precision},
+        **own,
         "accounts": accounts,
         "features": {
             "schema_sha256": feature_schema(statistics.names),
@@ -199,7 +215,18 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
             "std": statistics.std.tolist(),
             "probe": feature_probe(statistics.names),
         },
-        "symbols": list(checkpoint.symbols),
+        "symbols": list(trained.symbols),
+        "trained_until": minute_of(trained.newest.trained_until_ns),
+    }
+
+
+def _member_card(trained: TrainedPolicy, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of one checkpoint."""
+    checkpoint = trained.checkpoint
+    figures = {name: value for name, value in checkpoint.metrics.items() if name.startswith("exam/")}
+    cutoff = datetime.fromtimestamp(checkpoint.data_cutoff_ns // 10**9, UTC)
+    return {
+        **known,
         "data": {"fingerprint": checkpoint.data_fingerprint, "cutoff": cutoff.isoformat()},
         "exam": jsonable(checkpoint.exam or figures) or None,
         "settings": {name: value for name, value in checkpoint.config.items() if name not in FOLDERS},
@@ -210,7 +237,7 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def write_graphs(policy: Policy, folder: Path) -> dict[str, float]:
+def write_graphs(policy: Decider, folder: Path) -> dict[str, float]:
     """Write the policy (float32 on the CPU) as graphs for torch.export and ONNX, and run both.
 
     Returns:
@@ -225,9 +252,12 @@ def write_graphs(policy: Policy, folder: Path) -> dict[str, float]:
         import onnxscript  # noqa: F401  # torch.onnx needs it
     except ImportError as error:
         raise ValueError("--onnx needs: pip install onnx onnxscript onnxruntime") from error
-    longest = policy.trunk.config.max_length
+    shortest, longest = policy.min_length, policy.max_length
     shapes = {
-        "bars": {0: torch.export.Dim("segments", min=1), 1: torch.export.Dim("bars", min=2, max=longest)},
+        "bars": {
+            0: torch.export.Dim("segments", min=1),
+            1: torch.export.Dim("bars", min=shortest, max=longest),
+        },
         "accounts": {0: torch.export.Dim("segments", min=1)},
     }
     # The exporter warns about its own internals.
@@ -265,18 +295,18 @@ def write_graphs(policy: Policy, folder: Path) -> dict[str, float]:
     return differences
 
 
-def _inputs(policy: Policy, num_segments: int, num_bars: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _inputs(policy: Decider, num_segments: int, num_bars: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return random bars, and account observations at the last one."""
     generator = torch.Generator().manual_seed(seed)
-    bars = torch.randn(num_segments, num_bars, policy.trunk.config.num_features, generator=generator)
-    return bars, torch.randn(num_segments, 1, policy.head.account.in_features, generator=generator)
+    bars = torch.randn(num_segments, num_bars, policy.num_features, generator=generator)
+    return bars, torch.randn(num_segments, 1, policy.num_account_features, generator=generator)
 
 
 @torch.no_grad()
-def _largest_difference(policy: Policy, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> float:
-    longest = policy.trunk.config.max_length
+def _largest_difference(policy: Decider, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> float:
+    shortest, longest = policy.min_length, policy.max_length
     largest = 0.0
-    for seed, (num_segments, num_bars) in enumerate(((1, longest), (3, longest - 1), (2, 2))):
+    for seed, (num_segments, num_bars) in enumerate(((1, longest), (3, longest - 1), (2, shortest))):
         inputs = _inputs(policy, num_segments, num_bars, seed)
         for expected, output in zip(policy(*inputs), run(*inputs), strict=True):
             scale = max(1.0, float(expected.abs().max()))

@@ -23,7 +23,7 @@ from data_sources.load import LoadedData, load
 from data_sources.progress import WarningCollector
 from data_sources.refresh import probe
 from envs.feature_errors import FeatureError
-from evaluation import plots
+from evaluation import ensemble, plots
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY, Walk
 from evaluation.measures import jsonable
@@ -31,6 +31,7 @@ from evaluation.page import render_paper
 from evaluation.paper import SETTLED_MINUTES, Minute, run_minute
 from evaluation.paper_book import Book, BookError
 from evaluation.paper_totals import PORTFOLIO, Totals
+from evaluation.provenance import members_of
 from evaluation.recorder import COSTS, training_of
 from evaluation.report import file_name
 from evaluation.trained_policy import TrainedPolicy
@@ -73,7 +74,8 @@ class Paper:
     ) -> None:
         self.trained, self.options, self.book, self.console = trained, options, book, console
         self._clock = clock
-        self._file = identity_of(trained.checkpoint.path)
+        self._files = [part.file for part in trained.parts]
+        self._lines = [self._deciding()]  # that are not in the book yet
         self._clock_fault, self._clock_at = "", -CLOCK_MINUTES
         self._warned: list[str] = []
         self._is_silent = False  # nothing was decided in the minute before, and that is said
@@ -100,7 +102,7 @@ class Paper:
             log.warning(text)
 
     def _step(self, data: LoadedData, now_ns: int, said: list[str]) -> None:
-        book, wanted = self.book, set(self.options.symbols or self.trained.checkpoint.symbols)
+        book, wanted = self.book, set(self.options.symbols or self.trained.symbols)
         bars = [series for series in data.bars if series.symbol in wanted]
         others = [series for series in data.bars if series.symbol not in wanted]
         # With the clock off, no decision: only what is settled is booked.
@@ -112,13 +114,13 @@ class Paper:
         said += self._changes(done)
         totals = Totals.of(book.extra) or Totals.begin(now_ns, self.options.gross, len(wanted))
         trades = totals.add(done, self.trained.env_config(1))
-        lines: list[dict[str, Any]] = [
-            {"kind": "said", "time": iso_time(now_ns), "text": text} for text in said
-        ]
+        lines: list[dict[str, Any]] = [*self._lines]
+        lines += [{"kind": "said", "time": iso_time(now_ns), "text": text} for text in said]
         lines += [*_trades(done), *trades]
         if totals.mark_is_due(done):
             lines.append({"kind": "mark", "time": iso_time(done.state.minute_ns), **totals.returns(done)})
         book.save(done.state, asdict(totals), lines)
+        self._lines = []
         content = report(self, done, totals, now_ns)
         if self.options.as_json:
             self.console.emit(json.dumps(content, allow_nan=False))
@@ -182,24 +184,33 @@ class Paper:
         return fresh  # a source that stays down is reported once
 
     def _follow(self) -> list[str]:
-        """Read the checkpoint again where it changed: ``best.pt`` is another one after a promotion."""
-        path = self.trained.checkpoint.path
+        """Read the checkpoints again where one changed: ``best.pt`` is another one after a promotion."""
+        former = self.trained
         try:
-            now = identity_of(path)
-            if now == self._file:
+            now = [identity_of(part.checkpoint.path) for part in former.parts]
+            if now == self._files:
                 return []
-            former = self.trained
-            self._file = now
-            trained = TrainedPolicy.read(path, type(former.settings), former.device)
-            trained = replace(
-                trained, settings=former.settings
-            )  # which may differ from those of its training
+            self._files = now
+            paths = [checkpoint.path for checkpoint in former.checkpoints]
+            trained = ensemble.read(paths, type(former.settings), former.device, **former.changes)
+            # The settings may differ from those of its training.
+            trained = replace(trained, settings=former.settings)
             if training_of(trained.statistics, trained.env_config(1)) != self.book.identity["training"]:
-                return [f"{path} is of another training by now: {former.checkpoint.name} goes on deciding"]
+                return [f"{former.name} is of another training by now: {former.title} goes on deciding"]
         except (OSError, CheckpointError, FeatureError, ValueError) as error:
-            return [f"{path} cannot be read: {error}; {self.trained.checkpoint.name} goes on deciding"]
+            return [f"{former.name} cannot be read: {error}; {former.title} goes on deciding"]
         self.trained = trained
-        return [f"{trained.checkpoint.name} decides from now on, after {former.checkpoint.name}"]
+        self._lines.append(self._deciding())
+        return [f"{trained.title} decides from now on, after {former.title}"]
+
+    def _deciding(self) -> dict[str, Any]:
+        """Return the line that says who decides from here on."""
+        return {
+            "kind": "deciding",
+            "time": iso_time(self._clock()),
+            "checkpoint": self.trained.title,
+            "members": members_of(self.trained),
+        }
 
     def _clock_went_back(self, now_ns: int) -> str:
         newest_ns = self.book.state.minute_ns
@@ -245,7 +256,7 @@ def run(
     request_of(settings, clock(), options.symbols)  # an unknown symbol needs no folder
     if options.gross is not None and not 0 < options.gross < math.inf:
         raise ValueError(f"--gross {options.gross:g} must be above 0, such as 1 for all of the equity")
-    folder = options.folder or Path("paper") / file_name(trained.checkpoint.path.stem)
+    folder = options.folder or Path("paper") / file_name(trained.stem)
     try:
         with FolderLock(folder).hold():
             _run(trained, options, console, folder, clock, sleep)
@@ -270,13 +281,13 @@ def _run(
     identity = {
         "training": training_of(trained.statistics, config),
         "costs": {name: getattr(config, name) for name in COSTS},
-        "symbols": sorted(options.symbols or trained.checkpoint.symbols),
+        "symbols": sorted(options.symbols or trained.symbols),
         "gross": options.gross,
     }
     book = Book.open(folder, identity)
     paper = Paper(trained, options, book, console, clock)
     begins = "Begins" if book.is_new else "Goes on"
-    log.info(f"{begins} in {folder} with {trained.checkpoint.name}; no orders are sent")
+    log.info(f"{begins} in {folder} with {trained.title}; no orders are sent")
     failed, minutes = "", 0
     try:
         while options.minutes is None or minutes < options.minutes:
@@ -319,7 +330,7 @@ def report(paper: Paper, done: Minute, totals: Totals, now_ns: int) -> dict[str,
         {
             "time": iso_time(now_ns),
             "began": iso_time(totals.began_ns),
-            "checkpoint": paper.trained.checkpoint.name,
+            "checkpoint": paper.trained.title,
             "headline": f"{returns[POLICY]:+.2%} after costs, buy and hold {returns[BUY_AND_HOLD]:+.2%}"
             + (f", portfolio {returns[PORTFOLIO]:+.2%}" if portfolio else ""),
             "accounts": {name: {"return": value} for name, value in returns.items()},

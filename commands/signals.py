@@ -144,7 +144,7 @@ def compute_signals(
             if name not in loaded:
                 known = ", ".join(sorted(loaded)) or "none"
                 raise ValueError(f"{flag} {name} is unknown; there are: {known}")
-    trained_on = set(trained.checkpoint.symbols)
+    trained_on = set(trained.symbols)
     wanted = set(options.symbols) or loaded & trained_on
     missing = {symbol: why for symbol, why in data.dropped.items() if symbol in wanted}
     if not options.symbols:
@@ -289,9 +289,13 @@ def report(
     """Return everything as plain types; times are ISO 8601 in UTC. docs/use.md explains the fields."""
     return {
         "time": iso_time(now_ns),
-        "checkpoint": trained.checkpoint.path.name,
-        "run": trained.checkpoint.run,
-        "epoch": trained.checkpoint.epoch,
+        "checkpoint": trained.name,
+        "run": None if trained.members else trained.checkpoint.run,
+        "epoch": None if trained.members else trained.checkpoint.epoch,
+        "members": [
+            {"checkpoint": name, "run": checkpoint.run, "epoch": checkpoint.epoch}
+            for name, checkpoint in zip(trained.name.split(" + "), trained.checkpoints, strict=True)
+        ],
         "verdict": verdict_of(trained)[0],
         "verdict_reason": verdict_of(trained)[1],
         "data_fingerprint": fingerprint,
@@ -334,7 +338,7 @@ def table(
     trained: TrainedPolicy, signals: Sequence[Signal], now_ns: int, has_details: bool
 ) -> tuple[str, list[str], list[list[str]]]:
     """Return title, columns and rows for people; ``has_details``: with a target from every position."""
-    title = f"{trained.checkpoint.path.name} at {utc_time(now_ns)} UTC; no orders are sent"
+    title = f"{trained.name} at {utc_time(now_ns)} UTC; no orders are sent"
     rows = [_row(signal, now_ns) for signal in signals]
     if has_details:
         per_position = [f"from {_format_position(position)}" for position in trained.env_config(1).positions]
@@ -360,6 +364,10 @@ def summary(signals: Sequence[Signal]) -> str:
 
 def verdict_of(trained: TrainedPolicy) -> tuple[str | None, str]:
     """Return the verdict of the exam of these weights, None if they had none, and its reason."""
+    if trained.members:
+        found = (verdict_of(part)[0] or "no exam" for part in trained.parts)
+        own = ", ".join(f"{name} {text}" for name, text in zip(trained.name.split(" + "), found, strict=True))
+        return None, f"no exam is known of this ensemble, evaluate holds one; of its members: {own}"
     line = trained.checkpoint.exam.get("line") if trained.checkpoint.exam else None
     if not line or "verdict" not in line:
         return None, "no exam is known of these weights"

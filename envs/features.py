@@ -249,7 +249,10 @@ def panel_of(
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and deviation (F,) of every feature before the holdout, fixed for the whole training; see scales.py."""
+    """Mean and deviation (F,) of every feature before the holdout, fixed for the whole training; see scales.py.
+
+    Of an ensemble of several trainings both are (G, F): each feature is scaled G times, side by side.
+    """
 
     names: tuple[str, ...]
     mean: Tensor
@@ -285,11 +288,16 @@ class FeatureStatistics:
         return FeatureStatistics(tuple(names), self.mean[places], self.std[places])
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Turn raw features (B, F) of a symbol into standard deviations, clipped, float16."""
+        """Turn raw features (B, F) of a symbol into standard deviations (B, num_columns), clipped, float16."""
         mean, std = self.mean.to(raw.device), self.std.to(raw.device)
-        normalised = ((raw - mean) / std).clamp_(-CLIP, CLIP).half()
+        normalised = ((raw.unsqueeze(-2) - mean) / std).clamp_(-CLIP, CLIP).half().flatten(1)
         normalised[:WARM_UP_BARS] = 0.0
         return normalised
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of scaled features: G x F."""
+        return self.mean.numel()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics as plain types and CPU tensors."""

@@ -55,7 +55,7 @@ class Market:
     # the funding since the bar before, up to and with this one's open
     quotes: Tensor
     minutes_left: Tensor  # (B,) int16, from the bar's open to the scheduled close; see calendar.minutes_left
-    features: Tensor  # (B, F) float16
+    features: Tensor  # (B, F) float16; several scales of an ensemble stand side by side
     statistics: FeatureStatistics
     context_bars: int
     horizon: int
@@ -119,7 +119,7 @@ class Market:
             if statistics is None:
                 raws = (compute(series, device, functions, panel) for series in bars)
                 statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
-            table = torch.empty(int(offsets[-1]), len(functions), dtype=torch.float16, device=device)
+            table = torch.empty(int(offsets[-1]), statistics.num_columns, dtype=torch.float16, device=device)
             # Computed twice rather than kept: float32 features of all symbols would take twice the table's memory.
             for first, series in zip(offsets, bars, strict=False):
                 table[first : first + len(series)] = statistics.normalise(

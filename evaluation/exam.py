@@ -25,7 +25,8 @@ from envs.config import EnvConfig
 from envs.market import Market
 from envs.walk_env import ExamEnv
 from evaluation.baselines import BASELINES, actions_after
-from models.policy import Head, Policy
+from models.ensemble import Decider, EnsembleHead
+from models.policy import Head
 from runtime.control import heartbeat_thread
 
 POLICY, CHAMPION, AGAINST = "policy", "champion", "the other checkpoint"
@@ -71,7 +72,7 @@ Contestants = Mapping[str, list[Walk]]  # name -> one walk per symbol, on the sa
 
 @torch.no_grad()
 def examine(
-    policies: Policy | Mapping[str, Policy],
+    policies: Decider | Mapping[str, Decider],
     market: Market,
     config: EnvConfig,
     symbols: Sequence[str],
@@ -115,7 +116,7 @@ def examine(
         NoSegment: no symbol has bars for a segment there.
         ValueError: a symbol is unknown to the market.
     """
-    policies = {POLICY: policies} if isinstance(policies, Policy) else dict(policies)
+    policies = dict(policies) if isinstance(policies, Mapping) else {POLICY: policies}
     market = market.until(end_ns)
     first, *others = policies
     names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *BASELINES]
@@ -213,7 +214,7 @@ class Reader:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Decider,
         market: Market,
         symbols: Sequence[int],
         horizon: int,
@@ -280,7 +281,7 @@ class Reader:
 class _Decisions:
     """The actions of all accounts at one bar: first those of the policies, by their heads, then those of rules."""
 
-    heads: tuple[Head, ...]
+    heads: tuple[Head | EnsembleHead, ...]
     accounts_per_head: tuple[int, ...]  # on every symbol
 
     def __call__(self, accounts: Tensor, rules: Tensor, *projected: Tensor) -> tuple[Tensor]:

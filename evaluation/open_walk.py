@@ -17,7 +17,8 @@ from envs.market import Market
 from envs.open_env import OpenAccount, OpenEnv
 from evaluation.baselines import BUY_AND_HOLD, actions_after
 from evaluation.exam import ENCODED_SEGMENTS, POLICY, Reader, Walk, one_thread, play_segment, walks_of
-from models.policy import Head, Policy
+from models.ensemble import Decider, EnsembleHead
+from models.policy import Head
 
 NAMES = (POLICY, BUY_AND_HOLD)
 Accounts = Mapping[str, Mapping[str, OpenAccount]]  # contestant -> symbol -> account
@@ -35,7 +36,7 @@ class OpenWalks:
 
 @torch.no_grad()
 def walk_on(
-    policy: Policy,
+    policy: Decider,
     market: Market,
     config: EnvConfig,
     symbols: Sequence[str],
@@ -103,7 +104,7 @@ def walk_on(
 class _Decide:
     """The actions of all accounts at one bar: the policy's, then those of buy and hold."""
 
-    head: Head
+    head: Head | EnsembleHead
     num_positions: int
 
     def __call__(

@@ -157,10 +157,10 @@ def describe(line: Line) -> str:
     return "; ".join(parts)
 
 
-def headline_beside(path: Path) -> str:
+def headline_beside(folder: Path) -> str:
     """Return the headline of the record in a checkpoint's folder, with its last hash; why there is none else."""
     try:
-        found = record.read(path.parent)
+        found = record.read(folder)
     except OSError as error:
         return f"No record: {error.filename} cannot be read: {error.strerror}"
     if found.faults:

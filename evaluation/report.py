@@ -49,9 +49,8 @@ TRAINING_PANELS = (
 class Report:
     """Everything that is written."""
 
-    checkpoint: str
-    run: int
-    epoch: int
+    checkpoint: str  # its name; of an ensemble those of all members
+    members: Sequence[Mapping[str, Any]]  # the checkpoint, or those of an ensemble, with hashes
     first: np.datetime64  # fill of the first decision
     last: np.datetime64  # fill of the last decision
     trained_until: np.datetime64
@@ -86,6 +85,9 @@ class Report:
             for own, other in compared
         ]
         self.symbols.extend(sorted(rows, key=lambda row: -row["contribution"]))
+
+    def _sole(self, key: str) -> Any:
+        return self.members[0][key] if len(self.members) == 1 else None
 
     @property
     def name(self) -> str:
@@ -149,8 +151,9 @@ class Report:
                 "format": FORMAT,
                 "checkpoint": self.checkpoint,
                 "simulated": self.is_simulated,
-                "run": self.run,
-                "epoch": self.epoch,
+                "run": self._sole("run"),
+                "epoch": self._sole("epoch"),
+                "members": list(self.members),
                 "first": str(self.first)[:19],
                 "last": str(self.last)[:19],
                 "trained_until": str(self.trained_until)[:19],

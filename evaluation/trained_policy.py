@@ -1,4 +1,4 @@
-"""A checkpoint's or an export's policy at work: the position that it wants after the newest closed bar.
+"""A policy at work, of checkpoints or of an export: the position that it wants after the newest closed bar.
 
 Shapes: N = symbols, J = positions that can be held, K = target positions (J = K, since 0 is among them).
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,10 @@ from envs.features import (
 from envs.latest import latest_decisions
 from envs.market import Market
 from envs.panel import Panel
+from models.ensemble import Decider
 from models.exported import ExportError, read_card
-from models.policy import Policy, precision_on
+from models.policy import precision_on
+from runtime.files import identity_of
 from training.checkpoint import Checkpoint, CheckpointError, same_version
 
 if TYPE_CHECKING:
@@ -48,17 +50,26 @@ PROBE_TOLERANCE = 1e-2  # of raw features, whose spread is about 1
 # Of EnvConfig, in folders that were exported before there were such futures: no decision of theirs rests on them.
 BEFORE_PERPETUALS = {"perpetual_fee_bps": 4.5, "maintenance_margin": 0.01}
 NEVER_NS = 2**62  # the year 2116: nothing is held out
+LONGEST_STEM = 80  # characters: file systems allow 255 bytes with dates and suffixes
 SEGMENTS_AT_ONCE = 32  # bounds the memory of a forward
 
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A checkpoint ready for use, with the settings to use it with."""
+    """A checkpoint ready for use, or several that decide together, with the settings to use it with.
 
-    checkpoint: Checkpoint
+    ``evaluation.ensemble.read`` reads one or more.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
     settings: Settings
-    policy: Policy
+    policy: Decider
     statistics: FeatureStatistics
+    file: tuple[int, int, int] = (0, 0, 0)  # what it was read from, by ``identity_of``; not of an ensemble
+    changes: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # settings that differ from those of the training
+    members: tuple[TrainedPolicy, ...] = ()  # of an ensemble: two or more
 
     @classmethod
     def read(
@@ -83,6 +94,7 @@ class TrainedPolicy:
             ValueError: a changed setting is wrong, or the weights depend on it.
         """
         device = torch.device(device)
+        file = identity_of(path) if path.is_file() else (0, 0, 0)
         checkpoint = Checkpoint.read(path, device)
         config = checkpoint.config
         with same_version(path):
@@ -91,7 +103,7 @@ class TrainedPolicy:
                 if changes.get(name, value) != value:
                     raise ValueError(f"{name}={changes[name]}, but {path} was trained with {name}={value}")
             # What the training computed on may not exist here, or be busy with it.
-            known = {field.name for field in fields(settings_class)} - {"device"}
+            known = {setting.name for setting in fields(settings_class)} - {"device"}
             values = {k: v for k, v in config.items() if k in known} | changes
             values["features"] = checkpoint.feature_groups
             for name in ADVISERS.keys() & config.keys() - changes.keys():
@@ -109,7 +121,52 @@ class TrainedPolicy:
         if settings.horizon > longest:
             raise ValueError(f"horizon={settings.horizon} must be at most {longest} with {path}")
         policy = checkpoint.policy(device, precision_on(device, settings.precision))
-        return cls(checkpoint, settings, policy, statistics)
+        return cls((checkpoint,), settings, policy, statistics, file, changes)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The only one; what is asked of it has no answer for an ensemble."""
+        (checkpoint,) = self.checkpoints
+        return checkpoint
+
+    @property
+    def parts(self) -> tuple[TrainedPolicy, ...]:
+        """The members of an ensemble; else itself alone."""
+        return self.members or (self,)
+
+    @property
+    def name(self) -> str:
+        """The names of all files, with their folders where that tells them apart."""
+        return " + ".join(_apart([checkpoint.path for checkpoint in self.checkpoints]))
+
+    @property
+    def title(self) -> str:
+        """The same, but a champion goes by its name in the series, not as best.pt."""
+        paths = [checkpoint.path.with_name(checkpoint.name) for checkpoint in self.checkpoints]
+        return " + ".join(_apart(paths))
+
+    @property
+    def stem(self) -> str:
+        """A short name for a folder of its own."""
+        stems = [name.removesuffix(".pt") for name in self.name.split(" + ")]
+        if len(joined := "+".join(stems)) <= LONGEST_STEM:
+            return joined
+        return f"{stems[0]}+{len(stems) - 1}-more-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The symbols of the training, which members of an ensemble share."""
+        return tuple(self.checkpoints[0].symbols)
+
+    @property
+    def newest(self) -> Checkpoint:
+        """The checkpoint that was trained on the newest bars: what it has not seen, none has."""
+        return max(self.checkpoints, key=lambda checkpoint: checkpoint.trained_until_ns)
+
+    @property
+    def data_cutoff_ns(self) -> int:
+        """The end of the newest bars that a training had, those held out included."""
+        return max(checkpoint.data_cutoff_ns for checkpoint in self.checkpoints)
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +176,7 @@ class TrainedPolicy:
     @property
     def actor(self) -> Actor:
         """The policy for decisions on the newest bars."""
-        return Actor(self.policy, self.statistics, self.env_config(1), tuple(self.checkpoint.symbols))
+        return Actor(self.policy, self.statistics, self.env_config(1), self.symbols)
 
     def env_config(self, num_envs: int) -> EnvConfig:
         """Return accounts as in training, except for changed settings."""
@@ -135,7 +192,7 @@ class TrainedPolicy:
         Raises:
             ValueError: no symbol has enough bars for a segment.
         """
-        panel = training_panel(bars, others, self.device, self.checkpoint.symbols)
+        panel = training_panel(bars, others, self.device, self.symbols)
         return Market.from_settings(bars, self.settings, self.device, NEVER_NS, self.statistics, panel)
 
 
@@ -143,13 +200,13 @@ class TrainedPolicy:
 class Actor:
     """A policy with what it needs to act on bars: scale of its features, accounts and symbols of its training."""
 
-    policy: Policy
+    policy: Decider
     statistics: FeatureStatistics
     config: EnvConfig
     symbols: tuple[str, ...] = ()
 
     @classmethod
-    def with_card(cls, policy: Policy, path: str | Path) -> Actor:
+    def with_card(cls, policy: Decider, path: str | Path) -> Actor:
         """Combine the policy of an exported folder with the folder's card.
 
         Raises:
@@ -157,7 +214,8 @@ class Actor:
         """
         folder = Path(path)
         card = read_card(folder)
-        features, names = card["features"], chosen_features(card["settings"].get("features", FIRST_FEATURES))
+        features = card["features"]
+        names = chosen_features(card.get("members", [card])[0]["settings"].get("features", FIRST_FEATURES))
         if features["schema_sha256"] != feature_schema(names):
             other = sorted(set(features["names"]) ^ set(names)) or ["their order or their limits"]
             raise ExportError(
@@ -307,6 +365,15 @@ class Decision:
         row = self.probabilities[self.positions.index(position)]
         best = row.index(max(row))
         return (0.0 if self.only_cash else self.positions[best]), row[best]
+
+
+def _apart(paths: Sequence[Path]) -> list[str]:
+    """Return as much of each path's end as tells it from the others."""
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def training_panel(

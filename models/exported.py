@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from models.ensemble import Decider, Ensemble
 from models.policy import Policy, precision_on
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
-FORMAT = 1
+FORMAT, ENSEMBLE_FORMAT = 1, 2
 
 
 class ExportError(ValueError):
@@ -34,14 +35,16 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ExportError(f"{path} is damaged: it is not JSON; export again") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        found = card.get("format") if isinstance(card, dict) else type(card).__name__
-        raise ExportError(f"{path} has format {found}, this program reads {FORMAT}: export again")
+    found = card.get("format") if isinstance(card, dict) else type(card).__name__
+    if found not in (FORMAT, ENSEMBLE_FORMAT):
+        raise ExportError(
+            f"{path} has format {found}, this program reads {FORMAT} and {ENSEMBLE_FORMAT}: export again"
+        )
     return card
 
 
-def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
-    """Load the policy of an exported folder, ready for use; on a GPU in the precision of its training.
+def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Decider:
+    """Load the policy or ensemble of an exported folder, ready for use; on a GPU in the precision of its training.
 
     Raises:
         ExportError: a file is missing or damaged, or the weights are of another network.
@@ -57,7 +60,11 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
     if digest != card["weights_sha256"]:
         raise ExportError(f"{weights} is damaged: its SHA-256 is not the card's; export again")
     sizes = card["model"]
-    policy = Policy.from_sizes(sizes, precision_on(device, sizes["precision"]))
+    policy: Decider
+    if card["format"] == ENSEMBLE_FORMAT:
+        policy = Ensemble.from_sizes(sizes, lambda wanted: precision_on(device, wanted))
+    else:
+        policy = Policy.from_sizes(sizes, precision_on(device, sizes["precision"]))
     try:
         policy.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:

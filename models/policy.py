@@ -134,6 +134,26 @@ class Policy(nn.Module):
         }
 
     @property
+    def num_features(self) -> int:
+        """F."""
+        return self.trunk.config.num_features
+
+    @property
+    def num_account_features(self) -> int:
+        """A."""
+        return self.head.account.in_features
+
+    @property
+    def min_length(self) -> int:
+        """The shortest segment that is of use, in bars."""
+        return 2
+
+    @property
+    def max_length(self) -> int:
+        """The longest segment, in bars."""
+        return self.trunk.config.max_length
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of what passes between the trunk's blocks; fp8 is for their products alone."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16

@@ -102,7 +102,7 @@ def test_the_version_is_that_of_the_folder(
         ("evaluate best.pt --symbol AAPL", "No such option: --symbol. Did you mean --symbols"),
         ("check --frobnicate", "No such option: --frobnicate; see: "),
         ("trian", "No such command 'trian'. Did you mean 'train'?"),
-        ("signals", "Missing argument 'CHECKPOINT'; see: "),
+        ("signals", "Missing argument 'CHECKPOINT...'; see: "),
         ("train now", "Got unexpected extra argument"),
         ("selftest --seeds 0", "Invalid setting: '--seeds': "),
         ("--demo --preset small", "Invalid setting: preset=small cannot go with --demo, which is --preset demo; "),

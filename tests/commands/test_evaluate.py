@@ -18,6 +18,7 @@ from commands import evaluate_command
 from commands.cli import checkpoint_command_from
 from continuous_training import Settings
 from evaluation import plots
+from runtime.files import sha256_of
 from tests.evaluation.reports import Page
 from tests.program import ALONE, SEGMENTS_OF_AN_HOUR, Start, checkpoint, tiny_flags
 
@@ -200,6 +201,38 @@ def test_a_checkpoint_is_compared_with_another(
     assert report["pooled"]["the other checkpoint"] == report["pooled"]["policy"]
     assert "the other checkpoint" not in report["verdict"]["reason"]
     assert ask(tmp_path, "--against", tmp_path / "none.pt").exit_code == 2
+
+
+def test_two_checkpoints_are_evaluated_as_one(
+    trained: Path, ask: Callable[..., Result], tmp_path: Path
+) -> None:
+    weights = checkpoint(trained, f"{NAME}.pt")
+    weights["model"]["head.logits.bias"] = torch.tensor([1.0, 0.0, 0.0])
+    weights["trained_until_ns"] += 6 * 3_600 * 10**9  # later than the other
+    other = tmp_path / "later.pt"
+    torch.save(weights, other)
+    result = ask(tmp_path / "reports", other, "--costs", "")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"Evaluating {NAME}.pt + later.pt on 2 symbols, 2026-01-31 05:59 to ")
+    report = report_in(tmp_path / "reports")
+    assert (report["checkpoint"], report["run"], report["overlaps_training"]) == (
+        f"{NAME}.pt + later.pt",
+        None,
+        False,
+    )
+    assert [member["sha256"] for member in report["members"]] == [
+        sha256_of(path) for path in (trained / "checkpoints" / f"{NAME}.pt", other)
+    ]
+    assert report["trials"] == 2  # the training's exam, and this one
+    assert report["record"].startswith("of checkpoints: No record yet")
+    assert any("Each set of members that was tried is one more trial" in note for note in report["notes"])
+    (page,) = (tmp_path / "reports").glob("*/report.html")
+    assert f"Evaluation of {NAME}.pt + later.pt" in Page(page.read_bytes()).text
+    result = ask(tmp_path / "more", other, "--costs", "", "--from", "2026-01-31")
+    assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
+    assert result.output.startswith(
+        "Invalid setting: later.pt was trained on bars up to 2026-01-31 05:59 UTC"
+    )
 
 
 # --- what is refused --------------------------------------------------------------------------------------

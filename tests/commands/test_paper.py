@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,15 +20,18 @@ from data_sources.bars import MINUTE_NS
 from data_sources.lake.lake import Lake
 from data_sources.load import load
 from envs.market import Market
+from evaluation import ensemble
 from evaluation.open_walk import walk_on
 from evaluation.paper import SETTLED_MINUTES
 from evaluation.paper_book import LINES, STATE
 from evaluation.trained_policy import NEVER_NS, TrainedPolicy
 from monitoring.console import Console
 from runtime.control import ExitProgram
+from runtime.files import sha256_of
 from runtime.locking import FolderLock
 from tests.data_sources.vendors.binance_server import BinanceServer
 from tests.data_sources.vendors.loopback import Fault
+from tests.evaluation.members import save_member
 from tests.evaluation.reports import Page
 from tests.training.checkpoints import NOW, PAIRS, untrained
 
@@ -46,20 +50,31 @@ class Trader:
     def __init__(self, folder: Path, server: BinanceServer, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.server, self.capsys = folder, server, capsys
         self.path = untrained(folder)
+        self.others: list[Path] = []  # further members
         self.now_ns = START
         self.said = ""
 
-    def run(self, minutes: int, settings: Any = (), **options: Any) -> list[dict[str, Any]]:
-        """Start it for so many minutes; return what it printed."""
+    def run(
+        self,
+        minutes: int,
+        settings: Any = (),
+        between: Mapping[int, Callable[[], object]] = MappingProxyType({}),
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Start it for so many minutes, with something done before some of them; return what it printed."""
+        slept = 0
 
         def clock() -> int:
             self.server.now_ns = self.now_ns
             return self.now_ns
 
         def sleep(seconds: float) -> None:
+            nonlocal slept
+            slept += 1
             self.now_ns += MINUTE_NS
+            between.get(slept, lambda: None)()
 
-        trained = TrainedPolicy.read(self.path, Settings, **dict(settings))
+        trained = ensemble.read([self.path, *self.others], Settings, **dict(settings))
         given = PaperOptions(folder=self.folder / "paper", minutes=minutes, as_json=True)
         with Console(self.folder / "logs", to_stderr=True) as console:
             paper.run(trained, replace(given, **options), console, clock, sleep)
@@ -160,6 +175,24 @@ def test_a_new_champion_is_followed(trader: Trader) -> None:
     best.write_bytes(other.read_bytes())
     contents = trader.run(1)
     assert contents[0]["checkpoint"] == "run1_epoch2.pt"
+
+
+def test_an_ensemble_follows_its_members_and_writes_down_who_decides(trader: Trader) -> None:
+    other = save_member(trader.folder / "b", 2, d_model=16)
+    trader.others = [other]
+    first = sha256_of(other)
+
+    def change() -> None:
+        save_member(trader.folder / "b", 3, d_model=16)
+
+    contents = trader.run(3, between={1: change, 2: lambda: other.write_bytes(b"torn")})
+    assert [content["checkpoint"].count(" + ") for content in contents] == [1, 1, 1]
+    deciding = [line["members"] for line in trader.lines if line["kind"] == "deciding"]
+    assert [member["sha256"] for member in deciding[0]] == [sha256_of(trader.path), first]
+    assert len(deciding) == 2 and deciding[1][0] == deciding[0][0] and deciding[1][1] != deciding[0][1]
+    assert "b/checkpoints/run1_epoch2.pt decides from now on, after " in trader.said
+    assert "torn" not in trader.said and "is damaged" in trader.said and "goes on deciding" in trader.said
+    assert all(row["target"] is not None for content in contents for row in content["symbols"])
 
 
 def test_one_folder_is_one_papers(trader: Trader) -> None:

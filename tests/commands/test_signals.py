@@ -195,7 +195,9 @@ def test_a_narrow_terminal_shows_what_matters_most(trained: TrainedPolicy) -> No
 def test_the_verdict_of_its_exam_is_said(trained: TrainedPolicy) -> None:
     assert signals.verdict_of(trained) == (None, "no exam is known of these weights")
     line = {"verdict": "no edge", "verdict_reason": "not above buy and hold"}
-    examined = replace(trained, checkpoint=replace(trained.checkpoint, exam={"line": line, "symbols": {}}))
+    examined = replace(
+        trained, checkpoints=(replace(trained.checkpoint, exam={"line": line, "symbols": {}}),)
+    )
     assert signals.verdict_of(examined) == ("no edge", "not above buy and hold")
     content = signals.report(examined, [], {}, NOW, "f")
     assert (content["verdict"], content["verdict_reason"]) == ("no edge", "not above buy and hold")

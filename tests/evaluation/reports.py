@@ -37,8 +37,7 @@ def report_of(
     pooled = {name: measure(own) for name, own in walks.items()}
     plain: dict[str, Any] = {
         "checkpoint": "run1_epoch25.pt",
-        "run": 1,
-        "epoch": 25,
+        "members": [{"checkpoint": "run1_epoch25.pt", "run": 1, "epoch": 25}],
         "first": policy[0].time[0],
         "last": policy[0].time[-1],
         "trained_until": np.datetime64("2026-01-05T00:00", "ns"),

@@ -129,7 +129,7 @@ def test_every_new_bar_is_scored_once_and_the_account_goes_on(life: Life) -> Non
     assert summary is not None and summary.measures["policy"].mean_daily_interval is not None
     assert life.figures["record/days"] == summary.measures["policy"].num_days == 11
     assert "Record: 11 days since " in life.training.output
-    assert summary.hash[:16] in headline_beside(life.folder / BEST)
+    assert summary.hash[:16] in headline_beside(life.folder)
 
 
 def test_a_new_champion_takes_the_account_over_and_decides_on_nothing_that_it_was_chosen_on(
