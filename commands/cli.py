@@ -147,6 +147,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         import torch
 
         from evaluation import ensemble
+        from evaluation.champion import DETHRONED
         from models.exported import ExportError
         from training import devices
         from training.checkpoint import BEST, CheckpointError
@@ -154,13 +155,17 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         options = {parameter.name: _locate(given.pop(parameter.name)) for parameter in own}
         try:
             changes = _parse_given(settings_class, types, given)
-            device = devices.of_rank(changes.get("device", "auto"), local_rank=0)
+            device = devices.of_rank(changes.pop("device", "auto"), local_rank=0)
             paths = []
             for typed in checkpoint if isinstance(checkpoint, list) else [checkpoint]:
                 path = _locate(typed)
                 if str(typed) == "best" and not path.exists():  # the champion, wherever it is kept
                     default = next(f.default for f in fields(settings_class) if f.name == "checkpoint_dir")
                     path = Path(changes.get("checkpoint_dir", default)) / BEST
+                    if not path.exists() and path.with_name(DETHRONED).exists():
+                        raise CheckpointError(
+                            f"{path} lost its title, and there is no champion: name a checkpoint"
+                        )
                 paths.append(path)
             trained = ensemble.read(paths, settings_class, device, **changes)
             _call(run, trained, options)

@@ -42,11 +42,11 @@ from evaluation.record_summary import headline_beside
 from evaluation.report import Report, file_name, json_bytes, write_folder
 from evaluation.revision import revision_of
 from evaluation.stale_opens import stale_opens
-from evaluation.trained_policy import TrainedPolicy
+from evaluation.trained_policy import TrainedPolicy, stem_of
 from evaluation.verdict import describe_power, verdict
-from monitoring.format import duration
 from models.ensemble import Decider
 from models.policy import precision_on
+from monitoring.format import duration
 from runtime.control import EXIT_NO_DATA, ExitProgram
 from runtime.wording import count_of, first_of
 from training.data_feed import data_request

@@ -26,7 +26,7 @@ from torch import Tensor
 from commands.cli import program_version
 from evaluation.measures import jsonable
 from evaluation.provenance import members_of, minute_of
-from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema
+from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema, stem_of
 from models.ensemble import Decider, Ensemble
 from models.exported import CARD, ENSEMBLE_FORMAT, FORMAT, WEIGHTS, ExportError, load_policy
 from models.policy import Policy
@@ -105,7 +105,7 @@ def command(
         ValueError: the folder holds something else or cannot be written, or a library is missing.
         ExportError: the exported files compute something else than the checkpoint.
     """
-    output = output or Path("exports") / trained.stem
+    output = output or Path("exports") / stem_of(trained.names)
     is_empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not is_empty and not (output / CARD).is_file():
         raise ValueError(f"{output} exists and is not an export: choose another with --output")

@@ -25,6 +25,7 @@ from data_sources.refresh import probe
 from envs.feature_errors import FeatureError
 from evaluation import ensemble, plots
 from evaluation.baselines import BUY_AND_HOLD
+from evaluation.champion import DETHRONED
 from evaluation.exam import POLICY, Walk
 from evaluation.measures import jsonable
 from evaluation.page import render_paper
@@ -34,14 +35,14 @@ from evaluation.paper_totals import PORTFOLIO, Totals
 from evaluation.provenance import members_of
 from evaluation.recorder import COSTS, training_of
 from evaluation.report import file_name
-from evaluation.trained_policy import TrainedPolicy
+from evaluation.trained_policy import TrainedPolicy, stem_of
 from monitoring.console import Console
 from monitoring.format import iso_time, utc_time
 from runtime.control import EXIT_LOCKED, EXIT_SETTING, ExitProgram
 from runtime.files import identity_of, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from runtime.wording import first_of
-from training.checkpoint import CheckpointError
+from training.checkpoint import BEST, CheckpointError
 
 log = logging.getLogger("continuous_training")
 
@@ -74,7 +75,8 @@ class Paper:
     ) -> None:
         self.trained, self.options, self.book, self.console = trained, options, book, console
         self._clock = clock
-        self._files = [part.file for part in trained.parts]
+        self._files: list[tuple[int, int, int] | None] = [part.file for part in trained.parts]
+        self._is_dethroned = False  # the champion that decided lost its title, and there is no other
         self._lines = [self._deciding()]  # that are not in the book yet
         self._clock_fault, self._clock_at = "", -CLOCK_MINUTES
         self._warned: list[str] = []
@@ -107,7 +109,9 @@ class Paper:
         others = [series for series in data.bars if series.symbol not in wanted]
         # With the clock off, no decision: only what is settled is booked.
         may_decide = not self._clock_fault
-        done = run_minute(self.trained.actor, book.state, bars, now_ns, may_decide, others)
+        done = run_minute(
+            self.trained.actor, book.state, bars, now_ns, may_decide, others, self._is_dethroned
+        )
         loaded = {series.symbol for series in bars}
         missing = {symbol: data.dropped.get(symbol, "no bars") for symbol in sorted(wanted - loaded)}
         done = replace(done, waiting=missing | dict(done.waiting))
@@ -186,20 +190,26 @@ class Paper:
     def _follow(self) -> list[str]:
         """Read the checkpoints again where one changed: ``best.pt`` is another one after a promotion."""
         former = self.trained
+        paths = [checkpoint.path for checkpoint in former.checkpoints]
+        now = [_identity(path) for path in paths]
+        if now == self._files:
+            return []
+        self._files = now
+        if None in now:
+            gone = paths[now.index(None)]
+            self._is_dethroned = gone.name == BEST and (gone.parent / DETHRONED).exists()
+            if self._is_dethroned:
+                return [f"{gone} lost its title: accounts go to cash until there is another champion"]
+            return [f"{gone} is not there any more: {former.title} goes on deciding"]
         try:
-            now = [identity_of(part.checkpoint.path) for part in former.parts]
-            if now == self._files:
-                return []
-            self._files = now
-            paths = [checkpoint.path for checkpoint in former.checkpoints]
             trained = ensemble.read(paths, type(former.settings), former.device, **former.changes)
             # The settings may differ from those of its training.
             trained = replace(trained, settings=former.settings)
             if training_of(trained.statistics, trained.env_config(1)) != self.book.identity["training"]:
                 return [f"{former.name} is of another training by now: {former.title} goes on deciding"]
         except (OSError, CheckpointError, FeatureError, ValueError) as error:
-            return [f"{former.name} cannot be read: {error}; {former.title} goes on deciding"]
-        self.trained = trained
+            return [f"{former.name} cannot be followed: {error}; {former.title} goes on deciding"]
+        self.trained, self._is_dethroned = trained, False
         self._lines.append(self._deciding())
         return [f"{trained.title} decides from now on, after {former.title}"]
 
@@ -256,7 +266,7 @@ def run(
     request_of(settings, clock(), options.symbols)  # an unknown symbol needs no folder
     if options.gross is not None and not 0 < options.gross < math.inf:
         raise ValueError(f"--gross {options.gross:g} must be above 0, such as 1 for all of the equity")
-    folder = options.folder or Path("paper") / file_name(trained.stem)
+    folder = options.folder or Path("paper") / file_name(stem_of(trained.names))
     try:
         with FolderLock(folder).hold():
             _run(trained, options, console, folder, clock, sleep)
@@ -397,6 +407,14 @@ def _trades(done: Minute) -> list[dict[str, Any]]:
         for walk in done.booked[POLICY]
         for row in np.flatnonzero(walk.traded > 0)
     ]
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells a file from others; None where it is not there, or the disk refuses."""
+    try:
+        return identity_of(path)
+    except OSError:
+        return None
 
 
 def _curves(marks: Sequence[Mapping[str, Any]]) -> dict[str, list[Walk]]:

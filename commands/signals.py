@@ -294,7 +294,7 @@ def report(
         "epoch": None if trained.members else trained.checkpoint.epoch,
         "members": [
             {"checkpoint": name, "run": checkpoint.run, "epoch": checkpoint.epoch}
-            for name, checkpoint in zip(trained.name.split(" + "), trained.checkpoints, strict=True)
+            for name, checkpoint in zip(trained.names, trained.checkpoints, strict=True)
         ],
         "verdict": verdict_of(trained)[0],
         "verdict_reason": verdict_of(trained)[1],
@@ -366,7 +366,7 @@ def verdict_of(trained: TrainedPolicy) -> tuple[str | None, str]:
     """Return the verdict of the exam of these weights, None if they had none, and its reason."""
     if trained.members:
         found = (verdict_of(part)[0] or "no exam" for part in trained.parts)
-        own = ", ".join(f"{name} {text}" for name, text in zip(trained.name.split(" + "), found, strict=True))
+        own = ", ".join(f"{name} {text}" for name, text in zip(trained.names, found, strict=True))
         return None, f"no exam is known of this ensemble, evaluate holds one; of its members: {own}"
     line = trained.checkpoint.exam.get("line") if trained.checkpoint.exam else None
     if not line or "verdict" not in line:

@@ -73,7 +73,7 @@ def join(members: Sequence[TrainedPolicy]) -> TrainedPolicy:
         changes=first.changes,
         members=tuple(members),
     )
-    names = together.name.split(" + ")
+    names = together.names
     for number, (name, member) in enumerate(zip(names, members, strict=True)):
         for other, earlier in zip(names[:number], members, strict=False):
             if _is_same(member, earlier):

@@ -71,6 +71,7 @@ def run_minute(
     now_ns: int,
     may_decide: bool = True,
     others: Sequence[Bars] = (),
+    to_cash: bool = False,
 ) -> Minute:
     """Book what is known by now, and decide at the newest closed bars.
 
@@ -81,6 +82,7 @@ def run_minute(
         now_ns: the time; a minute that it is in has no closed bar yet.
         may_decide: else only book: with the clock off, nobody knows which bar is the newest.
         others: of more symbols of the training, which features look at.
+        to_cash: decide for cash, whatever the policy wants.
     """
     minute_ns = now_ns // MINUTE_NS * MINUTE_NS
     closed = [series.between(0, minute_ns) for series in bars]
@@ -107,7 +109,7 @@ def run_minute(
             wanted.append(series.symbol)
     decided = {symbol: dict(own) for symbol, own in state.decided.items()}
     for symbol, target in _decide(actor, state, market, known, wanted, newest).items():
-        decided.setdefault(symbol, {})[newest[symbol]] = target
+        decided.setdefault(symbol, {})[newest[symbol]] = 0.0 if to_cash else target
     for symbol in wanted:
         if newest[symbol] not in decided.get(symbol, {}):
             waiting[symbol] = "too few bars in a row since its last hole"

@@ -78,7 +78,7 @@ def members_of(trained: TrainedPolicy) -> list[dict[str, Any]]:
             "trained_until": minute_of(part.checkpoint.trained_until_ns),
             "sha256": _sha256_of(part),
         }
-        for name, part in zip(trained.name.split(" + "), trained.parts, strict=True)
+        for name, part in zip(trained.names, trained.parts, strict=True)
     ]
 
 

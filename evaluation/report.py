@@ -91,8 +91,10 @@ class Report:
 
     @property
     def name(self) -> str:
-        """Which weights, whatever the file is called."""
-        return f"run {self.run}, epoch {self.epoch}"
+        """Which weights, whatever the file is called; of an ensemble all files."""
+        if len(self.members) > 1:
+            return self.checkpoint
+        return f"run {self._sole('run')}, epoch {self._sole('epoch')}"
 
     @cached_property
     def tear(self) -> TearSheet:

@@ -135,23 +135,24 @@ class TrainedPolicy:
         return self.members or (self,)
 
     @property
+    def names(self) -> list[str]:
+        """The name of each file, with its folders where that tells it from others."""
+        return _apart([checkpoint.path for checkpoint in self.checkpoints])
+
+    @property
     def name(self) -> str:
-        """The names of all files, with their folders where that tells them apart."""
-        return " + ".join(_apart([checkpoint.path for checkpoint in self.checkpoints]))
+        """All names."""
+        return " + ".join(self.names)
+
+    @property
+    def titles(self) -> list[str]:
+        """The same, but a champion goes by its name in the series, not as best.pt."""
+        return _apart([checkpoint.path.with_name(checkpoint.name) for checkpoint in self.checkpoints])
 
     @property
     def title(self) -> str:
-        """The same, but a champion goes by its name in the series, not as best.pt."""
-        paths = [checkpoint.path.with_name(checkpoint.name) for checkpoint in self.checkpoints]
-        return " + ".join(_apart(paths))
-
-    @property
-    def stem(self) -> str:
-        """A short name for a folder of its own."""
-        stems = [name.removesuffix(".pt") for name in self.name.split(" + ")]
-        if len(joined := "+".join(stems)) <= LONGEST_STEM:
-            return joined
-        return f"{stems[0]}+{len(stems) - 1}-more-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+        """All titles."""
+        return " + ".join(self.titles)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -162,6 +163,11 @@ class TrainedPolicy:
     def newest(self) -> Checkpoint:
         """The checkpoint that was trained on the newest bars: what it has not seen, none has."""
         return max(self.checkpoints, key=lambda checkpoint: checkpoint.trained_until_ns)
+
+    @property
+    def newest_name(self) -> str:
+        """Its name."""
+        return self.names[self.checkpoints.index(self.newest)]
 
     @property
     def data_cutoff_ns(self) -> int:
@@ -365,6 +371,14 @@ class Decision:
         row = self.probabilities[self.positions.index(position)]
         best = row.index(max(row))
         return (0.0 if self.only_cash else self.positions[best]), row[best]
+
+
+def stem_of(names: Sequence[str]) -> str:
+    """Return a name for a folder of the checkpoints with these names, or titles."""
+    stems = [name.removesuffix(".pt").replace("/", "-") for name in names]
+    if len(joined := "+".join(stems)) <= LONGEST_STEM:
+        return joined
+    return f"{stems[0]}+{len(stems) - 1}-more-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
 
 
 def _apart(paths: Sequence[Path]) -> list[str]:

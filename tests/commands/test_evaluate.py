@@ -211,7 +211,7 @@ def test_two_checkpoints_are_evaluated_as_one(
     weights["trained_until_ns"] += 6 * 3_600 * 10**9  # later than the other
     other = tmp_path / "later.pt"
     torch.save(weights, other)
-    result = ask(tmp_path / "reports", other, "--costs", "")
+    result = ask(tmp_path / "reports", other, "--costs", "", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"Evaluating {NAME}.pt + later.pt on 2 symbols, 2026-01-31 05:59 to ")
     report = report_in(tmp_path / "reports")
@@ -227,7 +227,7 @@ def test_two_checkpoints_are_evaluated_as_one(
     assert report["record"].startswith("of checkpoints: No record yet")
     assert any("Each set of members that was tried is one more trial" in note for note in report["notes"])
     (page,) = (tmp_path / "reports").glob("*/report.html")
-    assert f"Evaluation of {NAME}.pt + later.pt" in Page(page.read_bytes()).text
+    assert f"Evaluation of {NAME}.pt + later.pt, " in Page(page.read_bytes()).text
     result = ask(tmp_path / "more", other, "--costs", "", "--from", "2026-01-31")
     assert (result.exit_code, len(result.output.splitlines())) == (2, 1)
     assert result.output.startswith(

@@ -177,6 +177,22 @@ def test_a_new_champion_is_followed(trader: Trader) -> None:
     assert contents[0]["checkpoint"] == "run1_epoch2.pt"
 
 
+def test_a_champion_that_loses_its_title_goes_to_cash_until_there_is_another(trader: Trader) -> None:
+    best = trader.path.with_name("best.pt")
+    trader.path.rename(best)
+    trader.path = best
+    taken = trader.path.with_name("dethroned.pt")
+    contents = trader.run(9, between={2: lambda: best.rename(taken), 7: lambda: taken.rename(best)})
+    targets = [{row["target"] for row in content["symbols"]} for content in contents]
+    assert targets[2:7] == [{0.0}] * 5 and all(-1.0 in own or 1.0 in own for own in (targets[1], targets[7]))
+    assert (
+        trader.said.count("best.pt lost its title: accounts go to cash until there is another champion") == 1
+    )
+    assert "run1_epoch2.pt decides from now on, after run1_epoch2.pt" in trader.said
+    contents = trader.run(2, between={1: best.unlink})  # pruned, or deleted
+    assert contents[1]["symbols"][0]["target"] is not None
+
+
 def test_an_ensemble_follows_its_members_and_writes_down_who_decides(trader: Trader) -> None:
     other = save_member(trader.folder / "b", 2, d_model=16)
     trader.others = [other]
@@ -191,7 +207,7 @@ def test_an_ensemble_follows_its_members_and_writes_down_who_decides(trader: Tra
     assert [member["sha256"] for member in deciding[0]] == [sha256_of(trader.path), first]
     assert len(deciding) == 2 and deciding[1][0] == deciding[0][0] and deciding[1][1] != deciding[0][1]
     assert "b/checkpoints/run1_epoch2.pt decides from now on, after " in trader.said
-    assert "torn" not in trader.said and "is damaged" in trader.said and "goes on deciding" in trader.said
+    assert "run1_epoch2.pt is " in trader.said and "goes on deciding" in trader.said
     assert all(row["target"] is not None for content in contents for row in content["symbols"])
 
 

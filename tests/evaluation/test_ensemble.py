@@ -19,7 +19,7 @@ from envs.walk_env import ExamEnv
 from evaluation import ensemble
 from evaluation.exam import examine
 from evaluation.provenance import how_it_was_made, members_of
-from evaluation.trained_policy import NEVER_NS, Actor, TrainedPolicy
+from evaluation.trained_policy import NEVER_NS, Actor, TrainedPolicy, stem_of
 from models import load_policy
 from models.ensemble import Ensemble, View
 from runtime.files import sha256_of
@@ -134,8 +134,10 @@ def test_all_members_are_named_with_their_hashes(paths: list[Path], together: Tr
     for number, path in enumerate(paths, 1):
         assert made[f"checkpoint of member {number}"].endswith(f"SHA-256 {sha256_of(path)[:16]}")
         assert "wide" in made[f"policy of member {number}"]
-    many = replace(together, checkpoints=together.checkpoints * 9)
-    assert len(many.stem) <= 120 and many.stem != replace(many, checkpoints=many.checkpoints[1:]).stem
+    assert stem_of(together.names[:2]) == "a-checkpoints-run1_epoch2+b-checkpoints-run1_epoch2"
+    assert len(stem_of(together.names * 9)) <= 120 and stem_of(together.names * 9) != stem_of(
+        together.names * 8
+    )
 
 
 def _nothing() -> Any:
