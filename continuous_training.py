@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__" and (folder := str(Path(__file__).resolve().parent)) not in sys.path:
     sys.path.insert(0, folder)  # with PYTHONSAFEPATH Python leaves out the script's folder
@@ -25,6 +25,7 @@ if __name__ == "__main__":
 # The allocator reads this when torch is first imported, hence the imports below it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
 
+import typer
 from dotenv import load_dotenv
 
 from commands.cli import application, enter_program_folder, exit_with, run
@@ -192,11 +193,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def train(settings: Settings, control: Control) -> None:
+def train(settings: Settings, control: Control, **given: Any) -> None:
     """Train until asked to stop, or until ``settings.runs`` runs are done (every rank runs this)."""
     from commands.train import Job  # imports torch, which takes seconds
 
-    with Job(settings, control) as job:  # ranks, folder lock, console, checkpoint writer, prefetch, examiner
+    with Job(
+        settings, control, **given
+    ) as job:  # ranks, folder lock, console, checkpoint writer, prefetch, examiner
         # once per run: fresh bars, same weights and optimizer (all ranks; rank 0 downloads)
         while job.begin_run():
             while job.progress.epoch < settings.epochs and not job.stopping:
@@ -286,6 +289,63 @@ def train_command(settings: Settings) -> None:
         exit_with(code, message)
 
 
+def walkforward_command(
+    settings: Settings,
+    step: Annotated[int, typer.Option("--step", min=1, help="days from one training to the next")] = 7,
+    first_day: Annotated[
+        str,
+        typer.Option("--from", help="first day to trade on, UTC; default: the newer half, a year at most"),
+    ] = "",
+    last_day: Annotated[str, typer.Option("--to", help="last day; default: the newest in the lake")] = "",
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="train every window from nothing; default: go on with the one before"),
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="windows at once; needs --fresh")] = 1,
+    costs: Annotated[str, typer.Option("--costs", help="flat costs to compare, bps")] = "0,1,2,5,10",
+    trees: Annotated[bool, typer.Option("--trees", help="boosted trees, too; needs lightgbm")] = False,
+    start_from: Annotated[
+        Path | None, typer.Option("--start-from", help="a checkpoint to begin with; default: random weights")
+    ] = None,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="although it has seen days to be walked; stamps the page")
+    ] = False,
+    max_hours: Annotated[
+        float,
+        typer.Option("--max-hours", help="refuse what would take longer", parser=float, metavar="<float>"),
+    ] = 24.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="the walk's folder; default: walkforward")
+    ] = None,
+    fetch: Annotated[bool, typer.Option("--refresh", help="fetch new bars first")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Live a training's life over stored bars, and let the champion of each moment trade what came after it."""
+    from commands import walkforward
+    from monitoring.console import Console
+
+    try:
+        options = walkforward.WalkOptions(
+            step=step,
+            first_day=first_day,
+            last_day=last_day,
+            fresh=fresh,
+            jobs=jobs,
+            costs_bps=walkforward.parse_costs(costs),
+            trees=trees,
+            start_from=start_from,
+            allow_overlap=allow_overlap,
+            max_hours=max_hours,
+            output=output or Path("walkforward"),
+            refresh=fetch,
+            as_json=as_json,
+        )
+    except ValueError as error:
+        raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
+    with Console(Path(settings.log_dir), to_stderr=as_json) as console:
+        walkforward.command(settings, train, options, console)
+
+
 def main() -> None:
     """Run the named command, or ``train``, in the program's folder."""
     enter_program_folder(Path(__file__).resolve().parent)
@@ -293,7 +353,7 @@ def main() -> None:
         load_dotenv(Path(__file__).with_name(".env"))  # not one of a folder above
     except (OSError, UnicodeDecodeError):
         exit_with(EXIT_SETTING, "Invalid setting: .env must be a readable text file in UTF-8: save it as one")
-    run(application(Settings, PRESETS, train_command, __doc__), sys.argv[1:])
+    run(application(Settings, PRESETS, train_command, __doc__, [walkforward_command]), sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ def application(
     presets: Mapping[str, Mapping[str, Any]],
     train: Callable[..., None],
     help_text: str | None,
+    others: Sequence[Callable[..., None]] = (),
 ) -> typer.Typer:
-    """Return the program with all its commands; ``run`` runs it."""
+    """Return the program with all its commands, and ``others`` that need the main loop; ``run`` runs it."""
     paragraphs = re.sub(r"(?<!\n)\n(?!\n)", " ", help_text or "")  # typer keeps line breaks
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=paragraphs)
 
@@ -56,7 +57,7 @@ def application(
     ) -> None:
         pass
 
-    for command in (train, *COMMANDS):
+    for command in (train, *others, *COMMANDS):
         app.command(name_of(command), help=inspect.getdoc(command), hidden=command in HIDDEN)(
             command_from(settings_class, presets, command)
         )

@@ -31,7 +31,7 @@ from runtime.control import (
 from training import checkpoint, distributed, prefetch, validation
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
-from training.data_feed import fresh_bars, holdout_start_ns, make_market, refresh_command
+from training.data_feed import BarsOfRun, fresh_bars, holdout_start_ns, make_market, refresh_command
 from training.distributed import agreed_stop
 from training.integrity import Inspections
 from training.memory import plan_memory
@@ -54,8 +54,8 @@ class Job:
     A context manager. Methods marked (all ranks) are collective: every rank calls them at the same point.
     """
 
-    def __init__(self, settings: Settings, control: Control) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, control: Control, bars_of_run: BarsOfRun = fresh_bars) -> None:
+        self._bars_of_run, self.settings = bars_of_run, settings
         self.control = control
         self.stopping = False
         self._folder = Path(settings.checkpoint_dir)
@@ -114,7 +114,7 @@ class Job:
             return False
         lake = Lake(Path(settings.data_dir), self.console)
         with self._phases.during("data"):
-            data = fresh_bars(
+            data = self._bars_of_run(
                 lake, settings, progress, self.ranks, self.control, self.console, self._prefetch
             )
             if data is None:  # asked to stop while bars were loading

@@ -62,12 +62,14 @@ class OpenEnv(ExamEnv):
         places: Sequence[tuple[str, int]],
         accounts: Sequence[OpenAccount | None],
         dtype: torch.dtype = torch.float64,
+        flat_cost_bps: Sequence[float | None] | None = None,
     ) -> None:
         places = [
             (symbol, account.next_ns if account else start_ns)
             for (symbol, start_ns), account in zip(places, accounts, strict=True)
         ]
-        super().__init__(replace(market, horizon=1), replace(config, horizon=1), device, places, dtype)
+        market, config = replace(market, horizon=1), replace(config, horizon=1)
+        super().__init__(market, config, device, places, dtype, flat_cost_bps)
         self._given = list(accounts)
         self._left: list[tuple[Tensor, ...]] = []  # the state of those that are done, and who is
         first = self._schedule[0]

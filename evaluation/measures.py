@@ -199,6 +199,19 @@ def margin(walks: Sequence[Walk]) -> Margin:
     Raises:
         ValueError: there is no walk.
     """
+    return margin_of_days(trades_by_day(walks)[1])
+
+
+def trades_by_day(walks: Sequence[Walk]) -> tuple[NDArray[np.datetime64], NDArray[np.float64]]:
+    """Return the days of a pool, and sums on each: decisions, log returns net and gross, value traded.
+
+    Returns:
+        days: (D,).
+        sums: (D, 4).
+
+    Raises:
+        ValueError: there is no walk.
+    """
     _require_walks(walks)
     parts = []
     for walk in walks:
@@ -211,6 +224,11 @@ def margin(walks: Sequence[Walk]) -> Margin:
     sums = np.zeros((len(every_day), 4))  # decisions, net, gross, traded
     for days, own in parts:
         sums[np.searchsorted(every_day, days)] += own
+    return every_day, sums
+
+
+def margin_of_days(sums: NDArray[np.float64]) -> Margin:
+    """Measure what trades earn by their sums on every day, (D, 4), as ``trades_by_day`` has them."""
     ratios = _margins(sums.sum(axis=0))
     intervals: list[Interval | None] = [None] * len(ratios)
     if len(sums) >= LEAST_DAYS:

@@ -1,4 +1,4 @@
-"""A walk that goes on: accounts of a policy and of buy and hold, over the bars that came since they last stood.
+"""A walk that goes on: accounts of policies and of rules, over the bars that came since they last stood.
 
 Shapes: S = symbols, R = decisions of the longest walk.
 """
@@ -16,11 +16,19 @@ from envs.config import EnvConfig
 from envs.market import Market
 from envs.open_env import OpenAccount, OpenEnv
 from evaluation.baselines import BUY_AND_HOLD, actions_after
-from evaluation.exam import ENCODED_SEGMENTS, POLICY, Reader, Walk, one_thread, play_segment, walks_of
+from evaluation.exam import (
+    ENCODED_SEGMENTS,
+    POLICY,
+    Reader,
+    Walk,
+    at_flat_cost,
+    one_thread,
+    play_segment,
+    walks_of,
+)
 from models.ensemble import Decider, EnsembleHead
 from models.policy import Head
 
-NAMES = (POLICY, BUY_AND_HOLD)
 Accounts = Mapping[str, Mapping[str, OpenAccount]]  # contestant -> symbol -> account
 
 
@@ -36,7 +44,7 @@ class OpenWalks:
 
 @torch.no_grad()
 def walk_on(
-    policy: Decider,
+    policies: Decider | Mapping[str, Decider | None],
     market: Market,
     config: EnvConfig,
     symbols: Sequence[str],
@@ -46,72 +54,96 @@ def walk_on(
     chunk_segments: int = 64,
     check_stop: Callable[[], None] = lambda: None,
     is_late: Callable[[], bool] = lambda: False,
+    rules: Sequence[str] = (BUY_AND_HOLD,),
+    flat_costs_bps: Sequence[float] = (),
 ) -> OpenWalks:
     """Let the accounts walk on to the newest bar whose outcome is known, as an exam would, greedily.
 
     Args:
-        policy: decides; the trunk reads segments as in an exam.
+        policies: by name; a single one is called "policy". The trunk reads segments as in an exam. None: the
+            contestant is in cash.
         market: has the bars.
         config: of the accounts, with the horizon of the training.
         symbols: to walk.
         accounts: as they stood; a symbol without one begins with money 1, at ``decides_from_ns``.
-        decides_from_ns: at the close of older bars an account keeps what it holds: the policy knows what comes.
+        decides_from_ns: at the close of older bars accounts of policies keep what they hold: a policy knows what
+            comes.
         end_ns: of the bars.
         chunk_segments: segments per forward of the trunk.
         check_stop: called every few bars; an exception from it ends the walk.
         is_late: asked likewise; then the walk ends where it is.
+        rules: baselines that walk, too.
+        flat_costs_bps: costs of traded value, instead of all fees and slippage, at which the first policy walks
+            again, as further contestants named ``at_flat_cost(name, bps)``.
 
     Raises:
         NoSegment: there is nothing to walk.
     """
+    policies = dict(policies) if isinstance(policies, Mapping) else {POLICY: policies}
+    ladder = {at_flat_cost(next(iter(policies)), bps): bps for bps in flat_costs_bps}
+    deciders = {**policies, **dict.fromkeys(ladder, next(iter(policies.values())))}
+    names = [*deciders, *rules]
     market = replace(market, horizon=1).until(end_ns)
-    places = [(symbol, decides_from_ns) for _ in NAMES for symbol in symbols]
-    standing = [accounts.get(name, {}).get(symbol) for name in NAMES for symbol in symbols]
-    env = OpenEnv(market, config, market.device, places, standing)
+    places = [(symbol, decides_from_ns) for _ in names for symbol in symbols]
+    standing = [accounts.get(name, {}).get(symbol) for name in names for symbol in symbols]
+    costs = [ladder.get(name) for name in names for _ in symbols]
+    env = OpenEnv(market, config, market.device, places, standing, flat_cost_bps=costs if ladder else None)
     num_symbols, horizon = len(symbols), config.horizon
     numbers = [market.symbols.index(symbol) for symbol in symbols]
-    schedule = env.schedule[:, :num_symbols]  # (R, S)
+    schedule = env.schedule[:, :num_symbols].contiguous()  # (R, S)
     first_bars = market.offsets[torch.tensor(numbers, device=env.device)]
-    reader = Reader(policy, market, numbers, horizon, chunk_segments)
-    decide = _Decide(policy.head, len(config.positions))
+    # A policy with several names reads the market once.
+    acting = {id(policy): policy for policy in deciders.values() if policy}
+    readers = [Reader(policy, market, numbers, horizon, chunk_segments) for policy in acting.values()]
+    place_of = {key: place for place, key in enumerate(acting)}
+    who = tuple(place_of[id(policy)] if policy else None for policy in deciders.values())
+    heads = tuple(policy.head for policy in acting.values())
+    decide = _Decide(heads, who, len(config.positions), config.positions.index(0.0))
     at_once = max(horizon, ENCODED_SEGMENTS * horizon // num_symbols)
     played, held = [], 0
     for first in range(0, len(schedule), at_once):
         if first and is_late():
             break
         rows = schedule[first : first + at_once]
-        encoded = reader.read(rows.T[None], check_stop)[0]  # (r, S, W)
+        encoded = [reader.read(rows.T[None], check_stop)[0] for reader in readers]  # (r, S, W) each
         may_decide = market.open_time[rows.clamp(min=0)] >= decides_from_ns
         held += int(((rows >= 0) & ~may_decide).sum())
-        buying = actions_after(BUY_AND_HOLD, market, config.positions, rows, first_bars)
+        ruled = [actions_after(name, market, config.positions, rows, first_bars) for name in rules]
+        by_rule = torch.cat(ruled, dim=1) if ruled else rows[:, :0]
         with one_thread(env.device):
             for row in range(len(rows)):
                 if row % 64 == 0:
                     check_stop()
                 env.begin_segment()
-                inputs = buying[row : row + 1], encoded[row : row + 1]
-                played.append(play_segment(env, decide, may_decide[row : row + 1], inputs))
+                here = slice(row, row + 1)
+                inputs = by_rule[here], *(segments[here] for segments in encoded)
+                played.append(play_segment(env, decide, may_decide[here], inputs))
     columns = list(np.concatenate(played, axis=1))
     ahead = torch.arange(1, device=env.device)
-    walks = walks_of(NAMES, symbols, market, schedule[: len(played)], ahead, columns)
+    walks = walks_of(names, symbols, market, schedule[: len(played)], ahead, columns)
     now = iter(env.accounts())
-    after = {name: {symbol: account for symbol in symbols if (account := next(now))} for name in NAMES}
-    accounts_now = {name: {**accounts.get(name, {}), **after[name]} for name in NAMES}
+    after = {name: {symbol: account for symbol in symbols if (account := next(now))} for name in names}
+    accounts_now = {name: {**accounts.get(name, {}), **after[name]} for name in names}
     return OpenWalks(walks, accounts_now, held, len(played) == len(schedule))
 
 
 @dataclass(frozen=True)
 class _Decide:
-    """The actions of all accounts at one bar: the policy's, then those of buy and hold."""
+    """The actions of all accounts at one bar: first those of policies, then those of rules."""
 
-    head: Head | EnsembleHead
+    heads: tuple[Head | EnsembleHead, ...]
+    who: tuple[int | None, ...]  # the head of each contestant that is no rule; None: it goes to cash
     num_positions: int
+    flat: int  # the position 0
 
     def __call__(
-        self, accounts: Tensor, may_decide: Tensor, buying: Tensor, projected: Tensor
+        self, accounts: Tensor, may_decide: Tensor, by_rule: Tensor, *projected: Tensor
     ) -> tuple[Tensor]:
-        """Join observations (2 x S, A), who may decide (S,), buy and hold's actions (S,), the market's part."""
-        own = accounts[: len(may_decide)]
-        chosen = self.head.decide(projected, own[None])[0].argmax(-1).flatten()
-        holds = own[:, : self.num_positions].argmax(-1)
-        return (torch.cat((torch.where(may_decide, chosen, holds), buying)),)
+        """Join observations (N, A), who may decide (S,), the rules' actions (n,), the market's part (S, W)."""
+        own = accounts[: len(self.who) * len(may_decide)].unflatten(0, (len(self.who), len(may_decide)))
+        holds = own[..., : self.num_positions].argmax(-1)  # (D, S)
+        chosen = torch.full_like(holds, self.flat)
+        for number, (head, market) in enumerate(zip(self.heads, projected, strict=True)):
+            places = [place for place, of in enumerate(self.who) if of == number]
+            chosen[places] = head.decide(market, own[places])[0].argmax(-1)
+        return (torch.cat((torch.where(may_decide, chosen, holds).flatten(), by_rule)),)

@@ -13,9 +13,11 @@ from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import CHAMPION, POLICY
 from evaluation.history import History
 from evaluation.measures import Interval
+from evaluation.plots import FIRST
 from evaluation.record_summary import Summary, describe, grown
 from evaluation.report import Report
 from evaluation.verdict import describe_power
+from evaluation.walk_summary import WalkSummary
 from runtime.wording import count_of
 
 NONE = Markup('<span title="too few days, or nothing to divide by">n/a</span>')
@@ -96,6 +98,17 @@ def held_for(minutes: float | None) -> str:
         if minutes < limit:
             return f"{minutes / length:.3g} {unit}"
     return f"{minutes / 1_440:.3g} days"
+
+
+def render_walkforward(
+    summary: WalkSummary, svgs: Mapping[str, tuple[str, str]], made: Mapping[str, str]
+) -> bytes:
+    """Return ``walkforward.html``: a walk's verdict, its curve, its windows and its symbols."""
+    pairs = {name: tuple(map(Markup, pair)) for name, pair in svgs.items()}
+    page = _environment().get_template("walkforward.html")
+    return page.render(
+        summary=summary, svgs=pairs, made=made, POLICY=POLICY, BUY_AND_HOLD=BUY_AND_HOLD, FIRST=FIRST
+    ).encode()
 
 
 def headline(report: Report) -> str:

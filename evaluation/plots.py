@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import AGAINST, CHAMPION, POLICY, Contestants, Walk
+from evaluation.forecasts import TREES
 from evaluation.measures import drawdown, equity_curve
 
 Array = NDArray[np.float64]
@@ -32,11 +33,14 @@ matplotlib.rcParams["axes.unicode_minus"] = False  # the same minus as in everyt
 # In lower case, as matplotlib writes them.
 ACCENT, SECOND, INK, MUTED, FAINT = "#0072b2", "#d55e00", "#1f2328", "#6b7280", "#e3e6ea"
 BOUGHT = "#009e73"
+FIRST = "first champion"  # of a walk forward, which is never trained again
 # In the page these are variables of its style sheet, which has other values for the dark theme.
 VARIABLES = {ACCENT: "accent", SECOND: "second", INK: "ink", MUTED: "muted", FAINT: "faint"}
 STYLES: Mapping[str, Mapping[str, Any]] = {
     POLICY: {"color": ACCENT, "linewidth": 1.8, "zorder": 4},
     CHAMPION: {"color": SECOND, "linewidth": 1.4, "zorder": 3},
+    FIRST: {"color": SECOND, "linewidth": 1.4, "zorder": 3},
+    TREES: {"color": BOUGHT, "linewidth": 1.2, "zorder": 2},
     BUY_AND_HOLD: {"color": INK, "linewidth": 1.0, "zorder": 2},
     AGAINST: {"color": SECOND, "linewidth": 1.4, "linestyle": (0, (6, 2)), "zorder": 3},
     MOMENTUM: {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (4, 2)), "zorder": 2},
@@ -55,10 +59,19 @@ LEAST_VALUE = 1e-12  # of a metric; what is smaller is a rounding error
 POINTS = 700  # of a line: about one per pixel of a page
 
 
-def equity(contestants: Contestants, width: float) -> Figure:
-    """Draw the net return of all contestants over time."""
+def equity(contestants: Contestants, width: float, band: Array | None = None) -> Figure:
+    """Draw the net return of all contestants over time.
+
+    Args:
+        contestants: their walks.
+        width: in inches.
+        band: (2, D) growth of the policy, between what its curve could have been after each of its D decisions.
+    """
     figure, axes = new_figure(width, 3.4)
     ends = []
+    if band is not None and np.isfinite(band).all():
+        low, high = _percent(band - 1)
+        axes.fill_between(contestants[POLICY][0].time, low, high, color=ACCENT, alpha=0.12, linewidth=0)
     for name, walks in contestants.items():
         time, curve = equity_curve(walks)
         percent = _percent(lasts(curve) - 1)
@@ -68,6 +81,28 @@ def equity(contestants: Contestants, width: float) -> Figure:
     draw_zero_line(axes)
     _label_lines(axes, ends, width)
     axes.set_ylabel("net return, %")
+    return figure
+
+
+def windows(names: Sequence[str], returns: Sequence[float], others: Sequence[float], width: float) -> Figure:
+    """Draw the net return of each window of a walk, and beside it that of buy and hold."""
+    figure, axes = new_figure(width, 2.4)
+    place = np.arange(len(names))
+    axes.bar(place - 0.2, _percent(np.array(returns)), 0.4, color=ACCENT, label="champion", zorder=3)
+    axes.bar(place + 0.2, _percent(np.array(others)), 0.4, color=FAINT, label=BUY_AND_HOLD, zorder=2)
+    draw_zero_line(axes)
+    shown = place[:: -(-len(names) // (4 if width < NARROW else 9))]
+    axes.set_xticks(shown, [names[number] for number in shown])
+    axes.set_ylabel("net return, %")
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        borderpad=0.0,
+        ncols=2,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=8,
+    )
     return figure
 
 

@@ -94,7 +94,7 @@ def summarize(lines: Sequence[Line]) -> Summary | None:
     days = np.array(sorted(growth[POLICY]), dtype="datetime64[D]")
     kind = "stock" if all(line["stocks_only"] for line in scored) else "crypto"
     walks = {
-        name: [_as_walk(days, np.array([total[str(day)] for day in days]), kind)]
+        name: [as_walk(days, np.array([total[str(day)] for day in days]), kind)]
         for name, total in growth.items()
     }
     kinds = [line["kind"] for line in lines]
@@ -171,7 +171,7 @@ def headline_beside(folder: Path) -> str:
     return f"Record: {summary.headline}; line {summary.num_lines}, {summary.hash[:16]}"
 
 
-def _as_walk(days: NDArray[np.datetime64], growth: NDArray[np.float64], asset_class: str) -> Walk:
+def as_walk(days: NDArray[np.datetime64], growth: NDArray[np.float64], asset_class: str) -> Walk:
     """Return a pool's days as a walk of one decision a day, to be measured and drawn like any other."""
     nothing = np.zeros(len(days))
     noons = (

@@ -115,8 +115,10 @@ class Played:
     funding: Floats
 
 
-def play(decisions: Decisions, targets: Floats, cost_bps: float) -> Played:
-    """Fill targets from -1 to 1 at a flat cost of traded value; units are held until the target changes.
+def play(decisions: Decisions, targets: Floats, cost_bps: float | Floats) -> Played:
+    """Fill targets from -1 to 1 at a flat cost of traded value, one for all or (n,).
+
+    Units are held until the target changes.
 
     The ledger of ``envs.account.advance``, without ruin, liquidation and costs that depend on size; equity stays
     above its floor.

@@ -155,7 +155,7 @@ class Console:
         spare: Iterable[str] = (),
         summary: str = "",
     ) -> None:
-        """Print a table; only its title where the dashboard is on.
+        """Print a table, unless only more urgent lines are shown; only its title where the dashboard is on.
 
         Args:
             title: a line above it.
@@ -164,6 +164,8 @@ class Console:
             spare: columns that may be left out, in this order, where the terminal is narrow. No cell is cut.
             summary: a second line above it, broken where it is long.
         """
+        if self._level > logging.INFO:
+            return
         if self._on_screen():
             log.info(title)
             return

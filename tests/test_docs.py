@@ -18,7 +18,7 @@ import typer
 
 from commands import export
 from commands.cli import application, helps_of
-from continuous_training import PRESETS, Settings, train_command
+from continuous_training import PRESETS, Settings, train_command, walkforward_command
 from data_sources.bars import COLUMNS, DAY_NS
 from data_sources.lake.lake import Lake
 from data_sources.load import load
@@ -146,7 +146,7 @@ def names_defined_in(source: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def commands() -> dict[str, set[str]]:
     """The options of every command of the program, by its name, hidden ones included."""
-    group = typer.main.get_command(application(Settings, PRESETS, train_command, None))
+    group = typer.main.get_command(application(Settings, PRESETS, train_command, None, [walkforward_command]))
     return {
         name: {
             option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)

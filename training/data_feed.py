@@ -55,6 +55,11 @@ log = logging.getLogger("continuous_training")
 CHECK_SECONDS = 3_600.0  # a feature that computes for longer counts as hanging
 ENOUGH_FLOW = 0.5  # of the bars, to scale features of the order flow by
 
+# Loads the bars of a run that begins or is resumed, on every rank: ``fresh_bars``, or ``stored_bars``.
+BarsOfRun = Callable[
+    [Lake, "Settings", TrainingProgress, Ranks, Control, Progress, Prefetch], LoadedData | None
+]
+
 
 def fresh_bars(
     lake: Lake,
@@ -112,6 +117,33 @@ def fresh_bars(
             log.info(str(flow))
     progress.num_bars = {bars.symbol: len(bars) for bars in data.bars}
     return data
+
+
+def stored_bars(until_ns: int) -> BarsOfRun:
+    """Return a loader of the bars as they were known at a moment: those in the lake, and no source is asked.
+
+    Universe, splits and funding are as of then, too (``data_request``). Its arguments are those of ``fresh_bars``.
+    """
+
+    def load_stored(
+        lake: Lake,
+        settings: Settings,
+        progress: TrainingProgress,
+        ranks: Ranks,
+        control: Control,
+        reporter: Progress,
+        prefetch: Prefetch,
+    ) -> LoadedData | None:
+        progress.cutoff_ns = until_ns
+        request = data_request(settings, until_ns)
+        with _exit_without_lake(progress):
+            data = _map_copy(lake, request, progress.num_bars, ranks, "")
+        if request.needs_lake:
+            _compare_with_beginning(data, progress, settings, lake)
+        progress.num_bars = {bars.symbol: len(bars) for bars in data.bars}
+        return data
+
+    return load_stored
 
 
 def _bring_up_to_date(

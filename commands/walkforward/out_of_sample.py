@@ -1,0 +1,231 @@
+"""One window traded: by the champion of that moment, on bars that came after it, and by all beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from commands.walkforward.schedule import Window
+from data_sources.bars import DAY_NS, MINUTE_NS, Bars
+from data_sources.lake.lake import Lake
+from data_sources.load import load
+from envs.config import EnvConfig
+from envs.features import FeatureStatistics
+from envs.market import Market, NoSegment
+from evaluation.baselines import BASELINES, BUY_AND_HOLD
+from evaluation.exam import POLICY, Walk
+from evaluation.forecasts import FITS, HORIZONS, TREES, BarTable, forecasts_of, targets_of
+from evaluation.measures import daily_growth, days_of_fills, trades_by_day
+from evaluation.open_walk import walk_on
+from evaluation.plots import FIRST
+from evaluation.record import Accounts
+from evaluation.record_summary import pool_days
+from evaluation.rules import Decisions, apply_rule, choose_rules, play, walks_of
+from models.policy import precision_on
+from training.checkpoint import Checkpoint
+from training.data_feed import data_request
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
+
+SEGMENTS_AT_ONCE = {"cpu": 16, "cuda": 64}  # per forward of the trunk
+
+
+@dataclass(frozen=True)
+class Contestants:
+    """Who trades in a window; None is in cash."""
+
+    newest: Checkpoint  # of the window's training: its symbols are the universe as known then
+    champion: Checkpoint | None
+    first: Checkpoint | None  # the first champion of all, which was never trained again
+
+
+def trade(
+    window: Window,
+    who: Contestants,
+    lake: Lake,
+    settings: Settings,
+    device: torch.device,
+    accounts: Accounts,
+    costs_bps: Sequence[float],
+    trees: bool,
+    check_stop: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], Accounts]:
+    """Let every contestant trade on a window's bars, with accounts that go on from the window before.
+
+    Symbols are those that the training knew at the window's start, and those with an account from before. Their
+    bars are as known at the window's end: splits, funding.
+
+    Args:
+        window: the bars to trade on.
+        who: decides.
+        lake: has the bars.
+        settings: of the training.
+        device: to compute on.
+        accounts: as they stood after the window before.
+        costs_bps: flat costs at which the champion trades again.
+        trees: whether boosted trees trade, too, fitted to the bars before the window.
+        check_stop: called every few bars; an exception from it ends the walk.
+
+    Returns:
+        What is kept of the window, and the accounts as they stand now. A window without a bar that anything can
+        be decided on has no days.
+
+    Raises:
+        LakeError: the bars cannot be read.
+        CheckpointError: a champion is of another version.
+    """
+    symbols = list(dict.fromkeys([*who.newest.symbols, *(s for own in accounts.values() for s in own)]))
+    bars = _bars_until(window.end_ns, symbols, lake, settings)
+    config = EnvConfig.from_settings(settings, 1)
+    precision = precision_on(device, settings.precision)
+    found: dict[str, list[Walk]] = {}
+    after = dict(accounts)
+    for statistics, policies in _by_scale(who):
+        acting = {id(saved): saved.policy(device, precision) for saved in policies.values() if saved}
+        rules, costs = (BASELINES, costs_bps) if POLICY in policies else ((), ())
+        try:
+            market = _market(bars, settings, device, window, statistics)
+            walked = walk_on(
+                {name: acting[id(saved)] if saved else None for name, saved in policies.items()},
+                market,
+                config,
+                [series.symbol for series in bars],
+                accounts,
+                # At the close of the last bar that it may have been chosen on: the fill is the first new price.
+                decides_from_ns=window.start_ns - MINUTE_NS,
+                end_ns=window.end_ns,
+                chunk_segments=settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type],
+                check_stop=check_stop,
+                rules=rules,
+                flat_costs_bps=costs,
+            )
+        except NoSegment:
+            return _row(window, who, {}, {}), accounts
+        found |= walked.walks
+        after |= {name: walked.accounts[name] for name in walked.walks}
+    if trees:
+        market = _market(bars, settings, device, window, None)
+        found[TREES] = trade_by_trees(market, config, window, settings.holdout_days)
+    equity = {
+        name: {symbol: math.exp(account.log_equity) for symbol, account in accounts.get(name, {}).items()}
+        for name in found
+    }
+    return _row(window, who, found, equity), after
+
+
+def _bars_until(end_ns: int, symbols: Sequence[str], lake: Lake, settings: Settings) -> list[Bars]:
+    # What became of a symbol within the window must not decide whether it is walked.
+    least = settings.context_bars + 3
+    request = replace(data_request(settings, end_ns), min_bars=least, keep_pegged=True)
+    return [series for series in load(lake, request).bars if series.symbol in set(symbols)]
+
+
+def _market(
+    bars: Sequence[Bars],
+    settings: Settings,
+    device: torch.device,
+    window: Window,
+    statistics: FeatureStatistics | None,
+) -> Market:
+    holdout_ns = window.start_ns - settings.holdout_days * DAY_NS
+    return Market.from_settings(bars, settings, device, holdout_ns, statistics)
+
+
+def _by_scale(who: Contestants) -> list[tuple[FeatureStatistics, dict[str, Checkpoint | None]]]:
+    """Group who decides by the scale of its features: with --fresh every training has its own."""
+    champion, first = who.champion, who.first
+    if first is not None and champion is not None and first.name == champion.name and _same(first, champion):
+        first = champion  # it reads the market once
+    scale = (champion or first or who.newest).statistics
+    if first is None or _same(first, champion or first):
+        return [(scale, {POLICY: champion, FIRST: first})]
+    return [(scale, {POLICY: champion}), (first.statistics, {FIRST: first})]
+
+
+def _same(one: Checkpoint, other: Checkpoint) -> bool:
+    mine, theirs = one.statistics, other.statistics
+    return torch.equal(mine.mean, theirs.mean) and torch.equal(mine.std, theirs.std)
+
+
+def trade_by_trees(market: Market, config: EnvConfig, window: Window, holdout_days: int) -> list[Walk]:
+    """Let boosted trees trade on a window by the ledger of the probe; in cash at its start.
+
+    They are fitted to the bars before the exam's days, less a day; a rule is chosen on the exam's days; both as
+    known at the window's start. Costs are each symbol's fee and slippage, flat.
+    """
+    market = market.until(window.end_ns)
+    table = BarTable.of(market)
+    chosen_ns = window.start_ns - holdout_days * DAY_NS
+    known = table.rows_before(chosen_ns - DAY_NS, max(HORIZONS))
+    rows = table.rows_between(chosen_ns, window.end_ns)
+    if not len(known) or not len(rows):
+        return []
+    forecast = FITS[TREES](market, torch.from_numpy(known), targets_of(table, known))
+    forecasts = forecasts_of(forecast, table, rows)
+    # A move that ends after the window's start was not known then.
+    on_exam = table.open_time[rows + 2] < window.start_ns
+    costs_bps = 1e4 * market.cost_rates(config, torch.float64).cpu().numpy()
+    before = Decisions.at(market, table, config, rows[on_exam])
+    mean_bps = float(costs_bps[table.symbol[rows[on_exam]]].mean()) if on_exam.any() else 0.0
+    ((rule,), _) = choose_rules(before, forecasts[on_exam], HORIZONS, [mean_bps])
+    traded = table.open_time[rows] >= window.start_ns - MINUTE_NS
+    if not traded.any():
+        return []
+    decisions = Decisions.at(market, table, config, rows[traded])
+    sides = np.zeros(len(decisions), np.int8)
+    if rule is not None:
+        forecasts = forecasts[traded]
+        sides = apply_rule(rule, forecasts[:, HORIZONS.index(rule.horizon)], decisions.begins)
+    played = play(decisions, decisions.targets(sides), costs_bps[table.symbol[decisions.rows]])
+    return walks_of(market, table, decisions, played)
+
+
+def _row(
+    window: Window,
+    who: Contestants,
+    found: Mapping[str, list[Walk]],
+    equity: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """Return what is kept of a window; evaluation/walk_summary.py reads it."""
+    row: dict[str, Any] = {
+        "format": 1,
+        "number": window.number,
+        "start_ns": window.start_ns,
+        "end_ns": window.end_ns,
+        "champion": who.champion.name if who.champion else None,
+        "champion_trained_until_ns": who.champion.trained_until_ns if who.champion else None,
+        "newest": who.newest.name,
+        "days": {name: pool_days(walks, equity[name]) for name, walks in found.items() if walks},
+        "trades": {},
+        "symbols": {},
+    }
+    own = found.get(POLICY, [])
+    if own:
+        days, sums = trades_by_day(own)
+        row["trades"] = {str(day): line.tolist() for day, line in zip(days, sums, strict=True)}
+    hold = {walk.symbol: walk for walk in found.get(BUY_AND_HOLD, [])}
+    for walk in own:
+        row["symbols"][walk.symbol] = {
+            "asset_class": walk.asset_class,
+            "decisions": len(walk.time),
+            "traded": float(walk.traded.sum()),
+            "costs": float(walk.costs.sum()),
+            "funding": 0.0 if walk.funding is None else float(walk.funding.sum()),
+            "days": {
+                name: _growth_by_day(each)
+                for name, each in ((POLICY, walk), (BUY_AND_HOLD, hold[walk.symbol]))
+            },
+        }
+    return row
+
+
+def _growth_by_day(walk: Walk) -> dict[str, float]:
+    days = np.unique(days_of_fills(walk))
+    growth = daily_growth([walk])[:, 0]
+    return {str(day): float(value) for day, value in zip(days, growth, strict=True)}
