@@ -105,6 +105,7 @@ class Settings:
     maintenance_margin: float = 0.01  # equity per value of a perpetual position where it is liquidated
     ruin_fraction: float = 0.2  # an episode ends in ruin below this fraction of its initial equity
     cost_ramp: float = 0.5  # fraction of the first run over which costs grow from zero to the above
+    reward: Literal["log equity", "less market"] = "log equity"  # or less market: without the market's part
     # --- model --------------------------------------------------------------------------------------------
     d_model: int = 2_048  # width of the transformer
     num_layers: int = 12  # transformer blocks

@@ -59,6 +59,17 @@ def outcome_of_every_choice(
     return fill
 
 
+def market_rewards_of_every_choice(others_growth: Tensor, positions: Sequence[float]) -> Tensor:
+    """Return the ``market_rewards`` (``Segment``) of every chosen target, (N, H, 1, K) float32.
+
+    Args:
+        others_growth: of ``Segment``, (N, H).
+        positions: the K targets.
+    """
+    held = _holdable(tuple(positions), others_growth.dtype, others_growth.device)
+    return (others_growth[..., None, None] * held[: len(positions)]).float()
+
+
 def accounts_in_every_position(accounts: Tensor, positions: Sequence[float]) -> Tensor:
     """Return each account's observations, had it held every position: (..., A) -> (..., J, A).
 

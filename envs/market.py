@@ -66,6 +66,9 @@ class Market:
     stretch_first: Tensor  # (M,) int64, first bar of each stretch
     stretch_last: Tensor  # (M,) int64, last bar before the next hole or the holdout
     stretch_starts_before: Tensor  # (M,) int64, valid starts in all stretches before this one
+    # (B,) float32, mean log growth of the others of its asset class from the bar's open to the next one's; None
+    # where nothing is learnt of it
+    others_growth: Tensor | None = None
 
     @staticmethod
     def from_bars(
@@ -79,6 +82,7 @@ class Market:
         features: Mapping[str, FeatureFunction] | None = None,
         panel: Panel | None = None,
         table: Tensor | None = None,
+        with_others: bool = False,
     ) -> Market:
         """Move bars to the device and compute their features.
 
@@ -93,6 +97,7 @@ class Market:
             features: name -> function; default: those of the group "symbol", and one's own.
             panel: has these bars, and perhaps those of more symbols for features to look at; default: these.
             table: their features, normalised with these ``statistics``, (B, F) float16; default: computed here.
+            with_others: also compute ``others_growth``.
 
         Raises:
             NoSegment: no segment fits.
@@ -114,8 +119,8 @@ class Market:
         offsets = np.concatenate([[0], np.cumsum([len(series) for series in bars])]).astype(np.int64)
 
         training_bars = bars_before(bars, holdout_start_ns)
+        panel = panel_of(bars, device, functions) if panel is None else panel
         if table is None:
-            panel = panel_of(bars, device, functions) if panel is None else panel
             if statistics is None:
                 raws = (compute(series, device, functions, panel) for series in bars)
                 statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
@@ -154,6 +159,9 @@ class Market:
         funding = [np.zeros(len(series)) if series.funding is None else series.funding for series in bars]
         if any(rates.any() for rates in funding):
             quotes.append(np.concatenate(funding))
+        others_growth = None
+        if with_others:
+            others_growth = torch.cat([panel.growth_between_opens(series) for series in bars])
         return Market(
             symbols=symbols,
             asset_classes=tuple(series.asset_class for series in bars),
@@ -169,6 +177,7 @@ class Market:
             context_bars=context_bars,
             horizon=horizon,
             **{name: torch.from_numpy(array).to(device) for name, array in starts.items()},
+            others_growth=others_growth,
         )
 
     @staticmethod
@@ -181,7 +190,7 @@ class Market:
         panel: Panel | None = None,
         table: Tensor | None = None,
     ) -> Market:
-        """Call ``from_bars`` with the features, the context and the horizon of the settings."""
+        """Call ``from_bars`` with the features, the context, the horizon and the reward of the settings."""
         return Market.from_bars(
             bars,
             device=device,
@@ -192,6 +201,7 @@ class Market:
             features=chosen_features(settings.features),
             panel=panel,
             table=table,
+            with_others=settings.reward == "less market",
         )
 
     def until(self, end_ns: int) -> Market:
@@ -260,6 +270,11 @@ class Market:
     def quote_windows(self, first: Tensor, length: int) -> Tensor:
         """Return the quotes of ``length`` bars from each ``first`` bar on, (n, length, 5 or 6) float32."""
         return _windows(self.quotes, first, length)
+
+    def others_windows(self, first: Tensor, length: int) -> Tensor:
+        """Return ``others_growth`` of ``length`` bars from each ``first`` bar on, (n, length) float32."""
+        assert self.others_growth is not None
+        return _windows(self.others_growth[:, None], first, length).squeeze(2)
 
     def draw_starts(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw symbols with weight sqrt(valid starts), and a valid start of each, without a host sync.

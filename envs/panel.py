@@ -72,6 +72,15 @@ class Panel:
             yield first, end, history
             history.join(None)  # a circle would keep gigabytes until Python's collector comes
 
+    def growth_between_opens(self, bars: Bars) -> Tensor:
+        """Return the mean log growth of the others from each bar's open to the next one's, (B,) float32.
+
+        By bars that have closed at either open. The last bar has none, nor have bars without others that count.
+        """
+        symbol = _Symbol(self, bars)
+        just_before = symbol.members.times(bars) - MINUTE_NS
+        return symbol.growth_after(just_before)
+
     def class_of(self, asset_class: str) -> _Class:
         """Return the members of an asset class."""
         self.is_used = True
@@ -213,6 +222,15 @@ class _Symbol:
     @cached_property
     def levels(self) -> tuple[Tensor, Tensor]:
         """The index of the others, equally weighted and by traded value, at its bars: (B,) int64 each."""
+        equal, by_value = self._levels_at(self.members.times(self.bars))
+        return equal, by_value
+
+    def growth_after(self, times: Tensor) -> Tensor:
+        """Return the change of the equally weighted index from each of these times to the next, (n,) float32."""
+        level, _ = self._levels_at(times)
+        return (torch.diff(level, append=level[-1:]).double() * STEP).float()
+
+    def _levels_at(self, times: Tensor) -> list[Tensor]:
         members = self.members
         moves, weighted_moves, weights, count = members.moves
         if self.is_member:
@@ -224,9 +242,8 @@ class _Symbol:
         mean = torch.where(count > 0, moves / count.clamp(min=1), zero)
         has_weight = (count > 0) & (weights > 0)
         weighted = torch.where(has_weight, weighted_moves / torch.where(has_weight, weights, 1.0), zero)
-        place = members.places(members.times(self.bars))
-        equal, by_value = (_whole_steps(each).cumsum(0)[place] for each in (mean, weighted))
-        return equal, by_value
+        place = members.places(times)
+        return [_whole_steps(each).cumsum(0)[place] for each in (mean, weighted)]
 
 
 class _Class:

@@ -26,6 +26,7 @@ TOTALS = (
     "borrow_costs",
     "traded",
     "funding",
+    "market_rewards",
 )
 
 
@@ -40,7 +41,8 @@ class Segment:
     decision h sees, ``closes[H]`` that of the bootstrap value. ``price``, ``cost_rate``, ``impact`` (H + 1, N),
     ``borrow`` and ``funding`` (H, N) are views of ``quotes``, (5 or 6, H + 2, N): open, close, borrow, cost rate,
     impact and funding from the newest closed bar on. ``allowed``, (H, N) bool, is where a position may be held.
-    It, the impacts, the funding and the margin are None where their setting is off, or the market has none.
+    It, the impacts, the funding and the margin are None where their setting is off, or the market has none, and so
+    is ``others_growth``, (H, N): of the market from ``price[h]`` to ``price[h + 1]``.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Segment:
         device: torch.device,
         has_funding: bool = False,
         has_margin: bool = False,
+        has_others: bool = False,
     ) -> None:
         self.config = config
         self.margin = torch.zeros(config.num_envs, dtype=dtype, device=device) if has_margin else None
@@ -62,6 +65,8 @@ class Segment:
         self.closes = closes[:-1].unbind()
         everywhere = torch.ones(shape[1] - 2, shape[2], dtype=torch.bool, device=device)
         self.allowed = everywhere if config.flat_before_close else None
+        self.others_growth = torch.zeros_like(self.borrow) if has_others else None
+        self.targets = torch.tensor([*config.positions, 0.0], dtype=dtype, device=device)  # those of ``held``
         # Index of the target that each decision led to: cash where the account is ruined.
         self.held = torch.zeros(shape[1] - 2, shape[2], dtype=torch.uint8, device=device)
         self.helds = self.held.unbind()
@@ -88,6 +93,8 @@ class Segment:
             most = config.volume_slippage * cost_scale
             self.impact_limit.fill_(most)
             self.impact.clamp_(min=LEAST_VOLUME).reciprocal_().mul_(most * config.account_value)
+        if self.others_growth is not None:
+            self.others_growth.copy_(market.others_windows(cursor + 1, config.horizon).t())
         if self.allowed is not None:
             left = market.minutes_left[cursor + self._ahead[:, None]]
             torch.gt(left, config.flat_before_close, out=self.allowed)
@@ -109,11 +116,21 @@ class Segment:
             fill["margin"] = self.margin
         return fill
 
+    def market_rewards(self) -> Tensor | None:
+        """Return what the targets held in the segment as played would have earned in the market, (H, N).
+
+        Had they been held in the others of the asset class in equal parts, at no cost. Where the reward is ``less
+        market``, it is taken from the rewards. None where the market has no ``others_growth``.
+        """
+        if self.others_growth is None:
+            return None
+        return self.targets[self.held.long()] * self.others_growth
+
     @property
     def nbytes(self) -> int:
-        """Memory of ``quotes``, ``allowed`` and ``held``."""
-        allowed = 0 if self.allowed is None else self.allowed.nbytes
-        return self.quotes.nbytes + allowed + self.held.nbytes
+        """Memory of ``quotes``, ``allowed``, ``others_growth`` and ``held``."""
+        tensors = (self.quotes, self.allowed, self.others_growth, self.held)
+        return sum(0 if tensor is None else tensor.nbytes for tensor in tensors)
 
     def fills_ahead(self) -> dict[str, Tensor]:
         """Return the arguments of ``account.advance`` for the H fills but ``ruin_equity``, (N, H) each.
@@ -187,8 +204,9 @@ class Statistics:
         self.at_begin[0] = account.log_equity
         self.at_begin[1] = played
 
-    def end(self, account: AccountState, played: Tensor, over: Tensor, held: Tensor) -> None:
-        """Add a segment: its episodes that end, ``over`` (N,) bool, and the targets held, (H, N)."""
+    def end(self, account: AccountState, played: Tensor, over: Tensor, segment: Segment) -> None:
+        """Add a segment that was played, and its episodes that end, ``over`` (N,) bool."""
+        held, market_rewards = segment.held, segment.market_rewards()
         # An account that has not played in this segment was counted before.
         ended = (over & (played > self.at_begin[1])).to(torch.float64)
         progress = torch.stack((account.log_equity, played)) - self.at_begin
@@ -203,7 +221,9 @@ class Statistics:
                 self.time_in[self.cash_index] -= decided
         episodes = torch.stack((torch.ones_like(ended), account.log_equity, ~account.alive)).double()
         _, traded, costs, borrow_costs, *funding = self.flows.sum(1, dtype=torch.float64)
-        flows = torch.stack((costs, borrow_costs, traded, *(funding or [torch.zeros_like(traded)])))
+        nothing = torch.zeros_like(traded)
+        of_market = nothing if market_rewards is None else market_rewards.sum(dtype=torch.float64)
+        flows = torch.stack((costs, borrow_costs, traded, *(funding or [nothing]), of_market))
         self.totals.add_(torch.cat((torch.stack((decisions, rewards)), episodes @ ended, flows)))
         self.flows.zero_()
 

@@ -60,7 +60,8 @@ class TradingEnv:
     ## Reward
 
     ``log(E(t+2) / E(t+1))``: equity at the open of bar t + 2 before the next trade, over equity at the open of bar
-    t + 1 before this one. So rewards of an episode add up to the log of its final over its first equity.
+    t + 1 before this one. So rewards of an episode add up to the log of its final over its first equity. Where the
+    setting ``reward`` is ``less market``, ``Segment.market_rewards`` are taken off in what is learnt, not here.
 
     ## Costs
 
@@ -204,7 +205,8 @@ class TradingEnv:
                 f"the market must be made for context_bars and horizon {ours}, was made for {its}"
             )
         has_margin = market.has_perpetuals and self.config.maintenance_margin > 0
-        self._prepare({"has_funding": market.has_funding, "has_margin": has_margin})
+        terms = {"has_funding": market.has_funding, "has_others": market.others_growth is not None}
+        self._prepare(terms | {"has_margin": has_margin})
         self.market = market
         self._cost_rate_of = market.cost_rates(self.config, self.dtype)
 
@@ -356,7 +358,7 @@ class TradingEnv:
         self._cursor.add_(self.config.horizon)
         truncated = account.alive & self._cut()
         self._over.copy_(truncated | ~account.alive)
-        self.statistics.end(account, self._played, self._over, self.segment.held)
+        self.statistics.end(account, self._played, self._over, self.segment)
         return truncated
 
     def _cut(self) -> Tensor:
@@ -371,8 +373,8 @@ class TradingEnv:
 
         Sums, so that ranks can be added before dividing: ``decisions`` by living accounts and their ``rewards``;
         of the ``episodes`` that ended, the ``episode_log_returns`` and ``ruins``; ``costs`` (fees and slippage),
-        ``borrow_costs``, value ``traded`` and ``funding`` paid less received, in start equities; and the
-        decisions spent ``in_position_<target>``.
+        ``borrow_costs``, value ``traded`` and ``funding`` paid less received, in start equities; the sum of
+        ``market_rewards``; and the decisions spent ``in_position_<target>``.
         """
         return self.statistics.take()
 

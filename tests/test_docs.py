@@ -293,11 +293,11 @@ def test_every_metric_has_its_sentence_and_no_other_has_one(trained: Path) -> No
     recorded = {re.sub(r"(in_position_)\S+", r"\1X", name) for name in entry}
     on_gpus = set(re.findall(r'"(gpu/\w+)"', text_of(ROOT / "training" / "metrics.py")))
     texts = [text_of(ROOT / file) for file in ("training/trainer.py", "evaluation/examiner.py")]
-    of_funding = set(re.findall(r'"(\w+/funding_\w+)"', "".join(texts)))
-    assert on_gpus and not on_gpus & recorded and of_funding and not of_funding & recorded
+    of_others = set(re.findall(r'"(\w+/(?:funding|market)_\w+)"', "".join(texts)))  # bars and settings
+    assert on_gpus and not on_gpus & recorded and of_others and not of_others & recorded
     of_record = set(re.findall(r'"(record/\w+)"', text_of(ROOT / "evaluation" / "record_summary.py")))
     assert of_record and not of_record & recorded
-    assert explained == recorded | on_gpus | of_funding | of_record
+    assert explained == recorded | on_gpus | of_others | of_record
 
 
 def test_every_feature_has_its_row() -> None:

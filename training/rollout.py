@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs.counterfactuals import accounts_in_every_position, held_index, outcome_of_every_choice
+from envs.counterfactuals import (
+    accounts_in_every_position,
+    held_index,
+    market_rewards_of_every_choice,
+    outcome_of_every_choice,
+)
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from runtime.control import heartbeat
@@ -85,6 +90,7 @@ def collect(
     greedy: bool = False,
     hindsight: bool = False,
     reward_scale: float = 1.0,
+    less_market: bool = False,
 ) -> Rollout:
     """Play one segment in every environment.
 
@@ -96,6 +102,11 @@ def collect(
         greedy: take the most likely position instead of sampling.
         hindsight: also value the choices that were not made.
         reward_scale: of rewards that are in units of each symbol's volatility per bar, at most REWARD_LIMIT.
+        less_market: rewards are less what the same position in the others would have earned, see
+            ``Segment.market_rewards``.
+
+    Raises:
+        ValueError: the market of such rewards has no ``others_growth``.
     """
     config = env.config
     horizon = config.horizon
@@ -124,6 +135,12 @@ def collect(
     # In units of the symbol's typical move per bar, so that no volatile symbol drowns the calm ones.
     scale = reward_scale / env.volatility
     limit = REWARD_LIMIT * reward_scale
+    others = env.segment.others_growth if less_market else None
+    of_market = env.segment.market_rewards() if less_market else None
+    if of_market is not None:
+        rewards = rewards - of_market.t().float()
+    elif less_market:
+        raise ValueError("rewards less the market's need a market that is made with_others=True")
     seen = None
     if fills is not None:
         outcome = outcome_of_every_choice(fills, config.positions, log_equity)
@@ -131,6 +148,8 @@ def collect(
         ends = log_equity[..., None, None] + growth <= math.log(config.ruin_fraction)
         if "margin" in fills:
             ends |= outcome.ruined
+        if others is not None:
+            growth = growth - market_rewards_of_every_choice(others.t(), config.positions)
         growth = (growth * scale[:, None, None, None]).float().clamp_(-limit, limit)
         accounts_and_after = torch.cat((accounts, after[:, None]), dim=1)
         log_policies, critic = _in_every_position(env, policy, projected, accounts_and_after, chunk_segments)

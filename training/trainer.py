@@ -206,6 +206,7 @@ class Trainer:
             hindsight=settings.advantages == "hindsight",
             # Discounted sums of unit noise have this deviation: the critic's targets are about one.
             reward_scale=math.sqrt(1.0 - settings.gamma**2),
+            less_market=settings.reward == "less market",
         )
 
     def _own_state(self) -> dict[str, Any]:
@@ -304,6 +305,11 @@ class Trainer:
             **(
                 {"rollout/funding_bps": 1e4 * total["funding"] / decisions}
                 if self.env.market.has_funding
+                else {}
+            ),
+            **(
+                {"rollout/market_bps": 1e4 * total["market_rewards"] / decisions}
+                if settings.reward == "less market"
                 else {}
             ),
             **{

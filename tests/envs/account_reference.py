@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from data_sources.bars import Bars
 from envs.config import EnvConfig
@@ -95,6 +96,11 @@ class ReferenceAccount:
         if self.equity(next_price) <= max(self.ruin_equity, too_little):
             self._close(next_price, cost if next_cost is None else next_cost)
         return math.log(self.equity(next_price) / before)
+
+    def fill_less_market(self, others_growth: float, target: float, *terms: Any) -> float:
+        """Fill, and return the reward ``less market``: without what the target would have earned in the others."""
+        of_market = 0.0 if self.ruined else target * others_growth
+        return self.fill(target, *terms) - of_market
 
     def _trade_to(self, target: float, price: float, cost: Cost) -> None:
         equity = self.cash + self.units * price

@@ -32,6 +32,19 @@ def panel_features(bars: Sequence[Bars], symbol: str, members: Sequence[str] | N
     return pd.concat([features_of_part(part, own, peers, counted) for part in parts])
 
 
+def growth_of_others(bars: Sequence[Bars], own: Bars) -> np.ndarray:
+    """The mean log growth of the others of its asset class from each bar's open to the next one's."""
+    peers = [series for series in bars if series.asset_class == own.asset_class]
+    minutes = pd.DatetimeIndex(np.unique(np.concatenate([series.open_time for series in peers])))
+    others = {
+        series.symbol: at_minutes(by_bar(series), minutes) for series in peers if series.symbol != own.symbol
+    }
+    level = index_of(others, minutes, is_weighted=False)
+    just_before = pd.DatetimeIndex(own.open_time) - pd.Timedelta(minutes=1)
+    known = level.reindex(just_before, method="ffill").fillna(0.0).to_numpy()
+    return np.append(np.diff(known), 0.0)
+
+
 def features_of_part(
     mine: pd.DataFrame, own: Bars, peers: dict[str, pd.DataFrame], counted: Sequence[Bars]
 ) -> pd.DataFrame:
