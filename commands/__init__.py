@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runtime.control import EXIT_ABORTED, EXIT_CRASH, EXIT_NO_DATA, EXIT_SETTING, ExitProgram, report_plan
+from runtime.control import (
+    EXIT_ABORTED,
+    EXIT_CRASH,
+    EXIT_NO_DATA,
+    EXIT_SETTING,
+    ExitProgram,
+    report_goes_on,
+    report_plan,
+)
 from runtime.launch import Launch
 from runtime.train_log import append_line
 from training import validation
@@ -29,7 +37,10 @@ log = logging.getLogger("continuous_training")
 
 
 def preflight_command(settings: Settings) -> None:
-    """Check devices, settings and folder before any process trains; one line says what training computes on."""
+    """Check devices, settings and folder before any process trains; one line says what training computes on.
+
+    Where one process is to train, the supervisor hears that this one does.
+    """
     try:
         world_size = Launch.from_environment(
             os.environ
@@ -67,6 +78,8 @@ def preflight_command(settings: Settings) -> None:
         typer.echo(text, err=True)
         if is_first:
             append_line(Path(settings.log_dir), text)
+    if launch.world_size == 1:
+        report_goes_on()
 
 
 def companion_command(settings: Settings) -> None:

@@ -19,7 +19,14 @@ import typer
 from commands import CHECKPOINT_COMMANDS, COMMANDS, ENSEMBLE_COMMANDS, HIDDEN, name_of
 from envs.feature_errors import FeatureError
 from runtime import surroundings
-from runtime.control import EXIT_CRASH, EXIT_DOES_NOT_FIT, EXIT_SETTING, ExitProgram
+from runtime.control import (
+    CHECK_FIRST,
+    EXIT_CRASH,
+    EXIT_DOES_NOT_FIT,
+    EXIT_SETTING,
+    ExitProgram,
+    preflight_goes_on,
+)
 from training.setting_types import KINDS, NOT_PASSED_ON, expand_path, shown
 from training.urls import Url
 from training.validation import is_folder
@@ -75,6 +82,10 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> NoReturn:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("--help", "--version")):
         arguments = ["train", *arguments]
     try:
+        if arguments[0] == "train" and os.environ.pop(CHECK_FIRST, ""):
+            code = app(args=["preflight", *arguments[1:]], standalone_mode=False)
+            if not preflight_goes_on():
+                sys.exit(code)
         code = app(args=list(arguments), standalone_mode=False)
     except UsageError as error:
         exit_with(EXIT_SETTING, _usage_message(error))

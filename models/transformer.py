@@ -135,6 +135,8 @@ class Trunk(nn.Module):
 
         Fills the rotary angles, too, for a trunk that was made without memory.
         """
+        if self.embed.weight.is_meta:  # where normal_ would import torch's compiler, for seconds
+            return
         angles = rotary_angles(self.config.max_length, self.config.d_model // self.config.num_heads)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())

@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from monitoring.metrics_file import append_metrics, is_finite
+
+if (
+    TYPE_CHECKING
+):  # imported where they are used: tensorboard's writer imports boto3, too, which takes a second
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from tensorboard.compat.proto.event_pb2 import Event
 
 log = logging.getLogger("continuous_training")
 
@@ -102,6 +102,9 @@ class EventFile:
         Raises:
             OSError: the folder cannot be written; the next call begins a new file, for this one may be torn.
         """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         try:
             if self._file is None or step <= self._last_step:
                 self.close()
@@ -121,6 +124,8 @@ class EventFile:
                 file.close()
 
     def _open(self, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
         self._folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         now, number = f"{int(time.time()):010d}", f"{next(_file_numbers):06d}"
@@ -130,6 +135,8 @@ class EventFile:
         self._append(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def _append(self, event: Event) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         event.wall_time = time.time()
         assert self._file is not None
         RecordWriter(self._file).write(event.SerializeToString())
@@ -150,6 +157,8 @@ def metric_families(metrics: Row, recorded_at: float) -> list[Metric]:
         metrics: one epoch's figures, by the names of docs/metrics.md.
         recorded_at: seconds since 1970.
     """
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
     families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
     for metric, value in metrics.items():
         if isinstance(value, bool) or not isinstance(value, int | float | None):
@@ -176,6 +185,8 @@ class Endpoint:
 
     def __init__(self, port: int) -> None:
         """Take the port; 0 takes any free one."""
+        from prometheus_client import CollectorRegistry, make_wsgi_app
+
         self._families: list[Metric] = []
         registry = CollectorRegistry()
         registry.register(self)

@@ -1,4 +1,4 @@
-"""How the supervisor and its workers communicate: nine small files in one folder, no sockets, no signals.
+"""How the supervisor and its workers communicate: ten small files in one folder, no sockets, no signals.
 
 * ``stop``: one byte, supervisor to workers: 0 run, 1 stop at the end of the epoch, 2 at the next safe point
 * ``heartbeat``: touched by workers while they make progress, by each at most once a second
@@ -8,6 +8,7 @@
 * ``ranks``: how many of them this machine gets, as text, from the preflight, which asks torch for the GPUs
 * ``log_dir``: where train.log is, as text, from the preflight
 * ``companion``: one byte, 1 where the preflight asks for a companion (companion.py)
+* ``goes_on``: one byte, 1 where the preflight has passed and its process trains, as the only one
 * ``restarts``: how many there were, and when the supervisor began, in seconds of the system's clock
 
 All exist, with content, before a worker starts, and are overwritten in place: that works on a full disk, where
@@ -66,6 +67,9 @@ _RANKS = "ranks"
 _LOG_DIR, _LONGEST_PATH = "log_dir", 4096
 _RESTARTS = "restarts"
 _COMPANION = "companion"
+_GOES_ON = "goes_on"
+ERRORS = "errors"  # the workers' standard error, where the supervisor holds it for a dashboard
+CHECK_FIRST = "CHECK_FIRST"  # in the environment of the process that is to run the preflight before it trains
 
 
 class ExitProgram(Exception):
@@ -119,7 +123,7 @@ class SupervisorControl:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._held = hold_folder(self.folder)
-        for name in (_STOP, _HEARTBEAT, _PROGRESS, _SCREEN, _COMPANION):
+        for name in (_STOP, _HEARTBEAT, _PROGRESS, _SCREEN, _COMPANION, _GOES_ON):
             (self.folder / name).write_bytes(b"0")
         (self.folder / _EXIT_CODE).write_bytes(_NO_CODE)
         (self.folder / _RANKS).write_bytes(b"1")
@@ -159,6 +163,10 @@ class SupervisorControl:
     def wants_companion(self) -> bool:
         """Return whether the preflight asks for a companion."""
         return (self.folder / _COMPANION).read_bytes() == b"1"
+
+    def preflight_goes_on(self) -> bool:
+        """Return whether the preflight has passed, and its process trains now."""
+        return (self.folder / _GOES_ON).read_bytes() == b"1"
 
     def report_restarts(self, number: int) -> None:
         """Report to the workers how often they were restarted."""
@@ -297,6 +305,22 @@ def report_plan(num_ranks: int, log_dir: Path, wants_companion: bool = False) ->
         _overwrite(Path(folder) / _RANKS, b"%d" % num_ranks)
         _overwrite(Path(folder) / _LOG_DIR, os.fsencode(log_dir.absolute())[:_LONGEST_PATH])
         _overwrite(Path(folder) / _COMPANION, b"1" if wants_companion else b"0")
+
+
+def report_goes_on() -> None:
+    """Report to the supervisor that the preflight has passed and its process is the only worker now."""
+    if folder := os.environ.get(CONTROL_DIR):
+        with contextlib.suppress(FileNotFoundError):  # no dashboard
+            held = os.open(Path(folder) / ERRORS, os.O_WRONLY | os.O_APPEND)
+            os.dup2(held, 2)
+            os.close(held)
+        _overwrite(Path(folder) / _GOES_ON, b"1")
+
+
+def preflight_goes_on() -> bool:
+    """Return whether this process has reported that."""
+    folder = os.environ.get(CONTROL_DIR)
+    return folder is not None and (Path(folder) / _GOES_ON).read_bytes() == b"1"
 
 
 def heartbeat() -> None:

@@ -33,7 +33,9 @@ from runtime import surroundings
 from runtime.companion import Companion
 from runtime.control import (
     ABORT,
+    CHECK_FIRST,
     CONTROL_DIR,
+    ERRORS,
     EXIT_ABORTED,
     EXIT_OK,
     EXIT_SETTING,
@@ -91,7 +93,7 @@ class WorkerErrors:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "errors"
+        path = folder / ERRORS
         self.file: BinaryIO = path.open("ab")
         self._reader = path.open("rb")
 
@@ -139,6 +141,7 @@ class Supervisor:
         self._worker = worker
         self._processes = Processes(run_id=control.folder.name)
         self._forwarded = 0  # the stop level that the workers know of
+        self._preflight_trains = False
         self._environment = clean_environment() | {CONTROL_DIR: str(control.folder)}
         companion = [sys.executable, self._script, "companion", *self._flags]
         self._companion = Companion(companion, self._environment, errors.file if errors else None)
@@ -164,15 +167,23 @@ class Supervisor:
         return code
 
     def _preflight(self) -> int | None:
-        """Validate settings and devices in one process, so an error is printed once and not per rank."""
-        self._processes.start([sys.executable, self._script, "preflight", *self._flags], self._environment)
-        while (code := self._processes.exit_codes()[0]) is None:
+        """Validate settings and devices in one process, so an error is printed once and not per rank.
+
+        That process trains on if it is the only one: it has loaded what takes seconds to load.
+        """
+        environment = self._environment | {CHECK_FIRST: "1"}
+        self._processes.start([sys.executable, "-u", *self._worker], environment)
+        while (code := self._processes.exit_codes()[0]) is None and not self._control.preflight_goes_on():
             if self._stop.level:
                 self._say("Stopped before training started.")
                 return EXIT_OK
             self._manager.ping()
             time.sleep(POLL_SECONDS / 2)
+        self._preflight_trains = self._control.preflight_goes_on()
+        if self._preflight_trains:
+            return None
         self._processes.sweep()
+        assert code is not None
         if code < 0:
             self._say(f"The check of the settings failed: {_describe_exit(code)}.")
             return EXIT_GAVE_UP
@@ -186,10 +197,9 @@ class Supervisor:
         while True:
             self._manager.report_status("starting")
             progress, heartbeat = self._control.progress(), self._control.heartbeat()
-            self._control.clear_exit_code()
-            for command, additions in self._launch.commands(self._worker):
-                errors = self._errors.file if self._errors else None
-                self._processes.start(command, self._environment | additions, errors)
+            if not self._preflight_trains:
+                self._start_workers()
+            self._preflight_trains = False
             try:
                 return self._watch()
             except GroupDiedError as error:
@@ -224,6 +234,12 @@ class Supervisor:
             if not self._wait(delay):
                 self._say("Stopped. The next start resumes from the newest checkpoint on disk.")
                 return EXIT_ABORTED if self._stop.level == ABORT else EXIT_OK
+
+    def _start_workers(self) -> None:
+        self._control.clear_exit_code()
+        for command, additions in self._launch.commands(self._worker):
+            errors = self._errors.file if self._errors else None
+            self._processes.start(command, self._environment | additions, errors)
 
     def _watch(self) -> int:
         """Wait until the group ends, and return its exit code.

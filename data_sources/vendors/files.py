@@ -6,10 +6,13 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_sources.lake.lake import Lake
 from data_sources.sources import Answer, DataRequest, RefreshJob, Source, SymbolGroup, ask
 from data_sources.vendors.files_description import CRYPTO, KINDS, RAW_STOCK, STOCK
+
+if TYPE_CHECKING:
+    from data_sources.lake.lake import Lake  # which imports pyarrow and polars
 
 SOURCE_NAME = "files"
 NEVER_STALE = 10**9  # minutes: a folder is as new as it was made

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from runtime.control import ENTER, STOP_NOW, Control, heartbeat, report_plan
+from runtime.control import CHECK_FIRST, ENTER, STOP_NOW, Control, heartbeat, report_goes_on, report_plan
 
 FOLDER = Path(os.environ["FAKE_FOLDER"])
 EPOCHS = FOLDER / "epochs"
@@ -84,12 +84,15 @@ def train(rank: int) -> None:
 
 if __name__ == "__main__":
     command, *flags = sys.argv[1:] or ["nothing"]
-    if command == "preflight":
+    if command == "train" and os.environ.pop(CHECK_FIRST, ""):
         report_plan(int(os.environ["NPROC"]), FOLDER, "COMPANION" in os.environ)
         log(f"preflight {' '.join(flags)} planned={os.environ['NPROC']}")
         if MISHAP == "preflight":
             sys.stderr.write("the setting is wrong\n")
             sys.exit(int(MISHAP_DETAIL))
+        if os.environ["NPROC"] == "1":
+            report_goes_on()
+            train(0)
     elif command == "train" and "--help" not in flags:
         train(int(os.environ.get("RANK", "0")))
     elif command == "companion":

@@ -392,6 +392,16 @@ def test_a_final_exit_code_is_passed_on_and_not_retried(daemon, code, way):
     assert len(run.starts(0)) <= 1 and len(run.starts(1)) <= 1 and run.has_left_nothing()
 
 
+def test_the_only_worker_is_the_process_of_the_preflight_until_it_dies(daemon):
+    run = daemon().start().train()
+    (first,) = run.starts()
+    assert run.log().startswith("preflight  planned=1\nstart rank=0")
+    os.kill(first, signal.SIGKILL)
+    run.train(2).process.send_signal(signal.SIGINT)
+    assert run.ends()[0] == 0
+    assert run.log().count("preflight") == 1 and len(run.starts()) == 2 and run.has_left_nothing()
+
+
 def test_an_invalid_setting_is_reported_once_and_starts_no_worker(daemon):
     run = daemon("--batch-size", "7", NPROC="4", MISHAP="preflight:2").start()
     assert run.ends() == (2, "the setting is wrong\n")
