@@ -92,6 +92,10 @@ class Settings:
     horizon: int = 128  # bars on which an account acts in an epoch
     episode_bars: int = 1_280  # bars of an episode, a multiple of horizon
     positions: tuple[float, ...] = (-1.0, 0.0, 1.0)  # target positions, as fractions of equity
+    account: Literal["single", "pair", "group"] = "single"  # one per symbol, or over two or more
+    group_size: int = 8  # symbols of an account, where account is group
+    gross_exposure: float = 1.0  # of a group: cap on longs and shorts together, as a fraction of equity
+    net_exposure: float = 0.0  # of a group: cap on longs less shorts, either way; 0: market-neutral
     allow_spot_shorts: bool = False  # of a training of spot pairs alone: coins are borrowed on margin
     stock_fee_bps: float = 0.5  # fee on traded value, stocks
     crypto_fee_bps: float = 5.0  # fee on traded value, crypto

@@ -192,7 +192,7 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
     """Return everything known about a policy as plain types; of an ensemble the parts of each member in a list."""
     statistics = trained.statistics
     accounts = asdict(trained.env_config(1))
-    del accounts["num_envs"]
+    del accounts["num_envs"], accounts["group"]  # exports are of single accounts
     members = [_member_card(*given) for given in zip(trained.parts, members_of(trained), strict=True)]
     if trained.members:
         own = {"checkpoint": trained.name, "model": _sizes_of(trained), "members": members}

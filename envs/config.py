@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -26,8 +27,46 @@ ZERO_OR_MORE = (
     "maintenance_margin",
 )
 FEES = ("stock_fee_bps", "crypto_fee_bps", "perpetual_fee_bps")
+PAIR = 2  # symbols
 FEATURE_GROUPS = ("symbol", "day", "flow", "panel")  # see docs/features.md
 FIRST_FEATURES = ("symbol",)  # all that there was before there were groups
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Accounts over a group of symbols: how many share one account, and the caps on their exposure."""
+
+    size: int  # symbols of an account
+    gross: float  # cap on the sum of all positions' sizes, as a fraction of equity
+    net: float  # cap on longs less shorts, either way
+
+    @staticmethod
+    def from_settings(settings: Settings) -> GroupConfig | None:
+        """Take ``group_size`` and the caps from the settings; None for single accounts."""
+        if settings.account == "single":
+            return None
+        size = PAIR if settings.account == "pair" else settings.group_size
+        return GroupConfig(size, settings.gross_exposure, settings.net_exposure)
+
+    @staticmethod
+    def of_record(config: Mapping[str, Any]) -> GroupConfig | None:
+        """Return the same of the settings in a checkpoint, which may be older than groups."""
+        if config.get("account", "single") == "single":
+            return None
+        size = PAIR if config["account"] == "pair" else config["group_size"]
+        return GroupConfig(size, config["gross_exposure"], config["net_exposure"])
+
+    @staticmethod
+    def describe(group: GroupConfig | None) -> str:
+        """Return it in words."""
+        if group is None:
+            return "an account per symbol"
+        return f"groups of {group.size}, gross_exposure={group.gross:g}, net_exposure={group.net:g}"
+
+    @property
+    def share(self) -> float:
+        """The weight of a symbol at position 1, as a fraction of equity, before the caps."""
+        return self.gross / self.size
 
 
 @dataclass(frozen=True)
@@ -54,12 +93,15 @@ class EnvConfig:
     account_value: float  # of an account at its start, in quote currency, compared with the volume
     maintenance_margin: float  # of the value of a perpetual position; with less equity it is liquidated
     flat_before_close: int  # minutes before the scheduled close in which stocks hold nothing; 0: off
+    group: GroupConfig | None = None  # see GroupEnv; None: an account per symbol
 
     @staticmethod
     def from_settings(settings: Settings, num_envs: int | None = None) -> EnvConfig:
         """Take all fields from the settings of the same name, but ``num_envs``, by default ``envs_per_gpu``."""
-        values = {f.name: getattr(settings, f.name) for f in fields(EnvConfig) if f.name != "num_envs"}
-        return EnvConfig(settings.envs_per_gpu if num_envs is None else num_envs, **values)
+        own = [f.name for f in fields(EnvConfig) if f.name not in ("num_envs", "group")]
+        values = {name: getattr(settings, name) for name in own}
+        num_envs = settings.envs_per_gpu if num_envs is None else num_envs
+        return EnvConfig(num_envs, **values, group=GroupConfig.from_settings(settings))
 
     def __post_init__(self) -> None:
         for name in AT_LEAST_ONE:
@@ -75,7 +117,7 @@ class EnvConfig:
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be 0 or more")
         rule = f"must be {EQUITY_FLOOR:g} or more and below 1"
         require(EQUITY_FLOOR <= self.ruin_fraction < 1, "ruin_fraction", self.ruin_fraction, rule)
-        most = 1 / max(map(abs, self.positions))
+        most = 1 / self.largest_exposure
         rule = f"must be {most:.3g} or less, the equity of the largest position"
         require(self.maintenance_margin <= most, "maintenance_margin", self.maintenance_margin, rule)
         fee = max(FEES[::-1], key=lambda name: float(getattr(self, name)))
@@ -85,8 +127,13 @@ class EnvConfig:
 
     @property
     def num_account_features(self) -> int:
-        """Number of account observations, see TradingEnv."""
-        return len(self.positions) + 6
+        """Number of account observations, see TradingEnv and GroupEnv."""
+        return len(self.positions) + (6 if self.group is None else 7)
+
+    @property
+    def largest_exposure(self) -> float:
+        """Of an account, as a fraction of equity: of its largest position, or all positions of a group."""
+        return max(map(abs, self.positions)) if self.group is None else self.group.gross
 
     @property
     def max_rate(self) -> float:
@@ -94,7 +141,7 @@ class EnvConfig:
 
         The trade that reaches a target after its own cost exists only while that cost is below all equity.
         """
-        return 0.5 / max(map(abs, self.positions))
+        return 0.5 / self.largest_exposure
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:

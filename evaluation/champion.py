@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from envs.config import EnvConfig
+from envs.config import EnvConfig, GroupConfig
 from envs.features import FeatureStatistics
 from evaluation import ledger
 from runtime.files import TEMPORARY_SUFFIX, replace, sha256_of, sync_folder, write_atomically
@@ -99,6 +99,7 @@ def read(path: Path, statistics: FeatureStatistics, env: EnvConfig) -> Checkpoin
             and torch.equal(theirs.mean, statistics.mean.cpu())
             and torch.equal(theirs.std, statistics.std.cpu()),
             "positions": tuple(best.config["positions"]) == env.positions,
+            "account": GroupConfig.of_record(best.config) == env.group,
             "context_bars": best.config["context_bars"] == env.context_bars,
             "horizon": best.max_length > env.context_bars + env.horizon,
         }

@@ -23,7 +23,8 @@ from runtime.wording import first_of
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-MAY_DIFFER = ("num_envs", "context_bars")  # of EnvConfig
+MAY_DIFFER = ("num_envs", "context_bars", "group")  # of EnvConfig
+OF_GROUPS = ("account", "group_size", "gross_exposure", "net_exposure")  # which make the last one
 # Settings that say which bars a policy decides on, if it has the source; None: with any source.
 OF_BARS = {
     "sources": None,
@@ -120,7 +121,7 @@ def _differences(member: TrainedPolicy, first: TrainedPolicy) -> Iterator[str]:
     settings, theirs = member.settings, first.settings
     accounts = [f.name for f in fields(EnvConfig) if f.name not in MAY_DIFFER]
     bars = [name for name, source in OF_BARS.items() if source is None or source in settings.sources]
-    for name in (*accounts, *bars):
+    for name in (*accounts, *OF_GROUPS, *bars):
         mine, other = getattr(settings, name), getattr(theirs, name)
         if mine != other:
             flag = f"--{name.replace('_', '-')}"

@@ -18,6 +18,7 @@ from envs.market import NoSegment
 from evaluation import champion, ledger
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
+from evaluation.group_exam import examine_groups, groups_of
 from evaluation.measures import Margin, Measures, margin, measure
 from evaluation.parts import Part, PartFailed, Stopped, TooLong, join, on_every_rank, symbols_of
 from evaluation.revision import Revision, revision_of
@@ -182,25 +183,19 @@ class Examiner:
 
     def _own_part(self, trainer: Trainer, policies: dict[str, Policy], start_ns: int) -> Part:
         market, config = trainer.env.market, trainer.env.config
-        symbols = symbols_of(self._ranks, market, start_ns)
         compiled = trainer.env.compiled and self._may_compile
         if compiled:
             # As many accounts as with a champion: the steps are compiled for their number.
             policies.setdefault(CHAMPION, policies[POLICY])
+        chunk_segments = min(trainer.learner.micro_batch_segments, config.num_envs)
+        terms: dict[str, Any] = {"chunk_segments": chunk_segments, "check_stop": self._check_stop}
         try:
-            return Part(
-                examine(
-                    policies,
-                    market,
-                    config,
-                    symbols,
-                    start_ns,
-                    NEVER_NS,
-                    chunk_segments=min(trainer.learner.micro_batch_segments, config.num_envs),
-                    check_stop=self._check_stop,
-                    compiled=compiled,
-                )
-            )
+            if config.group:
+                groups = groups_of(market, config.group.size)[self._ranks.rank :: self._ranks.world_size]
+                return Part(examine_groups(policies, market, config, groups, start_ns, NEVER_NS, **terms))
+            symbols = symbols_of(self._ranks, market, start_ns)
+            terms["compiled"] = compiled
+            return Part(examine(policies, market, config, symbols, start_ns, NEVER_NS, **terms))
         except NoSegment:
             return Part()
         except Stopped:
@@ -226,7 +221,9 @@ class Examiner:
         """Judge what the ranks have walked, or log why there is no exam."""
         progress, market, best = trainer.progress, trainer.env.market, plan.best
         try:
-            walks = join(parts, market.symbols)
+            group = trainer.env.config.group
+            groups = groups_of(market, group.size) if group else []
+            walks = join(parts, [group.name for group in groups] or market.symbols)
             own = walks.pop(CHAMPION, [])
             if plan.champion and plan.file:
                 name, until_ns = plan.champion.name, plan.champion.trained_until_ns
@@ -235,7 +232,8 @@ class Examiner:
                 walks = {POLICY: walks.pop(POLICY), CHAMPION: best.walks} | walks
             revision = revision_of(market, plan.start_ns, progress.cutoff_ns)
             name = best.name if best else ""
-            self._warn_of_stale_opens(trainer, [walk.symbol for walk in walks[POLICY]], plan.start_ns)
+            walked = [walk.symbol for walk in walks[POLICY]]
+            self._warn_of_stale_opens(trainer, market.symbols if group else walked, plan.start_ns)
             return self._judge(walks, progress, fingerprint, revision, name, plan.obstacle, began)
         except Stopped:
             log.info("No exam: asked to stop")

@@ -72,6 +72,8 @@ class Recorder:
             cutoff_ns: the run's bars end here.
             fingerprint: of them.
         """
+        if settings.account != "single":
+            return  # accounts over groups have no record yet
         if self._ranks.is_first:
             try:
                 config = EnvConfig.from_settings(settings)

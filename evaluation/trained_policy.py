@@ -99,6 +99,7 @@ class TrainedPolicy:
         config = checkpoint.config
         with same_version(path):
             fixed = {name: config[name] for name in WEIGHTS_DEPEND_ON}
+            fixed |= {"account": config.get("account", "single")}
             for name, value in (fixed | {"features": checkpoint.feature_groups}).items():
                 if changes.get(name, value) != value:
                     raise ValueError(f"{name}={changes[name]}, but {path} was trained with {name}={value}")

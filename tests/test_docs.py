@@ -297,7 +297,9 @@ def test_every_metric_has_its_sentence_and_no_other_has_one(trained: Path) -> No
     assert on_gpus and not on_gpus & recorded and of_others and not of_others & recorded
     of_record = set(re.findall(r'"(record/\w+)"', text_of(ROOT / "evaluation" / "record_summary.py")))
     assert of_record and not of_record & recorded
-    assert explained == recorded | on_gpus | of_others | of_record
+    of_groups = set(re.findall(r'"(rollout/(?:gross|net)_exposure)"', texts[0]))
+    assert of_groups and not of_groups & recorded
+    assert explained == recorded | on_gpus | of_others | of_record | of_groups
 
 
 def test_every_feature_has_its_row() -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from envs.config import FIRST_FEATURES
+from envs.config import FIRST_FEATURES, GroupConfig
 from envs.features import FeatureStatistics, chosen_features
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, free_bytes, make_folder, write_atomically
@@ -185,6 +185,13 @@ class Checkpoint:
                     f"{name}={self.config[name]}: set it back, or start a new training with another "
                     "--checkpoint-dir"
                 )
+        account, theirs = GroupConfig.from_settings(settings), GroupConfig.of_record(self.config)
+        if account != theirs:
+            return (
+                f"account: {GroupConfig.describe(account)}, but {self.path} was trained with "
+                f"{GroupConfig.describe(theirs)}: set it back, or start a new training with another "
+                "--checkpoint-dir"
+            )
         if set(self.feature_groups) != set(settings.features):
             return (
                 f"features={','.join(settings.features)}, but {self.path} was trained with "

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from envs.group_env import GroupEnv
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.devices import missing_tools
@@ -128,7 +129,7 @@ def compile_objective(
     return ""
 
 
-def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
+def compile_accounts(env: TradingEnv | GroupEnv, policy: Policy, ranks: Ranks) -> str:
     """Compile the environment's steps together with the policy's head (all ranks).
 
     The state of ``env`` is not touched: the dry run uses another environment of the same sizes on its market.
@@ -139,6 +140,8 @@ def compile_accounts(env: TradingEnv, policy: Policy, ranks: Ranks) -> str:
     Raises:
         torch.OutOfMemoryError: on every rank, if one has too little memory.
     """
+    if isinstance(env, GroupEnv):
+        return "accounts over groups of symbols are stepped one by one"
     reason = out_of_memory = ""
     try:
         _play_on_zeros(env, policy)
@@ -165,7 +168,7 @@ def _play_on_zeros(env: TradingEnv, policy: Policy) -> None:
     twin.play(policy.head.choose, market, noise)
 
 
-def compile_hindsight(objective: Objective, env: TradingEnv, ranks: Ranks) -> str:
+def compile_hindsight(objective: Objective, env: TradingEnv | GroupEnv, ranks: Ranks) -> str:
     """Compile the recursion of hindsight advantages, where they are used (all ranks).
 
     Returns:
@@ -188,7 +191,7 @@ def compile_hindsight(objective: Objective, env: TradingEnv, ranks: Ranks) -> st
     return ""
 
 
-def _hindsight_of_zeros(env: TradingEnv) -> tuple[Hindsight, Tensor]:
+def _hindsight_of_zeros(env: TradingEnv | GroupEnv) -> tuple[Hindsight, Tensor]:
     config, device = env.config, env.device
     num_targets = len(config.positions)
     num_held = num_targets + (0.0 not in config.positions)
@@ -199,7 +202,7 @@ def _hindsight_of_zeros(env: TradingEnv) -> tuple[Hindsight, Tensor]:
     held = torch.zeros(by_decision, device=device, dtype=torch.int64)
     ends = torch.zeros(choices, device=device, dtype=torch.bool)
     zeros = Hindsight(growth, ends, log_policy, values, held)
-    if env.segment.allowed is not None:
+    if isinstance(env, GroupEnv) or env.segment.allowed is not None:
         zeros.only_cash = torch.zeros(by_decision, device=device, dtype=torch.bool)
         zeros.cash = config.positions.index(0.0)
     return zeros, torch.ones(by_decision, device=device, dtype=torch.bool)

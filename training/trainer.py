@@ -15,7 +15,6 @@ from torch import Tensor
 
 from envs.config import EnvConfig
 from envs.market import Market
-from envs.trading_env import TradingEnv
 from models.policy import Policy, precision_on
 from training.checkpoint import Checkpoint, ResumeState, name_of
 from training.compilation import (
@@ -27,13 +26,14 @@ from training.compilation import (
 )
 from training.distributed import Ranks
 from training.enough_days import shortage_in
+from training.environments import make_env, play_segment
 from training.learner import Learner
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryPlan
 from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, plasticity
 from training.parallel import is_sharded, load_weights, new_policy
 from training.progress import TrainingProgress
-from training.rollout import Rollout, collect
+from training.rollout import Rollout
 from training.setting_types import recorded
 from training.validation import policy_sizes
 
@@ -74,7 +74,7 @@ class Trainer:
         self.on_phase: Callable[[str], None] = lambda _: None  # called as "rollout" and "update" begin
         # One stream per rank, so that the ranks' accounts differ.
         env_config = EnvConfig.from_settings(settings)
-        self.env = TradingEnv(market, env_config, ranks.device, seed=settings.seed * 1_000_003 + ranks.rank)
+        self.env = make_env(market, env_config, ranks.device, settings.seed * 1_000_003 + ranks.rank)
         self._make_policy()
         self.not_compiled = "not requested"
         if compile_is_on(settings, ranks.device):
@@ -108,7 +108,7 @@ class Trainer:
             log.warning(f"not all is compiled, so training is somewhat slower: {self.not_compiled}")
         log.info(
             f"Policy: {num_parameters:,} parameters, trunk in {self.policy.precision}, on "
-            f"{ranks}; {settings.envs_per_gpu * ranks.world_size:,} accounts; "
+            f"{ranks}; {self._num_accounts()}; "
             f"{self.transitions_per_step:,} transitions per optimizer step, "
             f"{self.learner.micro_batch_segments} segments per micro-batch; "
             f"{self.flops_per_transition() / 1e9:.3g} GFLOP per transition"
@@ -122,6 +122,10 @@ class Trainer:
                 f"batch_size={settings.batch_size:,} is more than the {self.transitions_per_step:,} transitions "
                 "of an epoch, which make one step; raise envs_per_gpu for a larger one"
             )
+
+    def _num_accounts(self) -> str:
+        slots, group = self.settings.envs_per_gpu * self.ranks.world_size, self.env.config.group
+        return f"{slots // group.size:,} accounts of {group.size} symbols" if group else f"{slots:,} accounts"
 
     def _make_policy(self) -> None:
         """Make policy and objective, on every rank with the same initial weights (all ranks)."""
@@ -198,7 +202,7 @@ class Trainer:
         self.env.cost_scale = self.progress.cost_scale(settings.cost_ramp, settings.epochs)
         if self._pending_update:
             return self._pending_update[0]
-        return collect(
+        return play_segment(
             self.env,
             self.policy,
             self.learner.generator,
@@ -315,6 +319,7 @@ class Trainer:
             **{
                 f"rollout/{name}": total[name] / decisions for name in total if name.startswith("in_position")
             },
+            **self._exposures(total),
             **{name: float(value) for name, value in losses.items()},
             **self._figures_by_symbol(),
             "perf/rollout_seconds": rollout_seconds,
@@ -333,6 +338,15 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             figures |= gpu_figures(self.ranks.device)
         return figures
+
+    def _exposures(self, total: Mapping[str, float]) -> dict[str, float]:
+        if self.env.config.group is None:
+            return {}
+        decisions = max(1.0, total["decisions"])
+        return {
+            "rollout/gross_exposure": total["gross_exposure"] / decisions,
+            "rollout/net_exposure": total["net_exposure"] / decisions,
+        }
 
     def _figures_by_symbol(self) -> dict[str, Any]:
         """Find the symbol in which the critic is worst, and count clipped rewards (all ranks take part)."""

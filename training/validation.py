@@ -17,7 +17,7 @@ from data_sources.bars import DAY_NS, FIRST_DATE, MINUTE_NS
 from data_sources.calendar import parse_day
 from data_sources.vendors import ADVISERS, RULE_SETTINGS, SOURCES, SYMBOL_SETTINGS
 from data_sources.vendors.files_description import is_timezone
-from envs.config import FEATURE_GROUPS, EnvConfig, require
+from envs.config import FEATURE_GROUPS, EnvConfig, GroupConfig, require
 from runtime.control import EXIT_SETTING, ExitProgram
 from runtime.files import fault_of_folder
 from training.setting_types import DEVICE_RULE, DEVICES, shown
@@ -50,6 +50,9 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "borrow_rate": (0, 100),
     "maintenance_margin": (0, 1),
     "cost_ramp": (0, 1),
+    "group_size": (2, 10**3),
+    "gross_exposure": (0, 100),
+    "net_exposure": (0, 100),
     "d_model": (1, 2**17),
     "num_layers": (1, 1_000),
     "num_heads": (1, 2**16),
@@ -75,7 +78,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "prometheus_port": (1, 65_535),
     "web_port": (1, 65_535),
 }
-ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef")
+ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef", "gross_exposure")
 OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port", "web_port")
 LARGEST_POSITION = 100.0
 LONGEST_SYMBOL = 32
@@ -268,6 +271,14 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     yield "positions", not too_large, rule
     EnvConfig.from_settings(s)  # raises its own errors
     yield "positions", 0.0 in s.positions, "must have 0 among them"
+    if group := GroupConfig.from_settings(s):
+        fitting = max(1, s.envs_per_gpu // group.size) * group.size
+        rule = f"must be whole groups of {group.size}, as account={s.account}: use {fitting}"
+        yield "envs_per_gpu", s.envs_per_gpu % group.size == 0, rule
+        rule = f"must be log equity with account={s.account}, whose caps take the market off"
+        yield "reward", s.reward == "log equity", rule
+        rule = f"must be at most gross_exposure={s.gross_exposure:g}"
+        yield "net_exposure", s.net_exposure <= s.gross_exposure, rule
     yield "seed", 0 <= s.seed < 2**31, "must be 0 or more and below 2147483648"
     yield "gamma", 0 <= s.gamma < 1, "must be 0 or more and below 1, such as 0.99"
 

@@ -278,6 +278,7 @@ def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, w
         horizon=sizes.horizon,
         episode_bars=10 * sizes.horizon,
         positions=POSITIONS,
+        account="single",
         stock_fee_bps=0.5,
         crypto_fee_bps=trial.cost * SIGMA * 1e4,
         slippage_bps=0.0,

@@ -1,0 +1,242 @@
+"""The exam of accounts over groups: policies and baselines walk the same minutes, one account per group.
+
+The symbols of a kind of market, in the order of the market, are cut into groups; where the last would be smaller,
+it is filled up with the first symbols. As in ``exam.py`` the trunk reads segments that are laid out by the clock
+(``Grid.segment_starts``), wherever the walk begins, so that a live decision sees what an exam would.
+
+Shapes: P = contestants, Q = groups, G = symbols of a group, N = P x Q accounts, H = horizon, W = width of the
+head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from envs.config import EnvConfig
+from envs.grid import Grid
+from envs.group_walk_env import GroupExamEnv, walk_of_clock
+from envs.market import Market, NoSegment
+from evaluation.baselines import BASELINES, BUY_AND_HOLD, actions_after
+from evaluation.exam import ENCODED_SEGMENTS, POLICY, Walk, at_flat_cost, one_thread
+from models.policy import Head, Policy
+
+
+@dataclass(frozen=True)
+class Group:
+    """One account of the exam."""
+
+    name: str
+    symbols: tuple[str, ...]
+
+
+def groups_of(market: Market, size: int, symbols: Sequence[str] | None = None) -> list[Group]:
+    """Cut a market's symbols into groups, or those of them that are given.
+
+    Raises:
+        ValueError: a kind of market has fewer than ``size`` of those.
+    """
+    chosen = [symbol for symbol in market.symbols if symbols is None or symbol in set(symbols)]
+    groups: list[Group] = []
+    kinds = [market.asset_classes[market.symbols.index(symbol)] == "stock" for symbol in chosen]
+    most = 0
+    for kind in (False, True):
+        own = [symbol for symbol, is_stock in zip(chosen, kinds, strict=True) if is_stock == kind]
+        most = max(most, len(own))
+        if len(own) < size:
+            continue
+        for first in range(0, len(own), size):
+            members = own[first : first + size]
+            members += own[: size - len(members)]
+            groups.append(Group(f"group {len(groups) + 1}", tuple(members)))
+    if not groups:
+        raise ValueError(f"a group needs {size} symbols of one kind, stocks or coins: there are {most}")
+    return groups
+
+
+@torch.no_grad()
+def examine_groups(
+    policies: Policy | Mapping[str, Policy],
+    market: Market,
+    config: EnvConfig,
+    groups: Sequence[Group],
+    start_ns: int,
+    end_ns: int,
+    cost_scale: float = 1.0,
+    chunk_segments: int = 64,
+    check_stop: Callable[[], None] = lambda: None,
+    flat_costs_bps: Sequence[float] = (),
+    on_segment: Callable[[int, int], None] = lambda done, total: None,
+    max_segments: int | None = None,
+) -> dict[str, list[Walk]]:
+    """Let policies and baselines walk with groups; arguments as of ``exam.examine``.
+
+    Buying and holding has no cap on its net exposure, which would leave it in cash: it is the market's return.
+
+    Returns:
+        Walks of the policies, then of the baselines, one per group: ``price`` is an index of its symbols, and
+        ``position`` longs and shorts together.
+
+    Raises:
+        NoSegment: no group has the minutes of a segment there.
+    """
+    assert config.group is not None
+    policies = {POLICY: policies} if isinstance(policies, Policy) else dict(policies)
+    market = market.until(end_ns)
+    groups = _walkable(Grid.of(market, config.group.size), groups, start_ns)
+    first, *others = policies
+    names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *BASELINES]
+    costs = [None, *flat_costs_bps, *(None for _ in (*others, *BASELINES))]
+    env = GroupExamEnv(
+        market,
+        config,
+        market.device,
+        [group.symbols for _ in names for group in groups],
+        start_ns,
+        [math.inf if name == BUY_AND_HOLD else config.group.net for name in names for _ in groups],
+        [cost for cost in costs for _ in groups],
+    )
+    env.cost_scale = cost_scale
+    per_head = (1 + len(flat_costs_bps), *(1 for _ in others))
+    decide = _Decisions(tuple(policy.head for policy in policies.values()), per_head)
+    num_groups, size, horizon = len(groups), config.group.size, config.horizon
+    schedule = env.schedule[:max_segments, :num_groups]  # (R, Q)
+    symbols = env._groups[:num_groups]
+    first_bars = market.offsets[symbols.flatten()]
+    ahead = torch.arange(horizon, device=env.device)
+    num_ahead = max(1, ENCODED_SEGMENTS // (num_groups * size))
+    played: list[NDArray[np.float64]] = []
+    prices = []
+    for number in range(len(schedule)):
+        check_stop()
+        if number % num_ahead == 0:
+            rows = schedule[number : number + num_ahead, :, None]
+            minutes = torch.where(rows < 0, -1, rows + ahead)
+            projected = [
+                read(policy, env.grid, horizon, symbols, minutes, chunk_segments, check_stop)
+                for policy in policies.values()
+            ]
+        env.begin_segment_unread()
+        minutes_now = env.minute[:num_groups] + ahead[:, None]  # (H, Q)
+        bars = env.grid.bars_at(symbols, minutes_now[..., None]).clamp(min=0).flatten(1)
+        rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
+        encoded = [segments[number % num_ahead] for segments in projected]
+        with one_thread(env.device):
+            played.append(_play(env, decide, torch.cat(rules, dim=1), encoded))
+        prices.append(env.segment.fills["price"][:, :num_groups].log().mean(-1).exp().cpu().numpy())
+        on_segment(number + 1, len(schedule))
+    columns = list(np.concatenate(played, axis=1))
+    return _walks_of(names, groups, env, schedule, columns, np.concatenate(prices))
+
+
+def _walkable(grid: Grid, groups: Sequence[Group], start_ns: int) -> list[Group]:
+    number_of = {symbol: number for number, symbol in enumerate(grid.market.symbols)}
+    walks = {clock: walk_of_clock(grid, clock, start_ns) for clock in range(len(grid.starts))}
+    clock_of = grid.clock_of.tolist()
+    found = []
+    for group in groups:
+        clocks = {clock_of[number_of[symbol]] for symbol in group.symbols}
+        if len(clocks) == 1 and walks.get(clocks.pop()):
+            found.append(group)
+    if not found:
+        raise NoSegment("no group has the minutes of a segment after the start")
+    return found
+
+
+def read(
+    policy: Policy,
+    grid: Grid,
+    horizon: int,
+    symbols: Tensor,
+    minutes: Tensor,
+    chunk_segments: int,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Run a policy's trunk for groups (Q, G) at ``minutes`` (r, Q, h), -1 for none: (r, h, Q x G, W)."""
+    context = grid.market.context_bars
+    starts = torch.where(minutes < 0, -1, grid.segment_starts(minutes.clamp(min=0), horizon))
+    num_minutes = len(grid.minutes)
+    group = torch.arange(len(symbols), device=minutes.device)[None, :, None]
+    keys, place = torch.unique(torch.where(starts < 0, -1, group * num_minutes + starts), return_inverse=True)
+    walked = keys >= 0
+    begin, of_group = keys.clamp(min=0) % num_minutes, keys.clamp(min=0) // num_minutes
+    last = grid.span_last[torch.searchsorted(grid.span_first, begin, right=True) - 1]
+    tokens = begin[:, None] + torch.arange(-context, horizon + 1, device=minutes.device)
+    # A segment may reach beyond the last minute; nothing is decided there.
+    tokens = torch.minimum(tokens, last[:, None])
+    encoded = None
+    size = symbols.shape[1]
+    numbers = torch.arange(len(keys), device=minutes.device)[walked]
+    for part in numbers.split(max(1, chunk_segments // size)):
+        check_stop()
+        bars = grid.bars_at(symbols[of_group[part]][..., None], tokens[part][:, None])
+        found = policy.encode(grid.tokens(bars.flatten(0, 1)), horizon + 1).unflatten(0, (-1, size))
+        if encoded is None:
+            encoded = found.new_zeros(len(keys), size, horizon + 1, found.shape[-1])
+        encoded[part] = found
+    assert encoded is not None  # some group walks every segment
+    within = (minutes - starts).clamp(min=0)
+    # (r, Q, h, G, W) -> (r, h, Q x G, W)
+    return encoded[place, :, within].transpose(1, 2).flatten(2, 3)
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    """The actions of all slots at one minute: first those of the policies, by their heads, then those of rules."""
+
+    heads: tuple[Head, ...]
+    accounts_per_head: tuple[int, ...]
+
+    def __call__(self, accounts: Tensor, rules: Tensor, *projected: Tensor) -> tuple[Tensor]:
+        actions, first = [], 0
+        for head, market, count in zip(self.heads, projected, self.accounts_per_head, strict=True):
+            size = market.shape[0]
+            own = accounts[first : first + count * size].unflatten(0, (count, size))
+            actions.append(head.decide(market, own)[0].argmax(-1).flatten())
+            first += count * size
+        return (torch.cat((*actions, rules)),)
+
+
+def _play(
+    env: GroupExamEnv, decide: _Decisions, rules: Tensor, projected: Sequence[Tensor]
+) -> NDArray[np.float64]:
+    """Play one segment; return position, log return, costs, traded, borrowing, and funding if any: (5-6, H, N)."""
+    played = env.play(decide, rules, *projected)
+    equity = played.log_equity.exp()
+    fills = [torch.stack(column) for column in zip(*(fill[:5] for fill in played.fills), strict=True)]
+    log_return, _, traded, costs, borrowing = fills
+    paid = [costs + borrowing, traded, borrowing]
+    if played.fills[0].funding is not None:
+        paid.append(torch.stack([fill.funding for fill in played.fills if fill.funding is not None]))
+    columns = (played.weights.abs().sum(-1), log_return, *(part / equity for part in paid))
+    return torch.stack(columns).cpu().numpy()
+
+
+def _walks_of(
+    names: Sequence[str],
+    groups: Sequence[Group],
+    env: GroupExamEnv,
+    schedule: Tensor,
+    columns: Sequence[NDArray[np.float64]],
+    prices: NDArray[np.float64],
+) -> dict[str, list[Walk]]:
+    market, horizon = env.market, env.config.horizon
+    walks: dict[str, list[Walk]] = {name: [] for name in names}
+    ahead = torch.arange(horizon, device=schedule.device)
+    for number, group in enumerate(groups):
+        first = schedule[:, number]
+        walked = (first >= 0).repeat_interleave(horizon).cpu().numpy()
+        minutes = (first[first >= 0, None] + 1 + ahead).flatten()
+        time = env.grid.minutes[minutes].cpu().numpy().astype("datetime64[ns]")
+        kind = market.asset_classes[market.symbols.index(group.symbols[0])]
+        asset_class = "stock" if kind == "stock" else "crypto"
+        for place, name in enumerate(names):
+            own = (column[walked, place * len(groups) + number] for column in columns)
+            walks[name].append(Walk(group.name, asset_class, time, prices[walked, number], *own))
+    return walks

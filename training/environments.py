@@ -1,0 +1,44 @@
+"""Which environment a training plays: an account per symbol, or over groups of symbols."""
+
+from __future__ import annotations
+
+import torch
+
+from envs.config import EnvConfig
+from envs.group_env import GroupEnv
+from envs.market import Market
+from envs.trading_env import TradingEnv
+from models.policy import Policy
+from training.group_rollout import collect_groups
+from training.rollout import Rollout, collect
+
+AnyEnv = TradingEnv | GroupEnv
+
+
+def make_env(market: Market, config: EnvConfig, device: torch.device, seed: int) -> AnyEnv:
+    """Return the environment of these accounts.
+
+    Raises:
+        NoSegment, ValueError: the market has too few minutes, or too few symbols for a group.
+    """
+    return (GroupEnv if config.group else TradingEnv)(market, config, device, seed)
+
+
+def play_segment(
+    env: AnyEnv,
+    policy: Policy,
+    generator: torch.Generator,
+    chunk_segments: int,
+    greedy: bool = False,
+    hindsight: bool = False,
+    reward_scale: float = 1.0,
+    less_market: bool = False,
+) -> Rollout:
+    """Play one segment in every environment, see ``rollout.collect``; of groups, a row per symbol.
+
+    Groups have no rewards less the market's (training/validation.py): their caps take it off.
+    """
+    terms = generator, chunk_segments, greedy, hindsight, reward_scale
+    if isinstance(env, GroupEnv):
+        return collect_groups(env, policy, *terms)
+    return collect(env, policy, *terms, less_market)
