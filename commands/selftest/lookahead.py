@@ -36,15 +36,16 @@ from envs.feature_checks import (
 )
 from envs.feature_errors import FeatureError
 from envs.features import GROUPS, WARM_UP_BARS, own_features, panel_of, registered_features
+from envs.group_env import GroupEnv
 from envs.later_bars import change_bars_after, replace_bars_after
 from envs.market import Market, NoSegment
-from envs.trading_env import TradingEnv
 from evaluation.provenance import minute_of
 from models.policy import Policy, precision_on
 from models.transformer import TransformerConfig
 from training.data_feed import data_request, holdout_start_ns
 from training.distributed import Ranks
-from training.rollout import Rollout, collect
+from training.environments import AnyEnv, make_env, play_segment
+from training.rollout import Rollout
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -147,8 +148,8 @@ def find_look_ahead(bars: Sequence[Bars], settings: Settings, ranks: Ranks) -> t
             subject, f"{subject} sees bars after {minute_of(moment)} UTC, perhaps of another symbol"
         )
     checks = _RolloutChecks(bars, settings, holdout_ns, ranks)
-    for series in bars:
-        for subject, line in checks.check_decisions(series):
+    for findings in [checks.check_group()] if checks.size else map(checks.check_decisions, bars):
+        for subject, line in findings:
             found.setdefault(subject, line)
     return [*found.values(), *checks.check_holdout()], checks.played
 
@@ -208,6 +209,12 @@ class _RolloutChecks:
         self.market = self._make_market(bars)
         self.sees_others = "panel" in settings.features or bool(own_features())
         self.played: list[str] = []  # symbols on which decisions were checked
+        self.config = EnvConfig.from_settings(settings)
+        group, is_stock = self.config.group, [series.asset_class == "stock" for series in bars]
+        if group:  # a smaller one where fewer symbols were loaded
+            size = min(group.size, max(is_stock.count(True), is_stock.count(False)))
+            self.config = replace(self.config, group=replace(group, size=size))
+        self.size = size if group else 0  # symbols of a group; 0: an account per symbol
 
     def check_decisions(self, bars: Bars) -> Iterator[tuple[str, str]]:
         """Play some segments, and replay each with bars replaced after its first, middle and last decision.
@@ -230,8 +237,8 @@ class _RolloutChecks:
     def _check_segment(
         self, bars: Bars, others: Sequence[Bars], market: Market, seed: int
     ) -> Iterator[tuple[str, str]]:
-        expected, end = self._roll_out(market, 1, seed)
-        horizon, context = self.settings.horizon, self.settings.context_bars
+        expected, env = self._roll_out(market, 1, seed)
+        end, horizon = int(env.cursor[0]), self.settings.horizon
         for last in (0, horizon // 2, horizon - 1):
             cut = end - horizon + last
             # Times stay the same, so that the same segment is drawn; the feature check replaces them too. The
@@ -240,16 +247,47 @@ class _RolloutChecks:
             later = change_bars_after(others, int(bars.open_time[cut]), seed)
             twin = replace(self._make_market([other], market, later), volatility=market.volatility)
             actual, _ = self._roll_out(twin, 1, seed)
-            # An account that the next fill ruins, on the first replaced bar, does not decide at this one.
-            decided = last + int(expected.valid[0, last] & actual.valid[0, last])
-            # A decision fills at the next open; its reward is known at the open after that.
-            earned = max(0, last - 1)
-            lengths = {"bars": context + last + 1, "valid": last, "rewards": earned, "terminated": earned}
-            for name, value in _tensors(expected).items():
-                length, other_value = lengths.get(name, decided), _tensors(actual)[name]
-                if name != "next_value" and not torch.equal(value[:, :length], other_value[:, :length]):
-                    subject = f"{bars.symbol}: {name}"
-                    yield subject, f"{subject} up to {_minute(bars, cut)} depend on later bars"
+            for name in self._names_that_differ(expected, actual, last):
+                subject = f"{bars.symbol}: {name}"
+                yield subject, f"{subject} up to {_minute(bars, cut)} depend on later bars"
+
+    def check_group(self) -> Iterator[tuple[str, str]]:
+        """Play segments of groups, and replay each with the bars of all symbols replaced after a decision.
+
+        Yields:
+            The subject of a finding, and a line about it.
+        """
+        span = self.holdout_ns - DECISION_MINUTES * MINUTE_NS, self.holdout_ns
+        bars = [window for series in self.bars if len(window := series.between(*span))]
+        market, horizon = self._make_market(bars, self.market), self.settings.horizon
+        self.played += [series.symbol for series in bars]
+        for seed in range(SEGMENTS):
+            expected, env = self._roll_out(market, self.size, seed)
+            assert isinstance(env, GroupEnv)
+            for last in (0, horizon // 2, horizon - 1):
+                moment = int(env.grid.minutes[env.minute[0] - horizon + last])
+                others = []
+                for number, series in enumerate(bars):
+                    cut = int(np.searchsorted(series.open_time, moment, side="right")) - 1
+                    other = replace_bars_after(series, cut, seed + number) if cut >= 0 else series
+                    others.append(replace(other, open_time=series.open_time))
+                twin = replace(self._make_market(others, market), volatility=market.volatility)
+                actual, _ = self._roll_out(twin, self.size, seed)
+                for name in self._names_that_differ(expected, actual, last):
+                    subject = f"a group: {name}"
+                    yield subject, f"{subject} up to {minute_of(moment)} UTC depend on later bars"
+
+    def _names_that_differ(self, expected: Rollout, actual: Rollout, last: int) -> Iterator[str]:
+        """Yield what two rollouts, whose bars are the same up to decision ``last``, differ in up to there."""
+        # An account that the next fill ruins, on the first replaced bar, does not decide at this one.
+        decided = last + int((expected.valid[:, last] & actual.valid[:, last]).all())
+        # A decision fills at the next open; its reward is known at the open after that.
+        earned, context = max(0, last - 1), self.settings.context_bars
+        lengths = {"bars": context + last + 1, "valid": last, "rewards": earned, "terminated": earned}
+        for name, value in _tensors(expected).items():
+            length, other_value = lengths.get(name, decided), _tensors(actual)[name]
+            if name != "next_value" and not torch.equal(value[:, :length], other_value[:, :length]):
+                yield name
 
     def check_holdout(self) -> Iterator[str]:
         """Play many segments with and without the holdout's bars replaced; yield a line per difference."""
@@ -263,8 +301,9 @@ class _RolloutChecks:
                 yield f"the {name} of features depends on the holdout"
         if not torch.equal(market.volatility, twin.volatility):
             yield "the scale of rewards depends on the holdout"
-        expected, _ = self._roll_out(market, HOLDOUT_SEGMENTS, seed=0)
-        actual, _ = self._roll_out(twin, HOLDOUT_SEGMENTS, seed=0)
+        num_envs = HOLDOUT_SEGMENTS // max(1, self.size) * max(1, self.size)
+        expected, _ = self._roll_out(market, num_envs, seed=0)
+        actual, _ = self._roll_out(twin, num_envs, seed=0)
         for name, value in _tensors(expected).items():
             if not torch.equal(value, _tensors(actual)[name]):
                 yield f"training's {name} depend on the holdout"
@@ -276,9 +315,9 @@ class _RolloutChecks:
         panel = panel_of([*bars, *others], self.device)
         return Market.from_settings(bars, self.settings, self.device, self.holdout_ns, statistics, panel)
 
-    def _roll_out(self, market: Market, num_envs: int, seed: int) -> tuple[Rollout, int]:
-        """Play one segment per account; return it, and the bar after the first account's last decision."""
-        env = TradingEnv(market, EnvConfig.from_settings(self.settings, num_envs), self.device, seed)
+    def _roll_out(self, market: Market, num_envs: int, seed: int) -> tuple[Rollout, AnyEnv]:
+        """Play one segment per account; return it, and the environment after it."""
+        env = make_env(market, replace(self.config, num_envs=num_envs), self.device, seed)
         torch.manual_seed(seed)
         length = self.settings.context_bars + self.settings.horizon + 1
         trunk = TransformerConfig(market.num_features, 64, 2, 4, length)
@@ -286,8 +325,7 @@ class _RolloutChecks:
         for layer in (policy.head.logits, policy.head.value):
             nn.init.normal_(layer.weight)  # an untrained head would ignore its input
         generator = torch.Generator(self.device).manual_seed(seed)
-        rollout = collect(env, policy.to(self.device), generator, chunk_segments=16)
-        return rollout, int(env.cursor[0])
+        return play_segment(env, policy.to(self.device), generator, chunk_segments=16), env
 
 
 def _tensors(rollout: Rollout) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from commands.selftest import lookahead
 from continuous_training import Settings
 from data_sources.bars import DAY_NS, Bars
 from envs.features import FEATURES, FeatureStatistics, History
+from envs.grid import Grid
 from envs.market import Market
 from training.distributed import Ranks
 
@@ -31,6 +32,19 @@ def bars() -> list[Bars]:
 
 def test_nothing_looks_ahead(bars: list[Bars]) -> None:
     assert lookahead.find_look_ahead(bars, SETTINGS, ALONE) == ([], ["SIM000", "SIM001"])
+
+
+@pytest.mark.parametrize("ahead", [pytest.param(0, marks=pytest.mark.drill), 1])
+def test_groups_are_checked_too(bars: list[Bars], monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    tokens = Grid.tokens
+    monkeypatch.setattr(Grid, "tokens", lambda grid, places: tokens(grid, places + ahead))
+    monkeypatch.setattr(
+        lookahead, "features_that_look_ahead", lambda *_: {}
+    )  # which take long, and are above
+    settings = replace(SETTINGS, account="group", features=("symbol", "panel"))
+    found, played = lookahead.find_look_ahead(bars, settings, ALONE)
+    assert played == ["SIM000", "SIM001"]
+    assert all(line.startswith("a group: ") for line in found) and bool(found) == bool(ahead)
 
 
 def test_cleaning_that_looks_ahead_is_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,14 +82,14 @@ def test_observations_that_are_a_bar_ahead_are_named(
 
 
 def test_fills_at_a_later_price_are_named(bars: list[Bars], monkeypatch: pytest.MonkeyPatch) -> None:
-    collect = lookahead.collect
+    play_segment = lookahead.play_segment
 
     def late(*args, **kwargs):  # type: ignore[no-untyped-def]
-        rollout = collect(*args, **kwargs)
+        rollout = play_segment(*args, **kwargs)
         rollout.rewards = rollout.rewards.roll(-1, dims=1)
         return rollout
 
-    monkeypatch.setattr(lookahead, "collect", late)
+    monkeypatch.setattr(lookahead, "play_segment", late)
     found, _ = lookahead.find_look_ahead(bars, SETTINGS, ALONE)
     assert found and all(": rewards up to " in line for line in found)
 
