@@ -38,7 +38,7 @@ SIZES = hourly.SIZES | {
     "horizon": 24,
     "episode_bars": 240,
     "envs_per_gpu": 64,
-    "batch_size": 512,
+    "batch_size": 384,
     "micro_batch_segments": 32,
     "learning_rate": 3e-3,
     "gamma": 0.9,

@@ -92,8 +92,8 @@ def train_window(
         dashboard=False,
         log_level="warning",
     )
-    with keep_log(folder / "logs", "info"), _only_warnings(warn):
-        train(own, _Life(on_epoch), bars_of_run=stored_bars(window.start_ns))
+    with keep_log(folder / "logs", "info"), _only_warnings(warn) as shown:
+        train(own, _Life(shown(on_epoch)), bars_of_run=stored_bars(window.start_ns))
     _check(folder, own, runs)
 
 
@@ -169,19 +169,32 @@ def begin_with(saved: Checkpoint, folder: Path) -> None:
 
 
 @contextmanager
-def _only_warnings(warn: Callable[[str], None]) -> Iterator[None]:
-    """Show no line of a training; pass its warnings on."""
+def _only_warnings(
+    warn: Callable[[str], None],
+) -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]:
+    """Show no line of a training; pass its warnings on. Yields what lets a function show its own lines."""
+    is_training = True
 
     def hide(record: logging.LogRecord) -> bool:
-        record.is_shown = False
-        if record.levelno >= logging.WARNING:
-            warn(record.getMessage())
+        if is_training:
+            record.is_shown = False
+            if record.levelno >= logging.WARNING:
+                warn(record.getMessage())
         return True
+
+    def shown(call: Callable[[], None]) -> Callable[[], None]:
+        def show() -> None:
+            nonlocal is_training
+            is_training = False
+            call()
+            is_training = True
+
+        return show
 
     level, propagates = log.level, log.propagate  # which the training's console resets at its end
     log.addFilter(hide)
     try:
-        yield
+        yield shown
     finally:
         log.removeFilter(hide)
         log.setLevel(level)

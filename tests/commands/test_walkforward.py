@@ -194,13 +194,19 @@ def test_a_walk_that_is_done_only_writes_its_page(walked: tuple[Path, Book]) -> 
     assert files_of(folder) == before and (folder / "report" / "walkforward_walk").is_dir()
 
 
-def test_fresh_windows_know_nothing_of_each_other_and_keep_no_weights(planted: None, tmp_path: Path) -> None:
+def test_fresh_windows_know_nothing_of_each_other_and_keep_no_weights(
+    planted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("monitoring.console.PLAIN_PROGRESS_SECONDS", 0.0)
     book = walk(tmp_path, fresh=True, first_day="2026-01-22")
     for number in (1, 2):
         own = tmp_path / "walk" / f"{number:04d}"
         assert {line["run"] for line in ledger.read(training.training_in(own) / ledger.NAME)} == {1}
         assert not list(own.rglob("*.pt"))
     assert (tmp_path / "walk" / FIRST).exists()
+    output = capsys.readouterr().out  # progress and windows, and of the trainings nothing but warnings
+    assert "walk: 8 of 8 epochs" in output and "Window 2 of 2, 2026-01-27 to 2026-01-31: run1_epoch" in output
+    assert " epoch " not in output and "Exam: " not in output
     rows = [row["days"] for row in book.results]
     assert rows[0][POLICY] == rows[0]["first champion"] and rows[1][POLICY] != rows[1]["first champion"]
 
