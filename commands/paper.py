@@ -116,6 +116,8 @@ class Paper:
         missing = {symbol: data.dropped.get(symbol, "no bars") for symbol in sorted(wanted - loaded)}
         done = replace(done, waiting=missing | dict(done.waiting))
         said += self._changes(done)
+        if done.revised:  # perhaps they had not closed yet, by the source's clock
+            self._clock_at = now_ns // MINUTE_NS - CLOCK_MINUTES
         totals = Totals.of(book.extra) or Totals.begin(now_ns, self.options.gross, len(wanted))
         trades = totals.add(done, self.trained.env_config(1))
         lines: list[dict[str, Any]] = [*self._lines]

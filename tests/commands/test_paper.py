@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from continuous_training import Settings
 from data_sources.bars import MINUTE_NS
 from data_sources.lake.lake import Lake
 from data_sources.load import load
+from data_sources.sources import Answer
 from envs.market import Market
 from evaluation import ensemble
 from evaluation.open_walk import walk_on
@@ -166,6 +167,28 @@ def test_late_bars_sources_that_are_down_and_wrong_clocks_are_no_trade_and_said(
     (content,) = trader.run(1)
     assert "No trade: this clock is 90 s behind api.example.com's" in trader.said
     assert all(row["target"] is None for row in content["symbols"])
+
+
+def test_a_bar_that_changes_makes_it_look_at_the_clock(
+    trader: Trader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    def look(answers: Sequence[Answer]) -> Line:
+        looks.append(trader.now_ns)
+        return check_clock(answers)
+
+    def half_made(rows: list[list[Any]]) -> list[list[Any]]:
+        *before, row, running = rows
+        return [*before, [*row[:4], row[1], *row[5:]], running]  # its close is its open
+
+    check_clock = paper.check_clock
+    monkeypatch.setattr(paper, "check_clock", look)
+    wrong = Fault("klines", "rows", rows=half_made)
+    faults = trader.server.faults
+    trader.run(6, between={2: lambda: faults.append(wrong), 3: faults.clear})
+    assert "changed since: used as they are now until they are booked" in trader.said
+    assert [(time_ns - START) // MINUTE_NS for time_ns in looks] == [0, 3, 4]
 
 
 def test_a_new_champion_is_followed(trader: Trader) -> None:
