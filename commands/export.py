@@ -81,8 +81,8 @@ is meant to fill at the next bar's open.
 
 GRAPH_ROWS = """| `policy.pt2`, `policy.onnx` | the network as a graph: `torch.export.load`, ONNX Runtime |
 
-The graphs take `bars` (segments, bars, {num_features}), normalised features of {shortest} to {longest} bars, the
-newest one last, and `accounts` (segments, 1, {num_account_features}). They return `logits`
+The graphs take `bars` (segments, bars, {num_features}), normalised features{scales} of {shortest} to
+{longest} bars, the newest one last, and `accounts` (segments, 1, {num_account_features}). They return `logits`
 (segments, 1, {num_positions}) over the positions {positions}, and `value` (segments, 1).
 """
 
@@ -141,6 +141,7 @@ def _write(
             "num_features": policy.num_features,
             "num_account_features": policy.num_account_features,
             "num_positions": len(card["accounts"]["positions"]),
+            "scales": ", by each scale of `card.json` in turn," if trained.statistics.mean.dim() > 1 else "",
             "shortest": policy.min_length,
             "longest": policy.max_length,
         }

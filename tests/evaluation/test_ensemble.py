@@ -221,7 +221,8 @@ def test_an_export_holds_all_members_and_acts_to_the_bit_as_they_do(
 
 
 @pytest.mark.drill
-def test_graphs_of_an_ensemble_compute_what_it_does(together: TrainedPolicy, tmp_path: Path) -> None:
+def test_graphs_of_an_ensemble_compute_what_it_does(paths: list[Path], tmp_path: Path) -> None:
     lines: list[str] = []
+    together = ensemble.read(paths[:2], Settings)
     export.command(together, tmp_path / "graphs", True, lines.append)  # compares them, over several lengths
     assert [line.split()[0] for line in lines] == ["policy.pt2", "policy.onnx"]
