@@ -123,6 +123,7 @@ def stored_bars(until_ns: int) -> BarsOfRun:
     """Return a loader of the bars as they were known at a moment: those in the lake, and no source is asked.
 
     Universe, splits and funding are as of then, too (``data_request``). Its arguments are those of ``fresh_bars``.
+    No copy is kept beside the lake, where a training keeps the one that it goes on with.
     """
 
     def load_stored(
@@ -137,7 +138,7 @@ def stored_bars(until_ns: int) -> BarsOfRun:
         progress.cutoff_ns = until_ns
         request = data_request(settings, until_ns)
         with _exit_without_lake(progress):
-            data = _map_copy(lake, request, progress.num_bars, ranks, "")
+            data = load(lake, request)
         if request.needs_lake:
             _compare_with_beginning(data, progress, settings, lake)
         progress.num_bars = {bars.symbol: len(bars) for bars in data.bars}

@@ -273,7 +273,7 @@ class Walk:
         # Cores are shared, and one training uses them all: only further GPUs make it quicker.
         speedup = min(jobs, len(self._devices())) if self._device.type == "cuda" else 1
         hours = costs.seconds(*work, is_warm=not options.fresh) / 3600 / speedup
-        needed = costs.disk_bytes(jobs + (jobs > 1), data_request(settings, left[0].start_ns).needs_lake)
+        needed = costs.disk_bytes(jobs + (jobs > 1))
         free = free_in(self._folder)
         log.info(
             f"Plan: {count_of(len(left), 'window')} of {count_of(options.step, 'day')}, {left[0]} ... {left[-1]}, "

@@ -32,12 +32,8 @@ if TYPE_CHECKING:
 TIMED_EPOCHS, TIMED_SEGMENTS = 2, 4
 TIMED_BARS = 64  # decisions of an open walk
 STATE_FOLD = 3  # a resume state is two moments, and accounts, beside weights of size one
-KEPT_WEIGHTS, KEPT_STATES = (
-    6,
-    3,
-)  # two checkpoints, champion, one without the title, the first, one being written
-KEPT_COPIES = 4  # of a run's bars beside the lake
-COLUMN_BYTES, COLUMNS = 8, 9
+KEPT_WEIGHTS = 6  # two checkpoints, the champion, one without its title, the first, one being written
+KEPT_STATES = 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,6 @@ class Costs:
     exam_seconds: float
     walk_seconds: float  # a day of decisions with all contestants
     weights_bytes: int
-    bars_bytes: int  # a run's bars as a file
 
     def seconds(self, epochs: int, exams: int, windows: int, days: int, is_warm: bool) -> float:
         """Return what so much work takes."""
@@ -61,10 +56,9 @@ class Costs:
             + walks * days * self.walk_seconds
         )
 
-    def disk_bytes(self, trainings: int, needs_lake: bool) -> int:
+    def disk_bytes(self, trainings: int) -> int:
         """Return what is kept at most, of so many trainings at once."""
-        own = self.weights_bytes * (KEPT_WEIGHTS + STATE_FOLD * KEPT_STATES)
-        return trainings * own + (KEPT_COPIES * self.bars_bytes if needs_lake else 0)
+        return trainings * self.weights_bytes * (KEPT_WEIGHTS + STATE_FOLD * KEPT_STATES)
 
 
 def measure_costs(settings: Settings, window: Window, lake: Lake, device: torch.device) -> Costs:
@@ -85,14 +79,12 @@ def measure_costs(settings: Settings, window: Window, lake: Lake, device: torch.
         with _Stopwatch() as epoch:
             trainer.metrics(trainer.update(trainer.collect()) or {})
     holdout_ns = holdout_start_ns(settings, data.bars)
-    bars = sum(map(len, data.bars))
     return Costs(
         loading.seconds,
         epoch.seconds,
         _exam_seconds(trainer, market, holdout_ns, window.start_ns),
         _walk_seconds(trainer, market, settings, window.start_ns),
         4 * trainer.policy.num_parameters(),
-        bars * COLUMNS * COLUMN_BYTES,
     )
 
 

@@ -35,7 +35,7 @@ from tests.evaluation.reports import Page
 from training.checkpoint import Checkpoint
 
 STRENGTH = 1.0
-OPTIONS = WalkOptions(step=5, first_day="2026-01-17", costs_bps=(0.0, 5.0))  # three windows
+OPTIONS = WalkOptions(step=5, first_day="2026-01-17", costs_bps=(0.0, 2.0, 5.0))  # three windows
 
 
 def settings_in(folder: Path, **changes: Any) -> Settings:
@@ -140,6 +140,7 @@ def test_one_curve_is_stitched_from_the_windows_and_judged_by_all_trials(walked:
     for bps, value in summary.ladder:
         pool = np.mean([np.exp(a["log_equity"]) for a in accounts[f"policy at {bps:g} bps"].values()])
         assert value == pytest.approx(pool - 1, rel=1e-12)
+    assert accounts["policy at 2 bps"] == accounts[POLICY]  # its own fee and slippage
     by_symbol = {row.symbol: row.measures[POLICY].total_return for row in summary.symbols}
     assert by_symbol == {s: pytest.approx(np.expm1(a["log_equity"])) for s, a in accounts[POLICY].items()}
     assert len(summary.days) == 15 and summary.num_trials == 6

@@ -40,3 +40,14 @@ def test_records_are_shown_while_a_console_is_open(
     log.warning("after it was closed")
     assert caplog.messages == ["after it was closed"] and capsys.readouterr().out == ""
     assert log.handlers == []
+
+
+def test_a_console_for_warnings_alone_prints_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for level, shown in (("info", ["title", "column", "cell"]), ("warning", ["Warning: late"])):
+        with Console(tmp_path, log_level=level) as console:
+            console.table("title", ["column"], [["cell"]])
+            if level == "warning":
+                log.warning("late")
+        assert [line.strip() for line in capsys.readouterr().out.splitlines()] == shown
