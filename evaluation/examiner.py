@@ -370,6 +370,7 @@ def _figures(
     policy = pooled[POLICY]
     sharpe_low, sharpe_high = policy.sharpe_interval or (math.nan, math.nan)
     low, high = policy.mean_daily_interval or (math.nan, math.nan)
+    net_low, net_high = trades.net_interval or (math.nan, math.nan)
     return {
         "exam/days": policy.num_days,
         "exam/return_percent": 100 * policy.total_return,
@@ -389,6 +390,8 @@ def _figures(
         "exam/max_drawdown_percent": 100 * policy.max_drawdown,
         "exam/turnover": policy.turnover,
         "exam/net_bps": trades.net_bps,
+        "exam/net_bps_low": net_low,
+        "exam/net_bps_high": net_high,
         "exam/gross_bps": trades.gross_bps,
         "exam/turnover_per_bar": trades.turnover,
         "exam/break_even_bps": _or_nan(trades.break_even_bps),

@@ -169,6 +169,27 @@ def _accounts_survive(recent: Sequence[Row]) -> Finding | None:
     return Finding("rollout/ruined_episodes", what, "use smaller positions, or check the costs")
 
 
+def _exams_confirm(recent: Sequence[Row]) -> Finding | None:
+    """Compare what training earned at full costs, in the epochs up to the newest exam, with its 95 % interval."""
+    name = "exam/net_bps_high"
+    place = max((place for place, row in enumerate(recent) if name in row), default=-1)
+    if place < 0:
+        return None
+    net, high = (number(recent[place], name) for name in ("exam/net_bps", name))
+    before = [row for row in recent[: place + 1][-LONG:] if number(row, "rollout/cost_scale") == 1]
+    earned = [value for row in before if (value := number(row, "rollout/reward_bps")) is not None]
+    if net is None or high is None or len(earned) < NEEDED_FOR_USUAL:
+        return None
+    mean = statistics.fmean(earned)
+    if mean <= max(high, 0.0):
+        return None
+    what = f"training earns {mean:+.3f} bp a bar, its exam {net:+.3f} and surely no more than {high:+.3f}"
+    remedy = (
+        "days were learnt by heart: trust the exam, and fetch more days, or lower epochs or update_passes"
+    )
+    return Finding(name, what, remedy)
+
+
 def _gradients_are_steady(recent: Sequence[Row]) -> Finding | None:
     name = "ppo/grad_norm"
     norm, usual = number(recent[-1], name), _usual(recent, name)
@@ -213,6 +234,7 @@ RULES: tuple[Callable[[Sequence[Row]], Finding | None], ...] = (
     _value_loss_is_usual,
     _policy_varies,
     _accounts_survive,
+    _exams_confirm,
     _gradients_are_steady,
     _Limit(
         "plasticity/dormant_units",

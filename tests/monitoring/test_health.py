@@ -87,6 +87,23 @@ def test_a_lasting_value_needs_ten_epochs_in_a_row(name: str) -> None:
     assert names([*[bad] * (LONG - 1), HEALTHY, bad]) == []
 
 
+def test_an_exam_is_compared_with_what_training_earned_at_full_costs_up_to_it() -> None:
+    trained = HEALTHY | {"rollout/reward_bps": 0.468, "rollout/cost_scale": 1.0}
+
+    def found(high: float | None = 0.223, num_before: int = LONG, **changes: float) -> list[health.Finding]:
+        examined = trained | {"exam/net_bps": -0.058, "exam/net_bps_high": high} | changes
+        return findings([*[trained | changes] * num_before, examined, *[trained | changes] * 9])
+
+    (finding,) = found()
+    assert finding.metric == "exam/net_bps_high"
+    assert finding.what == "training earns +0.468 bp a bar, its exam -0.058 and surely no more than +0.223"
+    assert found(high=0.4681) == found(high=None) == found(high=math.nan) == []
+    assert found(**{"rollout/cost_scale": 0.9}) == []  # cheaper than the exam
+    assert found(high=-0.5, **{"rollout/reward_bps": -0.1}) == []  # nothing was learnt, not even by heart
+    assert found(num_before=health.NEEDED_FOR_USUAL - 2) == []
+    assert found(num_before=health.NEEDED_FOR_USUAL - 1) != []
+
+
 def test_a_policy_that_stays_flat_may_be_right() -> None:
     def remedy(position: str) -> str:
         (finding,) = findings([HEALTHY | {f"rollout/in_position_{position}": 1.0}] * LONG)
@@ -173,6 +190,7 @@ def test_the_docs_state_the_same_thresholds() -> None:
         "loss/outlier_ratio": f"above {health.HIGHEST_OUTLIER_RATIO:g}",
         "rollout/in_position_X": f"1 for {LONG} epochs",
         "rollout/ruined_episodes": f"above {health.HIGHEST_RUINED_SHARE:.0%}",
+        "exam/net_bps_high": f"in the last {LONG} epochs",
         "ppo/grad_norm": f"{health.GRADIENT_JUMP:g} times",
         "perf/transitions_per_second": f"below {health.SLOW:.0%}",
         "gpu/temperature_celsius": f"above {health.HOTTEST_CELSIUS:.0f}",
