@@ -184,9 +184,7 @@ def _exams_confirm(recent: Sequence[Row]) -> Finding | None:
     if mean <= max(high, 0.0):
         return None
     what = f"training earns {mean:+.3f} bp a bar, its exam {net:+.3f} and surely no more than {high:+.3f}"
-    remedy = (
-        "days were learnt by heart: trust the exam, and fetch more days, or lower epochs or update_passes"
-    )
+    remedy = "days were learnt by heart: trust the exam, and fetch more days, or raise feature_noise"
     return Finding(name, what, remedy)
 
 

@@ -68,6 +68,8 @@ def find_shortage(days: Mapping[str, int], num_bars: int, settings: Settings, wo
     if not few and not often:
         return ""
     fixes = ["fetch more days"] if few else []
+    if not settings.feature_noise:
+        fixes.append("set feature_noise to 1")
     if often:
         fixes.append(f"lower epochs or update_passes until it is {MOST_VISITS:g} times")
     return f"days will be learnt by heart: {'; '.join(few + often)}. Trust exams alone; {', or '.join(fixes)}"

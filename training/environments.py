@@ -33,6 +33,7 @@ def play_segment(
     hindsight: bool = False,
     reward_scale: float = 1.0,
     less_market: bool = False,
+    feature_noise: float = 0.0,
 ) -> Rollout:
     """Play one segment in every environment, see ``rollout.collect``; of groups, a row per symbol.
 
@@ -40,5 +41,5 @@ def play_segment(
     """
     terms = generator, chunk_segments, greedy, hindsight, reward_scale
     if isinstance(env, GroupEnv):
-        return collect_groups(env, policy, *terms)
-    return collect(env, policy, *terms, less_market)
+        return collect_groups(env, policy, *terms, feature_noise)
+    return collect(env, policy, *terms, less_market, feature_noise)

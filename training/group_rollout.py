@@ -20,7 +20,7 @@ from envs.group_env import GroupEnv, GroupTrajectory
 from models.policy import Policy
 from runtime.control import heartbeat
 from training.hindsight import Hindsight
-from training.rollout import REWARD_LIMIT, Rollout
+from training.rollout import REWARD_LIMIT, Rollout, add_noise
 
 SLOTS_AT_ONCE = 64  # whose every choice is valued at once: bounds the memory of (T, K, K, G) for each
 
@@ -34,6 +34,7 @@ def collect_groups(
     greedy: bool = False,
     hindsight: bool = False,
     reward_scale: float = 1.0,
+    feature_noise: float = 0.0,
 ) -> Rollout:
     """Play one segment in every group; arguments as of ``rollout.collect``.
 
@@ -41,7 +42,7 @@ def collect_groups(
     """
     config, group = env.config, env.group
     horizon, slots = config.horizon, config.num_envs
-    bars = env.begin_segment()
+    bars = add_noise(env.begin_segment(), feature_noise, generator)
     parts = []
     for part in bars.split(chunk_segments):
         heartbeat()

@@ -81,6 +81,17 @@ def _on_host(value: Any) -> Any:
     return value
 
 
+def add_noise(bars: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    """Add normal noise to every feature of every bar, in place, and return the bars.
+
+    Drawn again for every segment, so that no bar is seen twice alike, and none is learnt by heart. The update
+    learns from the bars as they were seen; exams and live decisions see them without noise.
+    """
+    if deviation:
+        bars.add_(torch.randn(bars.shape, generator=generator, device=bars.device), alpha=deviation)
+    return bars
+
+
 @torch.no_grad()
 def collect(
     env: TradingEnv,
@@ -91,6 +102,7 @@ def collect(
     hindsight: bool = False,
     reward_scale: float = 1.0,
     less_market: bool = False,
+    feature_noise: float = 0.0,
 ) -> Rollout:
     """Play one segment in every environment.
 
@@ -104,13 +116,14 @@ def collect(
         reward_scale: of rewards that are in units of each symbol's volatility per bar, at most REWARD_LIMIT.
         less_market: rewards are less what the same position in the others would have earned, see
             ``Segment.market_rewards``.
+        feature_noise: see ``add_noise``.
 
     Raises:
         ValueError: the market of such rewards has no ``others_growth``.
     """
     config = env.config
     horizon = config.horizon
-    bars = env.begin_segment()  # (N, C + T + 1, F)
+    bars = add_noise(env.begin_segment(), feature_noise, generator)  # (N, C + T + 1, F)
     # T decisions, and the bar after the last one for the bootstrap value.
     parts = []
     for part in bars.split(chunk_segments):

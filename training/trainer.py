@@ -211,6 +211,7 @@ class Trainer:
             # Discounted sums of unit noise have this deviation: the critic's targets are about one.
             reward_scale=math.sqrt(1.0 - settings.gamma**2),
             less_market=settings.reward == "less market",
+            feature_noise=settings.feature_noise,
         )
 
     def _own_state(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "num_heads": (1, 2**16),
     "batch_size": (1, 2**31),
     "micro_batch_segments": (1, 2**20),
+    "feature_noise": (0, 10),
     "update_passes": (1, 1_000),
     "learning_rate": (0, 1),
     "warmup_steps": (0, 10**9),

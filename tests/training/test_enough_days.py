@@ -43,8 +43,8 @@ def test_days_and_bars_before_the_holdout_are_counted_by_asset_class() -> None:
     [
         (ENOUGH, 27_000_000, ""),
         (ENOUGH | {"stock": 14}, 27_000_000, "heart: 14 days of stock bars to train on, where 60 begin to tell"),
-        (ENOUGH, 120_000, "heart: a run learns 41 times from each bar. Trust exams alone; lower epochs or"),
-        ({"stock": 10}, 86_000, "fetch more days, or lower epochs"),
+        (ENOUGH, 120_000, "heart: a run learns 41 times from each bar. Trust exams alone; set feature_noise to 1"),
+        ({"stock": 10}, 86_000, "fetch more days, or set feature_noise to 1, or lower epochs"),
     ],
 )  # fmt: skip
 def test_few_days_and_many_passes_are_named_with_what_to_do(
@@ -53,6 +53,10 @@ def test_few_days_and_many_passes_are_named_with_what_to_do(
     text = find_shortage(days, num_bars, REAL, world_size=1)
     assert expected in text
     assert bool(text) == bool(expected) and "\n" not in text
+
+
+def test_noise_that_is_on_is_not_advised() -> None:
+    assert "feature_noise" not in find_shortage({"stock": 10}, 86_000, replace(REAL, feature_noise=0.5), 1)
 
 
 def test_twice_the_ranks_learn_twice_as_often() -> None:

@@ -15,7 +15,7 @@ from tests.training.rollouts import ALONE, SETTINGS, calm_and_wild, policy_for, 
 from training.compilation import compile_accounts, compile_hindsight, compile_objective
 from training.distributed import Ranks
 from training.losses import Objective
-from training.rollout import REWARD_LIMIT, collect
+from training.rollout import REWARD_LIMIT, add_noise, collect
 
 
 def symbols_of(env: TradingEnv) -> torch.Tensor:
@@ -39,6 +39,22 @@ def test_the_update_sees_the_policy_that_acted(precision: str) -> None:
     bound = 1e-5 if precision == "fp32" else 2e-2
     assert (torch.log_softmax(logits, -1) - rollout.log_policy).abs().max() < bound
     assert (values - rollout.values).abs().max() < bound * 5
+
+
+def test_noise_is_drawn_for_every_segment_and_the_update_sees_it() -> None:
+    env, generator = env_of(market_of(walk())), torch.Generator().manual_seed(7)
+    policy = policy_for(env)
+    for _ in range(2):
+        rollout = collect(env, policy, generator, 16, feature_noise=0.5)
+        with torch.no_grad():
+            logits, _ = policy(rollout.bars, rollout.accounts)
+        assert (torch.log_softmax(logits, -1) - rollout.log_policy).abs().max() < 1e-5
+    bars = torch.zeros(2, 100, 40, 5)
+    first, second = (add_noise(part, 0.5, generator) for part in bars)
+    assert abs(float(bars.std()) - 0.5) < 0.01 and abs(float(bars.mean())) < 0.01
+    assert abs(float((first * second).mean())) < 0.01
+    state = generator.get_state()
+    assert not add_noise(torch.zeros(3), 0.0, generator).any() and torch.equal(generator.get_state(), state)
 
 
 def test_chunks_of_the_trunk_forward_change_nothing() -> None:

@@ -37,7 +37,13 @@ def small_trainer(
     bars = simulated_bars(2, 600, 0, 1_767_225_600 * 10**9)
     market = Market.from_bars(bars, device="cpu", holdout_start_ns=NEVER, context_bars=8, horizon=8)
     settings = replace(
-        SETTINGS, d_model=16, num_layers=1, num_heads=2, envs_per_gpu=envs_per_gpu, context_bars=8
+        SETTINGS,
+        d_model=16,
+        num_layers=1,
+        num_heads=2,
+        envs_per_gpu=envs_per_gpu,
+        context_bars=8,
+        feature_noise=0.5,
     )
     if memory:
         settings = replace(settings, compile="on")
