@@ -29,24 +29,6 @@ from monitoring.console import Console
 from tests.commands import hourly
 
 FIRST_DAY = 20_100  # since 1970, 2025-01-12
-SIZES = hourly.SIZES | {
-    "simulated_symbols": 8,
-    "simulated_bars": 400 * 1440,
-    "holdout_days": 14,
-    "d_model": 16,
-    "context_bars": 24,
-    "horizon": 24,
-    "episode_bars": 240,
-    "envs_per_gpu": 64,
-    "batch_size": 384,
-    "micro_batch_segments": 32,
-    "learning_rate": 3e-3,
-    "gamma": 0.9,
-    "gae_lambda": 0.9,
-    "entropy_coef": 0.003,
-    "epochs": 20,
-    "checkpoint_every": 20,
-}
 
 
 def walk(strength: float, seed: int, windows: int, is_fresh: bool, epochs: int) -> WalkSummary:
@@ -56,7 +38,7 @@ def walk(strength: float, seed: int, windows: int, is_fresh: bool, epochs: int) 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folders = {f"{kind}_dir": str(folder / kind) for kind in ("data", "log", "report", "checkpoint")}
-        settings = Settings(**(SIZES | folders | {"seed": seed, "epochs": epochs}))
+        settings = Settings(**(hourly.LEARNABLE | folders | {"seed": seed, "epochs": epochs}))
         options = WalkOptions(first_day=first, fresh=is_fresh, output=folder / "walk")
         with Console(folder / "log", log_level="warning") as console:
             command(settings, train, options, console)

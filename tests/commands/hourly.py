@@ -82,3 +82,21 @@ SIZES = {
     "checkpoint_every": 2,
     "crypto_fee_bps": 1.0,
 }
+# Enough to learn a drift of 0.35 deviations within a window or two.
+LEARNABLE = SIZES | {
+    "simulated_symbols": 8,
+    "simulated_bars": 400 * 1440,
+    "holdout_days": 14,
+    "context_bars": 24,
+    "horizon": 24,
+    "episode_bars": 240,
+    "envs_per_gpu": 64,
+    "batch_size": 384,
+    "micro_batch_segments": 32,
+    "learning_rate": 3e-3,
+    "gamma": 0.9,
+    "gae_lambda": 0.9,
+    "entropy_coef": 0.003,
+    "epochs": 20,
+    "checkpoint_every": 20,
+}

@@ -1,7 +1,8 @@
-"""A walk that is killed again and again ends, to the byte, like one that was not."""
+"""A walk that is killed again and again ends like one that was not; edges are found where there are some."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from commands.walkforward import WalkOptions, command
+from continuous_training import Settings, train
+from evaluation import plots
+from monitoring.console import Console
 from tests.commands import hourly
 from tests.program import Start, flags
 
@@ -66,3 +71,25 @@ def test_windows_side_by_side_end_as_one_after_the_other_even_if_killed(tmp_path
     killed.process.wait()
     begin(tmp_path / "two", "--fresh", "--jobs", "2").ends_well()
     assert results(tmp_path / "two") == results(tmp_path / "one")
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("strength", "headline"), [(0.35, "An edge over 84 days"), (0.0, "No edge over 84 days")]
+)
+def test_an_edge_that_is_planted_is_found_and_noise_is_called_none(
+    strength: float, headline: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hourly.plant(
+        monkeypatch, strength=strength, seed=seed, first_day=20_320
+    )  # 80 days before the first window
+    monkeypatch.setattr(plots, "as_png", lambda _: b"")
+    monkeypatch.setattr(plots, "as_svg", lambda *_: "<svg/>")
+    folders = {f"{name}_dir": str(tmp_path / name) for name in ("data", "log", "report", "checkpoint")}
+    settings = Settings(**(hourly.LEARNABLE | folders | {"seed": seed, "epochs": 16, "checkpoint_every": 16}))
+    options = WalkOptions(first_day="2025-11-09", output=tmp_path / "walk")
+    with Console(tmp_path / "log", log_level="warning") as console:
+        command(settings, train, options, console)
+    found = json.loads((tmp_path / "report" / "walkforward_walk" / "walkforward.json").read_text())
+    assert len(found["windows"]) == 12 and found["headline"].startswith(headline), found["verdict"]
