@@ -155,6 +155,7 @@ class Settings:
     prometheus_port: int | None = None  # the newest metrics on this port of 127.0.0.1, for Prometheus
     web_port: int | None = None  # a page that shows how training goes, on this port
     web_host: str = "127.0.0.1"  # address of that page; one that others can reach needs WEB_TOKEN in .env
+    telemetry: tuple[str, ...] = ()  # trackers that get every epoch's figures, too: wandb, mlflow, trackio
     notify: tuple[Url, ...] = ()  # URLs to send messages to; secret ones are better in NOTIFY_URLS in .env
 
     def __post_init__(self) -> None:

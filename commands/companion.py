@@ -1,4 +1,4 @@
-"""The command ``companion``: the process beside a training that serves its page and sends its messages.
+"""The command ``companion``: the process beside a training that serves its page, sends messages and telemetry.
 
 It reads what the training publishes (monitoring/attach.py), and hears from its owner (runtime/companion.py). Torch
 is not loaded, and its priority is low: training notices nothing of it.
@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.cli import ROOT, environment_of_child
+from commands.cli import ROOT, environment_of_child, program_version
 from monitoring.attach import Attached, NothingPublished
 from monitoring.events import TITLES, Event, Watcher
 from monitoring.notify import Messenger
+from monitoring.telemetry import Sender
 from runtime.background_process import lower_priority
 from runtime.companion import CLOSE_SECONDS, FAREWELL, Companion
 from runtime.train_log import append_line
+from training.setting_types import recorded
 from training.urls import find_targets
 
 if TYPE_CHECKING:
@@ -48,9 +52,11 @@ def run(settings: Settings, environment: Mapping[str, str], words: Iterable[str]
     attached = Attached(log_dir, Path(settings.checkpoint_dir))
     messenger = Messenger(find_targets(settings.notify, environment), socket.gethostname(), report)
     watcher: Watcher | None = None
+    senders = _senders(settings, log_dir, report)
     page = _Page(settings, environment.get("WEB_TOKEN", ""), report)
     with ExitStack() as on_exit:
-        on_exit.callback(messenger.close, CLOSE_SECONDS - POLL_SECONDS)
+        deadline = math.inf  # of what is under way
+        on_exit.callback(lambda: messenger.close(max(1.0, deadline - time.monotonic())))
         is_over = False
         while not is_over:
             if settings.web_port is not None:
@@ -62,15 +68,31 @@ def run(settings: Settings, environment: Mapping[str, str], words: Iterable[str]
                 is_over = event is None
             except queue.Empty:
                 messenger.tick()
-            watcher = _look(attached, watcher, messenger)
+            watcher = _look(attached, watcher, messenger, senders)
+        deadline = time.monotonic() + CLOSE_SECONDS - POLL_SECONDS
+        for sender in senders:  # each in its own thread: the slowest counts
+            sender.finish()
+        for sender in senders:
+            sender.join(deadline - time.monotonic())
 
 
-def _look(attached: Attached, watcher: Watcher | None, messenger: Messenger) -> Watcher | None:
+def _senders(settings: Settings, log_dir: Path, report: Callable[[str], None]) -> list[Sender]:
+    """Start a sender for each tracker."""
+    name = f"{socket.gethostname()} {Path(settings.checkpoint_dir).name}"
+    config = recorded(settings) | {"version": program_version()} if settings.telemetry else {}
+    return [Sender(sink, log_dir, name, config, report) for sink in settings.telemetry]
+
+
+def _look(
+    attached: Attached, watcher: Watcher | None, messenger: Messenger, senders: Iterable[Sender]
+) -> Watcher | None:
     """Send what has happened in the training since the last look."""
     try:
         state = attached.read()
     except NothingPublished:
         return watcher
+    for sender in senders:
+        sender.offer(state.history)
     if watcher is None:
         return Watcher(state)
     for event in watcher.new(state):
@@ -140,7 +162,8 @@ def address_of(settings: Settings) -> str:
 
 def is_wanted(settings: Settings, environment: Mapping[str, str]) -> bool:
     """Whether there is anything for a companion to do."""
-    return settings.web_port is not None or bool(find_targets(settings.notify, environment))
+    has_targets = bool(settings.telemetry or find_targets(settings.notify, environment))
+    return has_targets or settings.web_port is not None
 
 
 @contextmanager

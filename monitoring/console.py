@@ -36,6 +36,7 @@ from monitoring.tables import fit, lay_out
 from runtime.control import Control, heartbeat
 from training.progress import TrainingProgress
 from training.retention import most_files
+from training.setting_types import recorded
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -58,6 +59,7 @@ class Console:
         to_stderr: leave standard output to ``emit``.
         log_level: a level of ``logging`` in lower case; less urgent records are not shown.
         prometheus_port: serves the newest metrics; None: no endpoint.
+        settings: of a training, for those who compare trainings.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Console:
         to_stderr: bool = False,
         log_level: str = "info",
         prometheus_port: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.quiet = log_dir is None
         self._log_dir = log_dir
@@ -81,7 +84,7 @@ class Console:
         self._state = DashboardState()
         self._screen: Screen | None = None
         self._watch = health.Watch()
-        self._telemetry = Telemetry(log_dir, prometheus_port) if log_dir else None
+        self._telemetry = Telemetry(log_dir, prometheus_port, settings) if log_dir else None
         self._publisher: Publisher | None = None
         self._handler = _Handler(self)
         log.addHandler(self._handler)
@@ -95,6 +98,7 @@ class Console:
             Path(settings.log_dir) if is_first else None,
             log_level=settings.log_level,
             prometheus_port=settings.prometheus_port if is_first else None,
+            settings=recorded(settings) if is_first else None,
         )
         if is_first:
             describe_training(console._state, settings, most_files(settings), control)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from monitoring.metrics_file import append_metrics, is_finite
+from monitoring.tensorboard_head import head_of
 
 if (
     TYPE_CHECKING
@@ -37,11 +38,14 @@ class Telemetry:
     Args:
         folder: ``log_dir``.
         prometheus_port: on 127.0.0.1; None: no endpoint. A port that is taken is a warning.
+        settings: shown by TensorBoard; without secrets.
     """
 
-    def __init__(self, folder: Path, prometheus_port: int | None) -> None:
+    def __init__(
+        self, folder: Path, prometheus_port: int | None, settings: Mapping[str, Any] | None = None
+    ) -> None:
         self._folder = folder
-        self._events = EventFile(folder)
+        self._events = EventFile(folder, settings)
         self._failing: set[str] = set()
         self._endpoint: Endpoint | None = None
         if prometheus_port is not None:
@@ -91,8 +95,8 @@ class EventFile:
     session start, at which TensorBoard drops every scalar from that step on, so that no curve doubles back.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+        self._folder, self._settings = folder, settings
         self._file: BinaryIO | None = None
         self._last_step = -1
 
@@ -133,6 +137,9 @@ class EventFile:
         self._file = (self._folder / f"events.out.tfevents.{'.'.join(parts)}").open("xb")
         self._append(Event(step=step, file_version="brain.Event:2"))
         self._append(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        if self._settings:
+            for summary in head_of(self._settings, self._folder.name):
+                self._append(Event(step=0, summary=summary))
 
     def _append(self, event: Event) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -147,6 +154,7 @@ class EventFile:
 
 PREFIX = "continuous_training_"
 POSITION = re.compile(r"(rollout/in_position)_(.+)")
+OCCASIONAL = ("exam/", "record/", "plasticity/")  # not in every epoch: the newest ones stay
 COUNTERS = {"transitions"}  # only grow; a return to a checkpoint looks like a restart
 
 
@@ -188,6 +196,7 @@ class Endpoint:
         from prometheus_client import CollectorRegistry, make_wsgi_app
 
         self._families: list[Metric] = []
+        self._kept: dict[str, Any] = {}
         registry = CollectorRegistry()
         registry.register(self)
         self._server = make_server("127.0.0.1", port, make_wsgi_app(registry), _Server, _Handler)
@@ -208,8 +217,9 @@ class Endpoint:
         yield from self._families
 
     def show(self, metrics: Row) -> None:
-        """Serve these figures from now on."""
-        self._families = metric_families(metrics, time.time())
+        """Serve these figures from now on, beside those of the newest exam."""
+        self._kept |= {name: value for name, value in metrics.items() if name.startswith(OCCASIONAL)}
+        self._families = metric_families({**self._kept, **metrics}, time.time())
 
     def close(self) -> None:
         """Stop serving and free the port."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -87,6 +88,7 @@ UNSET_VARIABLE = re.compile(r"(?:^|[/\\])(\$\w+|\$\{\w+\})")  # what expand_path
 WITHOUT_SHORTS = "use --positions 0,1, or --allow-spot-shorts if you borrow coins on margin"
 KEPT_SHORTS = "keeps those that it was trained with; --allow-spot-shorts says that you borrow coins on margin"
 LEAST_TOKEN = 16  # characters
+TRACKERS = ("wandb", "mlflow", "trackio")  # by the name of the package that each needs
 MINUTES_PER_DAY = DAY_NS // MINUTE_NS
 
 
@@ -154,10 +156,11 @@ def check_training(settings: Settings, world_size: int) -> None:
 
 
 def check_watchers(settings: Settings, environment: Mapping[str, str]) -> None:
-    """Check what the page and the messages need of the environment.
+    """Check what the page, the messages and the telemetry need of the environment.
 
     Raises:
-        ValueError: others could read the page without a token, or a target in NOTIFY_URLS cannot be used.
+        ValueError: others could read the page without a token, a tracker's package is missing, or a target in
+            NOTIFY_URLS cannot be used.
     """
     token = environment.get("WEB_TOKEN", "")
     if (
@@ -172,6 +175,12 @@ def check_watchers(settings: Settings, environment: Mapping[str, str]) -> None:
             reason = f"has a WEB_TOKEN in .env of under {LEAST_TOKEN} characters"
         make = 'python -c "import secrets; print(secrets.token_urlsafe())"'
         raise ValueError(f"web_host={settings.web_host} {reason}; make one with {make}")
+    missing = [name for name in settings.telemetry if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"telemetry={','.join(settings.telemetry)} needs what is not installed: .venv/bin/pip install "
+            f"{' '.join(missing)}"
+        )
     for url in find_targets((), environment):
         if fault := url.find_fault():
             raise ValueError(f"NOTIFY_URLS in .env has {url}, which {fault}")
@@ -307,6 +316,13 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
     yield "web_port", not is_same_port, "must be another port than prometheus_port"
     faults = [f"{url}: {fault}" for url in s.notify if (fault := url.find_fault())]
     yield "notify", not faults, f"has {'; '.join(faults)}"
+
+    unknown = [name for name in s.telemetry if name not in TRACKERS]
+    yield (
+        "telemetry",
+        not unknown,
+        f"has {', '.join(unknown)}, which is unknown; use some of: {', '.join(TRACKERS)}",
+    )
 
     if s.mirror:
         protocol, _, rest = s.mirror.rpartition("://")

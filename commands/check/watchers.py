@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ TEST = Event("test", "If you can read this, messages from this machine arrive.")
 
 
 def check_watchers(settings: Settings, environment: Mapping[str, str], sends_test: bool) -> Iterator[Line]:
-    """Report the address of the page, and the targets of messages.
+    """Report the address of the page, the trackers, and the targets of messages.
 
     Args:
         settings: each valid by itself.
@@ -28,6 +29,14 @@ def check_watchers(settings: Settings, environment: Mapping[str, str], sends_tes
     """
     if settings.web_port is not None:
         yield _check_port(settings)
+    for tracker in settings.telemetry:
+        missing = importlib.util.find_spec(tracker) is None
+        text = (
+            f"{tracker} needs: .venv/bin/pip install {tracker}"
+            if missing
+            else f"{tracker} gets every epoch's figures"
+        )
+        yield Line.setting(text) if missing else Line("telemetry", "OK", text)
     targets = find_targets(settings.notify, environment)
     for target in targets:
         if not sends_test:

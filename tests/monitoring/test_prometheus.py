@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import math
 import re
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.exporters import Endpoint, Telemetry
+from monitoring.exporters import Endpoint, Telemetry, metric_families
 
 FIGURES = {
     "run": 2,
@@ -27,6 +28,7 @@ FIGURES = {
     "time": "2026-11-24",
     "flag": True,
 }
+ROOT = Path(__file__).parents[2]
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{position="[^"\\\n]*"\})? (NaN|[-+0-9.e]+)')
 
 
@@ -123,3 +125,29 @@ def test_an_invalid_port_is_rejected(value: str) -> None:
 
     with pytest.raises(ValueError, match="prometheus_port"):
         Settings(prometheus_port=int(value))
+
+
+def test_an_exam_stays_until_the_next_one() -> None:
+    with Endpoint(0) as endpoint:
+        endpoint.show({"epoch": 25, "exam/sharpe": 1.5, "loss/value": 2.0})
+        endpoint.show({"epoch": 26})
+        found = samples(get(endpoint.port)[2])
+    assert found["continuous_training_exam_sharpe", ""] == 1.5
+    assert found["continuous_training_epoch", ""] == 26
+    assert ("continuous_training_loss_value", "") not in found
+
+
+def test_the_dashboard_of_grafana_names_only_what_is_exported() -> None:
+    board = json.loads((ROOT / "contrib" / "grafana.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("| key | what it is |")[1]
+    cells = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    names = [name.replace("_X", "_1") for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    families = metric_families(dict.fromkeys(names, 1.0), 0.0)
+    exported = {sample.name for family in families for sample in family.samples}
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    queries += [entry["query"]["query"] for entry in board["templating"]["list"] if entry["type"] == "query"]
+    used = set(re.findall(r"continuous_training_\w+", " ".join(queries)))
+    assert len(used) > 20 and used <= exported
+    places = [panel["gridPos"] for panel in board["panels"]]
+    assert len({(place["x"], place["y"]) for place in places}) == len(places)
+    assert all(place["x"] + place["w"] <= 24 for place in places)

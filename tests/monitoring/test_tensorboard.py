@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata as hparams
 
+from continuous_training import Settings
 from monitoring import exporters, metrics_file
 from monitoring.exporters import EventFile, Telemetry
 from monitoring.metrics_file import read_metrics
-from tests.program import ALONE, Start, metrics, tiny_flags
+from monitoring.tensorboard_head import COMPARED, LAYOUT
+from tests.program import ALONE, ROOT, Start, metrics, tiny_flags
+from training.setting_types import recorded
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -140,3 +146,34 @@ def test_a_resumed_start_reads_the_epochs_before_it(tmp_path: Path) -> None:
     assert [row["epoch"] for row in read_metrics(tmp_path, 10, 192)] == [1, 2, 3]
     assert [row["epoch"] for row in read_metrics(tmp_path, 2, 256)] == [3, 4]
     assert read_metrics(tmp_path / "nowhere", 10, 64) == []
+
+
+def test_settings_and_a_layout_are_there_from_the_start(resumed: Path) -> None:
+    """TensorBoard's own plugins read what a start wrote first."""
+    events = EventAccumulator(str(resumed / "logs"), size_guidance={"tensors": 0}).Reload()
+    (text,) = events.Tensors("settings")[-1].tensor_proto.string_val
+    assert b"| epochs | 8 |" in text and b"| sources | simulated |" in text and b"notify" not in text
+    metadata = events.SummaryMetadata("_hparams_/session_start_info")
+    start = hparams.parse_session_start_info_plugin_data(metadata.plugin_data.content)
+    assert (
+        start.hparams["d_model"].number_value == 16 and start.hparams["sources"].string_value == "simulated"
+    )
+    (content,) = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val
+    layout = layout_pb2.Layout.FromString(content)
+    assert [category.title for category in layout.category] == list(LAYOUT)
+
+
+def test_the_layout_names_metrics_that_there_are() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    named = {tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags} | {*COMPARED}
+    assert named <= set(re.findall("`([^`]+)`", text))
+    assert any(tag.startswith("exam/") for tag in named)
+
+
+def test_no_secret_is_in_the_settings_that_are_shown(tmp_path: Path) -> None:
+    settings = Settings(notify=("https://user:hunter2@host.example/hunter2",), log_dir=str(tmp_path))
+    telemetry = Telemetry(tmp_path, None, recorded(settings))
+    telemetry.record({"epoch": 1, "transitions": 64})
+    telemetry.close()
+    (file,) = tmp_path.glob("events.*")
+    assert b"learning_rate" in file.read_bytes() and b"hunter2" not in file.read_bytes()
