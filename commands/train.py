@@ -87,7 +87,8 @@ class Job:
             keep, runs = settings.keep_checkpoints, settings.keep_runs
             self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
             seconds = 60 * settings.exam_minutes
-            self._examiner = Examiner(self._folder, ranks, self.control, seconds, settings.exam_on_stop)
+            shown, on_stop = self.console.show_exam, settings.exam_on_stop
+            self._examiner = Examiner(self._folder, ranks, self.control, seconds, on_stop, shown)
             self._recorder = Recorder(self._folder, ranks, self.control, seconds)
             self._summary = Summary(self.progress.transitions)
             self._opened = stack.pop_all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,11 +94,14 @@ class Examiner:
         control: Control,
         max_seconds: float = math.inf,
         holds_on_stop: bool = False,
+        on_segment: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """``folder`` holds the checkpoints; an exam is given up after ``max_seconds``, or when asked to stop.
 
-        With ``holds_on_stop`` only a request to stop at once ends it.
+        With ``holds_on_stop`` only a request to stop at once ends it. ``on_segment`` hears how many of this rank's
+        segments are done, and of how many.
         """
+        self._on_segment = on_segment
         self._max_seconds = max_seconds
         self.ends_at = STOP_NOW if holds_on_stop else STOP_AT_EPOCH_END
         self._deadline = math.inf
@@ -189,6 +192,7 @@ class Examiner:
             policies.setdefault(CHAMPION, policies[POLICY])
         chunk_segments = min(trainer.learner.micro_batch_segments, config.num_envs)
         terms: dict[str, Any] = {"chunk_segments": chunk_segments, "check_stop": self._check_stop}
+        terms["on_segment"] = self._on_segment
         try:
             if config.group:
                 groups = groups_of(market, config.group.size)[self._ranks.rank :: self._ranks.world_size]

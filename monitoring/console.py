@@ -31,7 +31,7 @@ from monitoring.live import Frame
 from monitoring.metrics_file import read_metrics
 from monitoring.published import Publisher, describe_stop, describe_training
 from monitoring.screen import Screen
-from monitoring.state import HEALTH_EPOCHS, KEPT_EPOCHS, DashboardState, Task
+from monitoring.state import EXAM, HEALTH_EPOCHS, KEPT_EPOCHS, DashboardState, Task
 from monitoring.tables import fit, lay_out
 from runtime.control import Control, heartbeat
 from training.progress import TrainingProgress
@@ -269,6 +269,15 @@ class Console:
     def phase(self, name: str) -> None:
         """Show the training's phase on the dashboard."""
         self._state.phase, self._state.phase_began = name, time.monotonic()
+        with self._state.lock:
+            self._state.tasks.pop(EXAM, None)  # one that was given up
+
+    def show_exam(self, done: int, total: int) -> None:
+        """Show how many segments of an exam are done, read and walked."""
+        with self._state.lock:
+            if EXAM not in self._state.tasks:
+                self._state.tasks[EXAM] = Task(EXAM, "segments", total)
+            self._state.tasks[EXAM].done = done
 
     def _on_screen(self) -> bool:
         """Return whether the dashboard is on; restore the terminal of one that has died."""

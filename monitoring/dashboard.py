@@ -139,7 +139,7 @@ class _Page:
         restarts = f", {state.restarts} restart{'s' if state.restarts > 1 else ''}" if state.restarts else ""
         up = f"up {duration(state.now - state.began)}{restarts}"
         about = Text(f"{state.device}{self.glyphs.dot}{up}", DIM)
-        share = min(1.0, state.epoch / state.epochs)
+        share = state.share_done
         percent = f" {share:4.0%}"
         position = [
             Text(f"run {state.run}{f' of {state.runs}' if state.runs else ''}", STRONG),
@@ -154,12 +154,12 @@ class _Page:
         life = attach.describe_life(state)
         if left > 0 and not life and state.pace is not None:
             epochs = "1 epoch" if to_save == 1 else f"{to_save} epochs"
-            this = state.seconds_for(1)
-            ahead += [
-                Text(f"epoch {duration(this)} left" if this else "epoch takes longer than usual"),
-                Text(f"run {duration(state.seconds_for(left))} left"),
-                Text(f"checkpoint in {epochs}, {duration(state.seconds_for(to_save))}"),
-            ]
+            this, run, saved = (state.seconds_for(count) for count in (1, left, to_save))
+            ahead.append(
+                Text("epoch takes longer than usual" if this is None else f"epoch {duration(this)} left")
+            )
+            ahead += [Text(f"run {duration(run)} left")] if run is not None else []
+            ahead.append(Text(f"checkpoint in {epochs}{'' if saved is None else f', {duration(saved)}'}"))
         lines = [
             _spread(title, about, self.width),
             self.bar(share, self.width - len(percent)).append(percent),
@@ -336,7 +336,7 @@ class _Page:
         for task in self.state.tasks.values():
             value = f"{task.done / task.total:.0%}" if task.total else ""
             rows.append(self.row(task.source, value, Text(task.text, DIM)))
-        return Section("Refreshing", 5, rows)
+        return Section("Under way", 5, rows)
 
     # ---------------------------------------------------------------------------------------------- pieces
 

@@ -44,20 +44,20 @@ REWARD = (
     Figure("rollout/cost_scale", "share of costs", "{:.0%}".format),
 )
 LEARNING = (
-    Figure("ppo/approx_kl", "KL", "{:.4f}".format),
-    Figure("ppo/clip_fraction", "clip fraction", "{:.3f}".format),
-    Figure("loss/entropy", "entropy", "{:.3f}".format),
-    Figure("ppo/explained_variance", "explained var.", "{:+.3f}".format),
-    Figure("ppo/grad_norm", "gradient norm", "{:.3g}".format),
-    Figure("ppo/skipped_steps", "skipped steps", "{:.0f}".format),
-    Figure("ppo/first_kl", "first KL", "{:.1e}".format),
+    Figure("ppo/approx_kl", "policy's change", "{:.4f}".format),
+    Figure("ppo/clip_fraction", "choices clipped", "{:.1%}".format),
+    Figure("loss/entropy", "indecision", "{:.3f}".format),
+    Figure("ppo/explained_variance", "critic explains", "{:+.1%}".format),
+    Figure("ppo/grad_norm", "gradient's size", "{:.3g}".format),
+    Figure("ppo/skipped_steps", "steps skipped", "{:.0f}".format),
+    Figure("ppo/first_kl", "before a step", "{:.1e}".format),
     Figure("learning_rate", "learning rate", "{:.2e}".format),
-    Figure("plasticity/dormant_units", "dormant units", "{:.1%}".format, is_occasional=True),
-    Figure("plasticity/effective_rank", "effective rank", "{:.1f}".format, is_occasional=True),
-    Figure("plasticity/weight_norm", "weight norm", "{:.4g}".format, is_occasional=True),
+    Figure("plasticity/dormant_units", "idle units", "{:.1%}".format, is_occasional=True),
+    Figure("plasticity/effective_rank", "directions used", "{:.1f}".format, is_occasional=True),
+    Figure("plasticity/weight_norm", "weights' size", "{:.4g}".format, is_occasional=True),
 )
 SPEED = (
-    Figure("perf/transitions_per_second", "transitions/s", "{:,.0f}".format),
+    Figure("perf/transitions_per_second", "decisions/s", "{:,.0f}".format),
     Figure("perf/episodes_per_second", "episodes/s", "{:,.1f}".format),
-    Figure("perf/mfu", "MFU", "{:.0%}".format),
+    Figure("perf/mfu", "of peak speed", "{:.0%}".format),
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from monitoring.format import duration
 from monitoring.health import Finding, number
 from monitoring.machine import Disk, Machine
 
@@ -27,6 +28,7 @@ PHASE_LABELS = {
     "checkpoint": "saving",
 }
 PHASES = tuple(PHASE_LABELS)
+EXAM = "exam"  # the task that is an exam under way
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,21 @@ class Task:
     bar: Any = None  # of rich, where one is shown
 
     @property
+    def seconds_left(self) -> float | None:
+        """How long the rest takes at the pace so far; None before there is one."""
+        if not self.total or not self.done:
+            return None
+        return (time.monotonic() - self.began) / self.done * (self.total - self.done)
+
+    @property
     def text(self) -> str:
         """How far it is."""
         if not self.done and self.total is None:
             return self.unit
         total = f" of {self.total:,}" if self.total is not None else ""
         size = f", {self.num_bytes / 1e6:.1f} MB" if self.num_bytes else ""
-        left = ""
-        if self.total and self.done:
-            seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-            left = f", {seconds:.0f} s left"
+        seconds = self.seconds_left
+        left = "" if seconds is None else f", {duration(seconds)} left"
         return f"{self.done:,}{total} {self.unit}{size}{left}"
 
 
@@ -181,13 +188,36 @@ class DashboardState:
         return sum(held) / len(held) if held else 0.0
 
     def seconds_for(self, epochs: int) -> float | None:
-        """Estimate the seconds until this many more epochs are finished, with the exams among them."""
+        """Estimate the seconds until this many more epochs are finished, with the exams among them.
+
+        None before the first epoch, and where the one that is left takes longer than it should.
+        """
         if self.pace is None:
             return None
-        this = self.pace + self.exam_seconds * self._exams_within(1)
+        left = self._left_of_epoch(self.pace)
+        if left is None:
+            if epochs == 1:
+                return None
+            left = 0.0
         others = self._exams_within(epochs) - self._exams_within(1)
-        left = max(0.0, this - (self.now - self.epoch_began))
         return left + (epochs - 1) * self.pace + others * self.exam_seconds
+
+    def _left_of_epoch(self, pace: float) -> float | None:
+        exam = self.tasks.get(EXAM)
+        if exam is not None and exam.seconds_left is not None:  # at the pace of this exam, not of others
+            return exam.seconds_left
+        left = pace + self.exam_seconds * self._exams_within(1) - (self.now - self.epoch_began)
+        return left if left > 0 else None
+
+    @property
+    def share_done(self) -> float:
+        """How much of the run is done, from 0 to 1: of its time, exams included, as far as that is known."""
+        epochs, left = self.epochs - self.epoch, self.seconds_for(max(1, self.epochs - self.epoch))
+        if self.pace is None or left is None or epochs <= 0:
+            return min(1.0, self.epoch / self.epochs)
+        before = self.epoch // self.checkpoint_every
+        total = self.epochs * self.pace + (before + self._exams_within(epochs)) * self.exam_seconds
+        return min(1.0, max(0.0, 1 - left / total))
 
     def _exams_within(self, epochs: int) -> int:
         """Count the exams that are due in this many next epochs of the run."""

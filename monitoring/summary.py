@@ -10,7 +10,7 @@ from typing import Any
 
 from monitoring import attach, exams
 from monitoring.format import age, duration, iso_time, size
-from monitoring.state import PHASE_LABELS, DashboardState, Line
+from monitoring.state import EXAM, PHASE_LABELS, DashboardState, Line
 
 SHORT_OF_DISK = "no room for two more checkpoints: lower keep_checkpoints or keep_runs"
 EPOCH_LINE = re.compile(r"run \d+ epoch +\d+/")
@@ -100,6 +100,8 @@ def describe_source(state: DashboardState, source: str) -> str:
 
 def _position(state: DashboardState) -> str:
     phase = PHASE_LABELS.get(state.phase, state.phase) or "starting"
+    if (exam := state.tasks.get(EXAM)) is not None and exam.total:
+        phase += f" ({exam.done / exam.total:.0%})"
     text = f"{describe_place(state)}, {phase}"
     if (left := state.seconds_for(state.epochs - state.epoch)) is not None and state.epoch < state.epochs:
         text += f"; about {duration(left)} left in this run"

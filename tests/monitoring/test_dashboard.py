@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from continuous_training import Settings
-from monitoring import health
+from monitoring import health, summary
 from monitoring.console import Console
 from monitoring.dashboard import ASCII, UNICODE, Painter, render
+from monitoring.figures import LEARNING, REWARD, SPEED
 from monitoring.format import age, duration, size, sparkline
 from monitoring.machine import Disk, Gauges, Machine
 from monitoring.metrics_file import read_metrics
-from monitoring.state import DashboardState, Task
+from monitoring.state import EXAM, DashboardState, Task
 from runtime.control import ENTER, LEAVE, Control
 from tests.monitoring.nvml import Nvml
 from tests.monitoring.test_health import HEALTHY
@@ -122,15 +124,15 @@ def test_the_figures_are_those_of_the_metrics(width: int, height: int) -> None:
     state = full_state()
     figures, lines = state.metrics, text_of(state, width, height)
     assert value_of(lines, "reward bp/bar") == f"{figures['rollout/reward_bps']:+.3f}"
-    assert value_of(lines, "KL") == "0.3100"
-    assert value_of(lines, "clip fraction") == "0.100"
-    assert value_of(lines, "entropy") == "0.700"
-    assert value_of(lines, "explained var.") == "+0.050"
-    assert value_of(lines, "skipped steps") == "0"
-    assert value_of(lines, "dormant units") == "2.0%"
-    assert value_of(lines, "transitions/s") == "10,000"
+    assert value_of(lines, "policy's change") == "0.3100"
+    assert value_of(lines, "choices clipped") == "10.0%"
+    assert value_of(lines, "indecision") == "0.700"
+    assert value_of(lines, "critic explains") == "+5.0%"
+    assert value_of(lines, "steps skipped") == "0"
+    assert value_of(lines, "idle units") == "2.0%"
+    assert value_of(lines, "decisions/s") == "10,000"
     assert value_of(lines, "episodes/s") == "61.5"
-    assert value_of(lines, "MFU") == "41%"
+    assert value_of(lines, "of peak speed") == "41%"
     assert value_of(lines, "Sharpe, per year") == "+1.25"
     assert value_of(lines, "rollout") == "2.00 s"
     assert value_of(lines, "update") == "7.00 s"
@@ -163,7 +165,7 @@ def test_findings_are_shown_in_words_and_in_yellow() -> None:
             for line in lines
             if any("yellow" in str(span.style) for span in line.spans) or "yellow" in str(line.style)
         ]
-        assert any("KL" in line for line in yellow)
+        assert any("policy's change" in line for line in yellow)
         assert any("yahoo" in line for line in yellow)
     short = replace(state, disk=Disk(9e9, 21e9, 4, 5e9))
     assert "the disk is nearly full" in "\n".join(text_of(short))
@@ -172,7 +174,7 @@ def test_findings_are_shown_in_words_and_in_yellow() -> None:
 
 def test_a_small_terminal_keeps_what_matters() -> None:
     page = "\n".join(text_of(full_state(), 80, 24))
-    for word in ("epoch 38/200", "reward bp/bar", "KL", "Attention", "rollout", "Log"):
+    for word in ("epoch 38/200", "reward bp/bar", "policy's change", "Attention", "rollout", "Log"):
         assert word in page
 
 
@@ -202,6 +204,43 @@ def test_times_left_count_the_exams_ahead_and_a_long_phase_says_for_how_long() -
     assert "examining for 1:35" in page and "epoch 0:30 left" in page and "0:00 left" not in page
     uneven = replace(state, epochs=190, epoch=180)
     assert uneven.seconds_for(10) == 6 + 9 * 10 + 120
+
+
+def test_an_exam_under_way_says_how_long_it_takes_itself() -> None:
+    exam = Task(EXAM, "segments", 400, done=100, began=time.monotonic() - 60.0)
+    rows = [row(epoch) for epoch in range(1, 25)]  # none of them has held an exam
+    state = replace(full_state(), history=rows, epoch=24, epoch_began=100.0, now=200.0, phase="evaluation")
+    words = " ".join(" ".join(text_of(state)).split())
+    assert "epoch takes longer than usual" in words and "0:00 left" not in words  # nothing is known of it
+    state.tasks = {EXAM: exam}
+    words = " ".join(" ".join(text_of(state)).split())
+    # A busy machine draws it a little later.
+    assert re.search(r"epoch 3:[012]\d left", words), words
+    assert "exam 25% 100 of 400 seg" in words
+    assert 179 < state.seconds_for(1) < 210 and "examining (25%)" in summary.facts(state)[0].text
+
+
+def test_the_last_epoch_of_a_run_never_says_that_nothing_is_left() -> None:
+    state = replace(full_state(), epoch=199, epoch_began=100.0, now=400.0, phase="evaluation", tasks={})
+    words = " ".join(" ".join(text_of(state)).split())
+    assert "epoch takes longer than usual" in words and "checkpoint in 1 epoch" in words
+    assert "0:00 left" not in words and "epoch, 0:00" not in words and "? left" not in words
+
+
+def test_the_bar_counts_exams() -> None:
+    rows = [row(epoch) for epoch in range(1, 25)]
+    state = replace(full_state(), history=rows, epochs=100, epoch=50, epoch_began=100.0, now=100.0, tasks={})
+    assert state.share_done == pytest.approx(0.5)
+    rows[-1] |= {"perf/epoch_seconds": 1_010.0, "perf/evaluation_seconds": 1_000.0}
+    late = replace(state, epoch=98)
+    assert late.share_done == pytest.approx(1 - (2 * 10 + 1_000) / (100 * 10 + 4 * 1_000))
+    assert 0 < late.share_done < 98 / 100
+
+
+def test_every_label_is_explained() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for figure in (*REWARD, *LEARNING, *SPEED):
+        assert f"{figure.label} (`{figure.metric}`" in text, figure.label
 
 
 def test_of_a_training_that_is_gone_nothing_is_foretold() -> None:
@@ -267,14 +306,14 @@ def test_missing_metrics_have_no_row_and_broken_ones_are_not_finite() -> None:
     broken = row(4, **{"loss/entropy": float("nan"), "ppo/approx_kl": None})
     del broken["perf/mfu"], broken["perf/epoch_seconds"]
     lines = text_of(replace(full_state(), history=[row(3), broken]))
-    assert value_of(lines, "KL") == value_of(lines, "entropy") == "not finite"
-    assert not [line for line in lines if "MFU" in line]
+    assert value_of(lines, "policy's change") == value_of(lines, "indecision") == "not finite"
+    assert not [line for line in lines if "of peak speed" in line]
 
 
 def test_what_is_measured_now_and_then_keeps_its_row_in_between() -> None:
     measured = row(3, **{"plasticity/weight_norm": 12.5})
     lines = text_of(replace(full_state(), history=[measured, *map(row, range(4, 13))]))
-    assert value_of(lines, "weight norm") == "12.5"
+    assert value_of(lines, "weights' size") == "12.5"
 
 
 def test_without_unicode_all_of_it_is_ascii() -> None:
