@@ -367,11 +367,20 @@ def export_command(
     trained: TrainedPolicy,
     output: Annotated[Path | None, typer.Option("--output", help="default: exports/NAME")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="also write graphs for torch.export and ONNX")] = False,
+    push_to: Annotated[
+        str, typer.Option("--push", help="then upload it to the Hugging Face Hub, as OWNER/NAME")
+    ] = "",
+    public: Annotated[bool, typer.Option("--public", help="with --push, a new repository is public")] = False,
 ) -> None:
     """Export a checkpoint's policy: safetensors, a card that describes it, and an example."""
-    from commands import export
+    from commands import export, push
 
-    typer.echo(f"Wrote {export.command(trained, output, onnx, typer.echo)}")
+    if push_to:
+        push.check_push(push_to, os.environ)
+    folder = export.command(trained, output, onnx, typer.echo)
+    typer.echo(f"Wrote {folder}")
+    if push_to:
+        typer.echo(f"Pushed {push.push(folder, push_to, public, os.environ)}")
 
 
 # A hidden one is for other processes of the program.

@@ -32,7 +32,8 @@ from models.exported import CARD, ENSEMBLE_FORMAT, FORMAT, WEIGHTS, ExportError,
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_file, sync_folder
 
-FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir")  # of one machine, so not in the card
+# Of one machine, so not in the card.
+FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir", "files_dir", "mirror", "web_host")
 GRAPHS = ("policy.pt2", "policy.onnx")  # torch.export's and ONNX
 # Of a graph's logits and values from those of the network, relative to the largest.
 MAX_DIFFERENCE = 1e-3
@@ -64,7 +65,10 @@ for name, reason in unavailable.items():
     print(f"{{name}}: no decision, {{reason}}")
 '''
 
-README = """# {name}
+README = """---
+tags: [reinforcement-learning, trading, ppo]
+---
+# {name}
 
 An exported trading policy. It places no orders and promises no profit; `card.json` has the results of its exam, if
 there was one.

@@ -42,6 +42,7 @@ ONLY_IN = {
     "jinja2": {"evaluation/page.py", "monitoring/page.py"},
     "apprise": {"monitoring/notify.py"},
     "tensorboard": {"monitoring/exporters.py", "monitoring/tensorboard_head.py"},
+    "huggingface_hub": {"commands/push.py"},
     "wandb": {"monitoring/telemetry.py"},
     "mlflow": {"monitoring/telemetry.py"},
     "trackio": {"monitoring/telemetry.py"},
