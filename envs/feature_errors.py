@@ -52,8 +52,8 @@ def evaluate(name: str, function: Callable[[Any], Tensor], history: object, num_
     raise FeatureError(f"{place_of(function)}: feature {name} {fault}")
 
 
-def import_own(module: str, path: Path) -> None:
-    """Import a file of features, if it exists.
+def import_own(module: str, path: Path, what: str = "features of your own") -> None:
+    """Import a file of one's own, if it exists; ``what`` it adds.
 
     Raises:
         FeatureError: whatever went wrong in it.
@@ -63,7 +63,7 @@ def import_own(module: str, path: Path) -> None:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return
-        advice = "correct this file, or empty it to train without features of your own"
+        advice = f"correct this file, or empty it to train without {what}"
         raise FeatureError(f"{describe(error, path)}: {advice}") from error
 
 

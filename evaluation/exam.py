@@ -24,7 +24,7 @@ from envs.compiled import Decide
 from envs.config import EnvConfig
 from envs.market import Market
 from envs.walk_env import ExamEnv
-from evaluation.baselines import BASELINES, actions_after
+from evaluation.baselines import BASELINES, actions_after, own_actions, own_baselines
 from models.ensemble import Decider, EnsembleHead
 from models.policy import Head
 from runtime.control import heartbeat_thread
@@ -119,8 +119,13 @@ def examine(
     policies = dict(policies) if isinstance(policies, Mapping) else {POLICY: policies}
     market = market.until(end_ns)
     first, *others = policies
-    names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *BASELINES]
-    costs = [None, *flat_costs_bps, *(None for _ in (*others, *BASELINES))]
+    own = {
+        name: own_actions(function, market, symbols, config.positions)
+        for name, function in own_baselines().items()
+    }
+    rules_of = (*BASELINES, *own)
+    names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *rules_of]
+    costs = [None, *flat_costs_bps, *(None for _ in (*others, *rules_of))]
     env = ExamEnv(
         market,
         config,
@@ -160,6 +165,7 @@ def examine(
         # (H, S); accounts that have ended are in cash at some bar
         bars = env.cursor[:num_symbols] + ahead[:, None]
         rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
+        rules += [actions[bars] for actions in own.values()]
         encoded = [segments[number % num_ahead] for segments in projected]
         with one_thread(env.device), _patience(compiled and number == 0):
             played.append(play_segment(env, decide, torch.cat(rules, dim=1), encoded))

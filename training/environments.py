@@ -10,6 +10,7 @@ from envs.market import Market
 from envs.trading_env import TradingEnv
 from models.policy import Policy
 from training.group_rollout import collect_groups
+from training.rewards import RewardFunction
 from training.rollout import Rollout, collect
 
 AnyEnv = TradingEnv | GroupEnv
@@ -34,12 +35,14 @@ def play_segment(
     reward_scale: float = 1.0,
     less_market: bool = False,
     feature_noise: float = 0.0,
+    own_reward: RewardFunction | None = None,
 ) -> Rollout:
     """Play one segment in every environment, see ``rollout.collect``; of groups, a row per symbol.
 
-    Groups have no rewards less the market's (training/validation.py): their caps take it off.
+    Groups have no rewards less the market's (training/validation.py): their caps take it off. Nor have they one of
+    the user's own (rewards.py).
     """
     terms = generator, chunk_segments, greedy, hindsight, reward_scale
     if isinstance(env, GroupEnv):
         return collect_groups(env, policy, *terms, feature_noise)
-    return collect(env, policy, *terms, less_market, feature_noise)
+    return collect(env, policy, *terms, less_market, feature_noise, own_reward)

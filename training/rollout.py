@@ -25,6 +25,7 @@ from envs.trading_env import TradingEnv
 from models.policy import Policy
 from runtime.control import heartbeat
 from training.hindsight import Hindsight
+from training.rewards import RewardFunction, and_cash, by_choice, paid
 
 # Of a symbol's typical moves per bar. Bad prints and crashes of quiet symbols are beyond; of 2.9 million real bars
 # of 32 symbols one was, a company's earnings.
@@ -103,6 +104,7 @@ def collect(
     reward_scale: float = 1.0,
     less_market: bool = False,
     feature_noise: float = 0.0,
+    own_reward: RewardFunction | None = None,
 ) -> Rollout:
     """Play one segment in every environment.
 
@@ -117,6 +119,7 @@ def collect(
         less_market: rewards are less what the same position in the others would have earned, see
             ``Segment.market_rewards``.
         feature_noise: see ``add_noise``.
+        own_reward: of training/own_reward.py, in place of log growth.
 
     Raises:
         ValueError: the market of such rewards has no ``others_growth``.
@@ -154,6 +157,9 @@ def collect(
         rewards = rewards - of_market.t().float()
     elif less_market:
         raise ValueError("rewards less the market's need a market that is made with_others=True")
+    if own_reward:
+        played = own_reward, rewards, *_positions_of(env, accounts, actions)
+        rewards = paid(*played, env.volatility[:, None])
     seen = None
     if fills is not None:
         outcome = outcome_of_every_choice(fills, config.positions, log_equity)
@@ -163,6 +169,9 @@ def collect(
             ends |= outcome.ruined
         if others is not None:
             growth = growth - market_rewards_of_every_choice(others.t(), config.positions)
+        if own_reward:
+            choices = by_choice(config.positions, growth)
+            growth = paid(own_reward, growth, *choices, env.volatility[:, None, None, None])
         growth = (growth * scale[:, None, None, None]).float().clamp_(-limit, limit)
         accounts_and_after = torch.cat((accounts, after[:, None]), dim=1)
         log_policies, critic = _in_every_position(env, policy, projected, accounts_and_after, chunk_segments)
@@ -183,6 +192,15 @@ def collect(
         next_value,
         seen,
     )
+
+
+def _positions_of(env: TradingEnv, accounts: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what was held before each decision and what was chosen, (N, T) each."""
+    targets = and_cash(env.config.positions, accounts.dtype, accounts.device)
+    chosen = targets[actions]
+    if env.segment.allowed is not None:  # too near the close every choice became cash
+        chosen = chosen * env.segment.allowed.t()
+    return targets[held_index(accounts, env.config.positions)], chosen
 
 
 def _in_every_position(

@@ -33,6 +33,7 @@ from training.memory import DoesNotFit, MemoryPlan
 from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, plasticity
 from training.parallel import is_sharded, load_weights, new_policy
 from training.progress import TrainingProgress
+from training.rewards import describe_reward, own_reward
 from training.rollout import Rollout
 from training.setting_types import recorded
 from training.validation import policy_sizes
@@ -75,6 +76,7 @@ class Trainer:
         # One stream per rank, so that the ranks' accounts differ.
         env_config = EnvConfig.from_settings(settings)
         self.env = make_env(market, env_config, ranks.device, settings.seed * 1_000_003 + ranks.rank)
+        self._own_reward = own_reward(is_of_groups=env_config.group is not None)
         self._make_policy()
         self.not_compiled = "not requested"
         if compile_is_on(settings, ranks.device):
@@ -102,6 +104,8 @@ class Trainer:
     def log_sizes(self) -> None:
         """Log what is trained and how, and warn of what slows it down."""
         settings, ranks, num_parameters = self.settings, self.ranks, self.policy.num_parameters()
+        if own := describe_reward():
+            log.info(own)
         if self.memory_plan.memory_bytes:
             log.info(f"GPU memory: {self.memory_plan}")
         if compile_is_on(settings, ranks.device) and self.not_compiled:
@@ -212,6 +216,7 @@ class Trainer:
             reward_scale=math.sqrt(1.0 - settings.gamma**2),
             less_market=settings.reward == "less market",
             feature_noise=settings.feature_noise,
+            own_reward=self._own_reward,
         )
 
     def _own_state(self) -> dict[str, Any]:
