@@ -45,7 +45,13 @@ def hours(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
         plots.draw_zero_line(axes)
     held.set_ylabel("held, mean")
     held.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, borderpad=0.0, fontsize=8
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=2,
+        frameon=False,
+        borderpad=0.0,
+        labelcolor=plots.INK,
+        fontsize=8,
     )
     net.set_ylabel("earned, %")
     net.set_xlabel("hour of the fill, UTC")
@@ -72,7 +78,14 @@ def exams(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("exam")
     axes.set_ylabel("net return, %")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
+    axes.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=3,
+        frameon=False,
+        labelcolor=plots.INK,
+        fontsize=8,
+    )
     return figure
 
 
@@ -80,6 +93,6 @@ def day(walk: Walk, width: float) -> Figure:
     """Draw price with every trade, position and return of one symbol's day."""
     figure, (prices, _, net) = plots.draw_walk(walk, (width, 4.2), (3, 1.1, 1.6))
     plots.mark_trades(prices, walk, size=14)
-    prices.legend(loc="upper left", frameon=False, ncols=2, fontsize=8)
+    prices.legend(loc="upper left", frameon=False, ncols=2, labelcolor=plots.INK, fontsize=8)
     net.set_ylabel("net, %")
     return figure
