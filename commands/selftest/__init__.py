@@ -11,12 +11,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from commands.selftest.best_policy import solve
+from commands.selftest.cross_markets import hidden_edge, leaders
 from commands.selftest.known_markets import (
     SIGMA,
     Array,
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 POSITIONS = (-1.0, 0.0, 1.0)
-COST_RAMP = 0.5
 Judge = Callable[["Result"], str]
 
 
@@ -79,6 +81,14 @@ class Trial:
     cost: float  # in sigma, per unit of equity traded
     epochs: int
     judge: Judge
+    features: tuple[str, ...] = ("symbol",)
+    reward: Literal["log equity", "less market"] = "log equity"
+    cost_ramp: float = 0.5
+    # Of the sizes, no more than these: a clear edge needs fewer bars, and one of the last bar little context.
+    most_symbols: int = 96
+    most_context_bars: int = 128
+    most_exam_segments: int = 24
+    most_minibatch_segments: int = 32
     gamma: float = 0.97
     gae_lambda: float = 0.95
     entropy_coef: float = 0.01
@@ -102,6 +112,7 @@ class Result:
     seconds: float
     curve: list[float] = field(default_factory=list)  # net reward of every training epoch, noise included
     failure: str = ""
+    alone: float | None = None  # of the best policy that sees one symbol only, where others tell of it
 
     @property
     def share(self) -> float:
@@ -142,8 +153,29 @@ TRIALS = (
     Trial(
         "mean_reversion", "a price that reverts to its mean", mean_reversion(3.0, 0.95), 0.1, 80, earns(0.95)
     ),
-    Trial("pure_noise", "nothing to learn, at a cost", pure_noise(), 0.2, 60, stays_flat),
-    Trial("foresight", "only foresight pays", pure_noise(), 0.0, 40, foresees_nothing, with_noise=True),
+    Trial(
+        "pure_noise",
+        "nothing to learn, at a cost",
+        pure_noise(),
+        0.2,
+        40,
+        stays_flat,
+        most_symbols=48,
+        most_context_bars=64,
+        most_exam_segments=8,
+    ),
+    Trial(
+        "foresight",
+        "only foresight pays",
+        pure_noise(),
+        0.0,
+        12,  # enough for a feature with 5 % of the next move in noise: 19 standard errors (docs/LOG.md)
+        foresees_nothing,
+        with_noise=True,
+        most_symbols=32,
+        most_context_bars=16,
+        most_exam_segments=8,
+    ),
     Trial(
         "weak_edge",
         "a weak drift",
@@ -155,13 +187,47 @@ TRIALS = (
         gae_lambda=0.98,
         learning_rate=1e-3,  # with higher rates the policy ends up flat a fifth of the time
     ),
+    Trial(
+        "leaders",
+        "two symbols lead the others",
+        leaders(0.3),
+        0.1,
+        32,
+        earns(0.95),
+        features=("symbol", "panel"),
+        most_symbols=32,
+        most_context_bars=16,
+        gamma=0.9,
+        gae_lambda=0.9,
+        cost_ramp=0.1,
+        most_minibatch_segments=8,
+        most_exam_segments=8,
+    ),
+    Trial(
+        "hidden_edge",
+        "an edge behind the market's moves",
+        hidden_edge(-0.4, 0.99),
+        0.02,
+        24,
+        earns(0.95),
+        features=("symbol", "panel"),
+        reward="less market",
+        most_symbols=32,
+        most_context_bars=16,
+        gamma=0.9,
+        gae_lambda=0.9,
+        cost_ramp=0.1,
+        most_minibatch_segments=8,
+        most_exam_segments=8,
+    ),
 )
 
 
 def run_trial(settings: Settings, trial: Trial, sizes: Sizes, seed: int, ranks: Ranks) -> Result:
     """Train on the trial's market, then examine on fresh paths of it."""
     start = time.monotonic()
-    paths = draw_paths(trial.market, sizes.num_symbols, sizes.num_bars, seed=1_000 + seed)
+    num_symbols = min(sizes.num_symbols, trial.most_symbols)
+    paths = draw_paths(trial.market, num_symbols, sizes.num_bars, seed=1_000 + seed)
     settings = _trial_settings(settings, trial, sizes, seed, ranks.world_size)
     market = Market.from_settings(paths.bars, settings, ranks.device, NEVER_NS)
     needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, precision="fp32")
@@ -185,24 +251,27 @@ def examine(trial: Trial, trainer: Trainer, sizes: Sizes, seed: int) -> Result:
     statistics = trainer.env.market.statistics
     market = Market.from_settings(paths.bars, trainer.settings, trainer.ranks.device, NEVER_NS, statistics)
     forecast = trial.market.forecast(paths.returns)
-    rule = find_best_rule(trial.market, trial.cost)
     next_return = np.append(paths.returns[:, 1:], np.zeros((len(paths.returns), 1)), axis=1)
     random = np.random.default_rng(seed)
     strategies = {
-        "reference": apply_rule(rule, forecast),
+        "reference": _best_positions(trial, forecast),
         "foresight": np.sign(np.where(np.abs(next_return) > 2 * trial.cost, next_return, 0.0)),
         "random": random.integers(-1, 2, forecast.shape),
         "buy_and_hold": np.ones(forecast.shape),
     }
+    if trial.market.forecast_alone:
+        best_alone = solve(*trial.market.process_alone, trial.cost)
+        strategies["alone"] = best_alone.apply(trial.market.forecast_alone(paths.returns))
+    num_segments = min(sizes.exam_segments, trial.most_exam_segments)
     earned: dict[str, float] = {}
     for name, positions in strategies.items():
         env = TradingEnv(market, trainer.env.config, trainer.ranks.device, seed=seed)
         actions = torch.from_numpy(positions.astype(np.int64) + 1).to(env.device)
         with_noise = trial.with_noise or name == "foresight"
-        segments = [_play_actions(env, actions) for _ in range(sizes.exam_segments)]
+        segments = [_play_actions(env, actions) for _ in range(num_segments)]
         earned[name] = _mean_reward(segments, None if with_noise else paths.noise)
     env = TradingEnv(market, trainer.env.config, trainer.ranks.device, seed=seed)
-    segments = [_play_policy(env, trainer) for _ in range(sizes.exam_segments)]
+    segments = [_play_policy(env, trainer) for _ in range(num_segments)]
     flat = [float((segment.actions == POSITIONS.index(0.0)).double().mean()) for segment in segments]
     return Result(
         trial=trial.name,
@@ -215,7 +284,15 @@ def examine(trial: Trial, trainer: Trainer, sizes: Sizes, seed: int) -> Result:
         foresight=earned["foresight"],
         random=earned["random"],
         buy_and_hold=earned["buy_and_hold"],
+        alone=earned.get("alone"),
     )
+
+
+def _best_positions(trial: Trial, forecast: Array) -> NDArray[np.int8]:
+    """Return the positions of the best policy, (S, T): exact where it can be computed, else a rule."""
+    if trial.market.process:
+        return solve(*trial.market.process(len(forecast)), trial.cost).apply(forecast)
+    return apply_rule(find_best_rule(trial.market, trial.cost), forecast)
 
 
 @dataclass
@@ -271,10 +348,12 @@ def _mean_reward(segments: Sequence[_Segment], noise: Array | None) -> float:
 
 def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, world_size: int) -> Settings:
     """Return the settings of one training, which keep only the user's precision."""
+    minibatch_segments = min(sizes.minibatch_segments, trial.most_minibatch_segments)
     return replace(
         settings,
         envs_per_gpu=sizes.num_envs,
-        context_bars=sizes.context_bars,
+        features=trial.features,
+        context_bars=min(sizes.context_bars, trial.most_context_bars),
         horizon=sizes.horizon,
         episode_bars=10 * sizes.horizon,
         positions=POSITIONS,
@@ -292,7 +371,7 @@ def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, w
         num_heads=4,
         compile="off",
         parallel="ddp",
-        batch_size=sizes.minibatch_segments * sizes.horizon * world_size,
+        batch_size=minibatch_segments * sizes.horizon * world_size,
         micro_batch_segments=16,
         feature_noise=0.0,
         update_passes=sizes.update_passes,
@@ -308,7 +387,8 @@ def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, w
         entropy_coef=trial.entropy_coef,
         value_coef=0.5,
         epochs=trial.epochs,
-        cost_ramp=COST_RAMP,
+        cost_ramp=trial.cost_ramp,
+        reward=trial.reward,
         seed=seed,
     )
 

@@ -30,10 +30,17 @@ class KnownMarket:
 
     ``draw(random, S, T)`` returns the expectation of every bar's return and the noise around it, both (S, T);
     ``forecast`` turns returns (S, T) into the expectation of the next bar's return, given those up to each bar.
+    ``process(S)`` has persistence and deviation of that forecast, where it is an AR(1) process. Where symbols
+    tell of each other, ``forecast_alone`` and ``process_alone`` are the same for who sees one symbol only, and
+    ``names`` are those of the first symbols.
     """
 
     draw: Callable[[np.random.Generator, int, int], tuple[Array, Array]]
     forecast: Callable[[Array], Array]
+    names: tuple[str, ...] = ()
+    process: Callable[[int], tuple[float, float]] | None = None
+    forecast_alone: Callable[[Array], Array] | None = None
+    process_alone: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,14 @@ def draw_paths(market: KnownMarket, num_symbols: int, num_bars: int, seed: int) 
     returns = expectation + noise
     open_time = FIRST_OPEN_NS + np.arange(num_bars, dtype=np.int64) * MINUTE_NS
     bars = []
-    for number, row in enumerate(returns):
+    names = [*market.names, *(f"SELF{number:03d}" for number in range(len(market.names), num_symbols))]
+    for name, row in zip(names, returns, strict=True):
         close = 100.0 * np.exp(SIGMA * np.cumsum(row))
         opens = np.append(100.0, close[:-1])
         up, down = np.exp(0.3 * SIGMA * random.standard_exponential((2, num_bars)))
         volume = 100.0 * np.exp(0.5 * random.standard_normal(num_bars))
         high, low = np.maximum(opens, close) * up, np.minimum(opens, close) / down
-        bars.append(Bars(f"SELF{number:03d}", "crypto", open_time.copy(), opens, high, low, close, volume))
+        bars.append(Bars(name, "crypto", open_time.copy(), opens, high, low, close, volume))
     return Paths(bars, returns, noise)
 
 

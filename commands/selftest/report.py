@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from commands.selftest import Result, Trial
 
 matplotlib.rcdefaults()  # a matplotlibrc of the user's may need LaTeX
-BASELINES = (("reference", "C2"), ("buy_and_hold", "C7"), ("random", "C3"))
+BASELINES = (("reference", "C2"), ("alone", "C4"), ("buy_and_hold", "C7"), ("random", "C3"))
 
 
 def write(folder: Path, trials: Sequence[Trial], results: Sequence[Result]) -> list[Path]:
@@ -40,8 +40,10 @@ def _plot(trials: Sequence[Trial], results: Sequence[Result]) -> Figure:
             panel.plot(_running_mean(result.curve), color="C0", alpha=0.7, label="policy, in training")
             panel.plot(len(result.curve), result.policy, "o", color="C0", label="policy, on fresh paths")
         for name, colour in BASELINES:
-            mean = sum(getattr(result, name) for result in own) / len(own)
-            panel.axhline(mean, color=colour, linestyle="--", label=name.replace("_", " "))
+            earned = [value for result in own if (value := getattr(result, name)) is not None]
+            if earned:
+                mean = sum(earned) / len(earned)
+                panel.axhline(mean, color=colour, linestyle="--", label=name.replace("_", " "))
         panel.set_title(trial.title)
         panel.set_xlabel("epoch")
         panel.set_ylabel("sigma per bar, net")
