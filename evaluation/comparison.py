@@ -43,11 +43,11 @@ class Comparison:
             return f"{mean} against {self.other}; {few}"
         low, high = (1e4 * end for end in self.interval)
         text = f"{mean} [{low:+.1f}, {high:+.1f}] against {self.other}"
-        if self.certainty >= CERTAINTY:
+        if low > 0 and self.certainty >= CERTAINTY:
             return f"Better: {text}, with {self.certainty:.1%} certainty"
-        if self.certainty <= 1 - CERTAINTY:
+        if high < 0 and self.certainty <= 1 - CERTAINTY:
             return f"Worse: {text}, with {1 - self.certainty:.1%} certainty"
-        return f"Not told apart: {text}; better with {self.certainty:.1%} certainty, {CERTAINTY:.0%} needed"
+        return f"Not told apart: {text}; better with {self.certainty:.1%} certainty"
 
 
 def compare(own: Sequence[Walk], others: Sequence[Walk], name: str) -> Comparison:
