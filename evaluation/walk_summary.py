@@ -153,7 +153,7 @@ class WalkSummary:
             "equity": partial(plots.equity, self.walks, band=self.band),
             "windows": partial(plots.windows, [row.first[5:] for row in own], policy, hold),
         }
-        if self.ladder:
+        if self.ladder and self.margin.turnover:
             paid = float(self.paid_bps), self.measures[POLICY].total_return
             costs, returns = zip(*self.ladder, strict=True)
             found["costs"] = partial(plots.cost_curve, costs, returns, paid, self.break_even[0])

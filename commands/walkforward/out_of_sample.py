@@ -82,6 +82,8 @@ def trade(
     """
     symbols = list(dict.fromkeys([*who.newest.symbols, *(s for own in accounts.values() for s in own)]))
     bars = _bars_until(window.end_ns, symbols, lake, settings)
+    if not bars:
+        return _row(window, who, {}, {}), accounts
     config = EnvConfig.from_settings(settings, 1)
     precision = precision_on(device, settings.precision)
     found: dict[str, list[Walk]] = {}

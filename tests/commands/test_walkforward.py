@@ -234,6 +234,10 @@ def test_boosted_trees_are_fitted_to_what_was_known(
     assert seen and seen[0] < window.start_ns - 11 * DAY_NS
     assert row["days"][TREES].keys() == row["days"][POLICY].keys() == row["days"]["momentum"].keys()
     assert set(row["days"][POLICY].values()) == {1.0}  # no champion: in cash
+    idle = summarize([row | {"exams": 1}], ())
+    assert idle is not None and idle.pictures().keys() == {"equity", "windows"}
+    assert idle.headline.endswith(" days out of sample, of which at least 10 are needed.")
+    assert "No exam crowned a champion, so nothing was traded" in idle.result
     units = {name: {account.units for account in accounts[name].values()} for name in (POLICY, BUY_AND_HOLD)}
     assert units[POLICY] == {0.0} and 0.0 not in units[BUY_AND_HOLD]
 

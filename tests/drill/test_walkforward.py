@@ -17,11 +17,7 @@ from monitoring.console import Console
 from tests.commands import hourly
 from tests.program import Start, flags
 
-PROGRAM = (
-    "-c",
-    "from tests.commands import hourly; hourly.plant(strength=1.0)\n"
-    "import continuous_training; continuous_training.main()",
-)
+PROGRAM = ("-m", "tests.commands.hourly_program")
 KILLS = 20
 OPTIONS = ["--step", "5", "--from", "2026-01-17", "--costs", "0,5"]
 
