@@ -24,7 +24,8 @@ from evaluation import plots
 from evaluation.comparison import compare, read_other
 from evaluation.csv_files import csv_files
 from evaluation.ensemble import reading_like
-from evaluation.exam import AGAINST, CHAMPION, POLICY, Walk, at_flat_cost, examine
+from evaluation.exam import AGAINST, CHAMPION, POLICY, Walk, at_flat_cost
+from evaluation.group_exam import examine_accounts, notes_on_walks
 from evaluation.measures import daily_growth, measure
 from evaluation.page import headline, render_page
 from evaluation.provenance import (
@@ -228,6 +229,8 @@ def _load_bars(
         )
     symbols = list(dict.fromkeys(options.symbols)) or known or sorted(available)
     for symbol in options.plotted:
+        if trained.env_config(1).group:
+            raise ValueError("--plot-symbols draws single accounts; leave it out where groups are evaluated")
         if symbol not in symbols:
             raise ValueError(f"--plot-symbols {symbol} is not among the symbols that are evaluated")
     notes = []
@@ -274,7 +277,7 @@ def _evaluate(
         policies[CHAMPION] = reading_like(trained, best)
     try:
         market = trained.market(data.bars, others)
-        walks = examine(
+        walks = examine_accounts(
             policies,
             market,
             trained.env_config(1),
@@ -299,9 +302,7 @@ def _evaluate(
     notes = [*notes, *champion_notes]
     if trained.members:
         notes.append("Each set of members that was tried is one more trial; no ledger counts them.")
-    missing = [symbol for symbol in symbols if symbol not in {walk.symbol for walk in walks[POLICY]}]
-    if missing:
-        notes.append(f"Too few bars for a segment of {settings.horizon}: {', '.join(missing)}.")
+    notes += notes_on_walks(walks[POLICY], market, trained.env_config(1), symbols)
     # By the simulated market's rules, every open is the close before.
     is_simulated = "simulated" in settings.sources
     warning = "" if is_simulated else stale_opens(market, symbols, span.start_ns, span.end_ns)
@@ -358,7 +359,7 @@ def _walk_other(
     progress: Progress,
 ) -> list[Walk]:
     """Let the other checkpoint walk the same bars: its own features and scale, the same costs."""
-    walks = examine(
+    walks = examine_accounts(
         other.policy,
         other.market(data.bars, others),
         other.env_config(1),

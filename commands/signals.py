@@ -26,6 +26,7 @@ from data_sources.progress import Progress, WarningCollector
 from data_sources.refresh import refresh
 from data_sources.sources import DataRequest
 from data_sources.universe import top_of
+from evaluation.group_decisions import decide_groups
 from evaluation.trained_policy import Decision, TrainedPolicy
 from monitoring.console import Console
 from monitoring.format import age, iso_time, utc_time
@@ -97,6 +98,8 @@ class Signal:
     state: Literal["ok", "closed", "stale"]
     in_training: bool
     late: tuple[str, ...] = ()  # other symbols that it sees without their bar of this minute
+    group: str = ""  # of a training of groups: the account that it belongs to
+    weight: float | None = None  # and the target's weight there, within the caps
 
 
 def request_of(
@@ -159,14 +162,22 @@ def compute_signals(
     if not closed:
         return [], missing
     others = [bars.between(0, closed_until) for bars in data.bars if bars.symbol in trained_on - wanted]
-    decisions, unavailable = trained.actor.decide(closed, others)
+    actor = trained.actor
+    decided: list[tuple[Decision, str, float | None]]
+    if actor.config.group:
+        found, unavailable = decide_groups(actor, closed, others, options.holdings)
+        decided = [(each.decision, each.group, each.weight) for each in found]
+    else:
+        decisions, unavailable = actor.decide(closed, others)
+        decided = [(decision, "", None) for decision in decisions]
     seen = [bars for bars in (*closed, *others) if len(bars) and bars.symbol in trained_on]
     signals = []
-    for decision in decisions:
+    for decision, group, weight in decided:
         behind, state = freshness(decision.open_time, decision.asset_class, now_ns)
         holding = options.holdings.get(decision.symbol, 0.0)
-        late = late_symbols(decision, seen) if trained.actor.sees_others else ()
-        signals.append(Signal(decision, holding, behind, state, decision.symbol in trained_on, late))
+        late = late_symbols(decision, seen) if actor.sees_others else ()
+        in_training = decision.symbol in trained_on
+        signals.append(Signal(decision, holding, behind, state, in_training, late, group, weight))
     return signals, {symbol: why for symbol, why in unavailable.items() if symbol in loaded} | missing
 
 
@@ -330,6 +341,7 @@ def _entry(signal: Signal, now_ns: int) -> dict[str, Any]:
         "must_be_in_cash": decision.only_cash,
         "in_training": signal.in_training,
         "late_symbols": list(signal.late),
+        **({"group": signal.group, "weight": signal.weight} if signal.group else {}),
         "if_holding": [choice(position) for position in decision.positions],
     }
 
@@ -382,9 +394,11 @@ def _row(signal: Signal, now_ns: int) -> dict[str, str]:
     notes += [] if signal.in_training else ["not trained on"]
     notes += [f"{len(signal.late)} late"] if signal.late else []
     return {
+        **({"group": signal.group} if signal.group else {}),
         "symbol": decision.symbol,
         "holding": _format_position(signal.holding),
         "target": _format_position(target),
+        **({"weight": f"{signal.weight:+.2%}"} if signal.weight is not None else {}),
         "probability": f"{probability:.1%}",
         "closed, UTC": utc_time(decision.close_time, "%m-%d %H:%M"),
         "age": age((now_ns - decision.close_time) / 1e9),

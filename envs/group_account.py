@@ -92,6 +92,20 @@ def project(wanted: Tensor, gross: float, net: float | Tensor) -> Tensor:
     return wanted * side * _ratio(torch.full_like(longs, gross), fewer_longs + fewer_shorts).clamp(max=1)
 
 
+def weights_of_every_position(index: Tensor, targets: Tensor, gross: float, net: float | Tensor) -> Tensor:
+    """Return the weights of whole groups for every position of each symbol: (..., G) -> (..., G, K, G).
+
+    Args:
+        index: (..., G) int64, the position of each symbol.
+        targets: (K,) the weight that each position asks for.
+        gross, net: see ``project``; a tensor fits (..., G, K, 1).
+    """
+    size, num_targets = index.shape[-1], len(targets)
+    wanted = targets[index][..., None, None, :].expand(*index.shape, num_targets, size)
+    own = torch.eye(size, dtype=torch.bool, device=index.device)[:, None]
+    return project(torch.where(own, targets[:, None], wanted), gross, net)
+
+
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     # 1 of nothing: there is nothing to scale.
     return torch.where(whole > 0, part / torch.where(whole > 0, whole, 1.0), 1.0)

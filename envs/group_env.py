@@ -15,7 +15,13 @@ from torch import Tensor
 from envs.compiled import Decide
 from envs.config import EQUITY_FLOOR, EnvConfig
 from envs.grid import Grid
-from envs.group_account import GroupFill, GroupState, advance_group, project
+from envs.group_account import (
+    GroupFill,
+    GroupState,
+    advance_group,
+    project,
+    weights_of_every_position,
+)
 from envs.group_segment import GroupStatistics, group_segment
 from envs.market import Market
 
@@ -232,6 +238,11 @@ class GroupEnv:
         held = account.choice[..., None] == torch.arange(len(self._targets), device=self.device)
         rest = torch.stack(columns, dim=-1).clamp(-8, 8)
         return torch.cat((held.float(), rest.float()), dim=-1).flatten(0, 1)
+
+    def weights_of_every_position(self, index: Tensor) -> Tensor:
+        """Return the weights of the groups for every position of each slot: (T, n, G) -> (T, n, G, K, G)."""
+        net = self.net[..., None, None] if isinstance(self.net, Tensor) else self.net
+        return weights_of_every_position(index, self._targets * self.group.share, self.group.gross, net)
 
     def _log_start(self) -> Tensor | float:
         return 0.0  # log equity at the start of the episode

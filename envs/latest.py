@@ -78,7 +78,7 @@ def latest_decisions(market: Market, config: EnvConfig) -> LatestDecisions:
     only_cash = [
         bool(config.flat_before_close)
         and not market.is_crypto[number]
-        and _minutes_left_at_next_fill(int(market.open_time[last])) <= config.flat_before_close
+        and minutes_left_at_next_fill(int(market.open_time[last])) <= config.flat_before_close
         for number, last in zip(numbers, newest, strict=True)
     ]
     return LatestDecisions(
@@ -101,7 +101,7 @@ def _observe_new_accounts(config: EnvConfig, cost_rate: Tensor) -> Tensor:
     return observe(account, zeros, zeros, cost_rate, constants).contiguous()
 
 
-def _minutes_left_at_next_fill(open_time: int) -> int:
+def minutes_left_at_next_fill(open_time: int) -> int:
     """Return the minutes to the close at the open of the next trading minute after a stock's bar."""
     scheduled = expected_minutes(open_time + MINUTE_NS, open_time + LONGEST_CLOSURE_NS)
     following = open_time + MINUTE_NS if scheduled is None or not len(scheduled) else int(scheduled[0])

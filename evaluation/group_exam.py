@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,44 @@ from envs.grid import Grid
 from envs.group_walk_env import GroupExamEnv, walk_of_clock
 from envs.market import Market, NoSegment
 from evaluation.baselines import BASELINES, BUY_AND_HOLD, actions_after
-from evaluation.exam import ENCODED_SEGMENTS, POLICY, Walk, at_flat_cost, one_thread
-from models.policy import Head, Policy
+from evaluation.exam import ENCODED_SEGMENTS, POLICY, Walk, at_flat_cost, examine, one_thread
+from models.ensemble import Decider, EnsembleHead
+from models.policy import Head
+
+
+def examine_accounts(
+    policies: Decider | Mapping[str, Decider],
+    market: Market,
+    config: EnvConfig,
+    symbols: Sequence[str],
+    start_ns: int,
+    end_ns: int,
+    **terms: Any,
+) -> dict[str, list[Walk]]:
+    """Let policies and baselines walk with the accounts of ``config``; see ``examine`` and ``examine_groups``."""
+    if config.group is None:
+        return examine(policies, market, config, symbols, start_ns, end_ns, **terms)
+    groups = groups_of(market, config.group.size, symbols)
+    return examine_groups(policies, market, config, groups, start_ns, end_ns, **terms)
+
+
+def notes_on_walks(
+    walks: Sequence[Walk], market: Market, config: EnvConfig, symbols: Sequence[str]
+) -> list[str]:
+    """Return in words which symbols did not walk, or which ones each group has."""
+    walked = {walk.symbol for walk in walks}
+    if config.group:
+        groups = groups_of(market, config.group.size, symbols)
+        return [
+            *(
+                f"{each.name.capitalize()}: {', '.join(each.symbols)}."
+                for each in groups
+                if each.name in walked
+            ),
+            "A row is an account over a group of symbols; its price is an index of them.",
+        ]
+    missing = [symbol for symbol in symbols if symbol not in walked]
+    return [f"Too few bars for a segment of {config.horizon}: {', '.join(missing)}."] if missing else []
 
 
 @dataclass(frozen=True)
@@ -62,7 +99,7 @@ def groups_of(market: Market, size: int, symbols: Sequence[str] | None = None) -
 
 @torch.no_grad()
 def examine_groups(
-    policies: Policy | Mapping[str, Policy],
+    policies: Decider | Mapping[str, Decider],
     market: Market,
     config: EnvConfig,
     groups: Sequence[Group],
@@ -87,7 +124,7 @@ def examine_groups(
         NoSegment: no group has the minutes of a segment there.
     """
     assert config.group is not None
-    policies = {POLICY: policies} if isinstance(policies, Policy) else dict(policies)
+    policies = dict(policies) if isinstance(policies, Mapping) else {POLICY: policies}
     market = market.until(end_ns)
     groups = _walkable(Grid.of(market, config.group.size), groups, start_ns)
     first, *others = policies
@@ -150,7 +187,7 @@ def _walkable(grid: Grid, groups: Sequence[Group], start_ns: int) -> list[Group]
 
 
 def read(
-    policy: Policy,
+    policy: Decider,
     grid: Grid,
     horizon: int,
     symbols: Tensor,
@@ -190,7 +227,7 @@ def read(
 class _Decisions:
     """The actions of all slots at one minute: first those of the policies, by their heads, then those of rules."""
 
-    heads: tuple[Head, ...]
+    heads: tuple[Head | EnsembleHead, ...]
     accounts_per_head: tuple[int, ...]
 
     def __call__(self, accounts: Tensor, rules: Tensor, *projected: Tensor) -> tuple[Tensor]:

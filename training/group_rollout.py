@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from envs.group_account import GroupState, advance_group, project
+from envs.group_account import GroupState, advance_group
 from envs.group_env import GroupEnv, GroupTrajectory
 from models.policy import Policy
 from runtime.control import heartbeat
@@ -118,9 +118,8 @@ def value_every_choice(env: GroupEnv, played: GroupTrajectory, rows: slice) -> t
     Returns:
         (n x G, T, J, K) float64, and (n x G, T, J, K) bool.
     """
-    held, chosen = (
-        _weights(env, index[:, rows]) for index in (played.held, played.chosen)
-    )  # (T, n, G, K, G)
+    held = env.weights_of_every_position(played.held[:, rows])  # (T, n, G, K, G)
+    chosen = env.weights_of_every_position(played.chosen[:, rows])
     fills = {name: values[:, rows, None, None, None] for name, values in env.segment.fills.items()}
     equity = played.log_equity[:, rows].exp()[:, :, None, None, None, None]
     fills |= {name: fills[name] * equity for name in ("impact", "next_impact") if name in fills}
@@ -148,17 +147,6 @@ def value_every_choice(env: GroupEnv, played: GroupTrajectory, rows: slice) -> t
     return tuple(each.flatten(1, 2).transpose(0, 1) for each in (growth, ends))  # type: ignore[return-value]
 
 
-def _weights(env: GroupEnv, index: Tensor) -> Tensor:
-    """Return the weights of whole groups for every position of each slot: (T, n, G) -> (T, n, G, K, G)."""
-    targets = env._targets * env.group.share
-    size, num_targets = index.shape[-1], len(targets)
-    wanted = targets[index][..., None, None, :].expand(*index.shape, num_targets, size)
-    own = torch.eye(size, dtype=torch.bool, device=index.device)[:, None]
-    wanted = torch.where(own, targets[:, None], wanted)
-    net = env.net[..., None, None] if isinstance(env.net, Tensor) else env.net
-    return project(wanted, env.group.gross, net)
-
-
 def observe_every_position(env: GroupEnv, played: GroupTrajectory, rows: slice, accounts: Tensor) -> Tensor:
     """Return each slot's observations, had it held every position: (n x G, T + 1, A) -> (n x G, T + 1, J, A).
 
@@ -166,7 +154,7 @@ def observe_every_position(env: GroupEnv, played: GroupTrajectory, rows: slice, 
     """
     group, num_targets = env.group, len(env.config.positions)
     index = torch.cat((played.held[:, rows], env.account.choice[None, rows]))
-    weights = _weights(env, index)  # (T + 1, n, G, J, G)
+    weights = env.weights_of_every_position(index)  # (T + 1, n, G, J, G)
     own = weights.diagonal(dim1=2, dim2=4).movedim(-1, 2) / group.share
     together = weights.sum(-1) / group.gross, weights.abs().sum(-1) / group.gross
     columns = torch.stack((own, *together), dim=-1).flatten(1, 2).transpose(0, 1).clamp(-8, 8)

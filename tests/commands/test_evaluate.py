@@ -41,7 +41,7 @@ def examine(*_, on_segment, **__):
     on_segment(1, 100)
     while True:
         time.sleep(0.01)
-evaluate.examine = examine
+evaluate.examine_accounts = examine
 import continuous_training
 continuous_training.main()
 """
