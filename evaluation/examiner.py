@@ -36,6 +36,7 @@ from runtime.control import (
     heartbeat_while_waiting,
 )
 from runtime.files import identity_of
+from runtime.wording import count_of
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
@@ -238,7 +239,8 @@ class Examiner:
             name = best.name if best else ""
             walked = [walk.symbol for walk in walks[POLICY]]
             self._warn_of_stale_opens(trainer, market.symbols if group else walked, plan.start_ns)
-            return self._judge(walks, progress, fingerprint, revision, name, plan.obstacle, began)
+            noun = "group" if group else "symbol"
+            return self._judge(walks, progress, fingerprint, revision, name, plan.obstacle, began, noun)
         except Stopped:
             log.info("No exam: asked to stop")
         except TooLong:
@@ -271,6 +273,7 @@ class Examiner:
         champion_name: str,
         obstacle: str,
         began: float,
+        noun: str,
     ) -> Exam:
         """Turn walks into figures, a verdict, and a decision about the champion."""
         challenger = checkpoint.name_of(progress.run, progress.epoch)
@@ -330,7 +333,7 @@ class Examiner:
         if ledger.key_of(key) in recorded:
             decision, reason = "decided before", "this exam is already in the ledger"
         lines = [
-            f"Exam: {_summary(pooled, len(symbols))}, {trades}, {judgement} ({seconds:.1f} s, "
+            f"Exam: {_summary(pooled, count_of(len(symbols), noun))}, {trades}, {judgement} ({seconds:.1f} s, "
             f"bars {revision.digest})",
             f"Champion: {decision}, {reason}",
             f"Power: {describe_power(pooled[POLICY], num_trials)}",
@@ -350,7 +353,7 @@ class Examiner:
             self._logged.add(text)
 
 
-def _summary(pooled: Mapping[str, Measures], num_symbols: int) -> str:
+def _summary(pooled: Mapping[str, Measures], symbols: str) -> str:
     """Put an exam into words: days, symbols, all returns, the policy's Sharpe ratio."""
     policy = pooled[POLICY]
     others = ", ".join(
@@ -359,7 +362,6 @@ def _summary(pooled: Mapping[str, Measures], num_symbols: int) -> str:
         if name not in (POLICY, ALWAYS_FLAT)
     )
     days = "1 day" if policy.num_days == 1 else f"{policy.num_days} days"
-    symbols = "1 symbol" if num_symbols == 1 else f"{num_symbols:,} symbols"
     sharpe = "Sharpe none"
     if policy.sharpe is not None and policy.sharpe_interval is not None:
         low, high = policy.sharpe_interval

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from envs.config import EnvConfig
@@ -9,6 +12,7 @@ from envs.group_env import GroupEnv
 from envs.market import Market
 from envs.trading_env import TradingEnv
 from models.policy import Policy
+from runtime.control import EXIT_NO_DATA, ExitProgram
 from training.group_rollout import collect_groups
 from training.rewards import RewardFunction
 from training.rollout import Rollout, collect
@@ -23,6 +27,15 @@ def make_env(market: Market, config: EnvConfig, device: torch.device, seed: int)
         NoSegment, ValueError: the market has too few minutes, or too few symbols for a group.
     """
     return (GroupEnv if config.group else TradingEnv)(market, config, device, seed)
+
+
+@contextmanager
+def exit_without_groups() -> Iterator[None]:
+    """Turn a market that is too small for its groups into the end of the program, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ExitProgram(EXIT_NO_DATA, str(error)) from error
 
 
 def play_segment(

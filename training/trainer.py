@@ -26,7 +26,7 @@ from training.compilation import (
 )
 from training.distributed import Ranks
 from training.enough_days import shortage_in
-from training.environments import make_env, play_segment
+from training.environments import exit_without_groups, make_env, play_segment
 from training.learner import Learner
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryPlan
@@ -75,7 +75,8 @@ class Trainer:
         self.on_phase: Callable[[str], None] = lambda _: None  # called as "rollout" and "update" begin
         # One stream per rank, so that the ranks' accounts differ.
         env_config = EnvConfig.from_settings(settings)
-        self.env = make_env(market, env_config, ranks.device, settings.seed * 1_000_003 + ranks.rank)
+        with exit_without_groups():
+            self.env = make_env(market, env_config, ranks.device, settings.seed * 1_000_003 + ranks.rank)
         self._own_reward = own_reward(is_of_groups=env_config.group is not None)
         self._make_policy()
         self.not_compiled = "not requested"
@@ -193,7 +194,8 @@ class Trainer:
 
     def set_market(self, market: Market) -> None:
         """Continue on fresh bars; accounts whose place still exists keep it."""
-        self.env.use(market)
+        with exit_without_groups():
+            self.env.use(market)
 
     def collect(self) -> Rollout:
         """Play one segment in every environment: one trunk forward, then ``horizon`` account steps.

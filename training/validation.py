@@ -51,7 +51,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "borrow_rate": (0, 100),
     "maintenance_margin": (0, 1),
     "cost_ramp": (0, 1),
-    "group_size": (2, 10**3),
+    "group_size": (2, 64),  # the value of every choice of each takes memory by the square
     "gross_exposure": (0, 100),
     "net_exposure": (0, 100),
     "d_model": (1, 2**17),

@@ -16,6 +16,7 @@ from envs.group_env import GroupEnv
 from envs.market import Market
 from models.policy import Policy
 from models.transformer import TransformerConfig
+from runtime.control import ExitProgram
 from tests.envs.group_reference import Meeting, ReferenceGroup, within_caps
 from tests.envs.markets import HORIZON, NEVER, market_of
 from tests.envs.test_group_env import CAPS, awkward_bars, group_env
@@ -155,6 +156,27 @@ def test_a_training_resumes_to_the_bit(tmp_path: Path, advantages: str) -> None:
     assert epoch(resumed) == epoch(unbroken)
     for name, weights in unbroken.policy.state_dict().items():
         assert torch.equal(weights, resumed.policy.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"envs_per_gpu": 10}, "envs_per_gpu=10 must be whole groups of 3, as account=group: use 9"),
+        ({"net_exposure": 2.0}, "net_exposure=2.0 must be at most gross_exposure=1"),
+        ({"reward": "less market"}, "reward=less market must be log equity with account=group"),
+        ({"group_size": 65, "envs_per_gpu": 65}, "group_size=65 must be at most 64"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **{"account": "group", "group_size": 3, "envs_per_gpu": 12} | changes)
+
+
+def test_a_market_of_too_few_symbols_is_one_line() -> None:
+    with pytest.raises(
+        ExitProgram, match="a group of 6 symbols must fit into a market, stocks or coins: the larg"
+    ):
+        small_trainer(group_size=6)
 
 
 def test_a_checkpoint_refuses_other_accounts() -> None:
