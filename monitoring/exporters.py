@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from monitoring.metrics_file import append_metrics, is_finite
-from monitoring.tensorboard_head import head_of
 
-if (
-    TYPE_CHECKING
-):  # imported where they are used: tensorboard's writer imports boto3, too, which takes a second
+# Imported where they are used: tensorboard's writer imports boto3, too, which takes a second.
+if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -129,6 +127,8 @@ class EventFile:
 
     def _open(self, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        from monitoring.tensorboard_head import head_of
 
         self._folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
