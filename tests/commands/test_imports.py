@@ -31,7 +31,7 @@ finally:
 def test_a_command_does_without(words: list[str], without: set[str], tmp_path: Path) -> None:
     flags = [f"--{name}-dir={tmp_path}" for name in ("checkpoint", "log", "data")] if len(words) > 1 else []
     command = [sys.executable, "-c", LISTED, *words, *flags]
-    errors = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stderr
+    errors = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600).stderr
     loaded = set(errors.partition("loaded ")[2].split())
     assert "commands.cli" in loaded
     assert loaded & without == set()
