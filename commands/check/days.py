@@ -44,7 +44,7 @@ def check_days(settings: Settings, request: DataRequest, world_size: int) -> Ite
     rows = sum(part.rows for parts in parts_of.values() for part in parts)
     share = sum(left.values()) / sum(len(days) for days in days_of.values())
     if text := find_shortage(left, round(rows * share), settings, world_size):
-        yield Line("bars", "warning", f"with the bars in {settings.data_dir}, {text}")
+        yield Line("days", "warning", f"with the bars in {settings.data_dir}, {text}")
 
 
 def _days(part: Part, asset_class: str, request: DataRequest) -> Iterator[int]:

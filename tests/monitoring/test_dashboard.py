@@ -396,7 +396,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Start]:
         terminal=True,
     )
     try:
-        start.wait_for("skipped steps").wait_for("Time per epoch").wait_for("run1_epoch8.pt")
+        start.wait_for("steps skipped").wait_for("Time per epoch").wait_for("run1_epoch8.pt")
         assert start.process.stdin is not None
         start.process.stdin.write(b"\x03")
         start.process.stdin.flush()

@@ -91,6 +91,9 @@ def test_check_counts_the_days_of_the_lake(tmp_path: Path) -> None:
     assert list(check_days(settings, request, 1)) == []  # an empty lake: a start will see
     refresh(Lake(tmp_path / "lake"), request, request.end_ns, WarningCollector())
     (line,) = check_days(settings, request, 1)
-    assert line.level == "warning" and f"with the bars in {tmp_path / 'lake'}, days will be" in line.text
+    assert (line.topic, line.level) == (
+        "days",
+        "warning",
+    ) and f"with the bars in {tmp_path / 'lake'}, days will be" in line.text
     assert ": 5 days of stock bars to train on" in line.text
     assert list(check_days(replace(settings, holdout_days=10), request, 1)) == []
