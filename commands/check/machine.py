@@ -17,6 +17,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from commands.check.report import Line
 from commands.check.sources import stored_rows
+from data_sources import snapshot
 from data_sources.errors import LakeError
 from data_sources.flow import SPARE_BYTES, missing_flow
 from data_sources.lake.lake import Lake
@@ -30,6 +31,7 @@ from runtime.files import free_bytes
 from runtime.launch import Launch
 from training import checkpoint
 from training.devices import Devices
+from training.kept_features import KEPT_TABLES
 from training.memory import USABLE, DoesNotFit, MemoryNeeds, num_parameters, plan
 from training.retention import most_files
 
@@ -42,6 +44,7 @@ INSTALLED_TORCH = Path(sys.prefix) / "installed-torch"
 LARGE = 50_000_000  # parameters that a CPU needs hours per epoch for
 # Per parameter: a checkpoint's weights, and the optimizer's two moments beside it.
 WEIGHT_BYTES, RESUME_BYTES = 4, 8
+FEATURE_BYTES = 2  # per bar and feature, in the table and on the device
 LAKE_BYTES_PER_BAR = 30  # as written, where the lake holds nothing to measure
 MINUTES_PER_WEEK = {"stock": 5 * 390, "crypto": 7 * 1_440, "perpetual": 7 * 1_440}
 
@@ -59,7 +62,7 @@ def check_devices(found: Devices, settings: Settings) -> Iterator[Line]:
 
 def bar_bytes(settings: Settings) -> int:
     """Return the bytes of one bar in envs.market.Market."""
-    return 2 * len(chosen_features(settings.features)) + 5 * 4 + 8 + 2
+    return FEATURE_BYTES * len(chosen_features(settings.features)) + 5 * 4 + 8 + 2
 
 
 def check_memory(
@@ -152,6 +155,11 @@ def check_disks(settings: Settings, request: DataRequest) -> Iterator[Line]:
     fetched = int(max(0, num_bars(request) - rows) * per_bar)
     text = f"lake: {size(stored)} so far, at most {size(fetched)} to fetch, then {size(week)} a week"
     yield _on_disk(text, lake, fetched + week, week, "lower --history-days")
+    bars = num_bars(request) + found_bars(settings, request)
+    table = bars * FEATURE_BYTES * len(chosen_features(settings.features))
+    missing = max(0, KEPT_TABLES * table - _size_of(lake, f"*{snapshot.FEATURES_SUFFIX}"))
+    text = f"features: at most {size(table)} a run, of which {KEPT_TABLES} are kept"
+    yield _on_disk(text, lake, missing, 0, "without room a run computes them again")
     with contextlib.suppress(LakeError):  # reported with its bars
         flow = missing_flow(Lake(lake), request, time.time_ns())
         if not flow.files:

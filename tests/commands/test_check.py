@@ -114,7 +114,8 @@ def test_where_all_is_well_every_line_is_ok(vendors: Vendors) -> None:
     assert [line for line in found if line.level != "OK"] == []
     assert [line.topic for line in found] == [
         "settings", "folder", "checkpoint", "keys", "keys", "keys", "sources", "sources", "sources", "sources",
-        "sources", "sources", "clock", "GPU", "memory", "disk", "disk", "versions",
+        "sources", "sources", "clock", "GPU", "memory", "disk", "disk", "disk",
+        "versions",
     ]  # fmt: skip
     texts = [line.text for line in found if line.topic == "sources"]
     days = vendors.days[-2], vendors.days  # of the newest one there is no file yet
@@ -385,10 +386,10 @@ def test_the_parameters_are_those_of_the_policy(tmp_path: Path) -> None:
 def test_disks_that_are_too_small_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for free, levels in (
-        (100, ["OK", "OK"]),
-        (20, ["warning", "OK"]),
-        (5, ["error", "OK"]),
-        (0, ["error", "error"]),
+        (100, ["OK", "OK", "OK"]),
+        (20, ["warning", "OK", "OK"]),
+        (5, ["error", "OK", "warning"]),
+        (0, ["error", "error", "warning"]),
     ):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(100 * GB, 0, free * GB))
         found = list(machine.check_disks(FULL, request_of(FULL)))
@@ -396,6 +397,7 @@ def test_disks_that_are_too_small_are_reported(monkeypatch: pytest.MonkeyPatch, 
         assert {line.code for line in found if line.level == "error"} <= {4}
     assert "lower --keep-checkpoints" not in found[0].text and ": free 7.26 GB more" in found[0].text
     assert found[1].text.startswith("lake: 0 B so far, at most 1.27 GB to fetch, then 12.2 MB a week")
+    assert found[2].text.startswith("features: at most 2.03 GB a run, of which 4 are kept")
 
 
 def test_order_flow_that_is_missing_is_said_with_the_disk_that_it_takes(
