@@ -136,7 +136,7 @@ def examine(
     )
     env.cost_scale = cost_scale
     accounts_per_head = (1 + len(flat_costs_bps), *(1 for _ in others))  # on every symbol
-    decide = _Decisions(tuple(policy.head for policy in policies.values()), accounts_per_head)
+    decide = Decisions(tuple(policy.head for policy in policies.values()), accounts_per_head)
     horizon, num_symbols = config.horizon, len(symbols)
     schedule = env.schedule[:max_segments, :num_symbols]  # (R, S)
     indices = [market.symbols.index(symbol) for symbol in symbols]
@@ -284,8 +284,8 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class _Decisions:
-    """The actions of all accounts at one bar: first those of the policies, by their heads, then those of rules."""
+class Decisions:
+    """Actions of all accounts, or slots of groups, at one bar: of policies by their heads, then those of rules."""
 
     heads: tuple[Head | EnsembleHead, ...]
     accounts_per_head: tuple[int, ...]  # on every symbol

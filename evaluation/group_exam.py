@@ -25,9 +25,8 @@ from envs.grid import Grid
 from envs.group_walk_env import GroupExamEnv, walk_of_clock
 from envs.market import Market, NoSegment
 from evaluation.baselines import BASELINES, BUY_AND_HOLD, actions_after
-from evaluation.exam import ENCODED_SEGMENTS, POLICY, Walk, at_flat_cost, examine, one_thread
-from models.ensemble import Decider, EnsembleHead
-from models.policy import Head
+from evaluation.exam import ENCODED_SEGMENTS, POLICY, Decisions, Walk, at_flat_cost, examine, one_thread
+from models.ensemble import Decider
 
 
 def examine_accounts(
@@ -141,7 +140,7 @@ def examine_groups(
     )
     env.cost_scale = cost_scale
     per_head = (1 + len(flat_costs_bps), *(1 for _ in others))
-    decide = _Decisions(tuple(policy.head for policy in policies.values()), per_head)
+    decide = Decisions(tuple(policy.head for policy in policies.values()), per_head)
     num_groups, size, horizon = len(groups), config.group.size, config.horizon
     schedule = env.schedule[:max_segments, :num_groups]  # (R, Q)
     symbols = env._groups[:num_groups]
@@ -223,25 +222,8 @@ def read(
     return encoded[place, :, within].transpose(1, 2).flatten(2, 3)
 
 
-@dataclass(frozen=True)
-class _Decisions:
-    """The actions of all slots at one minute: first those of the policies, by their heads, then those of rules."""
-
-    heads: tuple[Head | EnsembleHead, ...]
-    accounts_per_head: tuple[int, ...]
-
-    def __call__(self, accounts: Tensor, rules: Tensor, *projected: Tensor) -> tuple[Tensor]:
-        actions, first = [], 0
-        for head, market, count in zip(self.heads, projected, self.accounts_per_head, strict=True):
-            size = market.shape[0]
-            own = accounts[first : first + count * size].unflatten(0, (count, size))
-            actions.append(head.decide(market, own)[0].argmax(-1).flatten())
-            first += count * size
-        return (torch.cat((*actions, rules)),)
-
-
 def _play(
-    env: GroupExamEnv, decide: _Decisions, rules: Tensor, projected: Sequence[Tensor]
+    env: GroupExamEnv, decide: Decisions, rules: Tensor, projected: Sequence[Tensor]
 ) -> NDArray[np.float64]:
     """Play one segment; return position, log return, costs, traded, borrowing, and funding if any: (5-6, H, N)."""
     played = env.play(decide, rules, *projected)
