@@ -21,7 +21,7 @@ from data_sources.bars import DAY_NS, HOUR_NS, MINUTE_NS, Bars
 from data_sources.errors import LakeError, lake_errors
 from data_sources.lake.names import escape
 from data_sources.renames import Stretch
-from runtime.files import write_atomically
+from runtime.files import move_over, write_atomically
 
 FOLDER = "funding"
 # More than exchanges charge at one time: Binance caps it at 3 % or less, by contract (announcements to 2025).
@@ -160,7 +160,7 @@ class FundingLedger:
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
             pass
         try:
-            path.replace(path.with_name(path.name + ".corrupt"))
+            move_over(path, path.with_name(path.name + ".corrupt"))
         except OSError as error:
             raise LakeError(f"{path} is damaged and cannot be set aside: {error}") from error
         return {}

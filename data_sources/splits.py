@@ -22,7 +22,7 @@ from data_sources.bars import DAY_NS, Bars
 from data_sources.calendar import in_regular_session, new_york_midnight_ns, new_york_time
 from data_sources.errors import LakeError, lake_errors
 from data_sources.renames import Stretch
-from runtime.files import write_atomically
+from runtime.files import move_over, write_atomically
 
 FILE_NAME = "splits.json"
 # New to old shares, the likelier first: what is near to two of them is the first.
@@ -213,7 +213,7 @@ class SplitLedger:
             }
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             try:
-                self._path.replace(self._path.with_name(FILE_NAME + ".corrupt"))
+                move_over(self._path, self._path.with_name(FILE_NAME + ".corrupt"))
             except OSError as error:
                 raise LakeError(f"{self._path} is damaged and cannot be set aside: {error}") from error
             return {}

@@ -21,7 +21,7 @@ import torch
 from envs.config import EnvConfig, GroupConfig
 from envs.features import FeatureStatistics
 from evaluation import ledger
-from runtime.files import TEMPORARY_SUFFIX, replace, sha256_of, sync_folder, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, move_over, sha256_of, sync_folder, write_atomically
 from training.checkpoint import BEST, Checkpoint, CheckpointError, same_version
 
 log = logging.getLogger("continuous_training")
@@ -79,7 +79,7 @@ def _dethrone(best: Path) -> None:
     """Take the title away; the file is kept, under another name. Killed before the ledger, it is gone already."""
     try:
         if best.exists():
-            replace(best, best.with_name(DETHRONED))
+            move_over(best, best.with_name(DETHRONED))
             sync_folder(best.parent)
     except OSError as error:
         log.warning(f"{best} has lost the title, and cannot be moved to {DETHRONED}: {error.strerror}")
@@ -123,7 +123,7 @@ def _put_in_place(path: Path, best: Path) -> None:
             write_atomically(best, lambda file: shutil.copyfileobj(source, file))
         return
     try:
-        replace(temporary, best)
+        move_over(temporary, best)
     except OSError:
         with contextlib.suppress(OSError):  # the first error matters
             temporary.unlink()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from monitoring.state import DashboardState, Task
 from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control
+from runtime.files import move_over
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -75,7 +76,7 @@ class Publisher:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(content), encoding="utf-8")
-            temporary.replace(self._path)  # not synced: it is worth nothing after a power cut
+            move_over(temporary, self._path)  # not synced: it is worth nothing after a power cut
         except OSError as error:
             if not self._has_failed:
                 log.warning(

@@ -51,7 +51,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with temporary.open("wb") as file:  # not "xb", which some file systems refuse; the name is random
             write(file)
             sync_file(file, path.parent)
-        replace(temporary, path)
+        move_over(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error matters
             temporary.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def sync_file(file: BinaryIO, folder: Path) -> None:
         warn_once(folder, NO_SYNC)
 
 
-def replace(path: Path, target: Path) -> None:
+def move_over(path: Path, target: Path) -> None:
     """Rename ``path`` to ``target``, over an existing file; in two steps where the file system refuses one.
 
     Raises:

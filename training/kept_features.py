@@ -34,7 +34,7 @@ from envs.feature_reuse import FormerTable, TableDiffersError, table_parts
 from envs.features import FeatureFunction, FeatureStatistics, compute, panel_of
 from envs.panel import Panel
 from runtime.control import heartbeat, heartbeat_while_waiting
-from runtime.files import TEMPORARY_SUFFIX, replace, sync_file, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, move_over, sync_file, write_atomically
 from training.distributed import Ranks
 
 log = logging.getLogger("continuous_training")
@@ -156,7 +156,7 @@ def _write(
             heartbeat()
             file.write(part.contiguous().numpy().data)
         file.flush()
-        replace(temporary, path)
+        move_over(temporary, path)
     except BaseException:
         file.close()
         temporary.unlink(missing_ok=True)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from commands.walkforward.schedule import Window
 from evaluation import ledger
 from runtime.control import EXIT_DOES_NOT_FIT, Control, ExitProgram
-from runtime.files import make_folder, sync_folder
-from runtime.files import replace as rename
+from runtime.files import make_folder, move_over, sync_folder
 from runtime.train_log import keep_log
 from training import checkpoint
 from training.checkpoint import BEST, Checkpoint, name_of
@@ -142,7 +141,7 @@ def keep_first(folder: Path, path: Path) -> None:
         os.link(best, temporary)  # a second name takes no room
     except OSError:
         shutil.copyfile(best, temporary)
-    rename(temporary, path)
+    move_over(temporary, path)
     sync_folder(path.parent)
 
 
@@ -165,7 +164,7 @@ def begin_with(saved: Checkpoint, folder: Path) -> None:
     ):
         temporary = copy.with_name(f".{copy.name}.tmp")
         shutil.copyfile(source, temporary)
-        rename(temporary, copy)
+        move_over(temporary, copy)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from data_sources.lake.parts import (
 )
 from data_sources.lake.quality import OUTSIDE_TOLERANCE_NS, REVISED, clean, flow_of
 from data_sources.progress import NullProgress, Progress, Waiting
-from runtime.files import TEMPORARY_SUFFIX, sync_folder, write_atomically
+from runtime.files import TEMPORARY_SUFFIX, move_over, sync_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 
 __all__ = ["Lake", "Part"]
@@ -407,7 +407,7 @@ class Lake:
         with self._known_guard:
             self._known.pop(path, None)
         try:
-            path.replace(path.with_name(path.name + CORRUPT_SUFFIX))
+            move_over(path, path.with_name(path.name + CORRUPT_SUFFIX))
             outcome = "set aside, to be fetched again"
         except FileNotFoundError:
             return  # another process was faster

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from runtime.files import (
     can_link,
     find_lacks,
     free_bytes,
-    replace,
+    move_over,
     write_atomically,
 )
 from runtime.locking import NO_LOCKS, FolderHeld, FolderLock, can_lock
@@ -119,8 +120,25 @@ def test_a_file_is_replaced_where_a_rename_over_it_fails(
     assert find_lacks(tmp_path) == [NO_RENAME_OVER]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(OSError):
-        replace(tmp_path / "none", tmp_path / "file")
+        move_over(tmp_path / "none", tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_every_rename_goes_by_the_function_that_such_file_systems_know() -> None:
+    packages = (
+        "commands",
+        "data_sources",
+        "envs",
+        "evaluation",
+        "models",
+        "monitoring",
+        "runtime",
+        "training",
+    )
+    sources = [path for name in packages for path in (ROOT / name).rglob("*.py")]
+    own = re.compile(r"os\.(?:replace|rename)\(|\b\w*(?:path|file|temporary|aside)\.(?:replace|rename)\(")
+    found = [path.name for path in sources if own.search(path.read_text(encoding="utf-8"))]
+    assert found == ["export.py", "report.py", "files.py"]  # two rename folders, over nothing
 
 
 def test_a_second_name_is_tried_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

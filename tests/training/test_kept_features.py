@@ -150,7 +150,7 @@ def test_without_room_every_rank_computes_the_same(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(kept_features, "replace", full)
+    monkeypatch.setattr(kept_features, "move_over", full)
     data = run(lake)
     expected = make_market(SETTINGS, data.bars, ALONE, None)
     first, second = both(data)
