@@ -24,6 +24,7 @@ HIGHEST_VALUE_LOSS = 10.0
 HIGHEST_OUTLIER_RATIO = 100.0
 NAMED_OUTLIER_RATIO = 10.0  # of a symbol that a large or broken loss names
 DECIDED = 0.999  # share of the decisions for one position
+LARGEST_RATIO = 2.0  # of what training earns to what its exam earns
 HIGHEST_RUINED_SHARE = 0.05  # of the episodes that ended
 GRADIENT_JUMP = 20.0  # times the usual norm
 SLOW = 0.5  # of the usual speed
@@ -170,7 +171,10 @@ def _accounts_survive(recent: Sequence[Row]) -> Finding | None:
 
 
 def _exams_confirm(recent: Sequence[Row]) -> Finding | None:
-    """Compare what training earned at full costs, in the epochs up to the newest exam, with its 95 % interval."""
+    """Compare what training earned at full costs, in the epochs up to the newest exam, with that exam.
+
+    Above its 95 % interval and over twice as much is too much.
+    """
     name = "exam/net_bps_high"
     place = max((place for place, row in enumerate(recent) if name in row), default=-1)
     if place < 0:
@@ -181,7 +185,7 @@ def _exams_confirm(recent: Sequence[Row]) -> Finding | None:
     if net is None or high is None or len(earned) < NEEDED_FOR_USUAL:
         return None
     mean = statistics.fmean(earned)
-    if mean <= max(high, 0.0):
+    if mean <= max(high, 0.0, LARGEST_RATIO * net):
         return None
     what = f"training earns {mean:+.3f} bp a bar, its exam {net:+.3f} and surely no more than {high:+.3f}"
     remedy = "days were learnt by heart: trust the exam, and fetch more days, or raise feature_noise"

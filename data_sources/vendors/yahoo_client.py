@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -60,8 +59,7 @@ class Client:
         # Yahoo limits an address for up to a day: a wait would not help.
         self.host = Host(replace(policy, longest_wait_seconds=0.0))
         self.wire = Wire(base_url, self.host, deadline)
-        self._cache_folder = cache_folder
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._cache_folder: Path | None = cache_folder
         self._session: Any = None
 
     def minutes(
@@ -85,8 +83,6 @@ class Client:
     def close(self) -> None:
         """Release everything global."""
         self._close_session()
-        if self._temporary is not None:
-            self._temporary.cleanup()
 
     def _history(self, ticker: Any, interval: str, start_ns: int, end_ns: int) -> pd.DataFrame:
         """Ask yfinance; an answer without rows is an empty frame here.
@@ -172,7 +168,7 @@ class Client:
             logging.getLogger(name).addHandler(_NO_HANDLER)
         yfinance.config.debug.hide_exceptions = False
         yfinance.config.network.retries = 0  # it would sleep 1, 2, 4 seconds; Host retries
-        _use_cache(Path(self._temporary.name) if self._temporary else self._cache_folder)
+        _use_cache(self._cache_folder)
         # The one YfData keeps a crumb that may be an error's text, and a cookie strategy that failed.
         SingletonMeta._instances.pop(YfData, None)
         self._session = new_session(self.wire, self.host.policy)
@@ -191,16 +187,16 @@ class Client:
     def _abandon_cache(self) -> None:
         """Continue without yfinance's sqlite files: damaged, locked, or on a disk that has no locks."""
         self._close_session()
-        shutil.rmtree(self._cache_folder, ignore_errors=True)  # a rest is abandoned again next time
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="yfinance-")
+        if self._cache_folder:
+            shutil.rmtree(self._cache_folder, ignore_errors=True)  # a rest is abandoned again next time
+        self._cache_folder = None
 
 
 _NO_HANDLER = logging.NullHandler()
 
 
 def _use_cache(folder: Path | None) -> None:
-    """Point yfinance's sqlite caches at ``folder``, or close them (None).
+    """Point yfinance's sqlite caches at ``folder``, or close them and do without (None).
 
     set_tz_cache_location alone does nothing once a cache was used: its open database stays.
     """
@@ -208,9 +204,9 @@ def _use_cache(folder: Path | None) -> None:
 
     cache._TzDBManager.close_db()
     cache._CookieDBManager.close_db()
-    cache._TzCacheManager._tz_cache = None
-    cache._CookieCacheManager._Cookie_cache = None
-    if folder is not None:
+    cache._TzCacheManager._tz_cache = None if folder else cache._TzCacheDummy()
+    cache._CookieCacheManager._Cookie_cache = None if folder else cache._CookieCacheDummy()
+    if folder:
         cache.set_tz_cache_location(str(folder))
 
 

@@ -99,6 +99,9 @@ def test_an_exam_is_compared_with_what_training_earned_at_full_costs_up_to_it() 
     assert finding.what == "training earns +0.468 bp a bar, its exam -0.058 and surely no more than +0.223"
     assert found(high=0.4681) == found(high=None) == found(high=math.nan) == []
     assert found(**{"rollout/cost_scale": 0.9}) == []  # cheaper than the exam
+    assert (
+        found(**{"exam/net_bps": 0.222}) != [] and found(high=0.4, **{"exam/net_bps": 0.3}) == []
+    )  # not twice
     assert found(high=-0.5, **{"rollout/reward_bps": -0.1}) == []  # nothing was learnt, not even by heart
     assert found(num_before=health.NEEDED_FOR_USUAL - 2) == []
     assert found(num_before=health.NEEDED_FOR_USUAL - 1) != []
