@@ -412,7 +412,7 @@ def _trades(done: Minute) -> list[dict[str, Any]]:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """Return what tells a file from others; None where it is not there, or the disk refuses."""
+    """Return the identity of a file; None where it is not there, or the disk refuses."""
     try:
         return identity_of(path)
     except OSError:

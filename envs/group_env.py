@@ -24,6 +24,7 @@ from envs.group_account import (
 )
 from envs.group_segment import GroupStatistics, group_segment
 from envs.market import Market
+from envs.segment import require_between, require_lengths, require_played
 
 
 class GroupTrajectory(NamedTuple):
@@ -137,12 +138,7 @@ class GroupEnv:
         return self._new_accounts()
 
     def _attach(self, market: Market) -> None:
-        ours = (self.config.context_bars, self.config.horizon)
-        if (market.context_bars, market.horizon) != ours:
-            its = (market.context_bars, market.horizon)
-            raise ValueError(
-                f"the market must be made for context_bars and horizon {ours}, was made for {its}"
-            )
+        require_lengths(market, self.config)
         self.market, self.grid = market, Grid.of(market, self.group.size)
 
     @property
@@ -194,10 +190,7 @@ class GroupEnv:
         self._begin()
 
     def _begin(self) -> None:
-        if 0 < self._step < self.config.horizon:
-            raise RuntimeError(
-                f"a segment must be played to its end, step {self._step} of {self.config.horizon} was the last"
-            )
+        require_played(self._step, self.config.horizon)
         symbol, minute = self._places()
         over, fresh = self._over, self._fresh().named()
         for name, now in self._account.named().items():
@@ -332,10 +325,7 @@ class GroupEnv:
         Raises:
             RuntimeError: a segment is in the middle.
         """
-        if 0 < self._step < self.config.horizon:
-            raise RuntimeError(
-                f"the state can be kept between segments only, this is after step {self._step}"
-            )
+        require_between(self._step, self.config.horizon)
         names = self.market.symbols
         bar = self.grid.bars_at(self._symbol, self._minute[:, None]).clamp(min=0)
         return {

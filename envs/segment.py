@@ -30,6 +30,25 @@ TOTALS = (
 )
 
 
+def require_lengths(market: Market, config: EnvConfig) -> None:
+    """Raise a ValueError unless a market was made for the context and the horizon of these accounts."""
+    ours, its = (config.context_bars, config.horizon), (market.context_bars, market.horizon)
+    if its != ours:
+        raise ValueError(f"the market must be made for context_bars and horizon {ours}, was made for {its}")
+
+
+def require_played(step: int, horizon: int) -> None:
+    """Raise a RuntimeError in the middle of a segment, where no other one can begin."""
+    if 0 < step < horizon:
+        raise RuntimeError(f"a segment must be played to its end, step {step} of {horizon} was the last")
+
+
+def require_between(step: int, horizon: int) -> None:
+    """Raise a RuntimeError in the middle of a segment, where the state cannot be kept."""
+    if 0 < step < horizon:
+        raise RuntimeError(f"the state can be kept between segments only, this is after step {step}")
+
+
 class Segment:
     """Everything about a segment that does not react to the accounts; refilled in place, so views stay valid.
 

@@ -17,7 +17,15 @@ from envs.account import AccountState, advance, flows_of, observation_constants,
 from envs.compiled import CompiledSteps, Decide
 from envs.config import EnvConfig
 from envs.market import Market
-from envs.segment import Fills, Segment, Statistics, Trajectory
+from envs.segment import (
+    Fills,
+    Segment,
+    Statistics,
+    Trajectory,
+    require_between,
+    require_lengths,
+    require_played,
+)
 
 
 class TradingEnv:
@@ -198,12 +206,7 @@ class TradingEnv:
         self._compiled_steps = CompiledSteps(self._amounts, self._kept.alive, self.segment, shared)
 
     def _attach(self, market: Market) -> None:
-        ours = (self.config.context_bars, self.config.horizon)
-        if (market.context_bars, market.horizon) != ours:
-            its = (market.context_bars, market.horizon)
-            raise ValueError(
-                f"the market must be made for context_bars and horizon {ours}, was made for {its}"
-            )
+        require_lengths(market, self.config)
         has_margin = market.has_perpetuals and self.config.maintenance_margin > 0
         terms = {"has_funding": market.has_funding, "has_others": market.others_growth is not None}
         self._prepare(terms | {"has_margin": has_margin})
@@ -232,10 +235,7 @@ class TradingEnv:
             self.generator.manual_seed(seed)
 
     def _begin(self) -> None:
-        if 0 < self._step < self.config.horizon:
-            raise RuntimeError(
-                f"a segment must be played to its end, step {self._step} of {self.config.horizon} was the last"
-            )
+        require_played(self._step, self.config.horizon)
         symbol, start = self._places()
         over = self._over
         for kept, fresh in zip(self._kept.tensors(), self._fresh.tensors(), strict=True):
@@ -386,10 +386,7 @@ class TradingEnv:
         Raises:
             RuntimeError: a segment is in the middle.
         """
-        if 0 < self._step < self.config.horizon:
-            raise RuntimeError(
-                f"the state can be kept between segments only, this is after step {self._step}"
-            )
+        require_between(self._step, self.config.horizon)
         return {
             "positions": list(self.config.positions),
             "symbols": [self.market.symbols[number] for number in self._symbol.tolist()],

@@ -154,10 +154,12 @@ def examine_groups(
         if number % num_ahead == 0:
             rows = schedule[number : number + num_ahead, :, None]
             minutes = torch.where(rows < 0, -1, rows + ahead)
-            projected = [
-                read(policy, env.grid, horizon, symbols, minutes, chunk_segments, check_stop)
-                for policy in policies.values()
-            ]
+            # A policy with two names reads the market once.
+            by_policy = {
+                id(p): read(p, env.grid, horizon, symbols, minutes, chunk_segments, check_stop)
+                for p in {id(policy): policy for policy in policies.values()}.values()
+            }
+            projected = [by_policy[id(policy)] for policy in policies.values()]
         env.begin_segment_unread()
         minutes_now = env.minute[:num_groups] + ahead[:, None]  # (H, Q)
         bars = env.grid.bars_at(symbols, minutes_now[..., None]).clamp(min=0).flatten(1)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -148,6 +148,16 @@ def foresees_nothing(result: Result) -> str:
     )
 
 
+ACROSS_SYMBOLS: Mapping[str, Any] = {  # of a trial whose edge is in the other symbols
+    "features": ("symbol", "panel"),
+    "most_symbols": 32,
+    "most_context_bars": 16,
+    "gamma": 0.9,
+    "gae_lambda": 0.9,
+    "cost_ramp": 0.1,
+    "most_minibatch_segments": 8,
+    "most_exam_segments": 8,
+}
 TRIALS = (
     Trial("persistent_sign", "a drift that keeps its sign", persistent_sign(0.2, 0.98), 0.2, 80, earns(0.95)),
     Trial(
@@ -194,14 +204,7 @@ TRIALS = (
         0.1,
         32,
         earns(0.95),
-        features=("symbol", "panel"),
-        most_symbols=32,
-        most_context_bars=16,
-        gamma=0.9,
-        gae_lambda=0.9,
-        cost_ramp=0.1,
-        most_minibatch_segments=8,
-        most_exam_segments=8,
+        **ACROSS_SYMBOLS,
     ),
     Trial(
         "hidden_edge",
@@ -210,15 +213,8 @@ TRIALS = (
         0.02,
         24,
         earns(0.95),
-        features=("symbol", "panel"),
         reward="less market",
-        most_symbols=32,
-        most_context_bars=16,
-        gamma=0.9,
-        gae_lambda=0.9,
-        cost_ramp=0.1,
-        most_minibatch_segments=8,
-        most_exam_segments=8,
+        **ACROSS_SYMBOLS,
     ),
 )
 

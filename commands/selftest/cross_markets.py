@@ -42,8 +42,8 @@ def hidden_edge(persistence: float, factor: float) -> KnownMarket:
 
     A return is that of a market factor, white noise of deviation ``factor`` below 1, and a residual: an AR(1)
     process with the coefficient ``persistence``, which reverts where that is below 0. Factor and innovation of the
-    residual have variance 1 together. Nobody can forecast the factor, and it hides the residual from who sees
-    one symbol.
+    residual have variance 1 together. The factor cannot be forecast, and it hides the residual from a policy that
+    sees one symbol.
     """
     own = 1.0 - factor**2  # variance of the innovations
 
