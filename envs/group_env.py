@@ -384,7 +384,7 @@ class GroupEnv:
             found &= here | (clock != number)
         symbol = torch.where(found[:, None], symbol, 0)
         minute = torch.where(found, minute, 0)
-        bar = grid.bars_at(symbol, torch.where(found, minute, 0)[:, None]).clamp(min=0)
+        bar = grid.bars_at(symbol, minute[:, None]).clamp(min=0)
         self._account = self._new_accounts()
         if found.any():
             ratio = state["close"][:n].to(self.device) / self.market.quotes[bar, 1]
