@@ -19,9 +19,9 @@ import torch
 from commands import walkforward
 from commands.walkforward import Walk, WalkOptions, jobs, out_of_sample, training
 from commands.walkforward.book import FIRST, Book
-from commands.walkforward.schedule import choose_windows
+from commands.walkforward.schedule import Window, choose_windows
 from continuous_training import Settings, train
-from data_sources.bars import DAY_NS
+from data_sources.bars import DAY_NS, MINUTE_NS
 from evaluation import ledger, plots, record
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
@@ -31,6 +31,8 @@ from monitoring.console import Console
 from runtime.control import ExitProgram
 from runtime.locking import FolderLock
 from tests.commands import hourly
+from tests.envs.markets import config_of, market_of
+from tests.envs.markets import walk as random_walk
 from tests.evaluation.reports import Page
 from training.checkpoint import Checkpoint
 
@@ -240,6 +242,20 @@ def test_boosted_trees_are_fitted_to_what_was_known(
     assert "No exam crowned a champion, so nothing was traded" in idle.result
     units = {name: {account.units for account in accounts[name].values()} for name in (POLICY, BUY_AND_HOLD)}
     assert units[POLICY] == {0.0} and 0.0 not in units[BUY_AND_HOLD]
+
+
+def test_boosted_trees_choose_their_rule_on_the_newest_days_even_months_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FITS, TREES, FITS[RIDGE])
+    bars = random_walk(num_bars=30 * 1_440, gaps={24 * 1_440: 40 * 1_440})
+    window_ns = int(bars.open_time[24 * 1_440])
+    window = Window(1, window_ns, window_ns + DAY_NS)
+    (traded,) = out_of_sample.trade_by_trees(market_of(bars), config_of(), window, 10)
+    # It decides after the window's first bar, since nothing fills across the hole.
+    assert traded.time[0] == np.datetime64(window_ns + MINUTE_NS, "ns") < traded.time[-1]
+    before_all = Window(1, int(bars.open_time[0]), int(bars.open_time[0]) + DAY_NS)
+    assert out_of_sample.trade_by_trees(market_of(bars), config_of(), before_all, 10) == []
 
 
 # --- what cannot be walked ----------------------------------------------------------------------------------
