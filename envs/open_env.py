@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from envs.account import AccountState
+from envs.account import AccountState, advance
 from envs.config import EnvConfig
 from envs.market import Market
 from envs.walk_env import ExamEnv
@@ -49,7 +50,8 @@ class OpenEnv(ExamEnv):
     outcome is known, that is with two more bars after it, so none is left over at the end of a stretch. An
     account goes on with the bar ``next_ns``, with its position; where that bar is no more, or ends a stretch, it
     goes on in cash, as after any hole. Prices may have been rescaled since, by a split: its units then are, too,
-    so that it is worth the same.
+    so that it is worth the same. Where a bar came in before ``mark_ns`` since, or that one went, it owes interest
+    and funding up to the bar that is the next one now.
 
     ``places`` have the first bar of accounts that are new, and are ignored by the others.
     """
@@ -91,6 +93,9 @@ class OpenEnv(ExamEnv):
         goes_on = (first[where] >= 0) & (market.open_time[bar] == values("next_ns", torch.int64))
         self._cursor[where] = torch.where(goes_on, bar, -1)
         self._kept.units[where] *= torch.where(goes_on, self._rescaled(where, bar, values), 1.0)
+        after = (bar + 1).clamp(max=len(market.open_time) - 1)
+        is_other = goes_on & (market.open_time[after] != values("mark_ns", torch.int64))
+        self._kept.owed[where] = torch.where(is_other, self._owed(where, bar, after), self._kept.owed[where])
 
     def _rescaled(self, where: Tensor, bar: Tensor, values: Callable[[str, torch.dtype], Tensor]) -> Tensor:
         """Return the factor of a split since then: two prices agree on it, those of a revised bar do not."""
@@ -107,6 +112,24 @@ class OpenEnv(ExamEnv):
         ratio = values("price", self.dtype) / market.quotes[mark, 0].to(self.dtype)
         other = values("close", self.dtype) / market.quotes[bar, 1].to(self.dtype)
         return torch.where(is_there & ((ratio / other - 1).abs() < SAME), ratio, 1.0)
+
+    def _owed(self, where: Tensor, bar: Tensor, after: Tensor) -> Tensor:
+        """Return what accounts owe that hold their units from the open of ``bar`` to that of ``after``."""
+        quotes, following = (self.market.quotes[bars].to(self.dtype).T for bars in (bar, after))
+        held = AccountState(*(tensor[where] for tensor in self._kept.tensors()))
+        free = torch.zeros_like(held.owed)
+        now, _ = advance(
+            replace(held, owed=free),
+            held.target,
+            price=quotes[0],
+            next_price=following[0],
+            cost_rate=free,
+            next_cost_rate=free,
+            borrow=quotes[2] * self.config.borrow_rate,
+            ruin_equity=-math.inf,
+            funding=following[5] if self.market.has_funding else None,
+        )
+        return now.owed
 
     def _places(self) -> tuple[Tensor, Tensor]:
         if self._round:

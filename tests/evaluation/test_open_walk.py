@@ -126,6 +126,25 @@ def test_a_split_between_two_walks_changes_nothing() -> None:
             assert own.log_returns == pytest.approx(theirs.log_returns, abs=1e-6)
 
 
+@pytest.mark.parametrize("late", [101, 102])
+def test_a_bar_that_comes_in_between_two_walks_costs_neither_interest_nor_funding_twice(late: int) -> None:
+    # Accounts stand at the bar before it, and count with the one after it. Funding is due at every odd minute;
+    # without its bar it is paid at the next one.
+    rates = np.where(np.arange(len(COIN)) % 2, 1e-4, 0.0)
+    there = np.arange(len(COIN)) != late
+    postponed = rates + np.append(0.0, np.where(there, 0.0, rates)[:-1])
+    without = replace(COIN.select(there), funding=postponed[there])
+    markets = [
+        market_of(coin, STOCK, statistics=MARKET.statistics)
+        for coin in (without, replace(COIN, funding=rates))
+    ]
+    end = int(COIN.open_time[late + 20])
+    _, pieces = in_pieces([int(COIN.open_time[late + 2]), end], markets)
+    _, whole = in_pieces([end], markets[1:])
+    assert pieces.accounts == whole.accounts
+    assert pieces.accounts["policy"]["AAA"].units
+
+
 def test_after_a_hole_accounts_go_on_in_cash_and_ruin_is_final() -> None:
     fall = np.where(np.arange(300) < 120, 1.0, 0.1)
     crash = replace(COIN, **{n: getattr(COIN, n) * fall for n in ("open", "high", "low", "close")})
