@@ -23,6 +23,7 @@ LOWEST_EXPLAINED_VARIANCE = -0.1
 HIGHEST_VALUE_LOSS = 10.0
 HIGHEST_OUTLIER_RATIO = 100.0
 NAMED_OUTLIER_RATIO = 10.0  # of a symbol that a large or broken loss names
+LEAST_NOTED_LOSS = 1.0  # of the critic; below, a symbol may stand out because hardly any other was traded
 DECIDED = 0.999  # share of the decisions for one position
 LARGEST_RATIO = 2.0  # of what training earns to what its exam earns
 HIGHEST_RUINED_SHARE = 0.05  # of the episodes that ended
@@ -128,7 +129,7 @@ def _value_loss_is_usual(recent: Sequence[Row]) -> Finding | None:
         if symbol and ratio > NAMED_OUTLIER_RATIO:
             return Finding("loss/value", f"{what}, and {of_symbol}", _look_at(symbol))
         return Finding("loss/value", what, "lower learning_rate")
-    if symbol and ratio > HIGHEST_OUTLIER_RATIO:
+    if symbol and ratio > HIGHEST_OUTLIER_RATIO and loss > LEAST_NOTED_LOSS:
         what = f"{of_symbol}, more than {HIGHEST_OUTLIER_RATIO:g}"
         return Finding("loss/outlier_ratio", what, _look_at(symbol))
     return None

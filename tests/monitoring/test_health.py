@@ -163,8 +163,10 @@ def test_a_large_loss_names_the_symbol_that_causes_it() -> None:
         "large value loss, 50 is above 10, and the critic's error in SSSUSDT is 900 times that of the others: "
         "look at the bars of SSSUSDT with the command data, and leave it out if they are bad"
     )
-    (finding,) = findings(after_healthy_epochs(**outlier))
+    (finding,) = findings(after_healthy_epochs(**{"loss/value": 1.5} | outlier))
     assert finding.metric == "loss/outlier_ratio" and "SSSUSDT is 900 times" in finding.what
+    # A policy that is nearly always flat: the one symbol it traded stands out from errors of nearly 0.
+    assert names(after_healthy_epochs(**{"loss/value": 0.02} | outlier)) == []
     usual = outlier | {"loss/outlier_ratio": 9.0}
     assert names(after_healthy_epochs(**usual)) == []
     (finding,) = findings(after_healthy_epochs(**{"loss/value": 50.0} | usual))
@@ -206,6 +208,7 @@ def test_the_docs_state_the_same_thresholds() -> None:
     # The rule of finite losses is explained above the table; that of the value loss has two rows.
     assert len(documented) == len(health.RULES)
     assert f"from {health.NAMED_OUTLIER_RATIO:g} on" in rows["loss/outlier_ratio"]
+    assert f"a value loss above {health.LEAST_NOTED_LOSS:g}" in rows["loss/outlier_ratio"]
 
 
 def test_what_is_measured_now_and_then_lasts_until_it_is_measured_again() -> None:
