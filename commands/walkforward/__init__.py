@@ -184,6 +184,7 @@ class Walk:
         self.book = Book.open(self._folder, self._plan(stamp))
         self._stamp = stamp
         # The run that the first window's training ends with, less one.
+        self._warned: set[str] = set()
         self._runs_before = 0
         if saved := self._began_with:
             self._runs_before = saved.run - (saved.epoch < settings.epochs)
@@ -335,6 +336,9 @@ class Walk:
             self._console.advance(TASK)
 
         def warn(text: str) -> None:
+            if text in self._warned:  # what is wrong with a symbol is so in every window
+                return
+            self._warned.add(text)
             line = f"Warning: window {window.number}: {text}"
             self._console.print_line(line, "yellow", logging.WARNING)
 

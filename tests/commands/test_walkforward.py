@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import re
 import shutil
@@ -200,8 +201,12 @@ def test_a_walk_that_is_done_only_writes_its_page(walked: tuple[Path, Book]) -> 
 def test_fresh_windows_know_nothing_of_each_other_and_keep_no_weights(
     planted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def warns(*given: Any, **named: Any) -> None:
+        logging.getLogger("continuous_training").warning("SIM000 stands still")
+        train(*given, **named)
+
     monkeypatch.setattr("monitoring.console.PLAIN_PROGRESS_SECONDS", 0.0)
-    book = walk(tmp_path, fresh=True, first_day="2026-01-22")
+    book = walk(tmp_path, loop=warns, fresh=True, first_day="2026-01-22")
     for number in (1, 2):
         own = tmp_path / "walk" / f"{number:04d}"
         assert {line["run"] for line in ledger.read(training.training_in(own) / ledger.NAME)} == {1}
@@ -210,6 +215,8 @@ def test_fresh_windows_know_nothing_of_each_other_and_keep_no_weights(
     output = capsys.readouterr().out  # progress and windows, and of the trainings nothing but warnings
     assert "walk: 8 of 8 epochs" in output and "Window 2 of 2, 2026-01-27 to 2026-01-31: run1_epoch" in output
     assert " epoch " not in output and "Exam: " not in output
+    # What is so in every window is shown once.
+    assert re.findall(r"Warning: (window \d: SIM000 .*)", output) == ["window 1: SIM000 stands still"]
     rows = [row["days"] for row in book.results]
     assert rows[0][POLICY] == rows[0]["first champion"] and rows[1][POLICY] != rows[1]["first champion"]
 
