@@ -260,14 +260,14 @@ def train_command(settings: Settings) -> None:
     import torch  # takes seconds; a mistake was reported before
 
     from commands.companion import beside
-    from envs.features import registered_features
     from training import checkpoint, devices
     from training.memory import DoesNotFit
+    from training.own_parts import check_own_parts
 
     try:
         if control.folder is None:  # else the supervisor's preflight has compared them
             devices.find(settings, os.environ)
-        registered_features()  # raises where envs/own_features.py cannot be run
+        check_own_parts(settings)
         is_alone = control.folder is None and log_dir is not None  # else the supervisor has one beside it
         with keep_log(log_dir, settings.log_level), beside(settings) if is_alone else nullcontext():
             train(settings, control)

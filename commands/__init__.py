@@ -53,10 +53,10 @@ def preflight_command(settings: Settings) -> None:
         raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
     typer.echo("Settings are valid; loading PyTorch ...", err=True)
     from commands import check, companion
-    from envs.features import registered_features
     from training.data_feed import data_request
+    from training.own_parts import check_own_parts
 
-    registered_features()  # raises where envs/own_features.py cannot be run
+    check_own_parts(settings)
     try:
         launch, found = check.plan_launch(settings, os.environ)
     except ValueError as error:

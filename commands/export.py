@@ -29,6 +29,7 @@ from evaluation.provenance import members_of, minute_of
 from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema, stem_of
 from models.ensemble import Decider, Ensemble
 from models.exported import CARD, ENSEMBLE_FORMAT, FORMAT, WEIGHTS, ExportError, load_policy
+from models.own import OWN_FILE
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_file, sync_folder
 
@@ -78,9 +79,12 @@ there was one.
 | `model.safetensors` | the weights, float32 |
 | `card.json` | sizes, settings, features with their scale, symbols, data, exam |
 | `example.py` | loads it and acts on a CSV of bars; needs the program that exported it |
-{graphs}
+{own_model}{graphs}
 A position is a fraction of equity: -1 is short, 0 cash, 1 all of it. A decision rests on the newest closed bar and
 is meant to fill at the next bar's open.
+"""
+
+OWN_ROW = """| `own_model.py` | its network; put it into that program's folder `models/` before you use it |
 """
 
 GRAPH_ROWS = """| `policy.pt2`, `policy.onnx` | the network as a graph: `torch.export.load`, ONNX Runtime |
@@ -151,8 +155,14 @@ def _write(
         }
         positions = ", ".join(f"{position:g}" for position in card["accounts"]["positions"])
         graph_rows = GRAPH_ROWS.format(**sizes, positions=positions)
+    own_row = ""
+    if any("own_model" in part.policy.sizes for part in trained.parts) and OWN_FILE.exists():
+        shutil.copy(OWN_FILE, folder / OWN_FILE.name)
+        own_row = OWN_ROW
     name = f"{trained.name.replace('.pt', '')}, exported {card['exported'][:10]}"
-    (folder / "README.md").write_text(README.format(name=name, graphs=graph_rows), encoding="utf-8")
+    (folder / "README.md").write_text(
+        README.format(name=name, own_model=own_row, graphs=graph_rows), encoding="utf-8"
+    )
     (folder / "example.py").write_text(EXAMPLE.format(folder=_as_argument(output)), encoding="utf-8")
     reloaded = Actor.with_card(load_policy(folder), folder).policy  # as a user's program will
     if difference := _largest_difference(policy, reloaded):

@@ -156,14 +156,15 @@ def _of_checkpoints(trained: TrainedPolicy) -> dict[str, str]:
         rows["ensemble"] = f"{len(trained.members)} members, whose probabilities are averaged; {total}"
     for number, (member, part) in enumerate(zip(members_of(trained), trained.parts, strict=True), 1):
         checkpoint, settings = part.checkpoint, part.settings
-        digest = member["sha256"]
+        digest, network = member["sha256"], part.policy.sizes.get("own_model")
+        model = f"{network['name']} of models/own_model.py, " if network else ""
         own = {
             "checkpoint": f"{member['checkpoint']}, "
             + (f"SHA-256 {digest[:16]}" if digest else "whose file was replaced since"),
             "training": f"run {checkpoint.run}, epoch {checkpoint.epoch}, {checkpoint.transitions:,} transitions, "
             f"on bars up to {minute_of(checkpoint.trained_until_ns)} UTC",
             "data of the training": checkpoint.data_fingerprint,
-            "policy": f"{part.policy.num_parameters():,} parameters: {settings.d_model} wide, "
+            "policy": f"{part.policy.num_parameters():,} parameters: {model}{settings.d_model} wide, "
             f"{settings.num_layers} layers, {settings.num_heads} heads, context {settings.context_bars} bars; "
             "the most likely position, never a drawn one",
             "learning": f"{settings.advantages} advantages, learning rate {settings.learning_rate:g}, gamma "

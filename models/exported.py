@@ -1,4 +1,7 @@
-"""Exported policies: folders with ``model.safetensors`` and ``card.json``, none of which is ever run as code."""
+"""Exported policies: folders with ``model.safetensors`` and ``card.json``, none of which is ever run as code.
+
+A model of one's own is that of models/own_model.py here, not the text of it that lies in the folder.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from models.ensemble import Decider, Ensemble
+from models.own import OwnModelError
 from models.policy import Policy, precision_on
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
@@ -61,10 +65,13 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Decider
         raise ExportError(f"{weights} is damaged: its SHA-256 is not the card's; export again")
     sizes = card["model"]
     policy: Decider
-    if card["format"] == ENSEMBLE_FORMAT:
-        policy = Ensemble.from_sizes(sizes, lambda wanted: precision_on(device, wanted))
-    else:
-        policy = Policy.from_sizes(sizes, precision_on(device, sizes["precision"]))
+    try:
+        if card["format"] == ENSEMBLE_FORMAT:
+            policy = Ensemble.from_sizes(sizes, lambda wanted: precision_on(device, wanted))
+        else:
+            policy = Policy.from_sizes(sizes, precision_on(device, sizes["precision"]))
+    except OwnModelError as error:
+        raise ExportError(f"{folder}: {error}") from error
     try:
         policy.load_state_dict(load_file(weights))
     except (RuntimeError, SafetensorError) as error:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models import fp8
 from models.linear import Linear
+from models.own import OwnTrunk
 from models.transformer import TransformerConfig, Trunk
 
 BF16_CAPABILITY = (8, 0)  # Ampere
@@ -108,30 +109,43 @@ class Policy(nn.Module):
         num_account_features: int,
         num_positions: int,
         precision: str = "fp32",
+        own_model: Mapping[str, str] | None = None,
     ) -> None:
-        """``precision``: of the trunk, see precision_on; with fp8 blocks multiply in it, and the rest is bf16."""
+        """Draw fresh weights.
+
+        Args:
+            config: of the trunk.
+            num_account_features, num_positions: A and K.
+            precision: of the trunk, see precision_on; with fp8 blocks multiply in it, and the rest is bf16.
+            own_model: what models.own.identify_own returned, where the trunk is no transformer.
+
+        Raises:
+            OwnModelError: models/own_model.py has another model, or none.
+        """
         super().__init__()
-        self.trunk = Trunk(config)
+        self.trunk: Trunk | OwnTrunk = OwnTrunk(config, own_model) if own_model else Trunk(config)
         self.head = Head(config.d_model, num_account_features, num_positions)
         self.precision = precision
-        for module in self.trunk.blocks.modules():
-            if isinstance(module, Linear):
+        for module in self.trunk.modules():
+            if isinstance(module, Linear) and module.bias is None:
                 module.in_fp8 = precision == "fp8"
 
     @classmethod
     def from_sizes(cls, sizes: Mapping[str, Any], precision: str = "fp32") -> Policy:
         """Build a policy with fresh weights from what ``sizes`` returned; other entries are ignored."""
         trunk = TransformerConfig(**sizes["trunk"])
-        return cls(trunk, sizes["num_account_features"], sizes["num_positions"], precision)
+        others = sizes["num_account_features"], sizes["num_positions"]
+        return cls(trunk, *others, precision, sizes.get("own_model"))
 
     @property
     def sizes(self) -> dict[str, Any]:
         """The sizes as plain types, for checkpoints and exports."""
+        own = {"own_model": self.trunk.identity} if isinstance(self.trunk, OwnTrunk) else {}
         return {
             "trunk": asdict(self.trunk.config),
             "num_account_features": self.head.account.in_features,
             "num_positions": self.head.logits.out_features,
-        }
+        } | own
 
     @property
     def num_features(self) -> int:

@@ -30,6 +30,7 @@ from runtime.files import TEMPORARY_SUFFIX, free_bytes, make_folder, write_atomi
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from training.checkpoint_names import BEST, NAME, NUM_RESUME_STATES, RESUME
 from training.distributed import Ranks
+from training.model_checks import warn_if_changed, why_not_trained_here
 from training.retention import thin_out
 from training.torch_files import DISK_IS_FULL, CheckpointError, load_file, root_cause
 
@@ -157,6 +158,11 @@ class Checkpoint:
         """
         # The fresh weights drawn here are replaced at once.
         with same_version(self.path), torch.random.fork_rng(devices=[]):
+            if reason := "own_model" in self.model_config and why_not_trained_here(
+                self.model_config, self.model
+            ):
+                raise CheckpointError(f"{self.path} cannot be used: {reason}; put that model back")
+            warn_if_changed(self.model_config, self.path)
             policy = Policy.from_sizes(self.model_config, precision)
             policy.load_state_dict(self.model)
         return policy.to(device).eval()
@@ -197,6 +203,10 @@ class Checkpoint:
                 f"features={','.join(settings.features)}, but {self.path} was trained with "
                 f"features={','.join(self.feature_groups)}: set it back, or start a new training with another "
                 "--checkpoint-dir"
+            )
+        if reason := why_not_trained_here(self.model_config, self.model):
+            return (
+                f"{self.path}: {reason}; put that back, or start a new training with another --checkpoint-dir"
             )
         names = self.statistics.names
         if names != tuple(chosen_features(settings.features)):

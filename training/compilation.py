@@ -88,8 +88,9 @@ def compile_objective(
     """Compile the trunk for rollouts and updates, and head and losses for updates (all ranks).
 
     All of it or nothing; takes a minute for large models. With several ranks, the trunk is compiled block by
-    block: FSDP gathers a block's weights when the block is called, and DDP averages a block's gradients during
-    the backward of those below. One function for all blocks would return all gradients at its end (docs/LOG.md).
+    block, where it has blocks: FSDP gathers a block's weights when the block is called, and DDP averages a block's
+    gradients during the backward of those below. One function for all blocks would return all gradients at its
+    end (docs/LOG.md).
 
     Args:
         objective: changed in place; weights and their names stay as they are.
@@ -107,7 +108,7 @@ def compile_objective(
     if ranks.any(bool(missing)):
         return missing or "it lacks a tool on another rank"
     trunk = objective.policy.trunk
-    modules: list[nn.Module] = [trunk] if ranks.world_size == 1 else list(trunk.blocks)
+    modules: list[nn.Module] = [trunk] if ranks.world_size == 1 else list(trunk.blocks) or [trunk]
     # A guard has checked sizes and strides already: checks between kernels take up to 2 %.
     compile_ = partial(torch.compile, dynamic=False, options={"size_asserts": False})
     for module in modules:  # the forward alone: FSDP's hooks stay outside, weights keep their names

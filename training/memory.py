@@ -16,6 +16,7 @@ import torch
 from envs.features import chosen_features
 from models.policy import Policy, precision_on
 from training.distributed import Ranks
+from training.model_checks import OwnNeeds, needs_of
 from training.validation import minibatch_segments, policy_sizes
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class MemoryNeeds:
     num_heads: int = 1
     shards: int = 1  # ranks among which the trunk's weights are divided
     replicas: int = 1  # ranks that hold all weights, and average their gradients
+    own: OwnNeeds | None = None  # of a model of one's own; its activations are never computed twice
     # The setting that decides how many bars there are, and its value.
     bars_setting: tuple[str, int] = ("history_days", 1)
 
@@ -69,8 +71,9 @@ class MemoryNeeds:
         bars_setting = "start_date" if settings.start_date else "history_days"
         if "simulated" in settings.sources:
             bars_setting = "simulated_symbols"
+        policy = policy_without_memory(settings)
         return MemoryNeeds(
-            num_parameters=num_parameters(settings),
+            num_parameters=policy.num_parameters(),
             d_model=settings.d_model,
             num_layers=settings.num_layers,
             context_bars=settings.context_bars,
@@ -83,6 +86,7 @@ class MemoryNeeds:
             num_heads=settings.num_heads,
             shards=world_size if settings.parallel == "fsdp" else 1,
             replicas=1 if settings.parallel == "fsdp" else world_size,
+            own=needs_of(policy, settings.context_bars + settings.horizon),
             bars_setting=(
                 bars_setting,
                 getattr(settings, bars_setting) if bars_setting != "start_date" else 0,
@@ -91,6 +95,15 @@ class MemoryNeeds:
 
     def with_width(self, d_model: int) -> MemoryNeeds:
         """Return the needs with a model of another width."""
+        if self.own:
+            share = d_model / self.d_model
+            own = OwnNeeds(
+                trunk_parameters=int(self.own.trunk_parameters * share**2),
+                block_parameters=int(self.own.block_parameters * share**2),
+                segment_bytes=int(self.own.segment_bytes * share),
+            )
+            less = self.own.trunk_parameters - own.trunk_parameters
+            return replace(self, d_model=d_model, num_parameters=self.num_parameters - less, own=own)
         less = 12 * self.num_layers * (self.d_model**2 - d_model**2)
         return replace(self, d_model=d_model, num_parameters=self.num_parameters - less)
 
@@ -109,12 +122,15 @@ class MemoryNeeds:
 
     @property
     def _block_parameters(self) -> int:
-        return 12 * self.d_model**2
+        return self.own.block_parameters if self.own else 12 * self.d_model**2
 
     @property
     def _held_parameters(self) -> int:
         # Of this rank between two updates.
-        trunk = self.num_layers * self._block_parameters if self.shards > 1 else 0
+        if self.own and self.shards > 1:
+            trunk = self.own.trunk_parameters
+        else:
+            trunk = self.num_layers * self._block_parameters if self.shards > 1 else 0
         return (self.num_parameters - trunk) + trunk // self.shards
 
     @property
@@ -143,8 +159,10 @@ class MemoryNeeds:
 
     def segment_bytes(self, recompute: bool, on_gpu: bool = True) -> int:
         """Activations of one segment of a micro-batch."""
-        block = (GPU_ACTIVATION_BYTES if on_gpu else ACTIVATION_BYTES)[self.precision]
         last = GPU_LAST_BYTES[self.precision] if on_gpu else 0
+        if self.own:  # counted in float32; bf16 keeps less
+            return self.own.segment_bytes + last * self.d_model * (self.context_bars + self.horizon)
+        block = (GPU_ACTIVATION_BYTES if on_gpu else ACTIVATION_BYTES)[self.precision]
         blocks = (
             self.num_layers * INPUT_BYTES[self.precision] + block if recompute else self.num_layers * block
         )
@@ -280,22 +298,26 @@ def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int
         segments = micro_batch_segments or _largest_divisor(_common(needs), most)
         return MemoryPlan(needs, None, segments, on_gpu=False)
     left = USABLE * memory_bytes - needs.fixed_bytes
-    for recompute in (False, True):
+    for recompute in (False,) if needs.own else (False, True):
         fitting = int(left // needs.segment_bytes(recompute))
-        if fitting >= min(most, FEWEST_SEGMENTS) or (recompute and fitting >= 1):
+        is_last_way = recompute or needs.own is not None
+        if fitting >= min(most, FEWEST_SEGMENTS) or (is_last_way and fitting >= 1):
             if micro_batch_segments and fitting >= micro_batch_segments:
                 return MemoryPlan(needs, memory_bytes, micro_batch_segments, recompute)
             segments = _largest_divisor(_common(needs), min(most, fitting))
             return MemoryPlan(needs, memory_bytes, segments, recompute)
-    raise DoesNotFit(MemoryPlan(needs, memory_bytes, 1, recompute=True).suggest_fix())
+    raise DoesNotFit(MemoryPlan(needs, memory_bytes, 1, recompute=needs.own is None).suggest_fix())
 
 
 def num_parameters(settings: Settings) -> int:
     """Count the policy's weights without allocating them."""
+    return policy_without_memory(settings).num_parameters()
+
+
+def policy_without_memory(settings: Settings) -> Policy:
+    """Make a new policy on the device meta, where weights have shapes only."""
     with torch.device("meta"):
-        return Policy.from_sizes(
-            policy_sizes(settings, len(chosen_features(settings.features)))
-        ).num_parameters()
+        return Policy.from_sizes(policy_sizes(settings, len(chosen_features(settings.features))))
 
 
 def gpu_memory(device: torch.device) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs.market import Market
+from models.own import OwnTrunk
 from models.policy import Policy
 from models.transformer import Block, Trunk
 
@@ -151,12 +152,17 @@ def fixed_batch(market: Market) -> Tensor:
 @torch.no_grad()
 def plasticity(policy: Policy, bars: Tensor) -> dict[str, float]:
     """Measure the trunk on ``bars`` (B, S, F); waits for the device, so call it where the host waits anyway."""
+    trunk, dormant = policy.trunk, {}
     with policy.autocast(bars.device):
-        hidden, activity = activations(policy.trunk, bars)
+        if isinstance(trunk, OwnTrunk):  # whose units only its author knows
+            with torch.compiler.set_stance("force_eager"):
+                hidden = trunk(bars)
+        else:
+            hidden, activity = activations(trunk, bars)
+            dormant = {"plasticity/dormant_units": float(dormant_share(activity))}
     features = hidden[:, -BARS_OF_EACH:].reshape(-1, hidden.shape[-1])
     norm = torch.stack([parameter.double().square().sum() for parameter in policy.parameters()]).sum().sqrt()
-    return {
-        "plasticity/dormant_units": float(dormant_share(activity)),
+    return dormant | {
         "plasticity/effective_rank": effective_rank(features),
         "plasticity/weight_norm": float(norm),
     }

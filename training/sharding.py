@@ -1,6 +1,7 @@
 """Policies of which every rank holds a shard of the trunk (FSDP2), from their first weights on.
 
-No rank ever holds the whole trunk: it is made without memory, sharded block by block, and filled shard by shard.
+No rank ever holds the whole trunk: it is made without memory, sharded block by block, and filled shard by shard. A
+model of one's own is made whole on the CPU first.
 A block's weights are gathered only while it computes. The head, which a rollout uses at every bar, is replicated:
 it is a thousandth of a large model.
 """
@@ -19,6 +20,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.own import OwnTrunk
 from models.policy import Policy
 from training.distributed import Ranks
 from training.losses import Objective
@@ -30,6 +32,13 @@ def sharded_policy(sizes: Mapping[str, Any], precision: str, ranks: Ranks) -> Po
         policy = Policy.from_sizes(sizes, precision)
     shard_policy(policy, ranks)
     policy.to_empty(device=ranks.device)
+    if isinstance(policy.trunk, OwnTrunk):  # how it draws its weights only its author knows
+        whole = Policy.from_sizes(sizes, precision)
+        load_shards(policy, whole.state_dict())
+        drawn = dict(whole.named_buffers())
+        for name, buffer in policy.named_buffers():
+            buffer.copy_(drawn[name])
+        return policy
     with _DrawnOnCpu():
         policy.apply(_reset)  # children first, as they were made
     return policy

@@ -31,6 +31,7 @@ from training.learner import Learner
 from training.losses import Objective
 from training.memory import DoesNotFit, MemoryPlan
 from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, plasticity
+from training.model_checks import describe_model, warn_if_changed
 from training.parallel import is_sharded, load_weights, new_policy
 from training.progress import TrainingProgress
 from training.rewards import describe_reward, own_reward
@@ -88,6 +89,8 @@ class Trainer:
         self._yardstick = Yardstick(ranks.device, self.policy.dtype)
         if saved:
             load_weights(self.policy, saved.model)
+            if ranks.is_first:
+                warn_if_changed(saved.model_config, saved.path)
         self.learner = Learner(self.objective, ranks, self.memory_plan.micro_batch_segments)
         if saved and saved.resume:
             self.learner.load_state_dict(saved.resume.learner)
@@ -105,7 +108,7 @@ class Trainer:
     def log_sizes(self) -> None:
         """Log what is trained and how, and warn of what slows it down."""
         settings, ranks, num_parameters = self.settings, self.ranks, self.policy.num_parameters()
-        if own := describe_reward():
+        for own in filter(None, (describe_model(), describe_reward())):
             log.info(own)
         if self.memory_plan.memory_bytes:
             log.info(f"GPU memory: {self.memory_plan}")

@@ -247,7 +247,13 @@ def minibatch_segments(settings: Settings, world_size: int) -> int:
 
 
 def policy_sizes(settings: Settings, num_features: int) -> dict[str, Any]:
-    """Return the sizes of the policy of these settings, as ``Policy.from_sizes`` takes them."""
+    """Return the sizes of a new policy of these settings, as ``Policy.from_sizes`` takes them.
+
+    Raises:
+        FeatureError: models/own_model.py cannot be used.
+    """
+    from training.model_checks import identify_model  # torch, which settings are checked without
+
     trunk = {
         "num_features": num_features,
         "d_model": settings.d_model,
@@ -260,7 +266,7 @@ def policy_sizes(settings: Settings, num_features: int) -> dict[str, Any]:
         "trunk": trunk,
         "num_account_features": account_features,
         "num_positions": len(settings.positions),
-    }
+    } | identify_model()
 
 
 def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:

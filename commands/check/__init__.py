@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from commands.check import machine, sources
 from commands.check.days import check_days
-from commands.check.features import check_features
+from commands.check.features import check_features, check_model, check_reward
 from commands.check.mirror import check_mirror
 from commands.check.report import Line, print_report
 from commands.check.watchers import check_watchers
@@ -56,12 +56,13 @@ def check_all(
     now_ns = time.time_ns()
     request = data_request(settings, now_ns)
     yield from check_folder(settings, launch.world_size, launch.node_rank in ("", "0"))
-    features = list(check_features(settings, now_ns))
-    yield from features
+    model = list(check_model(settings))
+    own = [*check_features(settings, now_ns), *check_reward(settings), *model]
+    yield from own
     saved = None
     try:
         saved, warnings = checkpoint.newest(Path(settings.checkpoint_dir))
-        if not any(line.code for line in features):  # else its features differ, too
+        if not any(line.code for line in own):  # else its features differ, too
             yield from _check_checkpoint(saved, warnings, settings)
     except checkpoint.CheckpointError as error:
         yield Line("checkpoint", "error", str(error), EXIT_SETTING)
@@ -79,9 +80,10 @@ def check_all(
         yield sources.check_clock(answers)
     if saved is not None:
         yield from sources.check_run_bars(saved, settings, answers, offline)
-    if found:
-        yield from machine.check_devices(found, settings)
-    yield from check_room(settings, request, launch, found)
+    if not any(line.code for line in model):  # else it has no size
+        if found:
+            yield from machine.check_devices(found, settings)
+        yield from check_room(settings, request, launch, found)
     yield from check_watchers(settings, environment, sends_test)
     yield from machine.check_versions()
 
