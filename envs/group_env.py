@@ -284,7 +284,7 @@ class GroupEnv:
         self._played = self._played + account.alive
         may_hold = self.segment.may_hold[h] & account.alive[:, None]
         self.last_choice = torch.where(may_hold, actions.view_as(may_hold), self.cash_index)
-        weight = project(self._targets[self.last_choice] * self.group.share, self.group.gross, self.net)
+        weight = self._weights(may_hold)
         fills = {name: values[h] for name, values in self.segment.fills.items()}
         self._account, self.last_fill = advance_group(
             account, weight, self.last_choice, ruin_equity=self.config.ruin_fraction, **fills
@@ -294,6 +294,10 @@ class GroupEnv:
         if self._step == self.config.horizon:
             truncated = self._end_segment()
         return self.last_fill.log_return.float(), self.last_fill.ruined, truncated
+
+    def _weights(self, may_hold: Tensor) -> Tensor:
+        # What the last choices ask for, within the caps, (N, G).
+        return project(self._targets[self.last_choice] * self.group.share, self.group.gross, self.net)
 
     def _end_segment(self) -> Tensor:
         # Decides which episodes end here, adds up their statistics, and returns which are truncated.

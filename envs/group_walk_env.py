@@ -27,7 +27,7 @@ class GroupExamEnv(GroupEnv):
         config: ``num_envs`` is replaced.
         device: of the market.
         groups: the symbols of each account, of one kind of market each.
-        start_ns: of the first decision.
+        starts: when each of them decides first, ns UTC.
         nets: the cap on the net exposure of each group.
         flat_cost_bps: of each group, in place of fees and slippage of all kinds; None keeps those.
 
@@ -41,7 +41,7 @@ class GroupExamEnv(GroupEnv):
         config: EnvConfig,
         device: torch.device | str,
         groups: Sequence[Sequence[str]],
-        start_ns: int,
+        starts: Sequence[int],
         nets: Sequence[float],
         flat_cost_bps: Sequence[float | None],
         dtype: torch.dtype = torch.float64,
@@ -50,22 +50,24 @@ class GroupExamEnv(GroupEnv):
         config = replace(config, num_envs=len(groups) * config.group.size)
         super().__init__(market, config, device, seed=0, dtype=dtype)
         numbers = [[market.symbols.index(symbol) for symbol in group] for group in groups]
-        self._groups = torch.tensor(numbers, device=self.device)
+        self._symbol = self._groups = torch.tensor(numbers, device=self.device)
         self.net = torch.tensor(nets, dtype=dtype, device=self.device)[:, None]
         clocks = self.grid.clock_of[self._groups[:, 0]].tolist()
-        walk_of = {clock: walk_of_clock(self.grid, clock, start_ns) for clock in set(clocks)}
-        self.num_segments = max((len(walk_of[clock]) for clock in clocks), default=0)
-        if not all(walk_of[clock] for clock in clocks) or not clocks:
+        places = list(zip(clocks, starts, strict=True))
+        walk_of = {place: walk_of_clock(self.grid, *place) for place in set(places)}
+        self.num_segments = max((len(walk_of[place]) for place in places), default=0)
+        if not all(walk_of.values()) or not places:
             raise NoSegment("no group has the minutes of a segment after the start")
         # First minute of every segment, -1 for none; (segments + 1, N).
         schedule = torch.full((self.num_segments + 1, len(groups)), -1, dtype=torch.int64)
-        for number, clock in enumerate(clocks):
-            schedule[: len(walk_of[clock]), number] = torch.tensor(walk_of[clock])
+        for number, place in enumerate(places):
+            schedule[: len(walk_of[place]), number] = torch.tensor(walk_of[place])
         self._schedule = schedule.to(self.device)
         where = torch.tensor([cost is not None for cost in flat_cost_bps], device=self.device)[:, None]
         rates = torch.tensor([(cost or 0.0) / 1e4 for cost in flat_cost_bps], dtype=dtype, device=self.device)
         self._flat = (where, rates[:, None])
         self._round = 0
+        self._minute = torch.full_like(self._minute, -1)  # nowhere yet
         self._played = torch.zeros_like(self._played)
         self._began_at = torch.zeros_like(self._played)
 
@@ -99,8 +101,6 @@ class GroupExamEnv(GroupEnv):
         if self._round:
             out = out | ~account.alive
         over = (start != self._minute) & ~out
-        if self._round == 0:
-            over = ~out
         in_cash = out | over
         account.alive = account.alive & ~out
         account.cash = torch.where(in_cash, account.log_equity.exp(), account.cash)

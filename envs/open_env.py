@@ -35,15 +35,33 @@ class OpenAccount:
     log_start: float  # log equity at the start of the episode
 
 
+HOLD = -1  # the action of an account that keeps what it holds
 SAME = 1e-6  # ratios of prices in float32 that agree so well are one
 AMOUNTS = tuple(field.name for field in fields(AccountState) if field.name != "alive")
+
+
+class LastStates:
+    """What accounts were when their walks ended, while others walk on."""
+
+    def __init__(self) -> None:
+        self._states: list[Tensor] = []
+
+    def keep(self, over: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
+        """Take ``now``, (N, ...) each, of accounts that were not ``over`` before, (N,) bool; return all states."""
+        if not self._states:
+            self._done, self._states = torch.zeros_like(over), [tensor.clone() for tensor in now]
+        for kept, current in zip(self._states, now, strict=True):
+            done = self._done.view(-1, *[1] * (current.dim() - 1))
+            kept.copy_(torch.where(done, kept, current))
+        self._done |= over
+        return self._states
 
 
 class OpenEnv(ExamEnv):
     """An ``ExamEnv`` of one decision at a time, whose accounts begin where earlier ones stood.
 
         env = OpenEnv(market, config, device, [("AAPL", start_ns)], [None])
-        while ...: env.begin_segment(); env.play(decide)
+        while ...: env.begin_segment_unread(); env.play(decide)
         (account,) = env.accounts()      # and, with the bars of another day, OpenEnv(..., [account])
 
     Fills, costs and observations are those of an exam of the same bars; but every bar is decided upon whose
@@ -53,7 +71,8 @@ class OpenEnv(ExamEnv):
     so that it is worth the same. Where a bar came in before ``mark_ns`` since, or that one went, it owes interest
     and funding up to the bar that is the next one now.
 
-    ``places`` have the first bar of accounts that are new, and are ignored by the others.
+    The action ``HOLD`` is the position that the account holds. ``places`` have the first bar of accounts that are
+    new, and are ignored by the others.
     """
 
     def __init__(
@@ -73,7 +92,7 @@ class OpenEnv(ExamEnv):
         market, config = replace(market, horizon=1), replace(config, horizon=1)
         super().__init__(market, config, device, places, dtype, flat_cost_bps)
         self._given = list(accounts)
-        self._left: list[tuple[Tensor, ...]] = []  # the state of those that are done, and who is
+        self._last = LastStates()
         first = self._schedule[0]
         known = [number for number, account in enumerate(accounts) if account]
         if not known:
@@ -96,6 +115,15 @@ class OpenEnv(ExamEnv):
         after = (bar + 1).clamp(max=len(market.open_time) - 1)
         is_other = goes_on & (market.open_time[after] != values("mark_ns", torch.int64))
         self._kept.owed[where] = torch.where(is_other, self._owed(where, bar, after), self._kept.owed[where])
+
+    def begin_segment_unread(self) -> None:
+        """Begin the next decision, where the bars that it sees are known."""
+        self._begin()
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill one decision per account as ``TradingEnv.step``, (N,) int64."""
+        held = (self.account.target[:, None] == self._targets[: len(self.config.positions)]).byte().argmax(-1)
+        return super().step(torch.where(actions == HOLD, held, actions))
 
     def _rescaled(self, where: Tensor, bar: Tensor, values: Callable[[str, torch.dtype], Tensor]) -> Tensor:
         """Return the factor of a split since then: two prices agree on it, those of a revised bar do not."""
@@ -136,23 +164,16 @@ class OpenEnv(ExamEnv):
             self._keep(self._schedule[self._round] < 0)
         return super()._places()
 
-    def _keep(self, over: Tensor) -> None:
+    def _keep(self, over: Tensor) -> list[Tensor]:
         # An ``ExamEnv`` puts accounts in cash whose walk is over, while the others walk on.
-        now = (*self._kept.tensors(), self._played, self._began_at, self._schedule[self._round - 1] + 1)
-        if not self._left:
-            self._left = [(torch.zeros_like(over), *(tensor.clone() for tensor in now))]
-        done, *left = self._left[0]
-        for kept, current in zip(left, now, strict=True):
-            kept.copy_(torch.where(done, kept, current))
-        done |= over
+        cursor = self._schedule[self._round - 1] + 1
+        return self._last.keep(over, (*self._kept.tensors(), self._played, self._began_at, cursor))
 
     def accounts(self) -> list[OpenAccount | None]:
         """Return every account as it is now; those without a bar to walk are as they were given."""
         if not self._round:
             return self._given
-        self._keep(torch.zeros_like(self._over))
-        _, *tensors = self._left[0]
-        cursor = tensors.pop()
+        *tensors, cursor = self._keep(torch.zeros_like(self._over))
         columns = dict(
             zip((*(f.name for f in fields(AccountState)), "played", "log_start"), tensors, strict=True)
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.config import EnvConfig
+from envs.compiled import Decide
+from envs.config import EnvConfig, GroupConfig
 from envs.grid import Grid
 from envs.group_walk_env import GroupExamEnv, walk_of_clock
 from envs.market import Market, NoSegment
@@ -72,25 +74,38 @@ class Group:
     symbols: tuple[str, ...]
 
 
-def groups_of(market: Market, size: int, symbols: Sequence[str] | None = None) -> list[Group]:
+def groups_of(
+    market: Market, size: int, symbols: Sequence[str] | None = None, before: Sequence[Group] = ()
+) -> list[Group]:
     """Cut a market's symbols into groups, or those of them that are given.
+
+    Args:
+        market: has the symbols.
+        size: of a group.
+        symbols: None: all of the market.
+        before: groups that there are: those whose symbols are all given go on, first, and only symbols that none
+            of them has are cut.
 
     Raises:
         ValueError: a kind of market has fewer than ``size`` of those.
     """
     chosen = [symbol for symbol in market.symbols if symbols is None or symbol in set(symbols)]
-    groups: list[Group] = []
+    groups = [each for each in before if set(each.symbols) <= set(chosen)]
+    has_group = {symbol for each in groups for symbol in each.symbols}
     kinds = [market.asset_classes[market.symbols.index(symbol)] == "stock" for symbol in chosen]
+    taken = {each.name for each in before}
+    names = (name for number in count(1) if (name := f"group {number}") not in taken)
     most = 0
     for kind in (False, True):
         own = [symbol for symbol, is_stock in zip(chosen, kinds, strict=True) if is_stock == kind]
         most = max(most, len(own))
         if len(own) < size:
             continue
-        for first in range(0, len(own), size):
-            members = own[first : first + size]
-            members += own[: size - len(members)]
-            groups.append(Group(f"group {len(groups) + 1}", tuple(members)))
+        left = [symbol for symbol in own if symbol not in has_group]
+        for first in range(0, len(left), size):
+            members = left[first : first + size]
+            members += [symbol for symbol in own if symbol not in members][: size - len(members)]
+            groups.append(Group(next(names), tuple(members)))
     if not groups:
         raise ValueError(f"a group needs {size} symbols of one kind, stocks or coins: there are {most}")
     return groups
@@ -125,7 +140,7 @@ def examine_groups(
     assert config.group is not None
     policies = dict(policies) if isinstance(policies, Mapping) else {POLICY: policies}
     market = market.until(end_ns)
-    groups = _walkable(Grid.of(market, config.group.size), groups, start_ns)
+    groups = [each for each, _ in walkable(market, config.group.size, groups, [start_ns] * len(groups))]
     first, *others = policies
     names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *BASELINES]
     costs = [None, *flat_costs_bps, *(None for _ in (*others, *BASELINES))]
@@ -134,8 +149,8 @@ def examine_groups(
         config,
         market.device,
         [group.symbols for _ in names for group in groups],
-        start_ns,
-        [math.inf if name == BUY_AND_HOLD else config.group.net for name in names for _ in groups],
+        [start_ns for _ in names for _ in groups],
+        nets_of(config.group, names, len(groups)),
         [cost for cost in costs for _ in groups],
     )
     env.cost_scale = cost_scale
@@ -166,25 +181,37 @@ def examine_groups(
         rules = [actions_after(name, market, config.positions, bars, first_bars) for name in BASELINES]
         encoded = [segments[number % num_ahead] for segments in projected]
         with one_thread(env.device):
-            played.append(_play(env, decide, torch.cat(rules, dim=1), encoded))
-        prices.append(env.segment.fills["price"][:, :num_groups].log().mean(-1).exp().cpu().numpy())
+            played.append(play_group_segment(env, decide, torch.cat(rules, dim=1), encoded))
+        prices.append(index_of_prices(env, num_groups))
         on_segment(number + 1, len(schedule))
     columns = list(np.concatenate(played, axis=1))
-    return _walks_of(names, groups, env, schedule, columns, np.concatenate(prices))
+    return group_walks_of(names, groups, env, schedule, columns, np.concatenate(prices))
 
 
-def _walkable(grid: Grid, groups: Sequence[Group], start_ns: int) -> list[Group]:
-    number_of = {symbol: number for number, symbol in enumerate(grid.market.symbols)}
-    walks = {clock: walk_of_clock(grid, clock, start_ns) for clock in range(len(grid.starts))}
+def walkable(
+    market: Market, size: int, groups: Sequence[Group], starts: Sequence[int]
+) -> list[tuple[Group, int]]:
+    """Return the groups that have a segment to walk from their starts on, with these.
+
+    Raises:
+        NoSegment: none has.
+    """
+    grid = Grid.of(market, size)
+    number_of = {symbol: number for number, symbol in enumerate(market.symbols)}
     clock_of = grid.clock_of.tolist()
     found = []
-    for group in groups:
-        clocks = {clock_of[number_of[symbol]] for symbol in group.symbols}
-        if len(clocks) == 1 and walks.get(clocks.pop()):
-            found.append(group)
+    for group, start_ns in zip(groups, starts, strict=True):
+        clock, *others = {clock_of[number_of[symbol]] for symbol in group.symbols}
+        if clock >= 0 and not others and walk_of_clock(grid, clock, start_ns):
+            found.append((group, start_ns))
     if not found:
         raise NoSegment("no group has the minutes of a segment after the start")
     return found
+
+
+def nets_of(group: GroupConfig, names: Sequence[str], num_groups: int) -> list[float]:
+    """Return the cap on the net exposure of every account, name after name; buying and holding has none."""
+    return [math.inf if name == BUY_AND_HOLD else group.net for name in names for _ in range(num_groups)]
 
 
 def read(
@@ -196,7 +223,10 @@ def read(
     chunk_segments: int,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Run a policy's trunk for groups (Q, G) at ``minutes`` (r, Q, h), -1 for none: (r, h, Q x G, W)."""
+    """Run a policy's trunk for groups (Q, G) at ``minutes`` (r, Q, h), -1 for none: (r, h, Q x G, W).
+
+    As in ``Reader`` every forward has as many segments: what a decision sees depends on no other one's bits.
+    """
     context = grid.market.context_bars
     starts = torch.where(minutes < 0, -1, grid.segment_starts(minutes.clamp(min=0), horizon))
     num_minutes = len(grid.minutes)
@@ -211,21 +241,23 @@ def read(
     encoded = None
     size = symbols.shape[1]
     numbers = torch.arange(len(keys), device=minutes.device)[walked]
-    for part in numbers.split(max(1, chunk_segments // size)):
+    at_once = max(1, chunk_segments // size)
+    for part in numbers.split(at_once):
         check_stop()
-        bars = grid.bars_at(symbols[of_group[part]][..., None], tokens[part][:, None])
+        padded = torch.cat((part, part[:1].expand(at_once - len(part))))
+        bars = grid.bars_at(symbols[of_group[padded]][..., None], tokens[padded][:, None])
         found = policy.encode(grid.tokens(bars.flatten(0, 1)), horizon + 1).unflatten(0, (-1, size))
         if encoded is None:
             encoded = found.new_zeros(len(keys), size, horizon + 1, found.shape[-1])
-        encoded[part] = found
+        encoded[part] = found[: len(part)]
     assert encoded is not None  # some group walks every segment
     within = (minutes - starts).clamp(min=0)
     # (r, Q, h, G, W) -> (r, h, Q x G, W)
     return encoded[place, :, within].transpose(1, 2).flatten(2, 3)
 
 
-def _play(
-    env: GroupExamEnv, decide: Decisions, rules: Tensor, projected: Sequence[Tensor]
+def play_group_segment(
+    env: GroupExamEnv, decide: Decide, rules: Tensor, projected: Sequence[Tensor]
 ) -> NDArray[np.float64]:
     """Play one segment; return position, log return, costs, traded, borrowing, and funding if any: (5-6, H, N)."""
     played = env.play(decide, rules, *projected)
@@ -239,7 +271,12 @@ def _play(
     return torch.stack(columns).cpu().numpy()
 
 
-def _walks_of(
+def index_of_prices(env: GroupExamEnv, num_groups: int) -> NDArray[np.float64]:
+    """Return the geometric means of what the first groups' symbols cost at the fills of a segment, (H, Q)."""
+    return env.segment.fills["price"][:, :num_groups].log().mean(-1).exp().cpu().numpy()
+
+
+def group_walks_of(
     names: Sequence[str],
     groups: Sequence[Group],
     env: GroupExamEnv,
@@ -247,12 +284,15 @@ def _walks_of(
     columns: Sequence[NDArray[np.float64]],
     prices: NDArray[np.float64],
 ) -> dict[str, list[Walk]]:
+    """Cut the columns of what was played, (R x H, N) each, into walks; ``prices`` (R x H, Q) are their indices."""
     market, horizon = env.market, env.config.horizon
     walks: dict[str, list[Walk]] = {name: [] for name in names}
     ahead = torch.arange(horizon, device=schedule.device)
     for number, group in enumerate(groups):
         first = schedule[:, number]
         walked = (first >= 0).repeat_interleave(horizon).cpu().numpy()
+        if not walked.any():
+            continue
         minutes = (first[first >= 0, None] + 1 + ahead).flatten()
         time = env.grid.minutes[minutes].cpu().numpy().astype("datetime64[ns]")
         kind = market.asset_classes[market.symbols.index(group.symbols[0])]

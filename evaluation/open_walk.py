@@ -1,6 +1,6 @@
 """A walk that goes on: accounts of policies and of rules, over the bars that came since they last stood.
 
-Shapes: S = symbols, R = decisions of the longest walk.
+Shapes: K = accounts of a contestant, over a symbol or a group each, G = symbols of one, W = width of the head.
 """
 
 from __future__ import annotations
@@ -8,28 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from envs.config import EnvConfig
 from envs.market import Market
-from envs.open_env import OpenAccount, OpenEnv
+from envs.open_env import HOLD
+from envs.open_group_env import AnyAccount
 from evaluation.baselines import BUY_AND_HOLD, actions_after
-from evaluation.exam import (
-    ENCODED_SEGMENTS,
-    POLICY,
-    Reader,
-    Walk,
-    at_flat_cost,
-    one_thread,
-    play_segment,
-    walks_of,
-)
+from evaluation.courses import Accounts, course_of, keys_of
+from evaluation.exam import ENCODED_SEGMENTS, POLICY, Walk, at_flat_cost, one_thread
 from models.ensemble import Decider, EnsembleHead
 from models.policy import Head
-
-Accounts = Mapping[str, Mapping[str, OpenAccount]]  # contestant -> symbol -> account
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,7 @@ class OpenWalks:
     """What was walked, by contestant, and the accounts as they stand now: those that did not walk as before."""
 
     walks: dict[str, list[Walk]]
-    accounts: dict[str, dict[str, OpenAccount]]
+    accounts: dict[str, dict[str, AnyAccount]]
     held: int  # decisions of the policy's accounts before ``decides_from_ns``
     is_whole: bool  # else it was stopped before the newest bar
 
@@ -65,7 +55,8 @@ def walk_on(
         market: has the bars.
         config: of the accounts, with the horizon of the training.
         symbols: to walk.
-        accounts: as they stood; a symbol without one begins with money 1, at ``decides_from_ns``.
+        accounts: as they stood; a symbol without one begins with money 1, at ``decides_from_ns``. A group goes on
+            while all its symbols are there; of symbols without one, groups are made as in an exam.
         decides_from_ns: at the close of older bars accounts of policies keep what they hold: a policy knows what
             comes.
         end_ns: of the bars.
@@ -84,47 +75,42 @@ def walk_on(
     deciders = {**policies, **dict.fromkeys(ladder, next(iter(policies.values())))}
     names = [*deciders, *rules]
     market = replace(market, horizon=1).until(end_ns)
-    places = [(symbol, decides_from_ns) for _ in names for symbol in symbols]
-    standing = [accounts.get(name, {}).get(symbol) for name in names for symbol in symbols]
-    costs = [ladder.get(name) for name in names for _ in symbols]
-    env = OpenEnv(market, config, market.device, places, standing, flat_cost_bps=costs if ladder else None)
-    num_symbols, horizon = len(symbols), config.horizon
-    numbers = [market.symbols.index(symbol) for symbol in symbols]
-    schedule = env.schedule[:, :num_symbols].contiguous()  # (R, S)
-    first_bars = market.offsets[torch.tensor(numbers, device=env.device)]
+    keys = keys_of(market, config, symbols, accounts)
+    costs = [ladder.get(name) for name in names]
+    course = course_of(market, config, keys, names, lambda _: decides_from_ns, accounts, costs)
+    schedule, horizon = course.schedule, config.horizon
     # A policy with several names reads the market once.
     acting = {id(policy): policy for policy in deciders.values() if policy}
-    readers = [Reader(policy, market, numbers, horizon, chunk_segments) for policy in acting.values()]
+    readers = [course.reader(policy, chunk_segments) for policy in acting.values()]
     place_of = {key: place for place, key in enumerate(acting)}
     who = tuple(place_of[id(policy)] if policy else None for policy in deciders.values())
     heads = tuple(policy.head for policy in acting.values())
-    decide = _Decide(heads, who, len(config.positions), config.positions.index(0.0))
-    at_once = max(horizon, ENCODED_SEGMENTS * horizon // num_symbols)
-    played, held = [], 0
+    decide = _Decide(heads, who, config.positions.index(0.0))
+    at_once = max(horizon, ENCODED_SEGMENTS * horizon // len(course.first_bars))
+    done, held = 0, 0
     for first in range(0, len(schedule), at_once):
         if first and is_late():
             break
         rows = schedule[first : first + at_once]
-        encoded = [reader.read(rows.T[None], check_stop)[0] for reader in readers]  # (r, S, W) each
-        may_decide = market.open_time[rows.clamp(min=0)] >= decides_from_ns
+        encoded = [read(rows, check_stop) for read in readers]  # (r, K x G, W) each
+        may_decide = course.times(rows) >= decides_from_ns
         held += int(((rows >= 0) & ~may_decide).sum())
-        ruled = [actions_after(name, market, config.positions, rows, first_bars) for name in rules]
-        by_rule = torch.cat(ruled, dim=1) if ruled else rows[:, :0]
-        with one_thread(env.device):
+        may_decide = may_decide.repeat_interleave(course.size, dim=1)
+        bars = course.bars(rows)
+        ruled = [actions_after(name, market, config.positions, bars, course.first_bars) for name in rules]
+        by_rule = torch.cat(ruled, dim=1) if ruled else bars[:, :0]
+        with one_thread(market.device):
             for row in range(len(rows)):
                 if row % 64 == 0:
                     check_stop()
-                env.begin_segment()
+                course.env.begin_segment_unread()
                 here = slice(row, row + 1)
-                inputs = by_rule[here], *(segments[here] for segments in encoded)
-                played.append(play_segment(env, decide, may_decide[here], inputs))
-    columns = list(np.concatenate(played, axis=1))
-    ahead = torch.arange(1, device=env.device)
-    walks = walks_of(names, symbols, market, schedule[: len(played)], ahead, columns)
-    now = iter(env.accounts())
-    after = {name: {symbol: account for symbol in symbols if (account := next(now))} for name in names}
+                inputs = may_decide[here], by_rule[here], *(segments[here] for segments in encoded)
+                course.play(decide, *inputs)
+        done += len(rows)
+    after = course.accounts(names)
     accounts_now = {name: {**accounts.get(name, {}), **after[name]} for name in names}
-    return OpenWalks(walks, accounts_now, held, len(played) == len(schedule))
+    return OpenWalks(course.walks(names), accounts_now, held, done == len(schedule))
 
 
 @dataclass(frozen=True)
@@ -133,17 +119,15 @@ class _Decide:
 
     heads: tuple[Head | EnsembleHead, ...]
     who: tuple[int | None, ...]  # the head of each contestant that is no rule; None: it goes to cash
-    num_positions: int
     flat: int  # the position 0
 
     def __call__(
         self, accounts: Tensor, may_decide: Tensor, by_rule: Tensor, *projected: Tensor
     ) -> tuple[Tensor]:
-        """Join observations (N, A), who may decide (S,), the rules' actions (n,), the market's part (S, W)."""
+        """Join observations (N, A), who may decide (n,), the rules' actions, the market's part (n, W)."""
         own = accounts[: len(self.who) * len(may_decide)].unflatten(0, (len(self.who), len(may_decide)))
-        holds = own[..., : self.num_positions].argmax(-1)  # (D, S)
-        chosen = torch.full_like(holds, self.flat)
+        chosen = torch.full(own.shape[:2], self.flat, device=own.device)
         for number, (head, market) in enumerate(zip(self.heads, projected, strict=True)):
             places = [place for place, of in enumerate(self.who) if of == number]
             chosen[places] = head.decide(market, own[places])[0].argmax(-1)
-        return (torch.cat((torch.where(may_decide, chosen, holds).flatten(), by_rule)),)
+        return (torch.cat((torch.where(may_decide, chosen, HOLD).flatten(), by_rule)),)

@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from envs.open_env import OpenAccount
+from envs.open_group_env import AnyAccount, account_of
 from runtime.files import append_durably, write_atomically
 
 NAME, HEAD = "record.jsonl", "record.head"
 START = "0" * 64  # the hash before the first line
 HASH = re.compile(rb', "hash": "([0-9a-f]{64})"}$')
 Line = dict[str, Any]
-Accounts = dict[str, dict[str, OpenAccount]]  # contestant -> symbol -> account
+Accounts = dict[str, dict[str, AnyAccount]]  # contestant -> symbol or group -> account
 
 
 @dataclass
@@ -101,7 +101,7 @@ def read(folder: Path) -> Record:
         newest = [text.encode() + b"\n" for text in head["lines"]]
         number, final = int(head["number"]), str(head["hash"])
         record.accounts = {
-            name: {symbol: OpenAccount(**account) for symbol, account in own.items()}
+            name: {symbol: account_of(account) for symbol, account in own.items()}
             for name, own in head["accounts"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

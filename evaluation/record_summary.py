@@ -132,6 +132,12 @@ def grown(line: Line, name: str) -> float:
     return math.prod(line["days"][name].values()) - 1
 
 
+def accounts_of(line: Line) -> str:
+    """Put into words how many accounts a scored line is about."""
+    noun = "group" if any("members" in row for row in line["symbols"].values()) else "symbol"
+    return count_of(len(line["symbols"]), noun)
+
+
 def describe(line: Line) -> str:
     """Put a line into words."""
     match line["kind"]:
@@ -147,7 +153,7 @@ def describe(line: Line) -> str:
                 f"{symbol} (line {', '.join(map(str, of))})" for symbol, of in line["symbols"].items()
             )
             return f"bars that were scored are others by now, and the score stays: {names}"
-    parts = [f"{line['decisions']:,} decisions on {len(line['symbols'])} symbols by {line['champion']}"]
+    parts = [f"{line['decisions']:,} decisions on {accounts_of(line)} by {line['champion']}"]
     if line["held"]:
         parts.append(
             f"in {line['held']:,} more the accounts held what they had, on bars older than the champion"

@@ -19,13 +19,15 @@ from data_sources.bars import DAY_NS, MINUTE_NS
 from envs.config import EnvConfig
 from envs.features import FeatureStatistics
 from envs.market import Market, NoSegment
+from envs.open_env import OpenAccount
+from envs.open_group_env import AnyAccount
 from evaluation import champion, record
 from evaluation.baselines import BUY_AND_HOLD
-from evaluation.exam import POLICY
+from evaluation.exam import POLICY, Walk
 from evaluation.measures import jsonable
 from evaluation.open_walk import OpenWalks, walk_on
 from evaluation.parts import Stopped
-from evaluation.record_summary import describe, grown, pool_days, summarize
+from evaluation.record_summary import accounts_of, describe, grown, pool_days, summarize
 from evaluation.revision import SCORED
 from models.policy import precision_on
 from runtime.control import STOP_NOW, Control, heartbeat, heartbeat_while_waiting
@@ -72,8 +74,6 @@ class Recorder:
             cutoff_ns: the run's bars end here.
             fingerprint: of them.
         """
-        if settings.account != "single":
-            return  # accounts over groups have no record yet
         if self._ranks.is_first:
             try:
                 config = EnvConfig.from_settings(settings)
@@ -173,8 +173,9 @@ class Recorder:
 
 
 def training_of(statistics: FeatureStatistics, config: EnvConfig) -> str:
-    """Return what tells one training from another, 16 hex digits: the scale of its features and its positions."""
-    digest = hashlib.sha256(repr((statistics.names, config.positions, config.context_bars)).encode())
+    """Return what tells one training from another, 16 hex digits: of its features, positions and groups."""
+    known = statistics.names, config.positions, config.context_bars, *([config.group] if config.group else [])
+    digest = hashlib.sha256(repr(known).encode())
     digest.update(statistics.mean.cpu().numpy().tobytes() + statistics.std.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -191,6 +192,7 @@ def _events(
         lines.append(
             common
             | {"kind": "begin", "training": training, "positions": positions, "costs": costs}
+            | ({"group": asdict(config.group)} if config.group else {})
             | {"until": _minute(best.data_cutoff_ns), "until_ns": best.data_cutoff_ns}
         )
     former = next((line["champion"] for line in reversed(kept.lines) if "champion" in line), None)
@@ -260,12 +262,20 @@ def _score(
                     "decisions": len(walk.time),
                     "log_return": float(walk.log_returns.sum()),
                     "buy_and_hold": float(hold[walk.symbol].log_returns.sum()),
-                    "bars": _bars_of(market, walk.symbol, _ns(walk.time[0]), _ns(walk.time[-1])),
+                    **_bars_of_walk(market, walk, found.accounts[POLICY][walk.symbol]),
                 }
                 for walk in own
             },
         }
     )
+
+
+def _bars_of_walk(market: Market, walk: Walk, account: AnyAccount) -> dict[str, Any]:
+    """Return what tells whether its bars change: ``bars`` of a symbol, ``members`` of a group, by symbol."""
+    first_ns, last_ns = _ns(walk.time[0]), _ns(walk.time[-1])
+    if isinstance(account, OpenAccount):
+        return {"bars": _bars_of(market, walk.symbol, first_ns, last_ns)}
+    return {"members": {symbol: _bars_of(market, symbol, first_ns, last_ns) for symbol in account.symbols}}
 
 
 def _so_far(lines: Sequence[record.Line]) -> dict[str, Any]:
@@ -308,10 +318,15 @@ def _revised(lines: Sequence[Mapping[str, Any]], market: Market) -> dict[str, li
     for line in lines:
         if line["kind"] != "scored":
             continue
-        for symbol, row in line["symbols"].items():
+        known = {
+            symbol: bars
+            for name, row in line["symbols"].items()
+            for symbol, bars in row.get("members", {name: row.get("bars")}).items()
+        }
+        for symbol, bars in known.items():
             if symbol not in market.symbols or (symbol, line["number"]) in reported:
                 continue
-            first_ns, last_ns, digest, *prices = row["bars"]
+            first_ns, last_ns, digest, *prices = bars
             if last_ns < since_ns or int(market.open_time[offsets[market.symbols.index(symbol)]]) > first_ns:
                 continue
             _, _, now, *prices_now = _bars_of(market, symbol, first_ns, last_ns)
@@ -336,7 +351,7 @@ def _log(kept: record.Record, lines: Sequence[Mapping[str, Any]]) -> None:
             log.warning(f"Record: {describe(line)}")
     whole = "" if score["is_whole"] else "; stopped by exam_minutes, the next run goes on from there"
     log.info(
-        f"Record: {score['champion']} on {score['decisions']:,} new bars of {len(score['symbols'])} symbols, "
+        f"Record: {score['champion']} on {score['decisions']:,} new bars of {accounts_of(score)}, "
         f"{score['first']} to {score['last']} UTC: {grown(score, POLICY):+.2%} (buy and hold "
         f"{grown(score, BUY_AND_HOLD):+.2%}){whole}"
     )

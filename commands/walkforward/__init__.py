@@ -136,9 +136,6 @@ def command(settings: Settings, train: Train, options: WalkOptions, console: Con
         ExitProgram: it cannot be walked, or was stopped; what is done stays.
         FeatureError: a feature of one's own looks ahead, or cannot be used.
     """
-    if settings.account != "single":
-        text = f"account={settings.account}: walkforward knows single accounts only"
-        raise ExitProgram(EXIT_SETTING, f"Invalid setting: {text}")
     walk: Walk | None = None
     try:
         with FolderLock(options.output).hold():

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from envs.open_env import OpenAccount
+from envs.open_group_env import account_of
 from evaluation.measures import jsonable
 from evaluation.record import Accounts
 from runtime.control import EXIT_CRASH, EXIT_SETTING, ExitProgram
@@ -124,7 +124,7 @@ class Book:
     def accounts(self) -> Accounts:
         """The accounts as they stand after the newest window."""
         newest = self.results[-1]["accounts"] if self.results else {}
-        return {name: {s: OpenAccount(**a) for s, a in own.items()} for name, own in newest.items()}
+        return {name: {s: account_of(a) for s, a in own.items()} for name, own in newest.items()}
 
     def _path(self, number: int) -> Path:
         return self.folder / WINDOWS / f"{number:04d}.json"

@@ -17,7 +17,8 @@ from data_sources.load import load
 from envs.config import EnvConfig
 from envs.market import Market, NoSegment
 from evaluation.baselines import BASELINES
-from evaluation.exam import POLICY, examine
+from evaluation.exam import POLICY
+from evaluation.group_exam import examine_accounts
 from evaluation.open_walk import walk_on
 from runtime.files import free_bytes, make_folder
 from training.data_feed import data_request, holdout_start_ns, make_market
@@ -95,7 +96,7 @@ def _exam_seconds(trainer: Trainer, market: Market, start_ns: int, end_ns: int) 
         # The first one warms up.
         for segments in (1, min(TIMED_SEGMENTS, total)):
             with _Stopwatch() as watch:
-                examine(
+                examine_accounts(
                     trainer.policy, market, config, market.symbols, start_ns, end_ns, max_segments=segments
                 )
     except NoSegment:

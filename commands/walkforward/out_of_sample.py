@@ -18,6 +18,7 @@ from envs.config import EnvConfig
 from envs.features import FeatureStatistics
 from envs.market import Market, NoSegment
 from evaluation.baselines import BASELINES, BUY_AND_HOLD
+from evaluation.courses import symbols_of
 from evaluation.exam import POLICY, Walk
 from evaluation.forecasts import FITS, HORIZONS, TREES, BarTable, forecasts_of, targets_of
 from evaluation.measures import daily_growth, days_of_fills, trades_by_day
@@ -80,7 +81,7 @@ def trade(
         LakeError: the bars cannot be read.
         CheckpointError: a champion is of another version.
     """
-    symbols = list(dict.fromkeys([*who.newest.symbols, *(s for own in accounts.values() for s in own)]))
+    symbols = list(dict.fromkeys([*who.newest.symbols, *symbols_of(accounts)]))
     bars = _bars_until(window.end_ns, symbols, lake, settings)
     if not bars:
         return _row(window, who, {}, {}), accounts

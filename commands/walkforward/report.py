@@ -70,6 +70,11 @@ def notes_of(
         )
     if windows[-1].end_ns - windows[0].start_ns > sum(w.end_ns - w.start_ns for w in windows):
         notes.append("Weeks without a bar are left out.")
+    standing = results[-1]["accounts"].get(POLICY, {}) if results else {}
+    groups = {name: account["symbols"] for name, account in standing.items() if "symbols" in account}
+    notes += [f"{name.capitalize()}: {', '.join(symbols)}." for name, symbols in groups.items()]
+    if groups:
+        notes.append("A row of the symbols is an account over a group of them.")
     return notes
 
 

@@ -21,6 +21,7 @@ from envs.market import Market
 from evaluation import record
 from evaluation.exam import examine
 from evaluation.examiner import Exam
+from evaluation.group_exam import Group, examine_groups
 from evaluation.record_summary import headline_beside, summarize
 from evaluation.recorder import Recorder
 from monitoring.console import Console
@@ -43,8 +44,9 @@ class Stopping(Control):
 class Life:
     """Runs of a training on bars that grow; its champions always want one position."""
 
-    def __init__(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-        self.training = Training(folder, caplog)
+    def __init__(self, folder: Path, caplog: pytest.LogCaptureFixture, **changes: Any) -> None:
+        self.training = Training(folder, caplog, **changes)
+        self.settings = replace(SETTINGS, **changes)
         self.folder, self.bars = folder, self.training.bars
         self.statistics = self.training.trainer.env.market.statistics
         self.first_cutoff_ns = self.training.progress.cutoff_ns
@@ -68,7 +70,7 @@ class Life:
         """Begin a run; return the new lines of the record."""
         before = len(record.read(self.folder).lines)
         recorder = Recorder(self.folder, ALONE, self.control, **given)
-        recorder.update(self.market(cutoff_ns, bars), SETTINGS, cutoff_ns, "0123456789abcdef")
+        recorder.update(self.market(cutoff_ns, bars), self.settings, cutoff_ns, "0123456789abcdef")
         self.figures = recorder.figures
         kept = record.read(self.folder)
         assert not kept.faults
@@ -172,6 +174,33 @@ def test_revised_bars_are_told_once_and_the_score_stays_but_a_split_is_none(life
     assert event["kind"] == "revised" and event["symbols"] == {"AAA": [3]}
     assert [line["kind"] for line in life.run(life.day(5), revised)] == ["scored"]
     assert (life.folder / record.NAME).read_bytes().startswith(kept)
+
+
+def test_accounts_over_groups_have_a_record_that_knows_each_of_their_symbols(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger=LOGGER)
+    life = Life(tmp_path, caplog, account="pair", net_exposure=1.0)
+    life.crown("long", life.first_cutoff_ns)
+    scored = [line for days in (1.3, 2.0, 4.5) for line in life.run(life.day(days))][2:]
+    (whole,) = examine_groups(
+        life.training.trainer.full_policy(),
+        life.market(life.day(4.5)),
+        life.training.trainer.env.config,
+        [Group("group 1", ("AAA", "BBB"))],
+        life.first_cutoff_ns - MINUTE_NS,
+        life.day(4.5),
+    )["policy"]
+    assert 0 <= sum(line["decisions"] for line in scored) - len(whole.time) < SETTINGS.horizon
+    total = sum(line["symbols"]["group 1"]["log_return"] for line in scored)
+    account = record.read(tmp_path).accounts["policy"]["group 1"]
+    assert total == pytest.approx(account.log_equity, abs=1e-12) and all(account.units)
+    assert "new bars of 1 group, " in life.training.output
+    at = int(np.searchsorted(life.bars[0].open_time, life.day(1)))
+    close = np.where(np.arange(len(life.bars[0])) == at, life.bars[0].close * 1.0001, life.bars[0].close)
+    revised = [replace(life.bars[0], close=close, high=np.maximum(life.bars[0].high, close)), life.bars[1]]
+    event, _ = life.run(life.day(5), revised)
+    assert event["kind"] == "revised" and event["symbols"] == {"AAA": [3]}
 
 
 def test_a_walk_that_takes_too_long_ends_where_it_is_and_goes_on_with_the_next_run(

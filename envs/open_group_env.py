@@ -1,0 +1,153 @@
+"""OpenGroupEnv: accounts over groups that go on for as long as bars come; between two walks plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from envs.config import EnvConfig
+from envs.group_account import GroupState
+from envs.group_walk_env import GroupExamEnv
+from envs.market import Market
+from envs.open_env import SAME, LastStates, OpenAccount
+
+
+@dataclass(frozen=True)
+class OpenGroupAccount:
+    """One account over a group between two decisions, all of it: money as in ``GroupState``."""
+
+    symbols: tuple[str, ...]
+    next_ns: int  # the minute at whose end it decides next
+    mark_ns: int  # the minute of trading after it, when it stood there
+    opens: tuple[float, ...]  # of the newest bars at ``next_ns``
+    closes: tuple[float, ...]  # of the same
+    prices: tuple[float, ...]  # at ``mark_ns``, at which its equity was counted
+    cash: float
+    units: tuple[float, ...]
+    weight: tuple[float, ...]
+    choice: tuple[int, ...]
+    owed: float
+    log_equity: float
+    log_peak: float
+    alive: bool
+    played: float  # decisions in this episode
+    log_start: float  # log equity at the start of the episode
+
+
+AnyAccount = OpenAccount | OpenGroupAccount
+
+
+def account_of(values: Mapping[str, Any]) -> AnyAccount:
+    """Return the account that ``asdict`` made these values of, also where lists came back for tuples.
+
+    Raises:
+        TypeError: they are no account's.
+    """
+    if "symbols" not in values:
+        return OpenAccount(**values)
+    return _group_account(values)
+
+
+def _group_account(values: Mapping[str, Any]) -> OpenGroupAccount:
+    found: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return OpenGroupAccount(**found)
+
+
+class OpenGroupEnv(GroupExamEnv):
+    """A ``GroupExamEnv`` of one decision at a time, whose accounts begin where earlier ones stood.
+
+    It is to ``GroupExamEnv`` what ``OpenEnv`` is to ``ExamEnv``; a minute of the clock is what a bar is there. An
+    account without a position at its side in ``accounts`` is new and begins at its entry in ``starts``, which the
+    others ignore. Where the actions of a group are ``HOLD``, it trades nothing but what it may not hold.
+    """
+
+    def __init__(
+        self,
+        market: Market,
+        config: EnvConfig,
+        device: torch.device | str,
+        groups: Sequence[Sequence[str]],
+        starts: Sequence[int],
+        accounts: Sequence[OpenGroupAccount | None],
+        nets: Sequence[float],
+        flat_cost_bps: Sequence[float | None],
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        market, config = replace(market, horizon=1), replace(config, horizon=1)
+        starts = [
+            account.next_ns if account else start for start, account in zip(starts, accounts, strict=True)
+        ]
+        super().__init__(market, config, device, groups, starts, nets, flat_cost_bps, dtype)
+        self._symbols_of = [tuple(group) for group in groups]
+        self._last = LastStates()
+        self._holds = torch.zeros(self.num_groups, dtype=torch.bool, device=self.device)
+        for number, account in enumerate(accounts):
+            if account is not None:
+                self._place_account(number, account)
+
+    def _place_account(self, number: int, account: OpenGroupAccount) -> None:
+        """Put an account where it stood; one whose minute is gone, or begins a span, goes on in cash."""
+
+        def tensor(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=self.dtype, device=self.device)
+
+        for name, ours in self._account.named().items():
+            ours[number] = torch.as_tensor(getattr(account, name), dtype=ours.dtype, device=self.device)
+        self._played[number], self._began_at[number] = account.played, account.log_start
+        minute = self._schedule[0, number]
+        if int(self.grid.minutes[minute]) != account.next_ns:
+            return
+        self._minute[number] = minute
+        # The factor of a split since then: all prices agree on it, those of a revised bar do not.
+        before = torch.stack([tensor(prices) for prices in (account.opens, account.closes, account.prices)])
+        ratios = before / torch.stack(self._marks(self._groups[number], minute))
+        is_scaled = (ratios / ratios[0] - 1).abs().amax(0) < SAME
+        is_scaled &= self.grid.minutes[minute + 1] == account.mark_ns
+        self._account.units[number] *= torch.where(is_scaled, ratios[0], 1.0)
+
+    def _marks(self, symbol: Tensor, minute: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the newest bars' opens and closes at minutes, and prices at the next ones, (..., G) each."""
+        bar, after = (self.grid.bars_at(symbol, at[..., None]).clamp(min=0) for at in (minute, minute + 1))
+        is_new = self.market.open_time[after] == self.grid.minutes[minute + 1][..., None]
+        opens, closes = (self.market.quotes[bar, column].to(self.dtype) for column in (0, 1))
+        return opens, closes, torch.where(is_new, self.market.quotes[after, 0].to(self.dtype), closes)
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill decisions as ``GroupEnv.step``, (M,) int64; a group with a ``HOLD`` keeps what it holds."""
+        actions = actions.view_as(self._account.choice)
+        self._holds = (actions < 0).any(1)
+        return super().step(torch.where(self._holds[:, None], self._account.choice, actions).flatten())
+
+    def _weights(self, may_hold: Tensor) -> Tensor:
+        kept = self._account.weight.masked_fill(~may_hold, 0)
+        return torch.where(self._holds[:, None], kept, super()._weights(may_hold))
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        if self._round:
+            self._keep(self._schedule[self._round] < 0)
+        return super()._places()
+
+    def _keep(self, over: Tensor) -> list[Tensor]:
+        minute = self._schedule[self._round - 1] + 1
+        return self._last.keep(over, (*self._account.named().values(), self._played, self._began_at, minute))
+
+    def accounts(self) -> list[OpenGroupAccount]:
+        """Return every account as it is now; at least one decision must have been filled."""
+        *tensors, minute = self._keep(torch.zeros_like(self._over))
+        names = (*GroupState.__dataclass_fields__, "played", "log_start")
+        columns = dict(zip(names, tensors, strict=True))
+        columns["next_ns"], columns["mark_ns"] = self.grid.minutes[minute], self.grid.minutes[minute + 1]
+        marks = self._marks(self._groups, minute)
+        columns |= dict(zip(("opens", "closes", "prices"), marks, strict=True))
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        values = [dict(zip(columns, row, strict=True)) for row in rows]
+        return [
+            _group_account({"symbols": symbols, **own})
+            for symbols, own in zip(self._symbols_of, values, strict=True)
+        ]

@@ -1,0 +1,268 @@
+"""Courses: what accounts walk one decision at a time, each its symbol or all the symbols of a group.
+
+A walk that goes on and paper trading are the same for both; what differs is here.
+Shapes: P = contestants, K = accounts of each, G = symbols of an account (1, or a group's), R = decisions of the
+longest walk, W = width of the head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from envs.compiled import Decide
+from envs.config import EnvConfig
+from envs.market import Market, NoSegment
+from envs.open_env import OpenAccount, OpenEnv
+from envs.open_group_env import AnyAccount, OpenGroupAccount, OpenGroupEnv
+from evaluation.exam import Reader, Walk, play_segment, walks_of
+from evaluation.group_exam import (
+    Group,
+    group_walks_of,
+    groups_of,
+    index_of_prices,
+    nets_of,
+    play_group_segment,
+    read,
+    walkable,
+)
+from models.ensemble import Decider
+
+Accounts = Mapping[str, Mapping[str, AnyAccount]]  # contestant -> symbol or group -> account
+Read = Callable[[Tensor, Callable[[], None]], Tensor]
+
+
+class Course(ABC):
+    """The accounts of all contestants, under way. A place is a bar of a symbol, or a minute of a group."""
+
+    keys: Sequence[str]  # (K,) symbols, or the names of groups
+    env: OpenEnv | OpenGroupEnv
+    schedule: Tensor  # (R, K) int64, places to decide at, -1 for none
+    size: int  # G
+    first_bars: Tensor  # (K x G,) int64, each symbol's first bar
+
+    @abstractmethod
+    def times(self, places: Tensor) -> Tensor:
+        """Return when places (r, K) open, ns UTC; any time where there is none."""
+
+    @abstractmethod
+    def bars(self, places: Tensor) -> Tensor:
+        """Return the newest bars at places (r, K): (r, K x G)."""
+
+    @abstractmethod
+    def reader(self, policy: Decider, chunk_segments: int) -> Read:
+        """Return what reads places (r, K), in the order of the walk, for a policy's head: (r, K x G, W)."""
+
+    @abstractmethod
+    def play(self, decide: Decide, *inputs: Tensor) -> None:
+        """Play the decision that has begun; inputs (1, ...) each."""
+
+    @abstractmethod
+    def walks(self, names: Sequence[str]) -> dict[str, list[Walk]]:
+        """Return what was played."""
+
+    def accounts(self, names: Sequence[str]) -> dict[str, dict[str, AnyAccount]]:
+        """Return the accounts as they stand now."""
+        now = iter(self.env.accounts())
+        return {name: {key: account for key in self.keys if (account := next(now))} for name in names}
+
+
+class SymbolCourse(Course):
+    """Accounts of one symbol each."""
+
+    env: OpenEnv
+    size = 1
+
+    def __init__(
+        self,
+        market: Market,
+        config: EnvConfig,
+        symbols: Sequence[str],
+        names: Sequence[str],
+        start_of: Callable[[str], int],
+        accounts: Accounts,
+        flat_costs_bps: Sequence[float | None],
+    ) -> None:
+        """See ``course_of``."""
+        self.keys, self._horizon, self._market = symbols, config.horizon, market
+        standing = [accounts.get(name, {}).get(symbol) for name in names for symbol in symbols]
+        costs = _of_every_account(flat_costs_bps, len(symbols))
+        self.env = OpenEnv(
+            market,
+            config,
+            market.device,
+            [(symbol, start_of(symbol)) for _ in names for symbol in symbols],
+            [account if isinstance(account, OpenAccount) else None for account in standing],
+            flat_cost_bps=None if set(flat_costs_bps) == {None} else costs,
+        )
+        self.schedule = self.env.schedule[:, : len(symbols)].contiguous()
+        self._numbers = [market.symbols.index(symbol) for symbol in symbols]
+        self.first_bars = market.offsets[torch.tensor(self._numbers, device=market.device)]
+        self._played: list[NDArray[np.float64]] = []
+
+    def times(self, places: Tensor) -> Tensor:
+        """See ``Course``."""
+        return self._market.open_time[places.clamp(min=0)]
+
+    def bars(self, places: Tensor) -> Tensor:
+        """See ``Course``."""
+        return places.clamp(min=0)
+
+    def reader(self, policy: Decider, chunk_segments: int) -> Read:
+        """See ``Course``."""
+        own = Reader(policy, self._market, self._numbers, self._horizon, chunk_segments)
+        return lambda places, check_stop: own.read(places.T[None], check_stop)[0]
+
+    def play(self, decide: Decide, *inputs: Tensor) -> None:
+        """See ``Course``."""
+        self._played.append(play_segment(self.env, decide, inputs[0], inputs[1:]))
+
+    def walks(self, names: Sequence[str]) -> dict[str, list[Walk]]:
+        """See ``Course``."""
+        columns = list(np.concatenate(self._played, axis=1))
+        ahead = torch.arange(1, device=self._market.device)
+        schedule = self.schedule[: len(self._played)]
+        return walks_of(names, self.keys, self._market, schedule, ahead, columns)
+
+
+class GroupCourse(Course):
+    """Accounts of a group each; those without a minute to walk are left out."""
+
+    env: OpenGroupEnv
+
+    def __init__(
+        self,
+        market: Market,
+        config: EnvConfig,
+        groups: Sequence[Group],
+        names: Sequence[str],
+        start_of: Callable[[str], int],
+        accounts: Accounts,
+        flat_costs_bps: Sequence[float | None],
+    ) -> None:
+        """See ``course_of``."""
+        assert config.group is not None
+        self.size, self._horizon = config.group.size, config.horizon
+        first = next(iter(names))  # all contestants walk the same minutes
+        begins = []
+        for each in groups:
+            account = accounts.get(first, {}).get(each.name)
+            begins.append(account.next_ns if account else start_of(each.name))
+        found = walkable(market, self.size, groups, begins)
+        self._groups = [each for each, _ in found]
+        self.keys = [each.name for each in self._groups]
+        standing = [accounts.get(name, {}).get(key) for name in names for key in self.keys]
+        num_groups = len(self.keys)
+        self.env = OpenGroupEnv(
+            market,
+            config,
+            market.device,
+            [each.symbols for _ in names for each in self._groups],
+            [start for _ in names for _, start in found],
+            [account if isinstance(account, OpenGroupAccount) else None for account in standing],
+            nets_of(config.group, names, num_groups),
+            _of_every_account(flat_costs_bps, num_groups),
+        )
+        self.schedule = self.env.schedule[:, :num_groups].contiguous()
+        numbers = [[market.symbols.index(symbol) for symbol in each.symbols] for each in self._groups]
+        self._symbols = torch.tensor(numbers, device=market.device)
+        self.first_bars = market.offsets[self._symbols.flatten()]
+        self._played: list[NDArray[np.float64]] = []
+        self._prices: list[NDArray[np.float64]] = []
+
+    def times(self, places: Tensor) -> Tensor:
+        """See ``Course``."""
+        return self.env.grid.minutes[places.clamp(min=0)]
+
+    def bars(self, places: Tensor) -> Tensor:
+        """See ``Course``."""
+        # Groups that are done still need a minute that exists.
+        minutes = torch.where(places < 0, self.schedule[0], places)
+        return self.env.grid.bars_at(self._symbols, minutes[..., None]).clamp(min=0).flatten(1)
+
+    def reader(self, policy: Decider, chunk_segments: int) -> Read:
+        """See ``Course``."""
+        grid, horizon = self.env.grid, self._horizon
+        return lambda places, check_stop: read(
+            policy, grid, horizon, self._symbols, places.T[None].contiguous(), chunk_segments, check_stop
+        )[0]
+
+    def play(self, decide: Decide, *inputs: Tensor) -> None:
+        """See ``Course``."""
+        self._played.append(play_group_segment(self.env, decide, inputs[0], inputs[1:]))
+        self._prices.append(index_of_prices(self.env, len(self.keys)))
+
+    def walks(self, names: Sequence[str]) -> dict[str, list[Walk]]:
+        """See ``Course``."""
+        columns = list(np.concatenate(self._played, axis=1))
+        schedule, prices = self.schedule[: len(self._played)], np.concatenate(self._prices)
+        return group_walks_of(names, self._groups, self.env, schedule, columns, prices)
+
+
+def course_of(
+    market: Market,
+    config: EnvConfig,
+    keys: Sequence[str] | Sequence[Group],
+    names: Sequence[str],
+    start_of: Callable[[str], int],
+    accounts: Accounts,
+    flat_costs_bps: Sequence[float | None] | None = None,
+) -> Course:
+    """Return the course of these accounts, where they stood.
+
+    Args:
+        market: has the bars to walk.
+        config: of the accounts, with the horizon of the training.
+        keys: symbols, or the groups of accounts over groups.
+        names: of the contestants.
+        start_of: a symbol or group without an account begins with money 1 at this time, ns UTC.
+        accounts: as they stood.
+        flat_costs_bps: of each contestant, in place of fees and slippage of all kinds; None keeps those.
+
+    Raises:
+        NoSegment: there is nothing to walk.
+    """
+    kind: type[SymbolCourse] | type[GroupCourse] = GroupCourse if config.group else SymbolCourse
+    costs = [None] * len(names) if flat_costs_bps is None else flat_costs_bps
+    return kind(market, config, keys, names, start_of, accounts, costs)  # type: ignore[arg-type]
+
+
+def keys_of(
+    market: Market, config: EnvConfig, symbols: Sequence[str], accounts: Accounts
+) -> Sequence[str] | list[Group]:
+    """Return what has an account each: the symbols, or the groups of accounts that stand, and of other symbols.
+
+    Raises:
+        NoSegment: there are too few symbols for a group.
+    """
+    if config.group is None:
+        return symbols
+    standing = {
+        key: Group(key, account.symbols)
+        for own in accounts.values()
+        for key, account in own.items()
+        if isinstance(account, OpenGroupAccount)
+    }
+    try:
+        return groups_of(market, config.group.size, symbols, list(standing.values()))
+    except ValueError as error:
+        raise NoSegment(str(error)) from error
+
+
+def symbols_of(accounts: Accounts) -> list[str]:
+    """Return the symbols of all accounts, each once."""
+    found = (
+        account.symbols if isinstance(account, OpenGroupAccount) else (key,)
+        for own in accounts.values()
+        for key, account in own.items()
+    )
+    return list(dict.fromkeys(symbol for symbols in found for symbol in symbols))
+
+
+def _of_every_account(costs: Sequence[float | None], count: int) -> list[float | None]:
+    return [cost for cost in costs for _ in range(count)]
