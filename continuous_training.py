@@ -134,6 +134,7 @@ class Settings:
     clip_coef: float = 0.2  # the ratio of new to old probability counts within 1 -/+ this
     entropy_coef: float = 0.01  # weight of the entropy bonus
     value_coef: float = 0.5  # weight of the value loss
+    forecast_coef: float = 0.0  # weight of the loss of auxiliary forecasts of the market ahead; 0: none
     # --- runs ---------------------------------------------------------------------------------------------
     epochs: int = 200  # epochs per run; an epoch is one segment per account and its update
     runs: int | None = None  # stop after this many runs, including those of earlier starts; not set: never

@@ -72,7 +72,7 @@ def measure(
 
         model.register_comm_hook(None, noted)
         bars = torch.randn(SEGMENTS, CONTEXT + HORIZON, FEATURES, device=ranks.device)
-        accounts, targets = zeros_of(policy, SEGMENTS, HORIZON, ranks.device)
+        accounts, targets = zeros_of(objective, SEGMENTS, HORIZON)
         for number in range(WARM_UP + repetitions):
             total = model(bars, accounts, targets, targets.valid.numel()).total
             ready.clear()

@@ -43,11 +43,12 @@ from data_sources.load import load
 from data_sources.progress import WarningCollector
 from data_sources.refresh import refresh
 from data_sources.vendors.files_find import Folder
+from envs.ahead import HORIZONS
 from envs.config import EnvConfig
 from envs.market import Market
 from evaluation.baselines import ALWAYS_FLAT, BASELINES
 from evaluation.exam import POLICY, Walk, examine
-from evaluation.forecasts import FITS, HORIZONS, BarTable, forecasts_of, targets_of
+from evaluation.forecasts import FITS, BarTable, forecasts_of, targets_of
 from evaluation.measures import Margin, jsonable, margin
 from evaluation.probe import EMBARGO_NS, cut_days, judge
 from evaluation.provenance import day_of

@@ -18,6 +18,7 @@ from envs.market import NoSegment
 from evaluation import champion, ledger
 from evaluation.baselines import ALWAYS_FLAT, BUY_AND_HOLD, MOMENTUM
 from evaluation.exam import CHAMPION, POLICY, Contestants, Walk, examine
+from evaluation.forecast_exam import forecast_figures
 from evaluation.group_exam import examine_groups, groups_of
 from evaluation.measures import Margin, Measures, margin, measure
 from evaluation.parts import Part, PartFailed, Stopped, TooLong, join, on_every_rank, symbols_of
@@ -138,6 +139,8 @@ class Examiner:
                 self._ranks.any(False)
             return Exam()
         exam = self._conclude(trainer, fingerprint, plan, parts, began)
+        if exam.figures:
+            exam.figures.update(forecast_figures(trainer, plan.start_ns))
         self._ranks.any(False)
         return exam
 

@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from envs.ahead import HORIZONS, LARGEST_MOVE
 from envs.market import Market
 
-HORIZONS = (1, 5, 15, 60)  # bars
 RIDGE, TREES = "ridge", "trees"
 PENALTY = 0.01  # of ridge, per row, on coefficients of features with variance 1
-LARGEST_MOVE = 8.0  # volatilities; larger ones count as this
 CHUNK_ROWS = 1 << 16
 MOST_TREE_ROWS = 500_000  # of a fit; of more, every second, third ... row
 NUM_TREES, LEAST_LEAF_ROWS = 150, 500

@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from data_sources.bars import DAY_NS
+from envs.ahead import HORIZONS
 from envs.config import EnvConfig
 from envs.market import Market
-from evaluation.forecasts import FITS, HORIZONS, BarTable, Fit, forecasts_of, targets_of
+from evaluation.forecasts import FITS, BarTable, Fit, forecasts_of, targets_of
 from evaluation.measures import (
     SESSION_SHIFT,
     Interval,

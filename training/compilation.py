@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from envs.ahead import HORIZONS
 from envs.group_env import GroupEnv
 from envs.trading_env import TradingEnv
 from models.policy import Policy
@@ -48,10 +49,10 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
     out_of_memory = ""
     failure: Exception | None = None
     try:
-        moments = [torch.empty_like(p) for p in policy.parameters() for _ in range(2)]
+        moments = [torch.empty_like(p) for _, p in objective.learnt() for _ in range(2)]
         num_features = policy.trunk.config.num_features
         bars = torch.zeros(num_segments, context_bars + horizon + 1, num_features, device=device)
-        accounts, targets = zeros_of(policy, num_segments, horizon, device)
+        accounts, targets = zeros_of(objective, num_segments, horizon)
         with _alone(policy):
             with torch.no_grad():
                 policy.encode(bars, horizon + 1)
@@ -64,22 +65,26 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
         raise
     except CompilerErrors as error:
         failure = error
-    policy.zero_grad()
+    objective.zero_grad()
     _raise_together(out_of_memory, ranks)
     if failure:
         raise failure
 
 
-def zeros_of(policy: Policy, num_segments: int, horizon: int, device: torch.device) -> tuple[Tensor, Targets]:
+def zeros_of(objective: Objective, num_segments: int, horizon: int) -> tuple[Tensor, Targets]:
     """Make account observations and targets of one micro-batch."""
-    head, by_decision = policy.head, (num_segments, horizon)
+    head, by_decision = objective.policy.head, (num_segments, horizon)
+    device = head.logits.weight.device
     accounts = torch.zeros(*by_decision, head.account.in_features, device=device)
     shape = *by_decision, head.logits.out_features
     # Separate tensors: the compiler specialises on one tensor in two places.
     log_policy, weights, advantages = (torch.zeros(shape, device=device) for _ in range(3))
     returns = torch.zeros(by_decision, device=device)
     valid = torch.zeros(by_decision, device=device, dtype=torch.bool)
-    return accounts, Targets(log_policy, weights, advantages, returns, valid)
+    targets = Targets(log_policy, weights, advantages, returns, valid)
+    if objective.forecaster is not None:
+        targets.ahead = torch.zeros(*by_decision, 2, len(HORIZONS), device=device)
+    return accounts, targets
 
 
 def compile_objective(

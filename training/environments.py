@@ -11,6 +11,7 @@ from envs.config import EnvConfig
 from envs.group_env import GroupEnv
 from envs.market import Market
 from envs.trading_env import TradingEnv
+from models.forecaster import Forecaster
 from models.policy import Policy
 from runtime.control import EXIT_NO_DATA, ExitProgram
 from training.group_rollout import collect_groups
@@ -49,6 +50,7 @@ def play_segment(
     less_market: bool = False,
     feature_noise: float = 0.0,
     own_reward: RewardFunction | None = None,
+    forecaster: Forecaster | None = None,
 ) -> Rollout:
     """Play one segment in every environment, see ``rollout.collect``; of groups, a row per symbol.
 
@@ -57,5 +59,5 @@ def play_segment(
     """
     terms = generator, chunk_segments, greedy, hindsight, reward_scale
     if isinstance(env, GroupEnv):
-        return collect_groups(env, policy, *terms, feature_noise)
-    return collect(env, policy, *terms, less_market, feature_noise, own_reward)
+        return collect_groups(env, policy, *terms, feature_noise, forecaster)
+    return collect(env, policy, *terms, less_market, feature_noise, own_reward, forecaster)

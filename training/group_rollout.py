@@ -15,12 +15,13 @@ import math
 import torch
 from torch import Tensor
 
+from envs.ahead import moves_ahead
 from envs.group_account import GroupState, advance_group
 from envs.group_env import GroupEnv, GroupTrajectory
+from models.forecaster import Forecaster
 from models.policy import Policy
-from runtime.control import heartbeat
 from training.hindsight import Hindsight
-from training.rollout import REWARD_LIMIT, Rollout, add_noise
+from training.rollout import REWARD_LIMIT, Rollout, add_noise, encode
 
 SLOTS_AT_ONCE = 64  # whose every choice is valued at once: bounds the memory of (T, K, K, G) for each
 
@@ -35,6 +36,7 @@ def collect_groups(
     hindsight: bool = False,
     reward_scale: float = 1.0,
     feature_noise: float = 0.0,
+    forecaster: Forecaster | None = None,
 ) -> Rollout:
     """Play one segment in every group; arguments as of ``rollout.collect``.
 
@@ -43,11 +45,8 @@ def collect_groups(
     config, group = env.config, env.group
     horizon, slots = config.horizon, config.num_envs
     bars = add_noise(env.begin_segment(), feature_noise, generator)
-    parts = []
-    for part in bars.split(chunk_segments):
-        heartbeat()
-        parts.append(policy.encode(part, horizon + 1))
-    projected = torch.cat(parts)
+    projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster)
+    came = None if forecaster is None else moves_ahead(env.market, _newest_bars(env))
     noise = torch.rand(slots, horizon, len(config.positions), generator=generator, device=bars.device)
     noise = torch.zeros_like(noise) if greedy else -(-noise.clamp_(1e-7, 1 - 1e-7).log()).log()
     by_time = (tensor.transpose(0, 1).contiguous() for tensor in (projected[:, :-1], noise))
@@ -100,7 +99,16 @@ def collect_groups(
         by_slot(played.alive) & is_decided,
         policy.head.decide(projected[:, horizon], after)[1],
         seen,
+        forecasts,
+        came,
     )
+
+
+def _newest_bars(env: GroupEnv) -> Tensor:
+    """Return the bar that came with each minute of the segment that begins, (M, T) int64; -1 where none did."""
+    steps = torch.arange(-1, env.config.horizon, device=env.device)
+    bars = env.grid.bars_at(env.symbols[..., None], (env.minute[:, None] + steps)[:, None]).flatten(0, 1)
+    return torch.where(bars[:, 1:] != bars[:, :-1], bars[:, 1:], -1)
 
 
 def value_every_choice(env: GroupEnv, played: GroupTrajectory, rows: slice) -> tuple[Tensor, Tensor]:

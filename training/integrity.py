@@ -102,8 +102,8 @@ class Inspector:
 
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
         self._objective, self._ranks = objective, ranks
-        self._names = [name for name, _ in objective.policy.named_parameters()]
-        shards = [hasattr(parameter, "to_local") for parameter in objective.policy.parameters()]
+        self._names = [name for name, _ in objective.learnt()]
+        shards = [hasattr(parameter, "to_local") for _, parameter in objective.learnt()]
         self._replicated = [not is_shard for is_shard in shards]
         self._unstable: set[str] | None = None  # what no rank computes twice alike; None: not known yet
 
@@ -166,7 +166,7 @@ class Inspector:
     def _compute(self, sample: Sample) -> list[int]:
         bars, accounts, targets = sample
         bars = bars.clone().requires_grad_()
-        parameters = list(self._objective.policy.parameters())
+        parameters = [parameter for _, parameter in self._objective.learnt()]
         # Not by a call: hooks on the objective are the training's.
         losses = self._objective.forward(bars, accounts, targets, targets.valid.numel())
         if is_sharded(self._objective.policy):  # its gradients exist only where a backward reduces them

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from runtime.control import heartbeat
 from training.distributed import Ranks
+from training.forecasts import NAMES, rank_correlations
 from training.hindsight import hindsight_advantages
 from training.integrity import Inspector, Sample, Seal, sample_of
 from training.losses import Losses, Objective, Targets, advantages_and_returns
@@ -43,12 +44,15 @@ class Learner:
         self.minibatch_segments = minibatch_segments(settings, ranks.world_size)
         self.parallel = parallelize(objective, ranks, settings.parallel == "fsdp")
         # Matrices decay, gains and biases do not (the usual rule of transformer training).
-        matrices = [p for p in self.parallel.parameters if p.dim() >= 2]
-        vectors = [p for p in self.parallel.parameters if p.dim() < 2]
+        num_own = len(list(self.policy.parameters()))
+        own, others = self.parallel.parameters[:num_own], self.parallel.parameters[num_own:]
+        self._objective = objective
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
+                {"params": [p for p in own if p.dim() >= 2], "weight_decay": settings.weight_decay},
+                {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
+                # Last, so that a training may begin or end to learn forecasts.
+                *([{"params": others, "weight_decay": 0.0}] if others else []),
             ],
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
@@ -108,7 +112,7 @@ class Learner:
         """
         targets, explained_variance = self._targets(rollout)
         self._sample = sample_of(rollout.bars, rollout.accounts, targets, self.micro_batch_segments)
-        statistics = _Statistics(rollout.actions.device)
+        statistics = _Statistics(rollout.actions.device, has_forecasts=rollout.ahead is not None)
         self.stopped_at, steps = None, 0
         if resume_from:
             steps = resume_from["steps"]
@@ -132,6 +136,7 @@ class Learner:
                 statistics.freeze_first()
         return {
             **statistics.average(self.ranks),
+            **self._forecast_figures(rollout),
             "ppo/explained_variance": explained_variance,
             "learning_rate": rate,
         }
@@ -205,7 +210,7 @@ class Learner:
             weights = rollout.log_policy.exp()
         returns = returns.clamp(-RETURN_LIMIT, RETURN_LIMIT)
         self.by_segment = self._sum_up(rollout, returns)
-        targets = Targets(rollout.log_policy, weights, advantages, returns, rollout.valid)
+        targets = Targets(rollout.log_policy, weights, advantages, returns, rollout.valid, rollout.ahead)
         return targets, self._explained_variance(rollout, returns)
 
     def _sum_up(self, rollout: Rollout, returns: Tensor) -> Tensor:
@@ -251,6 +256,14 @@ class Learner:
         error_variance = error_squares / count - (error_sum / count).square()
         return 1.0 - error_variance / target_variance.clamp(min=1e-12)
 
+    def _forecast_figures(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Return how well the forecasts of the rollout rank what came, a mean over ranks (all ranks)."""
+        if rollout.forecasts is None or rollout.ahead is None:
+            return {}
+        columns = (values.flatten(0, 1).flatten(1) for values in (rollout.forecasts, rollout.ahead))
+        means = self.ranks.sum(rank_correlations(*columns)) / self.ranks.world_size
+        return dict(zip(NAMES, means.unbind(), strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a restart needs beside the weights, the same for replicated and sharded models (all ranks).
 
@@ -258,14 +271,25 @@ class Learner:
         """
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = self._moments(optimizer["state"], self.parallel.unshard)
-        return {"optimizer": optimizer, "optimizer_steps": self.optimizer_steps}
+        state = {"optimizer": optimizer, "optimizer_steps": self.optimizer_steps}
+        if forecaster := self._objective.forecaster:
+            state["forecaster"] = forecaster.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``. Rates and decay come from the settings, not from the file."""
+        """Restore ``state_dict``. Rates and decay come from the settings, not from the file.
+
+        Forecasts that were not learnt before begin fresh; those that are not learnt any more are dropped.
+        """
+        if (forecaster := self._objective.forecaster) and "forecaster" in state:
+            forecaster.load_state_dict(state["forecaster"])
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        optimizer = state["optimizer"]
-        moments = self._moments(optimizer["state"], self.parallel.shard)
-        self.optimizer.load_state_dict({**optimizer, "state": moments})
+        ours, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]
+        both = [*saved["param_groups"][: len(ours)], *ours[len(saved["param_groups"]) :]]
+        kept = {number for group in both for number in group["params"]}
+        known = {number: moments for number, moments in saved["state"].items() if number in kept}
+        moments = self._moments(known, self.parallel.shard)
+        self.optimizer.load_state_dict({"param_groups": both, "state": moments})
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
         self.optimizer_steps = int(state["optimizer_steps"])
@@ -285,10 +309,18 @@ class Learner:
 class _Statistics:
     """Diagnostics of one update, added up on the device."""
 
-    NAMES = ("loss/policy", "loss/value", "loss/entropy", "ppo/approx_kl", "ppo/clip_fraction")
+    NAMES = (
+        "loss/policy",
+        "loss/value",
+        "loss/entropy",
+        "ppo/approx_kl",
+        "ppo/clip_fraction",
+        "loss/forecast",  # where forecasts are learnt
+    )
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES), device=device, dtype=torch.float64)
+    def __init__(self, device: torch.device, has_forecasts: bool) -> None:
+        num_figures = len(self.NAMES) - (not has_forecasts)
+        self.sums = torch.zeros(num_figures, device=device, dtype=torch.float64)
         self.norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
         self.first_kl = torch.zeros((), device=device, dtype=torch.float64)
@@ -305,7 +337,8 @@ class _Statistics:
 
     def add(self, losses: Losses) -> None:
         """Add one micro-batch."""
-        parts = (losses.policy, losses.value, losses.entropy, losses.approx_kl, losses.clip_fraction)
+        parts = [losses.policy, losses.value, losses.entropy, losses.approx_kl, losses.clip_fraction]
+        parts += [] if losses.forecast is None else [losses.forecast]
         self.sums += torch.stack(parts).detach()
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
@@ -323,7 +356,7 @@ class _Statistics:
         steps = max(1, self.steps)
         means = ranks.sum(torch.cat((self.sums / steps, self.first_kl[None]))) / ranks.world_size
         return {
-            **dict(zip((*self.NAMES, "ppo/first_kl"), means.unbind(), strict=True)),
+            **dict(zip((*self.NAMES[: len(self.sums)], "ppo/first_kl"), means.unbind(), strict=True)),
             # Gradients are all-reduced, so these are the same on every rank.
             "ppo/grad_norm": self.norm / (steps - self.skipped).clamp(min=1.0),
             "ppo/skipped_steps": self.skipped,

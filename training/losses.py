@@ -6,13 +6,16 @@ Shapes: N = environments on this GPU, T = horizon (decisions per rollout), K = t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from envs.ahead import HORIZONS
+from models.forecaster import Forecaster
 from models.policy import Policy
+from training.forecasts import forecast_loss
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -63,6 +66,7 @@ class Losses:
     entropy: Tensor
     approx_kl: Tensor
     clip_fraction: Tensor
+    forecast: Tensor | None = None  # where forecasts are learnt
 
 
 @dataclass
@@ -74,10 +78,12 @@ class Targets:
     advantages: Tensor  # (..., K), normalised over the whole rollout
     returns: Tensor  # (...)
     valid: Tensor  # (...) bool; False after a ruin, when there was no decision
+    ahead: Tensor | None = None  # (..., 2, horizons), see envs.ahead; None where no forecasts are learnt
 
     def __getitem__(self, rows: Tensor) -> Targets:
         """Return the targets of some segments."""
-        return Targets(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        columns = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return Targets(**{name: column[rows] for name, column in columns if column is not None})
 
 
 def ppo_losses(
@@ -122,7 +128,16 @@ class Objective(nn.Module):
         super().__init__()
         self.policy = policy
         self.settings = settings
+        self.forecaster: Forecaster | None = None
+        if settings.forecast_coef:
+            device = policy.head.logits.weight.device
+            self.forecaster = Forecaster(policy.trunk.config.d_model, len(HORIZONS), device)
         self.hindsight_is_compiled = False  # see compilation.compile_hindsight
+
+    def learnt(self) -> list[tuple[str, nn.Parameter]]:
+        """Return name and weight of everything that is learnt: the policy's, then those that only training has."""
+        own = [] if self.forecaster is None else list(self.forecaster.named_parameters(prefix="forecaster"))
+        return [*self.policy.named_parameters(), *own]
 
     def forward(self, bars: Tensor, accounts: Tensor, targets: Targets, num_decisions: int) -> Losses:
         """Evaluate one micro-batch.
@@ -145,4 +160,10 @@ class Objective(nn.Module):
         """Return the losses of the decisions that follow from the trunk's output (B, T, D); ``divisor`` is ()."""
         head = self.policy.head
         logits, values = head.decide(head.project(hidden), accounts)
-        return ppo_losses(logits, values, targets, divisor, self.settings)
+        losses = ppo_losses(logits, values, targets, divisor, self.settings)
+        if self.forecaster is None:
+            return losses
+        assert targets.ahead is not None
+        forecast = forecast_loss(self.forecaster(hidden), targets.ahead, divisor)
+        total = losses.total + self.settings.forecast_coef * forecast
+        return replace(losses, total=total, forecast=forecast.detach())

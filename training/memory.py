@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from envs.ahead import HORIZONS
 from envs.features import chosen_features
 from models.policy import Policy, precision_on
 from training.distributed import Ranks
@@ -59,6 +60,7 @@ class MemoryNeeds:
     precision: str  # of the trunk
     market_bytes: int
     num_heads: int = 1
+    num_forecasts: int = 0
     shards: int = 1  # ranks among which the trunk's weights are divided
     replicas: int = 1  # ranks that hold all weights, and average their gradients
     own: OwnNeeds | None = None  # of a model of one's own; its activations are never computed twice
@@ -73,7 +75,7 @@ class MemoryNeeds:
             bars_setting = "simulated_symbols"
         policy = policy_without_memory(settings)
         return MemoryNeeds(
-            num_parameters=policy.num_parameters(),
+            num_parameters=num_parameters(settings),
             d_model=settings.d_model,
             num_layers=settings.num_layers,
             context_bars=settings.context_bars,
@@ -84,6 +86,7 @@ class MemoryNeeds:
             precision=precision,
             market_bytes=market_bytes,
             num_heads=settings.num_heads,
+            num_forecasts=num_forecasts(settings),
             shards=world_size if settings.parallel == "fsdp" else 1,
             replicas=1 if settings.parallel == "fsdp" else world_size,
             own=needs_of(policy, settings.context_bars + settings.horizon),
@@ -144,7 +147,8 @@ class MemoryNeeds:
     def rollout_bytes(self) -> int:
         """Everything that a rollout keeps of its decisions, and their valuation in float64."""
         width = min(256, self.d_model)
-        per_decision = 8 * width + 32 * self.num_positions**2 + 512
+        # Forecasts and what came: both, and what they are ranked by in float64.
+        per_decision = 8 * width + 32 * self.num_positions**2 + 512 + 128 * self.num_forecasts
         return self.envs_per_gpu * (self.horizon + 1) * per_decision
 
     @property
@@ -310,14 +314,20 @@ def plan(needs: MemoryNeeds, memory_bytes: int | None, micro_batch_segments: int
 
 
 def num_parameters(settings: Settings) -> int:
-    """Count the policy's weights without allocating them."""
-    return policy_without_memory(settings).num_parameters()
+    """Count the weights that are learnt without allocating them."""
+    heads = num_forecasts(settings) * (settings.d_model + 1)
+    return policy_without_memory(settings).num_parameters() + heads
 
 
 def policy_without_memory(settings: Settings) -> Policy:
     """Make a new policy on the device meta, where weights have shapes only."""
     with torch.device("meta"):
         return Policy.from_sizes(policy_sizes(settings, len(chosen_features(settings.features))))
+
+
+def num_forecasts(settings: Settings) -> int:
+    """Return how many forecasts of the market ahead are learnt at every decision."""
+    return 2 * len(HORIZONS) if settings.forecast_coef else 0
 
 
 def gpu_memory(device: torch.device) -> int:

@@ -24,7 +24,7 @@ class Parallel(Protocol):
     """The interface of both, as the learner uses it."""
 
     objective: nn.Module  # called like an Objective
-    parameters: list[nn.Parameter]  # of this rank's optimizer, in the policy's order
+    parameters: list[nn.Parameter]  # of this rank's optimizer, in the order of Objective.learnt
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of one forward and backward; gradients are averaged after the last."""
@@ -97,7 +97,7 @@ class Replicated:
 
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
         self.policy = objective.policy
-        self.parameters = list(self.policy.parameters())
+        self.parameters = [parameter for _, parameter in objective.learnt()]
         self.objective: nn.Module = objective
         if ranks.world_size > 1:
             device_ids = [ranks.device] if ranks.device.type == "cuda" else None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from envs.ahead import moves_ahead
 from envs.counterfactuals import (
     accounts_in_every_position,
     held_index,
@@ -22,6 +23,7 @@ from envs.counterfactuals import (
     outcome_of_every_choice,
 )
 from envs.trading_env import TradingEnv
+from models.forecaster import Forecaster
 from models.policy import Policy
 from runtime.control import heartbeat
 from training.hindsight import Hindsight
@@ -46,6 +48,8 @@ class Rollout:
     valid: Tensor  # (N, T) bool, False after a ruin
     next_value: Tensor  # (N,) value after the last decision
     hindsight: Hindsight | None = None
+    forecasts: Tensor | None = None  # (N, T, 2, horizons), where they are learnt, by the weights that played
+    ahead: Tensor | None = None  # (N, T, 2, horizons) what came, see envs.ahead
 
     @property
     def num_segments(self) -> int:
@@ -105,6 +109,7 @@ def collect(
     less_market: bool = False,
     feature_noise: float = 0.0,
     own_reward: RewardFunction | None = None,
+    forecaster: Forecaster | None = None,
 ) -> Rollout:
     """Play one segment in every environment.
 
@@ -120,6 +125,7 @@ def collect(
             ``Segment.market_rewards``.
         feature_noise: see ``add_noise``.
         own_reward: of training/own_reward.py, in place of log growth.
+        forecaster: heads whose forecasts are kept beside what came.
 
     Raises:
         ValueError: the market of such rewards has no ``others_growth``.
@@ -127,13 +133,10 @@ def collect(
     config = env.config
     horizon = config.horizon
     bars = add_noise(env.begin_segment(), feature_noise, generator)  # (N, C + T + 1, F)
-    # T decisions, and the bar after the last one for the bootstrap value.
-    parts = []
-    for part in bars.split(chunk_segments):
-        heartbeat()  # a large model takes minutes for a rollout on a CPU
-        parts.append(policy.encode(part, horizon + 1))
-    projected = torch.cat(parts)
-    del parts  # a second copy of the same
+    projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster)
+    ahead = None
+    if forecaster is not None:  # known already, since the market does not react; no decision sees it
+        ahead = moves_ahead(env.market, env.cursor[:, None] + torch.arange(horizon, device=bars.device))
     fills = env.segment.fills_ahead() if hindsight else None
 
     # Gumbel noise of all decisions in one draw.
@@ -191,7 +194,28 @@ def collect(
         valid,
         next_value,
         seen,
+        forecasts,
+        ahead,
     )
+
+
+def encode(
+    policy: Policy, bars: Tensor, horizon: int, chunk_segments: int, forecaster: Forecaster | None
+) -> tuple[Tensor, Tensor | None]:
+    """Run the trunk over segments (N, C + T + 1, F), a chunk at a time.
+
+    Returns:
+        The market's part of the head at T decisions, and at the bar after the last one for the bootstrap value,
+        (N, T + 1, W); and the forecasts at the decisions, (N, T, 2, horizons), where there is a forecaster.
+    """
+    projected, forecasts = [], []
+    for part in bars.split(chunk_segments):
+        heartbeat()  # a large model takes minutes for a rollout on a CPU
+        hidden = policy.hidden(part, horizon + 1)
+        projected.append(policy.head.project(hidden))
+        if forecaster is not None:
+            forecasts.append(forecaster(hidden[:, :-1]))
+    return torch.cat(projected), torch.cat(forecasts) if forecasts else None
 
 
 def _positions_of(env: TradingEnv, accounts: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

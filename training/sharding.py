@@ -150,7 +150,7 @@ class Sharded:
         self._ranks = ranks
         if not isinstance(self.policy.trunk, FSDPModule):
             shard_policy(self.policy, ranks)
-        parameters = list(self.policy.parameters())
+        parameters = [parameter for _, parameter in objective.learnt()]
         # The optimizer gets plain tensors over the same memory: its fused kernel takes no others.
         self.parameters = [nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in parameters]
         pairs = list(zip(self.parameters, parameters, strict=True))
@@ -162,7 +162,7 @@ class Sharded:
         return nullcontext()
 
     def gradients(self) -> tuple[list[Tensor], Tensor]:
-        """Trunk: this rank's shard, averaged by FSDP. Head: averaged here."""
+        """Trunk: this rank's shard, averaged by FSDP. Heads: averaged here."""
         trunk = []
         for local, parameter in self._sharded.values():
             assert isinstance(parameter.grad, DTensor)

@@ -222,6 +222,7 @@ class Trainer:
             less_market=settings.reward == "less market",
             feature_noise=settings.feature_noise,
             own_reward=self._own_reward,
+            forecaster=self.objective.forecaster,
         )
 
     def _own_state(self) -> dict[str, Any]:
@@ -240,7 +241,8 @@ class Trainer:
             learner.minibatch_segments,
             settings.update_passes,
         ]
-        return [self.ranks.world_size, self.ranks.device.type, settings.advantages, *sizes]
+        more = ["forecasts"] if settings.forecast_coef else []
+        return [self.ranks.world_size, self.ranks.device.type, settings.advantages, *sizes, *more]
 
     def _restore_update(self, states: list[dict[str, Any]]) -> None:
         """Resume an interrupted update, on all ranks or on none (all ranks take part).

@@ -70,6 +70,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "clip_coef": (0, 10),
     "entropy_coef": (0, 100),
     "value_coef": (0, 1_000),
+    "forecast_coef": (0, 1_000),
     "epochs": (1, 10**9),
     "runs": (1, 10**9),
     "checkpoint_every": (1, 10**9),

@@ -14,13 +14,14 @@ from commands.walkforward.schedule import Window
 from data_sources.bars import DAY_NS, MINUTE_NS, Bars
 from data_sources.lake.lake import Lake
 from data_sources.load import load
+from envs.ahead import HORIZONS
 from envs.config import EnvConfig
 from envs.features import FeatureStatistics
 from envs.market import Market, NoSegment
 from evaluation.baselines import BASELINES, BUY_AND_HOLD
 from evaluation.courses import symbols_of
 from evaluation.exam import POLICY, Walk
-from evaluation.forecasts import FITS, HORIZONS, TREES, BarTable, forecasts_of, targets_of
+from evaluation.forecasts import FITS, TREES, BarTable, forecasts_of, targets_of
 from evaluation.measures import daily_growth, days_of_fills, trades_by_day
 from evaluation.open_walk import walk_on
 from evaluation.plots import FIRST

@@ -15,9 +15,10 @@ from commands import probe_command
 from commands.probe import chosen_models, parse_costs
 from continuous_training import Settings
 from data_sources.bars import DAY_NS, MINUTE_NS, Bars
+from envs.ahead import HORIZONS
 from envs.market import Market
 from evaluation import forecasts
-from evaluation.forecasts import HORIZONS, BarTable, Moments, fit_ridge, fit_trees, targets_of
+from evaluation.forecasts import BarTable, Moments, fit_ridge, fit_trees, targets_of
 from evaluation.probe import EMBARGO_NS, Probe, cut_days, probe, rank_correlation, walk_forward
 from evaluation.stale_opens import stale_opens
 from runtime.control import EXIT_NO_DATA, EXIT_SETTING, ExitProgram

@@ -68,7 +68,9 @@ class WindowLearner(Learner):
     def decisions(self, rollout: Rollout) -> tuple[Targets, Tensor, Tensor]:
         """Return targets (N * T, ...), windows (N * T, C, F) and accounts (N * T, 1, A) of all decisions."""
         targets, _ = self._targets(rollout)
-        flat = Targets(**{name: value.flatten(0, 1) for name, value in vars(targets).items()})
+        flat = Targets(
+            **{name: value.flatten(0, 1) for name, value in vars(targets).items() if value is not None}
+        )
         context = rollout.bars.shape[1] - rollout.horizon
         windows = rollout.bars[:, 1:].unfold(1, context, 1).transpose(2, 3)
         return flat, windows.flatten(0, 1), rollout.accounts.flatten(0, 1)[:, None]

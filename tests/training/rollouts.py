@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from continuous_training import Settings
+from envs.ahead import HORIZONS
 from envs.market import Market
 from envs.trading_env import TradingEnv
 from models.policy import Policy
@@ -56,12 +57,14 @@ def small_learner(
     micro: int = 2,
     passes: int = 2,
     sharded: bool = False,
+    forecast_coef: float = 0.0,
 ) -> Learner:
     settings = replace(
         SETTINGS,
         batch_size=minibatch * HORIZON * ranks.world_size,
         update_passes=passes,
         parallel="fsdp" if sharded else "ddp",
+        forecast_coef=forecast_coef,
     )
     objective = of if isinstance(of, Objective) else Objective(of, settings)
     objective.settings = settings
@@ -69,7 +72,9 @@ def small_learner(
 
 
 @torch.no_grad()
-def made_up_rollout(policy: Policy, num_segments: int, seed: int = 0, hindsight: bool = True) -> Rollout:
+def made_up_rollout(
+    policy: Policy, num_segments: int, seed: int = 0, hindsight: bool = True, has_forecasts: bool = False
+) -> Rollout:
     """Random bars and rewards, but log-probabilities and values that are the policy's own."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_segments, HORIZON)
@@ -82,7 +87,7 @@ def made_up_rollout(policy: Policy, num_segments: int, seed: int = 0, hindsight:
     valid = torch.cat(
         (torch.ones(num_segments, 1, dtype=torch.bool), terminated.cumsum(1)[:, :-1] == 0), dim=1
     )
-    return Rollout(
+    rollout = Rollout(
         bars=bars,
         accounts=accounts,
         actions=actions,
@@ -94,6 +99,10 @@ def made_up_rollout(policy: Policy, num_segments: int, seed: int = 0, hindsight:
         next_value=torch.randn(num_segments, generator=generator),
         hindsight=made_up_hindsight(generator, num_segments) if hindsight else None,
     )
+    if has_forecasts:
+        rollout.forecasts, rollout.ahead = torch.randn(2, *shape, 2, len(HORIZONS), generator=generator)
+        rollout.ahead[torch.rand(rollout.ahead.shape, generator=generator) < 0.3] = torch.nan
+    return rollout
 
 
 def made_up_hindsight(generator: torch.Generator, num_segments: int, held: int = POSITIONS) -> Hindsight:
@@ -108,7 +117,8 @@ def made_up_hindsight(generator: torch.Generator, num_segments: int, held: int =
 
 
 def part_of(rollout: Rollout, rows: slice) -> Rollout:
-    parts = {name: value[rows] for name, value in vars(rollout).items() if name != "hindsight"}
+    tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
+    parts = {name: value[rows] for name, value in tensors.items()}
     if rollout.hindsight:
         parts["hindsight"] = Hindsight(
             *(value[rows] for value in vars(rollout.hindsight).values() if isinstance(value, torch.Tensor))

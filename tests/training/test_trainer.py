@@ -31,7 +31,7 @@ NEVER = 2**62
 
 
 def small_trainer(
-    saved: Checkpoint | None = None, memory: MemoryPlan | None = None, envs_per_gpu: int = 8
+    saved: Checkpoint | None = None, memory: MemoryPlan | None = None, envs_per_gpu: int = 8, **given: Any
 ) -> Trainer:
     """Make a trainer; what has a memory plan is compiled, or seems to be."""
     bars = simulated_bars(2, 600, 0, 1_767_225_600 * 10**9)
@@ -44,6 +44,7 @@ def small_trainer(
         envs_per_gpu=envs_per_gpu,
         context_bars=8,
         feature_noise=0.5,
+        **given,
     )
     if memory:
         settings = replace(settings, compile="on")
@@ -73,19 +74,23 @@ def saved_and_loaded(trainer: Trainer, folder: Path) -> Checkpoint:
     return found
 
 
-@pytest.mark.parametrize("stop_at", [0, 3])
-def test_a_stopped_update_is_saved_and_finished_by_the_next_start(tmp_path: Path, stop_at: int) -> None:
-    unbroken, stopped = small_trainer(), small_trainer()
+@pytest.mark.parametrize(
+    ("stop_at", "given"), [(0, {}), (3, {}), (0, {"forecast_coef": 0.5}), (3, {"forecast_coef": 0.5})]
+)
+def test_a_stopped_update_is_saved_and_finished_by_the_next_start(
+    tmp_path: Path, stop_at: int, given: dict[str, Any]
+) -> None:
+    unbroken, stopped = small_trainer(**given), small_trainer(**given)
     for trainer in (unbroken, stopped):
         an_epoch(trainer)  # so that accounts are under way
     assert an_epoch(stopped, stop_at) is None
     saved = saved_and_loaded(stopped, tmp_path)
     assert saved.path.name == ("run1_epoch1_step3.pt" if stop_at else "run1_epoch1.pt")
-    resumed = small_trainer(saved)
+    resumed = small_trainer(saved, **given)
     assert an_epoch(resumed) == an_epoch(unbroken)
     assert an_epoch(resumed) == an_epoch(unbroken)  # and the segment after it is a new one
-    for name, weights in unbroken.policy.state_dict().items():
-        assert torch.equal(weights, resumed.policy.state_dict()[name]), name
+    for name, weights in unbroken.objective.state_dict().items():
+        assert torch.equal(weights, resumed.objective.state_dict()[name]), name
 
 
 def test_the_symbol_in_which_the_critic_is_worst_is_named_and_clipped_rewards_are_counted() -> None:

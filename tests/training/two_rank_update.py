@@ -8,6 +8,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,12 +31,14 @@ from training.learner import Learner
 from training.losses import Objective
 from training.sharding import shard_policy
 
+FORECASTS = {"forecast_coef": 0.5}  # learnt, too: their heads are replicated beside a sharded trunk
+
 
 def handed_over(first: Learner, rollout, ranks, sharded: bool):
     """Let another learner take over, sharded or not, and return the weights after one more update."""
     policy = small_policy()
     policy.load_state_dict(first.parallel.weights())
-    second = small_learner(policy, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
+    second = small_learner(policy, ranks, minibatch=4, micro=3, passes=3, sharded=sharded, **FORECASTS)
     second.load_state_dict(copy.deepcopy(first.state_dict()))  # as from a file
     second.generator.set_state(first.generator.get_state())
     second.update(rollout, run_fraction=0.5)
@@ -49,11 +52,13 @@ if __name__ == "__main__":
         policy = small_policy()
         if sharded:
             shard_policy(policy, ranks)
-        objective = Objective(policy, SETTINGS)
+        objective = Objective(policy, replace(SETTINGS, **FORECASTS))
         if "compiled" in sys.argv:
             assert compile_objective(objective, 2, CONTEXT, HORIZON, ranks) == ""
-        learner = small_learner(objective, ranks, minibatch=4, micro=3, passes=3, sharded=sharded)
-        whole = made_up_rollout(small_policy(), 8)
+        learner = small_learner(
+            objective, ranks, minibatch=4, micro=3, passes=3, sharded=sharded, **FORECASTS
+        )
+        whole = made_up_rollout(small_policy(), 8, has_forecasts=True)
         half = part_of(whole, slice(4 * ranks.rank, 4 * ranks.rank + 4))
         if "poison" in sys.argv and ranks.rank == 1:
             half.bars[0] = float("nan")
@@ -62,6 +67,7 @@ if __name__ == "__main__":
         assert ranks.any(ranks.rank == 1)
         assert not ranks.any(False)
         assert ranks.gather(ranks.rank) == [0, 1]
+        weights |= learner.state_dict()["forecaster"]
         same = [ranks.gather(value.double().sum().item()) for value in weights.values()]
         held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in policy.parameters())
         moments = sum(m.numel() for state in learner.optimizer.state.values() for m in state.values())
