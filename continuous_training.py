@@ -310,6 +310,9 @@ def walkforward_command(
         typer.Option("--fresh", help="train every window from nothing; default: go on with the one before"),
     ] = False,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="windows at once; needs --fresh")] = 1,
+    ensemble: Annotated[
+        int, typer.Option("--ensemble", min=1, help="newest champions that decide together, by their average")
+    ] = 1,
     costs: Annotated[str, typer.Option("--costs", help="flat costs to compare, bps")] = "0,1,2,5,10",
     trees: Annotated[bool, typer.Option("--trees", help="boosted trees, too; needs lightgbm")] = False,
     start_from: Annotated[
@@ -339,6 +342,7 @@ def walkforward_command(
             last_day=last_day,
             fresh=fresh,
             jobs=jobs,
+            ensemble=ensemble,
             costs_bps=walkforward.parse_costs(costs),
             trees=trees,
             start_from=start_from,

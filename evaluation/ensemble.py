@@ -81,12 +81,7 @@ def join(members: Sequence[TrainedPolicy]) -> TrainedPolicy:
                 raise ValueError(f"{name} is the same checkpoint as {other}: name each member once")
         for difference in _differences(member, first):
             raise ValueError(f"{name} cannot decide together with {names[0]}: {difference}")
-    scales: list[FeatureStatistics] = []
-    places = []
-    for member in members:
-        same = [place for place, scale in enumerate(scales) if _is_same_scale(scale, member.statistics)]
-        places.append(same[0] if same else len(scales))
-        scales += [] if same else [member.statistics]
+    places, statistics = side_by_side([member.statistics for member in members])
     context_bars = max(member.settings.context_bars for member in members)
     views = [
         View(context_bars - member.settings.context_bars, place)
@@ -94,16 +89,26 @@ def join(members: Sequence[TrainedPolicy]) -> TrainedPolicy:
     ]
     policies = [member.policy for member in members]
     assert all(isinstance(policy, Policy) for policy in policies)
-    statistics = scales[0]
-    if len(scales) > 1:
-        mean, std = (torch.stack([getattr(scale, name) for scale in scales]) for name in ("mean", "std"))
-        statistics = replace(statistics, mean=mean, std=std)
     return replace(
         together,
         settings=replace(first.settings, context_bars=context_bars),
         policy=Ensemble([policy for policy in policies if isinstance(policy, Policy)], views),
         statistics=statistics,
     )
+
+
+def side_by_side(scales: Sequence[FeatureStatistics]) -> tuple[list[int], FeatureStatistics]:
+    """Return the place of each scale of the same features among those that differ, and these side by side."""
+    different: list[FeatureStatistics] = []
+    places = []
+    for scale in scales:
+        same = [place for place, other in enumerate(different) if _is_same_scale(other, scale)]
+        places.append(same[0] if same else len(different))
+        different += [] if same else [scale]
+    if len(different) == 1:
+        return places, different[0]
+    mean, std = (torch.stack([getattr(scale, name) for scale in different]) for name in ("mean", "std"))
+    return places, replace(different[0], mean=mean, std=std)
 
 
 def reading_like(trained: TrainedPolicy, policy: Policy) -> Decider:

@@ -106,9 +106,8 @@ def render_walkforward(
     """Return ``walkforward.html``: a walk's verdict, its curve, its windows and its symbols."""
     pairs = {name: tuple(map(Markup, pair)) for name, pair in svgs.items()}
     page = _environment().get_template("walkforward.html")
-    return page.render(
-        summary=summary, svgs=pairs, made=made, POLICY=POLICY, BUY_AND_HOLD=BUY_AND_HOLD, FIRST=FIRST
-    ).encode()
+    names = {"POLICY": POLICY, "CHAMPION": CHAMPION, "BUY_AND_HOLD": BUY_AND_HOLD, "FIRST": FIRST}
+    return page.render(summary=summary, svgs=pairs, made=made, **names).encode()
 
 
 def headline(report: Report) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evaluation import plots
 from evaluation.baselines import ALWAYS_FLAT, BASELINES, BUY_AND_HOLD, MOMENTUM
-from evaluation.exam import POLICY, Contestants, at_flat_cost
+from evaluation.exam import CHAMPION, POLICY, Contestants, at_flat_cost
 from evaluation.forecasts import TREES
 from evaluation.measures import (
     Interval,
@@ -32,7 +32,15 @@ from evaluation.uncertainty import LEAST_DAYS, NORMAL, resampled_days, score, ta
 from evaluation.verdict import Verdict, deflated_probability, verdict
 from runtime.wording import count_of
 
-SHOWN = (POLICY, FIRST, BUY_AND_HOLD, MOMENTUM, ALWAYS_FLAT, TREES)  # in this order, where they walked
+SHOWN = (
+    POLICY,
+    CHAMPION,
+    FIRST,
+    BUY_AND_HOLD,
+    MOMENTUM,
+    ALWAYS_FLAT,
+    TREES,
+)  # in this order, where they walked
 Result = Mapping[str, Any]
 
 
@@ -48,6 +56,7 @@ class WindowRow:
     exams: int
     returns: Mapping[str, float]  # by contestant
     mean_daily_interval: Interval | None  # of the champion's mean day; None with fewer than LEAST_DAYS
+    members: Sequence[str] = ()  # who decided together; empty where the champion decides alone
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,15 @@ class SymbolRow:
     traded: float  # value, in equities
     costs: float
     measures: Mapping[str, Measures]  # of the champions, and of buy and hold
+
+
+@dataclass(frozen=True)
+class Above:
+    """By how much the champions' mean day is above that of another contestant."""
+
+    mean_daily_return: float
+    interval: Interval | None  # None with too few days, or where both are the same
+    certainty: float | None  # that it is above 0
 
 
 @dataclass(frozen=True)
@@ -76,9 +94,10 @@ class WalkSummary:
     break_even: tuple[float | None, str]
     break_even_interval: tuple[float | None, float | None] | None
     band: NDArray[np.float64]  # (2, D) growth: 95 % of resampled histories up to each day
-    retrained: Interval | None  # of the mean day above that of the first champion
-    retrained_mean: float
-    retrained_certainty: float | None
+    above_first: Above  # the first champion: what training on was worth
+    above_champion: (
+        Above | None
+    )  # the champion alone: what deciding together was worth; None without an ensemble
     windows: Sequence[WindowRow]
     symbols: Sequence[SymbolRow]
     stamp: str = ""  # why this is no walk forward
@@ -129,11 +148,8 @@ class WalkSummary:
                 "break_even_bps": self.break_even[0],
                 "break_even": self.break_even[1],
                 "break_even_interval": self.break_even_interval,
-                "above_first_champion": {
-                    "mean_daily_return": self.retrained_mean,
-                    "interval": self.retrained,
-                    "certainty": self.retrained_certainty,
-                },
+                "above_first_champion": asdict(self.above_first),
+                "above_champion": asdict(self.above_champion) if self.above_champion else None,
                 "windows": [asdict(row) for row in self.windows],
                 "symbols": [asdict(row) for row in self.symbols],
                 "curve": {
@@ -200,8 +216,6 @@ def summarize(
     alone = None if own.mean_daily_score is None else deflated_probability(own.mean_daily_score, 1)
     rungs = [factors(at_flat_cost(POLICY, bps)) for bps in costs_bps]
     returns = [float(np.prod(rung) - 1) for rung in rungs]
-    above = factors(POLICY) - factors(FIRST)
-    is_apart = len(days) >= LEAST_DAYS and bool(above.any())
     return WalkSummary(
         days=days,
         walks=walks,
@@ -216,13 +230,21 @@ def summarize(
             break_even_interval(costs_bps, np.log(np.stack(rungs))[:, :, None]) if costs_bps else None
         ),
         band=_band(factors(POLICY)),
-        retrained=interval_of_mean(above) if is_apart else None,
-        retrained_mean=float(above.mean()),
-        retrained_certainty=NORMAL.cdf(float(score(above))) if is_apart else None,
+        above_first=_above(factors(POLICY) - factors(FIRST)),
+        above_champion=_above(factors(POLICY) - factors(CHAMPION)) if CHAMPION in walks else None,
         windows=_window_rows(results, kind),
         symbols=_symbol_rows(results),
         stamp=stamp,
         notes=list(notes),
+    )
+
+
+def _above(differences: NDArray[np.float64]) -> Above:
+    is_apart = len(differences) >= LEAST_DAYS and bool(differences.any())
+    return Above(
+        float(differences.mean()),
+        interval_of_mean(differences) if is_apart else None,
+        NORMAL.cdf(float(score(differences))) if is_apart else None,
     )
 
 
@@ -278,6 +300,7 @@ def _window_rows(results: Sequence[Result], kind: str) -> list[WindowRow]:
                     if name in result["days"]
                 },
                 mean_daily_interval=interval,
+                members=result.get("members", ()),
             )
         )
         before = champion

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from commands.walkforward.book import FIRST, Book
+from commands.walkforward.champions import Champions
 from commands.walkforward.costs import Costs, free_in, measure_costs
 from commands.walkforward.jobs import Jobs
 from commands.walkforward.out_of_sample import Contestants, trade
@@ -26,9 +27,8 @@ from commands.walkforward.schedule import Window, choose_windows, stored_days, w
 from commands.walkforward.training import (
     Train,
     begin_with,
-    champion_in,
     exams_in,
-    keep_first,
+    keep_champion,
     newest_in,
     train_window,
     training_in,
@@ -86,6 +86,7 @@ class WalkOptions:
     last_day: str = ""  # inclusive
     fresh: bool = False
     jobs: int = 1
+    ensemble: int = 1  # so many champions decide together, the newest ones
     costs_bps: tuple[float, ...] = (0.0, 1.0, 2.0, 5.0, 10.0)
     trees: bool = False
     start_from: Path | None = None
@@ -100,6 +101,10 @@ class WalkOptions:
             raise ValueError(
                 f"--jobs {self.jobs} needs --fresh: a training that is carried from window to window has to wait "
                 "for the one before"
+            )
+        if self.ensemble < 1:
+            raise ValueError(
+                f"--ensemble {self.ensemble} must be 1 or more: so many champions decide together"
             )
         if self.start_from and self.fresh:
             raise ValueError(
@@ -179,6 +184,7 @@ class Walk:
         except ValueError as error:
             raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
         self.book = Book.open(self._folder, self._plan(stamp))
+        self._champions = Champions(self._folder, options.ensemble, options.fresh)
         self._stamp = stamp
         # The run that the first window's training ends with, less one.
         self._warned: set[str] = set()
@@ -228,6 +234,7 @@ class Walk:
         return {
             "step": options.step,
             "fresh": options.fresh,
+            "ensemble": options.ensemble,
             "costs_bps": options.costs_bps,
             "trees": options.trees,
             "start_from": None if saved is None else f"{saved.name} {sha256_of(saved.path)[:16]}",
@@ -251,7 +258,7 @@ class Walk:
         """
         left = self.windows[len(self.book.results) :]
         if left:
-            costs = measure_costs(self._settings, left[0], self._lake, self._device)
+            costs = measure_costs(self._settings, left[0], self._lake, self._device, self._options.ensemble)
             gc.collect()  # of the training that was timed; compiled code refers to the weights in a circle
             torch.cuda.empty_cache()
             self._check_costs(costs, left)
@@ -271,7 +278,7 @@ class Walk:
         # Cores are shared, and one training uses them all: only further GPUs make it quicker.
         speedup = min(jobs, len(self._devices())) if self._device.type == "cuda" else 1
         hours = costs.seconds(*work, is_warm=not options.fresh) / 3600 / speedup
-        needed = costs.disk_bytes(jobs + (jobs > 1))
+        needed = costs.disk_bytes(jobs + (jobs > 1), options.ensemble)
         free = free_in(self._folder)
         log.info(
             f"Plan: {count_of(len(left), 'window')} of {count_of(options.step, 'day')}, {left[0]} ... {left[-1]}, "
@@ -348,11 +355,13 @@ class Walk:
 
     def _trade(self, window: Window) -> dict[str, Any]:
         options, folder = self._options, self._folder_of(window)
-        keep_first(folder, self._folder / FIRST)
+        keep_champion(folder, self._folder / FIRST)
         newest = newest_in(folder)
         assert newest is not None
         first = Checkpoint.read(self._folder / FIRST) if (self._folder / FIRST).exists() else None
-        who = Contestants(newest, champion_in(folder), first)
+        champions = self._champions.of(window.number, folder, self.book.results)
+        former = tuple(champions[1:]) if options.ensemble > 1 else None
+        who = Contestants(newest, champions[0] if champions else None, first, former)
         row, accounts = trade(
             window,
             who,
@@ -367,6 +376,7 @@ class Walk:
         row |= {"exams": len(exams), "edges": sum(exam["verdict"] == "edge" for exam in exams)}
         self.book.append(row, accounts)
         self._drop_weights(window)
+        self._champions.drop_others(self.book.results)
         return self.book.results[-1]
 
     def _drop_weights(self, window: Window) -> None:
@@ -395,7 +405,7 @@ class Walk:
         name = f"walkforward_{file_name(self._folder.resolve().name)}"
         folder = Path(settings.report_dir) / name
         began_with = self._began_with.name if self._began_with else "random weights"
-        made = how_it_was_made(settings, self.windows, options.step, options.fresh, began_with)
+        made = how_it_was_made(settings, self.windows, options, began_with)
         write_folder(folder, render_files(summary, content, made))
         log.info(summary.headline)
         log.info(f"Because: {summary.verdict.reason}")

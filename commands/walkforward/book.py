@@ -3,6 +3,7 @@
     walk.json               settings, windows and options; written first
     windows/0001.json       what the first window earned, with its accounts; written whole, never changed
     first.pt                the first champion, which is never trained again
+    champions/0001.pt       with --ensemble those that still decide, by the first window that had them
     training/               the daemon's folder, warm from window to window; with --fresh training/0001/ and so on
     logs/                   its train.log and metrics.jsonl; with --fresh likewise
 
@@ -26,6 +27,7 @@ from runtime.control import EXIT_CRASH, EXIT_SETTING, ExitProgram
 from runtime.files import write_atomically
 
 FORMAT = 1
+LATER = {"ensemble": 1}  # what walks meant that were begun before it was written down
 PLAN, WINDOWS, FIRST = "walk.json", "windows", "first.pt"
 Result = dict[str, Any]
 
@@ -68,7 +70,7 @@ class Book:
                 raise ExitProgram(
                     EXIT_CRASH, f"{folder / PLAN} is missing: put it back, or use another --output"
                 )
-        elif difference := _difference(known, plan):
+        elif difference := _difference(LATER | known, plan):
             raise ExitProgram(
                 EXIT_SETTING,
                 f"{folder} has another walk: {difference}; give what it was begun with, or another --output",

@@ -17,9 +17,10 @@ from data_sources.load import load
 from envs.config import EnvConfig
 from envs.market import Market, NoSegment
 from evaluation.baselines import BASELINES
-from evaluation.exam import POLICY
+from evaluation.exam import CHAMPION, POLICY
 from evaluation.group_exam import examine_accounts
 from evaluation.open_walk import walk_on
+from models.ensemble import Decider, Ensemble, View
 from runtime.files import free_bytes, make_folder
 from training.data_feed import data_request, holdout_start_ns, make_market
 from training.distributed import Ranks
@@ -57,13 +58,16 @@ class Costs:
             + walks * days * self.walk_seconds
         )
 
-    def disk_bytes(self, trainings: int) -> int:
-        """Return what is kept at most, of so many trainings at once."""
-        return trainings * self.weights_bytes * (KEPT_WEIGHTS + STATE_FOLD * KEPT_STATES)
+    def disk_bytes(self, trainings: int, champions: int) -> int:
+        """Return what is kept at most, of so many trainings at once and champions that decide together."""
+        kept = trainings * (KEPT_WEIGHTS + STATE_FOLD * KEPT_STATES) + champions - 1
+        return kept * self.weights_bytes
 
 
-def measure_costs(settings: Settings, window: Window, lake: Lake, device: torch.device) -> Costs:
-    """Time the parts of a walk on the first window's bars; nothing of it is kept.
+def measure_costs(
+    settings: Settings, window: Window, lake: Lake, device: torch.device, champions: int = 1
+) -> Costs:
+    """Time the parts of a walk on the first window's bars; nothing of it is kept. So many champions will decide.
 
     Raises:
         ExitProgram: there are no bars, or too few to train on.
@@ -84,7 +88,7 @@ def measure_costs(settings: Settings, window: Window, lake: Lake, device: torch.
         loading.seconds,
         epoch.seconds,
         _exam_seconds(trainer, market, holdout_ns, window.start_ns),
-        _walk_seconds(trainer, market, settings, window.start_ns),
+        _walk_seconds(trainer, market, settings, window.start_ns, champions),
         4 * trainer.policy.num_parameters(),
     )
 
@@ -104,14 +108,17 @@ def _exam_seconds(trainer: Trainer, market: Market, start_ns: int, end_ns: int) 
     return watch.seconds / segments * total
 
 
-def _walk_seconds(trainer: Trainer, market: Market, settings: Settings, end_ns: int) -> float:
-    config = EnvConfig.from_settings(settings, 1)
+def _walk_seconds(trainer: Trainer, market: Market, settings: Settings, end_ns: int, champions: int) -> float:
+    config, policy = EnvConfig.from_settings(settings, 1), trainer.policy
+    deciders: dict[str, Decider | None] = {POLICY: policy}
+    if champions > 1:
+        deciders = {POLICY: Ensemble([policy] * champions, [View(0, 0)] * champions), CHAMPION: policy}
     times = market.open_time[market.open_time < end_ns].sort().values.unique()
     start_ns = int(times[-min(len(times), TIMED_BARS)])
     try:
         with _Stopwatch() as watch:
             walk_on(
-                {POLICY: trainer.policy},
+                deciders,
                 market,
                 config,
                 market.symbols,

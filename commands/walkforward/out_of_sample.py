@@ -20,7 +20,8 @@ from envs.features import FeatureStatistics
 from envs.market import Market, NoSegment
 from evaluation.baselines import BASELINES, BUY_AND_HOLD
 from evaluation.courses import symbols_of
-from evaluation.exam import POLICY, Walk
+from evaluation.ensemble import side_by_side
+from evaluation.exam import CHAMPION, POLICY, Walk
 from evaluation.forecasts import FITS, TREES, BarTable, forecasts_of, targets_of
 from evaluation.measures import daily_growth, days_of_fills, trades_by_day
 from evaluation.open_walk import walk_on
@@ -28,6 +29,7 @@ from evaluation.plots import FIRST
 from evaluation.record import Accounts
 from evaluation.record_summary import pool_days
 from evaluation.rules import Decisions, apply_rule, choose_rules, play, walks_of
+from models.ensemble import Decider, Ensemble, View
 from models.policy import precision_on
 from training.checkpoint import Checkpoint
 from training.data_feed import data_request
@@ -45,6 +47,16 @@ class Contestants:
     newest: Checkpoint  # of the window's training: its symbols are the universe as known then
     champion: Checkpoint | None
     first: Checkpoint | None  # the first champion of all, which was never trained again
+    # Champions before it that decide together with it; then it trades alone, too. None: only it trades.
+    former: tuple[Checkpoint, ...] | None = None
+
+    @property
+    def members(self) -> dict[str, tuple[Checkpoint, ...]]:
+        """Who decides for each contestant; of several by the average of their probabilities, of none in cash."""
+        alone = (self.champion,) if self.champion else ()
+        others = {} if self.former is None else {CHAMPION: alone}
+        first = (self.first,) if self.first else ()
+        return {POLICY: (*alone, *(self.former or ())), **others, FIRST: first}
 
 
 def trade(
@@ -87,32 +99,25 @@ def trade(
     if not bars:
         return _row(window, who, {}, {}), accounts
     config = EnvConfig.from_settings(settings, 1)
-    precision = precision_on(device, settings.precision)
-    found: dict[str, list[Walk]] = {}
-    after = dict(accounts)
-    for statistics, policies in _by_scale(who):
-        acting = {id(saved): saved.policy(device, precision) for saved in policies.values() if saved}
-        rules, costs = (BASELINES, costs_bps) if POLICY in policies else ((), ())
-        try:
-            market = _market(bars, settings, device, window, statistics)
-            walked = walk_on(
-                {name: acting[id(saved)] if saved else None for name, saved in policies.items()},
-                market,
-                config,
-                [series.symbol for series in bars],
-                accounts,
-                # At the close of the last bar that it may have been chosen on: the fill is the first new price.
-                decides_from_ns=window.start_ns - MINUTE_NS,
-                end_ns=window.end_ns,
-                chunk_segments=settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type],
-                check_stop=check_stop,
-                rules=rules,
-                flat_costs_bps=costs,
-            )
-        except NoSegment:
-            return _row(window, who, {}, {}), accounts
-        found |= walked.walks
-        after |= {name: walked.accounts[name] for name in walked.walks}
+    policies, statistics = _policies(who, device, precision_on(device, settings.precision))
+    try:
+        walked = walk_on(
+            policies,
+            _market(bars, settings, device, window, statistics),
+            config,
+            [series.symbol for series in bars],
+            accounts,
+            # At the close of the last bar that it may have been chosen on: the fill is the first new price.
+            decides_from_ns=window.start_ns - MINUTE_NS,
+            end_ns=window.end_ns,
+            chunk_segments=settings.micro_batch_segments or SEGMENTS_AT_ONCE[device.type],
+            check_stop=check_stop,
+            rules=BASELINES,
+            flat_costs_bps=costs_bps,
+        )
+    except NoSegment:
+        return _row(window, who, {}, {}), accounts
+    found = dict(walked.walks)
     if trees:
         market = _market(bars, settings, device, window, None)
         found[TREES] = trade_by_trees(market, config, window, settings.holdout_days)
@@ -120,7 +125,7 @@ def trade(
         name: {symbol: math.exp(account.log_equity) for symbol, account in accounts.get(name, {}).items()}
         for name in found
     }
-    return _row(window, who, found, equity), after
+    return _row(window, who, found, equity), walked.accounts
 
 
 def _bars_until(end_ns: int, symbols: Sequence[str], lake: Lake, settings: Settings) -> list[Bars]:
@@ -141,20 +146,32 @@ def _market(
     return Market.from_settings(bars, settings, device, holdout_ns, statistics)
 
 
-def _by_scale(who: Contestants) -> list[tuple[FeatureStatistics, dict[str, Checkpoint | None]]]:
-    """Group who decides by the scale of its features: with --fresh every training has its own."""
-    champion, first = who.champion, who.first
-    if first is not None and champion is not None and first.name == champion.name and _same(first, champion):
-        first = champion  # it reads the market once
-    scale = (champion or first or who.newest).statistics
-    if first is None or _same(first, champion or first):
-        return [(scale, {POLICY: champion, FIRST: first})]
-    return [(scale, {POLICY: champion}), (first.statistics, {FIRST: first})]
+def _policies(
+    who: Contestants, device: torch.device, precision: str
+) -> tuple[dict[str, Decider | None], FeatureStatistics]:
+    """Return who decides for each contestant, and the scales of features that they see, side by side.
+
+    With --fresh every training has its own. What has two names is one policy, which reads the market once.
+    """
+    known = {_key(saved): saved for members in who.members.values() for saved in members}
+    places, statistics = side_by_side([saved.statistics for saved in known.values() or [who.newest]])
+    place_of = dict(zip(known, places, strict=False))
+    loaded = {key: saved.policy(device, precision) for key, saved in known.items()}
+    deciders: dict[tuple[object, ...], Decider | None] = {(): None}
+    policies = {}
+    for name, members in who.members.items():
+        keys = tuple(map(_key, members))
+        if keys not in deciders:
+            is_plain = len(keys) == 1 and not any(places)
+            views = [View(0, place_of[key]) for key in keys]
+            deciders[keys] = loaded[keys[0]] if is_plain else Ensemble([loaded[key] for key in keys], views)
+        policies[name] = deciders[keys]
+    return policies, statistics
 
 
-def _same(one: Checkpoint, other: Checkpoint) -> bool:
-    mine, theirs = one.statistics, other.statistics
-    return torch.equal(mine.mean, theirs.mean) and torch.equal(mine.std, theirs.std)
+def _key(saved: Checkpoint) -> tuple[str, int]:
+    """Tell a checkpoint of this walk from all others: with --fresh many have the same name."""
+    return saved.name, saved.data_cutoff_ns
 
 
 def trade_by_trees(market: Market, config: EnvConfig, window: Window, holdout_days: int) -> list[Walk]:
@@ -209,6 +226,7 @@ def _row(
         "champion": who.champion.name if who.champion else None,
         "champion_trained_until_ns": who.champion.trained_until_ns if who.champion else None,
         "newest": who.newest.name,
+        **({} if who.former is None else {"members": [saved.name for saved in who.members[POLICY]]}),
         "days": {name: pool_days(walks, equity[name]) for name, walks in found.items() if walks},
         "trades": {},
         "symbols": {},

@@ -17,6 +17,7 @@ from evaluation.walk_summary import WalkSummary
 from runtime.wording import count_of
 
 if TYPE_CHECKING:
+    from commands.walkforward import WalkOptions
     from continuous_training import Settings
 
 
@@ -40,7 +41,7 @@ def table(summary: WalkSummary) -> tuple[str, tuple[str, ...], list[list[str]]]:
         [
             str(row.number),
             f"{row.first} to {row.last}",
-            row.champion or "none",
+            named(row.champion, row.members),
             *(f"{row.returns[name]:+.2%}" if name in row.returns else "" for name in (POLICY, BUY_AND_HOLD)),
             str(row.exams),
         ]
@@ -49,10 +50,15 @@ def table(summary: WalkSummary) -> tuple[str, tuple[str, ...], list[list[str]]]:
     return summary.headline, columns, rows
 
 
+def named(champion: str | None, members: Sequence[str], nobody: str = "none") -> str:
+    """Name who decided: the champion, and how many before it decided together with it."""
+    return f"{champion} + {len(members) - 1}" if len(members) > 1 else champion or nobody
+
+
 def describe(row: Mapping[str, Any], window: Window, of: int) -> str:
     """Put a window that is done into a line."""
     own, hold = (math.prod(row["days"].get(name, {}).values()) - 1 for name in (POLICY, BUY_AND_HOLD))
-    champion = row["champion"] or "no champion"
+    champion = named(row["champion"], row.get("members", ()), "no champion")
     earned = f"{own:+.2%} (buy and hold {hold:+.2%})" if row["days"] else "no bar to trade on"
     return f"Window {window.number} of {of}, {window}: {champion}, {earned}, {count_of(row['exams'], 'exam')}"
 
@@ -79,15 +85,17 @@ def notes_of(
 
 
 def how_it_was_made(
-    settings: Settings, windows: Sequence[Window], step: int, is_fresh: bool, began_with: str
+    settings: Settings, windows: Sequence[Window], options: WalkOptions, began_with: str
 ) -> dict[str, str]:
     """Return what is needed to reproduce a walk."""
+    together = f"the newest {options.ensemble} champions, by the average of their probabilities"
     first, last = minute_of(windows[0].start_ns), minute_of(windows[-1].end_ns)
     carried = "carried from window to window, a run each, as the daemon does"
     return {
-        "windows": f"{len(windows)} of {count_of(step, 'day')}, from {first} to {last} UTC",
-        "training": "each window from nothing" if is_fresh else carried,
+        "windows": f"{len(windows)} of {count_of(options.step, 'day')}, from {first} to {last} UTC",
+        "training": "each window from nothing" if options.fresh else carried,
         "begun with": began_with,
+        "decides": "the champion" if options.ensemble == 1 else together,
         "exam": f"the {settings.holdout_days} days before each window, every {settings.checkpoint_every} of "
         f"{settings.epochs} epochs",
         "policy": f"{settings.d_model} wide, {settings.num_layers} layers, {settings.num_heads} heads, seed "

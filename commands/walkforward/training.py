@@ -130,12 +130,19 @@ def exams_in(folder: Path, run: int) -> list[dict[str, Any]]:
     return [line for line in ledger.read(training_in(folder) / ledger.NAME) if line["run"] == run]
 
 
-def keep_first(folder: Path, path: Path) -> None:
-    """Keep the champion of a training as the walk's first one, if there is none yet."""
+def titles_lost_in(folder: Path) -> set[str]:
+    """Return the champions of a training that lost their title by the record."""
+    lines = ledger.read(training_in(folder) / ledger.NAME)
+    return {line["dethroned"] for line in lines if line.get("dethroned")}
+
+
+def keep_champion(folder: Path, path: Path) -> None:
+    """Keep the champion of a training, if there is one, as another file, unless that is there."""
     best = training_in(folder) / BEST
     if path.exists() or not best.exists():
         return
     temporary = path.with_name(f".{path.name}.tmp")
+    make_folder(path.parent)
     temporary.unlink(missing_ok=True)
     try:
         os.link(best, temporary)  # a second name takes no room
