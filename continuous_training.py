@@ -122,6 +122,7 @@ class Settings:
     batch_size: int = 65_536  # transitions per optimizer step over all GPUs
     micro_batch_segments: int | None = None  # segments per forward and backward; not set: what fits in memory
     feature_noise: float = 0.0  # deviation of noise on every feature in training; 1 is a feature's own
+    stochastic_depth: float = 0.0  # chance that a segment skips the last block in training; less in others
     update_passes: int = 3  # passes over each rollout
     learning_rate: float = 1e-4  # peak learning rate
     warmup_steps: int = 30  # optimizer steps up to the peak learning rate, once

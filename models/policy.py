@@ -179,10 +179,14 @@ class Policy(nn.Module):
         # Every weight is used once per forward, and a cache would keep its bf16 copy until the end.
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
-    def hidden(self, bars: Tensor, num_decisions: int) -> Tensor:
-        """Run the trunk in its precision: (B, S, F) -> (B, T, D) float32, T = ``num_decisions``."""
+    def hidden(self, bars: Tensor, num_decisions: int, depth: Tensor | None = None) -> Tensor:
+        """Run the trunk in its precision: (B, S, F) -> (B, T, D) float32, T = ``num_decisions``.
+
+        ``depth`` (B, L): the blocks that each segment of a training skips, see ``transformer.draw_depth``.
+        """
+        more = () if depth is None else (depth,)
         with self.autocast(bars.device):
-            hidden: Tensor = self.trunk(bars, num_decisions)
+            hidden: Tensor = self.trunk(bars, num_decisions, *more)
         return hidden
 
     def encode(self, bars: Tensor, num_decisions: int) -> Tensor:

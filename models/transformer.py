@@ -5,9 +5,10 @@ over a segment is all that a whole rollout needs of it (training/rollout.py).
 
 Notable choices: pre-norm RMSNorm without learned gain in attention (QK norm, Henry et al. 2020,
 arXiv:2010.04245), rotary positions (Su et al. 2021, arXiv:2104.09864), GELU feed-forward of four widths,
-no biases, no dropout (dropout would make the policy of the update differ from that of the rollout).
+no biases, no dropout (dropout would make the policy of the update differ from that of the rollout; the blocks that
+a segment skips in training, stochastic depth, are drawn with the rollout and stay the same).
 
-Shapes: B = segments, S = bars of a segment, F = features of a bar, D = d_model.
+Shapes: B = segments, S = bars of a segment, F = features of a bar, D = d_model, L = num_layers.
 """
 
 from __future__ import annotations
@@ -63,6 +64,17 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
         return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def draw_depth(num_segments: int, num_layers: int, chance: float, generator: torch.Generator) -> Tensor:
+    """Draw which blocks each segment skips: (B, L), 0 where it does, else 1 over the chance that it does not.
+
+    Stochastic depth (Huang et al. 2016, arXiv:1603.09382): the chance grows linearly from 0 below the first block
+    to ``chance`` at the last, and what a block adds is the same on average as without it.
+    """
+    keep = 1.0 - chance * torch.arange(1, num_layers + 1, device=generator.device) / num_layers
+    drawn = torch.rand(num_segments, num_layers, generator=generator, device=generator.device)
+    return (drawn < keep) / keep
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the input's precision, with a float32 gain.
 
@@ -106,10 +118,19 @@ class Block(nn.Module):
         self.up = Linear(config.d_model, 4 * config.d_model, bias=False)
         self.down = Linear(4 * config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
-        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and then dropped."""
-        x = x[:, first:] + self.attention(self.attention_norm(x), cos, sin, first)
-        return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, first: int = 0, weight: Tensor | None = None
+    ) -> Tensor:
+        """(B, S, D) -> (B, S - first, D): bars before ``first`` are attended to, and then dropped.
+
+        ``weight`` (B,): of what the block adds to each segment; 1 where it is None.
+        """
+        x = x[:, first:] + _weighed(self.attention(self.attention_norm(x), cos, sin, first), weight)
+        return x + _weighed(self.down(F.gelu(self.up(self.feed_forward_norm(x)))), weight)
+
+
+def _weighed(added: Tensor, weight: Tensor | None) -> Tensor:
+    return added if weight is None else weight[:, None, None].type_as(added) * added
 
 
 class Trunk(nn.Module):
@@ -163,11 +184,11 @@ class Trunk(nn.Module):
         saved = skipped * 9 * width**2
         return 2 * (length * weights - saved) + layers * 2 * length**2 * width
 
-    def forward(self, bars: Tensor, num_last: int | None = None) -> Tensor:
+    def forward(self, bars: Tensor, num_last: int | None = None, depth: Tensor | None = None) -> Tensor:
         """Normalised features (B, S, F) -> hidden (B, S, D) float32; S at most ``max_length``.
 
         With ``num_last``, only the last ``num_last`` bars, (B, num_last, D): the last layer skips the others after
-        its attention.
+        its attention. ``depth`` (B, L) weighs what each block adds to each segment, see ``draw_depth``.
 
         Raises:
             ValueError: the segment is longer than ``max_length``, or has another number of features.
@@ -181,9 +202,12 @@ class Trunk(nn.Module):
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.embed(bars)
         firsts = [0] * (len(self.blocks) - 1) + [0 if num_last is None else length - num_last]
-        for block, first in zip(self.blocks, firsts, strict=True):
+        weights = [None] * len(firsts) if depth is None else depth.unbind(1)
+        for block, first, weight in zip(self.blocks, firsts, weights, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, first, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    block, x, cos, sin, first, weight, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x = block(x, cos, sin, first)
+                x = block(x, cos, sin, first, weight)
         return self.norm(x.float())

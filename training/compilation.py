@@ -53,10 +53,15 @@ def dry_run(objective: Objective, num_segments: int, context_bars: int, horizon:
         num_features = policy.trunk.config.num_features
         bars = torch.zeros(num_segments, context_bars + horizon + 1, num_features, device=device)
         accounts, targets = zeros_of(objective, num_segments, horizon)
+        num_layers = policy.trunk.config.num_layers
+        is_drawn = objective.settings.stochastic_depth > 0  # else exams alone would be of use to compile
+        more = (torch.ones(num_segments, num_layers, device=device),) if is_drawn else ()
         with _alone(policy):
             with torch.no_grad():
                 policy.encode(bars, horizon + 1)
-            losses = objective(bars[:, 1:].contiguous(), accounts, targets, targets.valid.numel())
+                if more:
+                    policy.hidden(bars, horizon + 1, *more)
+            losses = objective(bars[:, 1:].contiguous(), accounts, targets, targets.valid.numel(), *more)
             losses.total.backward()
         del moments
     except torch.OutOfMemoryError as error:

@@ -51,6 +51,7 @@ def play_segment(
     feature_noise: float = 0.0,
     own_reward: RewardFunction | None = None,
     forecaster: Forecaster | None = None,
+    stochastic_depth: float = 0.0,
 ) -> Rollout:
     """Play one segment in every environment, see ``rollout.collect``; of groups, a row per symbol.
 
@@ -59,5 +60,6 @@ def play_segment(
     """
     terms = generator, chunk_segments, greedy, hindsight, reward_scale
     if isinstance(env, GroupEnv):
-        return collect_groups(env, policy, *terms, feature_noise, forecaster)
-    return collect(env, policy, *terms, less_market, feature_noise, own_reward, forecaster)
+        return collect_groups(env, policy, *terms, feature_noise, forecaster, stochastic_depth)
+    own = less_market, feature_noise, own_reward
+    return collect(env, policy, *terms, *own, forecaster, stochastic_depth)

@@ -21,7 +21,7 @@ from envs.group_env import GroupEnv, GroupTrajectory
 from models.forecaster import Forecaster
 from models.policy import Policy
 from training.hindsight import Hindsight
-from training.rollout import REWARD_LIMIT, Rollout, add_noise, encode
+from training.rollout import REWARD_LIMIT, Rollout, add_noise, depth_of, encode
 
 SLOTS_AT_ONCE = 64  # whose every choice is valued at once: bounds the memory of (T, K, K, G) for each
 
@@ -37,6 +37,7 @@ def collect_groups(
     reward_scale: float = 1.0,
     feature_noise: float = 0.0,
     forecaster: Forecaster | None = None,
+    stochastic_depth: float = 0.0,
 ) -> Rollout:
     """Play one segment in every group; arguments as of ``rollout.collect``.
 
@@ -45,7 +46,8 @@ def collect_groups(
     config, group = env.config, env.group
     horizon, slots = config.horizon, config.num_envs
     bars = add_noise(env.begin_segment(), feature_noise, generator)
-    projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster)
+    depth = depth_of(policy, slots, stochastic_depth, generator)
+    projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster, depth)
     came = None if forecaster is None else moves_ahead(env.market, _newest_bars(env))
     noise = torch.rand(slots, horizon, len(config.positions), generator=generator, device=bars.device)
     noise = torch.zeros_like(noise) if greedy else -(-noise.clamp_(1e-7, 1 - 1e-7).log()).log()
@@ -101,6 +103,7 @@ def collect_groups(
         seen,
         forecasts,
         came,
+        depth,
     )
 
 

@@ -34,7 +34,7 @@ REPETITIONS = 12  # the first time, and where two differ
 MOST_IN_A_ROW = 3  # returns to a checkpoint without a sound one in between
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-Sample = tuple[Tensor, Tensor, Targets]  # bars, accounts, targets of a micro-batch
+Sample = tuple[Tensor, Tensor, Targets, Tensor | None]  # bars, accounts, targets, depth of a micro-batch
 
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
@@ -164,11 +164,11 @@ class Inspector:
         return {name: count for name, count in odd.items() if count}
 
     def _compute(self, sample: Sample) -> list[int]:
-        bars, accounts, targets = sample
+        bars, accounts, targets, depth = sample
         bars = bars.clone().requires_grad_()
         parameters = [parameter for _, parameter in self._objective.learnt()]
         # Not by a call: hooks on the objective are the training's.
-        losses = self._objective.forward(bars, accounts, targets, targets.valid.numel())
+        losses = self._objective.forward(bars, accounts, targets, targets.valid.numel(), depth)
         if is_sharded(self._objective.policy):  # its gradients exist only where a backward reduces them
             losses.total.backward()
             gradients = [bars.grad, *(p.grad for p in parameters)]
@@ -181,10 +181,12 @@ class Inspector:
         return sums
 
 
-def sample_of(bars: Tensor, accounts: Tensor, targets: Targets, num_segments: int) -> Sample:
+def sample_of(
+    bars: Tensor, accounts: Tensor, targets: Targets, depth: Tensor | None, num_segments: int
+) -> Sample:
     """Copy the first segments of a rollout, half a micro-batch at most, to compute them twice later."""
     rows = torch.arange(min(MOST_SEGMENTS, max(1, num_segments // 2), len(bars)), device=bars.device)
-    return bars[rows], accounts[rows], targets[rows]
+    return bars[rows], accounts[rows], targets[rows], None if depth is None else depth[rows]
 
 
 @contextmanager

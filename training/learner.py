@@ -111,7 +111,8 @@ class Learner:
             when stopped: ``stopped_at`` holds where, and resuming needs the same rollout.
         """
         targets, explained_variance = self._targets(rollout)
-        self._sample = sample_of(rollout.bars, rollout.accounts, targets, self.micro_batch_segments)
+        inputs = rollout.bars, rollout.accounts, targets
+        self._sample = sample_of(*inputs, rollout.depth, self.micro_batch_segments)
         statistics = _Statistics(rollout.actions.device, has_forecasts=rollout.ahead is not None)
         self.stopped_at, steps = None, 0
         if resume_from:
@@ -161,9 +162,9 @@ class Learner:
         for number, micro in enumerate(micro_batches):
             heartbeat()
             with self.parallel.micro_batch(is_last=number == len(micro_batches) - 1):
-                losses = self.parallel.objective(
-                    rollout.bars[micro], rollout.accounts[micro], targets[micro], num_decisions
-                )
+                inputs = rollout.bars[micro], rollout.accounts[micro], targets[micro], num_decisions
+                more = () if rollout.depth is None else (rollout.depth[micro],)
+                losses = self.parallel.objective(*inputs, *more)
                 losses.total.backward()
             statistics.add(losses)
         statistics.add_step(*self._apply_gradients(rate))

@@ -139,7 +139,14 @@ class Objective(nn.Module):
         own = [] if self.forecaster is None else list(self.forecaster.named_parameters(prefix="forecaster"))
         return [*self.policy.named_parameters(), *own]
 
-    def forward(self, bars: Tensor, accounts: Tensor, targets: Targets, num_decisions: int) -> Losses:
+    def forward(
+        self,
+        bars: Tensor,
+        accounts: Tensor,
+        targets: Targets,
+        num_decisions: int,
+        depth: Tensor | None = None,
+    ) -> Losses:
         """Evaluate one micro-batch.
 
         Args:
@@ -147,11 +154,12 @@ class Objective(nn.Module):
             accounts: (B, T, A) account observations at the last T bars.
             targets: of these decisions.
             num_decisions: decisions of the whole minibatch on this rank, the divisor of every sum.
+            depth: (B, layers) the blocks that each segment skips, as in its rollout.
 
         Returns:
             Scalars on the device; ``total`` is the one to differentiate.
         """
-        hidden = self.policy.hidden(bars, accounts.shape[1])
+        hidden = self.policy.hidden(bars, accounts.shape[1], depth)
         # A number would be compiled in, and the last minibatch of a pass may be a smaller one.
         divisor = torch.full((), num_decisions, dtype=hidden.dtype, device=hidden.device)
         return self.after_trunk(hidden, accounts, targets, divisor)

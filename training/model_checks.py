@@ -160,6 +160,10 @@ def check_own_model(settings: Settings) -> None:
         raise FeatureError(
             f"{place} cannot compute in fp8, which is for the transformer: set precision to auto"
         )
+    if settings.stochastic_depth:
+        raise FeatureError(
+            f"{place} cannot skip blocks, which is for the transformer: set stochastic_depth to 0"
+        )
     length = settings.context_bars + settings.horizon + 1
     num_features = len(chosen_features(settings.features))
     config = TransformerConfig(num_features, WIDTH, LAYERS, HEADS, length)

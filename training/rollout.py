@@ -25,6 +25,7 @@ from envs.counterfactuals import (
 from envs.trading_env import TradingEnv
 from models.forecaster import Forecaster
 from models.policy import Policy
+from models.transformer import draw_depth
 from runtime.control import heartbeat
 from training.hindsight import Hindsight
 from training.rewards import RewardFunction, and_cash, by_choice, paid
@@ -50,6 +51,9 @@ class Rollout:
     hindsight: Hindsight | None = None
     forecasts: Tensor | None = None  # (N, T, 2, horizons), where they are learnt, by the weights that played
     ahead: Tensor | None = None  # (N, T, 2, horizons) what came, see envs.ahead
+    depth: Tensor | None = (
+        None  # (N, layers) the blocks that each segment skipped, see transformer.draw_depth
+    )
 
     @property
     def num_segments(self) -> int:
@@ -110,6 +114,7 @@ def collect(
     feature_noise: float = 0.0,
     own_reward: RewardFunction | None = None,
     forecaster: Forecaster | None = None,
+    stochastic_depth: float = 0.0,
 ) -> Rollout:
     """Play one segment in every environment.
 
@@ -126,6 +131,7 @@ def collect(
         feature_noise: see ``add_noise``.
         own_reward: of training/own_reward.py, in place of log growth.
         forecaster: heads whose forecasts are kept beside what came.
+        stochastic_depth: chance that a segment skips the last block, here and in the update.
 
     Raises:
         ValueError: the market of such rewards has no ``others_growth``.
@@ -133,7 +139,8 @@ def collect(
     config = env.config
     horizon = config.horizon
     bars = add_noise(env.begin_segment(), feature_noise, generator)  # (N, C + T + 1, F)
-    projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster)
+    depth = depth_of(policy, config.num_envs, stochastic_depth, generator)
+    projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster, depth)
     ahead = None
     if forecaster is not None:  # known already, since the market does not react; no decision sees it
         ahead = moves_ahead(env.market, env.cursor[:, None] + torch.arange(horizon, device=bars.device))
@@ -196,11 +203,23 @@ def collect(
         seen,
         forecasts,
         ahead,
+        depth,
     )
 
 
+def depth_of(policy: Policy, num_segments: int, chance: float, generator: torch.Generator) -> Tensor | None:
+    """Draw which blocks each segment skips, (N, layers); None, and nothing is drawn, where the chance is 0."""
+    num_layers = policy.trunk.config.num_layers
+    return draw_depth(num_segments, num_layers, chance, generator) if chance else None
+
+
 def encode(
-    policy: Policy, bars: Tensor, horizon: int, chunk_segments: int, forecaster: Forecaster | None
+    policy: Policy,
+    bars: Tensor,
+    horizon: int,
+    chunk_segments: int,
+    forecaster: Forecaster | None,
+    depth: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the trunk over segments (N, C + T + 1, F), a chunk at a time.
 
@@ -209,9 +228,11 @@ def encode(
         (N, T + 1, W); and the forecasts at the decisions, (N, T, 2, horizons), where there is a forecaster.
     """
     projected, forecasts = [], []
-    for part in bars.split(chunk_segments):
+    parts = bars.split(chunk_segments)
+    depths = [None] * len(parts) if depth is None else depth.split(chunk_segments)
+    for part, skipped in zip(parts, depths, strict=True):
         heartbeat()  # a large model takes minutes for a rollout on a CPU
-        hidden = policy.hidden(part, horizon + 1)
+        hidden = policy.hidden(part, horizon + 1, skipped)
         projected.append(policy.head.project(hidden))
         if forecaster is not None:
             forecasts.append(forecaster(hidden[:, :-1]))

@@ -223,6 +223,7 @@ class Trainer:
             feature_noise=settings.feature_noise,
             own_reward=self._own_reward,
             forecaster=self.objective.forecaster,
+            stochastic_depth=settings.stochastic_depth,
         )
 
     def _own_state(self) -> dict[str, Any]:

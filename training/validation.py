@@ -60,6 +60,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "batch_size": (1, 2**31),
     "micro_batch_segments": (1, 2**20),
     "feature_noise": (0, 10),
+    "stochastic_depth": (0, 0.9),
     "update_passes": (1, 1_000),
     "learning_rate": (0, 1),
     "warmup_steps": (0, 10**9),

@@ -143,14 +143,15 @@ def test_they_count_as_weights_and_are_inspected_for_corruption() -> None:
 
 @pytest.mark.slow
 @pytest.mark.drill
-def test_a_compiled_objective_forecasts_the_same() -> None:
+def test_a_compiled_objective_forecasts_and_skips_blocks_the_same() -> None:
     from tests.training.rollouts import ALONE, CONTEXT, HORIZON
     from training.compilation import compile_objective
 
-    settings = replace(SETTINGS, forecast_coef=0.5)
+    settings = replace(SETTINGS, forecast_coef=0.5, stochastic_depth=0.5)
     plain, compiled = (Objective(small_policy(num_layers=1), settings) for _ in range(2))
     assert compile_objective(compiled, 2, CONTEXT, HORIZON, ALONE) == ""
     rollout = made_up_rollout(plain.policy, 4, has_forecasts=True)
+    rollout.depth = torch.tensor([[0.0], [2.0], [2.0], [0.0]])
     for objective in (plain, compiled):
         learner = small_learner(objective, forecast_coef=0.5)
         for group in learner.optimizer.param_groups:

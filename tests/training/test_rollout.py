@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from envs.trading_env import TradingEnv
+from models.transformer import draw_depth
 from tests.envs.markets import CONTEXT, HORIZON, config_of, env_of, market_of, moved, walk, without_syncs
 from tests.training.reencoding import WindowLearner, collect_by_windows
 from tests.training.rollouts import ALONE, SETTINGS, calm_and_wild, policy_for, rollout_of, small_learner
@@ -55,6 +56,48 @@ def test_noise_is_drawn_for_every_segment_and_the_update_sees_it() -> None:
     assert abs(float((first * second).mean())) < 0.01
     state = generator.get_state()
     assert not add_noise(torch.zeros(3), 0.0, generator).any() and torch.equal(generator.get_state(), state)
+
+
+def test_the_update_skips_the_blocks_that_the_rollout_skipped() -> None:
+    env, generator = env_of(market_of(walk())), torch.Generator().manual_seed(7)
+    learner = small_learner(policy := policy_for(env), minibatch=16)
+    rollout = collect(env, policy, generator, 4, hindsight=True, stochastic_depth=0.5)
+    assert rollout.depth is not None and len(rollout.depth.unique(dim=0)) > 1
+    with torch.no_grad():
+        for depth, is_same in ((rollout.depth, True), (None, False)):
+            hidden = policy.hidden(rollout.bars, rollout.horizon, depth)
+            logits, _ = policy.head.decide(policy.head.project(hidden), rollout.accounts)
+            changed = (torch.log_softmax(logits, -1) - rollout.log_policy).abs().amax((1, 2))
+            assert bool(changed.max() < 1e-5) == is_same
+    # Segments that skip nothing are weighed, all the same.
+    assert (changed > 1e-5).all()
+    assert float(learner.update(rollout, 0.5)["ppo/first_kl"]) < 1e-7  # type: ignore[index]
+    assert learner.find_corruption() == ("", "")
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.9])
+def test_blocks_are_skipped_as_often_as_asked_and_add_as_much_on_average(chance: float) -> None:
+    depth = draw_depth(20_000, 4, chance, torch.Generator().manual_seed(0))
+    skipped = (depth == 0).double().mean(0)
+    expected = chance * torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(skipped, expected, rtol=0, atol=0.015)
+    torch.testing.assert_close(depth.mean(0), torch.ones(4), rtol=0, atol=0.1)
+
+
+def test_with_weights_of_one_nothing_changes_and_with_zeros_blocks_add_nothing() -> None:
+    env = env_of(market_of(walk()))
+    policy, bars = policy_for(env), env.begin_segment()
+    with torch.no_grad():
+        plain = policy.hidden(bars, HORIZON)
+        assert torch.equal(policy.hidden(bars, HORIZON, torch.ones(len(bars), 2)), plain)
+        none = policy.hidden(bars, HORIZON, torch.zeros(len(bars), 2))
+        torch.testing.assert_close(none, policy.trunk.norm(policy.trunk.embed(bars))[:, -HORIZON:])
+        policy.trunk.recompute = True
+    depth = torch.tensor([[2.0, 0.0]] * len(bars))
+    kept, again = [], bars.clone().requires_grad_()
+    for policy.trunk.recompute in (False, True):
+        kept.append(torch.autograd.grad(policy.hidden(again, HORIZON, depth).square().sum(), again)[0])
+    assert torch.equal(*kept)
 
 
 def test_chunks_of_the_trunk_forward_change_nothing() -> None:

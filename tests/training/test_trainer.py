@@ -75,7 +75,7 @@ def saved_and_loaded(trainer: Trainer, folder: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "given"), [(0, {}), (3, {}), (0, {"forecast_coef": 0.5}), (3, {"forecast_coef": 0.5})]
+    ("stop_at", "given"), [(0, {}), (3, {}), (3, {"forecast_coef": 0.5, "stochastic_depth": 0.5})]
 )
 def test_a_stopped_update_is_saved_and_finished_by_the_next_start(
     tmp_path: Path, stop_at: int, given: dict[str, Any]
