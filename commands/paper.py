@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from commands.check.sources import check_clock
+from commands.paper_report import curves_of, report, table, trades_of
 from commands.signals import SignalOptions, refresh_bars, request_of, seconds_to_next_minute
 from data_sources.bars import MINUTE_NS
 from data_sources.errors import DataError
@@ -24,14 +23,11 @@ from data_sources.progress import WarningCollector
 from data_sources.refresh import probe
 from envs.feature_errors import FeatureError
 from evaluation import ensemble, plots
-from evaluation.baselines import BUY_AND_HOLD
 from evaluation.champion import DETHRONED
-from evaluation.exam import POLICY, Walk
-from evaluation.measures import jsonable
 from evaluation.page import render_paper
-from evaluation.paper import SETTLED_MINUTES, Minute, run_minute
+from evaluation.paper import Minute, run_minute
 from evaluation.paper_book import Book, BookError
-from evaluation.paper_totals import PORTFOLIO, Totals
+from evaluation.paper_totals import Totals
 from evaluation.provenance import members_of
 from evaluation.recorder import COSTS, training_of
 from evaluation.report import file_name
@@ -122,12 +118,12 @@ class Paper:
         trades = totals.add(done, self.trained.env_config(1))
         lines: list[dict[str, Any]] = [*self._lines]
         lines += [{"kind": "said", "time": iso_time(now_ns), "text": text} for text in said]
-        lines += [*_trades(done), *trades]
+        lines += [*trades_of(done), *trades]
         if totals.mark_is_due(done):
             lines.append({"kind": "mark", "time": iso_time(done.state.minute_ns), **totals.returns(done)})
         book.save(done.state, asdict(totals), lines)
         self._lines = []
-        content = report(self, done, totals, now_ns)
+        content = report(self.trained.title, done, totals, now_ns)
         if self.options.as_json:
             self.console.emit(json.dumps(content, allow_nan=False))
         else:
@@ -169,7 +165,7 @@ class Paper:
         marks = [line for line in lines if line["kind"] == "mark"]
         svgs = {}
         if len(marks) > 1:
-            draw = partial(plots.equity, _curves(marks))
+            draw = partial(plots.equity, curves_of(marks))
             wide, narrow = (plots.as_svg(draw(w), f"equity-{n}") for n, w in enumerate(plots.WIDTHS))
             svgs = {"equity": (wide, narrow)}
         said = [line for line in reversed(lines) if line["kind"] == "said"][:MOST_SAID]
@@ -268,6 +264,11 @@ def run(
     request_of(settings, clock(), options.symbols)  # an unknown symbol needs no folder
     if options.gross is not None and not 0 < options.gross < math.inf:
         raise ValueError(f"--gross {options.gross:g} must be above 0, such as 1 for all of the equity")
+    if options.gross is not None and settings.account != "single":
+        raise ValueError(
+            f"--portfolio is of single accounts: those of account={settings.account} have caps of their own, "
+            "gross_exposure and net_exposure; drop it"
+        )
     folder = options.folder or Path("paper") / file_name(stem_of(trained.names))
     try:
         with FolderLock(folder).hold():
@@ -319,115 +320,12 @@ def _run(
         log.info(f"Stopped; another start goes on in {folder}")
 
 
-def report(paper: Paper, done: Minute, totals: Totals, now_ns: int) -> dict[str, Any]:
-    """Return everything as plain types; docs/use.md explains the fields."""
-    own, hold = (done.state.accounts[name] for name in (POLICY, BUY_AND_HOLD))
-    returns = totals.returns(done)
-    symbols = [
-        {
-            "symbol": symbol,
-            "target": done.targets.get(symbol),
-            "position": own[symbol].target if symbol in own else 0.0,
-            "return": math.expm1(own[symbol].log_equity) if symbol in own else 0.0,
-            "buy_and_hold": math.expm1(hold[symbol].log_equity) if symbol in hold else 0.0,
-            "booked_until": iso_time(own[symbol].next_ns) if symbol in own else None,
-            "state": done.waiting.get(
-                symbol, "" if not own or symbol not in own or own[symbol].alive else "ruined"
-            ),
-        }
-        for symbol in sorted({*own, *done.targets, *done.waiting})
-    ]
-    portfolio = totals.portfolio
-    return jsonable(
-        {
-            "time": iso_time(now_ns),
-            "began": iso_time(totals.began_ns),
-            "checkpoint": paper.trained.title,
-            "headline": f"{returns[POLICY]:+.2%} after costs, buy and hold {returns[BUY_AND_HOLD]:+.2%}"
-            + (f", portfolio {returns[PORTFOLIO]:+.2%}" if portfolio else ""),
-            "accounts": {name: {"return": value} for name, value in returns.items()},
-            "trades": totals.trades,
-            "costs": totals.costs,
-            "late": totals.late,
-            "settled_minutes": SETTLED_MINUTES,
-            "symbols": symbols,
-            "portfolio": None
-            if portfolio is None
-            else {
-                "equity": portfolio.equity,
-                "exposure": portfolio.exposure,
-                "gross": portfolio.gross,
-                "trades": portfolio.trades,
-                "costs": portfolio.costs,
-                "borrowing": portfolio.borrowing,
-                "funding": portfolio.funding,
-                "weights": {
-                    s: u * portfolio.prices[s] / portfolio.equity for s, u in portfolio.units.items()
-                },
-            },
-        }
-    )
-
-
-def table(content: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    """Return title, columns and rows for people."""
-    title = (
-        f"{content['time'].replace('T', ' ').rstrip('Z')} UTC, {content['checkpoint']}: {content['headline']}"
-    )
-    if content["portfolio"]:
-        title += f", exposure {content['portfolio']['exposure']:.2f} of {content['portfolio']['gross']:g}"
-    rows = [
-        [
-            row["symbol"],
-            "" if row["target"] is None else f"{row['target']:+g}",
-            f"{row['position']:+g}",
-            f"{row['return']:+.2%}",
-            f"{row['buy_and_hold']:+.2%}",
-            row["state"],
-        ]
-        for row in content["symbols"]
-    ]
-    return (
-        f"{title}; no orders are sent",
-        ["symbol", "decided", "position", "return", "buy and hold", "state"],
-        rows,
-    )
-
-
-def _trades(done: Minute) -> list[dict[str, Any]]:
-    """Return a line for every trade that was booked."""
-    return [
-        {
-            "kind": "fill",
-            "time": str(walk.time[row])[:16],
-            "symbol": walk.symbol,
-            "price": float(walk.price[row]),
-            "position": float(walk.position[row]),
-            "traded": float(walk.traded[row]),
-            "costs": float(walk.costs[row]),
-        }
-        for walk in done.booked[POLICY]
-        for row in np.flatnonzero(walk.traded > 0)
-    ]
-
-
 def _identity(path: Path) -> tuple[int, int, int] | None:
     """Return the identity of a file; None where it is not there, or the disk refuses."""
     try:
         return identity_of(path)
     except OSError:
         return None
-
-
-def _curves(marks: Sequence[Mapping[str, Any]]) -> dict[str, list[Walk]]:
-    """Return the marks as walks, to be drawn like those of a report."""
-    time_ = np.array([mark["time"].rstrip("Z") for mark in marks], dtype="datetime64[ns]")
-    nothing = np.zeros(len(marks))
-    curves = {}
-    for name in (POLICY, BUY_AND_HOLD):
-        growth = np.diff(np.log1p([mark[name] for mark in marks]), prepend=0.0)
-        curves[name] = [Walk("", "crypto", time_, nothing, nothing, growth, nothing, nothing, nothing)]
-    return curves
 
 
 def _minutes(times: Sequence[int]) -> str:

@@ -82,14 +82,15 @@ class SymbolCourse(Course):
         self,
         market: Market,
         config: EnvConfig,
-        symbols: Sequence[str],
+        owners: Sequence[Group],
         names: Sequence[str],
         start_of: Callable[[str], int],
         accounts: Accounts,
         flat_costs_bps: Sequence[float | None],
     ) -> None:
         """See ``course_of``."""
-        self.keys, self._horizon, self._market = symbols, config.horizon, market
+        self.keys = symbols = [each.name for each in owners]
+        self._horizon, self._market = config.horizon, market
         standing = [accounts.get(name, {}).get(symbol) for name in names for symbol in symbols]
         costs = _of_every_account(flat_costs_bps, len(symbols))
         self.env = OpenEnv(
@@ -139,7 +140,7 @@ class GroupCourse(Course):
         self,
         market: Market,
         config: EnvConfig,
-        groups: Sequence[Group],
+        owners: Sequence[Group],
         names: Sequence[str],
         start_of: Callable[[str], int],
         accounts: Accounts,
@@ -150,10 +151,10 @@ class GroupCourse(Course):
         self.size, self._horizon = config.group.size, config.horizon
         first = next(iter(names))  # all contestants walk the same minutes
         begins = []
-        for each in groups:
+        for each in owners:
             account = accounts.get(first, {}).get(each.name)
             begins.append(account.next_ns if account else start_of(each.name))
-        found = walkable(market, self.size, groups, begins)
+        found = walkable(market, self.size, owners, begins)
         self._groups = [each for each, _ in found]
         self.keys = [each.name for each in self._groups]
         standing = [accounts.get(name, {}).get(key) for name in names for key in self.keys]
@@ -207,7 +208,7 @@ class GroupCourse(Course):
 def course_of(
     market: Market,
     config: EnvConfig,
-    keys: Sequence[str] | Sequence[Group],
+    owners: Sequence[Group],
     names: Sequence[str],
     start_of: Callable[[str], int],
     accounts: Accounts,
@@ -218,9 +219,9 @@ def course_of(
     Args:
         market: has the bars to walk.
         config: of the accounts, with the horizon of the training.
-        keys: symbols, or the groups of accounts over groups.
+        owners: of each account; see ``owners_of``.
         names: of the contestants.
-        start_of: a symbol or group without an account begins with money 1 at this time, ns UTC.
+        start_of: an owner by this name without an account begins with money 1 at this time, ns UTC.
         accounts: as they stood.
         flat_costs_bps: of each contestant, in place of fees and slippage of all kinds; None keeps those.
 
@@ -229,19 +230,17 @@ def course_of(
     """
     kind: type[SymbolCourse] | type[GroupCourse] = GroupCourse if config.group else SymbolCourse
     costs = [None] * len(names) if flat_costs_bps is None else flat_costs_bps
-    return kind(market, config, keys, names, start_of, accounts, costs)  # type: ignore[arg-type]
+    return kind(market, config, owners, names, start_of, accounts, costs)
 
 
-def keys_of(
-    market: Market, config: EnvConfig, symbols: Sequence[str], accounts: Accounts
-) -> Sequence[str] | list[Group]:
-    """Return what has an account each: the symbols, or the groups of accounts that stand, and of other symbols.
+def owners_of(market: Market, config: EnvConfig, symbols: Sequence[str], accounts: Accounts) -> list[Group]:
+    """Return what has an account each: every symbol alone, or groups: those that stand, and of other symbols.
 
     Raises:
         NoSegment: there are too few symbols for a group.
     """
     if config.group is None:
-        return symbols
+        return [Group(symbol, (symbol,)) for symbol in symbols]
     standing = {
         key: Group(key, account.symbols)
         for own in accounts.values()

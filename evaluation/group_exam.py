@@ -68,7 +68,7 @@ def notes_on_walks(
 
 @dataclass(frozen=True)
 class Group:
-    """One account of the exam."""
+    """Who has an account: a name, and the symbols that it trades."""
 
     name: str
     symbols: tuple[str, ...]
@@ -196,7 +196,10 @@ def walkable(
     Raises:
         NoSegment: none has.
     """
-    grid = Grid.of(market, size)
+    try:
+        grid = Grid.of(market, size)
+    except ValueError as error:  # too few symbols have bars by then
+        raise NoSegment(str(error)) from error
     number_of = {symbol: number for number, symbol in enumerate(market.symbols)}
     clock_of = grid.clock_of.tolist()
     found = []

@@ -16,7 +16,7 @@ from envs.market import Market
 from envs.open_env import HOLD
 from envs.open_group_env import AnyAccount
 from evaluation.baselines import BUY_AND_HOLD, actions_after
-from evaluation.courses import Accounts, course_of, keys_of
+from evaluation.courses import Accounts, course_of, owners_of
 from evaluation.exam import ENCODED_SEGMENTS, POLICY, Walk, at_flat_cost, one_thread
 from models.ensemble import Decider, EnsembleHead
 from models.policy import Head
@@ -75,9 +75,9 @@ def walk_on(
     deciders = {**policies, **dict.fromkeys(ladder, next(iter(policies.values())))}
     names = [*deciders, *rules]
     market = replace(market, horizon=1).until(end_ns)
-    keys = keys_of(market, config, symbols, accounts)
+    owners = owners_of(market, config, symbols, accounts)
     costs = [ladder.get(name) for name in names]
-    course = course_of(market, config, keys, names, lambda _: decides_from_ns, accounts, costs)
+    course = course_of(market, config, owners, names, lambda _: decides_from_ns, accounts, costs)
     schedule, horizon = course.schedule, config.horizon
     # A policy with several names reads the market once.
     acting = {id(policy): policy for policy in deciders.values() if policy}

@@ -8,6 +8,11 @@ late for its order to fill at the next open is no decision: the account holds wh
 Bars are settled after ``SETTLED_MINUTES``, in which late ones come and wrong ones are put right; until then a fill
 is provisional, computed again every minute. So what is booked equals, to the bit, what an exam of these bars says
 whose accounts hold where nothing was decided in time.
+
+An account over a group is decided on once a minute of its market, for all its symbols: one whose bar is late or
+missing is seen as in training, with the one before. What is kept of accounts has a symbol or a group as its key.
+
+Shapes: K = accounts, G = symbols of each, R = decisions of the longest walk.
 """
 
 from __future__ import annotations
@@ -19,17 +24,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sources.bars import DAY_NS, MINUTE_NS, Bars
+from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import expected_minutes
 from envs.market import Market, NoSegment
-from envs.open_env import OpenAccount, OpenEnv
+from envs.open_env import HOLD
+from envs.open_group_env import AnyAccount
 from evaluation.baselines import BUY_AND_HOLD, actions_after
-from evaluation.exam import POLICY, Reader, Walk, one_thread, play_segment, walks_of
+from evaluation.courses import Course, course_of
+from evaluation.exam import POLICY, Walk, one_thread
+from evaluation.group_exam import Group, groups_of
 from evaluation.portfolio import Fill
 from evaluation.trained_policy import NEVER_NS, Actor, training_panel
 
 NAMES = (POLICY, BUY_AND_HOLD)
-HOLD = -1  # no decision: whatever is held stays
 SEGMENTS_AT_ONCE = 16  # per forward of the trunk
 LONGEST_CLOSURE_NS = 7 * DAY_NS  # the next session begins within it
 SETTLED_MINUTES = 5
@@ -41,13 +48,13 @@ class PaperState:
     """All that goes on from minute to minute, as plain values."""
 
     minute_ns: int = 0  # the newest one that is done
-    accounts: dict[str, dict[str, OpenAccount]] = field(default_factory=lambda: {name: {} for name in NAMES})
-    decided: dict[str, dict[int, float]] = field(
-        default_factory=dict
-    )  # symbol -> bar -> target, not booked yet
+    accounts: dict[str, dict[str, AnyAccount]] = field(default_factory=lambda: {name: {} for name in NAMES})
+    # key -> bar or minute -> a target per symbol, not booked yet
+    decided: dict[str, dict[int, tuple[float, ...]]] = field(default_factory=dict)
     seen: dict[str, dict[int, tuple[float, float]]] = field(
         default_factory=dict
     )  # symbol -> bar -> open, close
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of accounts over groups: their symbols
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,13 @@ class Minute:
     """What one minute brought."""
 
     state: PaperState
-    booked: Mapping[str, Sequence[Walk]]  # contestant -> a walk per symbol that had something to book
-    targets: Mapping[str, float]  # symbol -> decided at its newest bar, in time
-    late: Mapping[str, Sequence[int]]  # symbol -> bars at which nothing was decided, booked now
-    waiting: Mapping[str, str]  # symbol -> why nothing was decided at its newest bar
+    booked: Mapping[str, Sequence[Walk]]  # contestant -> a walk per key that had something to book
+    targets: Mapping[str, tuple[float, ...]]  # key -> decided at its newest bar or minute, in time
+    late: Mapping[str, Sequence[int]]  # key -> bars or minutes at which nothing was decided, booked now
+    waiting: Mapping[str, str]  # key or symbol -> why nothing was decided at its newest bar
     revised: Mapping[str, Sequence[int]]  # symbol -> bars that are others than they were
     inserted: Mapping[str, Sequence[int]]  # symbol -> bars that came after newer ones
-    fills: Sequence[Fill]  # of everything that was booked, for a portfolio
+    fills: Sequence[Fill]  # of all symbols' accounts that were booked, for a portfolio
 
 
 def run_minute(
@@ -95,76 +102,104 @@ def run_minute(
         return Minute(state, {name: [] for name in NAMES}, {}, {}, waiting, *changes, [])
     seen = [series.between(0, minute_ns) for series in others]
     market = _market(actor, [_with_next(series, minute_ns) for series in closed], seen)
-    known = market.until(minute_ns)
+    owners, state, missing = _owners(actor, state, market)
+    waiting |= missing
     settled_ns = minute_ns - SETTLED_MINUTES * MINUTE_NS
-    state, booked, late, fills = _book(actor, state, market, settled_ns)
-    newest = {series.symbol: int(series.open_time[-1]) for series in closed}
-    wanted: list[str] = []
-    for series in closed if may_decide else ():
-        if now_ns >= _next_open(series) + MINUTE_NS:
-            behind = (minute_ns - newest[series.symbol]) // MINUTE_NS - 1
+    state, booked, late, fills = _book(actor, state, market, owners, settled_ns)
+    wanted: list[Group] = []
+    newest: dict[str, int] = {}
+    for each in owners:
+        asset_class, newest[each.name] = _newest_of(each, closed)
+        at, following = newest[each.name], _following(asset_class, newest[each.name] + MINUTE_NS)
+        if may_decide and now_ns >= following + MINUTE_NS:
+            behind = (minute_ns - at) // MINUTE_NS - 1
             minutes = f"{behind} minute{'s' if behind > 1 else ''}"
-            waiting[series.symbol] = f"stale: its newest bar closed {minutes} ago"
-        elif newest[series.symbol] not in state.decided.get(series.symbol, {}):  # after a restart it may be
-            wanted.append(series.symbol)
-    decided = {symbol: dict(own) for symbol, own in state.decided.items()}
-    for symbol, target in _decide(actor, state, market, known, wanted, newest).items():
-        decided.setdefault(symbol, {})[newest[symbol]] = 0.0 if to_cash else target
-    for symbol in wanted:
-        if newest[symbol] not in decided.get(symbol, {}):
-            waiting[symbol] = "too few bars in a row since its last hole"
-    targets = {
-        symbol: decided[symbol][bar]
-        for symbol, bar in newest.items()
-        if symbol not in waiting and bar in decided.get(symbol, {})
+            waiting[each.name] = f"stale: its newest bar closed {minutes} ago"
+        elif may_decide and at not in state.decided.get(each.name, {}):  # after a restart it may be
+            wanted.append(each)
+    decided = {key: dict(own) for key, own in state.decided.items()}
+    for key, targets in _decide(actor, state, market, wanted, newest).items():
+        decided.setdefault(key, {})[newest[key]] = tuple(0.0 for _ in targets) if to_cash else targets
+    for each in wanted:
+        if newest[each.name] not in decided.get(each.name, {}):
+            waiting[each.name] = "too few bars in a row since its last hole"
+    in_time = {
+        key: decided[key][at]
+        for key, at in newest.items()
+        if key not in waiting and at in decided.get(key, {})
     }
-    return Minute(replace(state, decided=decided), booked, targets, late, waiting, *changes, fills)
+    return Minute(replace(state, decided=decided), booked, in_time, late, waiting, *changes, fills)
+
+
+def _owners(
+    actor: Actor, state: PaperState, market: Market
+) -> tuple[list[Group], PaperState, dict[str, str]]:
+    """Return whose accounts there are: of each symbol, or of groups as they were and of other symbols' ones.
+
+    Returns:
+        The keys with their symbols, all of which have bars; the state with the groups; why others have to wait.
+    """
+    if actor.config.group is None:
+        return [Group(symbol, (symbol,)) for symbol in market.symbols], state, {}
+    before = [Group(name, tuple(symbols)) for name, symbols in state.groups.items()]
+    try:
+        found = groups_of(market, actor.config.group.size, before=before)
+    except ValueError as error:
+        return [], state, {symbol: str(error) for symbol in market.symbols}
+    here = {each.name for each in found}
+    missing = {each.name: "not all its symbols have bars" for each in before if each.name not in here}
+    grouped = {each.name: each.symbols for each in [*before, *found]}
+    alone = set(market.symbols) - {symbol for each in found for symbol in each.symbols}
+    missing |= dict.fromkeys(sorted(alone), "too few symbols of its kind for a group")
+    return found, replace(state, groups=grouped), missing
+
+
+def _newest_of(owner: Group, bars: Sequence[Bars]) -> tuple[AssetClass, int]:
+    """Return the kind and the newest bar of a symbol, or the newest minute of the market of a group's symbols."""
+    (first,) = [series for series in bars if series.symbol == owner.symbols[0]]
+    if owner.name == first.symbol:
+        return first.asset_class, int(first.open_time[-1])
+    is_stock = first.asset_class == "stock"
+    same = [series for series in bars if (series.asset_class == "stock") == is_stock]
+    return first.asset_class, max(int(series.open_time[-1]) for series in same)
 
 
 def _book(
-    actor: Actor, state: PaperState, market: Market, settled_ns: int
+    actor: Actor, state: PaperState, market: Market, owners: Sequence[Group], settled_ns: int
 ) -> tuple[PaperState, dict[str, list[Walk]], dict[str, list[int]], list[Fill]]:
-    """Book what is settled; return the state after it, the walks, the bars without a decision, and all fills."""
-    symbols = [
-        symbol for symbol in market.symbols if symbol in state.accounts[POLICY] or state.decided.get(symbol)
-    ]
+    """Book what is settled; return the state after it, the walks, where nothing was decided, and all fills."""
+    own = [each for each in owners if each.name in state.accounts[POLICY] or state.decided.get(each.name)]
     nothing: dict[str, list[Walk]] = {name: [] for name in NAMES}
-    if not symbols:
+    if not own:
         return state, nothing, {}, []
-    config, device = actor.config, market.device
-    starts = [min(state.decided.get(symbol) or [0]) for symbol in symbols]
-    places = [place for _ in NAMES for place in zip(symbols, starts, strict=True)]
-    standing = [state.accounts[name].get(symbol) for name in NAMES for symbol in symbols]
+    config = actor.config
+
+    def start_of(key: str) -> int:
+        return min(state.decided.get(key) or [0])
+
     try:
         known = market.until(settled_ns)
-        env = OpenEnv(known, config, device, places, standing)
+        course = course_of(known, config, own, NAMES, start_of, state.accounts)
     except NoSegment:
         return state, nothing, {}, []
-    schedule = env.schedule[:, : len(symbols)]  # (R, S)
-    actions, late = _given(actor, state, known, symbols, schedule)
-    first_bars = known.offsets[torch.tensor([known.symbols.index(s) for s in symbols], device=device)]
-    buying = actions_after(BUY_AND_HOLD, known, config.positions, schedule.clamp(min=0), first_bars)
+    actions, late = _given(config.positions, state, course)
+    bars = course.bars(course.schedule)
+    buying = actions_after(BUY_AND_HOLD, known, config.positions, bars, course.first_bars)
     given = torch.cat((actions, buying), dim=1)
-    decide, played = _Given(len(config.positions)), []
-    with one_thread(device):
-        for row in range(len(schedule)):
-            env.begin_segment()
-            played.append(play_segment(env, decide, given[row : row + 1], ()))
-    columns = list(np.concatenate(played, axis=1))
-    walks = walks_of(NAMES, symbols, known, schedule, torch.arange(1, device=device), columns)
-    now = iter(env.accounts())
-    accounts = {
-        name: state.accounts[name] | {symbol: account for symbol in symbols if (account := next(now))}
-        for name in NAMES
-    }
+    with one_thread(known.device):
+        for row in range(len(given)):
+            course.env.begin_segment_unread()
+            course.play(_as_given, given[row : row + 1])
+    now = course.accounts(NAMES)
+    accounts = {name: state.accounts[name] | now[name] for name in NAMES}
     decided = {
-        symbol: {bar: target for bar, target in own.items() if bar >= accounts[POLICY][symbol].next_ns}
-        if symbol in accounts[POLICY]
-        else own
-        for symbol, own in state.decided.items()
+        key: {at: targets for at, targets in waiting.items() if at >= accounts[POLICY][key].next_ns}
+        if key in accounts[POLICY]
+        else waiting
+        for key, waiting in state.decided.items()
     }
-    fills = _fills(actor, known, symbols, schedule, actions)
-    return replace(state, accounts=accounts, decided=decided), walks, late, fills
+    fills = [] if config.group else _fills(actor, known, course.keys, course.schedule, actions)
+    return replace(state, accounts=accounts, decided=decided), course.walks(NAMES), late, fills
 
 
 def _fills(
@@ -197,22 +232,26 @@ def _fills(
 
 
 def _given(
-    actor: Actor, state: PaperState, known: Market, symbols: Sequence[str], schedule: Tensor
+    positions: Sequence[float], state: PaperState, course: Course
 ) -> tuple[Tensor, dict[str, list[int]]]:
-    """Return what was decided in time at these bars, (R, S) actions, ``HOLD`` elsewhere, and where that is."""
-    positions = actor.config.positions
-    times = known.open_time[schedule.clamp(min=0)].tolist()
+    """Return what was decided in time, (R, K x G) actions, ``HOLD`` elsewhere, and where that is."""
+    times = course.times(course.schedule).tolist()
     late: dict[str, list[int]] = {}
     rows = []
-    for bars, opened in zip(schedule.tolist(), times, strict=True):
-        row = []
-        for symbol, bar, time in zip(symbols, bars, opened, strict=True):
-            target = state.decided.get(symbol, {}).get(time) if bar >= 0 else 0.0
-            if target is None:
-                late.setdefault(symbol, []).append(time)
-            row.append(HOLD if target is None else positions.index(target))
+    for places, opened in zip(course.schedule.tolist(), times, strict=True):
+        row: list[int] = []
+        for key, place, time in zip(course.keys, places, opened, strict=True):
+            targets = state.decided.get(key, {}).get(time)
+            if targets is None and place >= 0:
+                late.setdefault(key, []).append(time)
+            row += [HOLD] * course.size if targets is None else map(positions.index, targets)
         rows.append(row)
-    return torch.tensor(rows, device=known.device).reshape(len(rows), len(symbols)), late
+    return torch.tensor(rows, device=course.schedule.device), late
+
+
+def _as_given(accounts: Tensor, actions: Tensor) -> tuple[Tensor]:
+    """Do what was decided before."""
+    return (actions,)
 
 
 @torch.no_grad()
@@ -220,53 +259,38 @@ def _decide(
     actor: Actor,
     state: PaperState,
     market: Market,
-    known: Market,
-    symbols: Sequence[str],
+    owners: Sequence[Group],
     newest: Mapping[str, int],
-) -> dict[str, float]:
-    """Return what the policy wants at the newest bar of these symbols, for accounts that stand so by then."""
-    config, device = actor.config, market.device
-    numbers = [known.symbols.index(symbol) for symbol in symbols]
-    bars = [int(known.offsets[number + 1]) for number in numbers]
-    # Of the market with what comes next: its last two bars of each symbol are made up.
-    at = torch.tensor([bar - 3 for bar in bars], device=device).long()
-    starts = [
-        int(known.segment_starts(number, bar[None], config.horizon))
-        for number, bar in zip(numbers, at, strict=True)
-    ]
-    ready = [place for place, start in enumerate(starts) if start <= int(at[place])]
-    symbols, at = [symbols[place] for place in ready], at[ready]
-    if not symbols:
+) -> dict[str, tuple[float, ...]]:
+    """Return what the policy wants at the newest bar of these accounts, as they stand by then."""
+    positions = actor.config.positions
+
+    def start_of(key: str) -> int:
+        return min(state.decided.get(key) or [newest[key]])
+
+    try:
+        course = course_of(market, actor.config, owners, (POLICY,), start_of, state.accounts)
+    except NoSegment:
         return {}
-    standing = [state.accounts[POLICY].get(symbol) for symbol in symbols]
-    starting = [min(state.decided.get(symbol) or [newest[symbol]]) for symbol in symbols]
-    env = OpenEnv(market, config, device, list(zip(symbols, starting, strict=True)), standing)
-    given, _ = _given(actor, state, market, symbols, env.schedule)
-    observed = torch.zeros(len(symbols), config.num_account_features, device=device)
-    decide = _Given(len(config.positions))
-    for row in range(env.num_segments):
-        env.begin_segment()
-        here = env.schedule[row] == at
-        observed[here] = env.account_observations()[here]
-        play_segment(env, decide, given[row : row + 1], ())
-    reader = Reader(
-        actor.policy, known, [numbers[place] for place in ready], config.horizon, SEGMENTS_AT_ONCE
-    )
-    projected = reader.read(at[None, :, None], lambda: None)[0, 0]  # (S, W)
-    actions = actor.policy.head.decide(projected, observed[None])[0].argmax(-1).flatten()
-    return {s: config.positions[k] for s, k in zip(symbols, actions.tolist(), strict=True)}
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Actions that were decided before, ``HOLD`` for whatever an account holds."""
-
-    num_positions: int
-
-    def __call__(self, accounts: Tensor, actions: Tensor) -> tuple[Tensor]:
-        """Fill in what is held: observations (N, A), actions (N,)."""
-        held = accounts[:, : self.num_positions].argmax(-1)
-        return (torch.where(actions == HOLD, held, actions),)
+    given, _ = _given(positions, state, course)
+    at = torch.tensor([newest[key] for key in course.keys], device=market.device)
+    is_newest = (course.times(course.schedule) == at) & (course.schedule >= 0)  # (R, K)
+    observed = torch.zeros(len(course.first_bars), actor.config.num_account_features, device=market.device)
+    for row in range(len(given)):
+        course.env.begin_segment_unread()
+        here = is_newest[row].repeat_interleave(course.size)
+        observed[here] = course.env.account_observations()[here]
+        course.play(_as_given, given[row : row + 1])
+    place = torch.where(is_newest, course.schedule, -1).amax(0)
+    if not (place >= 0).any():
+        return {}
+    projected = course.reader(actor.policy, SEGMENTS_AT_ONCE)(place[None], lambda: None)[0]  # (K x G, W)
+    chosen = actor.policy.head.decide(projected, observed[None])[0].argmax(-1).view(-1, course.size)
+    return {
+        key: tuple(positions[index] for index in row)
+        for key, row, is_ready in zip(course.keys, chosen.tolist(), (place >= 0).tolist(), strict=True)
+        if is_ready
+    }
 
 
 def _market(actor: Actor, bars: Sequence[Bars], others: Sequence[Bars]) -> Market:
@@ -300,12 +324,7 @@ def _with_next(bars: Bars, minute_ns: int) -> Bars:
     return added if bars.funding is None else added.with_funding(np.append(bars.funding, [0.0, 0.0]))
 
 
-def _next_open(bars: Bars) -> int:
-    """Return when the order of the newest bar's decision fills, if the next minute of trading has a bar."""
-    return _following(bars.asset_class, int(bars.open_time[-1]) + MINUTE_NS)
-
-
-def _following(asset_class: str, time_ns: int) -> int:
+def _following(asset_class: AssetClass, time_ns: int) -> int:
     """Return the first minute of trading from ``time_ns`` on."""
     if asset_class != "stock":
         return time_ns

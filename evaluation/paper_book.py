@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from envs.open_env import OpenAccount
+from envs.open_group_env import account_of
 from evaluation.paper import PaperState
 from runtime.files import append_durably, make_folder, write_atomically
 
@@ -120,12 +120,19 @@ class Book:
 def _state_of(kept: Mapping[str, Any]) -> PaperState:
     return PaperState(
         minute_ns=int(kept["minute_ns"]),
-        accounts={n: {s: OpenAccount(**a) for s, a in own.items()} for n, own in kept["accounts"].items()},
+        accounts={n: {key: account_of(a) for key, a in own.items()} for n, own in kept["accounts"].items()},
         decided={
-            s: {int(bar): float(target) for bar, target in own.items()} for s, own in kept["decided"].items()
+            key: {int(at): _targets_of(targets) for at, targets in own.items()}
+            for key, own in kept["decided"].items()
         },
         seen={
             s: {int(bar): (float(p[0]), float(p[1])) for bar, p in own.items()}
             for s, own in kept["seen"].items()
         },
+        groups={name: tuple(symbols) for name, symbols in kept.get("groups", {}).items()},
     )
+
+
+def _targets_of(kept: float | Sequence[float]) -> tuple[float, ...]:
+    # Before there were accounts over groups, a number.
+    return (float(kept),) if isinstance(kept, int | float) else tuple(map(float, kept))

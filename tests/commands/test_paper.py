@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from commands import paper
+from commands import paper, paper_report
 from commands.check.report import Line
 from commands.paper import PaperOptions
 from commands.signals import request_of
@@ -133,6 +133,35 @@ def test_two_starts_earn_what_an_exam_of_the_same_minutes_says(trader: Trader) -
     page = Page((trader.folder / "paper" / "paper.html").read_bytes())
     page.loads_nothing()
     assert "No orders were sent" in page.text
+
+
+def test_accounts_over_groups_earn_what_an_exam_of_the_same_minutes_says(trader: Trader) -> None:
+    trader.path = untrained(trader.folder, account="pair", net_exposure=1.0)
+    with pytest.raises(
+        ValueError, match="--portfolio is of single accounts: those of account=pair have caps of"
+    ):
+        trader.run(1, gross=1.0)
+    contents = [*trader.run(4), *trader.run(SETTLED_MINUTES + 4)]
+    trained = TrainedPolicy.read(trader.path, Settings)
+    data = load(Lake(Path(trained.settings.data_dir)), request_of(trained.settings, trader.now_ns, ()))
+    market = Market.from_settings(data.bars, trained.settings, trained.device, NEVER_NS, trained.statistics)
+    first_ns = START // MINUTE_NS * MINUTE_NS - MINUTE_NS
+    settled_ns = first_ns + (len(contents) - SETTLED_MINUTES) * MINUTE_NS
+    exam = walk_on(
+        trained.policy, market, trained.env_config(1), market.symbols, {}, first_ns, settled_ns
+    )  # fmt: skip
+    (group,) = exam.accounts["policy"]
+    for name in ("policy", "buy and hold"):
+        expected = json.loads(json.dumps(asdict(exam.accounts[name][group])))
+        assert trader.accounts[name] == {group: expected}  # to the bit
+    fills = [line for line in trader.lines if line["kind"] == "fill"]
+    assert len(fills) == int((exam.walks["policy"][0].traded > 0).sum()) > 0
+    rows = contents[-1]["symbols"]
+    assert [(row["group"], row["symbol"]) for row in rows] == [(group, pair) for pair in market.symbols]
+    assert [row["position"] for row in rows] == list(exam.accounts["policy"][group].weight)
+    assert "group 1: BTCUSDT" in Page((trader.folder / "paper" / "paper.html").read_bytes()).text
+    (_, columns, table_rows) = paper_report.table(contents[-1])
+    assert columns[:2] == ["group", "symbol"] and len(table_rows[0]) == len(columns)
 
 
 def test_late_bars_sources_that_are_down_and_wrong_clocks_are_no_trade_and_said(

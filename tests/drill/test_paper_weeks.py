@@ -86,7 +86,7 @@ class Life:
         else:
             self._wait()
         for symbol, own in self.state["state"]["decided"].items():
-            self.decided[symbol] |= {int(bar): target for bar, target in own.items()}
+            self.decided[symbol] |= {int(bar): target for bar, (target,) in own.items()}
 
     @property
     def state(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_minute_by_minute_is_one_exam_to_the_bit(plain: Life) -> None:
 def test_a_decision_is_known_before_its_fill(plain: Life) -> None:
     targets = {}
     for number, minute in enumerate(plain.minutes):
-        for symbol, target in minute.targets.items():
+        for symbol, (target,) in minute.targets.items():
             targets[symbol, time_of(FIRST + number) // MINUTE_NS] = target
     for symbol in SYMBOLS:
         booked = plain.booked("policy", symbol)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from continuous_training import Settings
+from envs.config import EnvConfig
 from models.policy import Policy
 from models.transformer import TransformerConfig
 from tests.data_sources.vendors.loopback import ns
@@ -29,7 +30,8 @@ def untrained(folder: Path, **changes: Any) -> Path:
     settings = replace(settings, **changes)
     market = market_of(walk("AAA", 3000))
     torch.manual_seed(1)
-    policy = Policy(TransformerConfig(market.num_features, 32, 1, 4, 25), 9, 3)
+    seen = EnvConfig.from_settings(settings, 1).num_account_features
+    policy = Policy(TransformerConfig(market.num_features, 32, 1, 4, 25), seen, 3)
     torch.nn.init.normal_(policy.head.logits.weight, std=0.5)
     saved = replace(
         small(folder / "checkpoints", 1, 2),
