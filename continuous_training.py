@@ -142,6 +142,7 @@ class Settings:
     checkpoint_every: int = 25  # epochs between checkpoints
     checkpoint_minutes: float = 60.0  # minutes after which one is due as well, whichever comes first
     exam_minutes: float = 60.0  # an exam that takes longer is given up, and training continues
+    exam_patience: int | None = None  # exams in a row below the run's best that end it, at its best weights
     exam_on_stop: bool = False  # after Ctrl+C, hold or finish the exam of the last checkpoint
     keep_checkpoints: int = 16  # newest checkpoints to keep, of any run
     keep_runs: int = 8  # newest runs of which to keep the last checkpoint; older: one a day, then one a week
@@ -211,7 +212,7 @@ def train(settings: Settings, control: Control, **given: Any) -> None:
     ) as job:  # ranks, folder lock, console, checkpoint writer, prefetch, examiner
         # once per run: fresh bars, same weights and optimizer (all ranks; rank 0 downloads)
         while job.begin_run():
-            while job.progress.epoch < settings.epochs and not job.stopping:
+            while not (job.stopping or job.progress.is_over(settings)):
                 rollout = job.trainer.collect()  # one trunk forward, then `horizon` account steps
                 losses = job.trainer.update(rollout, job.stop_now)  # asks before every optimizer step
                 del rollout  # the next one needs its memory

@@ -28,7 +28,7 @@ from runtime.control import (
     ExitProgram,
     heartbeat_thread,
 )
-from training import checkpoint, distributed, prefetch, validation
+from training import checkpoint, distributed, early_stop, prefetch, validation
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
 from training.data_feed import BarsOfRun, fresh_bars, holdout_start_ns, make_market, refresh_command
@@ -86,10 +86,9 @@ class Job:
             on_saved = mirror.after(partial(champion.apply_decision, pending=[]))
             keep, runs = settings.keep_checkpoints, settings.keep_runs
             self._writer = enter(CheckpointWriter(self._folder, keep, ranks.is_first, on_saved, runs))
-            seconds = 60 * settings.exam_minutes
-            shown, on_stop = self.console.show_exam, settings.exam_on_stop
-            self._examiner = Examiner(self._folder, ranks, self.control, seconds, on_stop, shown)
-            self._recorder = Recorder(self._folder, ranks, self.control, seconds)
+            terms = self._folder, ranks, self.control, 60 * settings.exam_minutes
+            self._examiner = Examiner(*terms, settings.exam_on_stop, self.console.show_exam)
+            self._recorder = Recorder(*terms)
             self._summary = Summary(self.progress.transitions)
             self._opened = stack.pop_all()
         return self
@@ -137,8 +136,10 @@ class Job:
         return True
 
     def end_run(self) -> None:
-        """Count the run if it is complete."""
-        if self.progress.epoch == self.settings.epochs:
+        """Count the run if it is complete; where exams ended it, the next has its best weights (all ranks)."""
+        if self.progress.got_worse(self.settings) and not self.stopping:
+            self.return_to_checkpoint()
+        elif self.progress.epoch == self.settings.epochs:
             log.info(f"Run {self.progress.run} is complete")
             self.progress.next_run()
 
@@ -179,6 +180,7 @@ class Job:
             with self._phases.during("evaluation"), self._schedule.time_exam():
                 self._exam = self._examiner.examine(self.trainer, self._fingerprint, self._writer)
             self.agree_on_stop(self._examiner.ends_at)  # a request meanwhile has interrupted the exam
+        early_stop.count_exam(self.progress, self.settings, self.ranks, self._exam.figures)
         return self._exam.figures
 
     def _exam_of_weights(self) -> Exam:
@@ -231,7 +233,8 @@ class Job:
         progress = TrainingProgress.of(saved)
         if self.ranks.is_first:  # the last start may have ended between its checkpoint and the ledger
             champion.apply_decision(saved)
-        if progress.epoch >= settings.epochs:
+        saved = early_stop.with_best_weights(saved, progress, settings, self.ranks)
+        if progress.is_over(settings):
             progress.next_run()
         log.info(f"Resuming from {saved.path} ({progress.transitions:,} transitions)")
         if progress.is_past(settings.runs):

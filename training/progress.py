@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runtime.control import EXIT_SETTING, ExitProgram
-from training.checkpoint import Checkpoint, same_version
+from training.checkpoint import Checkpoint, name_of, same_version
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -33,6 +33,11 @@ class TrainingProgress:
     rollbacks: int = 0  # in this run: returns to a checkpoint since gradients were not finite
     # That this run began with, by symbol; {}: not loaded.
     num_bars: dict[str, int] = field(default_factory=dict)
+    # Of this run's exams at full costs, while exam_patience is set: the checkpoint that earned most a bar, net,
+    # and how many exams in a row since then earned less.
+    best_exam: str = ""
+    best_net_bps: float = 0.0
+    worse_exams: int = 0
 
     @staticmethod
     def of(saved: Checkpoint) -> TrainingProgress:
@@ -80,6 +85,23 @@ class TrainingProgress:
         self.cutoff_ns = 0
         self.rollbacks = 0
         self.num_bars = {}
+        self.best_exam, self.best_net_bps, self.worse_exams = "", 0.0, 0
+
+    def count_exam(self, net_bps: float) -> None:
+        """Compare the exam of the weights now with the best one of this run."""
+        if self.best_exam and net_bps < self.best_net_bps:
+            self.worse_exams += 1
+        else:
+            self.best_exam, self.best_net_bps = name_of(self.run, self.epoch), net_bps
+            self.worse_exams = 0
+
+    def got_worse(self, settings: Settings) -> bool:
+        """Whether ``exam_patience`` exams in a row were below the run's best."""
+        return settings.exam_patience is not None and self.worse_exams >= settings.exam_patience
+
+    def is_over(self, settings: Settings) -> bool:
+        """Whether the run has no epochs left."""
+        return self.epoch >= settings.epochs or self.got_worse(settings)
 
     def count_rollback(self) -> int:
         """Log that most gradients were not finite; return the number of this rollback in the run.

@@ -77,13 +77,14 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "checkpoint_every": (1, 10**9),
     "checkpoint_minutes": (0.01, 10**5),
     "exam_minutes": (0.01, 10**5),
+    "exam_patience": (1, 10**6),
     "keep_checkpoints": (1, 10**6),
     "keep_runs": (1, 10**6),
     "prometheus_port": (1, 65_535),
     "web_port": (1, 65_535),
 }
 ABOVE_ZERO = ("learning_rate", "max_grad_norm", "clip_coef", "gross_exposure")
-OPTIONAL = ("micro_batch_segments", "runs", "prometheus_port", "web_port")
+OPTIONAL = ("micro_batch_segments", "runs", "exam_patience", "prometheus_port", "web_port")
 LARGEST_POSITION = 100.0
 LONGEST_SYMBOL = 32
 UNSET_VARIABLE = re.compile(r"(?:^|[/\\])(\$\w+|\$\{\w+\})")  # what expand_path left
@@ -297,6 +298,8 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         yield "reward", s.reward == "log equity", rule
         rule = f"must be at most gross_exposure={s.gross_exposure:g}"
         yield "net_exposure", s.net_exposure <= s.gross_exposure, rule
+    rule = f"must be below keep_checkpoints={s.keep_checkpoints}, so that the best is still there"
+    yield "exam_patience", (s.exam_patience or 0) < s.keep_checkpoints, rule
     yield "seed", 0 <= s.seed < 2**31, "must be 0 or more and below 2147483648"
     yield "gamma", 0 <= s.gamma < 1, "must be 0 or more and below 1, such as 0.99"
 

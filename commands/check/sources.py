@@ -74,7 +74,7 @@ def check_run_bars(
     except CheckpointError:
         return  # reported before
     request = data_request(settings, progress.cutoff_ns)
-    if not progress.cutoff_ns or progress.epoch >= settings.epochs or not request.needs_lake:
+    if not progress.cutoff_ns or progress.is_over(settings) or not request.needs_lake:
         return  # the start begins a run on fresh bars
     lake, began_with = Lake(Path(settings.data_dir)), f"run {progress.run} began with"
     try:

@@ -370,6 +370,8 @@ def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, w
         batch_size=minibatch_segments * sizes.horizon * world_size,
         micro_batch_segments=16,
         feature_noise=0.0,
+        stochastic_depth=0.0,
+        forecast_coef=0.0,
         update_passes=sizes.update_passes,
         learning_rate=trial.learning_rate,
         warmup_steps=20,

@@ -56,10 +56,11 @@ from runtime.files import sha256_of
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
 from runtime.wording import count_of
 from training import devices, validation
-from training.checkpoint import Checkpoint, CheckpointError, FolderInUse
+from training.checkpoint import Checkpoint, CheckpointError, FolderInUse, read_complete
 from training.checkpoint_names import RESUME
 from training.data_feed import data_request
 from training.memory import DoesNotFit
+from training.progress import TrainingProgress
 from training.setting_types import NOT_PASSED_ON
 
 if TYPE_CHECKING:
@@ -190,7 +191,8 @@ class Walk:
         self._warned: set[str] = set()
         self._runs_before = 0
         if saved := self._began_with:
-            self._runs_before = saved.run - (saved.epoch < settings.epochs)
+            begun = TrainingProgress.of(read_complete(saved.path.parent, saved.path.name) or saved)
+            self._runs_before = saved.run - (not begun.is_over(settings))
 
     def _choose_windows(self) -> list[Window]:
         options, settings, now_ns = self._options, self._settings, time.time_ns()
