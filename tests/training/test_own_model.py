@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(
     assert "has the model Base, but it was trained with the model Convolutions; put that" in refusal()
     registered[:] = []
     assert "has no model, but it was trained with the model Convolutions" in refusal()
-    with pytest.raises(OwnModelError, match="trained with the model Convolutions .* which has none"):
+    with pytest.raises(OwnModelError, match=r"trained with the model Convolutions .* which has none"):
         Policy.from_sizes(trained.model_config)
     registered[:] = [type(kept.__name__, (Base,), {})]
     assert "its weights have other names or shapes, such as trunk.network.blocks.0.mix.bias" in refusal()
@@ -295,5 +295,5 @@ def test_the_memory_plan_counts_what_a_backward_of_it_keeps(example: type[nn.Mod
     assert needs.own.segment_bytes == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.05)
     chosen = plan(needs, needs.fixed_bytes * 2)
     assert not chosen.recompute and chosen.micro_batch_segments >= 1
-    with pytest.raises(DoesNotFit, match="set .* to"):
+    with pytest.raises(DoesNotFit, match=r"set .* to"):
         plan(needs, int(needs.fixed_bytes * 1.05))
