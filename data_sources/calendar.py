@@ -94,24 +94,39 @@ def _calendar(start_year: int) -> exchange_calendars.ExchangeCalendar:
         return exchange_calendars.get_calendar("XNYS", start=f"{start_year}-01-01")
 
 
+@lru_cache(maxsize=8)
+def _all_sessions(start_year: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return when every session of a calendar opens and closes, int64 ns UTC."""
+    schedule = _calendar(start_year).schedule
+    opens, closes = (schedule[name].dt.as_unit("ns").astype("int64").to_numpy() for name in ("open", "close"))
+    return opens, closes
+
+
+def _sessions(start_ns: int, end_ns: int) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return when the sessions within an interval open and close; None where the calendar does not reach."""
+    first, last = utc(start_ns).date(), utc(end_ns).date()
+    calendar = _calendar(first.year - 1)
+    if first < calendar.first_session.date() or last > calendar.last_session.date():
+        return None
+    opens, closes = _all_sessions(first.year - 1)
+    within = slice(np.searchsorted(closes, start_ns, side="right"), np.searchsorted(opens, end_ns))
+    return opens[within], closes[within]
+
+
 def expected_minutes(start_ns: int, end_ns: int) -> NDArray[np.int64] | None:
     """Return the open_time of every regular minute in [start_ns, end_ns) by the NYSE calendar.
 
     None where the calendar does not reach (it ends about a year ahead): "unknown", not "closed".
     """
-    first, last = utc(start_ns).date(), utc(end_ns).date()
-    calendar = _calendar(first.year - 1)
-    if first < calendar.first_session.date() or last > calendar.last_session.date():
+    sessions = _sessions(start_ns, end_ns)
+    if sessions is None:
         return None
-    schedule = calendar.schedule.loc[first.isoformat() : last.isoformat()]
-    opens = schedule["open"].dt.as_unit("ns").astype("int64").to_numpy()
-    closes = schedule["close"].dt.as_unit("ns").astype("int64").to_numpy()
+    opens, closes = sessions
     lengths = (closes - opens) // MINUTE_NS
-    if not len(lengths):
-        return np.empty(0, np.int64)
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     minutes = np.repeat(opens, lengths) + within * MINUTE_NS
-    return minutes[(minutes >= start_ns) & (minutes < end_ns)]
+    first, end = np.searchsorted(minutes, (start_ns, end_ns))
+    return minutes[first:end]
 
 
 def minutes_left(bars: Bars) -> NDArray[np.int16]:
@@ -123,14 +138,13 @@ def minutes_left(bars: Bars) -> NDArray[np.int16]:
     if bars.asset_class != "stock" or not len(bars):
         return np.full(len(bars), NEVER_CLOSES, dtype=np.int16)
     times = bars.open_time
-    scheduled = expected_minutes(int(times[0]) - DAY_NS, int(times[-1]) + DAY_NS)
-    if scheduled is None:  # the calendar ends about a year ahead
+    sessions = _sessions(int(times[0]) - DAY_NS, int(times[-1]) + DAY_NS)
+    if sessions is None:  # the calendar ends about a year ahead
         minute = new_york_time(times) % DAY_NS // MINUTE_NS
         return np.where(in_regular_session(times), CLOSE_MINUTE - minute, 0).astype(np.int16)
-    ends = np.flatnonzero(np.diff(scheduled, append=np.iinfo(np.int64).max) > MINUTE_NS)
-    closes = scheduled[ends] + MINUTE_NS
-    place = np.searchsorted(scheduled, times).clip(max=len(scheduled) - 1)
-    inside = scheduled[place] == times
-    left = np.zeros(len(bars), dtype=np.int16)
-    left[inside] = (closes[np.searchsorted(closes, times[inside], side="right")] - times[inside]) // MINUTE_NS
-    return left
+    opens, closes = sessions
+    if not len(opens):  # a few days between two sessions
+        return np.zeros(len(bars), np.int16)
+    place = np.searchsorted(closes, times, side="right").clip(max=len(closes) - 1)  # of the session to come
+    is_inside = (opens[place] <= times) & (times < closes[place])
+    return np.where(is_inside, (closes[place] - times) // MINUTE_NS, 0).astype(np.int16)

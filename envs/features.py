@@ -139,12 +139,18 @@ def volume_for_the_time_of_day(history: History) -> Tensor:
     """Log of the volume / its mean over the last 300 earlier bars in the same half hour of the day."""
     volumes = history.volume.float()
     half_hour = history.local_minute % MINUTES_PER_DAY // 30
-    usual = torch.zeros_like(volumes)
-    # Each half hour separately: a shared running sum would carry rounding from the future.
+    # A column for each half hour that there is: a shared running sum would carry rounding from the future.
+    counts = torch.bincount(half_hour, minlength=48)
+    column, num_columns = (counts > 0).cumsum(0) - 1, int((counts > 0).sum())
     order = torch.argsort(half_hour, stable=True)
-    for places in order.split(torch.bincount(half_hour, minlength=48).tolist()):
-        means = rolling_means(volumes[places], [SAME_TIME_BARS])[SAME_TIME_BARS]
-        usual[places] = lagged(means, 1)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=len(order))
+    place = torch.empty_like(order)
+    place[order] = (torch.arange(len(order), device=order.device) - first) * num_columns
+    place += column[half_hour]
+    table = volumes.new_zeros(int(counts.max()), num_columns)
+    table.view(-1)[place] = volumes
+    means = rolling_means(table, [SAME_TIME_BARS])[SAME_TIME_BARS]
+    usual = lagged(means, 1).view(-1)[place]
     return log_ratio(volumes, usual)
 
 

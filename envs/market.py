@@ -132,33 +132,16 @@ class Market:
                 )
         assert statistics is not None
 
-        steps = [
-            np.diff(series.open_time, append=series.open_time[-1:]) * (series.asset_class != "perpetual")
-            for series in bars
-        ]
         is_crypto = np.array([series.asset_class != "stock" for series in bars])
 
         def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
-        def join(name: str) -> np.ndarray:
-            return np.concatenate([getattr(series, name) for series in bars])
-
-        opens, open_time = join("open"), join("open_time")
+        open_time = np.concatenate([series.open_time for series in bars])
         breaks = np.concatenate(
             [first + find_breaks(series) for first, series in zip(offsets, bars, strict=False)]
         )
         starts = _starts(open_time, offsets, is_crypto, breaks, holdout_start_ns, context_bars, horizon)
-        quotes: list[np.ndarray] = [
-            opens,
-            join("close"),
-            np.concatenate(steps) / YEAR_NS,
-            (join("high") - join("low")) / opens,
-            join("volume") * opens,
-        ]
-        funding = [np.zeros(len(series)) if series.funding is None else series.funding for series in bars]
-        if any(rates.any() for rates in funding):
-            quotes.append(np.concatenate(funding))
         others_growth = None
         if with_others:
             others_growth = torch.cat([panel.growth_between_opens(series) for series in bars])
@@ -170,7 +153,7 @@ class Market:
             offsets=put(offsets, torch.int64),
             breaks=put(breaks, torch.int64),
             open_time=put(open_time, torch.int64),
-            quotes=put(np.stack(quotes, axis=1), torch.float32),
+            quotes=_quotes(bars, device),
             minutes_left=put(np.concatenate([minutes_left(series) for series in bars]), torch.int16),
             features=table.to(device),
             statistics=statistics,
@@ -352,6 +335,25 @@ def _windows(table: Tensor, first: Tensor, length: int) -> Tensor:
     width = table.shape[1]
     views = table.as_strided((len(table) - length + 1, length * width), (width, 1))
     return views.index_select(0, first).view(len(first), length, width)
+
+
+def _quotes(bars: Sequence[Bars], device: torch.device) -> Tensor:
+    """Return the quotes of all bars, (B, 5 or 6) float32, with float64 of one symbol at a time."""
+    has_funding = any(series.funding is not None and series.funding.any() for series in bars)
+    quotes = torch.empty(sum(map(len, bars)), NUM_QUOTES + has_funding, device=device)
+    for part, series in zip(quotes.split([len(series) for series in bars]), bars, strict=True):
+        steps = np.diff(series.open_time, append=series.open_time[-1:]) * (series.asset_class != "perpetual")
+        columns = [
+            series.open,
+            series.close,
+            steps / YEAR_NS,
+            (series.high - series.low) / series.open,
+            series.volume * series.open,
+        ]
+        if has_funding:
+            columns.append(np.zeros(len(series)) if series.funding is None else series.funding)
+        part.copy_(torch.from_numpy(np.stack(columns, axis=1)))
+    return quotes
 
 
 def bars_before(bars: Sequence[Bars], end_ns: int) -> list[int]:

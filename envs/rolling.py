@@ -17,7 +17,7 @@ def lagged(series: Tensor, bars: int) -> Tensor:
 
 
 def rolling_means(series: Tensor, windows: Iterable[int]) -> dict[int, Tensor]:
-    """Return the mean of the last w values, this one included, for each window w.
+    """Return the mean of the last w values, this one included, for each window w; of each column of a table.
 
     Each is put together from sums of 2, 4, 8... values, so no rounding comes from outside its window.
     """
@@ -34,6 +34,7 @@ def rolling_means(series: Tensor, windows: Iterable[int]) -> dict[int, Tensor]:
             power = power + lagged(power, width)
         width *= 2
     count = torch.arange(1, len(series) + 1, device=series.device, dtype=series.dtype)
+    count = count.view(-1, *[1] * (series.dim() - 1))
     return {window: total.div_(count.clamp(max=window)) for window, total in sums.items()}
 
 

@@ -72,13 +72,13 @@ class Lake:
         self._lock = FolderLock(self.root)
         self._known: dict[Path, tuple[tuple[int, int], Part]] = {}  # path -> ((mtime, size), part)
         self._known_guard = threading.Lock()
+        self._verified: dict[Path, tuple[int, int]] = {}  # path -> (mtime, size) of what was read whole
 
     @contextmanager
     def writing(self, wait_seconds: float = 0.0, progress: Progress | None = None) -> Iterator[int]:
         """Lock the lake for a refresh, so that no other process writes; may be nested.
 
-        Leftovers of killed writers are removed first. Yields the nanoseconds that another process's refresh was
-        waited for.
+        Leftovers of killed writers are removed first. Yields the nanoseconds that another process was waited for.
 
         Args:
             wait_seconds: how long to wait for another process's refresh.
@@ -279,31 +279,29 @@ class Lake:
     ) -> dict[str, dict[str, NDArray[Any]]]:
         """Return the bars that open in [start_ns, end_ns) as arrays, by symbol (sorted) and column.
 
-        Where parts have the same minute of a symbol, the row fetched later wins. Page checksums and the file's
-        checksum are verified; a damaged part is set aside with a warning, the rest is returned.
+        Where parts have the same minute of a symbol, the row fetched later wins. Checksums are verified, those of
+        whole files once; a damaged part is set aside with a warning, the rest is returned.
 
         Args:
             symbols: None for all. Those without a bar are absent from the result.
 
         Returns:
-            Per symbol: COLUMNS, those of FLOW_COLUMNS that a part has (NaN where there is no value), and
-            "fetched_ns" (int64), when the part of each row was fetched. The arrays are new: writable, and keep no
-            file in memory.
+            Per symbol new arrays: COLUMNS, those of FLOW_COLUMNS that a part has (NaN where none is), and
+            "fetched_ns" (int64), when the part of each row was fetched.
         """
         pieces: dict[str, list[dict[str, NDArray[Any]]]] = {}
+        earliest_ns, latest_ns = start_ns - OUTSIDE_TOLERANCE_NS, end_ns + OUTSIDE_TOLERANCE_NS
         for part in sorted(self.parts(source, dataset).values(), key=lambda part: (part.start_ns, part.unit)):
             wanted = set(part.symbols) if symbols is None else set(part.symbols).intersection(symbols)
-            reaches = (
-                part.start_ns - OUTSIDE_TOLERANCE_NS < end_ns
-                and start_ns < part.end_ns + OUTSIDE_TOLERANCE_NS
-            )
+            reaches = earliest_ns < part.end_ns and part.start_ns < latest_ns
             for table in self._tables(part, wanted) if wanted and reaches else ():
                 arrays = {name: table[name].to_numpy() for name in (*COLUMNS, *flow_of(table))}
                 for symbol, first, last in symbol_runs(table):
                     if symbol in wanted:
                         times = arrays["open_time"][first:last]
                         low, high = first + np.searchsorted(times, (start_ns, end_ns))
-                        piece = {name: array[low:high] for name, array in arrays.items()}
+                        # Copies: a view would keep the rows of all other symbols of the part in memory.
+                        piece = {name: array[low:high].copy() for name, array in arrays.items()}
                         piece[FETCHED] = np.full(high - low, part.fetched_ns)
                         pieces.setdefault(symbol, []).append(piece)
         merged = {}
@@ -319,8 +317,7 @@ class Lake:
         parts = list(self.all_parts())
         self._progress.start("lake", "parts verified", len(parts))
         for part in parts:
-            path = self._path(part)
-            table = self._rows(part)
+            path, table = self._path(part), self._rows(part)
             fault = fault_of(table, part) if table is not None else ""
             # A writer may have replaced it since it was listed: then the new part counts.
             now = self.parts(part.source, part.dataset).get(part.unit, part) if fault else part
@@ -359,7 +356,10 @@ class Lake:
         path = self._path(part)
         try:
             with lake_errors("read", path, FileNotFoundError):
-                return parse_part(path, symbols)
+                stamp = stamp_of(path)
+                table = parse_part(path, symbols, is_verified=self._verified.get(path) == stamp)
+                self._verified[path] = stamp
+                return table
         except FileNotFoundError:
             return None  # removed by the writer since the folder was listed: superseded by another part
         except DamagedPartError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import sys
 import zlib
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ QUARANTINE_SUFFIX = ".quarantine.parquet"
 FORMAT = 2  # parts of format 1 have no order flow, whether or not their source has it
 _MAGIC = b"PAR1"
 _TRAILER_BYTES = 8  # length of the footer (4, little endian) and the magic
-ROW_GROUP_ROWS = 1 << 16  # sorted by symbol, so that a few of thousands cost a few groups
+ROW_GROUP_ROWS = 1 << 14  # sorted by symbol, so that a few of thousands cost a few groups
 _FOOTER_GUESS_BYTES = 1 << 14
 _PART_KEY = b"part"
 _PART_CHECKSUM_KEY = b"part_crc32"
@@ -118,33 +119,41 @@ def parse_footer(path: Path) -> Part:
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _FOOTER_GUESS_BYTES))
+        _, footer = _read_footer(file)
+    return _parse_metadata(pa.BufferReader(_MAGIC + footer))
+
+
+def _read_footer(file: BinaryIO) -> tuple[int, bytes]:
+    """Return the size of a file, and its last bytes from the footer on; raises as ``parse_footer``."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _FOOTER_GUESS_BYTES))
+    tail = file.read()
+    needed = int.from_bytes(tail[-_TRAILER_BYTES:-4], "little") + _TRAILER_BYTES
+    if len(tail) < needed <= size:
+        file.seek(size - needed)
         tail = file.read()
-        needed = int.from_bytes(tail[-_TRAILER_BYTES:-4], "little") + _TRAILER_BYTES
-        if len(tail) < needed <= size:
-            file.seek(size - needed)
-            tail = file.read()
     if size < needed + len(_MAGIC) or not tail.endswith(_MAGIC):
         raise DamagedPartError("truncated")
-    return _parse_metadata(pa.BufferReader(_MAGIC + tail[-needed:]))
+    return size, tail[-needed:]
 
 
-def parse_part(path: Path, symbols: set[str] | None = None) -> pa.Table:
+def parse_part(path: Path, symbols: set[str] | None = None, is_verified: bool = False) -> pa.Table:
     """Read the rows of a part, every checksum verified; ``symbol`` comes as a dictionary column.
 
     Args:
         path: the file.
         symbols: those wanted; rows of others may be left out. None: all rows.
+        is_verified: its file was read whole before, and has not changed: of thousands of symbols a few are then
+            read without the others, under the checksums of their pages.
 
     Raises:
         DamagedPartError: the file is not as it was written.
         OSError: the file cannot be read.
     """
-    data = path.read_bytes()  # real I/O errors surface here: below, every error is damage
-    if not _is_sealed(data):
+    # Real I/O errors surface here: below, every error is damage.
+    data = _read_groups(path, symbols) if is_verified and symbols is not None else path.read_bytes()
+    if isinstance(data, bytes) and not _is_sealed(data):
         raise DamagedPartError("truncated" if not data.endswith(_MAGIC) else "the file fails its checksum")
-    part = _parse_metadata(pa.BufferReader(data))
     try:
         file = pq.ParquetFile(
             pa.BufferReader(data), page_checksum_verification=True, read_dictionary=["symbol"]
@@ -154,9 +163,39 @@ def parse_part(path: Path, symbols: set[str] | None = None) -> pa.Table:
         table = file.read_row_groups(groups, columns=names, use_threads=False)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise DamagedPartError(_one_line(error)) from error
-    if symbols is None and table.num_rows != part.rows:
-        raise DamagedPartError(f"{table.num_rows} rows where {part.rows} were written")
+    if symbols is None and table.num_rows != (rows := _parse_metadata(pa.BufferReader(data)).rows):
+        raise DamagedPartError(f"{table.num_rows} rows where {rows} were written")
     return table.replace_schema_metadata(None)
+
+
+def _read_groups(path: Path, symbols: set[str]) -> mmap.mmap:
+    """Return memory of a file's size, filled with its footer and with the row groups of ``symbols`` alone."""
+    with path.open("rb") as file:
+        size, footer = _read_footer(file)
+        data = mmap.mmap(-1, size)  # takes memory only where it is filled
+        data[size - len(footer) :] = footer
+        try:
+            metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
+            spans = [_span(metadata.row_group(group)) for group in _groups_with(metadata, symbols)]
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedPartError(_one_line(error)) from error
+        for first, end in spans:
+            if not 0 <= first <= end <= size:
+                raise DamagedPartError("its footer points outside of it")
+            file.seek(first)
+            data[first:end] = file.read(end - first)
+    return data
+
+
+def _span(group: pq.RowGroupMetaData) -> tuple[int, int]:
+    """Return the first byte of a row group, and that behind its last."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    starts = [
+        column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+        for column in columns
+    ]
+    ends = (start + column.total_compressed_size for start, column in zip(starts, columns, strict=True))
+    return min(starts), max(ends)
 
 
 def _schema(names: Sequence[str]) -> pa.Schema:

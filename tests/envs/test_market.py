@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,19 @@ def test_its_memory_is_the_same_before_and_after_use():
     unused = market.num_bytes
     market.cost_rates(config_of(), torch.float32)
     assert market.num_bytes == unused > market.features.nbytes
+
+
+def test_beside_its_tensors_it_holds_one_symbol_at_a_time():
+    bars = [walk(f"S{number}", 20_000, seed=number) for number in range(12)]
+    whole = market_of(*bars)
+    tracemalloc.start()  # knows of NumPy's memory, not of torch's
+    market = market_of(*bars, statistics=whole.statistics, table=whole.features)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    one_symbol = 20_000 * 8 * 12
+    assert (
+        peak < market.open_time.nbytes + 2 * market.minutes_left.nbytes + one_symbol < 0.6 * market.num_bytes
+    )
 
 
 def test_every_valid_start_is_drawn_and_no_other():

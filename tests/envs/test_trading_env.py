@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.env_throughput import bytes_per_environment
-from data_sources.bars import MINUTE_NS
+from data_sources.bars import DAY_NS, MINUTE_NS
 from data_sources.calendar import expected_minutes, minutes_left
 from envs.later_bars import replace_bars_after
 from envs.trading_env import TradingEnv
@@ -279,6 +279,9 @@ def test_the_scheduled_close_does_not_depend_on_which_bars_exist():
     assert np.array_equal(minutes_left(thinned), np.delete(left, holes))
     early = replace(whole, open_time=whole.open_time - 390 * MINUTE_NS)  # before the opening bell
     assert (minutes_left(early)[:390] == 0).all()
+    good_friday = 1_775_174_400 * 10**9  # 2026-04-03: no session near the Saturday after it
+    closed = replace(whole, open_time=good_friday + DAY_NS + np.arange(len(whole)) * MINUTE_NS)
+    assert not minutes_left(closed).any()
     # The calendar ends a year ahead; beyond it, every day counts as a full session.
     far = int(time.time() // 86_400 + 550) * 1440
     later = replace(whole, open_time=(far + np.arange(len(whole))) * MINUTE_NS)

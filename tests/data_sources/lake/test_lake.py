@@ -138,6 +138,24 @@ def test_the_wanted_symbols_of_a_large_part_come_whole(lake, monkeypatch):
     assert lake.verify() == []
 
 
+def test_of_a_part_that_was_read_whole_a_few_symbols_are_read_alone_and_checked_again(lake, monkeypatch):
+    monkeypatch.setattr("data_sources.lake.parts.ROW_GROUP_ROWS", 100)
+    names = ["AAA", "BBB", "CCC"]
+    bars = [walk(name, START, 100, seed=number) for number, name in enumerate(names)]
+    put(lake, pa.concat_tables(bars), dataset="many", symbols=names)
+    path = next(lake.root.rglob("*.parquet"))
+    assert read(lake, "binance", "many", ["CCC"], *EVER).equals(bars[2])
+    place = pq.read_metadata(path).row_group(1).column(3).data_page_offset + 200  # among the values of BBB
+    data, status = bytearray(path.read_bytes()), path.stat()
+    data[place] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert read(lake, "binance", "many", ["AAA"], *EVER).equals(bars[0])
+    assert read(lake, "binance", "many", ["CCC"], *EVER).equals(bars[2])
+    assert read(lake, "binance", "many", ["BBB"], *EVER).num_rows == 0
+    assert path.with_name(path.name + ".corrupt").exists()
+
+
 def test_merging_agrees_with_a_dictionary_filled_in_the_order_of_fetching(lake):
     random = np.random.default_rng(5)
     expected = {}
