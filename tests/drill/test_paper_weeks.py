@@ -115,7 +115,9 @@ def faults_of(day: int) -> dict[int, Fault]:
         {minute: Fault("/", status=503) for minute in (4, 5, 6)},
         {4: Fault("klines.*BTCUSDT", "truncate"), 7: Fault("klines", "reset"), 9: Fault("klines", "corrupt")},
         {
-            3: Fault("klines", status=429, headers={"Retry-After": "1"}),
+            3: Fault(
+                "api/v3/klines", status=429, headers={"Retry-After": "1"}
+            ),  # the archive is another host
             8: Fault("klines", "body", body=b"<html>"),
         },
         {6: Fault("klines", "rows", rows=lambda rows: [*rows[-3:], *rows]), 9: Fault("klines", "hang")},
