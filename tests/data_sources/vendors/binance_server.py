@@ -75,7 +75,8 @@ class BinanceServer(LoopbackServer):
         self.intervals: dict[str, list[tuple[int, int]]] = {}  # of funding: from when on, hours; else 8
         self.lingering: set[str] = set()  # settled, with flat bars ever since
         self.weight = 2
-        self.banned_until = 0.0  # monotonic; asking earlier than a Retry-After allows ends in a ban
+        # Monotonic; asking earlier than a Retry-After allows ends in a ban.
+        self.banned_from = self.banned_until = 0.0
 
     # ---------------------------------------------------------------- truth
 
@@ -122,7 +123,10 @@ class BinanceServer(LoopbackServer):
     def answered_with(self, fault: Fault) -> None:
         with self._lock:
             if "Retry-After" in fault.headers:
-                self.banned_until = time.monotonic() + float(fault.headers["Retry-After"])
+                seconds = float(fault.headers["Retry-After"])
+                # What was under way by then is no offence.
+                self.banned_from = time.monotonic() + seconds / 2
+                self.banned_until = self.banned_from + seconds / 2
 
     def plain(self, handler: BaseHTTPRequestHandler, faults: list[Fault]) -> Answer:
         parts = urlsplit(handler.path)
@@ -147,7 +151,7 @@ class BinanceServer(LoopbackServer):
     def _head(self, pair: str) -> tuple[dict[str, str], Answer | None]:
         """Return the headers of an answer of REST about a symbol, and the answer, where it is a refusal."""
         headers = {"Content-Type": "application/json", "X-MBX-USED-WEIGHT-1M": str(self.weight)}
-        if time.monotonic() < self.banned_until:
+        if self.banned_from < time.monotonic() < self.banned_until:
             self.banned_until += 3600
         if self.banned_until > time.monotonic() + 1800:
             banned = b'{"code":-1003,"msg":"IP banned"}'
