@@ -39,7 +39,7 @@ VARIABLES = {ACCENT: "accent", SECOND: "second", INK: "ink", MUTED: "muted", FAI
 STYLES: Mapping[str, Mapping[str, Any]] = {
     POLICY: {"color": ACCENT, "linewidth": 1.8, "zorder": 4},
     CHAMPION: {"color": SECOND, "linewidth": 1.4, "zorder": 3},
-    FIRST: {"color": SECOND, "linewidth": 1.4, "zorder": 3},
+    FIRST: {"color": SECOND, "linewidth": 1.4, "linestyle": (0, (6, 2)), "zorder": 3},
     TREES: {"color": BOUGHT, "linewidth": 1.2, "zorder": 2},
     BUY_AND_HOLD: {"color": INK, "linewidth": 1.0, "zorder": 2},
     AGAINST: {"color": SECOND, "linewidth": 1.4, "linestyle": (0, (6, 2)), "zorder": 3},
@@ -88,7 +88,7 @@ def windows(names: Sequence[str], returns: Sequence[float], others: Sequence[flo
     """Draw the net return of each window of a walk, and beside it that of buy and hold."""
     figure, axes = new_figure(width, 2.4)
     place = np.arange(len(names))
-    axes.bar(place - 0.2, _percent(np.array(returns)), 0.4, color=ACCENT, label="champion", zorder=3)
+    axes.bar(place - 0.2, _percent(np.array(returns)), 0.4, color=ACCENT, label=POLICY, zorder=3)
     axes.bar(place + 0.2, _percent(np.array(others)), 0.4, color=FAINT, label=BUY_AND_HOLD, zorder=2)
     draw_zero_line(axes)
     shown = place[:: -(-len(names) // (4 if width < NARROW else 9))]

@@ -87,7 +87,7 @@ class WalkSummary:
     walks: Contestants  # one a contestant: its pool as an account that decides once a day
     measures: Mapping[str, Measures]
     verdict: Verdict
-    probability_alone: float | None  # as if this walk had been the only trial
+    probability_alone: float | None  # as if this walk had been the only trial; None where nothing was traded
     num_trials: int
     margin: Margin
     ladder: Sequence[tuple[float, float]]  # cost in bps, net return
@@ -213,7 +213,10 @@ def summarize(
     num_trials = max(len(results), sum(result["exams"] for result in results))
     judged = verdict(measures[POLICY], {name: measures[name] for name in BASELINES}, num_trials)
     own = measures[POLICY]
-    alone = None if own.mean_daily_score is None else deflated_probability(own.mean_daily_score, 1)
+    margin = margin_of_days(np.array([_trades(results)[str(day)] for day in days]))
+    alone = None
+    if own.mean_daily_score is not None and margin.turnover:
+        alone = deflated_probability(own.mean_daily_score, 1)
     rungs = [factors(at_flat_cost(POLICY, bps)) for bps in costs_bps]
     returns = [float(np.prod(rung) - 1) for rung in rungs]
     return WalkSummary(
@@ -223,7 +226,7 @@ def summarize(
         verdict=judged,
         probability_alone=alone,
         num_trials=num_trials,
-        margin=margin_of_days(np.array([_trades(results)[str(day)] for day in days])),
+        margin=margin,
         ladder=list(zip(costs_bps, returns, strict=True)),
         break_even=break_even(costs_bps, returns) if costs_bps else (None, "no ladder"),
         break_even_interval=(

@@ -103,10 +103,6 @@ class WalkOptions:
                 f"--jobs {self.jobs} needs --fresh: a training that is carried from window to window has to wait "
                 "for the one before"
             )
-        if self.ensemble < 1:
-            raise ValueError(
-                f"--ensemble {self.ensemble} must be 1 or more: so many champions decide together"
-            )
         if self.start_from and self.fresh:
             raise ValueError(
                 "--start-from cannot go with --fresh, whose windows begin with nothing; drop one of them"

@@ -23,10 +23,10 @@ from commands.walkforward.book import FIRST, Book
 from commands.walkforward.schedule import Window, choose_windows
 from continuous_training import Settings, train
 from data_sources.bars import DAY_NS, MINUTE_NS
-from evaluation import ledger, plots, record
+from evaluation import forecasts, ledger, plots, record
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
-from evaluation.forecasts import FITS, RIDGE, TREES
+from evaluation.forecasts import FITS, RIDGE, TREES, import_lightgbm
 from evaluation.walk_summary import summarize
 from monitoring.console import Console
 from runtime.control import ExitProgram
@@ -224,13 +224,14 @@ def test_fresh_windows_know_nothing_of_each_other_and_keep_no_weights(
 def test_boosted_trees_are_fitted_to_what_was_known(
     walked: tuple[Path, Book], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of plain models that this machine may lack, another one takes the place.
+    fits = FITS[TREES if import_lightgbm() else RIDGE]  # which takes their place where they are not installed
     seen = []
 
     def fit(market: Any, rows: Any, targets: Any) -> Any:
         seen.append(int(market.open_time[rows].max()))
-        return FITS[RIDGE](market, rows, targets)
+        return fits(market, rows, targets)
 
+    monkeypatch.setattr(forecasts, "NUM_TREES", 20)
     monkeypatch.setitem(FITS, TREES, fit)
     folder, _ = walked
     own, newest = settings_in(folder), training.newest_in(folder / "walk")
@@ -240,11 +241,15 @@ def test_boosted_trees_are_fitted_to_what_was_known(
     window, cpu = whole.windows[1], torch.device("cpu")
     who = out_of_sample.Contestants(newest, None, None)
     row, accounts = out_of_sample.trade(window, who, whole._lake, own, cpu, {}, (), trees=True)
+    again, _ = out_of_sample.trade(window, who, whole._lake, own, cpu, {}, (), trees=True)
+    assert row == again  # a walk that is killed fits them again
+    assert set(row["days"][TREES].values()) != {1.0}
     assert seen and seen[0] < window.start_ns - 11 * DAY_NS
     assert row["days"][TREES].keys() == row["days"][POLICY].keys() == row["days"]["momentum"].keys()
     assert set(row["days"][POLICY].values()) == {1.0}  # no champion: in cash
     idle = summarize([row | {"exams": 1}], ())
     assert idle is not None and idle.pictures().keys() == {"equity", "windows"}
+    assert idle.measures[TREES].total_return > 0
     assert idle.headline.endswith(" days out of sample, of which at least 10 are needed.")
     assert "No exam crowned a champion, so nothing was traded" in idle.result
     units = {name: {account.units for account in accounts[name].values()} for name in (POLICY, BUY_AND_HOLD)}
