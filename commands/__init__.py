@@ -405,8 +405,6 @@ CHECKPOINT_COMMANDS: tuple[Callable[..., None], ...] = (
 )
 # They take several checkpoints, too.
 ENSEMBLE_COMMANDS = tuple(command for command in CHECKPOINT_COMMANDS if command is not episode_command)
-# They know an account per symbol only, and say so of checkpoints with others.
-NOT_FOR_GROUPS = (episode_command, export_command)
 HIDDEN = (preflight_command, companion_command)
 
 

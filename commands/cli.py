@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 import typer
 
-from commands import CHECKPOINT_COMMANDS, COMMANDS, ENSEMBLE_COMMANDS, HIDDEN, NOT_FOR_GROUPS, name_of
+from commands import CHECKPOINT_COMMANDS, COMMANDS, ENSEMBLE_COMMANDS, HIDDEN, name_of
 from envs.feature_errors import FeatureError
 from runtime import surroundings
 from runtime.control import (
@@ -180,10 +180,6 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
                         )
                 paths.append(path)
             trained = ensemble.read(paths, settings_class, device, **changes)
-            if trained.settings.account != "single" and run in NOT_FOR_GROUPS:
-                raise ValueError(
-                    f"account={trained.settings.account}: {name_of(run)} knows single accounts only"
-                )
             _call(run, trained, options)
         except (CheckpointError, ExportError, FeatureError) as error:
             exit_with(EXIT_SETTING, str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
@@ -12,6 +13,7 @@ from data_sources.load import load
 from envs.config import EnvConfig
 from envs.market import Market
 from evaluation.exam import POLICY, Walk, examine
+from evaluation.group_exam import Group, examine_groups, groups_of
 from evaluation.trained_policy import NEVER_NS, TrainedPolicy
 from models.ensemble import Decider
 from training.data_feed import data_request
@@ -22,7 +24,7 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
 
     Args:
         trained: the policy; the lake is that of its settings, read up to the bars that it was trained with.
-        symbol: empty: the checkpoint's first symbol.
+        symbol: empty: the checkpoint's first symbol; of accounts over groups, one of the group.
         start: UTC, ISO 8601; empty: the newest whole episode.
         output: the PNG.
 
@@ -43,12 +45,18 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     symbol = symbol or trained.symbols[0]
     if symbol not in bars:
         raise ValueError(f"--symbol {symbol} has no bars here; there are: {', '.join(bars) or 'none'}")
-    config, market = trained.env_config(1), trained.market([bars[symbol]], loaded)
+    config = trained.env_config(1)
+    # A group is played on the clock of all symbols.
+    own = [bars[name] for name in trained.symbols if name in bars] if config.group else [bars[symbol]]
+    market = trained.market(own, loaded)
     newest = max(0, len(bars[symbol]) - config.episode_bars - 2)
     start_ns = _time_ns(start) if start else int(bars[symbol].open_time[newest])
     walk = play(trained.policy, market, config, symbol, start_ns)
+    about = symbol
+    if config.group:
+        about = f"{', '.join(_group_with(symbol, market, config).symbols)} (an index of their prices)"
     line = (
-        f"{symbol}, {len(walk.time):,} decisions from {str(walk.time[0])[:16]} UTC, "
+        f"{about}, {len(walk.time):,} decisions from {str(walk.time[0])[:16]} UTC, "
         f"{trained.name}: "
         f"equity {math.expm1(walk.log_returns.sum()):+.2%}, costs {walk.costs @ walk.equity_before:.2%}"
     )
@@ -60,16 +68,27 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
 
 
 def play(policy: Decider, market: Market, config: EnvConfig, symbol: str, start_ns: int) -> Walk:
-    """Play one episode greedily; shorter than ``episode_bars`` where bars end.
+    """Play one episode greedily, of a group that of the symbol's; shorter than ``episode_bars`` where bars end.
 
     Raises:
-        ValueError: the symbol is not in the market, or has no segment of bars after the start.
+        ValueError: the symbol is not in the market or in no group, or has no segment of bars after the start.
     """
     segments = config.episode_bars // config.horizon
-    walks = examine(
-        policy, market, config, [symbol], start_ns, NEVER_NS, chunk_segments=1, max_segments=segments
-    )
-    return walks[POLICY][0]
+    terms: dict[str, Any] = {"start_ns": start_ns, "end_ns": NEVER_NS, "max_segments": segments}
+    if config.group:
+        group = _group_with(symbol, market, config)
+        return examine_groups(policy, market, config, [group], **terms)[POLICY][0]
+    return examine(policy, market, config, [symbol], chunk_segments=1, **terms)[POLICY][0]
+
+
+def _group_with(symbol: str, market: Market, config: EnvConfig) -> Group:
+    """Return the first group of the exam that a symbol is in."""
+    assert config.group is not None
+    groups = groups_of(market, config.group.size)
+    for group in groups:
+        if symbol in group.symbols:
+            return group
+    raise ValueError(f"--symbol {symbol} is in no group of {config.group.size}: its kind has too few symbols")
 
 
 def _time_ns(text: str) -> int:

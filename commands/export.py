@@ -66,6 +66,37 @@ for name, reason in unavailable.items():
     print(f"{{name}}: no decision, {{reason}}")
 '''
 
+EXAMPLE_OF_GROUPS = '''"""Act on tables of minute bars of a group's symbols. Run it in the program's folder:
+
+    python {folder}/example.py crypto BTCUSDT=btc.csv ETHUSDT=eth.csv ...
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path.cwd()))
+from data_sources.bars import bars_of_frame
+from evaluation.group_decisions import decide_groups
+from evaluation.trained_policy import Actor
+from models import load_policy
+
+asset_class, *files = sys.argv[1:]  # the class: crypto, perpetual or stock
+# open_time (UTC), open, high, low, close, volume: closed minutes, oldest first
+frames = {{symbol: pd.read_csv(file) for symbol, file in (given.split("=") for given in files)}}
+bars = [bars_of_frame(frame, symbol, asset_class) for symbol, frame in frames.items()]
+folder = Path(__file__).parent
+actor = Actor.with_card(load_policy(folder), folder)
+found, unavailable = decide_groups(actor, bars, others=[], holdings={{}})
+for each in found:
+    target, probability = each.decision.when_holding(0.0)
+    odds = f"probability {{probability:.3f}}"
+    print(f"{{each.group}}, {{each.decision.symbol}}: {{target:+g}}, {{odds}}, {{each.weight:+.3f}} of equity")
+for name, reason in unavailable.items():
+    print(f"{{name}}: no decision, {{reason}}")
+'''
+
 README = """---
 tags: [reinforcement-learning, trading, ppo]
 ---
@@ -80,9 +111,14 @@ there was one.
 | `card.json` | sizes, settings, features with their scale, symbols, data, exam |
 | `example.py` | loads it and acts on a CSV of bars; needs the program that exported it |
 {own_model}{graphs}
-A position is a fraction of equity: -1 is short, 0 cash, 1 all of it. A decision rests on the newest closed bar and
+{positions} A decision rests on the newest closed bar and
 is meant to fill at the next bar's open.
 """
+POSITIONS = "A position is a fraction of equity: -1 is short, 0 cash, 1 all of it."
+POSITIONS_OF_GROUPS = """An account is over a group of {size} symbols. A position of 1 asks for {share:g} of
+its equity, -1 for as much short. Then the heavier side is scaled down until longs and shorts differ by {net:g} of
+equity at most, and all until they add up to {gross:g} at most. These caps belong to the account, not to the
+network: `envs.group_account.project` has them."""
 
 OWN_ROW = """| `own_model.py` | its network; put it into that program's folder `models/` before you use it |
 """
@@ -160,10 +196,12 @@ def _write(
         shutil.copy(OWN_FILE, folder / OWN_FILE.name)
         own_row = OWN_ROW
     name = f"{trained.name.replace('.pt', '')}, exported {card['exported'][:10]}"
-    (folder / "README.md").write_text(
-        README.format(name=name, own_model=own_row, graphs=graph_rows), encoding="utf-8"
-    )
-    (folder / "example.py").write_text(EXAMPLE.format(folder=_as_argument(output)), encoding="utf-8")
+    group = trained.env_config(1).group
+    words = POSITIONS_OF_GROUPS.format(**asdict(group), share=group.share) if group else POSITIONS
+    readme = README.format(name=name, own_model=own_row, graphs=graph_rows, positions=words)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    example = EXAMPLE_OF_GROUPS if group else EXAMPLE
+    (folder / "example.py").write_text(example.format(folder=_as_argument(output)), encoding="utf-8")
     reloaded = Actor.with_card(load_policy(folder), folder).policy  # as a user's program will
     if difference := _largest_difference(policy, reloaded):
         raise ExportError(f"{WEIGHTS} differs from the checkpoint by {difference:g}; nothing was exported")
@@ -207,7 +245,9 @@ def card_of(trained: TrainedPolicy) -> dict[str, Any]:
     """Return everything known about a policy as plain types; of an ensemble the parts of each member in a list."""
     statistics = trained.statistics
     accounts = asdict(trained.env_config(1))
-    del accounts["num_envs"], accounts["group"]  # exports are of single accounts
+    del accounts["num_envs"]
+    if accounts["group"] is None:  # as before there were groups
+        del accounts["group"]
     members = [_member_card(*given) for given in zip(trained.parts, members_of(trained), strict=True)]
     if trained.members:
         own = {"checkpoint": trained.name, "model": _sizes_of(trained), "members": members}

@@ -28,7 +28,7 @@ from runtime.control import (
     ExitProgram,
     heartbeat_thread,
 )
-from training import checkpoint, distributed, early_stop, prefetch, validation
+from training import checkpoint, distributed, early_stop, environments, prefetch, validation
 from training.checkpoint import Checkpoint
 from training.checkpoint_writer import CheckpointWriter
 from training.data_feed import BarsOfRun, fresh_bars, holdout_start_ns, make_market, refresh_command
@@ -243,7 +243,7 @@ class Job:
 
     def _make_trainer(self, market: Market) -> Trainer:
         with heartbeat_thread(COMPILER_SECONDS):
-            plan = plan_memory(self.settings, market.num_bytes, self.ranks)
+            plan = plan_memory(self.settings, environments.bytes_of_bars(market, self.settings), self.ranks)
             trainer = Trainer(market, self.settings, self.ranks, plan, self.progress, self._saved)
         trainer.on_phase = self._phases.now
         trainer.log_sizes()

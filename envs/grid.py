@@ -12,6 +12,7 @@ Shapes: S = symbols, T = minutes of all clocks, one clock after the other, L = c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,31 +53,16 @@ class Grid:
             NoSegment: no clock has the minutes of a segment in a row.
             ValueError: no clock has so many symbols.
         """
-        open_time, offsets, is_crypto, first_of, last_of = (
-            tensor.cpu().numpy()
-            for tensor in (
-                market.open_time,
-                market.offsets,
-                market.is_crypto,
-                market.stretch_first,
-                market.stretch_last,
-            )
+        offsets, is_crypto, first_of = (
+            tensor.cpu().numpy() for tensor in (market.offsets, market.is_crypto, market.stretch_first)
         )
-        stretch_of = np.searchsorted(first_of, np.arange(len(open_time)), side="right") - 1
-        # The last bar before the holdout of each symbol, one before its first bar without any.
-        ends = np.searchsorted(last_of, offsets[1:], side="left") - 1
-        lasts = np.maximum(np.where(ends >= 0, last_of[ends], -1), offsets[:-1] - 1)
-        own = [
-            open_time[first : last + 1] for first, last in zip(offsets[:-1], lasts, strict=True)
-        ]  # usable bars of each symbol
+        stretch_of = np.searchsorted(first_of, np.arange(len(market.open_time)), side="right") - 1
+        own = _usable_times(market)
         clock_of, clock_first, row = np.full(len(own), -1), *np.zeros((2, len(own)), np.int64)
-        most = 0
         minutes, cells, spans, weights = [], [], [], []
         counts: list[np.ndarray] = []  # valid starts of each span, by clock
         num_minutes = num_cells = 0
-        for kind in (True, False):
-            members = [number for number, times in enumerate(own) if len(times) and is_crypto[number] == kind]
-            most = max(most, len(members))
+        for kind, members in _members_of_clocks(market, own).items():
             if len(members) < size:
                 continue
             clock = np.unique(np.concatenate([own[number] for number in members]))
@@ -96,6 +82,7 @@ class Grid:
             minutes.append(clock)
             num_minutes += len(clock)
         if not counts:
+            most = max(map(len, _members_of_clocks(market, own).values()))
             raise ValueError(
                 f"a group of {size} symbols must fit into a market, stocks or coins: the largest has {most}; "
                 "lower group_size, or ask for more symbols"
@@ -199,6 +186,37 @@ class Grid:
         day = _first_at(self.minutes, midnight, clock_first, minute)
         begin = torch.maximum(first, day)
         return minute - (minute - begin) % horizon
+
+
+def bytes_of_grid(market: Market, size: int) -> int:
+    """Return the device memory that a grid of a market will take, but for some numbers per symbol and span."""
+    own = _usable_times(market)
+    total = 4 * len(market.open_time)
+    for members in _members_of_clocks(market, own).values():
+        if len(members) >= size:
+            clock = np.unique(np.concatenate([own[number] for number in members]))
+            total += (8 + 4 * len(members)) * len(clock)
+    return total
+
+
+def _usable_times(market: Market) -> list[np.ndarray]:
+    """Return when the bars of each symbol open that lie before the holdout; waits for the device."""
+    open_time, offsets, last_of = (
+        tensor.cpu().numpy() for tensor in (market.open_time, market.offsets, market.stretch_last)
+    )
+    # The last bar before the holdout of each symbol, one before its first bar without any.
+    ends = np.searchsorted(last_of, offsets[1:], side="left") - 1
+    lasts = np.maximum(np.where(ends >= 0, last_of[ends], -1), offsets[:-1] - 1)
+    return [open_time[first : last + 1] for first, last in zip(offsets[:-1], lasts, strict=True)]
+
+
+def _members_of_clocks(market: Market, own: Sequence[np.ndarray]) -> dict[bool, list[int]]:
+    """Return the symbols with usable bars by kind: whether they are coins and their futures, or stocks."""
+    kinds = market.is_crypto.tolist()
+    return {
+        kind: [number for number, times in enumerate(own) if len(times) and kinds[number] == kind]
+        for kind in (True, False)
+    }
 
 
 def _first_at(minutes: Tensor, time_ns: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.simulated import simulated_bars
 from data_sources.universe import top_of
 from data_sources.vendors import ADVISERS
-from envs.config import FIRST_FEATURES, EnvConfig
+from envs.config import FIRST_FEATURES, EnvConfig, GroupConfig
 from envs.features import (
     CLIP,
     GROUPS,
@@ -242,6 +242,8 @@ class Actor:
         )
         accounts = BEFORE_PERPETUALS | card["accounts"]
         accounts["positions"] = tuple(accounts["positions"])
+        if "group" in accounts:
+            accounts["group"] = GroupConfig(**accounts["group"])
         return cls(policy, statistics, EnvConfig(num_envs=1, **accounts), tuple(card["symbols"]))
 
     def decide(
@@ -259,8 +261,10 @@ class Actor:
             The decisions, and for each symbol without one the reason.
 
         Raises:
-            ValueError: no symbol has enough bars in a row.
+            ValueError: no symbol has enough bars in a row, or accounts are over groups.
         """
+        if self.config.group:
+            raise ValueError("accounts over groups: decide with evaluation.group_decisions.decide_groups")
         needed = self.config.context_bars + 3  # the least that a market accepts
         unavailable = {
             series.symbol: f"{len(series)} bars, needs {needed}" for series in bars if len(series) < needed

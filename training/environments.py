@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
-from envs.config import EnvConfig
+from envs.config import EnvConfig, GroupConfig
+from envs.grid import bytes_of_grid
 from envs.group_env import GroupEnv
 from envs.market import Market
 from envs.trading_env import TradingEnv
@@ -17,6 +19,9 @@ from runtime.control import EXIT_NO_DATA, ExitProgram
 from training.group_rollout import collect_groups
 from training.rewards import RewardFunction
 from training.rollout import Rollout, collect
+
+if TYPE_CHECKING:
+    from continuous_training import Settings
 
 AnyEnv = TradingEnv | GroupEnv
 
@@ -28,6 +33,12 @@ def make_env(market: Market, config: EnvConfig, device: torch.device, seed: int)
         NoSegment, ValueError: the market has too few minutes, or too few symbols for a group.
     """
     return (GroupEnv if config.group else TradingEnv)(market, config, device, seed)
+
+
+def bytes_of_bars(market: Market, settings: Settings) -> int:
+    """Return the device memory of a market, with the grid of its minutes where accounts are over groups."""
+    group = GroupConfig.from_settings(settings)
+    return market.num_bytes + (bytes_of_grid(market, group.size) if group else 0)
 
 
 @contextmanager

@@ -61,8 +61,9 @@ def check_devices(found: Devices, settings: Settings) -> Iterator[Line]:
 
 
 def bar_bytes(settings: Settings) -> int:
-    """Return the bytes of one bar in envs.market.Market."""
-    return FEATURE_BYTES * len(chosen_features(settings.features)) + 5 * 4 + 8 + 2
+    """Return the bytes of one bar in envs.market.Market, and of accounts over groups in envs.grid.Grid."""
+    of_grid = 0 if settings.account == "single" else 4 + 4
+    return FEATURE_BYTES * len(chosen_features(settings.features)) + 5 * 4 + 8 + 2 + of_grid
 
 
 def check_memory(

@@ -24,6 +24,7 @@ from models.ensemble import Decider, Ensemble, View
 from runtime.files import free_bytes, make_folder
 from training.data_feed import data_request, holdout_start_ns, make_market
 from training.distributed import Ranks
+from training.environments import bytes_of_bars
 from training.memory import plan_memory
 from training.progress import TrainingProgress
 from training.trainer import Trainer
@@ -78,7 +79,7 @@ def measure_costs(
     with _Stopwatch() as loading:
         data = load(lake, data_request(settings, window.start_ns))
         market = make_market(settings, data.bars, ranks, None)
-    plan = plan_memory(settings, market.num_bytes, ranks)
+    plan = plan_memory(settings, bytes_of_bars(market, settings), ranks)
     trainer = Trainer(market, settings, ranks, plan, TrainingProgress(cutoff_ns=window.start_ns))
     for _ in range(TIMED_EPOCHS):  # the first one warms up
         with _Stopwatch() as epoch:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from data_sources.bars import Bars
 from envs.config import GroupConfig
-from envs.grid import Grid
+from envs.grid import Grid, bytes_of_grid
 from envs.group_env import GroupEnv
 from envs.later_bars import change_bars_after, replace_bars_after
 from envs.market import Market
@@ -215,3 +215,11 @@ def test_segments_are_laid_out_by_the_clock_as_those_of_a_symbol_are() -> None:
     assert int((~is_known).sum()) == CONTEXT  # after the hole
     assert torch.equal(grid.segment_starts(bars, HORIZON)[is_known], starts[is_known])
     assert bool((grid.minutes == market.open_time).all())
+
+
+def test_the_memory_of_a_grid_is_known_before_it_is_made() -> None:
+    stocks = [walk(f"S{number}", 300, "stock", seed=number) for number in range(3)]
+    for bars in (awkward_bars(), [*awkward_bars(), *stocks]):
+        market = market_of(*bars, holdout_start_ns=int(bars[0].open_time[500]))
+        left = Grid.of(market, 3).num_bytes - bytes_of_grid(market, 3)
+        assert 0 < left < 40 * len(bars) + 200  # numbers per symbol, clock and span
