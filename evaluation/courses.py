@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,6 +36,27 @@ from models.ensemble import Decider
 
 Accounts = Mapping[str, Mapping[str, AnyAccount]]  # contestant -> symbol or group -> account
 Read = Callable[[Tensor, Callable[[], None]], Tensor]
+
+
+@dataclass(frozen=True)
+class Entrants:
+    """Who walks what; see ``course_of``."""
+
+    market: Market
+    config: EnvConfig
+    owners: Sequence[Group]
+    names: Sequence[str]
+    start_of: Callable[[str], int]
+    accounts: Accounts
+    flat_costs_bps: Sequence[float | None]
+
+    def standing(self, keys: Sequence[str]) -> list[AnyAccount | None]:
+        """Return the accounts of these owners as they stand, contestant after contestant."""
+        return [self.accounts.get(name, {}).get(key) for name in self.names for key in keys]
+
+    def costs(self, keys: Sequence[str]) -> list[float | None]:
+        """Return the flat cost of each of these accounts."""
+        return [cost for cost in self.flat_costs_bps for _ in keys]
 
 
 class Course(ABC):
@@ -78,28 +100,17 @@ class SymbolCourse(Course):
     env: OpenEnv
     size = 1
 
-    def __init__(
-        self,
-        market: Market,
-        config: EnvConfig,
-        owners: Sequence[Group],
-        names: Sequence[str],
-        start_of: Callable[[str], int],
-        accounts: Accounts,
-        flat_costs_bps: Sequence[float | None],
-    ) -> None:
-        """See ``course_of``."""
-        self.keys = symbols = [each.name for each in owners]
-        self._horizon, self._market = config.horizon, market
-        standing = [accounts.get(name, {}).get(symbol) for name in names for symbol in symbols]
-        costs = _of_every_account(flat_costs_bps, len(symbols))
+    def __init__(self, who: Entrants) -> None:
+        self.keys = symbols = [each.name for each in who.owners]
+        self._horizon, self._market = who.config.horizon, who.market
+        market, costs = who.market, who.costs(symbols)
         self.env = OpenEnv(
             market,
-            config,
+            who.config,
             market.device,
-            [(symbol, start_of(symbol)) for _ in names for symbol in symbols],
-            [account if isinstance(account, OpenAccount) else None for account in standing],
-            flat_cost_bps=None if set(flat_costs_bps) == {None} else costs,
+            [(symbol, who.start_of(symbol)) for _ in who.names for symbol in symbols],
+            [each if isinstance(each, OpenAccount) else None for each in who.standing(symbols)],
+            flat_cost_bps=None if set(costs) <= {None} else costs,
         )
         self.schedule = self.env.schedule[:, : len(symbols)].contiguous()
         self._numbers = [market.symbols.index(symbol) for symbol in symbols]
@@ -136,38 +147,26 @@ class GroupCourse(Course):
 
     env: OpenGroupEnv
 
-    def __init__(
-        self,
-        market: Market,
-        config: EnvConfig,
-        owners: Sequence[Group],
-        names: Sequence[str],
-        start_of: Callable[[str], int],
-        accounts: Accounts,
-        flat_costs_bps: Sequence[float | None],
-    ) -> None:
-        """See ``course_of``."""
-        assert config.group is not None
-        self.size, self._horizon = config.group.size, config.horizon
-        first = next(iter(names))  # all contestants walk the same minutes
-        begins = []
-        for each in owners:
-            account = accounts.get(first, {}).get(each.name)
-            begins.append(account.next_ns if account else start_of(each.name))
-        found = walkable(market, self.size, owners, begins)
+    def __init__(self, who: Entrants) -> None:
+        market, group = who.market, who.config.group
+        assert group is not None
+        self.size, self._horizon = group.size, who.config.horizon
+        # All contestants walk the same minutes.
+        begun = zip(who.owners, who.standing([each.name for each in who.owners]), strict=False)
+        begins = [account.next_ns if account else who.start_of(each.name) for each, account in begun]
+        found = walkable(market, self.size, who.owners, begins)
         self._groups = [each for each, _ in found]
         self.keys = [each.name for each in self._groups]
-        standing = [accounts.get(name, {}).get(key) for name in names for key in self.keys]
         num_groups = len(self.keys)
         self.env = OpenGroupEnv(
             market,
-            config,
+            who.config,
             market.device,
-            [each.symbols for _ in names for each in self._groups],
-            [start for _ in names for _, start in found],
-            [account if isinstance(account, OpenGroupAccount) else None for account in standing],
-            nets_of(config.group, names, num_groups),
-            _of_every_account(flat_costs_bps, num_groups),
+            [each.symbols for _ in who.names for each in self._groups],
+            [start for _ in who.names for _, start in found],
+            [each if isinstance(each, OpenGroupAccount) else None for each in who.standing(self.keys)],
+            nets_of(group, who.names, num_groups),
+            who.costs(self.keys),
         )
         self.schedule = self.env.schedule[:, :num_groups].contiguous()
         numbers = [[market.symbols.index(symbol) for symbol in each.symbols] for each in self._groups]
@@ -230,7 +229,7 @@ def course_of(
     """
     kind: type[SymbolCourse] | type[GroupCourse] = GroupCourse if config.group else SymbolCourse
     costs = [None] * len(names) if flat_costs_bps is None else flat_costs_bps
-    return kind(market, config, owners, names, start_of, accounts, costs)
+    return kind(Entrants(market, config, owners, names, start_of, accounts, costs))
 
 
 def owners_of(market: Market, config: EnvConfig, symbols: Sequence[str], accounts: Accounts) -> list[Group]:
@@ -261,7 +260,3 @@ def symbols_of(accounts: Accounts) -> list[str]:
         for key, account in own.items()
     )
     return list(dict.fromkeys(symbol for symbols in found for symbol in symbols))
-
-
-def _of_every_account(costs: Sequence[float | None], count: int) -> list[float | None]:
-    return [cost for cost in costs for _ in range(count)]

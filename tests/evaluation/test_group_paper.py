@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from envs.open_group_env import account_of
 from evaluation.exam import Walk
 from evaluation.group_exam import Group, examine_groups
 from evaluation.open_walk import walk_on
-from evaluation.paper import SETTLED_MINUTES, Minute, PaperState, run_minute
+from evaluation.paper import SETTLED_MINUTES, run_minute
 from evaluation.paper_book import Book
 from evaluation.trained_policy import Actor
 from tests.envs.markets import HORIZON, MONDAY, NEVER, config_of, funded, market_of, walk
 from tests.envs.test_group_env import without
 from tests.evaluation.test_group_exam import GROUP, policy_on
 from tests.evaluation.test_open_walk import COLUMNS
+from tests.evaluation.test_paper import Life, Source, assert_equal
 
 COINS = (
     funded(walk("AAA", 200, "perpetual", sigma=5e-3)),
@@ -39,7 +39,6 @@ CONFIG = config_of(
 ACTOR = Actor(policy_on(MARKET), MARKET.statistics, CONFIG, MARKET.symbols)
 GROUPS = [Group("group 1", ("AAA", "BBB", "CCC")), Group("group 2", ("DDD", "AAA", "BBB"))]
 FIRST, LAST = 60, 112  # minutes: it begins at the end of the first one
-Source = Callable[[int], list[Bars]]  # what the sources have at a time
 
 
 def open_of(minute: int) -> int:
@@ -55,41 +54,8 @@ def on_time(now_ns: int) -> list[Bars]:
     return [bars.between(0, now_ns - MINUTE_NS + 1) for bars in COINS]
 
 
-class Life:
-    """Paper accounts, and all that they have booked."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.state = source, PaperState()
-        self.minutes: list[Minute] = []
-        self.decided: dict[str, dict[int, tuple[float, ...]]] = {each.name: {} for each in GROUPS}
-
-    def run(self, first: int = FIRST, last: int = LAST) -> Life:
-        for minute in range(first, last):
-            done = run_minute(ACTOR, self.state, self.source(time_of(minute)), time_of(minute))
-            self.minutes.append(done)
-            self.state = done.state
-            for key, own in done.state.decided.items():
-                self.decided[key] |= own
-        return self
-
-    def booked(self, name: str, key: str) -> Walk:
-        pieces = [w for m in self.minutes for w in m.booked[name] if w.symbol == key]
-        columns = [np.concatenate([getattr(piece, column) for piece in pieces]) for column in COLUMNS]
-        return Walk(key, pieces[0].asset_class, *columns)
-
-    def found(self, what: str) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for minute in self.minutes:
-            for key, times in getattr(minute, what).items():
-                found.setdefault(key, []).extend(times)
-        return found
-
-
-def assert_equal(ours: Walk, theirs: Walk) -> None:
-    count = min(len(ours.time), len(theirs.time))
-    assert count > 30
-    for column in COLUMNS:
-        assert np.array_equal(getattr(ours, column)[:count], getattr(theirs, column)[:count]), column
+def life_of(source: Source, first: int = FIRST, last: int = LAST) -> Life:
+    return Life(source, ACTOR, time_of).run(first, last)
 
 
 def exam() -> dict[str, list[Walk]]:
@@ -98,7 +64,7 @@ def exam() -> dict[str, list[Walk]]:
 
 @pytest.fixture(scope="module")
 def plain() -> Life:
-    return Life(on_time).run()
+    return life_of(on_time)
 
 
 def test_minute_by_minute_is_one_exam_to_the_bit_with_missing_minutes(plain: Life) -> None:
@@ -154,7 +120,7 @@ def play_decided(life: Life, group: Group) -> np.ndarray:
 
 
 def test_a_bar_of_one_symbol_that_comes_late_is_seen_as_missing_and_filled_as_it_was(plain: Life) -> None:
-    life = Life(late({"CCC"}, range(74, 95), by=2)).run()
+    life = life_of(late({"CCC"}, range(74, 95), by=2))
     assert not life.found("late") and life.found("inserted").keys() == {"CCC"}
     for group in GROUPS:
         booked = life.booked("policy", group.name)
@@ -172,7 +138,7 @@ def test_a_bar_of_one_symbol_that_comes_late_is_seen_as_missing_and_filled_as_it
 
 def test_minutes_that_come_late_as_a_whole_are_held_and_the_rest_is_the_exam_that_holds_there() -> None:
     everything = {bars.symbol for bars in COINS}
-    life = Life(late(everything, range(80, 81), by=1)).run()
+    life = life_of(late(everything, range(80, 81), by=1))
     missed = open_of(80)
     assert life.found("late") == {"group 1": [missed], "group 2": [missed]}
 
@@ -192,7 +158,7 @@ def test_minutes_that_come_late_as_a_whole_are_held_and_the_rest_is_the_exam_tha
 
 
 def test_sources_that_are_down_are_no_trade_and_said() -> None:
-    life = Life(lambda now_ns: on_time(min(now_ns, time_of(79)) if now_ns < time_of(86) else now_ns)).run()
+    life = life_of(lambda now_ns: on_time(min(now_ns, time_of(79)) if now_ns < time_of(86) else now_ns))
     silent = life.minutes[81 - FIRST]
     assert not silent.targets
     assert silent.waiting == dict.fromkeys(
@@ -207,10 +173,10 @@ def test_sources_that_are_down_are_no_trade_and_said() -> None:
 
 
 def test_too_few_symbols_wait_and_one_that_comes_later_has_a_group_of_its_own() -> None:
-    two = Life(lambda now_ns: on_time(now_ns)[:2]).run(FIRST, FIRST + 1)
+    two = life_of(lambda now_ns: on_time(now_ns)[:2], FIRST, FIRST + 1)
     (reason,) = set(two.minutes[0].waiting.values())
     assert reason == "a group needs 3 symbols of one kind, stocks or coins: there are 2"
-    life = Life(lambda now_ns: on_time(now_ns)[: 3 if now_ns < time_of(62) else 4]).run(FIRST, FIRST + 4)
+    life = life_of(lambda now_ns: on_time(now_ns)[: 3 if now_ns < time_of(62) else 4], FIRST, FIRST + 4)
     assert life.minutes[0].state.groups == {"group 1": ("AAA", "BBB", "CCC")}
     assert life.state.groups == {each.name: each.symbols for each in GROUPS}
     assert min(life.decided["group 2"]) == open_of(62)

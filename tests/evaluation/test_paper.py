@@ -45,20 +45,24 @@ def on_time(now_ns: int) -> list[Bars]:
 
 
 class Life:
-    """A paper account, and all that it has booked."""
+    """Paper accounts, and all that they have decided and booked."""
 
     def __init__(
-        self, source: Source, through: Callable[[PaperState], PaperState] = lambda state: state
+        self, source: Source, actor: Actor | None = None, at: Callable[[int], int] | None = None
     ) -> None:
-        self.source, self.through, self.state = source, through, PaperState()
+        self.source, self.actor, self.at = source, actor or ACTOR, at or time_of
+        self.state = PaperState()
         self.minutes: list[Minute] = []
+        self.decided: dict[str, dict[int, tuple[float, ...]]] = {}
 
     def run(self, first: int = FIRST, last: int = LAST) -> Life:
         for minute in range(first, last):
-            now_ns = time_of(minute)
-            done = run_minute(ACTOR, self.state, self.source(now_ns), now_ns)
+            now_ns = self.at(minute)
+            done = run_minute(self.actor, self.state, self.source(now_ns), now_ns)
             self.minutes.append(done)
-            self.state = self.through(done.state)
+            self.state = done.state
+            for key, own in done.state.decided.items():
+                self.decided.setdefault(key, {}).update(own)
         return self
 
     def booked(self, name: str, symbol: str) -> Walk:
