@@ -224,7 +224,7 @@ def run_trial(settings: Settings, trial: Trial, sizes: Sizes, seed: int, ranks: 
     start = time.monotonic()
     num_symbols = min(sizes.num_symbols, trial.most_symbols)
     paths = draw_paths(trial.market, num_symbols, sizes.num_bars, seed=1_000 + seed)
-    settings = _trial_settings(settings, trial, sizes, seed, ranks.world_size)
+    settings = trial_settings(settings, trial, sizes, seed, ranks.world_size)
     market = Market.from_settings(paths.bars, settings, ranks.device, NEVER_NS)
     needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, precision="fp32")
     memory_plan = plan(needs, None, settings.micro_batch_segments)
@@ -342,7 +342,7 @@ def _mean_reward(segments: Sequence[_Segment], noise: Array | None) -> float:
     return total / len(segments)
 
 
-def _trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, world_size: int) -> Settings:
+def trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, world_size: int) -> Settings:
     """Return the settings of one training, which keep only the user's precision."""
     minibatch_segments = min(sizes.minibatch_segments, trial.most_minibatch_segments)
     return replace(
