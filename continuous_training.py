@@ -21,6 +21,7 @@ if __name__ == "__main__" and (folder := str(Path(__file__).resolve().parent)) n
 from runtime import surroundings
 
 if __name__ == "__main__":
+    surroundings.require_packages()
     surroundings.prepare_process()
 # The allocator reads this when torch is first imported, hence the imports below it.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")

@@ -156,6 +156,10 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
     takes_several = run in ENSEMBLE_COMMANDS
 
     def command(checkpoint: Path | list[Path], **given: Any) -> None:
+        options = {parameter.name: _locate(given.pop(parameter.name)) for parameter in own}
+        changes = _parse_given(settings_class, types, given)
+        if sys.stderr.isatty():
+            typer.echo("Loading PyTorch ...", err=True)
         import torch
 
         from evaluation import ensemble
@@ -164,9 +168,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         from training import devices
         from training.checkpoint import BEST, CheckpointError
 
-        options = {parameter.name: _locate(given.pop(parameter.name)) for parameter in own}
         try:
-            changes = _parse_given(settings_class, types, given)
             device = devices.of_rank(changes.pop("device", "auto"), local_rank=0)
             paths = []
             for typed in checkpoint if isinstance(checkpoint, list) else [checkpoint]:
@@ -344,8 +346,7 @@ def _parse_given(
 ) -> dict[str, Any]:
     """Return the settings among the options that were given.
 
-    Raises:
-        ValueError: a value is of another type; names the setting and a value that would do.
+    Ends the program where a value is of another type; names the setting and a value that would do.
     """
     defaults = {field.name: field.default for field in fields(settings_class)}
     parsed = {}
@@ -359,7 +360,7 @@ def _parse_given(
         except ValueError as error:
             default = defaults[name]
             example = ", or none" if default is None else f", such as {_format_default(default, ',')}"
-            raise ValueError(f"{name}={shown(value)} must be {error}{example}") from None
+            exit_with(EXIT_SETTING, f"Invalid setting: {name}={shown(value)} must be {error}{example}")
     return parsed
 
 

@@ -89,7 +89,7 @@ class Job:
             terms = self._folder, ranks, self.control, 60 * settings.exam_minutes
             self._examiner = Examiner(*terms, settings.exam_on_stop, self.console.show_exam)
             self._recorder = Recorder(*terms)
-            self._summary = Summary(self.progress.transitions)
+            self._summary = Summary(self.progress.transitions, settings.sources == ("simulated",))
             self._opened = stack.pop_all()
         return self
 

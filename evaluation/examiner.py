@@ -243,7 +243,9 @@ class Examiner:
             walked = [walk.symbol for walk in walks[POLICY]]
             self._warn_of_stale_opens(trainer, market.symbols if group else walked, plan.start_ns)
             noun = "group" if group else "symbol"
-            return self._judge(walks, progress, fingerprint, revision, name, plan.obstacle, began, noun)
+            is_simulated = "simulated" in trainer.settings.sources
+            known = progress, fingerprint, revision, is_simulated
+            return self._judge(walks, *known, name, plan.obstacle, began, noun)
         except Stopped:
             log.info("No exam: asked to stop")
         except TooLong:
@@ -273,6 +275,7 @@ class Examiner:
         progress: TrainingProgress,
         fingerprint: str,
         revision: Revision,
+        is_simulated: bool,
         champion_name: str,
         obstacle: str,
         began: float,
@@ -301,6 +304,7 @@ class Examiner:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **key,
             "checkpoint": challenger,
+            "simulated": is_simulated,
             "champion": champion_name or None,
             "first": str(min(walk.time[0] for walk in walks[POLICY]))[:16],
             "last": str(max(walk.time[-1] for walk in walks[POLICY]))[:16],

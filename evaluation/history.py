@@ -33,10 +33,13 @@ class History:
     @property
     def headline(self) -> str:
         """The history in one sentence."""
+        simulated = sum(bool(exam["is_simulated"]) for exam in self.exams)
+        where = " on simulated bars" if simulated == len(self.exams) else f", {simulated} on simulated bars"
         edges = sum(exam["verdict"] == "edge" for exam in self.exams)
         runs = len({exam["run"] for exam in self.exams})
         parts = [
             f"{count_of(len(self.exams), 'exam')} in {count_of(runs, 'run')}, {edges or 'none'} with an edge"
+            + (where if simulated else "")
         ]
         parts.append(count_of(len(self.champions), "champion") if self.champions else "no champion")
         return "; ".join(parts)
@@ -71,6 +74,7 @@ def _exam(number: int, line: Mapping[str, Any]) -> Row:
         "run": line["run"],
         "epoch": line["epoch"],
         "checkpoint": line.get("checkpoint"),
+        "is_simulated": line.get("simulated"),
         "first": line.get("first"),
         "last": line.get("last"),
         "days": line.get("days"),

@@ -94,15 +94,7 @@ def windows(names: Sequence[str], returns: Sequence[float], others: Sequence[flo
     shown = place[:: -(-len(names) // (4 if width < NARROW else 9))]
     axes.set_xticks(shown, [names[number] for number in shown])
     axes.set_ylabel("net return, %")
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        borderpad=0.0,
-        ncols=2,
-        frameon=False,
-        labelcolor=INK,
-        fontsize=8,
-    )
+    legend_above(axes)
     return figure
 
 
@@ -171,9 +163,7 @@ def cost_curve(
             color=MUTED,
             fontsize=8,
         )
-    axes.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0.0, frameon=False, labelcolor=INK, fontsize=8
-    )
+    legend_above(axes, columns=1)
     axes.margins(x=0.08, y=0.18)
     axes.set_xlabel("cost of traded value, bps")
     axes.set_ylabel("net return, %")
@@ -387,12 +377,23 @@ def format_dates(axes: Axes, time: NDArray[np.datetime64], width: float) -> None
     axes.set_xlim(time[0], time[-1])
 
 
+def legend_above(axes: Axes, columns: int = 2, is_centered: bool = False) -> None:
+    """Name the curves above the axes, at their right or in the middle."""
+    axes.legend(
+        loc="lower center" if is_centered else "lower right",
+        bbox_to_anchor=(0.5 if is_centered else 1.0, 1.0),
+        borderpad=0.0,
+        ncols=columns,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=8,
+    )
+
+
 def _label_lines(axes: Axes, ends: Sequence[tuple[float, str]], width: float) -> None:
     """Write names at the ends of lines where there is room, else a legend."""
     if width < NARROW:
-        axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, labelcolor=INK, fontsize=8
-        )
+        legend_above(axes, is_centered=True)
         return
     low, high = axes.get_ylim()
     gap = 0.065 * (high - low) * 3.4 / axes.figure.get_figheight()  # type: ignore[union-attr]

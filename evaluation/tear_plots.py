@@ -44,15 +44,7 @@ def hours(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
         plots.style(axes)
         plots.draw_zero_line(axes)
     held.set_ylabel("held, mean")
-    held.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=2,
-        frameon=False,
-        borderpad=0.0,
-        labelcolor=plots.INK,
-        fontsize=8,
-    )
+    plots.legend_above(held)
     net.set_ylabel("earned, %")
     net.set_xlabel("hour of the fill, UTC")
     net.set_xticks(range(0, 24, 3 if width > NARROW else 6))
@@ -78,14 +70,7 @@ def exams(rows: Sequence[Mapping[str, Any]], width: float) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("exam")
     axes.set_ylabel("net return, %")
-    axes.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=3,
-        frameon=False,
-        labelcolor=plots.INK,
-        fontsize=8,
-    )
+    plots.legend_above(axes, columns=3, is_centered=True)
     return figure
 
 

@@ -93,4 +93,5 @@ class OwnTrunk(nn.Module):
     def forward(self, bars: Tensor, num_last: int | None = None) -> Tensor:
         """Normalised features (B, S, F) -> hidden (B, S, D) float32; of the last ``num_last`` bars, if given."""
         hidden: Tensor = self.network(bars).float()
-        return hidden if num_last is None else hidden[:, bars.shape[1] - num_last :]
+        first = 0 if num_last is None else bars.shape[1] - num_last
+        return hidden[:, first:].clone()  # FSDP's hooks take no view

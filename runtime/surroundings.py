@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import os
 import select
@@ -16,8 +17,10 @@ import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, TextIO
 
+from runtime.control import EXIT_SETTING
 from runtime.cores import limit_threads
 
+START = "START_CONTINUOUS.bat" if sys.platform == "win32" else "bash START_CONTINUOUS.sh"
 # Read by libraries, and meant for other programs.
 FOREIGN = (
     "MPLBACKEND",  # a notebook's, which is not installed here
@@ -77,6 +80,17 @@ def is_rank(environment: Mapping[str, str], arguments: Sequence[str]) -> bool:
 
 def _is_count(text: str, least: int = 0) -> bool:
     return text.isascii() and text.isdigit() and int(text) >= least
+
+
+def require_packages() -> None:
+    """End with one line where this Python is not the one that the start script has prepared."""
+    if importlib.util.find_spec("typer") and importlib.util.find_spec("torch"):
+        return
+    command = " ".join([START, *sys.argv[1:]])
+    text = f"{sys.executable} has no packages of this program: use those of .venv, by {command}\n"
+    if sys.stderr is not None:
+        sys.stderr.write(text)
+    sys.exit(EXIT_SETTING)
 
 
 def prepare_process() -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runtime.control import EXIT_SETTING, ExitProgram
+from runtime.surroundings import START
 from training.checkpoint import Checkpoint, name_of, same_version
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class Summary:
     """Totals of this start of the program, logged at its end."""
 
     first_transitions: int
+    is_simulated: bool = False  # then real bars come next
     began: float = field(default_factory=time.monotonic)
     epochs: int = 0
     rewards: list[float] = field(default_factory=list)  # bp per bar, one an epoch
@@ -194,4 +196,9 @@ class Summary:
                     f"; costs grew from {scales[0]:.0%} to {scales[1]:.0%} of their full size meanwhile"
                 )
         lines.append(f"Newest checkpoint: {newest_checkpoint}")
+        if self.is_simulated and newest_checkpoint.endswith(".pt"):
+            lines += [
+                f"Next: {START} evaluate {newest_checkpoint} writes a report of it",
+                f"Then real bars, without keys: {START} --preset small --sources binance --positions 0,1",
+            ]
         return lines

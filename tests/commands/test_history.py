@@ -112,3 +112,20 @@ def test_no_exam_yet_is_one_line(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(ExitProgram, match=r"There is no exam in \S+ yet: each checkpoint") as failure:
         shown(settings, tmp_path)
     assert failure.value.code == 3
+
+
+def test_simulated_bars_are_said_to_be(settings: Settings, tmp_path: Path) -> None:
+    folder = Path(settings.checkpoint_dir)
+    ledger.append(folder / ledger.NAME, exam(7, 0.09, simulated=True))
+    assert (
+        history.read(folder).headline
+        == "7 exams in 1 run, none with an edge, 1 on simulated bars; 3 champions"
+    )
+    (folder / ledger.NAME).unlink()
+    ledger.append(folder / ledger.NAME, exam(7, 0.09, simulated=True))
+    assert (
+        history.read(folder).headline == "1 exam in 1 run, none with an edge on simulated bars; no champion"
+    )
+    shown(settings, tmp_path)
+    page = Page((tmp_path / "reports" / "history" / "history.html").read_bytes())
+    assert "UTC, simulated bars" in page.text

@@ -290,3 +290,11 @@ def test_rich_raises_instead_of_ending_the_program(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", None)
     with Console(tmp_path) as console:
         console.print_line("nowhere")
+
+
+def test_a_python_without_the_packages_names_the_one_that_has_them() -> None:
+    words = [sys.executable, "-I", "-S", str(ROOT / "continuous_training.py"), "evaluate", "best"]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.endswith(f"use those of .venv, by {surroundings.START} evaluate best\n")
+    assert ended.stderr.count("\n") == 1

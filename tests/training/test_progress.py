@@ -26,3 +26,16 @@ def test_the_summary_compares_rewards_of_unlike_costs_only_with_a_word() -> None
     assert reward.startswith("Reward: +0.975 bp/bar over the first 2 epochs, +0.075 over the last 2")
     assert reward.endswith("; costs grew from 0% to 100% of their full size meanwhile")
     assert "costs" not in "".join(later.lines(TrainingProgress(), "none"))
+
+
+def test_a_start_on_simulated_bars_says_what_comes_next() -> None:
+    report, real = Summary(0, is_simulated=True).lines(
+        TrainingProgress(), "checkpoints/demo/run1_epoch50.pt"
+    )[-2:]
+    assert report.endswith(" evaluate checkpoints/demo/run1_epoch50.pt writes a report of it")
+    assert "--sources binance" in real
+    for summary, newest in (
+        (Summary(0), "x.pt"),
+        (Summary(0, is_simulated=True), "x.pt was not saved: full"),
+    ):
+        assert "Next" not in "".join(summary.lines(TrainingProgress(), newest))
