@@ -131,7 +131,8 @@ def read_disk(checkpoint_dir: Path) -> Disk:
     try:
         known = free_bytes(checkpoint_dir)
         free = None if known is None else float(known)
-        for path in checkpoint_dir.rglob("run*.pt"):
+        # Not the folders below, such as the demo's: those are of other trainings.
+        for path in [*checkpoint_dir.glob("run*.pt"), *(checkpoint_dir / RESUME).glob("run*.pt")]:
             status = path.stat()
             sizes[path.name] = sizes.get(path.name, 0.0) + status.st_size
             if path.parent.name == RESUME:

@@ -42,11 +42,13 @@ def test_the_disk_is_read_with_its_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert read_disk(folder) == Disk()
     (folder / "resume").mkdir(parents=True)
+    (folder / "demo").mkdir()
     for name, length in (
         ("run1_epoch1.pt", 10),
         ("run1_epoch2.pt", 20),
         ("resume/run1_epoch2.pt", 300),
         ("best.pt", 7),
+        ("demo/run1_epoch50.pt", 9),  # of another training
     ):
         (folder / name).write_bytes(b"x" * length)
     found = read_disk(folder)
