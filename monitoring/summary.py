@@ -11,6 +11,7 @@ from typing import Any
 from monitoring import attach, exams
 from monitoring.format import age, duration, iso_time, size
 from monitoring.state import EXAM, PHASE_LABELS, DashboardState, Line
+from runtime.wording import count_of
 
 SHORT_OF_DISK = "no room for two more checkpoints: lower keep_checkpoints or keep_runs"
 EPOCH_LINE = re.compile(r"run \d+ epoch +\d+/")
@@ -71,7 +72,7 @@ def _condition(state: DashboardState) -> Iterator[Fact]:
     for number, source in enumerate(state.newest_ns):
         yield Fact("" if number else "sources", describe_source(state, source), is_dead(state, source))
     if state.disk.free is not None:
-        text = f"{size(state.disk.free)} free; {state.disk.num_checkpoints} checkpoints, "
+        text = f"{size(state.disk.free)} free; {count_of(state.disk.num_checkpoints, 'checkpoint')}, "
         text += size(state.disk.checkpoints)
         if state.disk.is_short:
             text += f"; {SHORT_OF_DISK}"
