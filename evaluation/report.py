@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -34,6 +36,7 @@ from evaluation.verdict import Verdict
 from runtime.files import TEMPORARY_SUFFIX, sync_file, sync_folder
 
 FORMAT = 1
+LEFTOVER_SECONDS = 3_600.0
 # Drawn where metrics.jsonl has them: key and title.
 TRAINING_PANELS = (
     ("rollout/reward_bps", "reward, bp per bar"),
@@ -215,8 +218,8 @@ def file_name(text: str) -> str:
 def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Write files to a new folder that replaces ``folder`` once it is complete.
 
-    If writing is interrupted, ``folder`` stays as it was. Leftovers of a killed process are removed, and a folder
-    that it had just moved aside is restored.
+    If writing is interrupted, ``folder`` stays as it was. Leftovers of a killed process are removed an hour later,
+    as another one may be writing the same folder; one that had just been moved aside is restored.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -226,7 +229,9 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
     if aside.exists() and not folder.exists():
         aside.replace(folder)
     for leftover in folder.parent.glob(f".{folder.name}.*{TEMPORARY_SUFFIX}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the other one has just ended
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
     unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         unfinished.mkdir()
@@ -236,6 +241,7 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 sync_file(file, folder.parent)
         sync_folder(unfinished)
         if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
             folder.replace(aside)
         unfinished.replace(folder)
     except BaseException:

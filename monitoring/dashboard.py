@@ -26,7 +26,7 @@ from monitoring.state import PHASE_LABELS, DashboardState
 
 TWO_COLUMNS = 76
 GAP = 3
-LABEL, VALUE = 18, 11  # columns
+LABEL, VALUE = 17, 10  # columns
 FEWEST_LOG_LINES = 3
 MOST_ATTENTION_LINES = 6
 MOST_EXAM_ROWS = 8
@@ -278,7 +278,8 @@ class _Page:
         for name, seconds in spent.items():
             share = seconds / total
             bar = self.bar(share, width - LABEL - VALUE - 8)
-            rows.append(self.row(name, f"{seconds / epochs:.2f} s", Text(f"{share:5.0%} ").append_text(bar)))
+            rest = Text(f"{share:5.0%} ").append_text(bar) if bar else None
+            rows.append(self.row(name, f"{seconds / epochs:.2f} s", rest))
         return Section(f"Time per epoch, mean of {epochs}", 3, rows)
 
     def _machine(self, width: int) -> Section:
@@ -291,9 +292,11 @@ class _Page:
             ("CPU", machine.cpu, f"{machine.num_cores} cores"),
             ("memory", machine.memory_used / machine.memory_total, memory),
         ):
-            rest = Text(f"  {note:>9}", DIM)
-            bar = self.bar(share, width - LABEL - VALUE - 2 - rest.cell_len)
-            rows.append(self.row(label, f"{share:.0%}", bar.append_text(rest)))
+            room = width - LABEL - VALUE - 2
+            rest = self.note(width, f"{note:>9}", note)
+            if room > 2 + rest.cell_len + 2:
+                rest = self.bar(share, room - 2 - rest.cell_len).append("  ").append_text(rest)
+            rows.append(self.row(label, f"{share:.0%}", rest))
         return Section("Machine", 2, rows)
 
     def _gpu(self, gpu: Gpu, width: int) -> Text:
@@ -305,6 +308,8 @@ class _Page:
         if gpu.temperature is not None:
             style = WARNING if gpu.temperature > HOTTEST_CELSIUS else ""
             notes.append(Text(f"{gpu.temperature:.0f} C", style))
+        while notes and len(Text("  ").join(notes)) > width - LABEL - VALUE - 2:
+            notes.pop()
         rest = Text("  ").join(notes)
         room = width - LABEL - VALUE - 4 - rest.cell_len
         if room >= 4 and gpu.utilization is not None:
@@ -317,18 +322,20 @@ class _Page:
         rows = []
         for source, newest_ns in self.state.newest_ns.items():
             old = age((self.state.now_ns - newest_ns) / 1e9)
-            symbols = f"old, {self.state.symbols.get(source, 0)} symbols"
-            rows.append(self.row(source, old, Text(symbols, DIM)))
+            count = self.state.symbols.get(source, 0)
+            note = self.note(width, f"old, {count} symbols", f"{count} symbols", f"of {count}")
+            rows.append(self.row(source, old, note))
         disk = self.state.disk
         if disk.free is not None:
             needed = disk.needed(self.state.keep_checkpoints)
             is_tight = disk.free + disk.checkpoints < needed
             style = WARNING if disk.is_short or is_tight else ""
-            saved = "none yet"
+            saved = ["none yet"]
             if needed:
-                saved = f"{disk.num_checkpoints}, up to {size(max(needed, disk.checkpoints))}"
+                count = f"{disk.num_checkpoints}"
+                saved = [f"{count}, up to {size(max(needed, disk.checkpoints))}", f"in {count}"]
             rows.append(self.row("disk free", size(disk.free), None, style))
-            rows.append(self.row("checkpoints", size(disk.checkpoints), Text(saved, DIM)))
+            rows.append(self.row("checkpoints", size(disk.checkpoints), self.note(width, *saved)))
         return Section("Newest bars, disk", 2, rows)
 
     def _tasks(self, width: int) -> Section:
@@ -343,7 +350,12 @@ class _Page:
     def row(self, label: str, value: str, rest: Text | None = None, style: str = "") -> Text:
         """A label, a value aligned right, and a bar, curve or note."""
         text = Text.assemble((f"{label[: LABEL - 1]:<{LABEL}}", style or DIM), (f"{value:>{VALUE}}", style))
-        return text.append("  ").append_text(rest) if rest is not None else text
+        return text.append("  ").append_text(rest) if rest else text
+
+    def note(self, width: int, *variants: str) -> Text:
+        """The first of these that fits beside label and value, else none: a number that is cut is another one."""
+        room = width - LABEL - VALUE - 2
+        return Text(next((text for text in variants if len(text) <= room), ""), DIM)
 
     def bar(self, share: float, width: int) -> Text:
         """A bar of ``width`` columns, filled up to a share of 0 to 1."""

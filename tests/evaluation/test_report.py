@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -334,7 +336,10 @@ def test_leftovers_of_a_kill_are_cleaned_up(tmp_path: Path) -> None:
     (tmp_path / ".one.old.tmp" / "report.json").write_bytes(b"old")
     (tmp_path / ".one.12345678.tmp" / "report.json").write_bytes(b"half")
     (tmp_path / ".other.12345678.tmp").mkdir()
+    an_hour_ago = time.time() - 3_700
+    os.utime(tmp_path / ".one.12345678.tmp", (an_hour_ago, an_hour_ago))
+    (tmp_path / ".one.87654321.tmp").mkdir()  # of another process that is writing now
     with pytest.raises(KeyboardInterrupt):
         write_folder(folder, interrupted(KeyboardInterrupt()))
     assert listing(tmp_path) == {"one/report.json": b"old"}
-    assert (tmp_path / ".other.12345678.tmp").is_dir()
+    assert (tmp_path / ".other.12345678.tmp").is_dir() and (tmp_path / ".one.87654321.tmp").is_dir()

@@ -151,6 +151,13 @@ def test_findings_are_shown_in_words_and_in_yellow() -> None:
     assert "Attention" not in "\n".join(text_of(replace(state, findings=(), lines=[], disk=Disk())))
 
 
+@pytest.mark.parametrize("width", range(32, 110, 2))
+def test_no_figure_is_cut(width: int) -> None:
+    state = replace(full_state(), tasks={}, findings=(), lines=[])
+    body = [line for line in text_of(state, width, 60) if not line.lstrip().startswith("run ")]
+    assert not [line for line in body if "\u2026" in line]
+
+
 def test_a_small_terminal_keeps_what_matters() -> None:
     page = "\n".join(text_of(full_state(), 80, 24))
     for word in ("epoch 38/200", "reward bp/bar", "policy's change", "Attention", "rollout", "Log"):
