@@ -43,15 +43,21 @@ class Watcher:
     """Finds events in states that are read one after another; what the first one has is known already."""
 
     def __init__(self, state: DashboardState) -> None:
-        self._num_exams = len(state.exams)
-        self._verdict = state.exams[-1]["verdict"] if state.exams else "no edge"
         self._dead = {source for source in state.newest_ns if is_dead(state, source)}
         self._is_short = state.disk.is_short
+        self._know_training(state)
+
+    def _know_training(self, state: DashboardState) -> None:
+        self._has_begun = state.run > 0  # before, its checkpoint has not been read
+        self._num_exams = len(state.exams)
+        self._verdict = state.exams[-1]["verdict"] if state.exams else "no edge"
         self._rollbacks = state.run, state.rollbacks
         self._complete = self._last_complete(state)
 
     def new(self, state: DashboardState) -> list[Event]:
         """Return what has happened since the last call."""
+        if not self._has_begun:
+            self._know_training(state)
         return [*self._of_exams(state), *self._of_sources(state), *self._of_training(state)]
 
     def _of_exams(self, state: DashboardState) -> Iterator[Event]:

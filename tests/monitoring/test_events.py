@@ -54,6 +54,17 @@ def test_a_run_is_complete_once_and_so_is_the_next() -> None:
     ]
 
 
+@pytest.mark.parametrize(("run", "epoch"), [(1, 0), (3, 0), (3, 7)])
+def test_a_training_that_begins_or_goes_on_brings_no_news(run: int, epoch: int) -> None:
+    published_first = DashboardState(epochs=200)
+    begun = replace(BEFORE, run=run, epoch=epoch, rollbacks=1, exams=[exam(25, decision="promoted", **EDGE)])
+    assert events(published_first, published_first, begun) == []
+    assert [
+        event.kind
+        for event in events(published_first, begun, replace(begun, run=run + 1, epoch=0, rollbacks=0))
+    ] == ["run_complete"]
+
+
 def test_an_edge_that_is_lost_and_a_rollback_of_the_next_run() -> None:
     had = replace(BEFORE, exams=[exam(25, **EDGE)], rollbacks=2)
     lost = replace(had, exams=[exam(25, **EDGE), exam(50)])
