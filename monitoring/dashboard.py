@@ -332,8 +332,8 @@ class _Page:
             style = WARNING if disk.is_short or is_tight else ""
             saved = ["none yet"]
             if needed:
-                count = f"{disk.num_checkpoints}"
-                saved = [f"{count}, up to {size(max(needed, disk.checkpoints))}", f"in {count}"]
+                kept = str(disk.num_checkpoints)
+                saved = [f"{kept}, up to {size(max(needed, disk.checkpoints))}", f"in {kept}"]
             rows.append(self.row("disk free", size(disk.free), None, style))
             rows.append(self.row("checkpoints", size(disk.checkpoints), self.note(width, *saved)))
         return Section("Newest bars, disk", 2, rows)
