@@ -163,10 +163,10 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         import torch
 
         from evaluation import ensemble
-        from evaluation.champion import DETHRONED
+        from evaluation.champion import find_champion
         from models.exported import ExportError
         from training import devices
-        from training.checkpoint import BEST, CheckpointError
+        from training.checkpoint import CheckpointError
 
         try:
             device = devices.of_rank(changes.pop("device", "auto"), local_rank=0)
@@ -175,11 +175,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
                 path = _locate(typed)
                 if str(typed) == "best" and not path.exists():  # the champion, wherever it is kept
                     default = next(f.default for f in fields(settings_class) if f.name == "checkpoint_dir")
-                    path = Path(changes.get("checkpoint_dir", default)) / BEST
-                    if not path.exists() and path.with_name(DETHRONED).exists():
-                        raise CheckpointError(
-                            f"{path} lost its title, and there is no champion: name a checkpoint"
-                        )
+                    path = find_champion(Path(changes.get("checkpoint_dir", default)))
                 paths.append(path)
             trained = ensemble.read(paths, settings_class, device, **changes)
             _call(run, trained, options)

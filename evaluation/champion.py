@@ -22,7 +22,7 @@ from envs.config import EnvConfig, GroupConfig
 from envs.features import FeatureStatistics
 from evaluation import ledger
 from runtime.files import TEMPORARY_SUFFIX, move_over, sha256_of, sync_folder, write_atomically
-from training.checkpoint import BEST, Checkpoint, CheckpointError, same_version
+from training.checkpoint import BEST, Checkpoint, CheckpointError, existing, same_version
 
 log = logging.getLogger("continuous_training")
 
@@ -83,6 +83,24 @@ def _dethrone(best: Path) -> None:
             sync_folder(best.parent)
     except OSError as error:
         log.warning(f"{best} has lost the title, and cannot be moved to {DETHRONED}: {error.strerror}")
+
+
+def find_champion(folder: Path) -> Path:
+    """Return the champion's file.
+
+    Raises:
+        CheckpointError: there is none; names the newest checkpoint.
+    """
+    best = folder / BEST
+    try:
+        if best.exists():
+            return best
+        newest = next(iter(existing(folder)), None)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+    why = f"{best} lost its title, and there is no champion" if (folder / DETHRONED).exists() else ""
+    why = why or f"there is no champion in {folder} yet: an exam has to prove one better than cash"
+    raise CheckpointError(f"{why}; name a checkpoint" + (f", such as {newest}" if newest else ""))
 
 
 def read(path: Path, statistics: FeatureStatistics, env: EnvConfig) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,20 @@ def test_a_mistake_is_one_line_with_the_fix(
     code, out, err = end_of(capsys, *arguments.split())
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith(message)
+
+
+def test_without_a_champion_best_names_the_newest_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("signals", "best", "--checkpoint-dir", str(tmp_path))
+    code, _, text = end_of(capsys, *words)
+    assert (code, text.count("\n")) == (2, 1)
+    assert text.endswith("an exam has to prove one better than cash; name a checkpoint\n")
+    for name in ("run1_epoch25.pt", "run1_epoch28.pt"):
+        (tmp_path / name).touch()
+    assert end_of(capsys, *words)[2].endswith(f"name a checkpoint, such as {tmp_path / 'run1_epoch28.pt'}\n")
+    (tmp_path / "dethroned.pt").touch()
+    assert "lost its title, and there is no champion; name" in end_of(capsys, *words)[2]
 
 
 def test_demo_and_its_preset_are_the_same() -> None:
