@@ -157,7 +157,10 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
 
     def command(checkpoint: Path | list[Path], **given: Any) -> None:
         options = {parameter.name: _locate(given.pop(parameter.name)) for parameter in own}
-        changes = _parse_given(settings_class, types, given)
+        try:
+            changes = _parse_given(settings_class, types, given)
+        except ValueError as error:
+            exit_with(EXIT_SETTING, f"Invalid setting: {error}")
         if sys.stderr.isatty():
             typer.echo("Loading PyTorch ...", err=True)
         import torch
@@ -342,7 +345,8 @@ def _parse_given(
 ) -> dict[str, Any]:
     """Return the settings among the options that were given.
 
-    Ends the program where a value is of another type; names the setting and a value that would do.
+    Raises:
+        ValueError: a value is of another type; names the setting and a value that would do.
     """
     defaults = {field.name: field.default for field in fields(settings_class)}
     parsed = {}
@@ -356,7 +360,7 @@ def _parse_given(
         except ValueError as error:
             default = defaults[name]
             example = ", or none" if default is None else f", such as {_format_default(default, ',')}"
-            exit_with(EXIT_SETTING, f"Invalid setting: {name}={shown(value)} must be {error}{example}")
+            raise ValueError(f"{name}={shown(value)} must be {error}{example}") from None
     return parsed
 
 

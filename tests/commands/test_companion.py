@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +22,12 @@ import commands.companion
 from commands.check.watchers import check_watchers
 from commands.cli import flags_of
 from continuous_training import Settings
-from runtime.companion import Companion
+from monitoring import attach
+from monitoring.events import TITLES
+from runtime.companion import FAREWELL, Companion
 from tests.monitoring.published_training import exam, hold_exams, publish
 from tests.monitoring.test_notify import OK, SECRET, Hook, hook, says
-from tests.program import ALONE, ROOT, environment
+from tests.program import ALONE, PATIENCE, ROOT, environment
 from tests.runtime.test_supervisor import wait_for
 from training import validation
 from training.setting_types import recorded
@@ -79,6 +84,50 @@ def test_it_serves_sends_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("gave_up", 1),
     ]
     assert SECRET not in log.read_text() and f"The page: http://127.0.0.1:{port}/" in log.read_text()
+
+
+@pytest.mark.drill
+def test_everything_that_the_page_lists_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a death of the owner and the test message, which have tests of their own."""
+    monkeypatch.setattr(attach, "DISK_SECONDS", 0.0)
+    monkeypatch.setattr(commands.companion, "lower_priority", lambda niceness: None)
+    publish(tmp_path)
+    hold_exams(tmp_path, exam(25))
+    settings = Settings(log_dir=str(tmp_path / "logs"), checkpoint_dir=str(tmp_path / "checkpoints"))
+    found = {"verdict": "edge", "verdict_reason": "surely above 0"}
+    three_days_old = {"binance": time.time_ns() - 3 * 86_400 * 10**9}
+
+    def fill_the_disk() -> None:
+        with (tmp_path / "checkpoints" / "run1_epoch50.pt").open("wb") as file:
+            file.truncate(2**42)  # sparse: 4 TB, of which two more do not fit
+
+    steps = {
+        "champion": lambda: hold_exams(tmp_path, exam(25), exam(50, decision="promoted")),
+        "edge_found": lambda: hold_exams(tmp_path, exam(25), exam(50), exam(75, **found)),
+        "edge_lost": lambda: hold_exams(tmp_path, exam(25), exam(50), exam(75, **found), exam(100)),
+        "source_dead": lambda: publish(tmp_path, newest_ns=three_days_old, days_late={"binance": 3.0}),
+        "disk_short": fill_the_disk,
+        "rollback": lambda: publish(tmp_path, rollbacks=1),
+        "run_complete": lambda: publish(tmp_path, run=2, epoch=0),
+    }
+    reader, writer = os.pipe()
+    with hook(OK) as target, os.fdopen(reader) as words, os.fdopen(writer, "w", buffering=1) as owner:
+        environment = {"NOTIFY_URLS": target.url.reveal()}
+        watching = threading.Thread(target=commands.companion.run, args=(settings, environment, words))
+        watching.start()
+        for number, kind in enumerate(
+            ("restarted", "gave_up"), 1
+        ):  # the second one is sent after a first look
+            owner.write(json.dumps({"event": kind, "text": "a worker died", "count": 2}) + "\n")
+            wait_for(lambda number=number: len(target.requests) == number)
+        for number, (kind, happen) in enumerate(steps.items(), 3):
+            happen()
+            wait_for(lambda number=number: len(target.requests) == number)
+            assert target.bodies()[-1]["event"] == kind
+        owner.write(json.dumps({"event": FAREWELL}) + "\n")
+        owner.close()
+        watching.join(PATIENCE)
+    assert {body["event"] for body in target.bodies()} == TITLES.keys() - {"killed", "test"}
 
 
 def test_an_owner_that_is_killed_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
