@@ -42,7 +42,9 @@ class RetryPolicy:
 
 
 # For a probe: a person waits for the answer.
-PROBE_POLICY = RetryPolicy(read_seconds=10, total_seconds=15, attempts=1)
+PROBE_POLICY = RetryPolicy(read_seconds=10, total_seconds=15, attempts=1, longest_wait_seconds=0)
+# Until when, monotonic, vendors want no request from this process, by the name of the host.
+_WAITS: dict[str, float] = {}
 
 
 class FinalAnswer(BadAnswer):
@@ -180,10 +182,12 @@ class Host:
 
     A host that bans, limits for too long, or fails many times in a row is ``down`` for the rest of the
     refresh, and so is one that refuses, unless its refusals are of single files (``refuses_files``). So a
-    dead host costs seconds, not a timeout per file. A wait that the vendor asked for outlives the refresh.
+    dead host costs seconds, not a timeout per file. A wait that the vendor asked for outlives the refresh: paper
+    trading begins another one every minute, and asking earlier ends in a ban, or prolongs it.
     """
 
-    def __init__(self, policy: RetryPolicy, *, refuses_files: bool = False) -> None:
+    def __init__(self, policy: RetryPolicy, *, name: str = "", refuses_files: bool = False) -> None:
+        """All hosts of one name share the waits that the vendor asked for; one without a name has its own."""
         self.policy = policy
         self.stop = threading.Event()
         self.down: DataError | None = None
@@ -191,7 +195,7 @@ class Host:
         self.failures = 0  # in a row
         self._refuses_files = refuses_files
         self._lock = threading.Lock()
-        self._not_before = 0.0  # monotonic
+        self._waits, self._name = _WAITS if name else {}, name
 
     def begin_refresh(self) -> None:
         """Forget earlier failures, but not a wait that the vendor asked for."""
@@ -201,7 +205,11 @@ class Host:
     def pause(self, seconds: float) -> None:
         """Let no thread send a request for so long."""
         with self._lock:
-            self._not_before = max(self._not_before, time.monotonic() + seconds)
+            self._waits[self._name] = max(self._not_before, time.monotonic() + seconds)
+
+    @property
+    def _not_before(self) -> float:
+        return self._waits.get(self._name, 0.0)
 
     def ask(self, once: Callable[[], Answer]) -> Answer:
         """Call ``once`` as ``retry`` does, and note how it ended."""

@@ -12,6 +12,7 @@ from data_sources.errors import LakeError, RateLimited, Refused, SourceUnavailab
 from data_sources.lake.lake import Lake
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.binance_rest import Rest
+from data_sources.vendors.http import PROBE_POLICY
 from tests.data_sources.bar_tables import job_for
 from tests.data_sources.vendors.binance_harness import CLOSED, DAY_NS, NOW, POLICY, START, Harness
 from tests.data_sources.vendors.binance_server import MINUTE_NS, BinanceServer, bars_of
@@ -230,8 +231,11 @@ def test_a_ban_stops_rest_at_once_and_outlives_the_refresh(harness: Harness) -> 
     harness.server.faults = [ban]
     requests = harness.refresh()
     assert sum(path.startswith("/api") for path in requests) == 1
+    harness.binance = harness.new_client()  # as every refresh of the program begins
     with pytest.raises(RateLimited):
         harness.refresh(seconds_later=60)
+    with pytest.raises(RateLimited, match="more seconds to wait"):
+        harness.new_client(PROBE_POLICY).probe_api("BTCUSDT", NOW)
     assert not any(path.startswith("/api") for path in harness.server.requests)
     harness.assert_complete(end_ns=ns("2026-11-24T00:00"))
 
