@@ -62,7 +62,7 @@ def _rows(done: Minute, key: str) -> list[dict[str, Any]]:
     if own is not None:
         positions = [own.target] if isinstance(own, OpenAccount) else own.weight
     common = {
-        **({"group": key} if done.state.groups else {}),
+        **({"group": key if key in done.state.groups else ""} if done.state.groups else {}),
         "return": math.expm1(own.log_equity) if own else 0.0,
         "buy_and_hold": math.expm1(hold.log_equity) if hold else 0.0,
         "booked_until": iso_time(own.next_ns) if own else None,

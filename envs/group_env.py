@@ -105,7 +105,9 @@ class GroupEnv:
         device: torch.device | str,
         seed: int,
         dtype: torch.dtype = torch.float64,
+        grid: Grid | None = None,
     ) -> None:
+        """``grid``: of the market, where it is known."""
         assert config.group is not None
         self.config, self.group = config, config.group
         self.device, self.dtype = torch.device(device), dtype
@@ -128,7 +130,7 @@ class GroupEnv:
         self.cost_scale = 1.0
         self._step = config.horizon  # of this segment
         self.statistics = GroupStatistics(config, self.group, dtype, self.device)
-        self._attach(market)
+        self._attach(market, grid)
 
     def _new_accounts(self) -> GroupState:
         return GroupState.fresh(self.num_groups, self.group.size, self.cash_index, self.dtype, self.device)
@@ -137,9 +139,9 @@ class GroupEnv:
         # The accounts with which new episodes begin.
         return self._new_accounts()
 
-    def _attach(self, market: Market) -> None:
+    def _attach(self, market: Market, grid: Grid | None = None) -> None:
         require_lengths(market, self.config)
-        self.market, self.grid = market, Grid.of(market, self.group.size)
+        self.market, self.grid = market, grid or Grid.of(market, self.group.size)
 
     @property
     def num_account_features(self) -> int:

@@ -30,6 +30,8 @@ class GroupExamEnv(GroupEnv):
         starts: when each of them decides first, ns UTC.
         nets: the cap on the net exposure of each group.
         flat_cost_bps: of each group, in place of fees and slippage of all kinds; None keeps those.
+        dtype: of money.
+        grid: of the market, where it is known.
 
     Raises:
         NoSegment: no group has a segment to walk; those without one must not be among the groups.
@@ -45,10 +47,11 @@ class GroupExamEnv(GroupEnv):
         nets: Sequence[float],
         flat_cost_bps: Sequence[float | None],
         dtype: torch.dtype = torch.float64,
+        grid: Grid | None = None,
     ) -> None:
         assert config.group is not None
         config = replace(config, num_envs=len(groups) * config.group.size)
-        super().__init__(market, config, device, seed=0, dtype=dtype)
+        super().__init__(market, config, device, seed=0, dtype=dtype, grid=grid)
         numbers = [[market.symbols.index(symbol) for symbol in group] for group in groups]
         self._symbol = self._groups = torch.tensor(numbers, device=self.device)
         self.net = torch.tensor(nets, dtype=dtype, device=self.device)[:, None]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from envs.config import EnvConfig
+from envs.grid import Grid
 from envs.group_account import GroupState
 from envs.group_walk_env import GroupExamEnv
 from envs.market import Market
@@ -78,12 +79,13 @@ class OpenGroupEnv(GroupExamEnv):
         nets: Sequence[float],
         flat_cost_bps: Sequence[float | None],
         dtype: torch.dtype = torch.float64,
+        grid: Grid | None = None,
     ) -> None:
         market, config = replace(market, horizon=1), replace(config, horizon=1)
         starts = [
             account.next_ns if account else start for start, account in zip(starts, accounts, strict=True)
         ]
-        super().__init__(market, config, device, groups, starts, nets, flat_cost_bps, dtype)
+        super().__init__(market, config, device, groups, starts, nets, flat_cost_bps, dtype, grid)
         self._symbols_of = [tuple(group) for group in groups]
         self._last = LastStates()
         self._holds = torch.zeros(self.num_groups, dtype=torch.bool, device=self.device)

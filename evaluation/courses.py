@@ -24,6 +24,7 @@ from envs.open_group_env import AnyAccount, OpenGroupAccount, OpenGroupEnv
 from evaluation.exam import Reader, Walk, play_segment, walks_of
 from evaluation.group_exam import (
     Group,
+    grid_of,
     group_walks_of,
     groups_of,
     index_of_prices,
@@ -154,7 +155,8 @@ class GroupCourse(Course):
         # All contestants walk the same minutes.
         begun = zip(who.owners, who.standing([each.name for each in who.owners]), strict=False)
         begins = [account.next_ns if account else who.start_of(each.name) for each, account in begun]
-        found = walkable(market, self.size, who.owners, begins)
+        grid = grid_of(market, self.size)
+        found = walkable(grid, who.owners, begins)
         self._groups = [each for each, _ in found]
         self.keys = [each.name for each in self._groups]
         num_groups = len(self.keys)
@@ -167,6 +169,7 @@ class GroupCourse(Course):
             [each if isinstance(each, OpenGroupAccount) else None for each in who.standing(self.keys)],
             nets_of(group, who.names, num_groups),
             who.costs(self.keys),
+            grid=grid,
         )
         self.schedule = self.env.schedule[:, :num_groups].contiguous()
         numbers = [[market.symbols.index(symbol) for symbol in each.symbols] for each in self._groups]

@@ -77,9 +77,9 @@ def decide_groups(
     clocks = grid.clock_of[symbols[:, 0]]
     # The newest minute of each group's clock: the last of its last span.
     minute = grid.span_last[torch.searchsorted(grid.span_clock, clocks, right=True) - 1]
-    projected = read(actor.policy, grid, config.horizon, symbols, minute[None, :, None], SEGMENTS_AT_ONCE)[
-        0, 0
-    ].unflatten(0, symbols.shape)
+    at_once = min(SEGMENTS_AT_ONCE, symbols.numel())  # none is read for nothing
+    encoded = read(actor.policy, grid, config.horizon, symbols, minute[None, :, None], at_once)
+    projected = encoded[0, 0].unflatten(0, symbols.shape)
     held = torch.tensor(
         [[config.positions.index(holdings.get(s, 0.0)) for s in each.symbols] for each in groups],
         device=device,

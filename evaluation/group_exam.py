@@ -140,7 +140,8 @@ def examine_groups(
     assert config.group is not None
     policies = dict(policies) if isinstance(policies, Mapping) else {POLICY: policies}
     market = market.until(end_ns)
-    groups = [each for each, _ in walkable(market, config.group.size, groups, [start_ns] * len(groups))]
+    grid = grid_of(market, config.group.size)
+    groups = [each for each, _ in walkable(grid, groups, [start_ns] * len(groups))]
     first, *others = policies
     names = [first, *(at_flat_cost(first, bps) for bps in flat_costs_bps), *others, *BASELINES]
     costs = [None, *flat_costs_bps, *(None for _ in (*others, *BASELINES))]
@@ -152,6 +153,7 @@ def examine_groups(
         [start_ns for _ in names for _ in groups],
         nets_of(config.group, names, len(groups)),
         [cost for cost in costs for _ in groups],
+        grid=grid,
     )
     env.cost_scale = cost_scale
     per_head = (1 + len(flat_costs_bps), *(1 for _ in others))
@@ -188,19 +190,25 @@ def examine_groups(
     return group_walks_of(names, groups, env, schedule, columns, np.concatenate(prices))
 
 
-def walkable(
-    market: Market, size: int, groups: Sequence[Group], starts: Sequence[int]
-) -> list[tuple[Group, int]]:
+def grid_of(market: Market, size: int) -> Grid:
+    """Lay out a market's bars by the minute.
+
+    Raises:
+        NoSegment: too few symbols have bars, or none has the minutes of a segment.
+    """
+    try:
+        return Grid.of(market, size)
+    except ValueError as error:
+        raise NoSegment(str(error)) from error
+
+
+def walkable(grid: Grid, groups: Sequence[Group], starts: Sequence[int]) -> list[tuple[Group, int]]:
     """Return the groups that have a segment to walk from their starts on, with these.
 
     Raises:
         NoSegment: none has.
     """
-    try:
-        grid = Grid.of(market, size)
-    except ValueError as error:  # too few symbols have bars by then
-        raise NoSegment(str(error)) from error
-    number_of = {symbol: number for number, symbol in enumerate(market.symbols)}
+    number_of = {symbol: number for number, symbol in enumerate(grid.market.symbols)}
     clock_of = grid.clock_of.tolist()
     found = []
     for group, start_ns in zip(groups, starts, strict=True):
