@@ -29,7 +29,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
 import typer
 from dotenv import load_dotenv
 
-from commands.cli import application, enter_program_folder, exit_with, run
+from commands.cli import application, enter_program_folder, exit_with, run, with_command
 from envs.feature_errors import FeatureError
 from runtime.control import (
     EXIT_ABORTED,
@@ -209,6 +209,7 @@ def train(settings: Settings, control: Control, **given: Any) -> None:
     """Train until asked to stop, or until ``settings.runs`` runs are done (every rank runs this)."""
     from commands.train import Job  # imports torch, which takes seconds
 
+    surroundings.collect_as_usual()
     with Job(
         settings, control, **given
     ) as job:  # ranks, folder lock, console, checkpoint writer, prefetch, examiner
@@ -369,7 +370,9 @@ def main() -> None:
         load_dotenv(Path(__file__).with_name(".env"))  # not one of a folder above
     except (OSError, UnicodeDecodeError):
         exit_with(EXIT_SETTING, "Invalid setting: .env must be a readable text file in UTF-8: save it as one")
-    run(application(Settings, PRESETS, train_command, __doc__, [walkforward_command]), sys.argv[1:])
+    words = with_command(sys.argv[1:])
+    wanted = {words[0], *(["preflight"] if words[0] == "train" else [])}
+    run(application(Settings, PRESETS, train_command, __doc__, [walkforward_command], wanted), words)
 
 
 if __name__ == "__main__":

@@ -278,19 +278,20 @@ def measure_days(folder: Path, count: int, root: Path) -> None:
 
 def measure_market(folder: Path, num_symbols: int, num_sessions: int, root: Path) -> None:
     days = sessions(dt.date(2024, 11, 25), num_sessions)
+    begin = time.process_time()
     make_lake(folder, num_symbols, days)
+    print(f"Made a lake in {time.process_time() - begin:.0f} CPU seconds.", flush=True)
+    bars, thousands = num_symbols * num_sessions * 390, num_symbols * num_sessions / 1e3
+    print(f"{num_symbols} symbols, {num_sessions} sessions, {bars:,} bars\n{HEADER}")
     copied = run(root, "copy", str(folder), str(num_symbols), str(days[0]), str(days[-1]))
-    computed, again = run(root, "market", str(folder)), run(root, "market", str(folder))
-    bars, sessions_of_all = computed["bars"], num_symbols * num_sessions
-    print(
-        f"{num_symbols} symbols, {num_sessions} sessions, {bars:,.0f} bars; lake {copied['bytes'] / 1e9:.2f} GB"
-    )
-    print(HEADER)
-    for name, found in (("lake to mapped copy", copied), ("copy to market", computed), ("again", again)):
-        row(name, found, sessions_of_all / 1e3, "thousand symbol-days")
-    parts = {"copy": copied["mapped"], "features": computed["features"], "market": computed["market"]}
-    text = ", ".join(f"{name} {size / 1e6:,.0f} MB ({size / bars:.1f} a bar)" for name, size in parts.items())
-    print(f"Mapped or on the device: {text}; the market has the features in it.")
+    row("lake to mapped copy", copied, thousands, "thousand symbol-days")
+    computed = run(root, "market", str(folder))
+    row("copy to market", computed, thousands, "thousand symbol-days")
+    row("the same in a restart", run(root, "market", str(folder)), thousands, "thousand symbol-days")
+    sizes = {"lake": copied["bytes"], "copy": copied["mapped"]}
+    sizes |= {"features": computed["features"], "market with them": computed["market"]}
+    text = ", ".join(f"{name} {size / 1e6:,.0f} MB ({size / bars:.1f} a bar)" for name, size in sizes.items())
+    print(f"On disk, mapped or on the device: {text}.")
 
 
 def main() -> None:

@@ -6,9 +6,8 @@ import contextlib
 import inspect
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 import typer
 
 from commands import CHECKPOINT_COMMANDS, COMMANDS, ENSEMBLE_COMMANDS, HIDDEN, name_of
+from commands.version import program_version
 from envs.feature_errors import FeatureError
 from runtime import surroundings
 from runtime.control import (
@@ -34,7 +34,6 @@ from training.validation import is_folder
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-ROOT = Path(__file__).resolve().parent.parent
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 # A line of the class body: the title of a section, or a setting with its comment.
 CLASS_LINE = re.compile(r"^    (?:# --- (.+?) -+|(\w+): [^#\n]+  # (.+))$", re.MULTILINE)
@@ -51,8 +50,12 @@ def application(
     train: Callable[..., None],
     help_text: str | None,
     others: Sequence[Callable[..., None]] = (),
+    wanted: Collection[str] | None = None,
 ) -> typer.Typer:
-    """Return the program with all its commands, and ``others`` that need the main loop; ``run`` runs it."""
+    """Return the program with all its commands, and ``others`` that need the main loop; ``run`` runs it.
+
+    Only the ``wanted`` ones have their options, as those of all take a third of a second; None: all have.
+    """
     paragraphs = re.sub(r"(?<!\n)\n(?!\n)", " ", help_text or "")  # typer keeps line breaks
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=paragraphs)
 
@@ -64,29 +67,42 @@ def application(
     ) -> None:
         pass
 
+    def is_wanted(command: Callable[..., None]) -> bool:
+        return wanted is None or name_of(command) in wanted
+
     for command in (train, *others, *COMMANDS):
         app.command(name_of(command), help=inspect.getdoc(command), hidden=command in HIDDEN)(
-            command_from(settings_class, presets, command)
+            command_from(settings_class, presets, command) if is_wanted(command) else _not_wanted
         )
     for command in CHECKPOINT_COMMANDS:
         app.command(
             name_of(command),
             help=f"{inspect.getdoc(command)}\n\nSettings that are not given are those of its training.",
             rich_help_panel="Commands that use a checkpoint",
-        )(checkpoint_command_from(settings_class, command))
+        )(checkpoint_command_from(settings_class, command) if is_wanted(command) else _not_wanted)
     return app
+
+
+def _not_wanted() -> None:
+    raise AssertionError("a command ran that was not wanted")
+
+
+def with_command(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command line with their command: ``train`` where none is named."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("--help", "--version")):
+        return ["train", *arguments]
+    return list(arguments)
 
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> NoReturn:
     """Run the named command, or ``train``, and exit; a mistake on the command line is one line, exit code 2."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("--help", "--version")):
-        arguments = ["train", *arguments]
+    arguments = with_command(arguments)
     try:
         if arguments[0] == "train" and os.environ.pop(CHECK_FIRST, ""):
             code = app(args=["preflight", *arguments[1:]], standalone_mode=False)
             if not preflight_goes_on():
                 sys.exit(code)
-        code = app(args=list(arguments), standalone_mode=False)
+        code = app(args=arguments, standalone_mode=False)
     except UsageError as error:
         exit_with(EXIT_SETTING, _usage_message(error))
     # A training goes on without its output, and ends well; of other commands the output may be all.
@@ -308,24 +324,6 @@ def _print_version(is_wanted: bool) -> None:
     if is_wanted:
         typer.echo(f"continuous_training {program_version()}")
         raise typer.Exit
-
-
-def program_version() -> str:
-    """Return the commit of this folder, with -dirty if files were changed; "unknown" without git."""
-    if not (ROOT / ".git").exists():
-        return "unknown"
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return described.stdout.strip()
 
 
 # --- values ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.cli import ROOT, environment_of_child, program_version
+from commands.cli import environment_of_child
+from commands.version import ROOT, program_version
 from monitoring.attach import Attached, NothingPublished
 from monitoring.events import TITLES, Event, Watcher
 from monitoring.notify import Messenger

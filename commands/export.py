@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from commands.cli import program_version
+from commands.version import program_version
 from evaluation.measures import jsonable
 from evaluation.provenance import members_of, minute_of
 from evaluation.trained_policy import Actor, TrainedPolicy, feature_probe, feature_schema, stem_of

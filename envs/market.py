@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NUM_QUOTES = 5  # without funding
 HOUR_NS = 3_600_000_000_000
+MOST_KEPT_BYTES = 1 << 28  # of float32 features, from measuring to scaling them; more are computed twice
 YEAR_NS = 365.25 * 24 * HOUR_NS
 # Longer gaps are holes: for a coin an outage; for a stock the longest regular gap is a four-day weekend.
 HOLE_NS = {"crypto": HOUR_NS, "stock": 100 * HOUR_NS}
@@ -121,15 +122,22 @@ class Market:
         training_bars = bars_before(bars, holdout_start_ns)
         panel = panel_of(bars, device, functions) if panel is None else panel
         if table is None:
+            is_kept = statistics is None and 4 * int(offsets[-1]) * len(functions) <= MOST_KEPT_BYTES
+            raws: dict[str, Tensor] = {}
+
+            def raw_of(series: Bars) -> Tensor:
+                if series.symbol in raws:
+                    return raws.pop(series.symbol)
+                raw = compute(series, device, functions, panel)
+                if is_kept:
+                    raws[series.symbol] = raw
+                return raw
+
             if statistics is None:
-                raws = (compute(series, device, functions, panel) for series in bars)
-                statistics = FeatureStatistics.measure(tuple(functions), raws, training_bars)
+                statistics = FeatureStatistics.measure(tuple(functions), map(raw_of, bars), training_bars)
             table = torch.empty(int(offsets[-1]), statistics.num_columns, dtype=torch.float16, device=device)
-            # Computed twice rather than kept: float32 features of all symbols would take twice the table's memory.
             for first, series in zip(offsets, bars, strict=False):
-                table[first : first + len(series)] = statistics.normalise(
-                    compute(series, device, functions, panel)
-                )
+                table[first : first + len(series)] = statistics.normalise(raw_of(series))
         assert statistics is not None
 
         is_crypto = np.array([series.asset_class != "stock" for series in bars])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands.check.report import Line
+from commands.check.sources import lake_of
 from data_sources.bars import DAY_NS
 from data_sources.errors import LakeError
-from data_sources.lake.lake import Lake, Part
+from data_sources.lake.lake import Part
 from data_sources.sources import DataRequest
 from training.enough_days import find_shortage
 
@@ -21,7 +21,7 @@ MONDAY = 4  # 1970-01-01 was a Thursday
 
 def check_days(settings: Settings, request: DataRequest, world_size: int) -> Iterator[Line]:
     """Warn where few days would be left to train on; a refresh may add older ones, a start then counts again."""
-    lake, parts_of = Lake(Path(settings.data_dir)), dict[str, list[Part]]()
+    lake, parts_of = lake_of(settings.data_dir), dict[str, list[Part]]()
     try:
         for source in request.chosen:
             for group in source.groups:

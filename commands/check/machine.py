@@ -16,11 +16,10 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
 from commands.check.report import Line
-from commands.check.sources import stored_rows
+from commands.check.sources import lake_of, stored_rows
 from data_sources import snapshot
 from data_sources.errors import LakeError
 from data_sources.flow import SPARE_BYTES, missing_flow
-from data_sources.lake.lake import Lake
 from data_sources.sources import DataRequest
 from data_sources.universe import plain_names, top_of
 from envs.features import chosen_features
@@ -106,7 +105,7 @@ def num_bars(request: DataRequest) -> int:
 
 def found_bars(settings: Settings, request: DataRequest) -> int:
     """Count the lake's bars of symbols that no setting lists; 0 where it cannot be read."""
-    lake = Lake(Path(settings.data_dir))
+    lake = lake_of(settings.data_dir)
     datasets = [
         (source.name, group.dataset_in(request))
         for source in request.chosen
@@ -162,7 +161,7 @@ def check_disks(settings: Settings, request: DataRequest) -> Iterator[Line]:
     text = f"features: at most {size(table)} a run, of which {KEPT_TABLES} are kept"
     yield _on_disk(text, lake, missing, 0, "without room a run computes them again")
     with contextlib.suppress(LakeError):  # reported with its bars
-        flow = missing_flow(Lake(lake), request, time.time_ns())
+        flow = missing_flow(lake_of(settings.data_dir), request, time.time_ns())
         if not flow.files:
             return
         yield _on_disk(str(flow), lake, flow.kept_bytes + SPARE_BYTES, 0, "it waits until there is room")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from continuous_training import Settings
 
 MOST_SECONDS_APART = 5.0  # a minute counts as closed after so long
+
+
+@lru_cache(maxsize=1)
+def lake_of(data_dir: str) -> Lake:
+    """Return the lake in a folder: one for all checks, which remembers the footers that it has read."""
+    return Lake(Path(data_dir))
 
 
 def check_keys(request: DataRequest, environment: Mapping[str, str]) -> Iterator[Line]:
@@ -76,7 +83,7 @@ def check_run_bars(
     request = data_request(settings, progress.cutoff_ns)
     if not progress.cutoff_ns or progress.is_over(settings) or not request.needs_lake:
         return  # the start begins a run on fresh bars
-    lake, began_with = Lake(Path(settings.data_dir)), f"run {progress.run} began with"
+    lake, began_with = lake_of(settings.data_dir), f"run {progress.run} began with"
     try:
         if snapshot.find(lake, request, progress.num_bars):
             yield Line("bars", "OK", f"those that {began_with} are in {settings.data_dir}")
@@ -108,7 +115,7 @@ def check_run_bars(
 
 def check_bars(settings: Settings, request: DataRequest) -> Iterator[Line]:
     """Warn where the lake's bars are no longer than the holdout; a refresh may add older ones."""
-    lake = Lake(Path(settings.data_dir))
+    lake = lake_of(settings.data_dir)
     try:
         spans = [
             (max(part.start_ns, request.start_ns), min(part.end_ns, request.end_ns))
@@ -131,7 +138,7 @@ def check_bars(settings: Settings, request: DataRequest) -> Iterator[Line]:
 
 def stored_rows(settings: Settings) -> int:
     """Count the lake's bars of the settings' sources, whatever their age; 0 where it cannot be read."""
-    lake = Lake(Path(settings.data_dir))
+    lake = lake_of(settings.data_dir)
     try:
         return sum(
             part.rows

@@ -22,6 +22,7 @@ from commands.check.report import Line
 from commands.check.sources import check_clock, stored_rows
 from continuous_training import PRESETS, Settings
 from data_sources import sources
+from data_sources.lake import lake
 from data_sources.lake.lake import Lake
 from data_sources.refresh import refresh
 from data_sources.sources import Answer
@@ -213,7 +214,11 @@ def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
     refresh(Lake(Path(settings.data_dir)), request, vendors.binance.now_ns, Notes())
     for name in ("BINANCE_API_URL", "BINANCE_ARCHIVE_URL"):
         monkeypatch.setenv(name, closed_port())
+    footers: list[Path] = []
+    read = lake.parse_footer
+    monkeypatch.setattr(lake, "parse_footer", lambda path: footers.append(path) or read(path))
     found = faults(settings)
+    assert len(footers) == len(set(footers)) > 0  # each once for all lines
     assert {level for _, level, _, _ in found} == {"warning"}
     expected = f"a start trains on the {stored_rows(settings):,} bars in data_cache"
     assert stored_rows(settings) >= 1440 and any(expected in text for _, _, text, _ in found)

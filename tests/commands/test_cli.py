@@ -164,3 +164,15 @@ def test_every_command_takes_a_device(capsys: pytest.CaptureFixture[str], comman
         2,
         "Invalid setting: device=gpu must be auto, cpu, cuda, or one GPU such as cuda:1\n",
     )
+
+
+def test_a_command_that_is_wanted_alone_has_the_same_help_and_the_others_are_still_listed() -> None:
+    alone = application(Settings, PRESETS, train_command, "Help.", wanted={"signals"})
+    for words in (["signals", "--help"], ["--help"]):
+        expected, found = (CliRunner().invoke(app, words, env={"COLUMNS": "100"}) for app in (PROGRAM, alone))
+        assert found.output == expected.output
+    with pytest.raises(SystemExit) as end:
+        cli.run(alone, ["signal"])
+    assert end.value.code == 2
+    assert cli.with_command([]) == cli.with_command(["train"]) == ["train"]
+    assert cli.with_command(["--demo"]) == ["train", "--demo"] and cli.with_command(["--help"]) == ["--help"]

@@ -298,3 +298,12 @@ def test_a_python_without_the_packages_names_the_one_that_has_them() -> None:
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.endswith(f"use those of .venv, by {surroundings.START} evaluate best\n")
     assert ended.stderr.count("\n") == 1
+
+
+def test_garbage_is_looked_for_as_often_as_usual_once_all_is_imported() -> None:
+    code = (
+        "import gc; before = gc.get_threshold(); from runtime import surroundings as s; s.prepare_process(); "
+        "assert gc.get_threshold()[0] > 10 * before[0]; s.collect_as_usual(); "
+        "assert gc.get_threshold() == before and gc.get_freeze_count() > 0"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
