@@ -180,7 +180,9 @@ class Walk:
             self._began_with, stamp = self._read_start()
         except ValueError as error:
             raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
-        self.book = Book.open(self._folder, self._plan(stamp))
+        defaults = {f.name: f.default for f in fields(settings) if f.name not in FREE}
+        later = {"ensemble": WalkOptions.ensemble, "settings": defaults}
+        self.book = Book.open(self._folder, self._plan(stamp), later)
         self._champions = Champions(self._folder, options.ensemble, options.fresh)
         self._stamp = stamp
         # The run that the first window's training ends with, less one.

@@ -27,7 +27,6 @@ from runtime.control import EXIT_CRASH, EXIT_SETTING, ExitProgram
 from runtime.files import write_atomically
 
 FORMAT = 1
-LATER = {"ensemble": 1}  # what walks meant that were begun before it was written down
 PLAN, WINDOWS, FIRST = "walk.json", "windows", "first.pt"
 Result = dict[str, Any]
 
@@ -56,21 +55,26 @@ class Book:
         return _parse(folder / PLAN, content)
 
     @staticmethod
-    def open(folder: Path, plan: Mapping[str, Any]) -> Book:
+    def open(folder: Path, plan: Mapping[str, Any], later: Mapping[str, Any]) -> Book:
         """Read the walk in a folder; a new one is written by ``begin``.
+
+        Args:
+            folder: of the walk.
+            plan: what is walked.
+            later: defaults of what plans have; a walk of an older program meant those that it does not name.
 
         Raises:
             ExitProgram: another walk is in the folder, or a file of it was edited.
             OSError: the folder cannot be read or written.
         """
-        plan = json.loads(json.dumps(jsonable({"format": FORMAT, **plan})))
+        plan, later = (json.loads(json.dumps(jsonable(each))) for each in ({"format": FORMAT, **plan}, later))
         known = Book.plan_in(folder)
         if known is None:
             if (folder / WINDOWS).exists():
                 raise ExitProgram(
                     EXIT_CRASH, f"{folder / PLAN} is missing: put it back, or use another --output"
                 )
-        elif difference := _difference(LATER | known, plan):
+        elif difference := _difference(_completed(known, later), plan):
             raise ExitProgram(
                 EXIT_SETTING,
                 f"{folder} has another walk: {difference}; give what it was begun with, or another --output",
@@ -142,6 +146,15 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
             EXIT_CRASH, f"{path} is damaged: put it back, or begin another walk with --output"
         ) from None
     return dict(found)
+
+
+def _completed(known: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what a plan does not name; settings by their names."""
+    found = {**later, **known}
+    for name, value in later.items():
+        if isinstance(value, dict):
+            found[name] = value | found[name]
+    return found
 
 
 def _difference(known: Mapping[str, Any], plan: Mapping[str, Any]) -> str:

@@ -198,6 +198,19 @@ def test_a_walk_that_is_done_only_writes_its_page(walked: tuple[Path, Book]) -> 
     assert files_of(folder) == before and (folder / "report" / "walkforward_walk").is_dir()
 
 
+def test_a_walk_of_an_older_program_goes_on_with_settings_that_it_did_not_know(
+    walked: tuple[Path, Book], tmp_path: Path
+) -> None:
+    shutil.copytree(walked[0] / "walk", tmp_path / "walk")
+    path = tmp_path / "walk" / "walk.json"
+    plan = json.loads(path.read_text())
+    del plan["ensemble"], plan["settings"]["feature_noise"]
+    path.write_text(json.dumps(plan))
+    assert "feature_noise=0.0 there, 0.5 here" in refused(tmp_path, settings_in(tmp_path, feature_noise=0.5))
+    # It is understood, and the edit is found all the same.
+    assert "0001.json does not follow walk.json, which was edited" in refused(tmp_path)
+
+
 def test_fresh_windows_know_nothing_of_each_other_and_keep_no_weights(
     planted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
