@@ -18,7 +18,7 @@ from tests.commands import hourly
 from tests.program import Start, flags
 
 PROGRAM = ("-m", "tests.commands.hourly_program")
-KILLS = 20
+ACCOUNTS = {"single": (), "pair": ("--account", "pair", "--simulated-symbols", "3", "--net-exposure", "0.5")}
 OPTIONS = ["--step", "5", "--from", "2026-01-17", "--costs", "0,5"]
 
 
@@ -35,23 +35,25 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.drill
-def test_twenty_kills_change_no_byte(tmp_path: Path) -> None:
-    start = begin(tmp_path / "whole").wait_for("Plan:")
+@pytest.mark.parametrize(("account", "most"), [("single", 20), ("pair", 6)])
+def test_kills_change_no_byte(account: str, most: int, tmp_path: Path) -> None:
+    options = ACCOUNTS[account]
+    start = begin(tmp_path / "whole", *options).wait_for("Plan:")
     began = time.monotonic()
-    assert "An edge over 15 days" in start.ends_well().output
+    assert "dge over 15 days" in start.ends_well().output
     seconds, reference = time.monotonic() - began, results(tmp_path / "whole")
     assert len(reference) == 3
     instants, kills, walks = random.Random(0), 0, 0
-    while kills < KILLS:
+    while kills < most:
         walks, folder = walks + 1, tmp_path / f"killed{walks}"
         while True:
-            start = begin(folder)
+            start = begin(folder, *options)
             while not re.search("Plan:|Wrote", start.output) and start.process.poll() is None:
                 time.sleep(0.01)
             end = time.monotonic() + instants.uniform(0, seconds)
             while time.monotonic() < end and start.process.poll() is None:
                 time.sleep(0.005)
-            if start.process.poll() is not None or kills == KILLS:
+            if start.process.poll() is not None or kills == most:
                 start.ends_well()
                 break
             start.kill()

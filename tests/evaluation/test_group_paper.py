@@ -38,7 +38,7 @@ CONFIG = config_of(
 )
 ACTOR = Actor(policy_on(MARKET), MARKET.statistics, CONFIG, MARKET.symbols)
 GROUPS = [Group("group 1", ("AAA", "BBB", "CCC")), Group("group 2", ("DDD", "AAA", "BBB"))]
-FIRST, LAST = 60, 112  # minutes: it begins at the end of the first one
+FIRST, LAST = 60, 103  # minutes: it begins at the end of the first one
 
 
 def open_of(minute: int) -> int:
@@ -136,6 +136,7 @@ def test_a_bar_of_one_symbol_that_comes_late_is_seen_as_missing_and_filled_as_it
     assert_equal(life.booked("buy and hold", "group 1"), plain.booked("buy and hold", "group 1"))
 
 
+@pytest.mark.drill  # of single accounts it runs in every test
 def test_minutes_that_come_late_as_a_whole_are_held_and_the_rest_is_the_exam_that_holds_there() -> None:
     everything = {bars.symbol for bars in COINS}
     life = life_of(late(everything, range(80, 81), by=1))
@@ -157,6 +158,7 @@ def test_minutes_that_come_late_as_a_whole_are_held_and_the_rest_is_the_exam_tha
         assert_equal(life.booked("policy", group.name), joined)
 
 
+@pytest.mark.drill
 def test_sources_that_are_down_are_no_trade_and_said() -> None:
     life = life_of(lambda now_ns: on_time(min(now_ns, time_of(79)) if now_ns < time_of(86) else now_ns))
     silent = life.minutes[81 - FIRST]
@@ -185,6 +187,7 @@ def test_too_few_symbols_wait_and_one_that_comes_later_has_a_group_of_its_own() 
     assert gone.targets.keys() == {"group 3"} and gone.state.groups["group 3"] == ("BBB", "CCC", "DDD")
 
 
+@pytest.mark.drill
 def test_a_restart_after_every_minute_changes_nothing(plain: Life, tmp_path: Path) -> None:
     book = Book.open(tmp_path, {})
     for minute in range(FIRST, FIRST + 12):

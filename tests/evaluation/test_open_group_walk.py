@@ -157,6 +157,7 @@ def test_after_a_hole_of_the_whole_market_accounts_go_on_in_cash_and_ruin_is_fin
             assert held[0].alive and any(held[0].units) and any(held[2].units)
 
 
+@pytest.mark.drill  # tests/envs/test_group_env.py says it of segments
 def test_bars_of_one_symbol_that_are_missing_move_no_minute_of_the_others() -> None:
     coins = [walk(f"C{number}", 400, seed=number) for number in range(3)]
     market = market_of(*coins, statistics=MARKET.statistics)
