@@ -143,6 +143,7 @@ def test_they_count_as_weights_and_are_inspected_for_corruption() -> None:
 
 @pytest.mark.slow
 @pytest.mark.drill
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # see test_compilation.py
 def test_a_compiled_objective_forecasts_and_skips_blocks_the_same() -> None:
     from tests.training.rollouts import ALONE, CONTEXT, HORIZON
     from training.compilation import compile_objective
