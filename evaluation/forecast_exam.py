@@ -15,7 +15,7 @@ from envs.market import Market
 from evaluation.trained_policy import NEVER_NS
 from models.forecaster import Forecaster
 from models.policy import Policy
-from training.forecasts import NAMES, rank_correlations
+from training.forecasts import FORECAST_FIGURES, rank_correlations
 from training.parallel import is_sharded
 from training.trainer import Trainer
 
@@ -33,7 +33,7 @@ def forecast_figures(trainer: Trainer, start_ns: int) -> dict[str, Any]:
     market = trainer.env.market.until(NEVER_NS)
     chunk = trainer.learner.micro_batch_segments
     values = rank_ics(trainer.policy, forecaster, market, start_ns, chunk)
-    names = (name.replace("forecast/", "exam/forecast_") for name in NAMES)
+    names = (name.replace("forecast/", "exam/forecast_") for name in FORECAST_FIGURES)
     return dict(zip(names, values.tolist(), strict=True))
 
 
@@ -59,7 +59,7 @@ def rank_ics(
             forecasts = forecaster(policy.hidden(bars, market.horizon))
         columns.append(torch.stack((forecasts, moves_ahead(market, part[:, None] + steps))))
     if not columns:
-        return torch.full((len(NAMES),), torch.nan)
+        return torch.full((len(FORECAST_FIGURES),), torch.nan)
     return rank_correlations(*torch.cat(columns, dim=1).flatten(1, 2).flatten(2))
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from envs.ahead import HORIZONS
 
-NAMES = [f"forecast/{kind}_rank_ic_{horizon}" for kind in ("move", "volatility") for horizon in HORIZONS]
+FORECAST_FIGURES = [
+    f"forecast/{kind}_rank_ic_{horizon}" for kind in ("move", "volatility") for horizon in HORIZONS
+]
 
 
 def forecast_loss(forecasts: Tensor, ahead: Tensor, num_decisions: int | Tensor) -> Tensor:

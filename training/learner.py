@@ -15,7 +15,7 @@ from torch import Tensor
 
 from runtime.control import heartbeat
 from training.distributed import Ranks
-from training.forecasts import NAMES, rank_correlations
+from training.forecasts import FORECAST_FIGURES, rank_correlations
 from training.hindsight import hindsight_advantages
 from training.integrity import Inspector, Sample, Seal, sample_of
 from training.losses import Losses, Objective, Targets, advantages_and_returns
@@ -263,7 +263,7 @@ class Learner:
             return {}
         columns = (values.flatten(0, 1).flatten(1) for values in (rollout.forecasts, rollout.ahead))
         means = self.ranks.sum(rank_correlations(*columns)) / self.ranks.world_size
-        return dict(zip(NAMES, means.unbind(), strict=True))
+        return dict(zip(FORECAST_FIGURES, means.unbind(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a restart needs beside the weights, the same for replicated and sharded models (all ranks).

@@ -25,7 +25,7 @@ from tests.training.rollouts import (
     small_policy,
 )
 from tests.training.test_trainer import an_epoch, saved_and_loaded, small_trainer
-from training.forecasts import NAMES, forecast_loss, rank_correlations
+from training.forecasts import FORECAST_FIGURES, forecast_loss, rank_correlations
 from training.group_rollout import collect_groups
 from training.losses import Objective
 from training.memory import num_parameters
@@ -107,7 +107,8 @@ def test_they_learn_what_can_be_known_and_help_no_policys_file(tmp_path: Path) -
     for name, weights in plain.policy.state_dict().items():
         assert torch.equal(weights, trainer.policy.state_dict()[name]), name
     figures = [an_epoch(trainer) or {} for _ in range(4)]
-    assert set(NAMES) <= set(figures[0]) and not set(NAMES) & set(an_epoch(plain) or {})
+    assert set(FORECAST_FIGURES) <= set(figures[0])
+    assert not set(FORECAST_FIGURES) & set(an_epoch(plain) or {})
     assert figures[-1]["loss/forecast"] < 0.9 * figures[0]["loss/forecast"]
     saved = saved_and_loaded(trainer, tmp_path)
     assert list(saved.model) == list(plain.policy.state_dict())
