@@ -1,9 +1,10 @@
 """What a training pays for being watched: CPU seconds of an epoch beside a flooded page, and beside each tracker.
 
-    python benchmarks/watchers.py --rounds 5                     # the page: flooded, and nobody asks, in turns
+    python benchmarks/watchers.py --rounds 5                     # the page: flooded, and another port is, in turns
     python benchmarks/watchers.py --trackers mlflow,wandb        # those that are installed; offline
 
-The flood: 60 clients that ask a thousand times a second together, and 30 that read a byte a second.
+The flood: 60 clients that ask a thousand times a second together, and 30 that read a byte a second. They take
+cores and caches themselves, so in the other turns they ask a port that answers nothing.
 """
 
 from __future__ import annotations
@@ -64,20 +65,18 @@ def seconds_of(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def train(folder: Path, port: int, flags: list[str], is_flooded: bool) -> tuple[float, float, float]:
+def train(folder: Path, flags: list[str], flooded: int) -> tuple[float, float, float]:
     """Train; return an epoch's CPU seconds, of the training and of the companion, and its seconds by the clock."""
     words = [sys.executable, str(ROOT / "continuous_training.py"), "train", *tiny_flags(folder, **SIZES)]
-    given = environment(
-        **OFFLINE, MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db", TRACKIO_DIR=str(folder)
-    )
+    given = environment(**OFFLINE, MLFLOW_TRACKING_URI=f"file://{folder}/mlruns", TRACKIO_DIR=str(folder))
     marks: dict[int, tuple[float, float, float]] = {}  # by the number of finished epochs
     asking = None
     with (folder / "out").open("wb") as out:
         training = psutil.Popen(
             [*words, "--no-dashboard", *flags], env=given, cwd=folder, stdout=out, stderr=out
         )
-        if is_flooded:
-            clients = [sys.executable, __file__, "--flood", str(port)]
+        if flooded:
+            clients = [sys.executable, __file__, "--flood", str(flooded)]
             asking = psutil.Popen(clients, env=given)
         rows = folder / "logs" / "metrics.jsonl"
         while training.poll() is None:
@@ -92,15 +91,16 @@ def train(folder: Path, port: int, flags: list[str], is_flooded: bool) -> tuple[
             time.sleep(0.01)
         if asking:
             asking.kill()
-    if training.returncode:
-        sys.exit((folder / "out").read_text())
+    said = (folder / "out").read_text() + (folder / "logs" / "train.log").read_text()
+    if training.returncode or "took no figures" in said:
+        sys.exit(said)
     first, last = (max(n for n in marks if n <= SKIPPED), max(n for n in marks if n < EPOCHS))
     return tuple((b - a) / (last - first) for a, b in zip(marks[first], marks[last], strict=True))  # type: ignore[return-value]
 
 
-def measure(title: str, flags: list[str], port: int, is_flooded: bool = False) -> tuple[float, float]:
+def measure(title: str, flags: list[str], flooded: int = 0) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as name:
-        own, beside, clock = train(Path(name), port, flags, is_flooded)
+        own, beside, clock = train(Path(name), flags, flooded)
     text = f"companion {beside:.4f} or {beside / clock:.4f} cores, {beside / own:.1%} of it"
     print(f"{title}: an epoch of {clock:.2f} s takes {own:.3f} CPU s, {text}", flush=True)
     return own, beside
@@ -124,12 +124,14 @@ def main() -> None:
     for number in range(given.rounds):
         if trackers:
             for name in trackers:
-                measure(name, ["--telemetry", name], port)
+                measure(name, ["--telemetry", name])
             continue
         turns = {}
-        for is_flooded in (False, True) if number % 2 else (True, False):
-            turns[is_flooded], _ = measure("flooded" if is_flooded else "nobody asks", page, port, is_flooded)
-        ratios.append(turns[True] / turns[False])
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            asked = {"the page is flooded": port, "another port is": silent.getsockname()[1]}
+            for title in sorted(asked, reverse=number % 2 == 0):
+                turns[title], _ = measure(title, page, asked[title])
+        ratios.append(turns["the page is flooded"] / turns["another port is"])
     if ratios:
         shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         print(f"an epoch of the flooded one, relative: {shown}; median {statistics.median(ratios):.3f}; on "

@@ -177,6 +177,10 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
             changes = _parse_given(settings_class, types, given)
         except ValueError as error:
             exit_with(EXIT_SETTING, f"Invalid setting: {error}")
+        typed_paths = checkpoint if isinstance(checkpoint, list) else [checkpoint]
+        for path in map(_locate, typed_paths):  # "best" is looked for later
+            if path.suffix and not os.path.lexists(path):
+                exit_with(EXIT_SETTING, f"{path} cannot be read: No such file or directory")
         if sys.stderr.isatty():
             typer.echo("Loading PyTorch ...", err=True)
         import torch
@@ -190,7 +194,7 @@ def checkpoint_command_from(settings_class: type[Settings], run: Callable[..., N
         try:
             device = devices.of_rank(changes.pop("device", "auto"), local_rank=0)
             paths = []
-            for typed in checkpoint if isinstance(checkpoint, list) else [checkpoint]:
+            for typed in typed_paths:
                 path = _locate(typed)
                 if str(typed) == "best" and not path.exists():  # the champion, wherever it is kept
                     default = next(f.default for f in fields(settings_class) if f.name == "checkpoint_dir")

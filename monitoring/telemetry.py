@@ -122,7 +122,8 @@ class TrackioSink:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Record one epoch's figures."""
-        self._run.log(dict(figures), step=step)
+        # "run" is a word of its own, which it would rename with a warning.
+        self._run.log({"run number" if n == "run" else n: value for n, value in figures.items()}, step=step)
 
     def end(self) -> None:
         """Send what is left."""

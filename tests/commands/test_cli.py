@@ -144,21 +144,30 @@ def test_demo_and_its_preset_are_the_same() -> None:
 
 
 def test_a_gpu_that_a_training_fills_is_one_line_that_names_the_flag(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    (tmp_path / "best.pt").touch()
+
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr(TrainedPolicy, "read", fail)
-    code, _, text = end_of(capsys, "signals", "best.pt", "--device", "cpu")
+    code, _, text = end_of(capsys, "signals", str(tmp_path / "best.pt"), "--device", "cpu")
     assert (code, text.count("\n")) == (4, 1) and "use --device cpu, or another GPU" in text
 
 
 @pytest.mark.parametrize(
     "command", ["train", "check", "selftest", "evaluate", "episode", "signals", "export"]
 )
-def test_every_command_takes_a_device(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    words = [command, "best.pt"] if command in ("evaluate", "episode", "signals", "export") else [command]
+def test_every_command_takes_a_device(
+    capsys: pytest.CaptureFixture[str], command: str, tmp_path: Path
+) -> None:
+    (tmp_path / "best.pt").touch()
+    words = (
+        [command, str(tmp_path / "best.pt")]
+        if command in ("evaluate", "episode", "signals", "export")
+        else [command]
+    )
     code, _, text = end_of(capsys, *words, "--device", "gpu")
     assert (code, text) == (
         2,
