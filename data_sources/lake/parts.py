@@ -183,7 +183,9 @@ def _read_groups(path: Path, symbols: set[str]) -> mmap.mmap:
             if not 0 <= first <= end <= size:
                 raise DamagedPartError("its footer points outside of it")
             file.seek(first)
-            data[first:end] = file.read(end - first)
+            if len(read := file.read(end - first)) < end - first:
+                raise DamagedPartError("truncated")
+            data[first:end] = read
     return data
 
 
