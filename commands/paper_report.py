@@ -68,9 +68,11 @@ def _rows(done: Minute, key: str) -> list[dict[str, Any]]:
         "booked_until": iso_time(own.next_ns) if own else None,
         "state": done.waiting.get(key, "" if own is None or own.alive else "ruined"),
     }
+    without = dict.fromkeys(done.unseen.get(key, ()), "no bar of this minute")
     targets = done.targets.get(key, [None] * len(symbols))
     return [
         {"symbol": symbol, "target": target, "position": position, **common}
+        | ({"state": without[symbol]} if symbol in without else {})
         for symbol, target, position in zip(symbols, targets, positions, strict=True)
     ]
 

@@ -66,6 +66,9 @@ class Minute:
     targets: Mapping[str, tuple[float, ...]]  # key -> decided at its newest bar or minute, in time
     late: Mapping[str, Sequence[int]]  # key -> bars or minutes at which nothing was decided, booked now
     waiting: Mapping[str, str]  # key or symbol -> why nothing was decided at its newest bar
+    unseen: Mapping[
+        str, Sequence[str]
+    ]  # group -> its symbols without a bar of the minute that was decided on
     revised: Mapping[str, Sequence[int]]  # symbol -> bars that are others than they were
     inserted: Mapping[str, Sequence[int]]  # symbol -> bars that came after newer ones
     fills: Sequence[Fill]  # of all symbols' accounts that were booked, for a portfolio
@@ -99,7 +102,7 @@ def run_minute(
     changes = _compare(state.seen, closed)
     state = replace(state, minute_ns=minute_ns, seen=_newest(closed))
     if not closed:
-        return Minute(state, {name: [] for name in NAMES}, {}, {}, waiting, *changes, [])
+        return Minute(state, {name: [] for name in NAMES}, {}, {}, waiting, {}, *changes, [])
     seen = [series.between(0, minute_ns) for series in others]
     market = _market(actor, [_with_next(series, minute_ns) for series in closed], seen)
     owners, state, missing = _owners(actor, state, market)
@@ -128,7 +131,13 @@ def run_minute(
         for key, at in newest.items()
         if key not in waiting and at in decided.get(key, {})
     }
-    return Minute(replace(state, decided=decided), booked, in_time, late, waiting, *changes, fills)
+    last = {series.symbol: int(series.open_time[-1]) for series in closed}
+    unseen = {
+        each.name: absent
+        for each in owners
+        if each.name in in_time and (absent := [s for s in each.symbols if last[s] < newest[each.name]])
+    }
+    return Minute(replace(state, decided=decided), booked, in_time, late, waiting, unseen, *changes, fills)
 
 
 def _owners(

@@ -77,6 +77,7 @@ def test_minute_by_minute_is_one_exam_to_the_bit_with_missing_minutes(plain: Lif
     assert len(plain.state.decided["group 1"]) == 2 + SETTLED_MINUTES
     assert plain.state.groups == {each.name: each.symbols for each in GROUPS}
     assert not plain.minutes[-1].waiting
+    assert plain.minutes[71 - FIRST].unseen == {"group 1": ["BBB"], "group 2": ["BBB"]}  # a missing minute
 
 
 def test_every_minute_is_decided_on_before_it_can_fill(plain: Life) -> None:
@@ -122,6 +123,7 @@ def play_decided(life: Life, group: Group) -> np.ndarray:
 def test_a_bar_of_one_symbol_that_comes_late_is_seen_as_missing_and_filled_as_it_was(plain: Life) -> None:
     life = life_of(late({"CCC"}, range(74, 95), by=2))
     assert not life.found("late") and life.found("inserted").keys() == {"CCC"}
+    assert [minute.unseen for minute in life.minutes[13:15]] == [{}, {"group 1": ["CCC"]}]
     for group in GROUPS:
         booked = life.booked("policy", group.name)
         expected = play_decided(life, group)
