@@ -262,7 +262,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         training = CONTENDERS[options.contender](known, **changes)
     facts = {"market": options.market, "symbols": options.symbols, "seed": options.seed, "changes": changes}
-    for line in race(options.contender, training, facts, options.cpu_seconds):
+    for line in race(options.name or options.contender, training, facts, options.cpu_seconds):
         print(json.dumps(line), flush=True)
         options.lines.parent.mkdir(parents=True, exist_ok=True)
         with options.lines.open("a", encoding="utf-8") as file:
@@ -283,9 +283,9 @@ def report(options: argparse.Namespace) -> None:
     for exams in exams_of:
         last, goal = exams[-1], GOALS[exams[0]["market"]][0]
         reached = (f"{exam['cpu_seconds']:.0f}" for exam in exams if exam["share"] >= goal)
-        name = f"{last['contender']} {json.dumps(last['changes'])}, {last['symbols']} symbols"
+        goal_at = next(reached, "not reached")
         print(
-            f"| {last['market']} | {name} | {last['seed']} | {next(reached, 'not reached')} | {last['share']:.1%} "
+            f"| {last['market']} | {last['contender']} | {last['seed']} | {goal_at} | {last['share']:.1%} "
             f"| {last['cpu_seconds']:.0f} | {last['transitions']:,} "
             f"| {last['transitions'] / last['cpu_seconds']:,.0f} |"
         )
@@ -298,7 +298,7 @@ def draw(trainings: list[list[dict[str, Any]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     markets = [market for market in MARKETS if any(exams[0]["market"] == market for exams in trainings)]
     size = 5.5 * len(markets), 4.2
@@ -306,7 +306,7 @@ def draw(trainings: list[list[dict[str, Any]]], path: Path) -> None:
         1, len(markets), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     contenders = sorted(
-        {exams[0]["contender"] for exams in trainings}, key=lambda name: (name != "ours", name)
+        {exams[0]["contender"] for exams in trainings}, key=lambda name: (not name.startswith("ours"), name)
     )
     colours = dict(zip(contenders, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for axis, market in zip(axes, markets, strict=True):
@@ -318,6 +318,9 @@ def draw(trainings: list[list[dict[str, Any]]], path: Path) -> None:
                 axis.plot(seconds, shares, ".-", color=colours[name], label=label, linewidth=1)
         axis.axhline(GOALS[market][0], color="grey", linewidth=0.8, linestyle="--")
         axis.set(xscale="log", ylim=(-0.25, 1.05), xlabel="CPU seconds of one thread", title=f"{market} edge")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.legend(fontsize=7, loc="lower right")
     axes[0].set_ylabel("share of what can be earned, fresh paths")
     figure.savefig(path, dpi=130)
@@ -332,6 +335,7 @@ def main() -> None:
     one = commands.add_parser("run", help="train one contender")
     one.add_argument("contender", help="ours, or one of answer_peers.py")
     one.add_argument("market", choices=MARKETS)
+    one.add_argument("--name", help="in the table and the plot; default: the contender")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--symbols", type=int, default=Sizes.num_symbols, help="to train on, 60,000 bars each")
     one.add_argument("--cpu-seconds", type=float, default=900.0, help="at most")
