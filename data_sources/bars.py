@@ -164,11 +164,11 @@ def find_breaks(bars: Bars) -> NDArray[np.int64]:
     about what follows, and no position lives through it at these prices. Three missing minutes are a gap, as
     is a night: of a new level within a session ``quality.bad_ticks`` leaves out as many rows.
     """
-    if not len(bars):
-        return np.empty(0, np.int64)
-    ratio = bars.open[1:] / bars.close[:-1]
-    jumps = (ratio > LARGEST_JUMP) | (ratio < 1 / LARGEST_JUMP)
-    return np.flatnonzero(jumps & (np.diff(bars.open_time) >= BREAK_GAP_NS)) + 1
+    places = (
+        np.flatnonzero(np.diff(bars.open_time) >= BREAK_GAP_NS) + 1
+    )  # of few bars the prices are looked at
+    ratio = bars.open[places] / bars.close[places - 1]
+    return places[(ratio > LARGEST_JUMP) | (ratio < 1 / LARGEST_JUMP)]
 
 
 def bars_of_frame(frame: pd.DataFrame, symbol: str, asset_class: AssetClass) -> Bars:

@@ -360,7 +360,10 @@ def _quotes(bars: Sequence[Bars], device: torch.device) -> Tensor:
         ]
         if has_funding:
             columns.append(np.zeros(len(series)) if series.funding is None else series.funding)
-        part.copy_(torch.from_numpy(np.stack(columns, axis=1)))
+        values = np.empty((len(series), len(columns)), np.float32)
+        for number, column in enumerate(columns):
+            values[:, number] = column
+        part.copy_(torch.from_numpy(values))
     return quotes
 
 
