@@ -7,7 +7,8 @@
 - PufferLib's own trainer (PuffeRL of 3.0.0), its Default policy in its LSTM wrapper, its settings but for the
   sizes. PyPI has its source alone, which cannot be built without the games that it fetches, as ``setup.py`` then
   misses a name: unpack it, add ``c_extension_paths = []``, and run ``NO_OCEAN=1 python setup.py build_torch
-  --inplace`` with no nvcc on the path. It takes part where ``import pufferlib`` works.
+  --inplace`` with no nvcc on the path. It takes part where ``import pufferlib`` works, which also needs
+  ``heavyball==2.0.0`` (later ones have no ForeachMuon), ``pyro-ppl`` and ``rich_argparse``.
 
 All train on the vectorized environment at once, with the discount, rewards' scale and growing costs of ours.
 """
