@@ -35,7 +35,7 @@ from training.losses import Objective
 from training.parallel import parallelize
 
 CONTEXT, HORIZON, FEATURES, SEGMENTS = 64, 128, 24, 2
-WARM_UP = 2  # DDP orders its buckets anew after the first backward
+WARM_UP = 2  # DDP orders its buckets again after the first backward
 
 
 class Compiled(StrEnum):

@@ -68,7 +68,7 @@ class OpenEnv(ExamEnv):
     outcome is known, that is with two more bars after it, so none is left over at the end of a stretch. An
     account goes on with the bar ``next_ns``, with its position; where that bar is no more, or ends a stretch, it
     goes on in cash, as after any hole. Prices may have been rescaled since, by a split: its units then are, too,
-    so that it is worth the same. Where a bar came in before ``mark_ns`` since, or that one went, it owes interest
+    so that it is worth the same. Where a bar came in before ``mark_ns`` since, or that one went, interest is due
     and funding up to the bar that is the next one now.
 
     The action ``HOLD`` is the position that the account holds. ``places`` have the first bar of accounts that are
