@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from envs.config import EnvConfig
 from envs.grid import Grid
-from envs.group_account import GroupState
+from envs.group_account import GroupState, advance_group
+from envs.group_segment import group_segment
 from envs.group_walk_env import GroupExamEnv
 from envs.market import Market
 from envs.open_env import SAME, LastStates, OpenAccount
@@ -65,7 +67,8 @@ class OpenGroupEnv(GroupExamEnv):
 
     It is to ``GroupExamEnv`` what ``OpenEnv`` is to ``ExamEnv``; a minute of the clock is what a bar is there. An
     account without a position at its side in ``accounts`` is new and begins at its entry in ``starts``, which the
-    others ignore. Where the actions of a group are ``HOLD``, it trades nothing but what it may not hold.
+    others ignore. What is owed up to the next minute goes by the bars as they are now. Where the actions of a group
+    are ``HOLD``, it trades nothing but what it may not hold.
     """
 
     def __init__(
@@ -112,6 +115,18 @@ class OpenGroupEnv(GroupExamEnv):
         is_scaled = (ratios / ratios[0] - 1).abs().amax(0) < SAME
         is_scaled &= self.grid.minutes[minute + 1] == account.mark_ns
         self._account.units[number] *= torch.where(is_scaled, ratios[0], 1.0)
+        self._account.owed[number] = self._owed(number, minute)
+
+    def _owed(self, number: int, minute: Tensor) -> Tensor:
+        """Return what an account owes from a minute to the next one: a bar may have come in since, or gone."""
+        group, one = self._groups[number, None], slice(number, number + 1)
+        fills = group_segment(self.grid, self.config, group, minute[None] - 1, 1.0, self.dtype).fills
+        met = {name: values[0] for name, values in fills.items() if name != "margin"}
+        met["is_filled"] = torch.zeros_like(met["is_filled"])
+        held = GroupState(**{name: ours[one] for name, ours in self._account.named().items()})
+        held = replace(held, owed=torch.zeros_like(held.owed))
+        now, _ = advance_group(held, held.weight, held.choice, ruin_equity=-math.inf, **met)
+        return now.owed[0]
 
     def _marks(self, symbol: Tensor, minute: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the newest bars' opens and closes at minutes, and prices at the next ones, (..., G) each."""

@@ -112,7 +112,7 @@ class Archive:
     def __init__(self, url: str, policy: RetryPolicy, product: Product = SPOT) -> None:
         self._url = url.rstrip("/")
         self._product = product
-        self.host = Host(policy, name=f"{product.label} archive {self._url}")
+        self.host = Host(policy, f"{product.label} archive {self._url}")
         self._session = prepare(requests.Session(), policy, MAX_FILE_BYTES)
 
     def fetch(self, pair: str, unit: Unit) -> ArchiveFile[pa.Table] | None:

@@ -48,7 +48,7 @@ class Rest:
     def __init__(self, url: str, policy: RetryPolicy, product: Product = SPOT) -> None:
         self._url = url.rstrip("/").removesuffix(f"/{product.api}")
         self._product = product
-        self.host = Host(policy, name=f"{product.label} REST {self._url}")
+        self.host = Host(policy, f"{product.label} REST {self._url}")
         self._local = threading.local()
 
     def page(self, pair: str, start_ns: int, end_ns: int, limit: int = PAGE_BARS) -> pa.Table:

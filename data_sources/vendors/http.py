@@ -186,8 +186,8 @@ class Host:
     trading begins another one every minute, and asking earlier ends in a ban, or prolongs it.
     """
 
-    def __init__(self, policy: RetryPolicy, *, name: str = "", refuses_files: bool = False) -> None:
-        """All hosts of one name share the waits that the vendor asked for; one without a name has its own."""
+    def __init__(self, policy: RetryPolicy, name: str, *, refuses_files: bool = False) -> None:
+        """All hosts of one name share the waits that the vendor asked for."""
         self.policy = policy
         self.stop = threading.Event()
         self.down: DataError | None = None
@@ -195,7 +195,7 @@ class Host:
         self.failures = 0  # in a row
         self._refuses_files = refuses_files
         self._lock = threading.Lock()
-        self._waits, self._name = _WAITS if name else {}, name
+        self._waits, self._name = _WAITS, name
 
     def begin_refresh(self) -> None:
         """Forget earlier failures, but not a wait that the vendor asked for."""

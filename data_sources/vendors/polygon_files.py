@@ -60,7 +60,7 @@ class FlatFiles:
     def __init__(
         self, endpoint: str, access_key: str, secret_key: str, policy: RetryPolicy, connections: int
     ) -> None:
-        self.host = Host(policy, refuses_files=True)
+        self.host = Host(policy, f"Polygon files {endpoint}", refuses_files=True)
         self._endpoint = endpoint
         # A session without profile and AWS files: another account's settings must not leak in, and a
         # stale AWS_PROFILE must not break this.

@@ -84,7 +84,7 @@ class PolygonSplits:
             query["ticker.any_of"] = ",".join(stocks)
         wanted = None if stocks is None else set(stocks)
         num_new = num_bad = 0
-        host = Host(self.policy)
+        host = Host(self.policy, f"Polygon REST {self.url}")
         with prepare(requests.Session(), self.policy, MAX_BYTES) as session:
             cursor = urlencode(query)
             for _ in range(MOST_PAGES):

@@ -57,7 +57,7 @@ class Client:
         self, base_url: str | None, policy: RetryPolicy, deadline: float, cache_folder: Path
     ) -> None:
         # Yahoo limits an address for up to a day: a wait would not help.
-        self.host = Host(replace(policy, longest_wait_seconds=0.0))
+        self.host = Host(replace(policy, longest_wait_seconds=0.0), f"Yahoo {base_url or ''}".rstrip())
         self.wire = Wire(base_url, self.host, deadline)
         self._cache_folder: Path | None = cache_folder
         self._session: Any = None

@@ -113,6 +113,27 @@ def test_a_bar_that_was_corrected_is_no_split() -> None:
     assert before.next_ns == MONDAY + 139 * MINUTE and before.units == after.units and all(after.units)
 
 
+@pytest.mark.parametrize(("late", "is_of_all", "known"), [(200, True, 2), (201, True, 2), (201, False, 1)])
+def test_a_bar_that_comes_in_between_two_walks_costs_neither_interest_nor_funding_twice(
+    late: int, is_of_all: bool, known: int
+) -> None:
+    # Funding is due at every odd minute; without its bar it is paid at the symbol's next one.
+    coins = [walk(f"C{number}", 400, seed=number) for number in range(3)]
+    rates, there = np.where(np.arange(400) % 2, 1e-4, 0.0), np.arange(400) != late
+    postponed = rates + np.append(0.0, np.where(there, 0.0, rates)[:-1])
+    whole = [replace(coin, funding=rates) for coin in coins]
+    cut = [replace(coin.select(there), funding=postponed[there]) for coin in coins]
+    before, after = (
+        market_of(*bars, statistics=MARKET.statistics)
+        for bars in (cut if is_of_all else [*whole[:2], cut[2]], whole)
+    )
+    stands, end = int(coins[0].open_time[late + known]), int(coins[0].open_time[late + 20])
+    _, pieces = in_pieces([stands, end], [before, after])
+    _, at_once = in_pieces([stands - 3 * MINUTE, end], [after, after])
+    found, expected = (walks.accounts["buy and hold"]["group 1"] for walks in (pieces, at_once))
+    assert found.cash == pytest.approx(expected.cash, abs=1e-15) and all(found.units)
+
+
 def test_a_group_goes_on_with_its_symbols_and_new_symbols_have_a_group_of_their_own() -> None:
     coins = [walk(f"C{number}", 500, seed=number) for number in range(5)]
     known = market_of(*coins[:4], statistics=MARKET.statistics)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from data_sources.errors import RateLimited
-from data_sources.vendors import http
 from data_sources.vendors.binance_product import USD_M
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.binance_rest import Rest
@@ -103,14 +102,14 @@ def test_a_blocked_api_leaves_the_archive_and_a_blocked_archive_the_api(harness:
     harness.assert_complete(start_ns=start_ns, end_ns=CLOSED + 2 * DAY_NS)
 
 
-def test_a_ban_and_a_limit_are_those_of_this_host(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ban_and_a_limit_are_those_of_this_host(harness: Harness, waits: dict[str, float]) -> None:
     harness.server.faults = [
         Fault("/fapi/", status=418, headers={"Retry-After": "3600"}, body=b'{"code":-1003,"msg":"banned"}')
     ]
     assert sum(path.startswith("/fapi") for path in harness.refresh(start_ns=DAYS)) == 1
     assert "Binance futures banned this address" in harness.notes.warnings[-1]
     harness.server.faults, harness.server.banned_until = [], 0.0
-    monkeypatch.setattr(http, "_WAITS", {})
+    waits.clear()
     harness.server.weight = 1920  # of 2,400; a third of spot's limit
     rest = Rest(harness.server.url + "/fapi", replace(POLICY, longest_wait_seconds=0.5), USD_M)
     assert len(rest.page("BTCUSDT.P", DAYS, CLOSED)) == 1000

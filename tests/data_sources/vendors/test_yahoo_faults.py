@@ -117,7 +117,7 @@ def test_a_week_that_stays_short_is_not_fetched_at_every_refresh(harness: Harnes
     harness.assert_holds("MSFT", start_ns=EVENING - 27 * DAY_NS, end_ns=harness.server.now_ns)
 
 
-def test_a_rate_limit_stops_the_source_and_keeps_what_came(harness: Harness) -> None:
+def test_a_rate_limit_stops_the_source_and_keeps_what_came(harness: Harness, waits: dict[str, float]) -> None:
     harness.server.faults = [
         Fault("/(MSFT|NVDA)", "status", 429, {"Retry-After": "7"}, b"Too Many Requests"),
     ]
@@ -127,6 +127,10 @@ def test_a_rate_limit_stops_the_source_and_keeps_what_came(harness: Harness) -> 
     assert not harness.charts("/NVDA")
     harness.assert_holds("AAPL")
     harness.server.faults = []
+    with pytest.raises(RateLimited, match="more seconds to wait"):  # another client, in the next minute
+        harness.refresh()
+    assert not harness.server.requests
+    waits.clear()
     assert not any("/NVDA" in r and "2026" in r for r in harness.refresh())
     for stock in STOCKS:
         harness.assert_holds(stock)
