@@ -345,7 +345,8 @@ def test_sigterm_in_the_middle_of_an_update_changes_nothing_in_the_end(
     at_step_4_of_epoch_3 = str(2 * STEPS_PER_EPOCH * 2 + 2 * 4 - 1)  # micro-batches: 3 + 1 segments per step
     words = [WITH_FAULTS, "train", *tiny_flags(tmp_path, runs=1)]
     start = Start(tmp_path / "out", words, environment(TERM_AT=at_step_4_of_epoch_3)).ends_well()
-    assert start.lines[-1].endswith("run1_epoch2_step4.pt") and epochs_of(tmp_path)[-1] == (1, 2)
+    (newest,) = (line for line in start.lines if line.startswith("Newest checkpoint: "))
+    assert newest.endswith("run1_epoch2_step4.pt") and epochs_of(tmp_path)[-1] == (1, 2)
     again = run_again(tmp_path, runs=1)
     assert "Resuming from" in again.output and "Run 1: epochs 3 to 8" in again.output
     assert epochs_of(tmp_path) == [(1, epoch) for epoch in range(1, EPOCHS + 1)]
