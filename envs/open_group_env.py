@@ -67,8 +67,8 @@ class OpenGroupEnv(GroupExamEnv):
 
     It is to ``GroupExamEnv`` what ``OpenEnv`` is to ``ExamEnv``; a minute of the clock is what a bar is there. An
     account without a position at its side in ``accounts`` is new and begins at its entry in ``starts``, which the
-    others ignore. What is owed up to the next minute goes by the bars as they are now. Where the actions of a group
-    are ``HOLD``, it trades nothing but what it may not hold.
+    others ignore. What is owed up to the next minute goes by the bars as they are now. Where the actions of a
+    group are ``HOLD``, it trades nothing but what it may not hold.
     """
 
     def __init__(
