@@ -1,9 +1,14 @@
-"""For every test: those marked ``gpu`` or ``drill`` are skipped, and say so, where they cannot or need not run."""
+"""For every test: those marked ``gpu`` or ``drill`` are skipped, and say so, where they cannot or need not run.
+
+None waits for what a vendor asked of another one.
+"""
 
 import os
 
 import pytest
 import torch
+
+from data_sources.vendors import http
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,3 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, skip in skipped.items():
             if item.get_closest_marker(name):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What vendors asked to wait for, none at first: a server may be that of another test."""
+    own: dict[str, float] = {}
+    monkeypatch.setattr(http, "_WAITS", own)
+    return own

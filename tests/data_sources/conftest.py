@@ -8,19 +8,10 @@ from pathlib import Path
 import pytest
 
 from data_sources.lake.lake import Lake
-from data_sources.vendors import http
 from data_sources.vendors.http import RetryPolicy
 from data_sources.vendors.polygon_refresh import Polygon
 from tests.data_sources.vendors.polygon_harness import KEY_ID, SECRET
 from tests.data_sources.vendors.s3_server import S3Server
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What vendors asked to wait for, none at first: a server may be that of another test."""
-    own: dict[str, float] = {}
-    monkeypatch.setattr(http, "_WAITS", own)
-    return own
 
 
 @pytest.fixture(scope="module")
