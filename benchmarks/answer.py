@@ -88,7 +88,7 @@ class KnownMarket:
 
     @cached_property
     def fresh_paths(self) -> Paths:
-        """Paths that nobody was trained on."""
+        """Fresh paths, which no training has seen."""
         return draw_paths(
             self.trial.market, self.sizes.exam_symbols, self.sizes.num_bars, seed=2_000 + self.seed
         )

@@ -164,9 +164,8 @@ def find_breaks(bars: Bars) -> NDArray[np.int64]:
     about what follows, and no position lives through it at these prices. Three missing minutes are a gap, as
     is a night: of a new level within a session ``quality.bad_ticks`` leaves out as many rows.
     """
-    places = (
-        np.flatnonzero(np.diff(bars.open_time) >= BREAK_GAP_NS) + 1
-    )  # of few bars the prices are looked at
+    # Gaps first: few bars follow one, and only their prices are compared.
+    places = np.flatnonzero(np.diff(bars.open_time) >= BREAK_GAP_NS) + 1
     ratio = bars.open[places] / bars.close[places - 1]
     return places[(ratio > LARGEST_JUMP) | (ratio < 1 / LARGEST_JUMP)]
 

@@ -66,9 +66,7 @@ class Minute:
     targets: Mapping[str, tuple[float, ...]]  # key -> decided at its newest bar or minute, in time
     late: Mapping[str, Sequence[int]]  # key -> bars or minutes at which nothing was decided, booked now
     waiting: Mapping[str, str]  # key or symbol -> why nothing was decided at its newest bar
-    unseen: Mapping[
-        str, Sequence[str]
-    ]  # group -> its symbols without a bar of the minute that was decided on
+    unseen: Mapping[str, Sequence[str]]  # group -> its symbols without a bar of the minute decided on
     revised: Mapping[str, Sequence[int]]  # symbol -> bars that are others than they were
     inserted: Mapping[str, Sequence[int]]  # symbol -> bars that came after newer ones
     fills: Sequence[Fill]  # of all symbols' accounts that were booked, for a portfolio

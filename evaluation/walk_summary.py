@@ -32,15 +32,8 @@ from evaluation.uncertainty import LEAST_DAYS, NORMAL, resampled_days, score, ta
 from evaluation.verdict import Verdict, deflated_probability, verdict
 from runtime.wording import count_of
 
-SHOWN = (
-    POLICY,
-    CHAMPION,
-    FIRST,
-    BUY_AND_HOLD,
-    MOMENTUM,
-    ALWAYS_FLAT,
-    TREES,
-)  # in this order, where they walked
+# In this order, where they walked.
+SHOWN = (POLICY, CHAMPION, FIRST, BUY_AND_HOLD, MOMENTUM, ALWAYS_FLAT, TREES)
 Result = Mapping[str, Any]
 
 
@@ -95,9 +88,8 @@ class WalkSummary:
     break_even_interval: tuple[float | None, float | None] | None
     band: NDArray[np.float64]  # (2, D) growth: 95 % of resampled histories up to each day
     above_first: Above  # the first champion: what training on was worth
-    above_champion: (
-        Above | None
-    )  # the champion alone: what deciding together was worth; None without an ensemble
+    # The champion alone: what deciding together was worth; None without an ensemble.
+    above_champion: Above | None
     windows: Sequence[WindowRow]
     symbols: Sequence[SymbolRow]
     stamp: str = ""  # why this is no walk forward

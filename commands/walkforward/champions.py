@@ -25,7 +25,7 @@ class Champions:
     is_fresh: bool  # each window has a training of its own
 
     def of(self, number: int, training: Path, results: Sequence[Mapping[str, Any]]) -> list[Checkpoint]:
-        """Return who decides in a window, its own champion first; nobody: it is spent in cash.
+        """Return the champions that decide in a window, its own first; none: it is spent in cash.
 
         Args:
             number: of the window.

@@ -50,9 +50,9 @@ def table(summary: WalkSummary) -> tuple[str, tuple[str, ...], list[list[str]]]:
     return summary.headline, columns, rows
 
 
-def named(champion: str | None, members: Sequence[str], nobody: str = "none") -> str:
+def named(champion: str | None, members: Sequence[str], without: str = "none") -> str:
     """Name who decided: the champion, and how many before it decided together with it."""
-    return f"{champion} + {len(members) - 1}" if len(members) > 1 else champion or nobody
+    return f"{champion} + {len(members) - 1}" if len(members) > 1 else champion or without
 
 
 def describe(row: Mapping[str, Any], window: Window, of: int) -> str:

@@ -195,7 +195,7 @@ class Host:
         self.failures = 0  # in a row
         self._refuses_files = refuses_files
         self._lock = threading.Lock()
-        self._waits, self._name = _WAITS, name
+        self._name = name
 
     def begin_refresh(self) -> None:
         """Forget earlier failures, but not a wait that the vendor asked for."""
@@ -205,11 +205,11 @@ class Host:
     def pause(self, seconds: float) -> None:
         """Let no thread send a request for so long."""
         with self._lock:
-            self._waits[self._name] = max(self._not_before, time.monotonic() + seconds)
+            _WAITS[self._name] = max(self._not_before, time.monotonic() + seconds)
 
     @property
     def _not_before(self) -> float:
-        return self._waits.get(self._name, 0.0)
+        return _WAITS.get(self._name, 0.0)
 
     def ask(self, once: Callable[[], Answer]) -> Answer:
         """Call ``once`` as ``retry`` does, and note how it ended."""
