@@ -39,6 +39,7 @@ class OpenGroupAccount:
     alive: bool
     played: float  # decisions in this episode
     log_start: float  # log equity at the start of the episode
+    bars_ns: tuple[int, ...] = ()  # open times of the newest bars at ``next_ns``; older programs kept none
 
 
 AnyAccount = OpenAccount | OpenGroupAccount
@@ -67,8 +68,9 @@ class OpenGroupEnv(GroupExamEnv):
 
     It is to ``GroupExamEnv`` what ``OpenEnv`` is to ``ExamEnv``; a minute of the clock is what a bar is there. An
     account without a position at its side in ``accounts`` is new and begins at its entry in ``starts``, which the
-    others ignore. What is owed up to the next minute goes by the bars as they are now. Where the actions of a
-    group are ``HOLD``, it trades nothing but what it may not hold.
+    others ignore. What is owed up to the next minute goes by the bars as they are now, and has the funding of bars
+    that came in since for minutes before. Where the actions of a group are ``HOLD``, it trades nothing but what it
+    may not hold.
     """
 
     def __init__(
@@ -109,13 +111,41 @@ class OpenGroupEnv(GroupExamEnv):
         if int(self.grid.minutes[minute]) != account.next_ns:
             return
         self._minute[number] = minute
+        newest = self.grid.bars_at(self._groups[number], minute).clamp(min=0)
+        known = self._known_then(number, newest, account.bars_ns)
         # The factor of a split since then: all prices agree on it, those of a revised bar do not.
         before = torch.stack([tensor(prices) for prices in (account.opens, account.closes, account.prices)])
-        ratios = before / torch.stack(self._marks(self._groups[number], minute))
+        opens, closes, prices = self._marks(self._groups[number], known, minute)
+        was_there = (before[1] != before[2]) & (self.grid.minutes[minute + 1] == account.mark_ns)
+        before[2] = torch.where(was_there, before[2], before[1])
+        ratios = before / torch.stack([opens, closes, torch.where(was_there, prices, closes)])
         is_scaled = (ratios / ratios[0] - 1).abs().amax(0) < SAME
-        is_scaled &= self.grid.minutes[minute + 1] == account.mark_ns
         self._account.units[number] *= torch.where(is_scaled, ratios[0], 1.0)
-        self._account.owed[number] = self._owed(number, minute)
+        self._account.owed[number] = self._owed(number, minute) + self._funding_since(number, known, newest)
+
+    def _known_then(self, number: int, newest: Tensor, bars_ns: Sequence[int]) -> Tensor:
+        """Return the bars of a group that were its newest ones when it stood there, (G,); now ``newest`` are."""
+        known, open_time = newest.clone(), self.market.open_time
+        firsts, now_ns = self.market.offsets[self._groups[number]].tolist(), open_time[newest].tolist()
+        for place, then_ns in enumerate(bars_ns):
+            if now_ns[place] > then_ns:
+                own = open_time[firsts[place] : newest[place]]
+                bar = firsts[place] + torch.searchsorted(own, then_ns)
+                known[place] = torch.where(open_time[bar] == then_ns, bar, newest[place])
+        return known
+
+    def _funding_since(self, number: int, known: Tensor, newest: Tensor) -> Tensor:
+        """Return the funding of a group's bars after ``known``, (G,), up to ``newest``.
+
+        While they were missing, a later bar had it. What is held now was held at all of them: no order fills
+        without a bar.
+        """
+        owed = torch.zeros((), dtype=self.dtype, device=self.device)
+        if self.market.has_funding:
+            for place in (known < newest).nonzero().flatten().tolist():
+                quotes = self.market.quotes[known[place] + 1 : newest[place] + 1].to(self.dtype)
+                owed += self._account.units[number, place] * (quotes[:, 0] * quotes[:, 5]).sum()
+        return owed
 
     def _owed(self, number: int, minute: Tensor) -> Tensor:
         """Return what an account owes from a minute to the next one: a bar may have come in since, or gone."""
@@ -128,9 +158,9 @@ class OpenGroupEnv(GroupExamEnv):
         now, _ = advance_group(held, held.weight, held.choice, ruin_equity=-math.inf, **met)
         return now.owed[0]
 
-    def _marks(self, symbol: Tensor, minute: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the newest bars' opens and closes at minutes, and prices at the next ones, (..., G) each."""
-        bar, after = (self.grid.bars_at(symbol, at[..., None]).clamp(min=0) for at in (minute, minute + 1))
+    def _marks(self, symbol: Tensor, bar: Tensor, minute: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return opens and closes of bars, and prices at the minutes after these, (..., G) each."""
+        after = self.grid.bars_at(symbol, minute[..., None] + 1).clamp(min=0)
         is_new = self.market.open_time[after] == self.grid.minutes[minute + 1][..., None]
         opens, closes = (self.market.quotes[bar, column].to(self.dtype) for column in (0, 1))
         return opens, closes, torch.where(is_new, self.market.quotes[after, 0].to(self.dtype), closes)
@@ -160,8 +190,10 @@ class OpenGroupEnv(GroupExamEnv):
         names = (*GroupState.__dataclass_fields__, "played", "log_start")
         columns = dict(zip(names, tensors, strict=True))
         columns["next_ns"], columns["mark_ns"] = self.grid.minutes[minute], self.grid.minutes[minute + 1]
-        marks = self._marks(self._groups, minute)
+        newest = self.grid.bars_at(self._groups, minute[:, None]).clamp(min=0)
+        marks = self._marks(self._groups, newest, minute)
         columns |= dict(zip(("opens", "closes", "prices"), marks, strict=True))
+        columns["bars_ns"] = self.market.open_time[newest]
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         values = [dict(zip(columns, row, strict=True)) for row in rows]
         return [

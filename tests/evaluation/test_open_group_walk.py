@@ -113,25 +113,53 @@ def test_a_bar_that_was_corrected_is_no_split() -> None:
     assert before.next_ns == MONDAY + 139 * MINUTE and before.units == after.units and all(after.units)
 
 
-@pytest.mark.parametrize(("late", "is_of_all", "known"), [(200, True, 2), (201, True, 2), (201, False, 1)])
-def test_a_bar_that_comes_in_between_two_walks_costs_neither_interest_nor_funding_twice(
-    late: int, is_of_all: bool, known: int
+@pytest.mark.parametrize(
+    ("late", "is_of_all", "known", "within"),
+    [
+        *(((200,), True, 2, 1e-15), ((201,), True, 2, 1e-15), ((201,), False, 1, 1e-15)),
+        # Booked without it: interest on it is not due; where a later bar had it, it was paid at the price there.
+        *(((201,), False, 2, 1e-9), ((200, 201), False, 2, 1e-9), ((199, 200, 201), False, 1, 1e-9)),
+        *(((201,), False, 3, 1e-6), ((199, 200, 201, 202), False, 4, 1e-6)),
+    ],
+)
+def test_bars_that_come_in_between_walks_cost_interest_and_funding_once(
+    late: tuple[int, ...], is_of_all: bool, known: int, within: float
 ) -> None:
     # Funding is due at every odd minute; without its bar it is paid at the symbol's next one.
     coins = [walk(f"C{number}", 400, seed=number) for number in range(3)]
-    rates, there = np.where(np.arange(400) % 2, 1e-4, 0.0), np.arange(400) != late
-    postponed = rates + np.append(0.0, np.where(there, 0.0, rates)[:-1])
+    rates, there = np.where(np.arange(400) % 2, 1e-4, 0.0), ~np.isin(np.arange(400), late)
+    due = np.diff(np.cumsum(rates)[there], prepend=0.0)
     whole = [replace(coin, funding=rates) for coin in coins]
-    cut = [replace(coin.select(there), funding=postponed[there]) for coin in coins]
+    cut = [replace(coin.select(there), funding=due) for coin in coins]
     before, after = (
         market_of(*bars, statistics=MARKET.statistics)
         for bars in (cut if is_of_all else [*whole[:2], cut[2]], whole)
     )
-    stands, end = int(coins[0].open_time[late + known]), int(coins[0].open_time[late + 20])
-    _, pieces = in_pieces([stands, end], [before, after])
-    _, at_once = in_pieces([stands - 3 * MINUTE, end], [after, after])
+    stands, end = int(coins[0].open_time[late[-1] + known]), int(coins[0].open_time[late[-1] + 20])
+    *_, pieces = in_pieces([stands, stands + MINUTE, end], [before, after, after])
+    _, at_once = in_pieces([int(coins[0].open_time[late[0] - 1]), end], [after, after])
     found, expected = (walks.accounts["buy and hold"]["group 1"] for walks in (pieces, at_once))
-    assert found.cash == pytest.approx(expected.cash, abs=1e-15) and all(found.units)
+    assert found.cash == pytest.approx(expected.cash, abs=within) and all(found.units)
+
+
+def test_a_split_is_one_where_a_bar_came_in_since_too() -> None:
+    bars = [replace(series, funding=None) for series in BARS]
+    for late in (139, 140):  # of the symbol, at which its account stands, and at which its equity was counted
+        first = market_of(
+            *(without(series, [late]) if series.symbol == "S1" else series for series in bars),
+            statistics=MARKET.statistics,
+        )
+        split = market_of(*(scaled(series, 0.25) for series in bars), statistics=MARKET.statistics)
+        before, after = in_pieces(CUTS[1:3], [first, split])
+        held, now = (
+            {
+                symbol: units
+                for own in piece.accounts["buy and hold"].values()
+                for symbol, units in zip(own.symbols, own.units, strict=True)
+            }
+            for piece in (before, after)
+        )
+        assert held["S1"] and now["S1"] == pytest.approx(4 * held["S1"])
 
 
 def test_a_group_goes_on_with_its_symbols_and_new_symbols_have_a_group_of_their_own() -> None:
