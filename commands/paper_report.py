@@ -107,19 +107,20 @@ def table(content: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
 
 
 def trades_of(done: Minute) -> list[dict[str, Any]]:
-    """Return a line for every trade that was booked."""
+    """Return a line for every trade that was booked; docs/use.md explains the fields."""
     return [
         {
             "kind": "fill",
-            "time": str(walk.time[row])[:16],
-            "symbol": walk.symbol,
-            "price": float(walk.price[row]),
-            "position": float(walk.position[row]),
-            "traded": float(walk.traded[row]),
-            "costs": float(walk.costs[row]),
+            "time": iso_time(trade.time_ns)[:16],
+            **({"group": trade.key} if trade.key in done.state.groups else {}),
+            "symbol": trade.symbol,
+            "price": trade.price,
+            "from": trade.before,
+            "to": trade.after,
+            "traded": trade.traded,
+            "costs": trade.costs,
         }
-        for walk in done.booked[POLICY]
-        for row in np.flatnonzero(walk.traded > 0)
+        for trade in done.trades
     ]
 
 

@@ -158,19 +158,9 @@ def advance_group(
         impact_limit: upper limit of that addition.
     """
     cash, value = state.cash - state.owed, state.units * price
-    equity = cash + value.sum(-1)
-    is_held = ((weight - state.weight).abs() <= SAME_WEIGHT) | ~is_filled
-    wanted, before = weight.masked_fill(is_held, 0), value.masked_fill(is_held, 0)
-    rate = cost_rate
-    if impact is not None:
-        rate = _rate(rate, (wanted * equity[..., None] - before).abs(), impact, impact_limit)
-    # left = equity - sum of rate x |weight x left - value|: linear once the directions of the trades are known.
-    left = equity
-    for _ in range(COST_ROUNDS):
-        toll = rate * (wanted * left[..., None] - before).sign()
-        left = (equity + (toll * before).sum(-1)) / (1 + (toll * wanted).sum(-1))
-    bought = wanted * left[..., None] - before
-    traded, costs = bought.abs().sum(-1), (bought.abs() * rate).sum(-1)
+    is_held = is_kept(state, weight, is_filled)
+    bought, tolls = fill_orders(cash, value, weight, is_held, cost_rate, impact, impact_limit)
+    traded, costs = bought.abs().sum(-1), tolls.sum(-1)
     units, value = state.units + bought / price, value + bought
     cash = cash - bought.sum(-1) - costs
     borrowed = value.clamp(max=0).neg().mul(borrow).sum(-1)
@@ -189,7 +179,7 @@ def advance_group(
     dead = ~alive
     liquidated, rate = size.masked_fill(alive[..., None], 0), next_cost_rate
     if next_impact is not None:
-        rate = _rate(rate, liquidated, next_impact, impact_limit)
+        rate = rate_with_impact(rate, liquidated, next_impact, impact_limit)
     traded, toll = traded + liquidated.sum(-1), (liquidated * rate).sum(-1)
     equity = (equity - toll).clamp(min=EQUITY_FLOOR)
     log_equity = equity.log()
@@ -208,5 +198,43 @@ def advance_group(
     return new_state, GroupFill(log_equity - state.log_equity, ruined, traded, costs + toll, owed, paid)
 
 
-def _rate(cost_rate: Tensor, size: Tensor, impact: Tensor, impact_limit: float | Tensor) -> Tensor:
+def is_kept(state: GroupState, weight: Tensor, is_filled: Tensor) -> Tensor:
+    """Return of which symbols the units stay as they are, (..., G) bool; see ``advance_group``."""
+    return ((weight - state.weight).abs() <= SAME_WEIGHT) | ~is_filled
+
+
+def fill_orders(
+    cash: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    is_held: Tensor,
+    cost_rate: Tensor,
+    impact: Tensor | None,
+    impact_limit: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return what accounts buy, below 0 where they sell, and what that costs: (..., G) each, as money.
+
+    Args:
+        cash: (...) before the fill.
+        value: (..., G) of what is held, at the prices of the fill.
+        weight: (..., G) wanted of the equity that is left after all costs.
+        is_held: (..., G) bool, where nothing is traded.
+        cost_rate, impact, impact_limit: see ``advance_group``.
+    """
+    equity = cash + value.sum(-1)
+    wanted, before = weight.masked_fill(is_held, 0), value.masked_fill(is_held, 0)
+    rate = cost_rate
+    if impact is not None:
+        rate = rate_with_impact(rate, (wanted * equity[..., None] - before).abs(), impact, impact_limit)
+    # left = equity - sum of rate x |weight x left - value|: linear once the directions of the trades are known.
+    left = equity
+    for _ in range(COST_ROUNDS):
+        toll = rate * (wanted * left[..., None] - before).sign()
+        left = (equity + (toll * before).sum(-1)) / (1 + (toll * wanted).sum(-1))
+    bought = wanted * left[..., None] - before
+    return bought, bought.abs() * rate
+
+
+def rate_with_impact(cost_rate: Tensor, size: Tensor, impact: Tensor, impact_limit: float | Tensor) -> Tensor:
+    """Return the cost rate of orders of this size, in start equities."""
     return (size * impact).clamp(max=impact_limit) + cost_rate

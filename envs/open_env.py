@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ class OpenAccount:
     alive: bool
     played: float  # decisions in this episode
     log_start: float  # log equity at the start of the episode
+
+
+class Trades(NamedTuple):
+    """What one decision traded, (N, G) each; where ``traded`` is 0, nothing."""
+
+    price: Tensor  # at which it filled
+    before: Tensor  # value held before the fill, as a fraction of equity before it
+    after: Tensor  # and after it, of equity after it
+    traded: Tensor  # value bought or sold, as a fraction of equity before the fill
+    costs: Tensor  # fee and slippage, likewise
 
 
 HOLD = -1  # the action of an account that keeps what it holds

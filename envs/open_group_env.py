@@ -12,11 +12,11 @@ from torch import Tensor
 
 from envs.config import EnvConfig
 from envs.grid import Grid
-from envs.group_account import GroupState, advance_group
+from envs.group_account import GroupState, advance_group, fill_orders, is_kept, rate_with_impact
 from envs.group_segment import group_segment
 from envs.group_walk_env import GroupExamEnv
 from envs.market import Market
-from envs.open_env import SAME, LastStates, OpenAccount
+from envs.open_env import SAME, LastStates, OpenAccount, Trades
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,26 @@ class OpenGroupEnv(GroupExamEnv):
 
     def _weights(self, may_hold: Tensor) -> Tensor:
         kept = self._account.weight.masked_fill(~may_hold, 0)
-        return torch.where(self._holds[:, None], kept, super()._weights(may_hold))
+        weight = torch.where(self._holds[:, None], kept, super()._weights(may_hold))
+        self._asked = self._account, weight
+        return weight
+
+    def last_trades(self) -> Trades:
+        """Return what the last decision traded, (N, G) each; what a ruin closed is among it."""
+        (state, weight), met = self._asked, {n: v[self._step - 1] for n, v in self.segment.fills.items()}
+        price, limit = met["price"], met.get("impact_limit", 0.0)
+        cash, value = state.cash - state.owed, state.units * price
+        is_held = is_kept(state, weight, met["is_filled"])
+        bought, costs = fill_orders(cash, value, weight, is_held, met["cost_rate"], met.get("impact"), limit)
+        equity = (cash + value.sum(-1))[:, None]
+        left = equity - costs.sum(-1, keepdim=True)
+        closed = (state.units + bought / price) * met["next_price"]
+        closed = closed.abs().masked_fill(~self.last_fill.ruined[:, None], 0)
+        rate = met["next_cost_rate"]
+        if "next_impact" in met:
+            rate = rate_with_impact(rate, closed, met["next_impact"], limit)
+        paid, traded = costs + closed * rate, bought.abs() + closed
+        return Trades(price, value / equity, (value + bought) / left, traded / equity, paid / equity)
 
     def _places(self) -> tuple[Tensor, Tensor]:
         if self._round:

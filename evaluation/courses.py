@@ -19,7 +19,7 @@ from torch import Tensor
 from envs.compiled import Decide
 from envs.config import EnvConfig
 from envs.market import Market, NoSegment
-from envs.open_env import OpenAccount, OpenEnv
+from envs.open_env import OpenAccount, OpenEnv, Trades
 from envs.open_group_env import AnyAccount, OpenGroupAccount, OpenGroupEnv
 from evaluation.exam import Reader, Walk, play_segment, walks_of
 from evaluation.group_exam import (
@@ -37,6 +37,20 @@ from models.ensemble import Decider
 
 Accounts = Mapping[str, Mapping[str, AnyAccount]]  # contestant -> symbol or group -> account
 Read = Callable[[Tensor, Callable[[], None]], Tensor]
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What an account traded of a symbol at one decision; see ``envs.open_env.Trades``."""
+
+    time_ns: int  # when it filled
+    key: str  # the symbol, or its group
+    symbol: str
+    price: float
+    before: float
+    after: float
+    traded: float
+    costs: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,8 @@ class Entrants:
 class Course(ABC):
     """The accounts of all contestants, under way. A place is a bar of a symbol, or a minute of a group."""
 
-    keys: Sequence[str]  # (K,) symbols, or the names of groups
+    owners: Sequence[Group]  # (K,) symbols, or groups
+    keys: Sequence[str]  # (K,) their names
     env: OpenEnv | OpenGroupEnv
     schedule: Tensor  # (R, K) int64, places to decide at, -1 for none
     size: int  # G
@@ -89,6 +104,22 @@ class Course(ABC):
     def walks(self, names: Sequence[str]) -> dict[str, list[Walk]]:
         """Return what was played."""
 
+    @abstractmethod
+    def _last_trades(self) -> Trades:
+        """Return what the last decision traded, (P x K, G) each."""
+
+    def trades(self, row: int) -> list[Trade]:
+        """Return what the first contestant traded at the last decision, the one of ``row``."""
+        places = self.schedule[row]
+        owners = zip(self.owners, places.tolist(), self.times(places + 1).tolist(), strict=True)
+        columns = torch.stack(self._last_trades())[:, : len(self.owners)]
+        return [
+            Trade(time_ns, owner.name, symbol, *values)
+            for (owner, place, time_ns), own in zip(owners, columns.permute(1, 2, 0).tolist(), strict=True)
+            for symbol, values in zip(owner.symbols, own, strict=True)
+            if place >= 0 and values[-2] > 0
+        ]
+
     def accounts(self, names: Sequence[str]) -> dict[str, dict[str, AnyAccount]]:
         """Return the accounts as they stand now."""
         now = iter(self.env.accounts())
@@ -102,6 +133,7 @@ class SymbolCourse(Course):
     size = 1
 
     def __init__(self, who: Entrants) -> None:
+        self.owners = who.owners
         self.keys = symbols = [each.name for each in who.owners]
         self._horizon, self._market = who.config.horizon, who.market
         market, costs = who.market, who.costs(symbols)
@@ -133,7 +165,15 @@ class SymbolCourse(Course):
 
     def play(self, decide: Decide, *inputs: Tensor) -> None:
         """See ``Course``."""
+        account = self.env.account
+        self._held = account.units * self.env.segment.price[0] / account.log_equity.exp()
         self._played.append(play_segment(self.env, decide, inputs[0], inputs[1:]))
+
+    def _last_trades(self) -> Trades:
+        position, _, costs, traded, borrowing = self._played[-1][:5, 0]
+        columns = (position, traded, costs - borrowing)
+        after = (torch.from_numpy(column).to(self._held.device) for column in columns)
+        return Trades(*(column[:, None] for column in (self.env.segment.price[0], self._held, *after)))
 
     def walks(self, names: Sequence[str]) -> dict[str, list[Walk]]:
         """See ``Course``."""
@@ -157,14 +197,14 @@ class GroupCourse(Course):
         begins = [account.next_ns if account else who.start_of(each.name) for each, account in begun]
         grid = grid_of(market, self.size)
         found = walkable(grid, who.owners, begins)
-        self._groups = [each for each, _ in found]
-        self.keys = [each.name for each in self._groups]
+        self.owners = [each for each, _ in found]
+        self.keys = [each.name for each in self.owners]
         num_groups = len(self.keys)
         self.env = OpenGroupEnv(
             market,
             who.config,
             market.device,
-            [each.symbols for _ in who.names for each in self._groups],
+            [each.symbols for _ in who.names for each in self.owners],
             [start for _ in who.names for _, start in found],
             [each if isinstance(each, OpenGroupAccount) else None for each in who.standing(self.keys)],
             nets_of(group, who.names, num_groups),
@@ -172,7 +212,7 @@ class GroupCourse(Course):
             grid=grid,
         )
         self.schedule = self.env.schedule[:, :num_groups].contiguous()
-        numbers = [[market.symbols.index(symbol) for symbol in each.symbols] for each in self._groups]
+        numbers = [[market.symbols.index(symbol) for symbol in each.symbols] for each in self.owners]
         self._symbols = torch.tensor(numbers, device=market.device)
         self.first_bars = market.offsets[self._symbols.flatten()]
         self._played: list[NDArray[np.float64]] = []
@@ -200,11 +240,14 @@ class GroupCourse(Course):
         self._played.append(play_group_segment(self.env, decide, inputs[0], inputs[1:]))
         self._prices.append(index_of_prices(self.env, len(self.keys)))
 
+    def _last_trades(self) -> Trades:
+        return self.env.last_trades()
+
     def walks(self, names: Sequence[str]) -> dict[str, list[Walk]]:
         """See ``Course``."""
         columns = list(np.concatenate(self._played, axis=1))
         schedule, prices = self.schedule[: len(self._played)], np.concatenate(self._prices)
-        return group_walks_of(names, self._groups, self.env, schedule, columns, prices)
+        return group_walks_of(names, self.owners, self.env, schedule, columns, prices)
 
 
 def course_of(

@@ -30,7 +30,7 @@ from envs.market import Market, NoSegment
 from envs.open_env import HOLD
 from envs.open_group_env import AnyAccount
 from evaluation.baselines import BUY_AND_HOLD, actions_after
-from evaluation.courses import Course, course_of
+from evaluation.courses import Course, Trade, course_of
 from evaluation.exam import POLICY, Walk, one_thread
 from evaluation.group_exam import Group, groups_of
 from evaluation.portfolio import Fill
@@ -63,6 +63,7 @@ class Minute:
 
     state: PaperState
     booked: Mapping[str, Sequence[Walk]]  # contestant -> a walk per key that had something to book
+    trades: Sequence[Trade]  # of the policy, booked now
     targets: Mapping[str, tuple[float, ...]]  # key -> decided at its newest bar or minute, in time
     late: Mapping[str, Sequence[int]]  # key -> bars or minutes at which nothing was decided, booked now
     waiting: Mapping[str, str]  # key or symbol -> why nothing was decided at its newest bar
@@ -100,13 +101,13 @@ def run_minute(
     changes = _compare(state.seen, closed)
     state = replace(state, minute_ns=minute_ns, seen=_newest(closed))
     if not closed:
-        return Minute(state, {name: [] for name in NAMES}, {}, {}, waiting, {}, *changes, [])
+        return Minute(state, {name: [] for name in NAMES}, [], {}, {}, waiting, {}, *changes, [])
     seen = [series.between(0, minute_ns) for series in others]
     market = _market(actor, [_with_next(series, minute_ns) for series in closed], seen)
     owners, state, missing = _owners(actor, state, market)
     waiting |= missing
     settled_ns = minute_ns - SETTLED_MINUTES * MINUTE_NS
-    state, booked, late, fills = _book(actor, state, market, owners, settled_ns)
+    state, booked, trades, late, fills = _book(actor, state, market, owners, settled_ns)
     wanted: list[Group] = []
     newest: dict[str, int] = {}
     for each in owners:
@@ -135,7 +136,8 @@ def run_minute(
         for each in owners
         if each.name in in_time and (absent := [s for s in each.symbols if last[s] < newest[each.name]])
     }
-    return Minute(replace(state, decided=decided), booked, in_time, late, waiting, unseen, *changes, fills)
+    state = replace(state, decided=decided)
+    return Minute(state, booked, trades, in_time, late, waiting, unseen, *changes, fills)
 
 
 def _owners(
@@ -173,12 +175,16 @@ def _newest_of(owner: Group, bars: Sequence[Bars]) -> tuple[AssetClass, int]:
 
 def _book(
     actor: Actor, state: PaperState, market: Market, owners: Sequence[Group], settled_ns: int
-) -> tuple[PaperState, dict[str, list[Walk]], dict[str, list[int]], list[Fill]]:
-    """Book what is settled; return the state after it, the walks, where nothing was decided, and all fills."""
+) -> tuple[PaperState, dict[str, list[Walk]], list[Trade], dict[str, list[int]], list[Fill]]:
+    """Book what is settled.
+
+    Returns:
+        The state after it, the walks, the policy's trades, where nothing was decided, and all fills.
+    """
     own = [each for each in owners if each.name in state.accounts[POLICY] or state.decided.get(each.name)]
     nothing: dict[str, list[Walk]] = {name: [] for name in NAMES}
     if not own:
-        return state, nothing, {}, []
+        return state, nothing, [], {}, []
     config = actor.config
 
     def start_of(key: str) -> int:
@@ -188,15 +194,17 @@ def _book(
         known = market.until(settled_ns)
         course = course_of(known, config, own, NAMES, start_of, state.accounts)
     except NoSegment:
-        return state, nothing, {}, []
+        return state, nothing, [], {}, []
     actions, late = _given(config.positions, state, course)
     bars = course.bars(course.schedule)
     buying = actions_after(BUY_AND_HOLD, known, config.positions, bars, course.first_bars)
     given = torch.cat((actions, buying), dim=1)
+    trades: list[Trade] = []
     with one_thread(known.device):
         for row in range(len(given)):
             course.env.begin_segment_unread()
             course.play(_as_given, given[row : row + 1])
+            trades += course.trades(row)
     now = course.accounts(NAMES)
     accounts = {name: state.accounts[name] | now[name] for name in NAMES}
     decided = {
@@ -206,7 +214,8 @@ def _book(
         for key, waiting in state.decided.items()
     }
     fills = [] if config.group else _fills(actor, known, course.keys, course.schedule, actions)
-    return replace(state, accounts=accounts, decided=decided), course.walks(NAMES), late, fills
+    state = replace(state, accounts=accounts, decided=decided)
+    return state, course.walks(NAMES), trades, late, fills
 
 
 def _fills(

@@ -44,7 +44,7 @@ class Totals:
     def add(self, done: Minute, config: EnvConfig) -> list[dict[str, Any]]:
         """Count a minute; return the portfolio's trades."""
         walks = done.booked[POLICY]
-        self.trades += sum(int((walk.traded > 0).sum()) for walk in walks)
+        self.trades += len(done.trades)
         self.costs += sum(float(walk.costs.sum()) for walk in walks) / max(
             1, len(done.state.accounts[POLICY])
         )

@@ -155,7 +155,12 @@ def test_accounts_over_groups_earn_what_an_exam_of_the_same_minutes_says(trader:
         expected = json.loads(json.dumps(asdict(exam.accounts[name][group])))
         assert trader.accounts[name] == {group: expected}  # to the bit
     fills = [line for line in trader.lines if line["kind"] == "fill"]
-    assert len(fills) == int((exam.walks["policy"][0].traded > 0).sum()) > 0
+    assert len(fills) == contents[-1]["trades"] > 0
+    assert {(line["group"], line["symbol"]) for line in fills} <= {(group, pair) for pair in market.symbols}
+    walked = exam.walks["policy"][0]
+    assert sum(line["traded"] for line in fills) == pytest.approx(walked.traded.sum())
+    assert {line["time"] for line in fills} == {str(t)[:16] for t in walked.time[walked.traded > 0]}
+    assert all(line["from"] != line["to"] and line["costs"] > 0 for line in fills)
     rows = contents[-1]["symbols"]
     assert [(row["group"], row["symbol"]) for row in rows] == [(group, pair) for pair in market.symbols]
     assert [row["position"] for row in rows] == list(exam.accounts["policy"][group].weight)

@@ -157,7 +157,8 @@ def walk_in_steps(
     rows = np.flatnonzero(walk.traded > 0)
     trades = {
         str(walk.time[row])[:16]: tuple(
-            float(getattr(walk, name)[row]) for name in ("price", "position", "traded", "costs")
+            float(column[row])
+            for column in (walk.price, walk.position, walk.traded, walk.costs - walk.borrowing)
         )
         for row in rows
     }
@@ -190,7 +191,7 @@ def test_two_weeks_under_faults_and_kills_are_the_exam_of_these_minutes(tmp_path
     for symbol in PAIRS:
         account, trades, other = walk_in_steps(trained, market, symbol, life.decided[symbol])
         booked = {
-            line["time"]: (line["price"], line["position"], line["traded"], line["costs"])
+            line["time"]: (line["price"], line["to"], line["traded"], line["costs"])
             for line in fills
             if line["symbol"] == symbol
         }

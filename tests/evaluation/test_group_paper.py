@@ -86,6 +86,24 @@ def test_every_minute_is_decided_on_before_it_can_fill(plain: Life) -> None:
         assert max(minute.state.decided["group 1"]) == open_of(FIRST + number)
 
 
+def test_the_trades_of_its_symbols_add_up_to_those_of_the_account(plain: Life) -> None:
+    for group in GROUPS:
+        walked, made = plain.booked("policy", group.name), {}
+        for trade in (trade for minute in plain.minutes for trade in minute.trades):
+            if trade.key == group.name:
+                made.setdefault(trade.time_ns, []).append(trade)
+        for row, time_ns in enumerate(walked.time.astype(np.int64).tolist()):
+            own = made.pop(time_ns, [])
+            assert sum(trade.traded for trade in own) == pytest.approx(walked.traded[row], abs=1e-12)
+            costs = sum(trade.costs for trade in own)
+            assert costs == pytest.approx((walked.costs - walked.borrowing)[row], abs=1e-12)
+            for trade in own:
+                (bars,) = (bars for bars in COINS if bars.symbol == trade.symbol)
+                assert trade.price == np.float32(bars.open[bars.open_time == time_ns][0])
+                assert abs(trade.after * (1 - costs) - trade.before) == pytest.approx(trade.traded, abs=1e-12)
+        assert not made
+
+
 def late(symbols: set[str], minutes: range, by: int) -> Source:
     """The bars of some minutes come so many minutes late."""
 

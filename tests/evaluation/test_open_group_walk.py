@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_sources.bars import Bars
 from envs.market import Market
 from envs.open_group_env import account_of
+from evaluation.courses import course_of
 from evaluation.exam import Walk, at_flat_cost
 from evaluation.group_exam import Group, examine_groups, groups_of
 from evaluation.open_walk import OpenWalks, walk_on
@@ -197,6 +199,19 @@ def test_after_a_hole_of_the_whole_market_accounts_go_on_in_cash_and_ruin_is_fin
         pieces = in_pieces(ends, [market] * 3)
         held = [piece.accounts["buy and hold"]["group 1"] for piece in pieces]
         if bars is coins:
+            course = course_of(market, CONFIG, groups_of(market, 3), ("buy and hold",), lambda _: START, {})
+            buy = torch.full((1, 3), CONFIG.positions.index(1.0))
+            for row in range(len(course.schedule)):
+                course.env.begin_segment_unread()
+                course.play(lambda _, actions: (actions,), buy)
+                own = course.trades(row)
+                walked = course.walks(("buy and hold",))["buy and hold"][0]
+                assert sum(trade.traded for trade in own) == pytest.approx(walked.traded[row], abs=1e-12)
+                paid = (walked.costs - walked.borrowing)[row]
+                assert sum(trade.costs for trade in own) == pytest.approx(paid, abs=1e-12)
+                if not course.env.account.alive.all():  # ruined: what it closed is among it
+                    assert [trade.symbol for trade in own] == ["C0", "C1", "C2"]
+                    break
             assert not held[0].alive and not any(held[2].units)
             assert held[2].log_equity == held[0].log_equity
         else:

@@ -93,6 +93,16 @@ def plain() -> Life:
 def test_minute_by_minute_is_one_exam_to_the_bit(plain: Life) -> None:
     exam = examine(ACTOR.policy, MARKET, CONFIG, SYMBOLS, time_of(FIRST - 1) - 6 * 10**9, NEVER)
     positions = set()
+    for symbol in SYMBOLS:
+        walked = plain.booked("policy", symbol)
+        made = [trade for minute in plain.minutes for trade in minute.trades if trade.symbol == symbol]
+        rows = np.flatnonzero(walked.traded > 0)
+        assert [trade.time_ns for trade in made] == walked.time[rows].astype(np.int64).tolist()
+        for trade, row in zip(made, rows, strict=True):
+            found = trade.price, trade.after, trade.traded
+            assert found == (walked.price[row], walked.position[row], walked.traded[row])  # to the bit
+            left = 1 - trade.costs
+            assert abs(trade.after * left - trade.before) == pytest.approx(trade.traded, abs=1e-12)
     for name in ("policy", "buy and hold"):
         for number, symbol in enumerate(SYMBOLS):
             assert_equal(plain.booked(name, symbol), exam[name][number])
