@@ -18,6 +18,7 @@ from torch import Tensor
 from envs.ahead import moves_ahead
 from envs.group_account import GroupState, advance_group
 from envs.group_env import GroupEnv, GroupTrajectory
+from envs.recent_volatility import recent_volatility
 from models.forecaster import Forecaster
 from models.policy import Policy
 from training.hindsight import Hindsight
@@ -48,7 +49,9 @@ def collect_groups(
     bars = add_noise(env.begin_segment(), feature_noise, generator)
     depth = depth_of(policy, slots, stochastic_depth, generator)
     projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster, depth)
-    came = None if forecaster is None else moves_ahead(env.market, _newest_bars(env))
+    newest = _newest_bars(env)
+    came = None if forecaster is None else moves_ahead(env.market, newest)
+    volatility = recent_volatility(env.market, newest)
     noise = torch.rand(slots, horizon, len(config.positions), generator=generator, device=bars.device)
     noise = torch.zeros_like(noise) if greedy else -(-noise.clamp_(1e-7, 1 - 1e-7).log()).log()
     by_time = (tensor.transpose(0, 1).contiguous() for tensor in (projected[:, :-1], noise))
@@ -104,6 +107,7 @@ def collect_groups(
         forecasts,
         came,
         depth,
+        volatility,
     )
 
 

@@ -197,7 +197,8 @@ class Learner:
                 settings.gamma,
                 settings.gae_lambda,
             )
-            advantages = self._normalise(advantages, rollout.valid)[..., None].expand_as(rollout.log_policy)
+            advantages = self._normalise(_by_volatility(advantages, rollout), rollout.valid)
+            advantages = advantages[..., None].expand_as(rollout.log_policy)
             weights = F.one_hot(rollout.actions, advantages.shape[-1]).to(advantages.dtype)
         else:
             advantages, returns = hindsight_advantages(
@@ -207,7 +208,7 @@ class Learner:
                 settings.gae_lambda,
                 self._hindsight_is_compiled,
             )
-            advantages = self._scale(advantages, rollout.valid)
+            advantages = self._scale(_by_volatility(advantages, rollout), rollout.valid)
             weights = rollout.log_policy.exp()
         returns = returns.clamp(-RETURN_LIMIT, RETURN_LIMIT)
         self.by_segment = self._sum_up(rollout, returns)
@@ -305,6 +306,17 @@ class Learner:
             number: {name: convert(parameters[number], v) if v.dim() else v for name, v in values.items()}
             for number, values in state.items()
         }
+
+
+def _by_volatility(advantages: Tensor, rollout: Rollout) -> Tensor:
+    """Divide advantages (N, T) or (N, T, K) by how much their symbol moved just before.
+
+    The best choice of a state stays the best. But most of the noise is in wild minutes: all count alike now, where
+    those drowned the others, and a policy learns more of the same bars (docs/real_markets.md).
+    """
+    if rollout.volatility is None:
+        return advantages
+    return advantages / rollout.volatility.view(*rollout.volatility.shape, *[1] * (advantages.dim() - 2))
 
 
 class _Statistics:

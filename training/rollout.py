@@ -22,6 +22,7 @@ from envs.counterfactuals import (
     market_rewards_of_every_choice,
     outcome_of_every_choice,
 )
+from envs.recent_volatility import recent_volatility
 from envs.trading_env import TradingEnv
 from models.forecaster import Forecaster
 from models.policy import Policy
@@ -54,6 +55,9 @@ class Rollout:
     depth: Tensor | None = (
         None  # (N, layers) the blocks that each segment skipped, see transformer.draw_depth
     )
+    # (N, T) of the last moves before each decision, in typical ones; advantages are divided by it. None in what
+    # an older program saved
+    volatility: Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -141,9 +145,10 @@ def collect(
     bars = add_noise(env.begin_segment(), feature_noise, generator)  # (N, C + T + 1, F)
     depth = depth_of(policy, config.num_envs, stochastic_depth, generator)
     projected, forecasts = encode(policy, bars, horizon, chunk_segments, forecaster, depth)
-    ahead = None
-    if forecaster is not None:  # known already, since the market does not react; no decision sees it
-        ahead = moves_ahead(env.market, env.cursor[:, None] + torch.arange(horizon, device=bars.device))
+    newest = env.cursor[:, None] + torch.arange(horizon, device=bars.device)
+    # What came is known already, since the market does not react; no decision sees it.
+    ahead = None if forecaster is None else moves_ahead(env.market, newest)
+    volatility = recent_volatility(env.market, newest)
     fills = env.segment.fills_ahead() if hindsight else None
 
     # Gumbel noise of all decisions in one draw.
@@ -204,6 +209,7 @@ def collect(
         forecasts,
         ahead,
         depth,
+        volatility,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from envs.ahead import HORIZONS, moves_ahead
 from envs.config import GroupConfig
 from envs.group_env import GroupEnv
+from envs.recent_volatility import recent_volatility
 from evaluation.probe import rank_correlation
 from models.forecaster import Forecaster
 from tests.envs.markets import config_of, env_of, market_of, walk
@@ -78,7 +79,9 @@ def test_forecasts_are_of_what_comes_after_each_decision_and_change_no_decision(
     assert torch.equal(rollout.bars[:, :1], first)
     assert rollout.ahead is not None and rollout.forecasts is not None
     steps = torch.arange(rollout.horizon)
-    torch.testing.assert_close(rollout.ahead, moves_ahead(market, cursor[:, None] + steps), equal_nan=True)
+    newest = cursor[:, None] + steps
+    torch.testing.assert_close(rollout.ahead, moves_ahead(market, newest), equal_nan=True)
+    assert torch.equal(rollout.volatility, recent_volatility(market, newest))  # type: ignore[arg-type]
     with torch.no_grad():
         again = heads(policy.hidden(rollout.bars, rollout.horizon))
     torch.testing.assert_close(rollout.forecasts, again, rtol=1e-4, atol=1e-5)
@@ -98,6 +101,8 @@ def test_of_a_group_a_minute_without_a_bar_has_no_target() -> None:
         is_known = (tokens[:, 1:] != 0).any(-1)  # a symbol's first features are 0
         repeats = is_known & (tokens[:, 1:] == tokens[:, :-1]).all(-1)
         assert rollout.ahead[repeats].isnan().all()
+        assert rollout.volatility is not None and (rollout.volatility[repeats] == 1.0).all()
+        assert (rollout.volatility[~repeats] != 1.0).any()
         missing += int(repeats.sum())
     assert missing > 0
 

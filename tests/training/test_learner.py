@@ -3,14 +3,16 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.training.rollouts import made_up_rollout, small_learner, small_policy
+from tests.training.rollouts import SETTINGS, made_up_rollout, small_learner, small_policy
 from training.learner import RETURN_LIMIT
+from training.losses import advantages_and_returns
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +54,28 @@ def test_choices_are_weighed_against_each_other_by_their_advantage() -> None:
         change = torch.log_softmax(policy(rollout.bars, rollout.accounts)[0], -1) - rollout.log_policy
     assert (change[..., 2] > 0).float().mean() > 0.95
     assert (change[..., :2].sum(-1) < 0).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("hindsight", [True, False])
+def test_advantages_are_divided_by_how_much_their_symbol_moved_just_before(hindsight: bool) -> None:
+    learner = small_learner(small_policy())
+    rollout = made_up_rollout(learner.policy, num_segments=8, hindsight=hindsight)
+    rollout.valid[:] = True
+    uneven = torch.linspace(0.25, 4.0, rollout.valid.numel()).view_as(rollout.rewards)
+    plain, even, divided = (
+        learner._targets(replace(rollout, volatility=volatility))[0]
+        for volatility in (None, torch.full_like(uneven, 0.5), uneven)
+    )
+    assert torch.equal(divided.returns, plain.returns)
+    torch.testing.assert_close(even.advantages, plain.advantages)
+    if hindsight:
+        expected = plain.advantages / uneven[..., None]
+        expected /= expected.square().mean().sqrt()
+    else:
+        columns = rollout.rewards, rollout.values, rollout.next_value, rollout.terminated
+        raw = advantages_and_returns(*columns, SETTINGS.gamma, SETTINGS.gae_lambda)[0] / uneven
+        expected = ((raw - raw.mean()) / raw.std(correction=0))[..., None].expand_as(plain.advantages)
+    torch.testing.assert_close(divided.advantages, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("hindsight", [True, False])
