@@ -8,8 +8,9 @@ Every folder in FOLDER with CSV or Parquet files is a market of its own; files r
 (docs/data.md has their form). Its days are cut in order: 50 % to train and fit on, 15 % to choose a threshold rule
 for each cost, 35 % to judge; before a later part a day is left out, and all moves that reach into it. The product
 trains from scratch at each flat cost and for each seed, and walks the judged days greedily by the exam's code:
-with its last weights, and with those that did best on the days of choice, flat where none surely earned there, as
-for rules. Ridge and trees see the same features, and their rules the same fills. Net is in basis points per bar
+with its last weights, with those of all seeds as one ensemble, and with those that did best on the days of choice,
+flat where none surely earned there, as for rules. Ridge and trees see the same features, and their rules the same
+fills; at no cost the sign of the next bar's forecast trades, too. Net is in basis points per bar
 and symbol, bars without a position included, with 95 % intervals by bootstrap over days. Every flag of the
 training is one of this program's.
 """
@@ -22,7 +23,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -52,9 +53,10 @@ from evaluation.forecasts import FITS, BarTable, forecasts_of, targets_of
 from evaluation.measures import Margin, jsonable, margin
 from evaluation.probe import EMBARGO_NS, cut_days, judge
 from evaluation.provenance import day_of
-from evaluation.rules import STANDARD_ERRORS, Decisions, choose_rules, play, walks_of
+from evaluation.rules import STANDARD_ERRORS, Decisions, Rule, choose_rules, play, walks_of
 from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import NEVER_NS
+from models.ensemble import Ensemble, View
 from models.policy import Policy
 from training import devices
 from training.data_feed import data_request
@@ -65,7 +67,7 @@ from training.trainer import Trainer
 
 FEES = ("stock_fee_bps", "crypto_fee_bps", "perpetual_fee_bps")
 SHARES = (0.5, 0.65)  # of the days: where the days of choice and the judged days begin
-CHOSEN = "chosen"
+SIGN = Rule(1, 0.0, 0.0)  # of the next bar's forecast
 LAST_EPOCHS = 0.1  # of a training, whose mean reward stands for what it believes
 # A demo's model and learning, which two cores train in a minute or two.
 SIZES = dict(PRESETS["demo"]) | {
@@ -178,16 +180,25 @@ def measure(
     rows: list[Row] = []
     for cost_bps in costs_bps:
         at_cost = replace(settings, **dict.fromkeys(FEES, cost_bps), slippage_bps=0.0)
+        contestants: dict[str, Policy | Ensemble | None] = {}
+        believed: dict[str, float] = {}
+        last_ones: list[Policy] = []
         for seed in range(settings.seed, settings.seed + seeds):
-            edges_ns = choice_ns, judged_ns, end_ns
-            walks, training_bps = train_and_walk(known, market, replace(at_cost, seed=seed), edges_ns)
-            for weights in (POLICY, CHOSEN):
-                judged = walks.pop(weights)
-                decisions = decisions_of(market, at_cost, judged)
-                late = replay(market, decisions, judged, cost_bps, late=1)
-                title = f"product, seed {seed}" + (", by its exams" if weights == CHOSEN else "")
-                rows.append(Row(name, cost_bps, title, margin(judged), margin(late), training_bps))
-                print(line_of(rows[-1]), flush=True)
+            trained = train(known, market, replace(at_cost, seed=seed), choice_ns, judged_ns)
+            for title, policy in (("", trained.last), (", by its exams", trained.chosen)):
+                contestants[f"product, seed {seed}{title}"] = policy
+                believed[f"product, seed {seed}{title}"] = trained.bps
+            last_ones.append(trained.last)
+        if seeds > 1:
+            ensemble = Ensemble(last_ones, [View(skipped_bars=0, scale=0)] * seeds)
+            contestants[f"product, {seeds} seeds as an ensemble"] = ensemble
+        walks = walk(contestants, market, EnvConfig.from_settings(at_cost), judged_ns, end_ns)
+        for title in contestants:
+            decisions = decisions_of(market, at_cost, walks[title])
+            late = replay(market, decisions, walks[title], cost_bps, late=1)
+            training_bps = believed.get(title)
+            rows.append(Row(name, cost_bps, title, margin(walks[title]), margin(late), training_bps))
+            print(line_of(rows[-1]), flush=True)
         rows += [Row(name, cost_bps, rule, margin(walks[rule])) for rule in BASELINES]
     trainings = len(costs_bps) * seeds
     num_trials = trainings * math.ceil(settings.epochs / settings.checkpoint_every)  # one an exam
@@ -201,28 +212,21 @@ def measure(
     return rows
 
 
-def train_and_walk(
-    known: Market, market: Market, settings: Settings, edges_ns: tuple[int, int, int]
-) -> tuple[dict[str, list[Walk]], float]:
-    """Train on ``known``; return all walks of the judged days, baselines too, and the last reward in bp a bar.
+@dataclass(frozen=True)
+class Trained:
+    """A training's policies: the last, and that of the exam that earned most for sure on the days of choice."""
 
-    Args:
-        known: ends before the days of choice.
-        market: all days.
-        settings: of the training.
-        edges_ns: where the days of choice and the judged days begin, and where they end.
-    """
-    choice_ns, judged_ns, end_ns = edges_ns
+    last: Policy
+    chosen: Policy | None  # None where no exam earned anything for sure
+    bps: float  # reward a bar in the last epochs
+
+
+def train(known: Market, market: Market, settings: Settings, choice_ns: int, judged_ns: int) -> Trained:
+    """Train on ``known``, which ends before the days of choice; ``market`` has all days."""
     ranks = Ranks(0, 1, known.device)
     memory_plan = plan_memory(settings, known.num_bytes, ranks)
     trainer, curve = Trainer(known, settings, ranks, memory_plan, TrainingProgress()), []
     best, chosen = 0.0, None
-
-    def walk(policies: dict[str, Policy], start_ns: int, end_ns: int) -> dict[str, list[Walk]]:
-        return examine(
-            policies, market, trainer.env.config, market.symbols, start_ns, end_ns, chunk_segments=16
-        )
-
     for epoch in range(1, settings.epochs + 1):
         trainer.update(trainer.collect())
         totals = trainer.env.episode_statistics()
@@ -230,11 +234,23 @@ def train_and_walk(
         if epoch % settings.checkpoint_every and epoch < settings.epochs:
             continue
         policy = trainer.full_policy()
-        earned = earned_for_sure(walk({POLICY: policy}, choice_ns, judged_ns - EMBARGO_NS)[POLICY])
-        if earned > best:
+        exam = walk({POLICY: policy}, market, trainer.env.config, choice_ns, judged_ns - EMBARGO_NS)
+        if (earned := earned_for_sure(exam[POLICY])) > best:
             best, chosen = earned, copy.deepcopy(policy)
-    walks = walk({POLICY: policy} | ({CHOSEN: chosen} if chosen else {}), judged_ns, end_ns)
-    return {CHOSEN: walks[ALWAYS_FLAT]} | walks, float(np.mean(curve[-math.ceil(LAST_EPOCHS * len(curve)) :]))
+    return Trained(policy, chosen, float(np.mean(curve[-math.ceil(LAST_EPOCHS * len(curve)) :])))
+
+
+def walk(
+    policies: Mapping[str, Policy | Ensemble | None],
+    market: Market,
+    config: EnvConfig,
+    start_ns: int,
+    end_ns: int,
+) -> dict[str, list[Walk]]:
+    """Let policies walk some days greedily, and the baselines; None stays in cash."""
+    deciding = {name: policy for name, policy in policies.items() if policy}
+    walks = examine(deciding, market, config, market.symbols, start_ns, end_ns, chunk_segments=16)
+    return dict.fromkeys(policies, walks[ALWAYS_FLAT]) | walks
 
 
 def earned_for_sure(walks: Sequence[Walk]) -> float:
@@ -276,6 +292,9 @@ def rules_of(
         rung = judge(market, table, decisions, forecasts, rule, cost_bps)
         text = f"beyond {1e4 * rule.enter:.2f} bp in {rule.horizon}" if rule else "none earned: flat"
         rows.append(Row(name, cost_bps, f"{model}, best rule", rung.margin, rung.late, rule=text))
+        if not cost_bps:
+            rung = judge(market, table, decisions, forecasts, SIGN, cost_bps)
+            rows.append(Row(name, cost_bps, f"{model}, sign of the next bar", rung.margin, rung.late))
     return rows, num_trials
 
 

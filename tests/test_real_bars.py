@@ -14,6 +14,7 @@ from benchmarks import real_bars
 from continuous_training import Settings
 from data_sources.bars import DAY_NS, MINUTE_NS
 from data_sources.simulated import simulated_bars
+from envs.config import EnvConfig
 from envs.market import Market
 from evaluation.exam import POLICY
 from evaluation.measures import margin
@@ -70,6 +71,25 @@ def test_every_contestant_is_in_the_table_and_the_file(
     )
 
 
+def test_several_seeds_also_decide_together_and_at_no_cost_signs_trade(folder: Path) -> None:
+    output = folder.parent / "found.json"
+    real_bars.run(Settings(**SIZES), folder, costs="0", seeds=2, last_days=12, trees=False, output=output)
+    rows = {row["name"]: row for row in json.loads(output.read_text())}
+    assert list(rows)[:5] == [
+        "product, seed 0",
+        "product, seed 0, by its exams",
+        "product, seed 1",
+        "product, seed 1, by its exams",
+        "product, 2 seeds as an ensemble",
+    ]
+    together = rows["product, 2 seeds as an ensemble"]
+    assert together["training_bps"] is None and rows["product, seed 1"]["training_bps"] is not None
+    earned = {rows[name]["judged"]["gross_bps"] for name in list(rows)[:5:2]}
+    assert len(earned) == 3  # three policies
+    sign = rows["ridge, sign of the next bar"]["judged"]
+    assert sign["turnover"] > 0.1 and sign["net_bps"] == sign["gross_bps"]
+
+
 def test_rules_meet_the_fills_of_the_exam(folder: Path, tmp_path: Path) -> None:
     """The positions of a walk earn the same in the rules' ledger, at the same bars, to rounding."""
     changes = {"files_dir": str(folder / "coins"), "data_dir": str(tmp_path / "lake"), "slippage_bps": 0.0}
@@ -77,10 +97,13 @@ def test_rules_meet_the_fills_of_the_exam(folder: Path, tmp_path: Path) -> None:
     bars = real_bars.read_bars(settings, last_days=6)
     assert sum(map(len, bars)) == 2 * 6 * MINUTES
     start_ns = int(bars[0].open_time[-1]) // DAY_NS * DAY_NS
-    edges_ns = start_ns - 3 * DAY_NS, start_ns, NEVER_NS
-    known = Market.from_settings(bars, settings, torch.device("cpu"), edges_ns[0])
+    choice_ns = start_ns - 3 * DAY_NS
+    known = Market.from_settings(bars, settings, torch.device("cpu"), choice_ns)
     market = known.until(NEVER_NS)
-    walks, _ = real_bars.train_and_walk(known, market, settings, edges_ns)
+    trained = real_bars.train(known, market, settings, choice_ns, start_ns)
+    config = EnvConfig.from_settings(settings)
+    walks = real_bars.walk({POLICY: trained.last, "cash": None}, market, config, start_ns, NEVER_NS)
+    assert not any(walk.traded.any() for walk in walks["cash"])
     traded = sum(float(walk.traded.sum()) for walk in walks[POLICY])
     for name in (POLICY, "buy and hold", "momentum"):
         decisions = real_bars.decisions_of(market, settings, walks[name])
