@@ -31,7 +31,7 @@ from models.ensemble import Decider, Ensemble
 from models.exported import CARD, ENSEMBLE_FORMAT, FORMAT, WEIGHTS, ExportError, load_policy
 from models.own import OWN_FILE
 from models.policy import Policy
-from runtime.files import TEMPORARY_SUFFIX, sha256_of, sync_file, sync_folder
+from runtime.files import TEMPORARY_SUFFIX, make_folder, remove_empty, sha256_of, sync_file, sync_folder
 
 # Of one machine, so not in the card.
 FOLDERS = ("checkpoint_dir", "data_dir", "log_dir", "report_dir", "files_dir", "mirror", "web_host")
@@ -155,8 +155,9 @@ def command(
         raise ValueError(f"{output} exists and is not an export: choose another with --output")
     output = output.absolute()
     temporary = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    made: list[Path] = []
     try:
-        temporary.mkdir(parents=True)
+        _, *made = make_folder(temporary)
         _write(trained, temporary, output, with_graphs, log)
         for path in temporary.iterdir():
             with path.open("rb") as file:
@@ -166,6 +167,7 @@ def command(
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        remove_empty(made)
     return output
 
 

@@ -33,7 +33,7 @@ from evaluation.measures import (
 )
 from evaluation.tear_sheet import TearSheet, busiest_day
 from evaluation.verdict import Verdict
-from runtime.files import TEMPORARY_SUFFIX, sync_file, sync_folder
+from runtime.files import TEMPORARY_SUFFIX, make_folder, remove_empty, sync_file, sync_folder
 
 FORMAT = 1
 LEFTOVER_SECONDS = 3_600.0
@@ -224,7 +224,7 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = make_folder(folder.parent)
     aside = folder.with_name(f".{folder.name}.old{TEMPORARY_SUFFIX}")
     if aside.exists() and not folder.exists():
         aside.replace(folder)
@@ -248,6 +248,7 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
         if aside.exists() and not folder.exists():
             aside.replace(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
+        remove_empty(made)
         raise
     sync_folder(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)

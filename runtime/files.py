@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -95,8 +95,11 @@ def _is_cut(file: FileIO, size: int) -> bool:
     return True
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> list[Path]:
     """Make a folder where it is missing, with those above it, durably: a file in it is no safer than its name.
+
+    Returns:
+        What was missing, the innermost first.
 
     Raises:
         OSError: it cannot be made.
@@ -107,6 +110,14 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
         sync_folder(made.parent, warns=False)  # the writing into it will
+    return missing
+
+
+def remove_empty(made: Iterable[Path]) -> None:
+    """Remove the folders that ``make_folder`` made, where nothing came into them: a refusal leaves none behind."""
+    with contextlib.suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def sync_folder(folder: Path, warns: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.files import UNSUPPORTED, make_folder, warn_once
+from runtime.files import UNSUPPORTED, make_folder, remove_empty, warn_once
 
 LOCK_NAME = ".lock"
 NO_LOCK_ERRORS = (*UNSUPPORTED, errno.ENOLCK)
@@ -44,7 +45,8 @@ class FolderUnwritable(FolderLockError):
 class FolderLock:
     """Excludes other writers of ``folder``: other processes, and other FolderLocks of this process.
 
-    Threads that share a FolderLock hold it together.
+    Threads that share a FolderLock hold it together. Where an error ends the hold before anything came into the
+    folder, the lock file and the folders that were made for it go again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,6 +54,8 @@ class FolderLock:
         self._guard = threading.Lock()
         self._holds = 0
         self._descriptor = -1
+        self._made: list[Path] = []  # folders that were missing
+        self._before: set[Path] | None = None  # what the folder had; None where the lock file was there
 
     @contextmanager
     def hold(
@@ -71,14 +75,15 @@ class FolderLock:
             if outermost := self._holds == 0:
                 self._wait(time.monotonic() + wait_seconds, on_wait)
             self._holds += 1
+        failed = True
         try:
             yield outermost
+            failed = False
         finally:
             with self._guard:
                 self._holds -= 1
                 if self._holds == 0:
-                    _held_here.discard(self._path.absolute())
-                    os.close(self._descriptor)  # releases the lock; the file stays and means nothing
+                    self._release(failed)
 
     def _wait(self, end: float, on_wait: Callable[[str], object]) -> None:
         while True:
@@ -91,12 +96,12 @@ class FolderLock:
             time.sleep(POLL_SECONDS)
 
     def _acquire(self) -> None:
-        try:
-            make_folder(self._path.parent)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        descriptor = self._open()
         is_locked = _flock(descriptor, wait=False)
+        if is_locked and not os.fstat(descriptor).st_nlink:  # its former holder has just removed it
+            os.close(descriptor)
+            descriptor = self._open()
+            is_locked = _flock(descriptor, wait=False)
         if is_locked is None:  # no locks here: at least no second writer of this process
             is_locked = self._path.absolute() not in _held_here
             if is_locked:
@@ -105,14 +110,39 @@ class FolderLock:
             holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
             os.close(descriptor)
             raise FolderHeld(self._path.parent, holder or "another process")
+        self._descriptor = descriptor
+        _held_here.add(self._path.absolute())
         try:
             # As long as any other holder's name: not every file system can shorten a file.
             os.write(descriptor, f"process {os.getpid()}".ljust(_HOLDER_BYTES).encode())
         except OSError as error:
-            os.close(descriptor)
+            self._release(failed=True)
             raise self._unwritable(error) from error
-        self._descriptor = descriptor
-        _held_here.add(self._path.absolute())
+
+    def _open(self) -> int:
+        folder = self._path.parent
+        self._made, self._before = [], None
+        try:
+            self._made = make_folder(folder)
+            if not self._path.exists():
+                self._before = set(folder.iterdir())
+            return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            remove_empty(self._made)
+            raise self._unwritable(error) from error
+
+    def _release(self, failed: bool) -> None:
+        """Release the lock. The file stays and means nothing, but where nothing else was done."""
+        _held_here.discard(self._path.absolute())
+        if sys.platform == "win32":  # which removes no open file, so none that another holder has by now
+            os.close(self._descriptor)
+        if failed and self._before is not None:
+            with contextlib.suppress(OSError):
+                if set(self._path.parent.iterdir()) == {*self._before, self._path}:
+                    self._path.unlink()
+            remove_empty(self._made)
+        if sys.platform != "win32":
+            os.close(self._descriptor)
 
     def _unwritable(self, error: OSError) -> FolderUnwritable:
         reason = error.strerror or error

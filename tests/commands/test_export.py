@@ -135,6 +135,8 @@ def test_a_graph_that_computes_something_else_is_refused_and_leaves_nothing(
     monkeypatch.setattr(export, "_largest_difference", lambda policy, run: compare(policy, run) + 0.01)
     with pytest.raises(ValueError, match=r"^policy.pt2 differs from the checkpoint by 0.01, more than 0.001"):
         export.command(trained, exported, True, print)
+    with pytest.raises(ValueError, match=r"^policy.pt2 differs from the checkpoint"):
+        export.command(trained, tmp_path / "a" / "b", True, print)
     assert (exported / "card.json").read_text() == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "checkpoints"}
 
