@@ -13,7 +13,6 @@ from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import CHAMPION, POLICY
 from evaluation.history import History
 from evaluation.measures import Interval
-from evaluation.plots import FIRST
 from evaluation.record_summary import Summary, describe, grown
 from evaluation.report import Report
 from evaluation.verdict import describe_power
@@ -106,7 +105,7 @@ def render_walkforward(
     """Return ``walkforward.html``: a walk's verdict, its curve, its windows and its symbols."""
     pairs = {name: tuple(map(Markup, pair)) for name, pair in svgs.items()}
     page = _environment().get_template("walkforward.html")
-    names = {"POLICY": POLICY, "CHAMPION": CHAMPION, "BUY_AND_HOLD": BUY_AND_HOLD, "FIRST": FIRST}
+    names = {"POLICY": POLICY, "CHAMPION": CHAMPION, "BUY_AND_HOLD": BUY_AND_HOLD}
     return page.render(summary=summary, svgs=pairs, made=made, **names).encode()
 
 

@@ -96,6 +96,12 @@ class WalkSummary:
     notes: Sequence[str] = field(default_factory=list)
 
     @property
+    def beside(self) -> dict[str, str]:
+        """Who traded beside the champions, but for cash, which earns nothing: name -> what readers call it."""
+        names = (name for name in self.measures if name not in (POLICY, ALWAYS_FLAT))
+        return {name: "champion alone" if name == CHAMPION else name for name in names}
+
+    @property
     def headline(self) -> str:
         """Whether there is an edge, and over how many days: one sentence."""
         days = count_of(len(self.days), "day")

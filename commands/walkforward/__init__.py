@@ -401,7 +401,7 @@ class Walk:
         if options.as_json:
             self._console.emit(json.dumps(content, indent=1, allow_nan=False))
         else:
-            self._console.table(*table(summary), spare=("exams", "UTC"))
+            self._console.table(*table(summary))
         name = f"walkforward_{file_name(self._folder.resolve().name)}"
         folder = Path(settings.report_dir) / name
         began_with = self._began_with.name if self._began_with else "random weights"

@@ -34,20 +34,22 @@ def render_files(
     yield "walkforward.html", render_walkforward(summary, svgs, made)
 
 
-def table(summary: WalkSummary) -> tuple[str, tuple[str, ...], list[list[str]]]:
-    """Return title, columns and rows: one a window."""
-    columns = ("window", "UTC", "champion", "return", "buy and hold", "exams")
+def table(summary: WalkSummary) -> tuple[str, tuple[str, ...], list[list[str]], tuple[str, ...]]:
+    """Return title, columns and rows, one a window, and which columns a narrow terminal may leave out."""
+    beside = summary.beside.values()
+    columns = ("window", "UTC", "champion", "return", *beside, "exams")
+    spare = ("exams", *(name for name in reversed(beside) if name != BUY_AND_HOLD), "UTC")
     rows = [
         [
             str(row.number),
             f"{row.first} to {row.last}",
             named(row.champion, row.members),
-            *(f"{row.returns[name]:+.2%}" if name in row.returns else "" for name in (POLICY, BUY_AND_HOLD)),
+            *(f"{row.returns[n]:+.2%}" if n in row.returns else "" for n in (POLICY, *summary.beside)),
             str(row.exams),
         ]
         for row in summary.windows
     ]
-    return summary.headline, columns, rows
+    return summary.headline, columns, rows, spare
 
 
 def named(champion: str | None, members: Sequence[str], without: str = "none") -> str:

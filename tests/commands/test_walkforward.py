@@ -29,6 +29,7 @@ from evaluation.exam import POLICY
 from evaluation.forecasts import FITS, RIDGE, TREES, import_lightgbm
 from evaluation.walk_summary import summarize
 from monitoring.console import Console
+from monitoring.tables import fit, lay_out
 from runtime.control import ExitProgram
 from runtime.locking import FolderLock
 from tests.commands import hourly
@@ -156,6 +157,15 @@ def test_one_curve_is_stitched_from_the_windows_and_judged_by_all_trials(walked:
     assert content["headline"] == summary.headline == "An edge over 15 days out of sample."
     assert content["headline"] in page.text and summary.verdict.edge
     assert [row["number"] for row in content["windows"]] == [1, 2, 3]
+    # All who traded stand in the table of windows; a terminal of 100 columns has room for them without the exams.
+    beside = ["first champion", "buy and hold", "momentum"]
+    _, columns, rows, spare = walkforward.table(summary)
+    assert list(columns[3:-1]) == ["return", *beside] and list(summary.beside) == beside
+    for row, returns in zip(rows, (window.returns for window in summary.windows), strict=True):
+        assert row[4:7] == [f"{returns[name]:+.2%}" for name in beside]
+        assert all(text in page.text for text in row[4:7])
+    heads, lines = fit(columns, rows, 100, spare)
+    assert heads == list(columns[:-1]) and max(map(len, lay_out(heads, lines))) <= 100
     pictures = {path.name for path in (folder / "report" / "walkforward_walk").glob("*.png")}
     assert pictures == {"equity.png", "windows.png", "costs.png"}
 

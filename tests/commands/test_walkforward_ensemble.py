@@ -111,6 +111,7 @@ def test_page_and_figures_say_who_decided(walked: tuple[Path, Book]) -> None:
     assert content["measures"].keys() >= {POLICY, CHAMPION}
     assert content["above_champion"]["interval"] and content["above_champion"]["certainty"]
     assert f"with {book.results[2]['members'][1]}" in page.text and "Deciding together was worth" in page.text
+    assert page.text.count("champion alone") == 3  # who earned what, what it was worth, the windows
     assert "the newest 2 champions, by the average of their probabilities" in page.text
 
 
