@@ -51,10 +51,9 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     market = trained.market(own, loaded)
     newest = max(0, len(bars[symbol]) - config.episode_bars - 2)
     start_ns = _time_ns(start) if start else int(bars[symbol].open_time[newest])
-    walk = play(trained.policy, market, config, symbol, start_ns)
-    about = symbol
-    if config.group:
-        about = f"{', '.join(_group_with(symbol, market, config).symbols)} (an index of their prices)"
+    owner = owner_of(symbol, market, config)
+    walk = play(trained.policy, market, config, owner, start_ns)
+    about = f"{', '.join(owner.symbols)} (an index of their prices)" if config.group else symbol
     line = (
         f"{about}, {len(walk.time):,} decisions from {str(walk.time[0])[:16]} UTC, "
         f"{trained.name}: "
@@ -67,23 +66,27 @@ def command(trained: TrainedPolicy, symbol: str, start: str, output: Path) -> st
     return f"{line}; drawn as {output}"
 
 
-def play(policy: Decider, market: Market, config: EnvConfig, symbol: str, start_ns: int) -> Walk:
-    """Play one episode greedily, of a group that of the symbol's; shorter than ``episode_bars`` where bars end.
+def play(policy: Decider, market: Market, config: EnvConfig, owner: Group, start_ns: int) -> Walk:
+    """Play one episode of an account greedily; shorter than ``episode_bars`` where bars end.
 
     Raises:
-        ValueError: the symbol is not in the market or in no group, or has no segment of bars after the start.
+        ValueError: its symbol is not in the market, or there is no segment of bars after the start.
     """
     segments = config.episode_bars // config.horizon
     terms: dict[str, Any] = {"start_ns": start_ns, "end_ns": NEVER_NS, "max_segments": segments}
     if config.group:
-        group = _group_with(symbol, market, config)
-        return examine_groups(policy, market, config, [group], **terms)[POLICY][0]
-    return examine(policy, market, config, [symbol], chunk_segments=1, **terms)[POLICY][0]
+        return examine_groups(policy, market, config, [owner], **terms)[POLICY][0]
+    return examine(policy, market, config, owner.symbols, chunk_segments=1, **terms)[POLICY][0]
 
 
-def _group_with(symbol: str, market: Market, config: EnvConfig) -> Group:
-    """Return the first group of the exam that a symbol is in."""
-    assert config.group is not None
+def owner_of(symbol: str, market: Market, config: EnvConfig) -> Group:
+    """Return what has the account that a symbol is in: itself alone, or the first group of the exam with it.
+
+    Raises:
+        ValueError: it is in no group.
+    """
+    if config.group is None:
+        return Group(symbol, (symbol,))
     groups = groups_of(market, config.group.size)
     for group in groups:
         if symbol in group.symbols:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from commands.episode import command, play
+from commands.episode import command, owner_of, play
 from continuous_training import Settings
 from evaluation import plots
 from evaluation.trained_policy import TrainedPolicy
@@ -32,7 +32,7 @@ def test_what_is_drawn_is_what_the_account_did() -> None:
     policy = Policy(trunk, 9, 3)
     torch.nn.init.normal_(policy.head.logits.weight, std=0.5)
     start = 60
-    episode = play(policy, market, config, "AAA", int(bars.open_time[start]))
+    episode = play(policy, market, config, owner_of("AAA", market, config), int(bars.open_time[start]))
     length = 4 * HORIZON
     filled = slice(start + 1, start + 1 + length)
     assert np.array_equal(episode.time.astype(np.int64), bars.open_time[filled])

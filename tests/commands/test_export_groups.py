@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from commands import export
-from commands.episode import play
+from commands.episode import owner_of, play
 from continuous_training import Settings
 from envs.config import GroupConfig
 from evaluation import plots
@@ -76,13 +76,13 @@ def test_an_episode_of_a_group_is_that_of_its_exam(trained: TrainedPolicy) -> No
     config = replace(trained.env_config(1), episode_bars=32)
     market = trained.market([*BARS, walk("AAA", 300, seed=7)])
     start = int(BARS[0].open_time[100])
-    drawn = play(trained.policy, market, config, "AAA", start)
     (first, second) = groups_of(market, 2)
-    assert second.symbols == ("AAA", "BTCUSDT")
+    assert second.symbols == ("AAA", "BTCUSDT") and owner_of("AAA", market, config) == second
+    drawn = play(trained.policy, market, config, second, start)
     walks = examine_groups(trained.policy, market, config, [first, second], start, NEVER_NS, max_segments=2)
     assert len(drawn.time) == 32
     assert np.array_equal(drawn.log_returns, walks["policy"][1].log_returns)
     assert plots.episode(drawn, "AAA").axes[0].get_title("left") == "AAA"
     stock = trained.market([*BARS, walk("SSS", 300, "stock", seed=7)])
     with pytest.raises(ValueError, match="--symbol SSS is in no group of 2: its kind has too few symbols"):
-        play(trained.policy, stock, config, "SSS", start)
+        owner_of("SSS", stock, config)
