@@ -75,7 +75,7 @@ def test_a_stop_changes_no_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def count() -> None:
             nonlocal epochs
             epochs += 1
-            if epochs in (1, 3):  # in the first run, and in the second one after its first exam
+            if epochs in (1, 5):  # in the first run, which begins again, and in the second one after its exam
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(control, "_on_epoch", count)
