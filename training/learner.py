@@ -309,14 +309,16 @@ class Learner:
 
 
 def _by_volatility(advantages: Tensor, rollout: Rollout) -> Tensor:
-    """Divide advantages (N, T) or (N, T, K) by how much their symbol moved just before.
+    """Divide advantages (N, T) or (N, T, K) by the square root of how much their symbol moved just before.
 
-    The best choice of a state stays the best. But most of the noise is in wild minutes: all count alike now, where
-    those drowned the others, and a policy learns more of the same bars (docs/real_markets.md).
+    The best choice of a state stays the best. But most of the noise is in wild minutes, which drowned the others:
+    more is learnt of the same bars, on real ones (docs/real_markets.md). Divided by all of it, what calm minutes
+    teach would count for as much, though little is to be earned there.
     """
     if rollout.volatility is None:
         return advantages
-    return advantages / rollout.volatility.view(*rollout.volatility.shape, *[1] * (advantages.dim() - 2))
+    divisor = rollout.volatility.sqrt()
+    return advantages / (divisor if advantages.dim() == 2 else divisor[..., None])
 
 
 class _Statistics:

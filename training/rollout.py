@@ -55,8 +55,8 @@ class Rollout:
     depth: Tensor | None = (
         None  # (N, layers) the blocks that each segment skipped, see transformer.draw_depth
     )
-    # (N, T) of the last moves before each decision, in typical ones; advantages are divided by it. None in what
-    # an older program saved
+    # (N, T) of the last moves before each decision, in typical ones, see envs.recent_volatility. None in what an
+    # older program saved
     volatility: Tensor | None = None
 
     @property

@@ -57,7 +57,7 @@ def test_choices_are_weighed_against_each_other_by_their_advantage() -> None:
 
 
 @pytest.mark.parametrize("hindsight", [True, False])
-def test_advantages_are_divided_by_how_much_their_symbol_moved_just_before(hindsight: bool) -> None:
+def test_wild_minutes_count_less_by_the_root_of_their_volatility(hindsight: bool) -> None:
     learner = small_learner(small_policy())
     rollout = made_up_rollout(learner.policy, num_segments=8, hindsight=hindsight)
     rollout.valid[:] = True
@@ -69,11 +69,11 @@ def test_advantages_are_divided_by_how_much_their_symbol_moved_just_before(hinds
     assert torch.equal(divided.returns, plain.returns)
     torch.testing.assert_close(even.advantages, plain.advantages)
     if hindsight:
-        expected = plain.advantages / uneven[..., None]
+        expected = plain.advantages / uneven.sqrt()[..., None]
         expected /= expected.square().mean().sqrt()
     else:
         columns = rollout.rewards, rollout.values, rollout.next_value, rollout.terminated
-        raw = advantages_and_returns(*columns, SETTINGS.gamma, SETTINGS.gae_lambda)[0] / uneven
+        raw = advantages_and_returns(*columns, SETTINGS.gamma, SETTINGS.gae_lambda)[0] / uneven.sqrt()
         expected = ((raw - raw.mean()) / raw.std(correction=0))[..., None].expand_as(plain.advantages)
     torch.testing.assert_close(divided.advantages, expected, rtol=1e-4, atol=1e-5)
 
