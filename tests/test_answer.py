@@ -10,7 +10,13 @@ from benchmarks import answer
 from commands.selftest import Sizes
 
 SMALL = Sizes(
-    num_symbols=2, num_bars=2_500, exam_symbols=2, num_envs=8, context_bars=16, minibatch_segments=8
+    num_symbols=2,
+    num_bars=2_500,
+    exam_symbols=2,
+    num_envs=8,
+    context_bars=16,
+    horizon=128,
+    minibatch_segments=8,
 )
 
 
