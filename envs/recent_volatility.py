@@ -27,8 +27,7 @@ def _recent_volatility(market: Market, bars: Tensor) -> Tensor:
     seen = bars[..., None] - torch.arange(LOOK_BACK, -1, -1, device=bars.device)
     price = market.quotes[seen.clamp(min=0), 1].double().log()
     moves = price.diff(dim=-1) / market.volatility[symbol.clamp(min=0)].double()[..., None]
-    is_known = (seen[..., :-1] >= market.stretch_first[stretch.clamp(min=0)][..., None]) & (bars >= 0)[
-        ..., None
-    ]
+    begins = market.stretch_first[stretch.clamp(min=0)]
+    is_known = (seen[..., :-1] >= begins[..., None]) & (bars >= 0)[..., None]
     squares = torch.where(is_known, moves.clamp(-LARGEST_MOVE, LARGEST_MOVE).square(), 0.0)
     return ((1.0 + squares.sum(-1)) / (1.0 + is_known.sum(-1))).sqrt().float()
