@@ -207,9 +207,9 @@ TRIALS = (
         "two symbols lead the others",
         leaders(0.3),
         0.1,
-        36,
+        48,
         earns(0.95),
-        learning_rate=4e-3,
+        learning_rate=6e-3,
         **ACROSS_SYMBOLS,
     ),
     Trial(
