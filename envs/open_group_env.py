@@ -15,7 +15,7 @@ from envs.grid import Grid
 from envs.group_account import GroupState, advance_group, fill_orders, is_kept, rate_with_impact
 from envs.group_segment import group_segment
 from envs.group_walk_env import GroupExamEnv
-from envs.market import Market
+from envs.market import NUM_QUOTES, Market
 from envs.open_env import SAME, LastStates, OpenAccount, Trades
 
 
@@ -68,9 +68,9 @@ class OpenGroupEnv(GroupExamEnv):
 
     It is to ``GroupExamEnv`` what ``OpenEnv`` is to ``ExamEnv``; a minute of the clock is what a bar is there. An
     account without a position at its side in ``accounts`` is new and begins at its entry in ``starts``, which the
-    others ignore. What is owed up to the next minute goes by the bars as they are now, and has the funding of bars
-    that came in since for minutes before. Where the actions of a group are ``HOLD``, it trades nothing but what it
-    may not hold.
+    others ignore. What is due at the next minute follows from the bars as they are now, with the funding of bars
+    that came in since for earlier minutes. Where the actions of a group are ``HOLD``, it trades nothing but what
+    it may not hold.
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class OpenGroupEnv(GroupExamEnv):
         ratios = before / torch.stack([opens, closes, torch.where(was_there, prices, closes)])
         is_scaled = (ratios / ratios[0] - 1).abs().amax(0) < SAME
         self._account.units[number] *= torch.where(is_scaled, ratios[0], 1.0)
-        self._account.owed[number] = self._owed(number, minute) + self._funding_since(number, known, newest)
+        late = self._funding_since(number, known, newest)
+        self._account.owed[number] = self._due_at_next(number, minute) + late
 
     def _known_then(self, number: int, newest: Tensor, bars_ns: Sequence[int]) -> Tensor:
         """Return the bars of a group that were its newest ones when it stood there, (G,); now ``newest`` are."""
@@ -140,15 +141,15 @@ class OpenGroupEnv(GroupExamEnv):
         While they were missing, a later bar had it. What is held now was held at all of them: no order fills
         without a bar.
         """
-        owed = torch.zeros((), dtype=self.dtype, device=self.device)
+        due = torch.zeros((), dtype=self.dtype, device=self.device)
         if self.market.has_funding:
             for place in (known < newest).nonzero().flatten().tolist():
                 quotes = self.market.quotes[known[place] + 1 : newest[place] + 1].to(self.dtype)
-                owed += self._account.units[number, place] * (quotes[:, 0] * quotes[:, 5]).sum()
-        return owed
+                due += self._account.units[number, place] * (quotes[:, 0] * quotes[:, NUM_QUOTES]).sum()
+        return due
 
-    def _owed(self, number: int, minute: Tensor) -> Tensor:
-        """Return what an account owes from a minute to the next one: a bar may have come in since, or gone."""
+    def _due_at_next(self, number: int, minute: Tensor) -> Tensor:
+        """Return interest and funding due at the minute after this one, by the bars as they are now."""
         group, one = self._groups[number, None], slice(number, number + 1)
         fills = group_segment(self.grid, self.config, group, minute[None] - 1, 1.0, self.dtype).fills
         met = {name: values[0] for name, values in fills.items() if name != "margin"}

@@ -52,9 +52,8 @@ class Rollout:
     hindsight: Hindsight | None = None
     forecasts: Tensor | None = None  # (N, T, 2, horizons), where they are learnt, by the weights that played
     ahead: Tensor | None = None  # (N, T, 2, horizons) what came, see envs.ahead
-    depth: Tensor | None = (
-        None  # (N, layers) the blocks that each segment skipped, see transformer.draw_depth
-    )
+    # (N, layers) the blocks that each segment skipped, see transformer.draw_depth
+    depth: Tensor | None = None
     # (N, T) of the last moves before each decision, in typical ones, see envs.recent_volatility. None in what an
     # older program saved
     volatility: Tensor | None = None

@@ -184,7 +184,7 @@ TRIALS = (
         "only foresight pays",
         pure_noise(),
         0.0,
-        6,  # enough for a feature with 5 % of the next move in noise: 19 standard errors (docs/LOG.md)
+        6,  # enough for a feature with 5 % of the next move in noise: 18 standard errors (docs/LOG.md)
         foresees_nothing,
         with_noise=True,
         most_symbols=32,
