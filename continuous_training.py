@@ -115,6 +115,7 @@ class Settings:
     d_model: int = 2_048  # width of the transformer
     num_layers: int = 12  # transformer blocks
     num_heads: int = 32  # attention heads
+    feature_encoding: Literal["piecewise", "linear"] = "piecewise"  # piecewise: tails apart from the middle
     precision: Literal["auto", "fp8", "bf16", "fp32"] = "auto"  # of the transformer; auto: bf16, on CPUs fp32
     compile: Literal["auto", "on", "off"] = "auto"  # compile the model and the accounts; auto: on GPUs
     parallel: Literal["ddp", "fsdp"] = "ddp"  # whole model on each GPU; fsdp: a shard, for larger models
@@ -189,6 +190,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "d_model": 64,
         "num_layers": 1,
         "num_heads": 4,
+        "feature_encoding": "linear",  # its edge is nearly linear in its features, and less is learnt sooner
         "context_bars": 32,
         "horizon": 256,
         "batch_size": 4_096,

@@ -11,10 +11,10 @@ import numpy as np
 
 from evaluation.exam import Walk
 from evaluation.measures import daily_returns, interval_of_mean
-from evaluation.trained_policy import WEIGHTS_DEPEND_ON, TrainedPolicy
+from evaluation.trained_policy import TrainedPolicy
 from evaluation.uncertainty import LEAST_DAYS, NORMAL, Interval, score
 from evaluation.verdict import CERTAINTY
-from training.checkpoint import BEST
+from training.checkpoint import BEST, WEIGHTS_DEPEND_ON
 
 if TYPE_CHECKING:
     from continuous_training import Settings

@@ -15,10 +15,11 @@ import torch
 
 from envs.config import EnvConfig
 from envs.features import FeatureStatistics
-from evaluation.trained_policy import WEIGHTS_DEPEND_ON, TrainedPolicy
+from evaluation.trained_policy import TrainedPolicy
 from models.ensemble import Decider, Ensemble, View
 from models.policy import Policy
 from runtime.wording import first_of
+from training.checkpoint import WEIGHTS_DEPEND_ON
 
 if TYPE_CHECKING:
     from continuous_training import Settings

@@ -39,12 +39,11 @@ from models.ensemble import Decider
 from models.exported import ExportError, read_card
 from models.policy import precision_on
 from runtime.files import identity_of
-from training.checkpoint import Checkpoint, CheckpointError, same_version
+from training.checkpoint import WEIGHTS_DEPEND_ON, Checkpoint, CheckpointError, same_version
 
 if TYPE_CHECKING:
     from continuous_training import Settings
 
-WEIGHTS_DEPEND_ON = ("d_model", "num_layers", "num_heads", "positions", "context_bars")
 PROBED = ("SOLUSDT", "ETHUSDT", "BTCUSDT")  # the first one's features are compared
 PROBE_TOLERANCE = 1e-2  # of raw features, whose spread is about 1
 # Of EnvConfig, in folders that were exported before there were such futures: no decision of theirs rests on them.

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.embedding import FIRST_ENCODING, PiecewiseLinear
 from models.linear import Linear
 
 
@@ -34,6 +35,7 @@ class TransformerConfig:
     num_layers: int
     num_heads: int
     max_length: int  # longest segment, bars
+    feature_encoding: str = FIRST_ENCODING  # or piecewise, see models/embedding.py
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
@@ -140,7 +142,8 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # recompute blocks in the backward instead of keeping activations: less memory
-        self.embed = Linear(config.num_features, config.d_model)
+        embedding = PiecewiseLinear if config.feature_encoding == "piecewise" else Linear
+        self.embed = embedding(config.num_features, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model)
         angles = torch.empty(config.max_length, config.d_model // config.num_heads // 2)
@@ -154,13 +157,15 @@ class Trunk(nn.Module):
     def reset_parameters(self) -> None:
         """Draw initial weights; layers that write to the residual stream shrink with depth, as in GPT-2.
 
-        Fills the rotary angles, too, for a trunk that was made without memory.
+        Fills rotary angles and edges, too, for a trunk that was made without memory.
         """
         if self.embed.weight.is_meta:  # where normal_ would import torch's compiler, for seconds
             return
         angles = rotary_angles(self.config.max_length, self.config.d_model // self.config.num_heads)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
+        if isinstance(self.embed, PiecewiseLinear):
+            self.embed.fill_edges()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
@@ -178,7 +183,7 @@ class Trunk(nn.Module):
         half (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); a backward takes twice as many.
         """
         width, layers = self.config.d_model, self.config.num_layers
-        weights = self.config.num_features * width + layers * 12 * width**2
+        weights = self.embed.in_features * width + layers * 12 * width**2
         skipped = length - (length if num_last is None else num_last)
         # The last feed-forward, and the output projection of the last attention.
         saved = skipped * 9 * width**2

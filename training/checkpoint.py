@@ -25,6 +25,7 @@ from torch import Tensor
 
 from envs.config import FIRST_FEATURES, GroupConfig
 from envs.features import FeatureStatistics, chosen_features
+from models.embedding import FIRST_ENCODING
 from models.policy import Policy
 from runtime.files import TEMPORARY_SUFFIX, free_bytes, make_folder, write_atomically
 from runtime.locking import FolderHeld, FolderLock, FolderLockError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("continuous_training")
 
 FORMAT = 1
+WEIGHTS_DEPEND_ON = ("d_model", "num_layers", "num_heads", "feature_encoding", "positions", "context_bars")
 SPARE_BYTES = 1 << 20  # what a file takes beside its tensors
 
 
@@ -109,6 +111,7 @@ class Checkpoint:
         # Files written before exams existed: all of their bars count as trained on.
         contents = {"step": 0, "exam": {}, "trained_until_ns": contents.get("data_cutoff_ns")} | contents
         with same_version(path):
+            contents["config"] = {"feature_encoding": FIRST_ENCODING} | contents["config"]
             return Checkpoint(path=path, **{key: contents[key] for key in _WEIGHTS_KEYS})
 
     def with_resume(self) -> Checkpoint:
@@ -184,7 +187,7 @@ class Checkpoint:
             return self._mismatch(settings)
 
     def _mismatch(self, settings: Settings) -> str:
-        for name in ("d_model", "num_layers", "num_heads", "positions", "context_bars", "horizon"):
+        for name in (*WEIGHTS_DEPEND_ON, "horizon"):
             if self.config[name] != getattr(settings, name):
                 return (
                     f"{name}={getattr(settings, name)}, but {self.path} was trained with "

@@ -16,6 +16,7 @@ import torch
 from envs.ahead import HORIZONS
 from envs.features import chosen_features
 from models.policy import Policy, precision_on
+from models.transformer import Trunk
 from training.distributed import Ranks
 from training.model_checks import OwnNeeds, needs_of
 from training.validation import minibatch_segments, policy_sizes
@@ -35,7 +36,8 @@ ACTIVATION_BYTES = {"fp8": 54, "bf16": 60, "fp32": 86}
 GPU_ACTIVATION_BYTES = {"fp8": 30, "bf16": 36, "fp32": 72}
 # Per unit of width and bar: head and losses, gradients on their way.
 GPU_LAST_BYTES = {"fp8": 24, "bf16": 24, "fp32": 48}
-INPUT_BYTES = {"fp8": 2, "bf16": 2, "fp32": 4}  # the same, of the input alone, which recomputing starts from
+# Of a number that goes into a layer; recomputing starts from it.
+INPUT_BYTES = {"fp8": 2, "bf16": 2, "fp32": 4}
 USABLE = 0.9  # of a GPU's memory: CUDA itself and the allocator's rounding take the rest
 MOST_SEGMENTS = 128  # a GPU is busy long before that
 FEWEST_SEGMENTS = 4  # with fewer, recomputing blocks is cheaper
@@ -60,6 +62,7 @@ class MemoryNeeds:
     precision: str  # of the trunk
     market_bytes: int
     num_heads: int = 1
+    num_inputs: int = 0  # of the transformer's first layer, per bar
     num_forecasts: int = 0
     shards: int = 1  # ranks among which the trunk's weights are divided
     replicas: int = 1  # ranks that hold all weights, and average their gradients
@@ -86,6 +89,7 @@ class MemoryNeeds:
             precision=precision,
             market_bytes=market_bytes,
             num_heads=settings.num_heads,
+            num_inputs=policy.trunk.embed.in_features if isinstance(policy.trunk, Trunk) else 0,
             num_forecasts=num_forecasts(settings),
             shards=world_size if settings.parallel == "fsdp" else 1,
             replicas=1 if settings.parallel == "fsdp" else world_size,
@@ -170,7 +174,8 @@ class MemoryNeeds:
         blocks = (
             self.num_layers * INPUT_BYTES[self.precision] + block if recompute else self.num_layers * block
         )
-        return self.d_model * (self.context_bars + self.horizon) * (blocks + last)
+        of_a_bar = self.d_model * (blocks + last) + self.num_inputs * INPUT_BYTES[self.precision]
+        return (self.context_bars + self.horizon) * of_a_bar
 
 
 @dataclass(frozen=True)

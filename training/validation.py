@@ -263,6 +263,7 @@ def policy_sizes(settings: Settings, num_features: int) -> dict[str, Any]:
         "num_layers": settings.num_layers,
         "num_heads": settings.num_heads,
         "max_length": settings.context_bars + settings.horizon + 1,
+        "feature_encoding": settings.feature_encoding,
     }
     account_features = EnvConfig.from_settings(settings).num_account_features
     return {

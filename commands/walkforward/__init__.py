@@ -42,6 +42,7 @@ from evaluation.forecasts import import_lightgbm
 from evaluation.provenance import minute_of
 from evaluation.report import file_name, write_folder
 from evaluation.walk_summary import summarize
+from models.embedding import FIRST_ENCODING
 from monitoring.console import Console
 from runtime.control import (
     EXIT_ABORTED,
@@ -181,6 +182,7 @@ class Walk:
         except ValueError as error:
             raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
         defaults = {f.name: f.default for f in fields(settings) if f.name not in FREE}
+        defaults["feature_encoding"] = FIRST_ENCODING
         later = {"ensemble": WalkOptions.ensemble, "settings": defaults}
         self.book = Book.open(self._folder, self._plan(stamp), later)
         self._champions = Champions(self._folder, options.ensemble, options.fresh)

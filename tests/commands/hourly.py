@@ -70,6 +70,7 @@ SIZES = {
     "d_model": 16,
     "num_layers": 1,
     "num_heads": 2,
+    "feature_encoding": "linear",  # what little is learnt of so few bars is learnt sooner
     "context_bars": 4,
     "horizon": 8,
     "episode_bars": 16,

@@ -28,6 +28,7 @@ FLAGS = {
     "simulated_symbols": 2,
     "simulated_bars": 4_320,
     "holdout_days": 1,
+    "feature_encoding": "linear",  # so short a training trades with it
     "epochs": 2,
     "runs": 1,
 }

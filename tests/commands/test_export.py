@@ -30,7 +30,7 @@ from training import acting
 
 @pytest.fixture
 def trained(tmp_path: Path) -> TrainedPolicy:
-    return TrainedPolicy.read(untrained(tmp_path), Settings)
+    return TrainedPolicy.read(untrained(tmp_path, feature_encoding="piecewise"), Settings)
 
 
 @pytest.fixture

@@ -216,9 +216,11 @@ def test_a_walk_of_an_older_program_goes_on_with_settings_that_it_did_not_know(
     shutil.copytree(walked[0] / "walk", tmp_path / "walk")
     path = tmp_path / "walk" / "walk.json"
     plan = json.loads(path.read_text())
-    del plan["ensemble"], plan["settings"]["feature_noise"]
+    del plan["ensemble"], plan["settings"]["feature_noise"], plan["settings"]["feature_encoding"]
     path.write_text(json.dumps(plan))
     assert "feature_noise=0.0 there, 0.5 here" in refused(tmp_path, settings_in(tmp_path, feature_noise=0.5))
+    piecewise = settings_in(tmp_path, feature_encoding="piecewise")
+    assert "feature_encoding=linear there, piecewise here" in refused(tmp_path, piecewise)
     # It is understood, and the edit is found all the same.
     assert "0001.json does not follow walk.json, which was edited" in refused(tmp_path)
 

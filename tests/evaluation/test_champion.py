@@ -38,6 +38,7 @@ SETTINGS = Settings(
     d_model=16,
     num_layers=1,
     num_heads=2,
+    feature_encoding="linear",
     context_bars=4,
     horizon=8,
     episode_bars=16,

@@ -24,14 +24,15 @@ def untrained(folder: Path, **changes: Any) -> Path:
     """Save a checkpoint of random weights, as the training writes it."""
     settings = Settings(
         sources=("binance",), binance_pairs=PAIRS, history_days=3, holdout_days=1, d_model=32, num_layers=1,
-        num_heads=4, context_bars=8, horizon=16, episode_bars=64, data_dir=str(folder / "data"),
-        log_dir=str(folder / "logs"),
+        num_heads=4, feature_encoding="linear", context_bars=8, horizon=16, episode_bars=64,
+        data_dir=str(folder / "data"), log_dir=str(folder / "logs"),
     )  # fmt: skip
     settings = replace(settings, **changes)
     market = market_of(walk("AAA", 3000))
     torch.manual_seed(1)
     seen = EnvConfig.from_settings(settings, 1).num_account_features
-    policy = Policy(TransformerConfig(market.num_features, 32, 1, 4, 25), seen, 3)
+    trunk = TransformerConfig(market.num_features, 32, 1, 4, 25, settings.feature_encoding)
+    policy = Policy(trunk, seen, 3)
     torch.nn.init.normal_(policy.head.logits.weight, std=0.5)
     saved = replace(
         small(folder / "checkpoints", 1, 2),

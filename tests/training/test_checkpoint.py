@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from continuous_training import Settings
 from data_sources.errors import LakeError
-from tests.training.checkpoints import small
+from evaluation.trained_policy import TrainedPolicy
+from tests.training.checkpoints import small, untrained
 from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError
 
@@ -292,3 +295,20 @@ def test_a_file_of_another_kind_is_called_that(tmp_path: Path, content: bytes, f
     with pytest.raises(CheckpointError) as error:
         Checkpoint.read(path)
     assert str(error.value).startswith(f"{path}{fault}") and "zip" not in str(error.value)
+
+
+def test_weights_of_a_program_that_knew_one_encoding_are_used_with_that(tmp_path: Path) -> None:
+    path = untrained(tmp_path, feature_encoding="linear")
+    contents = torch.load(path, weights_only=True)
+    del contents["config"]["feature_encoding"], contents["model_config"]["trunk"]["feature_encoding"]
+    torch.save(contents, path)
+    settings = Settings(**(contents["config"] | {"feature_encoding": "linear"}))
+    saved = Checkpoint.read(path)
+    assert saved.mismatch(settings) == ""
+    wanted = "feature_encoding=piecewise, but "
+    assert saved.mismatch(replace(settings, feature_encoding="piecewise")).startswith(wanted)
+    trained = TrainedPolicy.read(path, Settings)
+    assert trained.settings.feature_encoding == "linear"
+    assert trained.policy.num_parameters() == saved.policy(torch.device("cpu"), "fp32").num_parameters()
+    with pytest.raises(ValueError, match="was trained with feature_encoding=linear"):
+        TrainedPolicy.read(path, Settings, feature_encoding="piecewise")

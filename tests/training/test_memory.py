@@ -36,10 +36,12 @@ FULL = MemoryNeeds.of(Settings(), market_bytes=2 * GIB, world_size=1, precision=
 SMALL = MemoryNeeds.of(Settings(**PRESETS["small"]), market_bytes=2 * GIB, world_size=1, precision="bf16")
 
 
-def kept_for_the_backward(num_layers: int, precision: str, recompute: bool) -> int:
+def kept_for_the_backward(
+    num_layers: int, precision: str, recompute: bool = False, encoding: str = "linear"
+) -> int:
     """Count the bytes that a forward leaves for its backward, weights excluded."""
     batch, length, width = 3, 24, 64
-    policy = Policy(TransformerConfig(5, width, num_layers, 4, length), 9, 3, precision)
+    policy = Policy(TransformerConfig(5, width, num_layers, 4, length, encoding), 9, 3, precision)
     policy.trunk.recompute = recompute
     weights = {p.untyped_storage().data_ptr() for p in (*policy.parameters(), *policy.buffers())}
     kept = {}
@@ -62,6 +64,18 @@ def test_a_block_keeps_what_the_plan_counts(precision: str, recompute: bool) -> 
         block -= 12 * 64**2 * memory.COPY_BYTES[precision]  # of the weights, which the plan counts as state
     counted = (INPUT_BYTES if recompute else ACTIVATION_BYTES)[precision]
     assert block / (3 * 24 * 64) == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_counts_what_is_kept_of_encoded_features(precision: str) -> None:
+    more = kept_for_the_backward(1, precision, encoding="piecewise") - kept_for_the_backward(1, precision)
+    assert more == 3 * 24 * 30 * INPUT_BYTES[precision]  # six columns more for each of five features
+    encoded, plain = (
+        MemoryNeeds.of(Settings(feature_encoding=encoding), GIB, 1, precision)  # type: ignore[arg-type]
+        for encoding in ("piecewise", "linear")
+    )
+    per_segment = encoded.segment_bytes(recompute=False) - plain.segment_bytes(recompute=False)
+    assert per_segment == (64 + 128) * 6 * 24 * INPUT_BYTES[precision]
 
 
 def test_recomputing_changes_no_gradient() -> None:
