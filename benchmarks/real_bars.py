@@ -1,8 +1,8 @@
 """Train at several costs on bars of your own, and judge on days that nothing was tuned on, beside plain models.
 
     python benchmarks/real_bars.py --data FOLDER    # a model of the demo's size at each cost
-    python benchmarks/real_bars.py --data FOLDER --last-days 40 --epochs 12 --no-trees    # smaller
-    python benchmarks/real_bars.py --data FOLDER --seeds 3 --epochs 400 --d-model 256 --num-layers 4
+    python benchmarks/real_bars.py --data FOLDER --last-days 40 --times 1 --no-trees    # smaller
+    python benchmarks/real_bars.py --data FOLDER --seeds 3 --times 0 --epochs 400 --d-model 256 --num-layers 4
 
 Every folder in FOLDER with CSV or Parquet files is a market of its own; files right in FOLDER make all of it one
 (docs/data.md has their form). Its days are cut in order: 50 % to train and fit on, 15 % to choose a threshold rule
@@ -58,6 +58,7 @@ from evaluation.stale_opens import stale_opens
 from evaluation.trained_policy import NEVER_NS
 from models.ensemble import Ensemble, View
 from models.policy import Policy
+from runtime.wording import count_of
 from training import devices
 from training.data_feed import data_request
 from training.distributed import Ranks
@@ -69,13 +70,14 @@ FEES = ("stock_fee_bps", "crypto_fee_bps", "perpetual_fee_bps")
 SHARES = (0.5, 0.65)  # of the days: where the days of choice and the judged days begin
 SIGN = Rule(1, 0.0, 0.0)  # of the next bar's forecast
 LAST_EPOCHS = 0.1  # of a training, whose mean reward stands for what it believes
-# A demo's model and learning, which two cores train in a minute or two.
+# A demo's size, which two cores train in a minute or two, at a lower rate: real edges are small.
 SIZES = dict(PRESETS["demo"]) | {
     "sources": ("files",),
     "files_dir": ".",  # each market has its own
     "start_date": "2003-01-01",
     "envs_per_gpu": 64,
-    "epochs": 50,
+    "feature_encoding": "piecewise",
+    "learning_rate": 1e-3,
     "min_bars": 500,
     "runs": None,
 }
@@ -99,6 +101,9 @@ def run(
     data: Annotated[Path, typer.Option("--data", help="folder with files of bars, or with folders of them")],
     costs: Annotated[str, typer.Option("--costs", help="flat costs of a side, bp")] = "0,0.5,1,2,5",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="trainings at each cost")] = 1,
+    times: Annotated[
+        float, typer.Option("--times", min=0, help="to learn from each bar; 0: as often as --epochs says")
+    ] = 4.0,
     last_days: Annotated[int, typer.Option("--last-days", min=0, help="newest days to use; 0: all")] = 0,
     trees: Annotated[
         bool | None, typer.Option("--trees/--no-trees", help="default: where lightgbm is installed")
@@ -112,7 +117,7 @@ def run(
     for name, folder in folders_of(data, [word for word in markets.split(",") if word]):
         with tempfile.TemporaryDirectory() as lake:
             bars = read_bars(replace(settings, files_dir=str(folder), data_dir=lake), last_days)
-            rows += measure(name, settings, bars, device, costs_bps, seeds, models)
+            rows += measure(name, settings, bars, device, costs_bps, seeds, times, models)
         if output:
             output.write_text(json.dumps([jsonable(asdict(row)) for row in rows], indent=1) + "\n")
     print(f"\n{time.monotonic() - began:,.0f} s on {device.type}, {torch.get_num_threads()} threads")
@@ -161,6 +166,7 @@ def measure(
     device: torch.device,
     costs_bps: Sequence[float],
     seeds: int,
+    times: float,
     models: Sequence[str],
 ) -> list[Row]:
     """Let all contestants trade the judged days of one market, and print a table."""
@@ -169,10 +175,16 @@ def measure(
     choice_ns, judged_ns, end_ns = cut_days(np.concatenate([series.open_time for series in bars]), SHARES)
     known = Market.from_settings(bars, settings, device, choice_ns - EMBARGO_NS)
     market = known.until(NEVER_NS)
+    if times:
+        per_epoch = settings.envs_per_gpu * settings.horizon * settings.update_passes
+        num_bars = sum(len(series.between(0, choice_ns - EMBARGO_NS)) for series in bars)
+        settings = replace(settings, epochs=math.ceil(times * num_bars / per_epoch))
     trained, chosen, judged_from = map(day_of, (choice_ns - EMBARGO_NS - 1, choice_ns, judged_ns))
+    num_epochs = count_of(settings.epochs, "epoch")
     print(
         f"\n**{name}**: {len(bars)} symbols, {sum(map(len, bars)):,} bars, {market.num_features} features; "
-        f"trained to {trained}, chosen from {chosen}, judged from {judged_from} to {day_of(end_ns - 1)}\n",
+        f"trained to {trained} in {num_epochs}, chosen from {chosen}, judged from {judged_from} to "
+        f"{day_of(end_ns - 1)}\n",
         flush=True,
     )
     if warning := stale_opens(market, market.symbols, judged_ns, end_ns):

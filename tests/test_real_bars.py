@@ -25,7 +25,7 @@ COLUMNS = ("open", "high", "low", "close", "volume")
 SIZES = real_bars.SIZES | {
     name: TINY[name]
     for name in ("d_model", "num_layers", "num_heads", "envs_per_gpu", "context_bars", "horizon", "episode_bars")
-} | {"batch_size": 32, "epochs": 1, "device": "cpu"}  # fmt: skip
+} | {"batch_size": 32, "epochs": 1, "learning_rate": 1e-2, "device": "cpu"}  # fmt: skip
 DAYS, MINUTES = 14, 120
 
 
@@ -48,7 +48,7 @@ def test_every_contestant_is_in_the_table_and_the_file(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = folder.parent / "found.json"
-    real_bars.run(Settings(**SIZES), folder, costs="5", trees=False, output=output)
+    real_bars.run(Settings(**SIZES), folder, costs="5", times=0, trees=False, output=output)
     rows = json.loads(output.read_text())
     assert {row["cost_bps"] for row in rows} == {5.0}
     names = [
@@ -62,7 +62,7 @@ def test_every_contestant_is_in_the_table_and_the_file(
     assert [row["name"] for row in rows] == names
     printed = capsys.readouterr().out
     assert (
-        "**coins**: 2 symbols, 3,360 bars, 24 features; trained to 2024-10-09, chosen from 2024-10-11"
+        "**coins**: 2 symbols, 3,360 bars, 24 features; trained to 2024-10-09 in 1 epoch, chosen from 2024-10-11"
         in printed
     )
     assert "109 trials, 1 of them trainings, the others rules on the days of choice." in printed
@@ -71,9 +71,14 @@ def test_every_contestant_is_in_the_table_and_the_file(
     )
 
 
-def test_several_seeds_also_decide_together_and_at_no_cost_signs_trade(folder: Path) -> None:
+def test_several_seeds_also_decide_together_and_at_no_cost_signs_trade(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = folder.parent / "found.json"
-    real_bars.run(Settings(**SIZES), folder, costs="0", seeds=2, last_days=12, trees=False, output=output)
+    real_bars.run(
+        Settings(**SIZES), folder, costs="0", seeds=2, times=0.1, last_days=12, trees=False, output=output
+    )
+    assert " in 2 epochs, chosen" in capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads(output.read_text())}
     assert list(rows)[:5] == [
         "product, seed 0",
