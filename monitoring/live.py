@@ -47,8 +47,8 @@ def watch(read: Callable[[], DashboardState], stream: TextIO) -> bool:
     if painter is None:
         return False
     screen = Screen(stream, Frame(read, painter), lambda is_taken: None)
-    screen.open()
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):  # perhaps before the first frame is whole
+        screen.open()
         while screen.is_on:
             time.sleep(FRAME_SECONDS)
     with contextlib.suppress(OSError):  # the terminal is gone, as the user knows
