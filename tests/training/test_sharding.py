@@ -58,7 +58,8 @@ def local(tensor: Tensor) -> Tensor:
     ("width", "world_size"), [(32, 2), (32, 3), (4, 6)]
 )  # uneven, and ranks without rows
 def test_together_the_ranks_hold_the_bits_of_an_unsharded_policy(width: int, world_size: int) -> None:
-    sizes = SIZES | {"trunk": SIZES["trunk"] | {"d_model": width, "num_heads": 2}}
+    trunk = SIZES["trunk"] | {"d_model": width, "num_heads": 2, "feature_encoding": "piecewise"}
+    sizes = SIZES | {"trunk": trunk}
     whole = new_policy(sizes, False, 7, ALONE, sharded=True)  # alone there is nothing to shard
     after = torch.get_rng_state()
     loaded, held = new_policy(sizes, False, 8, ALONE, sharded=False), []
