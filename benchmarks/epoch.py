@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.env_throughput import market_of
 from commands.cli import command_from
 from continuous_training import PRESETS, Settings
-from training import distributed
+from training import distributed, group_rollout, rollout
 from training.memory import plan_memory
 from training.metrics import Stopwatch, matmul_rate
 from training.progress import TrainingProgress
@@ -92,16 +92,17 @@ def measure(
         spans = Spans(ranks.device)
         spans.watch(trainer, "collect", "rollout")
         spans.watch(trainer, "update", "update")
-        spans.watch(trainer.policy, "encode", "trunk")
+        for module in (rollout, group_rollout):  # of accounts over one symbol, or over several
+            spans.watch(module, "encode", "trunk")
         spans.watch(trainer.env, "begin_segment", "new bars")
         spans.watch(trainer.env, "play", "account loop")
         spans.watch(trainer.learner, "_targets", "advantages")
         spans.watch(trainer.learner, "_apply_gradients", "optimizer")
         epochs = []
         for _ in range(measured_epochs + 1):
-            rollout = trainer.collect()
+            collected = trainer.collect()
             spent = spans.take()
-            trainer.update(rollout)
+            trainer.update(collected)
             epochs.append(spans.take() | spent)
         if ranks.is_first:
             print_report(settings, trainer, epochs[1:], prepared)
