@@ -46,7 +46,7 @@ def test_a_trunk_made_without_memory_has_the_same_edges_once_it_is_filled() -> N
 
 
 def test_a_tail_can_be_treated_otherwise_than_the_middle() -> None:
-    # |x| up to 3 is out of reach for a plain linear layer. Here it falls over each interval below 0 and then rises.
+    # |x| is out of reach for a plain linear layer. Here it falls over each interval below 0, and then rises.
     layer = PiecewiseLinear(1, 1)
     layer.fill_edges()
     slopes = [(high - low) / 2 * (1 if low >= 0 else -1) for low, high in pairwise(EDGES)]
