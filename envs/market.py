@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 NUM_QUOTES = 5  # without funding
 HOUR_NS = 3_600_000_000_000
-CHUNK_BARS = 1 << 16  # of a symbol, at once on the host: fits in a cache
 MOST_KEPT_BYTES = 1 << 28  # of float32 features, from measuring to scaling them; more are computed twice
 YEAR_NS = 365.25 * 24 * HOUR_NS
 # Longer gaps are holes: for a coin an outage; for a stock the longest regular gap is a four-day weekend.
@@ -347,25 +346,24 @@ def _windows(table: Tensor, first: Tensor, length: int) -> Tensor:
 
 
 def _quotes(bars: Sequence[Bars], device: torch.device) -> Tensor:
-    """Return the quotes of all bars, (B, 5 or 6) float32, computed in float64, some bars at a time."""
+    """Return the quotes of all bars, (B, 5 or 6) float32, with float64 of one symbol at a time."""
     has_funding = any(series.funding is not None and series.funding.any() for series in bars)
     quotes = torch.empty(sum(map(len, bars)), NUM_QUOTES + has_funding, device=device)
     for part, series in zip(quotes.split([len(series) for series in bars]), bars, strict=True):
         steps = np.diff(series.open_time, append=series.open_time[-1:]) * (series.asset_class != "perpetual")
-        funding = np.zeros(len(series)) if series.funding is None else series.funding
-        for begin in range(0, len(series), CHUNK_BARS):
-            rows = slice(begin, begin + CHUNK_BARS)
-            columns = [
-                series.open[rows],
-                series.close[rows],
-                steps[rows] / YEAR_NS,
-                (series.high[rows] - series.low[rows]) / series.open[rows],
-                series.volume[rows] * series.open[rows],
-            ]
-            if has_funding:
-                columns.append(funding[rows])
-            values = np.stack(columns, axis=1, dtype=np.float32, casting="same_kind")
-            part[rows].copy_(torch.from_numpy(values))
+        columns = [
+            series.open,
+            series.close,
+            steps / YEAR_NS,
+            (series.high - series.low) / series.open,
+            series.volume * series.open,
+        ]
+        if has_funding:
+            columns.append(np.zeros(len(series)) if series.funding is None else series.funding)
+        values = np.empty((len(series), len(columns)), np.float32)
+        for number, column in enumerate(columns):
+            values[:, number] = column
+        part.copy_(torch.from_numpy(values))
     return quotes
 
 
