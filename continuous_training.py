@@ -190,7 +190,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "d_model": 64,
         "num_layers": 1,
         "num_heads": 4,
-        "feature_encoding": "linear",  # its edge is nearly linear in its features, and less is learnt sooner
+        "feature_encoding": "linear",  # its edge is nearly linear in its features
         "context_bars": 32,
         "horizon": 256,
         "batch_size": 4_096,

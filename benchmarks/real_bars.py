@@ -46,7 +46,7 @@ from data_sources.refresh import refresh
 from data_sources.vendors.files_find import Folder
 from envs.ahead import HORIZONS
 from envs.config import EnvConfig
-from envs.market import Market
+from envs.market import Market, bars_before
 from evaluation.baselines import ALWAYS_FLAT, BASELINES
 from evaluation.exam import POLICY, Walk, examine
 from evaluation.forecasts import FITS, BarTable, forecasts_of, targets_of
@@ -177,7 +177,7 @@ def measure(
     market = known.until(NEVER_NS)
     if times:
         per_epoch = settings.envs_per_gpu * settings.horizon * settings.update_passes
-        num_bars = sum(len(series.between(0, choice_ns - EMBARGO_NS)) for series in bars)
+        num_bars = sum(bars_before(bars, choice_ns - EMBARGO_NS))
         settings = replace(settings, epochs=math.ceil(times * num_bars / per_epoch))
     trained, chosen, judged_from = map(day_of, (choice_ns - EMBARGO_NS - 1, choice_ns, judged_ns))
     num_epochs = count_of(settings.epochs, "epoch")
