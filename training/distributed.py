@@ -70,6 +70,28 @@ class Ranks:
             torch_distributed.all_reduce(tensor)
         return tensor
 
+    def join(self, tensor: Tensor) -> Tensor:
+        """Join the ranks' device tensors of one shape along their first axis (all ranks take part)."""
+        if self.world_size == 1:
+            return tensor
+        joined = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
+        torch_distributed.all_gather_into_tensor(joined, tensor.contiguous())
+        return joined
+
+    def exchange(self, tensor: Tensor, given: list[int], taken: list[int]) -> Tensor:
+        """Send every rank its part of a device tensor (sum of ``given``,), and get a part from each.
+
+        Args:
+            tensor: the parts in rank order.
+            given, taken: how many elements go to, and come from, each rank.
+
+        Returns:
+            What came in rank order, (sum of ``taken``,) (all ranks take part).
+        """
+        got = tensor.new_empty(sum(taken))
+        torch_distributed.all_to_all_single(got, tensor, taken, given)
+        return got
+
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every rank; plain picklable types (all ranks take part)."""
         if self.world_size == 1:

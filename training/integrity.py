@@ -15,7 +15,7 @@ import logging
 import socket
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,25 +49,30 @@ def checksums(tensors: Sequence[Tensor]) -> Tensor:
 class Seal:
     """Checksums of what only the optimizer may change, taken after it, compared before its next step."""
 
-    def __init__(self, tensors: Callable[[], Sequence[Tensor]]) -> None:
-        """``tensors`` returns weights and moments; moments are missing before the first step."""
+    def __init__(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """``tensors`` returns weights, then moments, by name; moments are missing before the first step."""
         self._tensors = tensors
         self.close()
 
     def close(self) -> None:
         """Accept the tensors as they are."""
-        self.sums = checksums(self._tensors())
+        self.sums = self._checksums()
         self.broken = torch.zeros_like(self.sums, dtype=torch.bool)
 
     def check(self) -> None:
         """Note, on the device, which tensors have changed since they were sealed."""
-        self.broken |= checksums(self._tensors()) != self.sums
+        self.broken |= self._checksums() != self.sums
 
     def renew(self) -> None:
         """Seal the tensors after a step; what was broken before stays noted."""
-        self.sums = checksums(self._tensors())
+        self.sums = self._checksums()
         missing = len(self.sums) - len(self.broken)  # the first step makes the moments
         self.broken = torch.cat((self.broken, self.broken.new_zeros(missing)))
+
+    def _checksums(self) -> Tensor:
+        tensors = self._tensors()
+        self.names = list(tensors)
+        return checksums(list(tensors.values()))
 
 
 class Inspections:
@@ -103,8 +108,7 @@ class Inspector:
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
         self._objective, self._ranks = objective, ranks
         self._names = [name for name, _ in objective.learnt()]
-        shards = [hasattr(parameter, "to_local") for _, parameter in objective.learnt()]
-        self._replicated = [not is_shard for is_shard in shards]
+        self._shards = {name for name, parameter in objective.learnt() if hasattr(parameter, "to_local")}
         self._unstable: set[str] | None = None  # what no rank computes twice alike; None: not known yet
 
     def find(self, seal: Seal, sample: Sample | None) -> tuple[str, str]:
@@ -118,18 +122,9 @@ class Inspector:
             What is corrupt and on which rank, in one line, "" if nothing; and what cannot be compared, the same.
         """
         seal.check()
-        places = [
-            f"{kind} {name}"
-            for kind in ("weight", "first moment of", "second moment of")
-            for name in self._names
-        ]
-        broken = [place for place, is_broken in zip(places, seal.broken.tolist(), strict=False) if is_broken]
-        is_shared = self._replicated * 3
-        held = {
-            place: total
-            for place, total, shared in zip(places, seal.sums.tolist(), is_shared, strict=False)
-            if shared
-        }
+        broken = [name for name, is_broken in zip(seal.names, seal.broken.tolist(), strict=True) if is_broken]
+        sums = zip(seal.names, seal.sums.tolist(), strict=True)
+        held = {name: total for name, total in sums if name.rpartition(" ")[2] not in self._shards}
         verdicts = self._compute_twice(sample) if sample is not None else {}
         by_rank = self._ranks.gather((_place_of(self._ranks), broken, held, verdicts))
         found = [

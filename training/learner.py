@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.control import heartbeat
 from training.distributed import Ranks
@@ -19,6 +19,7 @@ from training.forecasts import FORECAST_FIGURES, rank_correlations
 from training.hindsight import hindsight_advantages
 from training.integrity import Inspector, Sample, Seal, sample_of
 from training.losses import Losses, Objective, Targets, advantages_and_returns
+from training.muon import Muon
 from training.parallel import parallelize
 from training.rollout import REWARD_LIMIT, Rollout
 from training.validation import minibatch_segments
@@ -47,17 +48,20 @@ class Learner:
         num_own = len(list(self.policy.parameters()))
         own, others = self.parallel.parameters[:num_own], self.parallel.parameters[num_own:]
         self._objective = objective
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in own if p.dim() >= 2], "weight_decay": settings.weight_decay},
-                {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
-                # Last, so that a training may begin or end to learn forecasts.
-                *([{"params": others, "weight_decay": 0.0}] if others else []),
-            ],
-            lr=settings.learning_rate,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        groups = [
+            {"params": [p for p in own if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
+            # Last, so that a training may begin or end to learn forecasts.
+            *([{"params": others, "weight_decay": 0.0}] if others else []),
+        ]
+        adamw: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "fused": True}
+        self.optimizer: torch.optim.AdamW
+        self._matrices = self._find_matrices() if settings.optimizer == "muon" else []
+        if self._matrices:
+            dtype = torch.float32 if self.policy.precision == "fp32" else torch.bfloat16
+            self.optimizer = Muon(groups, self._matrices, self.parallel, dtype, **adamw)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, **adamw)
         self.optimizer_steps = 0
         self.rate_scale = 1.0  # lowered by a rollback to a checkpoint
         # One stream per rank: ranks shuffle and sample differently.
@@ -73,11 +77,24 @@ class Learner:
         """Compare this rank's numbers with the other ranks' and with each other, see Inspector (all ranks)."""
         return self._inspector.find(self.seal, self._sample)
 
-    def _owned(self) -> list[Tensor]:
-        """Return the tensors that only a step changes: weights, then moments, each in the order of parameters."""
-        states = [self.optimizer.state.get(parameter, {}) for parameter in self.parallel.parameters]
-        moments = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states if name in state]
-        return [*self.parallel.parameters, *moments]
+    def _owned(self) -> dict[str, Tensor]:
+        """Return the tensors that only a step changes by name: weights, then moments where there are any."""
+        names = [name for name, _ in self._objective.learnt()]
+        named = list(zip(names, self.parallel.parameters, strict=True))
+        moments = {
+            f"{kind} moment of {name}": state[moment]
+            for kind, moment in (("first", "exp_avg"), ("second", "exp_avg_sq"))
+            for name, parameter in named
+            if moment in (state := self.optimizer.state.get(parameter, {}))
+        }
+        return {f"weight {name}": parameter for name, parameter in named} | moments
+
+    def _find_matrices(self) -> list[nn.Parameter]:
+        """Return this rank's whole or sharded matrices of the trunk's blocks."""
+        blocks = {id(weight) for block in self.policy.trunk.blocks for weight in block.parameters()}
+        learnt = [parameter for _, parameter in self._objective.learnt()]
+        pairs = zip(learnt, self.parallel.parameters, strict=True)
+        return [held for parameter, held in pairs if id(parameter) in blocks and parameter.dim() == 2]
 
     def learning_rate(self, run_fraction: float) -> float:
         """Return the rate now: linear warm-up once, then a cosine down over each run, and up again.
@@ -290,12 +307,27 @@ class Learner:
         both = [*saved["param_groups"][: len(ours)], *ours[len(saved["param_groups"]) :]]
         kept = {number for group in both for number in group["params"]}
         known = {number: moments for number, moments in saved["state"].items() if number in kept}
-        moments = self._moments(known, self.parallel.shard)
+        moments = self._moments(self._usable(known), self.parallel.shard)
         self.optimizer.load_state_dict({"param_groups": both, "state": moments})
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(configured)
         self.optimizer_steps = int(state["optimizer_steps"])
         self.seal.close()
+
+    def _usable(self, state: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Mapping[str, Tensor]]:
+        """Return of a saved state what this optimizer goes on with, where the other one has written it.
+
+        Muon takes AdamW's first moment of a matrix; AdamW, which needs both, begins matrices of Muon afresh.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        matrices = {id(matrix) for matrix in self._matrices}
+        usable: dict[int, Mapping[str, Tensor]] = {}
+        for number, moments in state.items():
+            if id(parameters[number]) in matrices:
+                usable[number] = {name: moments[name] for name in ("step", "exp_avg")}
+            elif "exp_avg_sq" in moments:
+                usable[number] = moments
+        return usable
 
     def _moments(
         self, state: Mapping[int, Mapping[str, Tensor]], convert: Callable[[Tensor, Tensor], Tensor]

@@ -7,7 +7,7 @@ optimizer step, and the optimizer sees plain tensors of this rank: full weights,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ class Parallel(Protocol):
 
     objective: nn.Module  # called like an Objective
     parameters: list[nn.Parameter]  # of this rank's optimizer, in the order of Objective.learnt
+    world_size: int
 
     def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of one forward and backward; gradients are averaged after the last."""
@@ -34,6 +35,23 @@ class Parallel(Protocol):
 
         Returns:
             The gradients, and the norm () of the full gradient, which is the same on every rank.
+        """
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the shape of the full tensor of which one of ``parameters`` is this rank's shard."""
+
+    def on_whole(
+        self, matrices: Sequence[Tensor], shape: torch.Size, function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Apply a function to whole matrices, of which every rank does its part (all ranks).
+
+        Args:
+            matrices: held as the weights of the blocks are held, N of them.
+            shape: of each whole one.
+            function: of some of them at once, (N or fewer, rows, columns), element by element of the first axis.
+
+        Returns:
+            What becomes of them, held the same way.
         """
 
     def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -97,6 +115,7 @@ class Replicated:
 
     def __init__(self, objective: Objective, ranks: Ranks) -> None:
         self.policy = objective.policy
+        self._ranks, self.world_size = ranks, ranks.world_size
         self.parameters = [parameter for _, parameter in objective.learnt()]
         self.objective: nn.Module = objective
         if ranks.world_size > 1:
@@ -120,6 +139,21 @@ class Replicated:
         """DDP has averaged them in place."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return gradients, nn.utils.get_total_norm(gradients)
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return its own."""
+        return parameter.shape
+
+    def on_whole(
+        self, matrices: Sequence[Tensor], shape: torch.Size, function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Every rank has all of them, does its part, and gets the others' results."""
+        each = -(-len(matrices) // self.world_size)
+        first = each * self._ranks.rank
+        mine = matrices[0].new_zeros(each, *shape)
+        for place, matrix in zip(mine, matrices[first : first + each], strict=False):
+            place.copy_(matrix)
+        return list(self._ranks.join(function(mine))[: len(matrices)].unbind())
 
     def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """Return it unchanged."""

@@ -8,7 +8,7 @@ it is a thousandth of a large model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -147,7 +147,7 @@ class Sharded:
         """Shard the policy, unless ``sharded_policy`` has made it so."""
         self.policy = objective.policy
         self.objective: nn.Module = objective
-        self._ranks = ranks
+        self._ranks, self.world_size = ranks, ranks.world_size
         if not isinstance(self.policy.trunk, FSDPModule):
             shard_policy(self.policy, ranks)
         parameters = [parameter for _, parameter in objective.learnt()]
@@ -176,6 +176,29 @@ class Sharded:
         trunk_square = self._ranks.sum(nn.utils.get_total_norm(trunk).square())
         head_square = nn.utils.get_total_norm(head).square()
         return [*trunk, *head], (trunk_square + head_square).sqrt()
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the sharded tensor's."""
+        return self._sharded[id(parameter)][1].shape if id(parameter) in self._sharded else parameter.shape
+
+    def on_whole(
+        self, matrices: Sequence[Tensor], shape: torch.Size, function: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Every rank gets all rows of its part of them, and gives back the others' rows of the results."""
+        held = torch.stack(list(matrices))  # (N, this rank's rows, columns)
+        each = -(-len(matrices) // self.world_size)
+        parts = [len(part) for part in held.split(each)]
+        parts += [0] * (self.world_size - len(parts))
+        num_mine, (num_rows, num_columns) = parts[self._ranks.rank], shape
+        rows = [len(part) for part in torch.empty(num_rows).chunk(self.world_size)]  # as FSDP cuts
+        rows += [0] * (self.world_size - len(rows))
+        others = [count * held.shape[1] * num_columns for count in parts]  # what this rank holds of each part
+        own = [num_mine * count * num_columns for count in rows]  # what each rank holds of this rank's part
+        got = self._ranks.exchange(held.flatten(), others, own).split(own)
+        shards = [flat.view(num_mine, count, num_columns) for flat, count in zip(got, rows, strict=True)]
+        done = function(torch.cat(shards, dim=1))
+        back = torch.cat([shard.flatten() for shard in done.split(rows, dim=1)])
+        return list(self._ranks.exchange(back, own, others).view_as(held).unbind())
 
     def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """Gather it to the host: all of them together may be more than a GPU has to spare."""

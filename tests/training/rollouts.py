@@ -58,6 +58,7 @@ def small_learner(
     passes: int = 2,
     sharded: bool = False,
     forecast_coef: float = 0.0,
+    optimizer: str = "adamw",
 ) -> Learner:
     settings = replace(
         SETTINGS,
@@ -65,6 +66,7 @@ def small_learner(
         update_passes=passes,
         parallel="fsdp" if sharded else "ddp",
         forecast_coef=forecast_coef,
+        optimizer=optimizer,  # type: ignore[arg-type]
     )
     objective = of if isinstance(of, Objective) else Objective(of, settings)
     objective.settings = settings

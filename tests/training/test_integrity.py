@@ -18,6 +18,7 @@ from training.integrity import Inspections, _odd_ones, checksums
 from training.learner import Learner
 
 ROOT = Path(__file__).parents[2]
+KINDS = ("weight", "first moment of", "second moment of")
 long = pytest.mark.drill
 
 
@@ -33,9 +34,9 @@ def test_every_flipped_bit_changes_a_checksum_and_no_order_does(dtype: torch.dty
         bits[7] ^= torch.tensor(1, dtype=bits.dtype) << place
 
 
-def learner_and_rollout() -> tuple[Learner, Any]:
+def learner_and_rollout(optimizer: str = "adamw") -> tuple[Learner, Any]:
     policy = small_policy()
-    learner, rollout = small_learner(policy), made_up_rollout(policy, 8)
+    learner, rollout = small_learner(policy, optimizer=optimizer), made_up_rollout(policy, 8)
     learner.update(rollout, 0.0)
     return learner, rollout
 
@@ -50,15 +51,23 @@ def test_a_sound_rank_finds_nothing_and_trains_as_without_looking() -> None:
         assert torch.equal(value, other.policy.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kind", ["weight", "first moment of", "second moment of"])
-def test_a_bit_that_flips_between_two_steps_is_found_and_named(kind: str) -> None:
-    learner, rollout = learner_and_rollout()
-    parameter = learner.policy.trunk.blocks[1].up.weight
+@pytest.mark.parametrize(
+    ("optimizer", "place"),
+    [
+        *(("adamw", f"{kind} trunk.blocks.1.up.weight") for kind in KINDS),
+        *(("muon", f"{kind} trunk.blocks.1.up.weight") for kind in KINDS[:2]),
+        ("muon", f"{KINDS[2]} head.mix.weight"),  # behind matrices that have no second moment
+    ],
+)
+def test_a_bit_that_flips_between_two_steps_is_found_and_named(optimizer: str, place: str) -> None:
+    learner, rollout = learner_and_rollout(optimizer)
+    kind, _, name = place.rpartition(" ")
+    parameter = learner.policy.get_parameter(name)
     moment = {"first moment of": "exp_avg", "second moment of": "exp_avg_sq"}.get(kind)
     flip(learner.optimizer.state[parameter][moment] if moment else parameter, bit=0)
     learner.update(rollout, 0.0)  # which changes every weight, and hides the bit
     found, _ = learner.find_corruption()
-    assert f"{kind} trunk.blocks.1.up.weight changed between two optimizer steps" in found
+    assert f"{place} changed between two optimizer steps" in found
     assert found.startswith("rank 0 (") and "cpu" in found
 
 

@@ -179,10 +179,10 @@ def test_a_stopped_update_goes_on_at_the_very_step(steps: int) -> None:
         assert torch.equal(value, second.policy.state_dict()[name]), name
 
 
-def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+def ranks(tmp_path: Path, number: int, *arguments: str) -> dict[str, Any]:
     out = tmp_path / "out.pt"
     script = str(ROOT / "tests/training/two_rank_update.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     subprocess.run([*launcher, script, str(out), *arguments], check=True, cwd=ROOT, timeout=600)
     result: dict[str, Any] = torch.load(out, weights_only=True)
     return result
@@ -193,15 +193,23 @@ def two_ranks(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     "how",
     [
         "",
-        *(pytest.param(how, marks=pytest.mark.drill) for how in ("compiled", "sharded", "sharded compiled")),
+        "sharded muon 3",  # of two layers: one rank has no matrix of its own, and rows do not divide evenly
+        *(
+            pytest.param(how, marks=pytest.mark.drill)
+            for how in ("compiled", "sharded", "sharded compiled", "muon", "muon 3", "sharded muon compiled")
+        ),
     ],
 )
-def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path, how: str) -> None:
-    result = two_ranks(tmp_path, *how.split())
-    assert all(first == second for first, second in result["same"])
-    policy = small_policy()
-    learner = small_learner(policy, minibatch=8, micro=3, passes=3, forecast_coef=0.5)
-    statistics = learner.update(made_up_rollout(policy, 8, has_forecasts=True), run_fraction=0.25)
+def test_ranks_with_a_part_of_the_segments_equal_one_rank_with_all(tmp_path: Path, how: str) -> None:
+    number = 3 if "3" in how else 2
+    result = ranks(tmp_path, number, *how.split())
+    assert all(len(set(sums)) == 1 for sums in result["same"])
+    policy, segments = small_policy(), 4 * number
+    optimizer = "muon" if "muon" in how else "adamw"
+    learner = small_learner(
+        policy, minibatch=segments, micro=3, passes=3, forecast_coef=0.5, optimizer=optimizer
+    )
+    statistics = learner.update(made_up_rollout(policy, segments, has_forecasts=True), run_fraction=0.25)
     for name, value in (policy.state_dict() | learner.state_dict()["forecaster"]).items():
         torch.testing.assert_close(result["weights"][name], value, rtol=1e-4, atol=2e-6)
     for name, figure in statistics.items():
@@ -214,13 +222,16 @@ def test_two_ranks_with_half_the_segments_equal_one_rank_with_all(tmp_path: Path
         assert not torch.equal(value, result["weights"][name])
     num_weights = policy.num_parameters()
     assert (result["held"] < 0.6 * num_weights) == ("sharded" in how)
-    assert (result["moments"] < 2 * 0.6 * num_weights) == ("sharded" in how)
+    num_moments = 2 * num_weights if optimizer == "adamw" else num_weights
+    assert (result["moments"] < 0.6 * num_moments) == ("sharded" in how)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.drill)])
-def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, sharded: bool) -> None:
-    result = two_ranks(tmp_path, "poison", *["sharded"] * sharded)
+@pytest.mark.parametrize(
+    "how", ["", *(pytest.param(how, marks=pytest.mark.drill) for how in ("sharded", "muon", "sharded muon"))]
+)
+def test_a_nan_on_one_rank_is_skipped_by_both(tmp_path: Path, how: str) -> None:
+    result = ranks(tmp_path, 2, "poison", *how.split())
     assert all(first == second for first, second in result["same"])
     assert result["figures"]["ppo/skipped_steps"] == 3
     for name, value in small_policy().state_dict().items():

@@ -1,0 +1,114 @@
+"""Muon: the matrices of the transformer's blocks move by orthogonalised momentum, all other weights by AdamW.
+
+Jordan 2024 (https://kellerjordan.github.io/posts/muon/), with steps as large as AdamW's, so that rate and decay
+mean the same for both (Liu et al. 2025, arXiv:2502.16982). torch.optim.Muon computes in bf16, which CPUs emulate,
+one matrix at a time, all of them on every rank, and cannot skip a step without a host sync.
+
+Shapes: N = matrices of one shape, R and C = their rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from training.parallel import Parallel
+
+MOMENTUM = 0.95
+ADAMW_RATES = 0.2  # root mean square of what AdamW usually moves a weight by (Liu et al. 2025)
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: five steps bring all but tiny values near 1
+NUM_STEPS = 5
+MOST_AT_ONCE = 1 << 25  # weights that a rank orthogonalises at once: more would take memory, and save no time
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices (N, R, C) near 1 by Newton-Schulz steps, in their own precision."""
+    a, b, c = COEFFICIENTS
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(NUM_STEPS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW for all parameters but the matrices that it is given.
+
+    Their one moment is ``exp_avg``, as AdamW's first: a training that changes to Muon goes on with it.
+    Where ``found_inf`` is 1, as for AdamW's fused kernel, nothing changes.
+    """
+
+    found_inf: Tensor  # () on the device, set before every step
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        matrices: Sequence[nn.Parameter],
+        parallel: Parallel,
+        dtype: torch.dtype,
+        **of_adamw: Any,
+    ) -> None:
+        """Divide the matrices into batches.
+
+        Args:
+            groups: of all parameters; the matrices are in the first.
+            matrices: of the blocks, whole or this rank's shards.
+            parallel: shares them out among the ranks.
+            dtype: to orthogonalise in.
+            of_adamw: see torch.optim.AdamW.
+        """
+        super().__init__(groups, **of_adamw)
+        self._parallel, self._dtype = parallel, dtype
+        by_shape = defaultdict(list)
+        for matrix in matrices:
+            by_shape[parallel.whole_shape(matrix)].append(matrix)
+        self._batches: list[tuple[list[Tensor], torch.Size]] = []  # of matrices of one shape, and that shape
+        for shape, alike in by_shape.items():
+            size = parallel.world_size * max(1, MOST_AT_ONCE // shape.numel())
+            self._batches += [([*alike[first : first + size]], shape) for first in range(0, len(alike), size)]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step; the matrices lose their gradients (all ranks)."""
+        gradients = {}
+        for matrices, _ in self._batches:
+            for matrix in matrices:
+                if matrix.grad is not None:  # of a model of one's own, which may not use it
+                    gradients[matrix], matrix.grad = matrix.grad, None  # AdamW leaves it alone then
+        super().step()
+        for matrices, shape in self._batches:
+            self._move([matrix for matrix in matrices if matrix in gradients], shape, gradients)
+
+    def _move(self, matrices: list[Tensor], shape: torch.Size, gradients: Mapping[Tensor, Tensor]) -> None:
+        if not matrices:
+            return
+        states = [self._state_of(matrix) for matrix in matrices]
+        moments = [state["exp_avg"] for state in states]
+        # A moment that takes itself for its gradient stays as it is, to the bit.
+        skipped = self.found_inf > 0
+        new = [torch.where(skipped, moments[i], gradients[matrix]) for i, matrix in enumerate(matrices)]
+        torch._foreach_lerp_(moments, new, 1.0 - MOMENTUM)
+        ahead = [
+            update.to(self._dtype) for update in torch._foreach_lerp(new, moments, MOMENTUM)
+        ]  # Nesterov's
+        updates = [update.float() for update in self._parallel.on_whole(ahead, shape, orthogonalise)]
+        group = self.param_groups[0]
+        rate = group["lr"] * (1.0 - self.found_inf)
+        torch._foreach_mul_(matrices, 1.0 - rate * group["weight_decay"])
+        torch._foreach_mul_(updates, -rate * ADAMW_RATES * math.sqrt(max(shape)))
+        torch._foreach_add_(matrices, updates)
+        torch._foreach_add_([state["step"] for state in states], 1.0 - self.found_inf)
+
+    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[matrix]
+        if not state:  # counted like AdamW's, which reads it from every state that it loads
+            state |= {"step": matrix.new_zeros(()), "exp_avg": torch.zeros_like(matrix)}
+        return state
