@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,28 +78,20 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step; the matrices lose their gradients (all ranks)."""
-        gradients = {}
-        for matrices, _ in self._batches:
-            for matrix in matrices:
-                if matrix.grad is not None:  # of a model of one's own, which may not use it
-                    gradients[matrix], matrix.grad = matrix.grad, None  # AdamW leaves it alone then
-        super().step()
-        for matrices, shape in self._batches:
-            self._move([matrix for matrix in matrices if matrix in gradients], shape, gradients)
+        gradients = [[_take_gradient(matrix) for matrix in matrices] for matrices, _ in self._batches]
+        super().step()  # of all that have gradients now
+        for (matrices, shape), of_batch in zip(self._batches, gradients, strict=True):
+            self._move(matrices, shape, of_batch)
 
-    def _move(self, matrices: list[Tensor], shape: torch.Size, gradients: Mapping[Tensor, Tensor]) -> None:
-        if not matrices:
-            return
+    def _move(self, matrices: list[Tensor], shape: torch.Size, gradients: list[Tensor]) -> None:
         states = [self._state_of(matrix) for matrix in matrices]
         moments = [state["exp_avg"] for state in states]
         # A moment that takes itself for its gradient stays as it is, to the bit.
         skipped = self.found_inf > 0
-        new = [torch.where(skipped, moments[i], gradients[matrix]) for i, matrix in enumerate(matrices)]
+        new = [torch.where(skipped, *pair) for pair in zip(moments, gradients, strict=True)]
         torch._foreach_lerp_(moments, new, 1.0 - MOMENTUM)
-        ahead = [
-            update.to(self._dtype) for update in torch._foreach_lerp(new, moments, MOMENTUM)
-        ]  # Nesterov's
-        updates = [update.float() for update in self._parallel.on_whole(ahead, shape, orthogonalise)]
+        nesterov = [update.to(self._dtype) for update in torch._foreach_lerp(new, moments, MOMENTUM)]
+        updates = [update.float() for update in self._parallel.on_whole(nesterov, shape, orthogonalise)]
         group = self.param_groups[0]
         rate = group["lr"] * (1.0 - self.found_inf)
         torch._foreach_mul_(matrices, 1.0 - rate * group["weight_decay"])
@@ -112,3 +104,9 @@ class Muon(torch.optim.AdamW):
         if not state:  # counted like AdamW's, which reads it from every state that it loads
             state |= {"step": matrix.new_zeros(()), "exp_avg": torch.zeros_like(matrix)}
         return state
+
+
+def _take_gradient(weight: Tensor) -> Tensor:
+    gradient, weight.grad = weight.grad, None
+    assert gradient is not None
+    return gradient

@@ -114,16 +114,6 @@ def test_a_step_that_is_skipped_changes_nothing_to_the_bit() -> None:
         assert torch.equal(ours.state[one]["exp_avg"], unbroken.state[clean]["exp_avg"])
 
 
-def test_a_matrix_without_a_gradient_is_left_alone() -> None:
-    model = Model()
-    give_gradients(model, 0)
-    model.matrices[1].grad = None
-    before = copy.deepcopy(model)
-    take_step(muon_of(model))
-    same = [torch.equal(own, old) for own, old in zip(model.matrices, before.matrices, strict=True)]
-    assert same == [False, True, False, False, False, False]
-
-
 def trained(optimizer: str, **changes: int) -> Learner:
     learner = small_learner(small_policy(), optimizer=optimizer, **changes)
     learner.update(made_up_rollout(small_policy(), 8), run_fraction=0.0)

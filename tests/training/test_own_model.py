@@ -69,6 +69,19 @@ class Base(nn.Module):
         return x
 
 
+class Mixed(Base):
+    def __init__(self, config: object) -> None:
+        super().__init__(config)
+        width = config.d_model  # type: ignore[attr-defined]
+        self.blocks = nn.ModuleList((nn.Linear(width, width), nn.LayerNorm(width)))
+
+    def forward(self, bars: Tensor) -> Tensor:
+        x: Tensor = self.embed(bars)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
 class Centered(Base):
     def forward(self, bars: Tensor) -> Tensor:
         return self.embed(bars - bars.mean(dim=1, keepdim=True))
@@ -220,6 +233,22 @@ def test_the_example_learns_and_goes_on_from_its_checkpoint(trained: Checkpoint)
         policy(bars[:, :8], accounts[:, :2])[0], whole[:, :2]
     )  # as PPO's ratio needs it
     assert whole.shape == (2, 3, 3)
+
+
+def test_muon_moves_the_matrices_of_its_blocks_and_says_where_there_are_none(
+    registered: list[type[nn.Module]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model(Mixed)
+    trainer = small_trainer(optimizer="muon")
+    assert trainer.update(trainer.collect()) is not None
+    state = trainer.learner.optimizer.state
+    of_one = {name for name, p in trainer.policy.named_parameters() if "exp_avg_sq" not in state[p]}
+    assert of_one == {"trunk.network.blocks.0.weight"}
+    trainer.log_sizes()
+    assert "optimizer=muon" not in caplog.text
+    registered[:] = [Base]
+    small_trainer(optimizer="muon").log_sizes()
+    assert "optimizer=muon moves nothing here: the model has no matrices in self.blocks" in caplog.text
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(
