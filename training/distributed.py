@@ -75,7 +75,7 @@ class Ranks:
         if self.world_size == 1:
             return tensor
         joined = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
-        torch_distributed.all_gather_into_tensor(joined, tensor.contiguous())
+        torch_distributed.all_gather(list(joined.split(len(tensor))), tensor.contiguous())
         return joined
 
     def exchange(self, tensor: Tensor, given: list[int], taken: list[int]) -> Tensor:

@@ -97,7 +97,10 @@ class Muon(torch.optim.AdamW):
         torch._foreach_mul_(matrices, 1.0 - rate * group["weight_decay"])
         torch._foreach_mul_(updates, -rate * ADAMW_RATES * math.sqrt(max(shape)))
         torch._foreach_add_(matrices, updates)
-        torch._foreach_add_([state["step"] for state in states], 1.0 - self.found_inf)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(
+            steps, [1.0 - self.found_inf] * len(steps)
+        )  # a list: the host would wait for a scalar
 
     def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[matrix]

@@ -17,6 +17,7 @@ from tests.nullgpu.build import build, environment
 from tests.nullgpu.gpu import ROOT
 
 EAGER, COMPILED = ("--compile", "off"), ("--compile", "on")
+MUON = ("--optimizer", "muon")
 DDP, FSDP = ("--ranks", "4"), ("--ranks", "4", "--parallel", "fsdp")
 CASES = {
     "eager": EAGER,
@@ -25,6 +26,9 @@ CASES = {
     "DDP, compiled": (*COMPILED, *DDP),
     "FSDP": (*EAGER, *FSDP),
     "FSDP, compiled": (*COMPILED, *FSDP),
+    "Muon": (*EAGER, *MUON),
+    "Muon, DDP": (*EAGER, *MUON, *DDP),
+    "Muon, FSDP": (*EAGER, *MUON, *FSDP),
     "fp8": (*EAGER, "--precision", "fp8"),
     "fp8, compiled": (*COMPILED, "--precision", "fp8"),
 }

@@ -46,10 +46,13 @@ def assert_it_never_waits_and_fits(found: dict[str, Any]) -> None:
     assert found["peak_gib"] == pytest.approx(found["planned_gib"], rel=0.1)
 
 
-@pytest.mark.parametrize(("precision", "capability"), [("auto", "80"), ("fp8", "90")])
-def test_the_small_preset_never_waits_fits_its_plan_and_resumes(precision: str, capability: str) -> None:
-    flags = "--preset", "small", "--compile", "off", "--precision", precision, "--resume"
-    found = measured(*flags, capability=capability)
+@pytest.mark.parametrize(
+    ("change", "capability"), [((), "80"), (("--precision", "fp8"), "90"), (("--optimizer", "muon"), "80")]
+)
+def test_the_small_preset_never_waits_fits_its_plan_and_resumes(
+    change: tuple[str, ...], capability: str
+) -> None:
+    found = measured("--preset", "small", "--compile", "off", *change, "--resume", capability=capability)
     assert_it_never_waits_and_fits(found)
     assert found["resumes"]
 
@@ -63,10 +66,11 @@ def test_compiled_it_is_one_graph_each_and_launches_a_fraction() -> None:
     assert found["rollout_launches"] < 5_000  # 10,519 when it is not compiled
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_rank_0_of_four_never_waits_fits_its_plan_and_resumes(parallel: str) -> None:
+def test_rank_0_of_four_never_waits_fits_its_plan_and_resumes(parallel: str, optimizer: str) -> None:
     flags = "--preset", "small", "--compile", "off", "--ranks", "4", "--parallel", parallel, "--resume"
-    found = measured(*flags)
+    found = measured(*flags, "--optimizer", optimizer)
     waits = [wait for phase in ("rollout", "update") for wait in found[f"{phase}_waits"]]
     # DDP times its own first ten steps, and every hundredth.
     assert [wait for wait in waits if parallel == "fsdp" or "cudaEventSynchronize learner" not in wait] == []
