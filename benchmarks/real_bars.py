@@ -77,6 +77,7 @@ SIZES = dict(PRESETS["demo"]) | {
     "start_date": "2003-01-01",
     "envs_per_gpu": 64,
     "feature_encoding": "piecewise",
+    "optimizer": "adamw",
     "learning_rate": 1e-3,
     "min_bars": 500,
     "runs": None,

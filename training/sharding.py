@@ -179,7 +179,7 @@ class Sharded:
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Return the sharded tensor's."""
-        return self._sharded[id(parameter)][1].shape if id(parameter) in self._sharded else parameter.shape
+        return self._sharded[id(parameter)][1].shape
 
     def on_whole(
         self, matrices: Sequence[Tensor], shape: torch.Size, function: Callable[[Tensor], Tensor]

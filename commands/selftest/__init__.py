@@ -381,6 +381,7 @@ def trial_settings(settings: Settings, trial: Trial, sizes: Sizes, seed: int, wo
         stochastic_depth=0.0,
         forecast_coef=0.0,
         update_passes=sizes.update_passes,
+        optimizer="muon",
         learning_rate=trial.learning_rate,
         warmup_steps=20,
         final_learning_rate_fraction=0.1,
