@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from runtime.control import heartbeat
 from training.distributed import Ranks
@@ -19,7 +19,7 @@ from training.forecasts import FORECAST_FIGURES, rank_correlations
 from training.hindsight import hindsight_advantages
 from training.integrity import Inspector, Sample, Seal, sample_of
 from training.losses import Losses, Objective, Targets, advantages_and_returns
-from training.muon import Muon
+from training.muon import Muon, hidden_matrices
 from training.parallel import parallelize
 from training.rollout import REWARD_LIMIT, Rollout
 from training.validation import minibatch_segments
@@ -44,24 +44,8 @@ class Learner:
         self.micro_batch_segments = micro_batch_segments
         self.minibatch_segments = minibatch_segments(settings, ranks.world_size)
         self.parallel = parallelize(objective, ranks, settings.parallel == "fsdp")
-        # Matrices decay, gains and biases do not (the usual rule of transformer training).
-        num_own = len(list(self.policy.parameters()))
-        own, others = self.parallel.parameters[:num_own], self.parallel.parameters[num_own:]
         self._objective = objective
-        groups = [
-            {"params": [p for p in own if p.dim() >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
-            # Last, so that a training may begin or end to learn forecasts.
-            *([{"params": others, "weight_decay": 0.0}] if others else []),
-        ]
-        adamw: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "fused": True}
-        self.optimizer: torch.optim.AdamW
-        self._matrices = self._find_matrices() if settings.optimizer == "muon" else []
-        if self._matrices:
-            dtype = torch.float32 if self.policy.precision == "fp32" else torch.bfloat16
-            self.optimizer = Muon(groups, self._matrices, self.parallel, dtype, **adamw)
-        else:
-            self.optimizer = torch.optim.AdamW(groups, **adamw)
+        self.optimizer = self._make_optimizer()
         self.optimizer_steps = 0
         self.rate_scale = 1.0  # lowered by a rollback to a checkpoint
         # One stream per rank: ranks shuffle and sample differently.
@@ -89,12 +73,25 @@ class Learner:
         }
         return {f"weight {name}": parameter for name, parameter in named} | moments
 
-    def _find_matrices(self) -> list[nn.Parameter]:
-        """Return this rank's whole or sharded matrices of the trunk's blocks."""
-        blocks = {id(weight) for block in self.policy.trunk.blocks for weight in block.parameters()}
-        learnt = [parameter for _, parameter in self._objective.learnt()]
-        pairs = zip(learnt, self.parallel.parameters, strict=True)
-        return [held for parameter, held in pairs if id(parameter) in blocks and parameter.dim() == 2]
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        settings, parameters = self.settings, self.parallel.parameters
+        num_own = len(list(self.policy.parameters()))
+        own, others = parameters[:num_own], parameters[num_own:]
+        # Matrices decay, gains and biases do not (the usual rule of transformer training).
+        groups = [
+            {"params": [p for p in own if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
+            # Last, so that a training may begin or end to learn forecasts.
+            *([{"params": others, "weight_decay": 0.0}] if others else []),
+        ]
+        adamw: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "fused": True}
+        if settings.optimizer == "adamw":
+            return torch.optim.AdamW(groups, **adamw)
+        pairs = zip(self._objective.learnt(), parameters, strict=True)
+        held = {id(parameter): of_this_rank for (_, parameter), of_this_rank in pairs}
+        matrices = [[held[id(matrix)] for matrix in part] for part in hidden_matrices(self.policy)]
+        dtype = torch.float32 if self.policy.precision == "fp32" else torch.bfloat16
+        return Muon(groups, matrices, self.parallel, dtype, **adamw)
 
     def learning_rate(self, run_fraction: float) -> float:
         """Return the rate now: linear warm-up once, then a cosine down over each run, and up again.
@@ -320,10 +317,10 @@ class Learner:
         Muon takes AdamW's first moment of a matrix; AdamW, which needs both, begins matrices of Muon afresh.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        matrices = {id(matrix) for matrix in self._matrices}
+        of_muon = self.optimizer.matrices if isinstance(self.optimizer, Muon) else ()
         usable: dict[int, Mapping[str, Tensor]] = {}
         for number, moments in state.items():
-            if id(parameters[number]) in matrices:
+            if any(parameters[number] is matrix for matrix in of_muon):
                 usable[number] = {name: moments[name] for name in ("step", "exp_avg")}
             elif "exp_avg_sq" in moments:
                 usable[number] = moments

@@ -1,4 +1,4 @@
-"""Muon: the matrices of the transformer's blocks move by orthogonalised momentum, all other weights by AdamW.
+"""Muon: matrices between hidden units move by orthogonalised momentum, all other weights by AdamW.
 
 Jordan 2024 (https://kellerjordan.github.io/posts/muon/), with steps as large as AdamW's, so that rate and decay
 mean the same for both (Liu et al. 2025, arXiv:2502.16982). torch.optim.Muon computes in bf16, which CPUs emulate,
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from models.policy import Policy
     from training.parallel import Parallel
 
 MOMENTUM = 0.95
@@ -25,6 +26,14 @@ ADAMW_RATES = 0.2  # root mean square of what AdamW usually moves a weight by (L
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: five steps bring all but tiny values near 1
 NUM_STEPS = 5
 MOST_AT_ONCE = 1 << 25  # weights that a rank orthogonalises at once: more would take memory, and save no time
+
+
+def hidden_matrices(policy: Policy) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the matrices from hidden units to hidden units: of the trunk's blocks, and of the head."""
+    of_blocks = [
+        weight for block in policy.trunk.blocks for weight in block.parameters() if weight.dim() == 2
+    ]
+    return [*of_blocks], [policy.head.market.weight, policy.head.mix.weight]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -51,7 +60,7 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        matrices: Sequence[nn.Parameter],
+        matrices: Sequence[Sequence[nn.Parameter]],
         parallel: Parallel,
         dtype: torch.dtype,
         **of_adamw: Any,
@@ -60,30 +69,32 @@ class Muon(torch.optim.AdamW):
 
         Args:
             groups: of all parameters; the matrices are in the first.
-            matrices: of the blocks, whole or this rank's shards.
+            matrices: whole ones, and this rank's shards.
             parallel: shares them out among the ranks.
             dtype: to orthogonalise in.
             of_adamw: see torch.optim.AdamW.
         """
         super().__init__(groups, **of_adamw)
         self._parallel, self._dtype = parallel, dtype
-        by_shape = defaultdict(list)
-        for matrix in matrices:
-            by_shape[parallel.whole_shape(matrix)].append(matrix)
-        self._batches: list[tuple[list[Tensor], torch.Size]] = []  # of matrices of one shape, and that shape
-        for shape, alike in by_shape.items():
-            size = parallel.world_size * max(1, MOST_AT_ONCE // shape.numel())
-            self._batches += [([*alike[first : first + size]], shape) for first in range(0, len(alike), size)]
+        self.matrices = [matrix for held_alike in matrices for matrix in held_alike]
+        self._batches: list[list[nn.Parameter]] = []  # of one shape each
+        for held_alike in matrices:
+            by_shape = defaultdict(list)
+            for matrix in held_alike:
+                by_shape[parallel.whole_shape(matrix)].append(matrix)
+            for shape, alike in by_shape.items():
+                size = parallel.world_size * max(1, MOST_AT_ONCE // shape.numel())
+                self._batches += [alike[first : first + size] for first in range(0, len(alike), size)]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step; the matrices lose their gradients (all ranks)."""
-        gradients = [[_take_gradient(matrix) for matrix in matrices] for matrices, _ in self._batches]
+        gradients = [[_take_gradient(matrix) for matrix in batch] for batch in self._batches]
         super().step()  # of all that have gradients now
-        for (matrices, shape), of_batch in zip(self._batches, gradients, strict=True):
-            self._move(matrices, shape, of_batch)
+        for batch, of_batch in zip(self._batches, gradients, strict=True):
+            self._move(batch, of_batch)
 
-    def _move(self, matrices: list[Tensor], shape: torch.Size, gradients: list[Tensor]) -> None:
+    def _move(self, matrices: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         states = [self._state_of(matrix) for matrix in matrices]
         moments = [state["exp_avg"] for state in states]
         # A moment that takes itself for its gradient stays as it is, to the bit.
@@ -91,12 +102,13 @@ class Muon(torch.optim.AdamW):
         new = [torch.where(skipped, *pair) for pair in zip(moments, gradients, strict=True)]
         torch._foreach_lerp_(moments, new, 1.0 - MOMENTUM)
         nesterov = [update.to(self._dtype) for update in torch._foreach_lerp(new, moments, MOMENTUM)]
-        updates = [update.float() for update in self._parallel.on_whole(nesterov, shape, orthogonalise)]
+        updates = [update.float() for update in self._parallel.on_whole(matrices, nesterov, orthogonalise)]
         group = self.param_groups[0]
         rate = group["lr"] * (1.0 - self.found_inf)
-        torch._foreach_mul_(matrices, 1.0 - rate * group["weight_decay"])
-        torch._foreach_mul_(updates, -rate * ADAMW_RATES * math.sqrt(max(shape)))
-        torch._foreach_add_(matrices, updates)
+        torch._foreach_mul_(list(matrices), 1.0 - rate * group["weight_decay"])
+        size = ADAMW_RATES * math.sqrt(max(self._parallel.whole_shape(matrices[0])))
+        torch._foreach_mul_(updates, -rate * size)
+        torch._foreach_add_(list(matrices), updates)
         steps = [state["step"] for state in states]
         torch._foreach_add_(
             steps, [1.0 - self.found_inf] * len(steps)

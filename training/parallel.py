@@ -41,14 +41,17 @@ class Parallel(Protocol):
         """Return the shape of the full tensor of which one of ``parameters`` is this rank's shard."""
 
     def on_whole(
-        self, matrices: Sequence[Tensor], shape: torch.Size, function: Callable[[Tensor], Tensor]
+        self,
+        parameters: Sequence[nn.Parameter],
+        matrices: Sequence[Tensor],
+        function: Callable[[Tensor], Tensor],
     ) -> list[Tensor]:
         """Apply a function to whole matrices, of which every rank does its part (all ranks).
 
         Args:
-            matrices: held as the weights of the blocks are held, N of them.
-            shape: of each whole one.
-            function: of some of them at once, (N or fewer, rows, columns), element by element of the first axis.
+            parameters: N of one shape, all of them replicated or all sharded.
+            matrices: N, each held as its parameter is.
+            function: of some of the whole ones at once, (N or fewer, rows, columns), each by itself.
 
         Returns:
             What becomes of them, held the same way.
@@ -110,6 +113,17 @@ def parallelize(objective: Objective, ranks: Ranks, sharded: bool) -> Parallel:
     return Replicated(objective, ranks)
 
 
+def on_replicas(
+    matrices: Sequence[Tensor], function: Callable[[Tensor], Tensor], ranks: Ranks
+) -> list[Tensor]:
+    """Apply a function to matrices that every rank has: each does its part, and gets the others' results."""
+    each = -(-len(matrices) // ranks.world_size)
+    mine = matrices[0].new_zeros(each, *matrices[0].shape)
+    for place, matrix in zip(mine, matrices[each * ranks.rank :], strict=False):
+        place.copy_(matrix)
+    return list(ranks.join(function(mine))[: len(matrices)].unbind())
+
+
 class Replicated:
     """Every rank holds all weights, gradients and moments: DistributedDataParallel, or a single rank."""
 
@@ -145,15 +159,13 @@ class Replicated:
         return parameter.shape
 
     def on_whole(
-        self, matrices: Sequence[Tensor], shape: torch.Size, function: Callable[[Tensor], Tensor]
+        self,
+        parameters: Sequence[nn.Parameter],
+        matrices: Sequence[Tensor],
+        function: Callable[[Tensor], Tensor],
     ) -> list[Tensor]:
-        """Every rank has all of them, does its part, and gets the others' results."""
-        each = -(-len(matrices) // self.world_size)
-        first = each * self._ranks.rank
-        mine = matrices[0].new_zeros(each, *shape)
-        for place, matrix in zip(mine, matrices[first : first + each], strict=False):
-            place.copy_(matrix)
-        return list(self._ranks.join(function(mine))[: len(matrices)].unbind())
+        """All of them are replicated."""
+        return on_replicas(matrices, function, self._ranks)
 
     def unshard(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """Return it unchanged."""

@@ -24,6 +24,7 @@ from models.own import OwnTrunk
 from models.policy import Policy
 from training.distributed import Ranks
 from training.losses import Objective
+from training.parallel import on_replicas
 
 
 def sharded_policy(sizes: Mapping[str, Any], precision: str, ranks: Ranks) -> Policy:
@@ -178,20 +179,26 @@ class Sharded:
         return [*trunk, *head], (trunk_square + head_square).sqrt()
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Return the sharded tensor's."""
-        return self._sharded[id(parameter)][1].shape
+        """Return the sharded tensor's, or its own."""
+        return self._sharded[id(parameter)][1].shape if id(parameter) in self._sharded else parameter.shape
 
     def on_whole(
-        self, matrices: Sequence[Tensor], shape: torch.Size, function: Callable[[Tensor], Tensor]
+        self,
+        parameters: Sequence[nn.Parameter],
+        matrices: Sequence[Tensor],
+        function: Callable[[Tensor], Tensor],
     ) -> list[Tensor]:
-        """Every rank gets all rows of its part of them, and gives back the others' rows of the results."""
+        """Of shards, every rank gets all rows of its part, and gives back the others' rows of the results."""
+        if id(parameters[0]) not in self._sharded:
+            return on_replicas(matrices, function, self._ranks)
         held = torch.stack(list(matrices))  # (N, this rank's rows, columns)
+        num_rows, num_columns = self.whole_shape(parameters[0])
         each = -(-len(matrices) // self.world_size)
-        parts = [len(part) for part in held.split(each)]
-        parts += [0] * (self.world_size - len(parts))
-        num_mine, (num_rows, num_columns) = parts[self._ranks.rank], shape
-        rows = [len(part) for part in torch.empty(num_rows).chunk(self.world_size)]  # as FSDP cuts
-        rows += [0] * (self.world_size - len(rows))
+        parts = _filled_up([len(part) for part in held.split(each)], self.world_size)
+        rows = _filled_up(
+            [len(part) for part in torch.empty(num_rows).chunk(self.world_size)], self.world_size
+        )
+        num_mine = parts[self._ranks.rank]
         others = [count * held.shape[1] * num_columns for count in parts]  # what this rank holds of each part
         own = [num_mine * count * num_columns for count in rows]  # what each rank holds of this rank's part
         got = self._ranks.exchange(held.flatten(), others, own).split(own)
@@ -220,3 +227,8 @@ class Sharded:
         """Gather them one by one, to the host."""
         weights = self.policy.state_dict()
         return {name: w.full_tensor().cpu() if isinstance(w, DTensor) else w for name, w in weights.items()}
+
+
+def _filled_up(counts: list[int], num_ranks: int) -> list[int]:
+    # The last ranks may have nothing.
+    return counts + [0] * (num_ranks - len(counts))

@@ -32,7 +32,7 @@ from training.losses import Objective
 from training.memory import DoesNotFit, MemoryPlan
 from training.metrics import Stopwatch, Yardstick, fixed_batch, gpu_figures, plasticity
 from training.model_checks import describe_model, warn_if_changed
-from training.muon import Muon
+from training.muon import hidden_matrices
 from training.parallel import is_sharded, load_weights, new_policy
 from training.progress import TrainingProgress
 from training.rewards import describe_reward, own_reward
@@ -122,10 +122,8 @@ class Trainer:
             f"{self.learner.micro_batch_segments} segments per micro-batch; "
             f"{self.flops_per_transition() / 1e9:.3g} GFLOP per transition"
         )
-        if settings.optimizer == "muon" and not isinstance(self.learner.optimizer, Muon):
-            log.warning(
-                "optimizer=muon moves nothing here: the model has no matrices in self.blocks; adamw does"
-            )
+        if settings.optimizer == "muon" and not hidden_matrices(self.policy)[0]:
+            log.warning("optimizer=muon moves the head alone: the model has no matrices in self.blocks")
         if shortage := shortage_in(self.env.market, settings, ranks.world_size):
             log.warning(shortage)
         if ranks.device.type == "cpu" and num_parameters > LARGE_MODEL:

@@ -56,7 +56,7 @@ def test_a_sound_rank_finds_nothing_and_trains_as_without_looking() -> None:
     [
         *(("adamw", f"{kind} trunk.blocks.1.up.weight") for kind in KINDS),
         *(("muon", f"{kind} trunk.blocks.1.up.weight") for kind in KINDS[:2]),
-        ("muon", f"{KINDS[2]} head.mix.weight"),  # behind matrices that have no second moment
+        ("muon", f"{KINDS[2]} head.value.weight"),  # behind matrices that have no second moment
     ],
 )
 def test_a_bit_that_flips_between_two_steps_is_found_and_named(optimizer: str, place: str) -> None:

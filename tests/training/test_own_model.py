@@ -243,12 +243,12 @@ def test_muon_moves_the_matrices_of_its_blocks_and_says_where_there_are_none(
     assert trainer.update(trainer.collect()) is not None
     state = trainer.learner.optimizer.state
     of_one = {name for name, p in trainer.policy.named_parameters() if "exp_avg_sq" not in state[p]}
-    assert of_one == {"trunk.network.blocks.0.weight"}
+    assert of_one == {"trunk.network.blocks.0.weight", "head.market.weight", "head.mix.weight"}
     trainer.log_sizes()
     assert "optimizer=muon" not in caplog.text
     registered[:] = [Base]
     small_trainer(optimizer="muon").log_sizes()
-    assert "optimizer=muon moves nothing here: the model has no matrices in self.blocks" in caplog.text
+    assert "optimizer=muon moves the head alone: the model has no matrices in self.blocks" in caplog.text
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(
