@@ -165,9 +165,9 @@ ACROSS_SYMBOLS: Mapping[str, Any] = {  # of a trial whose edge is in the other s
     "most_exam_segments": 8,
 }
 TRIALS = (
-    Trial("persistent_sign", "a drift that keeps its sign", persistent_sign(0.2, 0.98), 0.2, 48, earns(0.95)),
+    Trial("persistent_sign", "a drift that keeps its sign", persistent_sign(0.2, 0.98), 0.2, 40, earns(0.95)),
     Trial(
-        "mean_reversion", "a price that reverts to its mean", mean_reversion(3.0, 0.95), 0.1, 40, earns(0.95)
+        "mean_reversion", "a price that reverts to its mean", mean_reversion(3.0, 0.95), 0.1, 32, earns(0.95)
     ),
     Trial(
         "pure_noise",
@@ -196,7 +196,7 @@ TRIALS = (
         "a weak drift",
         persistent_sign(0.1, 0.99),
         0.1,
-        80,
+        56,
         earns(0.90),
         gamma=0.99,
         gae_lambda=0.98,
