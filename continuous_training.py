@@ -126,7 +126,7 @@ class Settings:
     feature_noise: float = 0.0  # deviation of noise on every feature in training; 1 is a feature's own
     stochastic_depth: float = 0.0  # chance that a segment skips the last block in training; less in others
     update_passes: int = 3  # passes over each rollout
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of hidden matrices, the rest stays with adamw
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon moves matrices between hidden units, adamw the rest
     learning_rate: float = 1e-4  # peak learning rate
     warmup_steps: int = 30  # optimizer steps up to the peak learning rate, once
     final_learning_rate_fraction: float = 0.1  # fraction of learning_rate at the end of each run

@@ -167,8 +167,8 @@ def _of_checkpoints(trained: TrainedPolicy) -> dict[str, str]:
             "policy": f"{part.policy.num_parameters():,} parameters: {model}{settings.d_model} wide, "
             f"{settings.num_layers} layers, {settings.num_heads} heads, context {settings.context_bars} bars; "
             "the most likely position, never a drawn one",
-            "learning": f"{settings.advantages} advantages, learning rate {settings.learning_rate:g}, gamma "
-            f"{settings.gamma:g}, seed {settings.seed}",
+            "learning": f"{settings.advantages} advantages, {settings.optimizer}, learning rate "
+            f"{settings.learning_rate:g}, gamma {settings.gamma:g}, seed {settings.seed}",
         }
         rows |= {
             f"{name} of member {number}" if trained.members else name: text for name, text in own.items()

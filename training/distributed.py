@@ -75,6 +75,7 @@ class Ranks:
         if self.world_size == 1:
             return tensor
         joined = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
+        # Not all_gather_into_tensor: torch 2.13 deprecates it, and 2.11 has nothing in its place.
         torch_distributed.all_gather(list(joined.split(len(tensor))), tensor.contiguous())
         return joined
 
@@ -88,6 +89,8 @@ class Ranks:
         Returns:
             What came in rank order, (sum of ``taken``,) (all ranks take part).
         """
+        if self.world_size == 1:
+            return tensor
         got = tensor.new_empty(sum(taken))
         torch_distributed.all_to_all_single(got, tensor, taken, given)
         return got

@@ -65,9 +65,12 @@ class Seal:
 
     def renew(self) -> None:
         """Seal the tensors after a step; what was broken before stays noted."""
+        before = {name: place for place, name in enumerate(self.names)}
         self.sums = self._checksums()
-        missing = len(self.sums) - len(self.broken)  # the first step makes the moments
-        self.broken = torch.cat((self.broken, self.broken.new_zeros(missing)))
+        if len(self.names) > len(before):  # the first step makes the moments, or some of them
+            places = [before.get(name, len(before)) for name in self.names]
+            none = self.broken.new_zeros(1)
+            self.broken = torch.cat((self.broken, none))[torch.tensor(places, device=none.device)]
 
     def _checksums(self) -> Tensor:
         tensors = self._tensors()

@@ -312,7 +312,7 @@ class Learner:
         self.seal.close()
 
     def _usable(self, state: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Mapping[str, Tensor]]:
-        """Return of a saved state what this optimizer goes on with, where the other one has written it.
+        """Return the part of a saved state that this optimizer can use; the other one may have written it.
 
         Muon takes AdamW's first moment of a matrix; AdamW, which needs both, begins matrices of Muon afresh.
         """

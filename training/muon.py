@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     from training.parallel import Parallel
 
 MOMENTUM = 0.95
-ADAMW_RATES = 0.2  # root mean square of what AdamW usually moves a weight by (Liu et al. 2025)
+UPDATE_RMS = 0.2  # root mean square of an update, in learning rates, as AdamW's usually is (Liu et al. 2025)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: five steps bring all but tiny values near 1
 NUM_STEPS = 5
-MOST_AT_ONCE = 1 << 25  # weights that a rank orthogonalises at once: more would take memory, and save no time
+MOST_AT_ONCE = 1 << 25  # weights of a batch, unless every rank has one matrix: more would only take memory
 
 
 def hidden_matrices(policy: Policy) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the matrices from hidden units to hidden units: of the trunk's blocks, and of the head."""
+    """Return the matrices of the trunk's blocks, and those of the head from hidden units to hidden units."""
     of_blocks = [
         weight for block in policy.trunk.blocks for weight in block.parameters() if weight.dim() == 2
     ]
-    return [*of_blocks], [policy.head.market.weight, policy.head.mix.weight]
+    once = {id(weight): weight for weight in of_blocks}  # blocks of one's own may share weights
+    return list(once.values()), [policy.head.market.weight, policy.head.mix.weight]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -69,21 +70,21 @@ class Muon(torch.optim.AdamW):
 
         Args:
             groups: of all parameters; the matrices are in the first.
-            matrices: whole ones, and this rank's shards.
+            matrices: some lists of them, each of replicas or of this rank's shards.
             parallel: shares them out among the ranks.
             dtype: to orthogonalise in.
             of_adamw: see torch.optim.AdamW.
         """
         super().__init__(groups, **of_adamw)
         self._parallel, self._dtype = parallel, dtype
-        self.matrices = [matrix for held_alike in matrices for matrix in held_alike]
-        self._batches: list[list[nn.Parameter]] = []  # of one shape each
-        for held_alike in matrices:
+        self.matrices = [matrix for part in matrices for matrix in part]
+        self._batches: list[list[nn.Parameter]] = []  # of one shape each, and held alike
+        for part in matrices:
             by_shape = defaultdict(list)
-            for matrix in held_alike:
+            for matrix in part:
                 by_shape[parallel.whole_shape(matrix)].append(matrix)
             for shape, alike in by_shape.items():
-                size = parallel.world_size * max(1, MOST_AT_ONCE // shape.numel())
+                size = max(parallel.world_size, MOST_AT_ONCE // shape.numel())
                 self._batches += [alike[first : first + size] for first in range(0, len(alike), size)]
 
     @torch.no_grad()
@@ -95,30 +96,28 @@ class Muon(torch.optim.AdamW):
             self._move(batch, of_batch)
 
     def _move(self, matrices: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        states = [self._state_of(matrix) for matrix in matrices]
-        moments = [state["exp_avg"] for state in states]
+        moments = [self._moment(matrix) for matrix in matrices]
         # A moment that takes itself for its gradient stays as it is, to the bit.
         skipped = self.found_inf > 0
-        new = [torch.where(skipped, *pair) for pair in zip(moments, gradients, strict=True)]
-        torch._foreach_lerp_(moments, new, 1.0 - MOMENTUM)
-        nesterov = [update.to(self._dtype) for update in torch._foreach_lerp(new, moments, MOMENTUM)]
-        updates = [update.float() for update in self._parallel.on_whole(matrices, nesterov, orthogonalise)]
+        ahead = [torch.where(skipped, *pair) for pair in zip(moments, gradients, strict=True)]
+        torch._foreach_lerp_(moments, ahead, 1.0 - MOMENTUM)
+        torch._foreach_lerp_(ahead, moments, MOMENTUM)  # Nesterov's momentum
+        ahead = [update.to(self._dtype) for update in ahead]
+        updates = [update.float() for update in self._parallel.on_whole(matrices, ahead, orthogonalise)]
+        del ahead  # as large as a batch
         group = self.param_groups[0]
         rate = group["lr"] * (1.0 - self.found_inf)
         torch._foreach_mul_(list(matrices), 1.0 - rate * group["weight_decay"])
-        size = ADAMW_RATES * math.sqrt(max(self._parallel.whole_shape(matrices[0])))
+        size = UPDATE_RMS * math.sqrt(max(self._parallel.whole_shape(matrices[0])))
         torch._foreach_mul_(updates, -rate * size)
         torch._foreach_add_(list(matrices), updates)
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(
-            steps, [1.0 - self.found_inf] * len(steps)
-        )  # a list: the host would wait for a scalar
 
-    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
+    def _moment(self, matrix: Tensor) -> Tensor:
         state: dict[str, Tensor] = self.state[matrix]
-        if not state:  # counted like AdamW's, which reads it from every state that it loads
+        if not state:
+            # AdamW reads the step of every state that it loads; nothing here does.
             state |= {"step": matrix.new_zeros(()), "exp_avg": torch.zeros_like(matrix)}
-        return state
+        return state["exp_avg"]
 
 
 def _take_gradient(weight: Tensor) -> Tensor:

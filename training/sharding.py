@@ -90,10 +90,15 @@ def shard_policy(policy: Policy, ranks: Ranks) -> None:
 
 
 def shard_of(whole: Tensor, sharded: DTensor) -> Tensor:
-    """Return the rows of a whole tensor that this rank holds of the sharded one; the last ranks may have none."""
+    """Return the rows of a whole tensor that this rank holds of the sharded one."""
     mesh = sharded.device_mesh
-    rows, rank = whole.chunk(mesh.size()), mesh.get_local_rank()  # FSDP cuts as torch.chunk does
-    return rows[rank] if rank < len(rows) else whole[:0]
+    return whole.split(shares(len(whole), mesh.size()))[mesh.get_local_rank()]
+
+
+def shares(count: int, num_ranks: int) -> list[int]:
+    """Return how many of some things each rank gets, as FSDP cuts rows; the last ranks may get none."""
+    each = -(-count // num_ranks)
+    return [max(0, min(each, count - each * rank)) for rank in range(num_ranks)]
 
 
 def load_shards(policy: Policy, weights: Mapping[str, Tensor]) -> None:
@@ -193,11 +198,7 @@ class Sharded:
             return on_replicas(matrices, function, self._ranks)
         held = torch.stack(list(matrices))  # (N, this rank's rows, columns)
         num_rows, num_columns = self.whole_shape(parameters[0])
-        each = -(-len(matrices) // self.world_size)
-        parts = _filled_up([len(part) for part in held.split(each)], self.world_size)
-        rows = _filled_up(
-            [len(part) for part in torch.empty(num_rows).chunk(self.world_size)], self.world_size
-        )
+        parts, rows = shares(len(matrices), self.world_size), shares(num_rows, self.world_size)
         num_mine = parts[self._ranks.rank]
         others = [count * held.shape[1] * num_columns for count in parts]  # what this rank holds of each part
         own = [num_mine * count * num_columns for count in rows]  # what each rank holds of this rank's part
@@ -227,8 +228,3 @@ class Sharded:
         """Gather them one by one, to the host."""
         weights = self.policy.state_dict()
         return {name: w.full_tensor().cpu() if isinstance(w, DTensor) else w for name, w in weights.items()}
-
-
-def _filled_up(counts: list[int], num_ranks: int) -> list[int]:
-    # The last ranks may have nothing.
-    return counts + [0] * (num_ranks - len(counts))

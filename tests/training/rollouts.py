@@ -1,6 +1,7 @@
 """Rollouts, made-up and played, with small policies and learners; the two-rank script uses them, too."""
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -58,7 +59,7 @@ def small_learner(
     passes: int = 2,
     sharded: bool = False,
     forecast_coef: float = 0.0,
-    optimizer: str = "adamw",
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> Learner:
     settings = replace(
         SETTINGS,
@@ -66,7 +67,7 @@ def small_learner(
         update_passes=passes,
         parallel="fsdp" if sharded else "ddp",
         forecast_coef=forecast_coef,
-        optimizer=optimizer,  # type: ignore[arg-type]
+        optimizer=optimizer,
     )
     objective = of if isinstance(of, Objective) else Objective(of, settings)
     objective.settings = settings

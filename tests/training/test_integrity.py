@@ -1,10 +1,11 @@
 """Silent corruption: every flipped bit is noticed and its rank named; kernels that vary raise no alarm."""
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_every_flipped_bit_changes_a_checksum_and_no_order_does(dtype: torch.dty
         bits[7] ^= torch.tensor(1, dtype=bits.dtype) << place
 
 
-def learner_and_rollout(optimizer: str = "adamw") -> tuple[Learner, Any]:
+def learner_and_rollout(optimizer: Literal["adamw", "muon"] = "adamw") -> tuple[Learner, Any]:
     policy = small_policy()
     learner, rollout = small_learner(policy, optimizer=optimizer), made_up_rollout(policy, 8)
     learner.update(rollout, 0.0)
@@ -59,7 +60,9 @@ def test_a_sound_rank_finds_nothing_and_trains_as_without_looking() -> None:
         ("muon", f"{KINDS[2]} head.value.weight"),  # behind matrices that have no second moment
     ],
 )
-def test_a_bit_that_flips_between_two_steps_is_found_and_named(optimizer: str, place: str) -> None:
+def test_a_bit_that_flips_between_two_steps_is_found_and_named(
+    optimizer: Literal["adamw", "muon"], place: str
+) -> None:
     learner, rollout = learner_and_rollout(optimizer)
     kind, _, name = place.rpartition(" ")
     parameter = learner.policy.get_parameter(name)
@@ -69,6 +72,16 @@ def test_a_bit_that_flips_between_two_steps_is_found_and_named(optimizer: str, p
     found, _ = learner.find_corruption()
     assert f"{place} changed between two optimizer steps" in found
     assert found.startswith("rank 0 (") and "cpu" in found
+
+
+def test_it_is_named_also_where_moments_came_later_than_others() -> None:
+    learner, rollout = learner_and_rollout("muon")
+    other = small_learner(small_policy())
+    other.load_state_dict(copy.deepcopy(learner.state_dict()))  # matrices begin with no moments
+    flip(other.optimizer.state[other.policy.head.value.weight]["exp_avg_sq"], bit=0)
+    other.update(rollout, 0.0)
+    found, _ = other.find_corruption()
+    assert "second moment of head.value.weight changed between two optimizer steps" in found
 
 
 def test_a_flipped_bit_in_a_gradient_is_found_also_the_first_time() -> None:

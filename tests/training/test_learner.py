@@ -181,7 +181,7 @@ def test_a_stopped_update_goes_on_at_the_very_step(steps: int) -> None:
 
 def ranks(tmp_path: Path, number: int, *arguments: str) -> dict[str, Any]:
     out = tmp_path / "out.pt"
-    script = str(ROOT / "tests/training/two_rank_update.py")
+    script = str(ROOT / "tests/training/ranks_update.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     subprocess.run([*launcher, script, str(out), *arguments], check=True, cwd=ROOT, timeout=600)
     result: dict[str, Any] = torch.load(out, weights_only=True)

@@ -1,6 +1,7 @@
 """Muon: the same step as torch.optim.Muon, none where a gradient is not finite, and the way from and to AdamW."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_a_step_that_is_skipped_changes_nothing_to_the_bit() -> None:
         assert torch.equal(ours.state[one]["exp_avg"], unbroken.state[clean]["exp_avg"])
 
 
-def trained(optimizer: str, **changes: int) -> Learner:
+def trained(optimizer: Literal["adamw", "muon"], **changes: int) -> Learner:
     learner = small_learner(small_policy(), optimizer=optimizer, **changes)
     learner.update(made_up_rollout(small_policy(), 8), run_fraction=0.0)
     return learner
@@ -136,6 +137,17 @@ def test_matrices_between_hidden_units_have_one_moment_and_all_others_two() -> N
     assert names_of(learner, "exp_avg_sq") == set(weights) - matrices
 
 
+def test_blocks_may_share_a_matrix() -> None:
+    policy = small_policy()
+    first, second = policy.trunk.blocks
+    second.up = first.up
+    before = first.up.weight.detach().clone()
+    learner = small_learner(policy, optimizer="muon")
+    learner.update(made_up_rollout(policy, 8), run_fraction=0.0)
+    assert second.up is first.up and not torch.equal(first.up.weight, before)
+    assert learner.find_corruption() == ("", "")
+
+
 @pytest.mark.parametrize("micro", [1, 3])
 def test_the_micro_batch_size_changes_nothing(micro: int) -> None:
     other, whole = (trained("muon", minibatch=8, micro=size).policy.state_dict() for size in (micro, 8))
@@ -143,7 +155,9 @@ def test_the_micro_batch_size_changes_nothing(micro: int) -> None:
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4)
 
 
-def weights_after_one_more(learner: Learner, optimizer: str) -> tuple[Learner, dict[str, Tensor]]:
+def weights_after_one_more(
+    learner: Learner, optimizer: Literal["adamw", "muon"]
+) -> tuple[Learner, dict[str, Tensor]]:
     policy = small_policy()
     policy.load_state_dict(learner.policy.state_dict())
     other = small_learner(policy, optimizer=optimizer)

@@ -1,6 +1,6 @@
 """Run by torchrun in test_learner.py: each rank updates on its part of a rollout, rank 0 saves weights.
 
-    two_rank_update.py OUT [poison] [sharded] [compiled] [muon]
+    ranks_update.py OUT [poison] [sharded] [compiled] [muon]
 
 ``poison`` spoils the bars of rank 1. ``sharded`` lets ranks hold shards of the model instead of replicas.
 ``compiled`` compiles the objective. ``muon`` updates with Muon. There may be more ranks than two.
