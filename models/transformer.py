@@ -6,7 +6,8 @@ over a segment is all that a whole rollout needs of it (training/rollout.py).
 Notable choices: pre-norm RMSNorm without learned gain in attention (QK norm, Henry et al. 2020,
 arXiv:2010.04245), rotary positions (Su et al. 2021, arXiv:2104.09864), GELU feed-forward of four widths,
 no biases, no dropout (dropout would make the policy of the update differ from that of the rollout; the blocks that
-a segment skips in training, stochastic depth, are drawn with the rollout and stay the same).
+a segment skips in training, stochastic depth, are drawn with the rollout and stay the same). What attention adds
+counts a tenth in new policies: where bars are few it learns noise sooner than anything else (docs/LOG.md).
 
 Shapes: B = segments, S = bars of a segment, F = features of a bar, D = d_model, L = num_layers.
 """
@@ -25,6 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from models.embedding import FIRST_ENCODING, PiecewiseLinear
 from models.linear import Linear
 
+FIRST_SCALE = 1.0  # of attention, in policies of before there was one
+ATTENTION_SCALE = 0.1  # in new ones
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -36,6 +40,7 @@ class TransformerConfig:
     num_heads: int
     max_length: int  # longest segment, bars
     feature_encoding: str = FIRST_ENCODING  # or piecewise, see models/embedding.py
+    attention_scale: float = FIRST_SCALE  # of what attention adds to the residual stream
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
@@ -95,6 +100,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.head_width = config.d_model // config.num_heads
+        self.scale = config.attention_scale
         self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = Linear(config.d_model, config.d_model, bias=False)
 
@@ -106,7 +112,7 @@ class Attention(nn.Module):
         q = rotate(rms_norm(q), cos, sin).type_as(v)
         k = rotate(rms_norm(k), cos, sin).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2)[:, first:].reshape(batch, length - first, width))
+        return self.scale * self.out(y.transpose(1, 2)[:, first:].reshape(batch, length - first, width))
 
 
 class Block(nn.Module):

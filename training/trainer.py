@@ -16,6 +16,7 @@ from torch import Tensor
 from envs.config import EnvConfig
 from envs.market import Market
 from models.policy import Policy, precision_on
+from models.transformer import ATTENTION_SCALE, FIRST_SCALE
 from training.checkpoint import Checkpoint, ResumeState, name_of
 from training.compilation import (
     compile_accounts,
@@ -80,6 +81,8 @@ class Trainer:
         with exit_without_groups():
             self.env = make_env(market, env_config, ranks.device, settings.seed * 1_000_003 + ranks.rank)
         self._own_reward = own_reward(is_of_groups=env_config.group is not None)
+        trunk = saved.model_config["trunk"] if saved else {"attention_scale": ATTENTION_SCALE}
+        self._attention_scale = trunk.get("attention_scale", FIRST_SCALE)
         self._make_policy()
         self.not_compiled = "not requested"
         if compile_is_on(settings, ranks.device):
@@ -142,6 +145,7 @@ class Trainer:
         """Make policy and objective, on every rank with the same initial weights (all ranks)."""
         settings, device = self.settings, self.ranks.device
         sizes = policy_sizes(settings, self.env.market.num_features)
+        sizes["trunk"]["attention_scale"] = self._attention_scale
         precision, sharded = precision_on(device, settings.precision), settings.parallel == "fsdp"
         self.policy = new_policy(sizes, precision, settings.seed, self.ranks, sharded)
         self.objective = Objective(self.policy, settings)

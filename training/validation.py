@@ -255,7 +255,9 @@ def policy_sizes(settings: Settings, num_features: int) -> dict[str, Any]:
     Raises:
         FeatureError: models/own_model.py cannot be used.
     """
-    from training.model_checks import identify_model  # torch, which settings are checked without
+    # torch, which settings are checked without
+    from models.transformer import ATTENTION_SCALE
+    from training.model_checks import identify_model
 
     trunk = {
         "num_features": num_features,
@@ -264,6 +266,7 @@ def policy_sizes(settings: Settings, num_features: int) -> dict[str, Any]:
         "num_heads": settings.num_heads,
         "max_length": settings.context_bars + settings.horizon + 1,
         "feature_encoding": settings.feature_encoding,
+        "attention_scale": ATTENTION_SCALE,
     }
     account_features = EnvConfig.from_settings(settings).num_account_features
     return {

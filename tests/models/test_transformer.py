@@ -1,6 +1,7 @@
 """The trunk: causality, rotary positions, and the arithmetic that its docstring states."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,17 @@ def test_only_the_last_bars_are_the_same_as_all_of_them() -> None:
     (hidden * weights).sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_scale_of_attention_is_of_what_it_adds() -> None:
+    angles = rotary_angles(7, 8)
+    x = torch.randn(2, 7, 32)
+    torch.manual_seed(1)
+    whole = Attention(CONFIG)
+    torch.manual_seed(1)
+    scaled = Attention(replace(CONFIG, attention_scale=0.25))
+    place = angles.cos(), angles.sin()
+    assert torch.equal(scaled(x, *place), 0.25 * whole(x, *place))
 
 
 def test_attention_equals_its_definition() -> None:

@@ -17,6 +17,7 @@ import training.trainer
 from continuous_training import Settings, train
 from data_sources.simulated import simulated_bars
 from envs.market import Market
+from models.transformer import ATTENTION_SCALE
 from runtime.control import Control
 from tests.training.rollouts import ALONE, SETTINGS
 from training.checkpoint import Checkpoint, newest
@@ -67,6 +68,10 @@ def an_epoch(trainer: Trainer, stop_at: int = -1) -> dict[str, Any] | None:
 def saved_and_loaded(trainer: Trainer, folder: Path) -> Checkpoint:
     saved = trainer.checkpoint("", {}, {"line": {}})
     assert saved.exam == ({} if saved.step else {"line": {}})
+    return saved_and_loaded_as(saved, folder)
+
+
+def saved_and_loaded_as(saved: Checkpoint, folder: Path) -> Checkpoint:
     saved = replace(saved, path=folder / saved.name)
     saved.save(keep=16)
     found, warnings = newest(folder)
@@ -91,6 +96,20 @@ def test_a_stopped_update_is_saved_and_finished_by_the_next_start(
     assert an_epoch(resumed) == an_epoch(unbroken)  # and the segment after it is a new one
     for name, weights in unbroken.objective.state_dict().items():
         assert torch.equal(weights, resumed.objective.state_dict()[name]), name
+
+
+def test_a_training_of_before_attention_had_a_scale_goes_on_without_one(tmp_path: Path) -> None:
+    fresh = small_trainer()
+    assert fresh.policy.sizes["trunk"]["attention_scale"] == ATTENTION_SCALE
+    for scale in (ATTENTION_SCALE, None):  # of before, where there is none
+        saved = fresh.checkpoint("", {}, {})
+        if scale is None:
+            del saved.model_config["trunk"]["attention_scale"]
+        saved = saved_and_loaded_as(saved, tmp_path / str(scale))
+        resumed = small_trainer(saved)
+        assert resumed.policy.sizes["trunk"]["attention_scale"] == (scale or 1.0)
+        assert saved.policy(ALONE.device, "fp32").sizes == resumed.policy.sizes
+        assert {block.attention.scale for block in resumed.policy.trunk.blocks} == {scale or 1.0}
 
 
 def test_the_symbol_in_which_the_critic_is_worst_is_named_and_clipped_rewards_are_counted() -> None:
