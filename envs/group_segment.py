@@ -129,7 +129,9 @@ class GroupStatistics:
             "traded": fill.traded,
             "funding": funding,
             "gross_exposure": exposure.abs().sum(-1),
-            "net_exposure": exposure.sum(-1),
+            "net_exposure": exposure.sum(
+                -1
+            ).abs(),  # long of some and short of others would add up to nothing
         }
         for name, value in values.items():
             columns[self.names.index(name)] = value.sum(dtype=torch.float64)
