@@ -129,9 +129,8 @@ class GroupStatistics:
             "traded": fill.traded,
             "funding": funding,
             "gross_exposure": exposure.abs().sum(-1),
-            "net_exposure": exposure.sum(
-                -1
-            ).abs(),  # long of some and short of others would add up to nothing
+            # Else groups that are long and groups that are short would add up to nothing.
+            "net_exposure": exposure.sum(-1).abs(),
         }
         for name, value in values.items():
             columns[self.names.index(name)] = value.sum(dtype=torch.float64)

@@ -81,6 +81,7 @@ class Trainer:
         with exit_without_groups():
             self.env = make_env(market, env_config, ranks.device, settings.seed * 1_000_003 + ranks.rank)
         self._own_reward = own_reward(is_of_groups=env_config.group is not None)
+        # A training of before attention had a scale goes on without one.
         trunk = saved.model_config["trunk"] if saved else {"attention_scale": ATTENTION_SCALE}
         self._attention_scale = trunk.get("attention_scale", FIRST_SCALE)
         self._make_policy()
