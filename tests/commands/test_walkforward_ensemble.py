@@ -134,7 +134,10 @@ def test_a_kill_between_two_windows_changes_no_byte(
 
 
 def test_fresh_champions_see_each_their_own_scale(tmp_path: Path, kept: Path) -> None:
-    folder, book = walk_and_keep(tmp_path, kept / "fresh", fresh=True, first_day="2026-01-22")
+    settings = settings_in(tmp_path, seed=1)  # with which both windows have a champion
+    folder, book = walk_and_keep(
+        tmp_path, kept / "fresh", settings=settings, fresh=True, first_day="2026-01-22"
+    )
     paths = [kept / "fresh" / name for name in ("0002.pt", "0001.pt")]
     one, other = (TrainedPolicy.read(path, Settings).statistics for path in paths)
     assert not torch.equal(one.mean, other.mean)
