@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from models.embedding import FIRST_ENCODING, PiecewiseLinear
 from models.linear import Linear
 
-FIRST_SCALE = 1.0  # of attention, in policies of before there was one
+FIRST_SCALE = 1.0  # of attention, in policies that are older than the scale
 ATTENTION_SCALE = 0.1  # in new ones
 
 

@@ -45,6 +45,7 @@ class Learner:
         self.minibatch_segments = minibatch_segments(settings, ranks.world_size)
         self.parallel = parallelize(objective, ranks, settings.parallel == "fsdp")
         self._objective = objective
+        self._names = [name for name, _ in objective.learnt()]
         self.optimizer = self._make_optimizer()
         self.optimizer_steps = 0
         self.rate_scale = 1.0  # lowered by a rollback to a checkpoint
@@ -63,8 +64,7 @@ class Learner:
 
     def _owned(self) -> dict[str, Tensor]:
         """Return the tensors that only a step changes by name: weights, then moments where there are any."""
-        names = [name for name, _ in self._objective.learnt()]
-        named = list(zip(names, self.parallel.parameters, strict=True))
+        named = list(zip(self._names, self.parallel.parameters, strict=True))
         moments = {
             f"{kind} moment of {name}": state[moment]
             for kind, moment in (("first", "exp_avg"), ("second", "exp_avg_sq"))

@@ -16,7 +16,7 @@ from torch import Tensor
 from envs.config import EnvConfig
 from envs.market import Market
 from models.policy import Policy, precision_on
-from models.transformer import ATTENTION_SCALE, FIRST_SCALE
+from models.transformer import FIRST_SCALE
 from training.checkpoint import Checkpoint, ResumeState, name_of
 from training.compilation import (
     compile_accounts,
@@ -81,9 +81,9 @@ class Trainer:
         with exit_without_groups():
             self.env = make_env(market, env_config, ranks.device, settings.seed * 1_000_003 + ranks.rank)
         self._own_reward = own_reward(is_of_groups=env_config.group is not None)
-        # A training of before attention had a scale goes on without one.
-        trunk = saved.model_config["trunk"] if saved else {"attention_scale": ATTENTION_SCALE}
-        self._attention_scale = trunk.get("attention_scale", FIRST_SCALE)
+        # A training that began before attention had a scale goes on without one.
+        trunk = saved.model_config["trunk"] if saved else None
+        self._kept_sizes = {"attention_scale": trunk.get("attention_scale", FIRST_SCALE)} if trunk else {}
         self._make_policy()
         self.not_compiled = "not requested"
         if compile_is_on(settings, ranks.device):
@@ -146,7 +146,7 @@ class Trainer:
         """Make policy and objective, on every rank with the same initial weights (all ranks)."""
         settings, device = self.settings, self.ranks.device
         sizes = policy_sizes(settings, self.env.market.num_features)
-        sizes["trunk"]["attention_scale"] = self._attention_scale
+        sizes["trunk"] |= self._kept_sizes
         precision, sharded = precision_on(device, settings.precision), settings.parallel == "fsdp"
         self.policy = new_policy(sizes, precision, settings.seed, self.ranks, sharded)
         self.objective = Objective(self.policy, settings)

@@ -155,7 +155,7 @@ def exam(trainer: Trainer, settings: Settings) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     walk = walk_env._walk  # looks up bars, so on the CPU
     on_host = patch("envs.walk_env._walk", lambda market, *place: walk(moved(market, "cpu"), *place))
-    # What the walks are in the end depends on numbers that nobody computed.
+    # The walks depend on numbers that the null GPU does not compute.
     without_walks = patch("evaluation.exam.walks_of", lambda *_: {})
     with on_host, without_walks, patch("evaluation.exam.Reader.read", read_as_much):
         for number in (1, 2):
