@@ -1,14 +1,16 @@
 """Time to the answer: CPU seconds until a trainer earns most of what a market holds whose best policy is known.
 
     python benchmarks/answer.py run ours strong           # one training; adds lines to data_cache/answer.jsonl
-    python benchmarks/answer.py run "stable-baselines3, MLP" weak --cpu-seconds 900
+    python benchmarks/answer.py run "stable-baselines3, MLP" weak --seconds 900
     python benchmarks/answer.py report --plot docs/time_to_answer.png    # a table and a plot of all lines
 
 The markets are those of the self-test: ``strong`` is its drift that keeps its sign, ``weak`` its weak drift. All
 pay the same costs and meet the same bars; the others train through ``envs.gymnasium_env`` (answer_peers.py), in
 the peers' virtual environment, which is made on first use. Every training has one thread, and its clock is the
 CPU seconds of its process: imports, the drawing of the market and its features count; exams do not. In an exam
-policy and reference trade the same accounts from the same bars of fresh paths.
+policy and reference trade the same accounts from the same bars of fresh paths. Ours also runs on several ranks,
+``torchrun --nproc-per-node 2 benchmarks/answer.py run ours strong``; the clock is then that on the wall, since
+torchrun began.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,6 +43,7 @@ from envs.gymnasium_env import TradingVectorEnv
 from envs.market import Market
 from envs.trading_env import TradingEnv
 from evaluation.trained_policy import NEVER_NS
+from training import distributed
 from training.distributed import Ranks
 from training.memory import MemoryNeeds, plan
 from training.progress import TrainingProgress
@@ -51,7 +56,7 @@ LINES = peers.ROOT / "data_cache" / "answer.jsonl"
 FACTS = ("contender", "market", "symbols", "seed", "changes")  # of a training, in each of its lines
 EXAM_ACCOUNTS, EXAM_BARS = 256, 512  # 131,072 decisions
 EXAM_EVERY = 1.4  # times the CPU seconds of the last one
-RANKS = Ranks(0, 1, torch.device("cpu"))
+DEVICE = torch.device("cpu")
 
 # Observations (N, D), symbols (N,), newest closed bars (N,) -> actions (N,).
 Choose = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -84,7 +89,7 @@ class KnownMarket:
     def training_market(self, settings: Settings) -> Market:
         """Draw the paths to train on."""
         paths = draw_paths(self.trial.market, self.num_symbols, self.sizes.num_bars, seed=1_000 + self.seed)
-        return Market.from_settings(paths.bars, settings, RANKS.device, NEVER_NS)
+        return Market.from_settings(paths.bars, settings, DEVICE, NEVER_NS)
 
     @cached_property
     def fresh_paths(self) -> Paths:
@@ -101,7 +106,7 @@ class KnownMarket:
 
     def exam_market(self, settings: Settings, statistics: FeatureStatistics) -> Market:
         """Return the fresh paths, their features normalised as in training."""
-        return Market.from_settings(self.fresh_paths.bars, settings, RANKS.device, NEVER_NS, statistics)
+        return Market.from_settings(self.fresh_paths.bars, settings, DEVICE, NEVER_NS, statistics)
 
     def choose_best(self, _: np.ndarray, symbol: np.ndarray, bar: np.ndarray) -> np.ndarray:
         """Act as the reference."""
@@ -136,7 +141,7 @@ def play_steps(known: KnownMarket, accounts: TradingVectorEnv, choose: Choose) -
 def play_segments(known: KnownMarket, trainer: Trainer, market: Market, best: bool) -> tuple[float, float]:
     """Play the same exam a segment at a time, by the policy as our trainer does, or as the ``best`` one would."""
     config = replace(trainer.env.config, num_envs=EXAM_ACCOUNTS)
-    env = TradingEnv(market, config, RANKS.device, seed=known.seed)
+    env = TradingEnv(market, config, DEVICE, seed=known.seed)
     reference = torch.from_numpy(known.reference.astype(np.int64))
     total, flat, num_segments = 0.0, 0.0, EXAM_BARS // config.horizon
     for _ in range(num_segments):
@@ -156,28 +161,32 @@ def play_segments(known: KnownMarket, trainer: Trainer, market: Market, best: bo
     return total * config.horizon, flat
 
 
-def train_ours(known: KnownMarket, changes: dict[str, Any]) -> Training:
-    """Train as the self-test does."""
-    settings = known.settings(**changes)
-    market = known.training_market(settings)
-    needs = MemoryNeeds.of(settings, market.num_bytes, 1, precision="fp32")
-    trainer = Trainer(
-        market, settings, RANKS, plan(needs, None, settings.micro_batch_segments), TrainingProgress()
-    )
+class OurTraining:
+    """A training by our trainer, and its exam."""
 
-    @cache
-    def fresh() -> tuple[Market, float]:
-        fresh_market = known.exam_market(settings, market.statistics)
-        return fresh_market, play_segments(known, trainer, fresh_market, best=True)[0]
+    def __init__(self, known: KnownMarket, settings: Settings, market: Market, ranks: Ranks) -> None:
+        """``market``: paths to train on, from ``training_market`` with the same features."""
+        needs = MemoryNeeds.of(settings, market.num_bytes, ranks.world_size, precision="fp32")
+        memory_plan = plan(needs, None, settings.micro_batch_segments)
+        self.trainer = Trainer(market, settings, ranks, memory_plan, TrainingProgress())
+        self._known, self._settings = known, settings
 
-    def examine() -> tuple[float, float]:
-        fresh_market, most = fresh()
-        earned, flat = play_segments(known, trainer, fresh_market, best=False)
+    @cached_property
+    def _fresh(self) -> tuple[Market, float]:
+        market = self._known.exam_market(self._settings, self.trainer.env.market.statistics)
+        return market, play_segments(self._known, self.trainer, market, best=True)[0]
+
+    def examine(self) -> tuple[float, float]:
+        """Return the share of the reference, and the fraction of bars with no position."""
+        market, most = self._fresh
+        earned, flat = play_segments(self._known, self.trainer, market, best=False)
         return earned / most, flat
 
-    for _ in range(settings.epochs):
-        trainer.update(trainer.collect())
-        yield trainer.progress.transitions, examine
+    def epochs(self) -> Training:
+        """Train as the self-test does."""
+        for _ in range(self._settings.epochs):
+            self.trainer.update(self.trainer.collect())
+            yield self.trainer.progress.transitions, self.examine
 
 
 class Accounts:
@@ -218,16 +227,27 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def race(name: str, training: Training, facts: dict[str, Any], limit: float) -> Iterator[dict[str, Any]]:
-    """Train until the CPU seconds are used up; yield a line per exam, the last one at the end."""
+def seconds_of_torchrun() -> float:
+    """Return the seconds since this rank's launcher began."""
+    return time.time() - psutil.Process(os.getppid()).create_time()
+
+
+def race(
+    name: str,
+    training: Training,
+    facts: dict[str, Any],
+    limit: float,
+    clock: Callable[[], float] = cpu_seconds,
+) -> Iterator[dict[str, Any]]:
+    """Train until the seconds of the clock are used up; yield a line per exam, the last one at the end."""
     paused, due, spent, transitions = 0.0, 2.0, 0.0, 0
     examine: Callable[[], tuple[float, float]] | None = None
     for transitions, examine in training:
-        spent = cpu_seconds() - paused
+        spent = clock() - paused
         if spent >= min(due, limit):
             due = spent * EXAM_EVERY
             yield _line(name, facts, spent, transitions, examine)
-            paused, examine = cpu_seconds() - spent, None
+            paused, examine = clock() - spent, None
         if spent >= limit:
             break
     if examine is not None:
@@ -238,7 +258,7 @@ def _line(
     name: str, facts: dict[str, Any], spent: float, transitions: int, examine: Callable
 ) -> dict[str, Any]:
     share, flat = examine()
-    figures = {"cpu_seconds": round(spent, 1), "share": round(share, 4), "flat": round(flat, 3)}
+    figures = {"seconds": round(spent, 1), "share": round(share, 4), "flat": round(flat, 3)}
     return {"contender": name, **facts, **figures, "transitions": transitions}
 
 
@@ -257,15 +277,31 @@ def run(options: argparse.Namespace) -> None:
         )
         return
     known = KnownMarket(options.market, options.seed, Sizes(num_symbols=options.symbols))
-    if options.contender == "ours":
-        training = train_ours(known, changes)
-    else:
-        training = CONTENDERS[options.contender](known, **changes)
     facts = {"market": options.market, "symbols": options.symbols, "seed": options.seed, "changes": changes}
-    for line in race(options.name or options.contender, training, facts, options.cpu_seconds):
+    name = options.name or options.contender
+    if options.contender != "ours":
+        write(
+            race(name, CONTENDERS[options.contender](known, **changes), facts, options.seconds), options.lines
+        )
+        return
+    with distributed.start(wanted="cpu") as ranks:
+        settings = known.settings(**changes)
+        training = OurTraining(known, settings, known.training_market(settings), ranks).epochs()
+        # All ranks hold the same exams at the same time: each goes by rank 0's clock.
+        clock = cpu_seconds if ranks.world_size == 1 else lambda: ranks.broadcast(seconds_of_torchrun())
+        lines = race(name, training, facts, options.seconds, clock)
+        if ranks.is_first:
+            write(lines, options.lines)
+        else:
+            list(lines)
+
+
+def write(lines: Iterator[dict[str, Any]], path: Path) -> None:
+    """Print every line as it comes, and add it to the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for line in lines:
         print(json.dumps(line), flush=True)
-        options.lines.parent.mkdir(parents=True, exist_ok=True)
-        with options.lines.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -277,17 +313,17 @@ def report(options: argparse.Namespace) -> None:
         trainings.setdefault(json.dumps([line[fact] for fact in FACTS]), []).append(line)
     exams_of = sorted(trainings.values(), key=lambda exams: (exams[0]["market"], exams[0]["contender"]))
     print(
-        "| market | contender | seed | CPU s to the goal | last share | after CPU s | transitions | per CPU s |"
+        "| market | contender | seed | seconds to the goal | last share | after | transitions | per second |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for exams in exams_of:
         last, goal = exams[-1], GOALS[exams[0]["market"]][0]
-        reached = (f"{exam['cpu_seconds']:.0f}" for exam in exams if exam["share"] >= goal)
+        reached = (f"{exam['seconds']:.0f}" for exam in exams if exam["share"] >= goal)
         goal_at = next(reached, "not reached")
         print(
             f"| {last['market']} | {last['contender']} | {last['seed']} | {goal_at} | {last['share']:.1%} "
-            f"| {last['cpu_seconds']:.0f} | {last['transitions']:,} "
-            f"| {last['transitions'] / last['cpu_seconds']:,.0f} |"
+            f"| {last['seconds']:.0f} | {last['transitions']:,} "
+            f"| {last['transitions'] / last['seconds']:,.0f} |"
         )
     if options.plot:
         draw(exams_of, options.plot)
@@ -313,7 +349,7 @@ def draw(trainings: list[list[dict[str, Any]]], path: Path) -> None:
         for exams in trainings:
             if exams[0]["market"] == market:
                 name = exams[0]["contender"]
-                seconds, shares = zip(*((exam["cpu_seconds"], exam["share"]) for exam in exams), strict=True)
+                seconds, shares = zip(*((exam["seconds"], exam["share"]) for exam in exams), strict=True)
                 label = None if name in axis.get_legend_handles_labels()[1] else name
                 axis.plot(seconds, shares, ".-", color=colours[name], label=label, linewidth=1)
         axis.axhline(GOALS[market][0], color="grey", linewidth=0.8, linestyle="--")
@@ -338,7 +374,7 @@ def main() -> None:
     one.add_argument("--name", help="in the table and the plot; default: the contender")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--symbols", type=int, default=Sizes.num_symbols, help="to train on, 60,000 bars each")
-    one.add_argument("--cpu-seconds", type=float, default=900.0, help="at most")
+    one.add_argument("--seconds", type=float, default=900.0, help="at most; with several ranks on the wall")
     one.add_argument("--changes", default="{}", help="JSON: settings of ours, or arguments of the contender")
     one.add_argument("--peers-venv", type=Path, default=peers.VENV)
     one.add_argument(

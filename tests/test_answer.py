@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import answer
 from commands.selftest import Sizes
+from training.distributed import Ranks
 
 SMALL = Sizes(
     num_symbols=2,
@@ -56,9 +57,12 @@ def test_costs_grow(known: Market) -> None:
 
 @pytest.mark.drill  # it makes a trainer, and draws
 def test_one_training(known: Market, capsys: pytest.CaptureFixture, tmp_path) -> None:
-    training = answer.train_ours(known, {"epochs": 2})
+    settings = known.settings(epochs=2)
+    training = answer.OurTraining(
+        known, settings, known.training_market(settings), Ranks(0, 1, answer.DEVICE)
+    )
     facts = {"market": "strong", "symbols": 2, "seed": 0, "changes": {}}
-    lines = list(answer.race("ours", training, facts, limit=1e9))
+    lines = list(answer.race("ours", training.epochs(), facts, limit=1e9))
     assert lines[-1]["transitions"] == 2 * 8 * 128
     assert np.isfinite(lines[-1]["share"]) and 0 <= lines[-1]["flat"] <= 1
     path = tmp_path / "lines"
