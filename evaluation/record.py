@@ -51,7 +51,8 @@ class Record:
             OSError: it cannot be written; the record is as it was, or the next start completes it.
         """
         number, previous, texts = len(self.lines), self.hash, []
-        digest = _digest(accounts)
+        values = {n: {s: asdict(a) for s, a in own.items()} for n, own in accounts.items()}
+        digest = _digest(values)
         for line in lines:
             number += 1
             numbered = {"number": number, "previous": previous, **line, "accounts": digest}
@@ -61,7 +62,7 @@ class Record:
             "number": number,
             "hash": previous,
             "lines": texts,
-            "accounts": {n: {s: asdict(a) for s, a in own.items()} for n, own in accounts.items()},
+            "accounts": values,
         }
         content = json.dumps(head, allow_nan=False).encode()
         write_atomically(self.folder / HEAD, lambda file: file.write(content))
@@ -104,6 +105,7 @@ def read(folder: Path) -> Record:
             name: {symbol: account_of(account) for symbol, account in own.items()}
             for name, own in head["accounts"].items()
         }
+        digest = _digest(head["accounts"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         record.faults.append(f"{HEAD} was edited or is damaged")
         _check_lines(record, content)
@@ -124,7 +126,7 @@ def read(folder: Path) -> Record:
     if not record.faults and (len(record.lines), record.hash) != (number, final):
         what = "its end was cut off" if len(record.lines) < number else f"{HEAD} is older"
         record.faults.append(f"it ends with line {len(record.lines)}, {HEAD} with line {number}: {what}")
-    if not record.faults and record.lines and record.lines[-1].get("accounts") != _digest(record.accounts):
+    if not record.faults and record.lines and record.lines[-1].get("accounts") != digest:
         record.faults.append(f"the accounts in {HEAD} are others than those of line {number}")
     return record
 
@@ -176,8 +178,9 @@ def _hash(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _digest(accounts: Accounts) -> str:
-    values = {n: {s: asdict(a) for s, a in sorted(own.items())} for n, own in sorted(accounts.items())}
+def _digest(accounts: Mapping[str, Mapping[str, Any]]) -> str:
+    # Of the values as they are on disk: accounts that an older program wrote lack fields that came since.
+    values = {n: dict(sorted(own.items())) for n, own in sorted(accounts.items())}
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from envs.open_env import OpenAccount
+from envs.open_group_env import OpenGroupAccount
 from evaluation import record
 from evaluation.record import HEAD, NAME
 from runtime import files
@@ -173,3 +174,19 @@ def test_a_full_disk_leaves_the_record_as_it_was_and_the_next_start_completes_it
     assert [line["n"] for line in record.read(tmp_path).lines] == [0, 1, 2, 3] + [4] * (full == "record") + [
         5
     ]
+
+
+def test_accounts_of_a_program_that_knew_fewer_fields_are_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = OpenGroupAccount(
+        *(("A", "B"), 60, 120, (1.0, 2.0), (1.0, 2.0), (1.0, 2.0), 1.0, (0.0, 0.0), (0.0, 0.0), (1, 1)),
+        *(0.0, 0.0, 0.0, True, 5.0, 0.0, (60, 60)),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "asdict", lambda a: {n: v for n, v in asdict(a).items() if n != "bars_ns"})
+        record.read(tmp_path).append([{"kind": "scored"}], {"policy": {"group 1": group}})
+    kept = record.read(tmp_path)
+    assert not kept.faults and kept.accounts == {"policy": {"group 1": replace(group, bars_ns=())}}
+    kept.append([{"kind": "scored"}], kept.accounts)
+    assert not record.read(tmp_path).faults
