@@ -298,7 +298,7 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         fitting = max(1, s.envs_per_gpu // group.size) * group.size
         rule = f"must be whole groups of {group.size}, as account={s.account}: use {fitting}"
         yield "envs_per_gpu", s.envs_per_gpu % group.size == 0, rule
-        rule = f"must be log equity with account={s.account}, whose caps take the market off"
+        rule = f"must be log equity with account={s.account}, whose net_exposure caps what it holds of the market"
         yield "reward", s.reward == "log equity", rule
         rule = f"must be at most gross_exposure={s.gross_exposure:g}"
         yield "net_exposure", s.net_exposure <= s.gross_exposure, rule

@@ -163,7 +163,10 @@ def test_a_training_resumes_to_the_bit(tmp_path: Path, advantages: str) -> None:
     [
         ({"envs_per_gpu": 10}, "envs_per_gpu=10 must be whole groups of 3, as account=group: use 9"),
         ({"net_exposure": 2.0}, "net_exposure=2.0 must be at most gross_exposure=1"),
-        ({"reward": "less market"}, "reward=less market must be log equity with account=group"),
+        (
+            {"reward": "less market", "net_exposure": 0.5},
+            "reward=less market must be log equity with account=group, whose net_exposure caps",
+        ),
         ({"group_size": 65, "envs_per_gpu": 65}, "group_size=65 must be at most 64"),
     ],
 )
