@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from envs.account import AccountState, advance
 from envs.config import EnvConfig
+from envs.late_funding import Charges, HeldUnits, SymbolFunding, add_charges, settle
 from envs.market import Market
 from envs.walk_env import ExamEnv
 
@@ -34,6 +36,7 @@ class OpenAccount:
     alive: bool
     played: float  # decisions in this episode
     log_start: float  # log equity at the start of the episode
+    charges: Charges = ()  # funding that it was charged of late; older programs kept none
 
 
 class Trades(NamedTuple):
@@ -80,7 +83,8 @@ class OpenEnv(ExamEnv):
     account goes on with the bar ``next_ns``, with its position; where that bar is no more, or ends a stretch, it
     goes on in cash, as after any hole. Prices may have been rescaled since, by a split: its units then are, too,
     so that it is worth the same. Where a bar came in before ``mark_ns`` since, or that one went, interest is due
-    and funding up to the bar that is the next one now.
+    and funding up to the bar that is the next one now. What older bars have of funding by now and had not
+    then, as a row came late, is paid at the first fill.
 
     The action ``HOLD`` is the position that the account holds. ``places`` have the first bar of accounts that are
     new, and are ignored by the others.
@@ -104,6 +108,11 @@ class OpenEnv(ExamEnv):
         super().__init__(market, config, device, places, dtype, flat_cost_bps)
         self._given = list(accounts)
         self._last = LastStates()
+        self._late = torch.zeros_like(self._kept.owed)  # funding of bars that were booked without it
+        self._funding_of = {number: SymbolFunding(market, number) for number in set(self._symbols.tolist())}
+        self._pays_funding = any(each.is_due for each in self._funding_of.values())
+        self._held = HeldUnits(self.num_segments if self._pays_funding else 0, self._kept.units)
+        self._charges: list[Charges] = [()] * len(places)
         first = self._schedule[0]
         known = [number for number, account in enumerate(accounts) if account]
         if not known:
@@ -126,15 +135,30 @@ class OpenEnv(ExamEnv):
         after = (bar + 1).clamp(max=len(market.open_time) - 1)
         is_other = goes_on & (market.open_time[after] != values("mark_ns", torch.int64))
         self._kept.owed[where] = torch.where(is_other, self._owed(where, bar, after), self._kept.owed[where])
+        for number, account, is_paid_anew in zip(known, held, is_other.tolist(), strict=True):
+            until_ns = account.next_ns if is_paid_anew else account.mark_ns
+            funding = self._funding_of[int(self._symbols[number])]
+            due, self._charges[number] = settle(account.charges, funding, until_ns)
+            self._late[number] = due if account.alive else 0.0
 
     def begin_segment_unread(self) -> None:
         """Begin the next decision, where the bars that it sees are known."""
         self._begin()
 
+    def _begin(self) -> None:
+        super()._begin()
+        # Also of an account that a hole has put in cash since.
+        self._kept.owed += self._late
+        self._late.zero_()
+
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Fill one decision per account as ``TradingEnv.step``, (N,) int64."""
         held = (self.account.target[:, None] == self._targets[: len(self.config.positions)]).byte().argmax(-1)
-        return super().step(torch.where(actions == HOLD, held, actions))
+        before, decision = self._kept.units.clone(), self._round - 1
+        result = super().step(torch.where(actions == HOLD, held, actions))
+        if self._pays_funding:
+            self._held.put(decision, self._schedule[decision] >= 0, before, self._kept.units)
+        return result
 
     def _rescaled(self, where: Tensor, bar: Tensor, values: Callable[[str, torch.dtype], Tensor]) -> Tensor:
         """Return the factor of a split since then: two prices agree on it, those of a revised bar do not."""
@@ -193,9 +217,25 @@ class OpenEnv(ExamEnv):
         after = (cursor + 1).clamp_(max=len(self.market.quotes) - 1)
         columns["mark_ns"] = self.market.open_time[after]
         columns["price"] = self.market.quotes[after, 0].double()
+        charges = self._all_charges()
         has_walked = (self._schedule[0] >= 0).tolist()
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         return [
-            OpenAccount(**dict(zip(columns, row, strict=True))) if walked else given
-            for row, walked, given in zip(rows, has_walked, self._given, strict=True)
+            OpenAccount(**dict(zip(columns, row, strict=True)), charges=own) if walked else given
+            for row, own, walked, given in zip(rows, charges, has_walked, self._given, strict=True)
         ]
+
+    def _all_charges(self) -> list[Charges]:
+        """Return the charges of every account, those of this walk among them."""
+        if not self._pays_funding:
+            return self._charges
+        schedule = self._schedule[: self._round].cpu()
+        result = []
+        for number, charges in enumerate(self._charges):
+            decisions, held = self._held.newest(number, int((schedule[:, number] >= 0).sum()))
+            filled = schedule[decisions, number].numpy() + 1
+            # Funding is due at the bar of a fill, of what was held before it, and at the next one.
+            bars = np.stack((filled, filled + 1), axis=1)
+            funding = self._funding_of[int(self._symbols[number])]
+            result.append(add_charges(charges, funding, bars.ravel(), held.ravel()))
+        return result

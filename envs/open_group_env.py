@@ -15,6 +15,7 @@ from envs.grid import Grid
 from envs.group_account import GroupState, advance_group, fill_orders, is_kept, rate_with_impact
 from envs.group_segment import group_segment
 from envs.group_walk_env import GroupExamEnv
+from envs.late_funding import Charge, Charges, HeldUnits, SymbolFunding, add_charges, settle
 from envs.market import NUM_QUOTES, Market
 from envs.open_env import SAME, LastStates, OpenAccount, Trades
 
@@ -40,6 +41,7 @@ class OpenGroupAccount:
     played: float  # decisions in this episode
     log_start: float  # log equity at the start of the episode
     bars_ns: tuple[int, ...] = ()  # open times of the newest bars at ``next_ns``; older programs kept none
+    charges: tuple[Charges, ...] = ()  # funding that each symbol was charged of late; likewise
 
 
 AnyAccount = OpenAccount | OpenGroupAccount
@@ -51,9 +53,14 @@ def account_of(values: Mapping[str, Any]) -> AnyAccount:
     Raises:
         TypeError: they are no account's.
     """
+    kept = values.get("charges", ())
     if "symbols" not in values:
-        return OpenAccount(**values)
-    return _group_account(values)
+        return OpenAccount(**{**values, "charges": _charges(kept)})
+    return _group_account({**values, "charges": tuple(map(_charges, kept))})
+
+
+def _charges(values: Sequence[Sequence[Any]]) -> Charges:
+    return tuple(Charge(*each) for each in values)
 
 
 def _group_account(values: Mapping[str, Any]) -> OpenGroupAccount:
@@ -69,8 +76,8 @@ class OpenGroupEnv(GroupExamEnv):
     It is to ``GroupExamEnv`` what ``OpenEnv`` is to ``ExamEnv``; a minute of the clock is what a bar is there. An
     account without a position at its side in ``accounts`` is new and begins at its entry in ``starts``, which the
     others ignore. What is due at the next minute follows from the bars as they are now, with the funding of bars
-    that came in since for earlier minutes. Where the actions of a group are ``HOLD``, it trades nothing but what
-    it may not hold.
+    that came in since for earlier minutes, and what older bars have of it by now and had not then. Where the
+    actions of a group are ``HOLD``, it trades nothing but what it may not hold.
     """
 
     def __init__(
@@ -93,6 +100,12 @@ class OpenGroupEnv(GroupExamEnv):
         super().__init__(market, config, device, groups, starts, nets, flat_cost_bps, dtype, grid)
         self._symbols_of = [tuple(group) for group in groups]
         self._last = LastStates()
+        numbers = set(self._groups.flatten().tolist())
+        self._funding_of = {number: SymbolFunding(market, number) for number in numbers}
+        self._pays_funding = any(each.is_due for each in self._funding_of.values())
+        self._held = HeldUnits(self.num_segments if self._pays_funding else 0, self._account.units)
+        self._late = torch.zeros_like(self._account.owed)  # funding of bars that were booked without it
+        self._charges: list[tuple[Charges, ...]] = [((),) * self.group.size for _ in groups]
         self._holds = torch.zeros(self.num_groups, dtype=torch.bool, device=self.device)
         for number, account in enumerate(accounts):
             if account is not None:
@@ -109,6 +122,7 @@ class OpenGroupEnv(GroupExamEnv):
         self._played[number], self._began_at[number] = account.played, account.log_start
         minute = self._schedule[0, number]
         if int(self.grid.minutes[minute]) != account.next_ns:
+            self._settle(number, account, [account.mark_ns] * self.group.size)
             return
         self._minute[number] = minute
         newest = self.grid.bars_at(self._groups[number], minute).clamp(min=0)
@@ -121,8 +135,23 @@ class OpenGroupEnv(GroupExamEnv):
         ratios = before / torch.stack([opens, closes, torch.where(was_there, prices, closes)])
         is_scaled = (ratios / ratios[0] - 1).abs().amax(0) < SAME
         self._account.units[number] *= torch.where(is_scaled, ratios[0], 1.0)
-        late = self._funding_since(number, known, newest)
-        self._account.owed[number] = self._due_at_next(number, minute) + late
+        self._settle(number, account, self.market.open_time[known].tolist())
+        self._late[number] += self._funding_since(number, known, newest)
+        self._account.owed[number] = self._due_at_next(number, minute)
+
+    def _settle(self, number: int, account: OpenGroupAccount, until_ns: Sequence[int]) -> None:
+        """Let an account owe what its charges up to these times, one per symbol, lack by now."""
+        symbols = self._groups[number].tolist()
+        given = zip(account.charges or self._charges[number], symbols, until_ns, strict=True)
+        settled = [settle(charges, self._funding_of[symbol], end) for charges, symbol, end in given]
+        self._charges[number] = tuple(charges for _, charges in settled)
+        self._late[number] = sum(due for due, _ in settled) if account.alive else 0.0
+
+    def _begin(self) -> None:
+        super()._begin()
+        # Also of an account that a hole has put in cash since.
+        self._account.owed = self._account.owed + self._late
+        self._late = torch.zeros_like(self._late)
 
     def _known_then(self, number: int, newest: Tensor, bars_ns: Sequence[int]) -> Tensor:
         """Return the bars of a group that were its newest ones when it stood there, (G,); now ``newest`` are."""
@@ -170,7 +199,11 @@ class OpenGroupEnv(GroupExamEnv):
         """Fill decisions as ``GroupEnv.step``, (M,) int64; a group with a ``HOLD`` keeps what it holds."""
         actions = actions.view_as(self._account.choice)
         self._holds = (actions < 0).any(1)
-        return super().step(torch.where(self._holds[:, None], self._account.choice, actions).flatten())
+        before, decision = self._account.units, self._round - 1
+        result = super().step(torch.where(self._holds[:, None], self._account.choice, actions).flatten())
+        if self._pays_funding:
+            self._held.put(decision, self._schedule[decision] >= 0, before, self._account.units)
+        return result
 
     def _weights(self, may_hold: Tensor) -> Tensor:
         kept = self._account.weight.masked_fill(~may_hold, 0)
@@ -217,6 +250,33 @@ class OpenGroupEnv(GroupExamEnv):
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         values = [dict(zip(columns, row, strict=True)) for row in rows]
         return [
-            _group_account({"symbols": symbols, **own})
-            for symbols, own in zip(self._symbols_of, values, strict=True)
+            _group_account({"symbols": symbols, **own, "charges": charges})
+            for symbols, own, charges in zip(self._symbols_of, values, self._all_charges(), strict=True)
         ]
+
+    def _all_charges(self) -> list[tuple[Charges, ...]]:
+        """Return the charges of every account, a symbol each, those of this walk among them."""
+        if not self._pays_funding:
+            return self._charges
+        schedule, times = self._schedule[: self._round], self.market.open_time
+        counts = (schedule >= 0).sum(0).tolist()
+        result = []
+        for number, charges in enumerate(self._charges):
+            decisions, held = self._held.newest(number, counts[number])  # (R,), (R, 2, G)
+            minutes = schedule[torch.from_numpy(decisions).to(self.device), number]
+            # Funding is due at the bar of a fill, of what was held before it, and at the next one. Those that came
+            # in since are charged at the newest of them.
+            at = minutes[:, None] + torch.arange(3, device=self.device)  # (R, 3)
+            bars = self.grid.bars_at(self._groups[number][:, None, None], at)
+            is_new = times[bars.clamp(min=0)] == self.grid.minutes[at]
+            is_new[..., 0] = True
+            bars = torch.where(is_new, bars, -1)  # (G, R, 3)
+            units = held[:, [0, 0, 1]]  # (R, 3, G)
+            own = zip(charges, self._groups[number].tolist(), bars.cpu().numpy(), strict=True)
+            result.append(
+                tuple(
+                    add_charges(before, self._funding_of[symbol], each.ravel(), units[..., place].ravel())
+                    for place, (before, symbol, each) in enumerate(own)
+                )
+            )
+        return result

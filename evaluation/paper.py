@@ -27,7 +27,7 @@ from torch import Tensor
 from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import expected_minutes
 from envs.market import Market, NoSegment
-from envs.open_env import HOLD
+from envs.open_env import HOLD, OpenAccount
 from envs.open_group_env import AnyAccount
 from evaluation.baselines import BUY_AND_HOLD, actions_after
 from evaluation.courses import Course, Trade, course_of
@@ -71,6 +71,7 @@ class Minute:
     revised: Mapping[str, Sequence[int]]  # symbol -> bars that are others than they were
     inserted: Mapping[str, Sequence[int]]  # symbol -> bars that came after newer ones
     fills: Sequence[Fill]  # of all symbols' accounts that were booked, for a portfolio
+    late_funding: Mapping[str, Sequence[tuple[int, float]]]  # symbol -> bar, rate that it has more by now
 
 
 def run_minute(
@@ -101,13 +102,15 @@ def run_minute(
     changes = _compare(state.seen, closed)
     state = replace(state, minute_ns=minute_ns, seen=_newest(closed))
     if not closed:
-        return Minute(state, {name: [] for name in NAMES}, [], {}, {}, waiting, {}, *changes, [])
+        return Minute(state, {name: [] for name in NAMES}, [], {}, {}, waiting, {}, *changes, [], {})
     seen = [series.between(0, minute_ns) for series in others]
     market = _market(actor, [_with_next(series, minute_ns) for series in closed], seen)
     owners, state, missing = _owners(actor, state, market)
     waiting |= missing
     settled_ns = minute_ns - SETTLED_MINUTES * MINUTE_NS
+    before = state.accounts[POLICY]
     state, booked, trades, late, fills = _book(actor, state, market, owners, settled_ns)
+    late_funding = _late_funding(before, state.accounts[POLICY])
     wanted: list[Group] = []
     newest: dict[str, int] = {}
     for each in owners:
@@ -137,7 +140,7 @@ def run_minute(
         if each.name in in_time and (absent := [s for s in each.symbols if last[s] < newest[each.name]])
     }
     state = replace(state, decided=decided)
-    return Minute(state, booked, trades, in_time, late, waiting, unseen, *changes, fills)
+    return Minute(state, booked, trades, in_time, late, waiting, unseen, *changes, fills, late_funding)
 
 
 def _owners(
@@ -245,6 +248,21 @@ def _fills(
                 )
             )
     return fills
+
+
+def _late_funding(
+    before: Mapping[str, AnyAccount], now: Mapping[str, AnyAccount]
+) -> dict[str, list[tuple[int, float]]]:
+    """Return the bars of symbols' accounts whose funding was another when they were booked, and the difference."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for symbol, account in now.items():
+        former = before.get(symbol)
+        if isinstance(account, OpenAccount) and isinstance(former, OpenAccount):
+            then = {charge.time_ns: charge.rate for charge in former.charges}
+            for charge in account.charges:
+                if more := charge.rate - then.get(charge.time_ns, charge.rate):
+                    found.setdefault(symbol, []).append((charge.time_ns, more))
+    return found
 
 
 def _given(

@@ -51,7 +51,10 @@ class Totals:
         self.late += sum(map(len, done.late.values()))
         if self.portfolio is None:
             return []
-        return [{"kind": "portfolio", **trade} for trade in self.portfolio.follow(done.fills, config)]
+        return [
+            {"kind": "portfolio", **trade}
+            for trade in self.portfolio.follow(done.fills, config, done.late_funding)
+        ]
 
     def mark_is_due(self, done: Minute) -> bool:
         """Whether it is time for a point of the curve; then the next one is due later."""

@@ -8,11 +8,14 @@ exposures drift with prices. Where they add up to more than ``gross``, all that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import MappingProxyType
 
+from data_sources.bars import HOUR_NS
 from envs.config import EnvConfig
+from envs.late_funding import KEPT_NS
 from envs.segment import LEAST_VOLUME
 
 YEAR_NS = 365.25 * 24 * 3_600_000_000_000
@@ -50,6 +53,8 @@ class Portfolio:
     costs: float = 0.0
     borrowing: float = 0.0
     funding: float = 0.0
+    # symbol -> time and value held, wherever funding may have been due of late
+    charged: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     @property
     def equity(self) -> float:
@@ -62,13 +67,22 @@ class Portfolio:
         held = sum(abs(units) * self.prices[symbol] for symbol, units in self.units.items())
         return held / self.equity if self.equity > 0 else math.inf
 
-    def follow(self, fills: Iterable[Fill], config: EnvConfig) -> list[dict[str, float | str | int]]:
+    def follow(
+        self,
+        fills: Iterable[Fill],
+        config: EnvConfig,
+        late_funding: Mapping[str, Sequence[tuple[int, float]]] = MappingProxyType({}),
+    ) -> list[dict[str, float | str | int]]:
         """Fill what was decided, minute by minute; return the trades.
 
         Args:
             fills: in any order; of minutes after those that it has followed.
             config: of the costs.
+            late_funding: of symbols, the times of bars that had another funding when they filled, and how much
+                more it is.
         """
+        for symbol, rates in late_funding.items():
+            self._pay_late(symbol, rates)
         made = []
         for time_ns, together in groupby(
             sorted(fills, key=lambda fill: fill.time_ns), lambda fill: fill.time_ns
@@ -116,6 +130,26 @@ class Portfolio:
         self.borrowing += interest
         self.funding += paid
         self.time_ns = max(self.time_ns, time_ns)
+
+        for symbol, fill in fills.items():
+            if not fill.borrows:
+                self._remember(fill, self.units.get(symbol, 0.0) * fill.price)
+
+    def _remember(self, fill: Fill, value: float) -> None:
+        """Keep what was held at the first bar of each hour, and at others with funding, of the newest days."""
+        kept = self.charged.setdefault(fill.symbol, [])
+        if fill.funding or not kept or kept[-1][0] // HOUR_NS != fill.time_ns // HOUR_NS:
+            kept.append((fill.time_ns, value))
+        while kept[0][0] < fill.time_ns - KEPT_NS:
+            del kept[0]
+
+    def _pay_late(self, symbol: str, rates: Sequence[tuple[int, float]]) -> None:
+        for time_ns, rate in rates:
+            # A bar that has not filled here is charged when it does.
+            held = [value for at, value in self.charged.get(symbol, []) if at >= time_ns]
+            if held and self.alive:
+                self.cash -= rate * held[0]
+                self.funding += rate * held[0]
 
     def _trade(self, fill: Fill, weight: float, config: EnvConfig) -> dict[str, float | str | int]:
         """Bring a symbol to ``weight`` of the equity that is left after the costs of that."""

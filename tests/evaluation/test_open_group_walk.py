@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_sources.bars import Bars
+from data_sources.bars import DAY_NS, Bars
 from envs.market import Market
 from envs.open_group_env import account_of
 from evaluation.courses import course_of
@@ -142,6 +142,35 @@ def test_bars_that_come_in_between_walks_cost_interest_and_funding_once(
     _, at_once = in_pieces([int(coins[0].open_time[late[0] - 1]), end], [after, after])
     found, expected = (walks.accounts["buy and hold"]["group 1"] for walks in (pieces, at_once))
     assert found.cash == pytest.approx(expected.cash, abs=within) and all(found.units)
+
+
+@pytest.mark.parametrize("missing", [(), (180,), (180, 181)])
+@pytest.mark.parametrize("stands", [180, 181, 182, 183, 184, 200])
+def test_funding_that_comes_after_its_bar_was_booked_is_paid_once(
+    stands: int, missing: tuple[int, ...]
+) -> None:
+    # Due at 03:00, and known late; one of the symbols may have no bar then.
+    coins = [walk(f"C{number}", 400, "perpetual", seed=number) for number in range(3)]
+    coins = [replace(coin, open_time=coin.open_time - MONDAY + MONDAY // DAY_NS * DAY_NS) for coin in coins]
+    there = ~np.isin(np.arange(400), missing)
+
+    def funded(rate: float) -> Market:
+        rates = np.zeros(400)
+        rates[180] = rate
+        due = np.diff(np.cumsum(rates)[there], prepend=0.0)
+        bars = [coin.with_funding(rates) for coin in coins[:2]]
+        return market_of(*bars, coins[2].select(there).with_funding(due), statistics=MARKET.statistics)
+
+    early, late = funded(1e-4), funded(5e-3)
+    ends = [int(coins[0].open_time[0]) + (stands + more) * MINUTE for more in (0, 1, 2)]
+    *_, pieces = in_pieces([*ends, NEVER], [early, early, late, late], decides_from_ns=ends[0] - 60 * MINUTE)
+    _, at_once = in_pieces([ends[0], NEVER], [late, late], decides_from_ns=ends[0] - 60 * MINUTE)
+    for name in ("buy and hold", "momentum"):
+        found, expected = (walks.accounts[name]["group 1"] for walks in (pieces, at_once))
+        assert found.log_equity == pytest.approx(expected.log_equity, abs=2e-5), name
+    held = at_once.accounts["buy and hold"]["group 1"]
+    _, missed = in_pieces([ends[0], NEVER], [early, early], decides_from_ns=ends[0] - 60 * MINUTE)
+    assert missed.accounts["buy and hold"]["group 1"].log_equity > held.log_equity + 3e-3
 
 
 def test_a_split_is_one_where_a_bar_came_in_since_too() -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from data_sources.bars import Bars
+from envs.late_funding import KEPT_NS
 from envs.market import Market
-from envs.open_env import OpenAccount
+from envs.open_group_env import account_of
 from evaluation.exam import Walk, examine
 from evaluation.open_walk import OpenWalks, walk_on
 from models.policy import Policy
@@ -45,7 +46,7 @@ def go_on(accounts: Any, end_ns: int, market: Market = MARKET, **given: Any) -> 
 def stored(accounts: Any) -> Any:
     """Accounts as a file would bring them back."""
     text = json.dumps({name: {s: asdict(a) for s, a in own.items()} for name, own in accounts.items()})
-    return {n: {s: OpenAccount(**a) for s, a in own.items()} for n, own in json.loads(text).items()}
+    return {n: {s: account_of(a) for s, a in own.items()} for n, own in json.loads(text).items()}
 
 
 def in_pieces(
@@ -143,6 +144,67 @@ def test_a_bar_that_comes_in_between_two_walks_costs_neither_interest_nor_fundin
     _, whole = in_pieces([end], markets[1:])
     assert pieces.accounts == whole.accounts
     assert pieces.accounts["policy"]["AAA"].units
+
+
+MINUTE = 60 * 10**9
+NEW_YEAR = 1_767_225_600 * 10**9
+
+
+def perpetual(rates: dict[int, float], length: int = 300) -> Bars:
+    """A perpetual future from 00:00 on; ``rates`` are of minutes."""
+    coin = walk("AAA", length, "perpetual", seed=3)
+    funding = np.zeros(length)
+    funding[list(rates)] = list(rates.values())
+    shifted = coin.open_time - coin.open_time[0] + NEW_YEAR
+    return replace(coin, open_time=shifted).with_funding(funding)
+
+
+def without_costs(rates: list[dict[int, float]], ends: list[int], length: int = 300) -> dict[str, float]:
+    """What each contestant has at the end, where the rates were known piece by piece and nothing else costs."""
+    accounts: Any = {}
+    config = config_of(borrow_rate=0.0, positions=(-1.0, 0.0, 1.0))
+    for known, end in zip(rates, ends, strict=True):
+        coin = perpetual(known, length)
+        market = market_of(coin, statistics=MARKET.statistics)
+        last = int(coin.open_time[end]) if end < length else NEVER
+        start = NEW_YEAR + 70 * MINUTE
+        walks = walk_on(
+            policy_of(MARKET), market, config, ["AAA"], accounts, decides_from_ns=start, end_ns=last
+        )
+        accounts = stored(walks.accounts)
+        assert accounts == walks.accounts
+    return {name: own["AAA"].log_equity for name, own in accounts.items()}
+
+
+@pytest.mark.parametrize("is_zero_before", [True, False])
+@pytest.mark.parametrize("stands", [120, 121, 122, 123, 150])
+def test_funding_that_comes_after_its_bar_was_booked_is_paid_once(stands: int, is_zero_before: bool) -> None:
+    # Due at 01:30 and 02:00, of which the latter is known late, or was charged by another rate.
+    early = {90: 2e-3, 120: 0.0 if is_zero_before else 1e-3}
+    late = {90: 2e-3, 120: -3e-3}
+    ends = [stands, stands + 1, stands + 2, 250, NEVER]
+    found = without_costs([early, early, *[late] * 3], ends)
+    expected = without_costs([late], [NEVER])
+    missed = without_costs([early], [NEVER])
+    for name in ("policy", "buy and hold"):
+        assert found[name] == pytest.approx(expected[name], abs=2e-5)
+    assert abs(missed["buy and hold"] - expected["buy and hold"]) > 2e-3
+    # To the bit, where it is known in time.
+    assert without_costs([late] * 4, [stands, stands + 1, 200, NEVER]) == expected
+
+
+def test_a_first_row_of_funding_may_come_late_and_a_lost_ledger_gives_nothing_back() -> None:
+    rates = {120: 3e-3}
+    found = without_costs([{}, {}, rates, {}, rates], [119, 140, 160, 180, NEVER])
+    assert found["buy and hold"] == pytest.approx(without_costs([rates], [NEVER])["buy and hold"], abs=2e-5)
+    held = without_costs([rates, {}], [160, 161])["buy and hold"]
+    assert held == pytest.approx(without_costs([rates], [161])["buy and hold"], abs=1e-12)
+
+
+def test_what_is_older_than_the_newest_days_stays_as_it_was_booked() -> None:
+    length, rates = KEPT_NS // MINUTE + 300, {120: 3e-3}
+    booked = without_costs([{}, rates], [length - 40, NEVER], length)
+    assert booked == without_costs([{}], [NEVER], length)
 
 
 def test_after_a_hole_accounts_go_on_in_cash_and_ruin_is_final() -> None:

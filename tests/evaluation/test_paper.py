@@ -19,6 +19,7 @@ from evaluation.exam import Walk, examine
 from evaluation.open_walk import walk_on
 from evaluation.paper import SETTLED_MINUTES, Minute, PaperState, run_minute
 from evaluation.paper_book import LINES, STATE, Book, BookError
+from evaluation.portfolio import Portfolio
 from evaluation.trained_policy import Actor
 from tests.envs.markets import HORIZON, NEVER, config_of, funded, market_of, walk
 from tests.evaluation.test_open_walk import policy_of
@@ -214,6 +215,38 @@ def test_a_revised_bar_is_told_once_and_what_was_booked_stays() -> None:
     # It was put right before it was booked: only what was decided in between can differ.
     assert np.array_equal(
         life.booked("buy and hold", "AAA").log_returns, exam["buy and hold"][0].log_returns[: len(ours.time)]
+    )
+
+
+def test_a_row_of_funding_that_comes_late_is_paid_once() -> None:
+    rate, due = -4e-3, time_of(75) - 6 * 10**9  # a payment that none of the rates before foretold
+
+    def source(now_ns: int) -> list[Bars]:
+        coin, other = on_time(now_ns)
+        assert coin.funding is not None
+        is_known = (coin.open_time == due) & (now_ns > time_of(90))
+        return [coin.with_funding(coin.funding + np.where(is_known, rate, 0.0)), other]
+
+    life, in_time = Life(source).run(), COINS[0]
+    assert life.found("late_funding") == {"AAA": [(due, pytest.approx(rate, rel=1e-3))]}
+    known = in_time.with_funding(in_time.funding + np.where(in_time.open_time == due, rate, 0.0))
+    market = market_of(known, COINS[1], statistics=MARKET.statistics)
+    begin = time_of(FIRST - 1) - 6 * 10**9
+    exam, missed = (examine(ACTOR.policy, m, CONFIG, SYMBOLS, begin, NEVER) for m in (market, MARKET))
+    for name in ("policy", "buy and hold"):
+        ours, theirs = life.booked(name, "AAA"), exam[name][0]
+        earned, without = (walked.log_returns[: len(ours.time)].sum() for walked in (theirs, missed[name][0]))
+        assert ours.log_returns.sum() == pytest.approx(earned, abs=5e-5)
+        assert abs(earned - without) > 1e-3
+    config = replace(CONFIG, borrow_rate=0.0, range_slippage=0.0, volume_slippage=0.0)
+    portfolios = Portfolio(gross=1.0, num_symbols=2), Portfolio(gross=1.0, num_symbols=2)
+    for minute in life.minutes:
+        portfolios[0].follow(minute.fills, config, minute.late_funding)
+        portfolios[1].follow(minute.fills, config)
+    account = life.state.accounts["policy"]["AAA"]
+    (value,) = [charge.value for charge in account.charges if charge.time_ns == due]
+    assert value and portfolios[0].funding - portfolios[1].funding == pytest.approx(
+        value / 2 * rate, rel=0.05
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -40,6 +41,22 @@ def test_of_one_symbol_it_is_the_ledger() -> None:
     assert portfolio.equity == pytest.approx(account.equity(price[299]), abs=1e-9)
     assert portfolio.costs == pytest.approx(account.costs, abs=1e-9)
     assert portfolio.funding == pytest.approx(account.funding, abs=1e-9)
+
+
+@pytest.mark.parametrize("arrives", [75, 90, 250])
+def test_funding_that_is_known_late_is_paid_once_for_what_was_held_then(arrives: int) -> None:
+    prices = 100 * np.exp(np.cumsum(np.random.default_rng(2).normal(0, 1e-3, 300)))
+    found, expected = (Portfolio(gross=1.0, num_symbols=1) for _ in range(2))
+    due = fill(74).time_ns  # the first bar of an hour
+    for t, price in enumerate(prices):
+        one = fill(t, target={0: 1.0, 80: -1.0}.get(t), price=price, rate=0.0, borrows=False)
+        is_due = one.time_ns == due
+        late = {"AAA": [(due, 4e-3), (due + 10**15, 1.0)]} if t == arrives else {}  # the other has not filled
+        found.follow([one], CONFIG, late)
+        expected.follow([replace(one, funding=4e-3 if is_due else 0.0)], CONFIG)
+        found = Portfolio(**json.loads(json.dumps(asdict(found))))
+    assert found.funding == pytest.approx(expected.funding) and expected.funding > 3e-3
+    assert len(found.charged["AAA"]) < 10
 
 
 @pytest.mark.parametrize("gross", [0.5, 1.0, 2.0])
