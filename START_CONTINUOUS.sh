@@ -13,6 +13,8 @@ set -euo pipefail
 unset CDPATH
 export CONTINUOUS_TRAINING_CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# Else bash goes on where Python swallows a Ctrl+C while it starts.
+trap 'exit 130' INT
 source runtime/venv.sh
 prepare_venv requirements_simple.txt "$@"
 # exec: signals, and the duties of a container's first process, go to Python.

@@ -60,7 +60,8 @@ class Screen:
             OSError: it takes no output, having been stopped with Ctrl+S.
         """
         self._over.set()
-        self._thread.join(CLOSE_SECONDS)
+        if self._thread.ident is not None:  # else Ctrl+C came before it was started
+            self._thread.join(CLOSE_SECONDS)
         if self.is_on:
             raise OSError("the terminal takes no output")
         self._on_taken(False)

@@ -131,6 +131,23 @@ def test_the_script_becomes_the_supervisor_so_that_signals_reach_it(project):
     assert "preflight --epochs 2 planned=1" in (project.state / "log").read_text()
 
 
+def test_ctrl_c_that_python_swallows_while_it_starts_ends_the_script(project, tmp_path):
+    deaf = tmp_path / "python3"
+    deaf.write_text(
+        f"#!/bin/bash\ntouch '{tmp_path}/asked'\ntrap 'exit 1' INT\nwhile :; do sleep 0.02; done\n"
+    )
+    deaf.chmod(0o755)
+    process = project.start("check", env=project.environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    end = time.monotonic() + PATIENCE
+    while not (tmp_path / "asked").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, output) == (130, "")
+
+
 def test_a_changed_requirement_is_installed_and_a_failing_one_reports_why(project):
     project.require("tinypackage==3.0")
     code, _, errors = project.run("check")

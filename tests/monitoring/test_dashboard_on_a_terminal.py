@@ -16,6 +16,7 @@ from rich.cells import cell_len
 from continuous_training import Settings
 from monitoring.console import Console
 from monitoring.metrics_file import read_metrics
+from monitoring.screen import Screen
 from runtime.control import ENTER, LEAVE, Control
 from tests.monitoring.test_dashboard import row
 from tests.program import (
@@ -43,6 +44,21 @@ def frames(raw: str) -> list[str]:
         for part in re.split(r"\x1b\[\d+;1H", shown.split(LEAVE)[0])[1:]:
             drawn.append(CONTROL_SEQUENCE.sub("", part.split("\x1b[K")[0]))
     return drawn
+
+
+def test_a_screen_that_ctrl_c_kept_from_starting_is_closed() -> None:
+    taken: list[bool] = []
+
+    def interrupt(is_taken: bool) -> None:
+        taken.append(is_taken)
+        if is_taken:
+            raise KeyboardInterrupt
+
+    screen = Screen(sys.__stdout__, lambda width, height: [], interrupt)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        screen.open()
+    screen.close()
+    assert taken == [True, False]
 
 
 @pytest.fixture(scope="module")

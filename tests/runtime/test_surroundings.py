@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -307,3 +308,31 @@ def test_garbage_is_looked_for_as_often_as_usual_once_all_is_imported() -> None:
         "assert gc.get_threshold() == before and gc.get_freeze_count() > 0"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [
+        (["-m", "runtime.install"], "hashlib"),
+        (["-m", "runtime.supervisor"], "runtime.launch"),
+        (["continuous_training.py", "status"], "typer"),
+    ],
+)
+def test_ctrl_c_while_modules_load_is_no_traceback(program: list[str], module: str) -> None:
+    code = f"""
+import builtins, os, runpy, signal, sys
+load = builtins.__import__
+def interrupted(name, *others):
+    if name == {module!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(name, *others)
+builtins.__import__ = interrupted
+sys.path.insert(0, "")
+sys.argv = {program[-1:]}
+runpy.{"run_module" if program[0] == "-m" else "run_path"}({program[program[0] == "-m"]!r}, run_name="__main__")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
