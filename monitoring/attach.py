@@ -97,8 +97,11 @@ class Attached:
             newest = history[-1]
             state.run, state.epoch = int(newest.get("run", 0)), int(newest.get("epoch", 0))
             state.transitions = newest["transitions"]
+        reached = state.run, state.epoch, state.transitions
         try:
             published.fill_in(state, content)
+            if not state.run:  # the start has not begun a run, or was refused: those before it have
+                state.run, state.epoch, state.transitions = reached
         except (ValueError, KeyError, TypeError, AttributeError):  # of another version, or none
             state.silence = time.time() - (self._log_dir / metrics_file.NAME).stat().st_mtime
             state.checkpoint_dir, state.epochs = str(self._checkpoint_dir), max(1, state.epoch)

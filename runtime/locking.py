@@ -59,13 +59,17 @@ class FolderLock:
 
     @contextmanager
     def hold(
-        self, wait_seconds: float = 0.0, on_wait: Callable[[str], object] = lambda holder: None
+        self,
+        wait_seconds: float = 0.0,
+        on_wait: Callable[[str], object] = lambda holder: None,
+        is_trial: bool = False,
     ) -> Iterator[bool]:
         """Hold the lock; yields True for the outermost hold, False within another.
 
         Args:
             wait_seconds: how long to wait for another holder.
             on_wait: called with the holder a few times a second meanwhile; what it raises ends the wait.
+            is_trial: leave as little as where an error ends the hold.
 
         Raises:
             FolderHeld: another holder has it.
@@ -78,7 +82,7 @@ class FolderLock:
         failed = True
         try:
             yield outermost
-            failed = False
+            failed = is_trial
         finally:
             with self._guard:
                 self._holds -= 1

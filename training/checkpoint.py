@@ -418,12 +418,13 @@ def _numbers(name: str) -> tuple[int, int, int]:
 
 
 @contextmanager
-def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
+def exclusive(folder: Path, wanted: bool = True, is_trial: bool = False) -> Iterator[None]:
     """Lock the folder for one daemon; the operating system releases the lock however the process ends.
 
     Args:
         folder: the checkpoint folder; made where missing.
         wanted: False on ranks that do not write.
+        is_trial: leave nothing behind.
 
     Raises:
         FolderInUse: another daemon holds it (named).
@@ -432,7 +433,7 @@ def exclusive(folder: Path, wanted: bool = True) -> Iterator[None]:
     with ExitStack() as lock:
         try:
             if wanted:
-                lock.enter_context(FolderLock(folder).hold())
+                lock.enter_context(FolderLock(folder).hold(is_trial=is_trial))
         except FolderHeld as error:
             raise FolderInUse(str(error)) from error
         except FolderLockError as error:

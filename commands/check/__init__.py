@@ -139,7 +139,7 @@ def check_folder(settings: Settings, world_size: int, writes: bool) -> Iterator[
     except ValueError as error:
         yield Line.setting(str(error))
     try:
-        with checkpoint.exclusive(Path(settings.checkpoint_dir), writes):
+        with checkpoint.exclusive(Path(settings.checkpoint_dir), writes, is_trial=True):
             pass
         yield Line("folder", "OK", f"{settings.checkpoint_dir} is writable, and no other training uses it")
     except checkpoint.FolderInUse as reason:

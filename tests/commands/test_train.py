@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from commands import train
 from continuous_training import Settings
 from evaluation.examiner import Exam
 from runtime.control import STOP_AT_EPOCH_END, STOP_NOW, Control
-from tests.program import TINY, names_of
+from tests.program import PATIENCE, ROOT, SUPERVISED, TINY, environment, names_of, tiny_flags
 from training import progress
 
 
@@ -58,3 +60,20 @@ def test_a_checkpoint_is_due_by_epochs_and_by_minutes(
             assert job.examine() == {} and len(held) == num_exams
             assert job.stopping is (num_exams == 0)
     assert names_of(tmp_path) == {"run1_epoch1.pt"}
+
+
+def test_a_training_that_is_refused_leaves_the_reason_and_nothing_else(tmp_path: Path) -> None:
+    command = [*SUPERVISED, *tiny_flags(tmp_path, mirror="nowhere://at-all")]
+    ended = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    reason = "the mirror nowhere://at-all cannot be read: fsspec knows no such protocol"
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith(reason)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"logs/train.log", "logs/status.json"} and not (tmp_path / "checkpoints").exists()
+    assert reason in (tmp_path / "logs" / "train.log").read_text()

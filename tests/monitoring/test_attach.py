@@ -74,6 +74,15 @@ def test_a_training_that_falls_silent_is_said_to_be_gone(tmp_path: Path) -> None
     assert facts(state)[0].needs_attention and as_json(state)["alive"] is False
 
 
+def test_a_start_that_begins_no_run_leaves_what_the_ones_before_it_reached(tmp_path: Path) -> None:
+    publish(tmp_path)
+    with Console.of_training(Settings(log_dir=str(tmp_path / "logs"), epochs=8), Control(), is_first=True):
+        pass  # it was refused, or all of its runs were done
+    after = attached(tmp_path).read()
+    assert (after.run, after.epoch, after.transitions) == (1, 3, row(3)["transitions"])
+    assert after.epochs == 8 and after.ended
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1}', "\xff"])
 def test_a_status_that_cannot_be_read_leaves_the_metrics(tmp_path: Path, content: str) -> None:
     logs = publish(tmp_path)

@@ -28,6 +28,12 @@ def test_an_error_before_anything_was_done_leaves_nothing(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
+def test_a_trial_leaves_nothing(tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "a" / "b").hold(is_trial=True):
+        assert (tmp_path / "a" / "b" / LOCK_NAME).exists()
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_lock_file_stays_where_it_was_or_where_something_was_done(tmp_path: Path) -> None:
     fail_in(tmp_path / "a" / "b", come="done")
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {LOCK_NAME, "done"}
