@@ -444,4 +444,5 @@ def _usage_message(error: Any) -> str:
     if possibilities := getattr(error, "possibilities", None):
         return f"{error.message.rstrip('.')}. Did you mean {' or '.join(possibilities)}?"
     text = error.format_message().rstrip(".").replace("Invalid value for ", "Invalid setting: ")
-    return f"{text}; see: {error.ctx.command_path} --help" if error.ctx else text
+    path = error.ctx.command_path if error.ctx else ""  # where the preflight reads the words of a training
+    return f"{text}; see: {re.sub('preflight$', 'train', path)} --help" if path else text

@@ -44,11 +44,7 @@ def show(settings: Settings, console: Console, as_json: bool) -> None:
     kept = _read_whole(settings)
     summary = summarize(kept.lines)
     if summary is None:
-        raise ExitProgram(
-            EXIT_NO_DATA,
-            f"There is no record in {settings.checkpoint_dir} yet: it begins with the run after a champion's, "
-            "with the bars that came in between",
-        )
+        raise _no_record(settings)
     content = report(summary, kept.lines)
     if as_json:
         console.emit(json.dumps(content, indent=1, allow_nan=False))
@@ -67,10 +63,12 @@ def verify(settings: Settings, console: Console, as_json: bool) -> None:
     """Check every line of the record, and say what was edited.
 
     Raises:
-        ExitProgram: it was edited.
+        ExitProgram: there is none, or it was edited.
         OSError: it cannot be read.
     """
     kept = _read_whole(settings)
+    if not kept.lines:
+        raise _no_record(settings)
     if as_json:
         console.emit(json.dumps({"lines": len(kept.lines), "hash": kept.hash, "is_whole": True}))
         return
@@ -96,6 +94,14 @@ def _read_whole(settings: Settings) -> record.Record:
     if kept.faults:
         raise ExitProgram(EXIT_CRASH, f"{kept.folder / record.NAME}: {kept.faults[0]}")
     return kept
+
+
+def _no_record(settings: Settings) -> ExitProgram:
+    return ExitProgram(
+        EXIT_NO_DATA,
+        f"There is no record in {settings.checkpoint_dir} yet: it begins with the run after a champion's, "
+        "with the bars that came in between",
+    )
 
 
 def _row(line: record.Line) -> list[str]:

@@ -108,6 +108,7 @@ SMALL = '        "d_model": 256,'
         (STOCKS_LINE, '    stocks: tuple[str, ...] = ("AAPL MSFT",)  #', "stocks=AAPL MSFT has '"),
         (D_MODEL, '    d_model: int = "1024"  #', "d_model='1024' must be a whole number"),
         (D_MODEL, "    d_model: int = [1024]  #", "d_model=[1024] must be a whole number"),
+        (D_MODEL, f"    d_model: int = {10**20}  #", f"d_model={10**20} must be a whole number of at most"),
         (D_MODEL, "    d_modle: int = 1024  #", "d_model is missing: "),
         (SMALL, '        "d_modle": 256,', "preset small has d_modle, which is no setting"),
         (SMALL, '        "d_model": "256",', "d_model='256' must be a whole number"),

@@ -265,8 +265,7 @@ def make_market(
     if not bars:
         raise ExitProgram(
             EXIT_NO_DATA,
-            f"No symbol has {settings.min_bars:,} bars: set the keys in .env (see .env.example), check the "
-            "network, or try it offline with --demo",
+            f"No symbol has {settings.min_bars:,} bars: {_how_to_get_bars(settings)}",
         )
     _check_features(bars, ranks)
     if statistics is None and ranks.is_first:
@@ -283,6 +282,18 @@ def make_market(
         raise
     except ValueError as error:
         raise ExitProgram(EXIT_NO_DATA, str(error)) from error
+
+
+def _how_to_get_bars(settings: Settings) -> str:
+    if settings.sources == ("simulated",):
+        return "raise simulated_bars, or lower min_bars"
+    files = (
+        f"put files of bars into {settings.files_dir} (docs/data.md)" if "files" in settings.sources else ""
+    )
+    if settings.sources == ("files",):
+        return f"{files}, lower min_bars, or try it offline with --demo"
+    vendors = "set the keys in .env (see .env.example), check the network, or try it offline with --demo"
+    return f"{files}, {vendors}" if files else vendors
 
 
 def _check_features(bars: Sequence[Bars], ranks: Ranks) -> None:

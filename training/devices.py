@@ -220,6 +220,8 @@ def _why_no_gpu(driver: Driver) -> str:
 def _why_fewer(driver: Driver, named: list[str] | None, expected: int, seen: int) -> str:
     if driver.fault:
         return f"NVIDIA's driver fails: {driver.fault}: restart the machine or reinstall the driver, {ON_CPU}"
+    if not expected and not torch.version.hip:
+        return f"device=cuda needs a GPU, {_why_no_gpu(driver)}: look with `nvidia-smi`, {ON_CPU}"
     if not torch.version.cuda and not torch.version.hip:
         return (
             f"the driver lists {driver.num_gpus} GPUs, but this torch {torch.__version__} was built without "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.control import EXIT_SETTING, ExitProgram
 from runtime.surroundings import START
+from runtime.wording import count_of
 from training.checkpoint import Checkpoint, name_of, same_version
 
 if TYPE_CHECKING:
@@ -180,14 +181,14 @@ class Summary:
         """Return it as lines for the user."""
         hours, rest = divmod(int(time.monotonic() - self.began), 3600)
         lines = [
-            f"Summary: {self.epochs} epochs in {hours}:{rest // 60:02d}:{rest % 60:02d}, "
+            f"Summary: {count_of(self.epochs, 'epoch')} in {hours}:{rest // 60:02d}:{rest % 60:02d}, "
             f"{progress.transitions - self.first_transitions:,} transitions, now at run {progress.run}"
         ]
         if self.rewards:
             tenth = max(1, len(self.rewards) // 10)
             first, last = self.rewards[:tenth], self.rewards[-tenth:]
             lines.append(
-                f"Reward: {sum(first) / tenth:+.3f} bp/bar over the first {tenth} epochs, "
+                f"Reward: {sum(first) / tenth:+.3f} bp/bar over the first {count_of(tenth, 'epoch')}, "
                 f"{sum(last) / tenth:+.3f} over the last {tenth}, best {max(self.rewards):+.3f}"
             )
             scales = self.cost_scales[0], self.cost_scales[-1]

@@ -97,7 +97,9 @@ def convert(name: str, hint: Any, value: Any) -> Any:
         return float(value)
     if hint is str and name.endswith("_dir") and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if type(value) is not hint or (hint is int and abs(value) >= LARGEST):
+    if type(value) is int is hint and abs(value) >= LARGEST:
+        raise ValueError(f"{KINDS[int]} of at most {len(str(LARGEST)) - 1} digits")
+    if type(value) is not hint:
         raise ValueError(KINDS[hint] + (", or None" if arguments else ""))
     if hint is str and "\0" in value:
         raise ValueError(f"{KINDS[str]} without null characters")

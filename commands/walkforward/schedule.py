@@ -15,6 +15,7 @@ from data_sources.lake.lake import Lake
 from data_sources.load import each_symbol
 from evaluation.provenance import day_of
 from evaluation.uncertainty import LEAST_DAYS
+from runtime.control import EXIT_NO_DATA, ExitProgram
 from runtime.wording import count_of
 from training.data_feed import data_request
 
@@ -65,6 +66,7 @@ def choose_windows(
         last_day: likewise; "": the newest.
 
     Raises:
+        ExitProgram: there are no bars.
         ValueError: a day is invalid, or there are too few before or after it; the message names what would do.
     """
     holdout = settings.holdout_days
@@ -78,9 +80,10 @@ def choose_windows(
             f"holdout_days={holdout} must be at least {LEAST_DAYS}: no exam of fewer days crowns a champion"
         )
     if not len(days):
-        raise ValueError(
-            f"no symbol has {settings.min_bars:,} bars: fetch them with python continuous_training.py data, or "
-            "try it on a simulated market with --demo"
+        raise ExitProgram(
+            EXIT_NO_DATA,
+            f"No symbol has {settings.min_bars:,} bars: fetch them with python continuous_training.py data, or "
+            "try it on a simulated market with --demo",
         )
     oldest, newest = int(days[0]), int(days[-1])
     needed = holdout + 1  # before the first window: the exam's, and a day to train on

@@ -124,6 +124,12 @@ def test_a_mistake_is_one_line_with_the_fix(
     assert err.startswith(message)
 
 
+def test_a_mistake_that_the_preflight_finds_names_the_command_that_people_know(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert end_of(capsys, "preflight", "now")[2].endswith(" train --help\n")
+
+
 def test_without_a_champion_best_names_the_newest_checkpoint(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -58,12 +58,13 @@ def walk(
         return Walk(settings, loop, options, console).book
 
 
-def refused(folder: Path, settings: Settings | None = None, **changes: Any) -> str:
-    """Return the one line with which a walk is refused; it leaves nothing that was not there."""
+def refused(folder: Path, settings: Settings | None = None, code: int | None = None, **changes: Any) -> str:
+    """Return the one line with which a walk is refused, with this exit code; it leaves nothing new."""
     before = set(folder.rglob("*"))
     with pytest.raises(ExitProgram) as failure:
         walk(folder, settings, **changes)
     assert set(folder.rglob("*")) == before
+    assert code in (None, failure.value.code)
     (line,) = str(failure.value).splitlines()
     return line
 
@@ -339,7 +340,6 @@ def test_windows_lie_within_the_bars() -> None:
         ),
         ({}, {"first_day": "2025-11-15"}, "--from 2025-11-15 must be 2025-"),
         ({}, {"first_day": "soon"}, "--from soon must be a day such as"),
-        ({"min_bars": 9_999, "simulated_bars": 10**6}, {}, "no symbol has 9,999 bars: fetch them with"),
         ({}, {"max_hours": 1e-6}, "more than --max-hours 1e-06: raise that, lower epochs or the model"),
     ],
 )
@@ -348,6 +348,11 @@ def test_what_cannot_be_walked_is_one_line(
 ) -> None:
     assert text in refused(tmp_path, settings_in(tmp_path, **changes), **options)
     assert not (tmp_path / "walk" / "walk.json").exists()
+
+
+def test_a_walk_without_bars_ends_as_every_command_does(planted: None, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, min_bars=9_999, simulated_bars=10**6)
+    assert refused(tmp_path, settings, code=3).startswith("No symbol has 9,999 bars: fetch them with")
 
 
 def test_options_that_do_not_go_together() -> None:

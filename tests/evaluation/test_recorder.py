@@ -276,8 +276,10 @@ def test_the_command_shows_a_table_json_and_a_page_and_verifies(
             (record_command.verify if verify else record_command.show)(settings, console, as_json)
         return capsys.readouterr().out
 
-    with pytest.raises(ExitProgram, match="There is no record in"):
-        run()
+    for verify in (False, True):
+        with pytest.raises(ExitProgram, match="There is no record in") as missing:
+            run(verify)
+        assert missing.value.code == 3
     life.run(life.day(2))
     life.crown("short", life.day(3))
     life.run(life.day(10.9))

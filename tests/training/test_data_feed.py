@@ -328,3 +328,24 @@ def test_a_new_training_says_that_few_bars_have_the_flow_that_it_looks_at(
     caplog.clear()
     make_market(settings, [bars], ranks, market.statistics)  # a run of a training that has its scales
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({}, "set the keys in .env (see .env.example), check the network, or try it offline with --demo"),
+        ({"sources": ("simulated",)}, "raise simulated_bars, or lower min_bars"),
+        (
+            {"sources": ("files",)},
+            "put files of bars into own (docs/data.md), lower min_bars, or try it offline with",
+        ),
+        ({"sources": ("files", "yahoo")}, "put files of bars into own (docs/data.md), set the keys in .env"),
+    ],
+)
+def test_without_bars_the_advice_is_of_the_sources(changes: dict[str, Any], advice: str) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with pytest.raises(ExitProgram) as ended:
+        make_market(Settings(files_dir="own", **changes), [], ranks, None)
+    assert ended.value.code == EXIT_NO_DATA and str(ended.value).startswith(
+        f"No symbol has 2,000 bars: {advice}"
+    )

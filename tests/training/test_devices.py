@@ -72,9 +72,12 @@ def test_no_gpu_is_no_error_unless_one_is_asked_for(here: Path, torch_sees: Any)
     found = find(SMALL, {"NPROC": "2"})
     assert (found.num_ranks, found.kind) == (2, "cpu")
     assert found.text == "on the CPU, as there is no NVIDIA GPU; 16 cores"
-    with pytest.raises(DeviceError, match="--device cpu"):
-        find(replace(SMALL, device="cuda"), {})
+    cuda = replace(SMALL, device="cuda")
+    with pytest.raises(DeviceError, match=r"needs a GPU, as there is no NVIDIA GPU: .* with --device cpu"):
+        find(cuda, {})
     load_driver(here, "580.65.06", count=0)
+    with pytest.raises(DeviceError, match=r"as this container has no GPU, .*docker run --gpus all"):
+        find(cuda, {})
     assert "as this container has no GPU, though driver 580.65.06 is loaded" in find(SMALL, {}).text
 
 

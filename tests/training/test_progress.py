@@ -28,6 +28,16 @@ def test_the_summary_compares_rewards_of_unlike_costs_only_with_a_word() -> None
     assert "costs" not in "".join(later.lines(TrainingProgress(), "none"))
 
 
+def test_one_epoch_is_one() -> None:
+    short = Summary(0)
+    short.count(1.0, 1.0)
+    summary, reward, _ = short.lines(TrainingProgress(), "none")
+    assert (
+        summary.startswith("Summary: 1 epoch in ")
+        and "over the first 1 epoch, +1.000 over the last 1" in reward
+    )
+
+
 def test_a_start_on_simulated_bars_says_what_comes_next() -> None:
     report, real = Summary(0, is_simulated=True).lines(
         TrainingProgress(), "checkpoints/demo/run1_epoch50.pt"
