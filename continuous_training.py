@@ -30,6 +30,15 @@ import typer
 from dotenv import load_dotenv
 
 from commands.cli import application, enter_program_folder, exit_with, run, with_command
+from commands.options import (
+    option,
+    parse_costs,
+    read_checkpoint,
+    read_costs,
+    read_count,
+    read_day,
+    read_number,
+)
 from envs.feature_errors import FeatureError
 from runtime.control import (
     EXIT_ABORTED,
@@ -264,7 +273,7 @@ def train_command(settings: Settings) -> None:
     log_dir = Path(settings.log_dir) if os.environ.get("RANK", "0") == "0" else None
     control = Control()
     try:
-        validation.check_training(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        validation.check_start(settings, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         control.report_exit_code(EXIT_SETTING)
         exit_with(EXIT_SETTING, f"Invalid setting: {error}")
@@ -310,31 +319,35 @@ def train_command(settings: Settings) -> None:
 
 def walkforward_command(
     settings: Settings,
-    step: Annotated[int, typer.Option("--step", min=1, help="days from one training to the next")] = 7,
+    step: Annotated[int, option("--step", read_count, "days from one training to the next", "int")] = 7,
     first_day: Annotated[
         str,
-        typer.Option("--from", help="first day to trade on, UTC; default: the newer half, a year at most"),
+        option("--from", read_day, "first day to trade on, UTC; default: the newer half, a year at most"),
     ] = "",
-    last_day: Annotated[str, typer.Option("--to", help="last day; default: the newest in the lake")] = "",
+    last_day: Annotated[str, option("--to", read_day, "last day; default: the newest in the lake")] = "",
     fresh: Annotated[
         bool,
         typer.Option("--fresh", help="train every window from nothing; default: go on with the one before"),
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="windows at once; needs --fresh")] = 1,
+    jobs: Annotated[int, option("--jobs", read_count, "windows at once; needs --fresh", "int")] = 1,
     ensemble: Annotated[
-        int, typer.Option("--ensemble", min=1, help="newest champions that decide together, by their average")
+        int,
+        option("--ensemble", read_count, "newest champions that decide together, by their average", "int"),
     ] = 1,
-    costs: Annotated[str, typer.Option("--costs", help="flat costs to compare, bps")] = "0,1,2,5,10",
+    costs: Annotated[str, option("--costs", read_costs, "flat costs to compare, bps")] = "0,1,2,5,10",
     trees: Annotated[bool, typer.Option("--trees", help="boosted trees, too; needs lightgbm")] = False,
     start_from: Annotated[
-        Path | None, typer.Option("--start-from", help="a checkpoint to begin with; default: random weights")
+        Path | None,
+        option(
+            "--start-from", read_checkpoint, "a checkpoint to begin with; default: random weights", "path"
+        ),
     ] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="although it has seen days to be walked; stamps the page")
     ] = False,
     max_hours: Annotated[
         float,
-        typer.Option("--max-hours", help="refuse what would take longer", parser=float, metavar="<float>"),
+        option("--max-hours", read_number, "refuse what would take longer", "float"),
     ] = 24.0,
     output: Annotated[
         Path | None, typer.Option("--output", help="the walk's folder; default: walkforward")
@@ -354,7 +367,7 @@ def walkforward_command(
             fresh=fresh,
             jobs=jobs,
             ensemble=ensemble,
-            costs_bps=walkforward.parse_costs(costs),
+            costs_bps=parse_costs(costs),
             trees=trees,
             start_from=start_from,
             allow_overlap=allow_overlap,

@@ -16,6 +16,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.options import (
+    option,
+    read_checkpoint,
+    read_costs,
+    read_count,
+    read_day,
+    read_holding,
+    read_moment,
+    read_number,
+    read_output,
+)
 from runtime.control import (
     EXIT_ABORTED,
     EXIT_CRASH,
@@ -48,7 +59,7 @@ def preflight_command(settings: Settings) -> None:
     except ValueError as error:
         raise ExitProgram(EXIT_SETTING, str(error)) from error
     try:
-        validation.check_training(settings, world_size)
+        validation.check_start(settings, world_size)
     except ValueError as error:
         raise ExitProgram(EXIT_SETTING, f"Invalid setting: {error}") from error
     typer.echo("Settings are valid; loading PyTorch ...", err=True)
@@ -147,7 +158,7 @@ def data_command(
 
 def probe_command(
     settings: Settings,
-    costs: Annotated[str, typer.Option("--costs", help="flat costs of a side, bp")] = "0,0.5,1,2,5",
+    costs: Annotated[str, option("--costs", read_costs, "flat costs of a side, bp")] = "0,0.5,1,2,5",
     trees: Annotated[
         bool | None,
         typer.Option("--trees/--no-trees", help="boosted trees, too; default: where lightgbm is installed"),
@@ -189,7 +200,7 @@ def dashboard_command(
 
 def selftest_command(
     settings: Settings,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="number of trainings per market")] = 1,
+    seeds: Annotated[int, option("--seeds", read_count, "number of trainings per market", "int")] = 1,
 ) -> None:
     """Prove on markets with a known best policy that training works and nothing looks ahead; takes a while."""
     from commands.selftest import TRIALS, Sizes, lookahead, report, run_trials
@@ -246,8 +257,10 @@ def history_command(
 def episode_command(
     trained: TrainedPolicy,
     symbol: Annotated[str, typer.Option("--symbol", help="default: the checkpoint's first")] = "",
-    start: Annotated[str, typer.Option("--start", help="UTC; default: the newest whole episode")] = "",
-    output: Annotated[Path, typer.Option("--output", help="the PNG to write")] = Path("episode.png"),
+    start: Annotated[str, option("--start", read_moment, "UTC; default: the newest whole episode")] = "",
+    output: Annotated[Path, option("--output", read_output, "the PNG to write", "path")] = Path(
+        "episode.png"
+    ),
 ) -> None:
     """Draw one episode of a checkpoint on bars from the lake; downloads nothing."""
     from commands import episode
@@ -258,16 +271,16 @@ def episode_command(
 def evaluate_command(
     trained: TrainedPolicy,
     first_day: Annotated[
-        str, typer.Option("--from", help="first day, UTC; default: the first that was never trained on")
+        str, option("--from", read_day, "first day, UTC; default: the first that was never trained on")
     ] = "",
     last_day: Annotated[
         str,
-        typer.Option("--to", help="last day; default: the newest of the training's bars, or of --refresh"),
+        option("--to", read_day, "last day; default: the newest of the training's bars, or of --refresh"),
     ] = "",
     symbols: Annotated[
         str, typer.Option("--symbols", help="comma-separated; default: the checkpoint's")
     ] = "",
-    costs: Annotated[str, typer.Option("--costs", help="flat costs to compare, bps")] = "0,1,2,5,10",
+    costs: Annotated[str, option("--costs", read_costs, "flat costs to compare, bps")] = "0,1,2,5,10",
     plot_symbols: Annotated[
         str, typer.Option("--plot-symbols", help="to draw one by one; default: the best and worst three")
     ] = "",
@@ -277,7 +290,9 @@ def evaluate_command(
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="another checkpoint to compare it with, day by day; or best"),
+        option(
+            "--against", read_checkpoint, "another checkpoint to compare it with, day by day; or best", "path"
+        ),
     ] = None,
 ) -> None:
     """Run the exam on bars in the lake and write a report: HTML, PNGs and JSON in report_dir."""
@@ -303,7 +318,7 @@ def signals_command(
     ] = "",
     holding: Annotated[
         list[str] | None,
-        typer.Option("--holding", help="a position you hold, SYMBOL=POSITION; repeatable; default: none"),
+        option("--holding", read_holding, "a position you hold, SYMBOL=POSITION; repeatable; default: none"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="repeat after every minute, until Ctrl+C")] = False,
@@ -343,10 +358,10 @@ def paper_command(
     ] = False,
     gross: Annotated[
         float,
-        typer.Option("--gross", help="cap on its exposure, in equities", parser=float, metavar="<float>"),
+        option("--gross", read_number, "cap on its exposure, in equities", "float"),
     ] = 1.0,
     minutes: Annotated[
-        int | None, typer.Option("--minutes", min=1, help="end after so many; default: at Ctrl+C")
+        int | None, option("--minutes", read_count, "end after so many; default: at Ctrl+C", "int")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a minute")] = False,
 ) -> None:
@@ -363,20 +378,25 @@ def paper_command(
             raise ExitProgram(EXIT_CRASH, f"{error.filename}: {error.strerror}") from error
 
 
+def _read_push(_name: str, text: str) -> str:
+    from commands.push import check_push
+
+    check_push(text, os.environ)
+    return text
+
+
 def export_command(
     trained: TrainedPolicy,
     output: Annotated[Path | None, typer.Option("--output", help="default: exports/NAME")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="also write graphs for torch.export and ONNX")] = False,
     push_to: Annotated[
-        str, typer.Option("--push", help="then upload it to the Hugging Face Hub, as OWNER/NAME")
+        str, option("--push", _read_push, "then upload it to the Hugging Face Hub, as OWNER/NAME")
     ] = "",
     public: Annotated[bool, typer.Option("--public", help="with --push, a new repository is public")] = False,
 ) -> None:
     """Export a checkpoint's policy: safetensors, a card that describes it, and an example."""
     from commands import export, push
 
-    if push_to:
-        push.check_push(push_to, os.environ)
     folder = export.command(trained, output, onnx, typer.echo)
     typer.echo(f"Wrote {folder}")
     if push_to:

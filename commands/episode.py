@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
+from commands.options import parse_moment
 from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
 from data_sources.load import load
@@ -95,8 +96,5 @@ def owner_of(symbol: str, market: Market, config: EnvConfig) -> Group:
 
 
 def _time_ns(text: str) -> int:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"--start {text} must be a time in UTC such as 2026-11-20T14:30") from None
+    moment = parse_moment("--start", text)
     return min(NEVER_NS, int(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 10**9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from commands.options import parse_costs, parse_day_ns
 from data_sources.bars import DAY_NS, Bars
-from data_sources.calendar import date_ns
 from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
 from data_sources.load import LoadedData, load
@@ -95,13 +94,7 @@ class EvaluateOptions:
         Raises:
             ValueError: a cost is not a number of 0 or more.
         """
-        try:
-            costs_bps = sorted({float(cost) for cost in _words(costs)})
-        except ValueError:
-            costs_bps = [-1.0]
-        if not all(0 <= cost < math.inf for cost in costs_bps):
-            raise ValueError(f"--costs {costs} must be basis points of 0 or more, such as 0,1,2,5,10")
-        chosen = _words(symbols), tuple(costs_bps), _words(plotted)
+        chosen = _words(symbols), parse_costs(costs), _words(plotted)
         return cls(first_day, last_day, *chosen, overlap, refresh, against)
 
 
@@ -178,8 +171,8 @@ def choose_span(options: EvaluateOptions, trained_until_ns: int, newest_ns: int,
     Raises:
         ValueError: a date is invalid, the span is empty, or it overlaps the training and that is not allowed.
     """
-    start_ns = _day_ns("--from", options.first_day) if options.first_day else trained_until_ns
-    end_ns = _day_ns("--to", options.last_day) + DAY_NS if options.last_day else newest_ns
+    start_ns = parse_day_ns("--from", options.first_day) if options.first_day else trained_until_ns
+    end_ns = parse_day_ns("--to", options.last_day) + DAY_NS if options.last_day else newest_ns
     first_allowed = day_of(-(-trained_until_ns // DAY_NS) * DAY_NS)
     if (start_ns < trained_until_ns or end_ns <= trained_until_ns < newest_ns) and not options.allow_overlap:
         raise ValueError(
@@ -435,10 +428,3 @@ def _records(trained: TrainedPolicy) -> str:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _day_ns(option: str, text: str) -> int:
-    try:
-        return date_ns(text)
-    except ValueError:
-        raise ValueError(f"{option} {text} must be a day such as 2026-11-20") from None

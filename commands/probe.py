@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from commands import options
 from data_sources.bars import DAY_NS, Bars
 from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
@@ -49,12 +49,9 @@ def parse_costs(text: str) -> tuple[float, ...]:
     Raises:
         ValueError: a cost is not a number of 0 or more.
     """
-    try:
-        costs = tuple(sorted({float(word) for word in text.split(",") if word.strip()}))
-    except ValueError:
-        costs = ()
-    if not costs or not all(0 <= cost < math.inf for cost in costs):
-        raise ValueError(f"--costs {text} must be basis points of 0 or more, such as 0,0.5,1,2,5")
+    costs = options.parse_costs(text)
+    if not costs:
+        raise ValueError("--costs must be at least one number of basis points, such as 0,0.5,1,2,5")
     return costs
 
 

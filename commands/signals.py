@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from commands.options import parse_holding
 from data_sources.bars import DAY_NS, MINUTE_NS, AssetClass, Bars
 from data_sources.calendar import expected_minutes
 from data_sources.coverage import minutes_behind
@@ -74,15 +75,11 @@ class SignalOptions:
         """
         positions_held = {}
         for text in holdings:
-            symbol, _, number = text.partition("=")
-            try:
-                position = float(number)
-            except ValueError:
-                raise ValueError(f"--holding {text} must be such as BTCUSDT=1") from None
+            symbol, position = parse_holding(text)
             if position not in positions:
                 known = ", ".join(f"{position:g}" for position in positions)
                 raise ValueError(f"--holding {text} must be one of the policy's positions: {known}")
-            positions_held[symbol.strip()] = position
+            positions_held[symbol] = position
         names = tuple(dict.fromkeys(name.strip() for name in symbols.split(",") if name.strip()))
         return SignalOptions(names, positions_held, refreshes, as_json, has_details)
 

@@ -21,6 +21,7 @@ from data_sources.vendors.files_description import is_timezone
 from envs.config import FEATURE_GROUPS, EnvConfig, GroupConfig, require
 from runtime.control import EXIT_SETTING, ExitProgram
 from runtime.files import fault_of_folder
+from training.checkpoint_names import may_have_checkpoint
 from training.setting_types import DEVICE_RULE, DEVICES, shown
 from training.urls import find_targets, is_address, is_local
 
@@ -135,6 +136,8 @@ def check_training(settings: Settings, world_size: int) -> None:
     if all(source.is_computed for source in sources):
         rule = f"must be at least min_bars={s.min_bars}"
         require(s.simulated_bars >= s.min_bars, "simulated_bars", s.simulated_bars, rule)
+        rule = f"must be at most simulated_symbols={s.simulated_symbols}"
+        require(s.account != "group" or s.group_size <= s.simulated_symbols, "group_size", s.group_size, rule)
         num_days, lengthen = s.simulated_bars / MINUTES_PER_DAY, "simulated_bars"
     elif s.start_date:
         end = parse_day(s.end_date) if s.end_date else datetime.now(UTC)
@@ -156,6 +159,18 @@ def check_training(settings: Settings, world_size: int) -> None:
     require(not same, "data_dir", s.data_dir, "must be another folder than checkpoint_dir")
     check_batch(settings, world_size)
     check_watchers(settings, os.environ)
+
+
+def check_start(settings: Settings, world_size: int) -> None:
+    """Check a training that is to start now, as ``check_training``, and its shorts where it has no checkpoint.
+
+    Raises:
+        ValueError: names the setting, its value, the rule, and a value that would do.
+    """
+    check_training(settings, world_size)
+    impossible = impossible_shorts(settings)
+    if impossible and not settings.mirror and not may_have_checkpoint(Path(settings.checkpoint_dir)):
+        raise ValueError(f"{impossible}; {WITHOUT_SHORTS}")
 
 
 def check_watchers(settings: Settings, environment: Mapping[str, str]) -> None:

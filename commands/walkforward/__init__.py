@@ -114,18 +114,6 @@ class WalkOptions:
             raise ValueError("--costs must be basis points of 0 or more, such as 0,1,2,5,10")
 
 
-def parse_costs(text: str) -> tuple[float, ...]:
-    """Return the costs of the ladder, ascending.
-
-    Raises:
-        ValueError: a cost is not a number.
-    """
-    try:
-        return tuple(sorted({float(word) for word in text.split(",") if word.strip()}))
-    except ValueError:
-        raise ValueError(f"--costs {text} must be basis points of 0 or more, such as 0,1,2,5,10") from None
-
-
 def command(settings: Settings, train: Train, options: WalkOptions, console: Console) -> None:
     """Walk, or go on with a walk, and write its page.
 

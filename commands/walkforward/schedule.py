@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from commands.options import parse_day_ns
 from data_sources.bars import DAY_NS, FIRST_DATE
 from data_sources.calendar import date_ns
 from data_sources.lake.lake import Lake
@@ -87,9 +88,13 @@ def choose_windows(
         )
     oldest, newest = int(days[0]), int(days[-1])
     needed = holdout + 1  # before the first window: the exam's, and a day to train on
-    end = min(newest, _day("--to", last_day)) + 1 if last_day else newest + 1
+    end = min(newest, parse_day_ns("--to", last_day) // DAY_NS) + 1 if last_day else newest + 1
     default = max(oldest + needed, int(days[len(days) // 2]), end - LONGEST_DAYS)
-    start = _day("--from", first_day) if first_day else min(default, max(oldest + needed, end - step))
+    start = (
+        parse_day_ns("--from", first_day) // DAY_NS
+        if first_day
+        else min(default, max(oldest + needed, end - step))
+    )
     if start < oldest + needed:
         raise ValueError(
             f"--from {_text(start)} must be {_text(oldest + needed)} or later: the bars begin on {_text(oldest)}, "
@@ -107,13 +112,6 @@ def choose_windows(
         Window(number, int(first) * DAY_NS, int(first + step) * DAY_NS)
         for number, first in enumerate(edges[has_bars], 1)
     ]
-
-
-def _day(option: str, text: str) -> int:
-    try:
-        return date_ns(text) // DAY_NS
-    except ValueError:
-        raise ValueError(f"{option} {text} must be a day such as 2026-11-20") from None
 
 
 def _text(day: int) -> str:

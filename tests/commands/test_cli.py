@@ -105,7 +105,7 @@ def test_the_version_is_that_of_the_folder(
         ("trian", "No such command 'trian'. Did you mean 'train'?"),
         ("signals", "Missing argument 'CHECKPOINT...'; see: "),
         ("train now", "Got unexpected extra argument"),
-        ("selftest --seeds 0", "Invalid setting: '--seeds': "),
+        ("selftest --seeds 0", "Invalid setting: --seeds 0 must be a whole number of 1 or more"),
         ("--demo --preset small", "Invalid setting: preset=small cannot go with --demo, which is --preset demo; "),
         ("check --demo --preset full", "Invalid setting: preset=full cannot go with --demo"),
         ("--preset huge", "Invalid setting: preset=huge must be one of: full, small, demo"),

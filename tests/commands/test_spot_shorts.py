@@ -17,7 +17,7 @@ from runtime.control import Control, ExitProgram
 from tests.training.checkpoints import untrained
 from training.checkpoint import Checkpoint
 from training.distributed import Ranks
-from training.validation import impossible_shorts
+from training.validation import check_start, impossible_shorts
 
 SPOT: dict[str, Any] = {"sources": ("binance",)}
 
@@ -39,6 +39,16 @@ SPOT: dict[str, Any] = {"sources": ("binance",)}
 )
 def test_only_spot_pairs_alone_refuse_a_short(changes: dict[str, Any], is_possible: bool) -> None:
     assert (impossible_shorts(Settings(**changes)) == "") == is_possible
+
+
+def test_a_start_refuses_them_where_it_has_nothing_to_resume_from(tmp_path: Path) -> None:
+    settings = Settings(**SPOT, checkpoint_dir=str(tmp_path / "new"))
+    with pytest.raises(ValueError, match=r"positions=-1,0,1 must not be below 0 .* use --positions 0,1"):
+        check_start(settings, 1)
+    check_start(replace(settings, mirror=str(tmp_path / "mirror")), 1)  # which may have one
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run1_epoch2.pt").touch()
+    check_start(settings, 1)
 
 
 def job_of(settings: Settings) -> Job:

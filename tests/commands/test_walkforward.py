@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from commands import walkforward
+from commands.options import parse_costs
 from commands.walkforward import Walk, WalkOptions, jobs, out_of_sample, training
 from commands.walkforward.book import FIRST, Book
 from commands.walkforward.schedule import Window, choose_windows
@@ -364,7 +365,7 @@ def test_options_that_do_not_go_together() -> None:
         with pytest.raises(ValueError, match=re.escape(text)):
             replace(OPTIONS, **changes)
     with pytest.raises(ValueError, match="--costs 1,x must be"):
-        walkforward.parse_costs("1,x")
+        parse_costs("1,x")
 
 
 def test_a_folder_is_walked_by_one_and_of_one_walk(walked: tuple[Path, Book], tmp_path: Path) -> None:
