@@ -390,6 +390,10 @@ def main() -> None:
     except (OSError, UnicodeDecodeError):
         exit_with(EXIT_SETTING, "Invalid setting: .env must be a readable text file in UTF-8: save it as one")
     words = with_command(sys.argv[1:])
+    if "--help" in words:
+        from commands.help_layout import keep_names_whole
+
+        keep_names_whole()
     wanted = {words[0], *(["preflight"] if words[0] == "train" else [])}
     run(application(Settings, PRESETS, train_command, __doc__, [walkforward_command], wanted), words)
 

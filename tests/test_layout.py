@@ -50,7 +50,13 @@ ONLY_IN = {
     "pynvml": {"monitoring/machine.py", "training/metrics.py"},
     "psutil": {"monitoring/machine.py"},
     "fsspec": {"training/mirror.py"},
-    "typer": {"commands/cli.py", "commands/__init__.py", "commands/options.py", "continuous_training.py"},
+    "typer": {
+        "commands/cli.py",
+        "commands/__init__.py",
+        "commands/options.py",
+        "commands/help_layout.py",
+        "continuous_training.py",
+    },
     "boto3": {"data_sources/vendors/polygon_files.py"},
     "yfinance": {"data_sources/vendors/yahoo_client.py"},
 }

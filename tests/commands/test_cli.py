@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from commands import cli
 from commands.cli import application, helps_of
 from continuous_training import PRESETS, Settings, train_command
 from evaluation.trained_policy import TrainedPolicy
+from tests.program import PATIENCE, ROOT, environment
 
 PROGRAM = application(Settings, PRESETS, train_command, "Help.")
 
@@ -85,6 +88,22 @@ def test_every_setting_has_a_comment_which_is_its_help() -> None:
     for name, text in helps.items():
         assert f"--{name.replace('_', '-')}" in words
         assert text in words, name
+
+
+@pytest.mark.parametrize("command", ["train", "walkforward", "signals", "export"])
+def test_on_80_columns_every_flag_is_shown_whole(command: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, "continuous_training.py", command, "--help"],
+        cwd=ROOT,
+        env=environment(COLUMNS="80"),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=True,
+    ).stdout
+    assert "\u2026" not in shown and max(map(len, shown.splitlines())) <= 80
+    for field in fields(Settings):
+        assert f" --{field.name.replace('_', '-')} " in shown, field.name
 
 
 def test_the_version_is_that_of_the_folder(
