@@ -141,15 +141,18 @@ class Checkpoint:
         assert self.resume is not None
         weights = {"format": FORMAT} | {key: getattr(self, key) for key in _WEIGHTS_KEYS}
         resume = {key: getattr(self.resume, key) for key in _keys(ResumeState)}
+        best = str(
+            self.resume.clock.get("best_exam", "")
+        )  # where the run ends early, the next begins with it
         try:
             make_folder(self._resume_path.parent)
-            _make_room(path.parent, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES, keep_runs)
+            _make_room(path.parent, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES, keep_runs, best)
             write_atomically(self._resume_path, lambda file: torch.save(resume, file))
             write_atomically(path, lambda file: torch.save(weights, file))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{path} was not saved: {root_cause(error)}") from error
         try:
-            prune(path.parent, keep, keep_runs)
+            prune(path.parent, keep, keep_runs, best)
         except OSError as error:
             log.warning(f"old checkpoints were not removed: {root_cause(error)}")
 
@@ -278,9 +281,9 @@ def _series(folder: Path) -> list[Path]:
         return []
 
 
-def prune(folder: Path, keep: int, keep_runs: int | None = None) -> None:
-    """Delete old checkpoints, except the newest ``keep`` and the last of the runs that ``keep_runs`` asks for."""
-    for path in _surplus(folder, keep, keep_runs, NUM_RESUME_STATES):
+def prune(folder: Path, keep: int, keep_runs: int | None = None, best: str = "") -> None:
+    """Delete old checkpoints, except the newest ``keep``, the last of ``keep_runs`` runs, and the one named."""
+    for path in _surplus(folder, keep, keep_runs, NUM_RESUME_STATES, best):
         path.unlink(missing_ok=True)
 
 
@@ -296,18 +299,18 @@ def sweep_unfinished(folder: Path) -> None:
                 leftover.unlink()
 
 
-def _surplus(folder: Path, keep: int, keep_runs: int | None, num_resume_states: int) -> list[Path]:
+def _surplus(folder: Path, keep: int, keep_runs: int | None, num_resume_states: int, best: str) -> list[Path]:
     """List the files beyond what is kept, in order of removal: resume states first, then oldest first."""
     paths = existing(folder)
     last_of_run = {_numbers(path.name)[0]: path for path in reversed(paths)}  # runs from the oldest
     lasts = list(reversed(last_of_run.values()))
-    stay = {*paths[:keep], *(lasts if keep_runs is None else thin_out(lasts, keep_runs))}
+    stay = {folder / best, *paths[:keep], *(lasts if keep_runs is None else thin_out(lasts, keep_runs))}
     kept = {path.name for path in paths[:num_resume_states]}
     states = sorted(path for path in _series(folder / RESUME) if path.name not in kept)
     return states + [path for path in reversed(paths) if path not in stay]
 
 
-def _make_room(folder: Path, num_bytes: int, keep_runs: int | None) -> None:
+def _make_room(folder: Path, num_bytes: int, keep_runs: int | None, best: str = "") -> None:
     """Make sure that the disk has ``num_bytes`` free, at the cost of files that no restart needs.
 
     Raises:
@@ -317,7 +320,7 @@ def _make_room(folder: Path, num_bytes: int, keep_runs: int | None) -> None:
     if free is None or (missing := num_bytes - free) <= 0:
         return
     # The champion is a second name of a checkpoint: removing the first one would free nothing.
-    surplus = [path for path in _surplus(folder, 1, keep_runs, 1) if path.stat().st_nlink == 1]
+    surplus = [path for path in _surplus(folder, 1, keep_runs, 1, best) if path.stat().st_nlink == 1]
     if sum(path.stat().st_size for path in surplus) < missing:
         raise OSError(errno.ENOSPC, DISK_IS_FULL)
     for path in surplus:

@@ -42,9 +42,10 @@ def thin_out(last_of_runs: Sequence[Path], keep_runs: int) -> set[Path]:
 
 
 def most_files(settings: Settings) -> int:
-    """Return how many checkpoints stay at most, the champion's included; one a week is added to them."""
+    """Return how many checkpoints stay at most, with the champion's; one a week is added to them."""
     complete_runs = settings.keep_checkpoints // -(-settings.epochs // settings.checkpoint_every)
-    return settings.keep_checkpoints + max(0, settings.keep_runs - complete_runs) + KEEP_DAYS + 1
+    named = 1 + (settings.exam_patience is not None)  # the champion's, and the run's best
+    return settings.keep_checkpoints + max(0, settings.keep_runs - complete_runs) + KEEP_DAYS + named
 
 
 def _day_of(path: Path) -> date | None:

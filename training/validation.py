@@ -317,8 +317,6 @@ def _rules(s: Settings) -> Iterator[tuple[str, bool, str]]:
         yield "reward", s.reward == "log equity", rule
         rule = f"must be at most gross_exposure={s.gross_exposure:g}"
         yield "net_exposure", s.net_exposure <= s.gross_exposure, rule
-    rule = f"must be below keep_checkpoints={s.keep_checkpoints}, so that the best is still there"
-    yield "exam_patience", (s.exam_patience or 0) < s.keep_checkpoints, rule
     yield "seed", 0 <= s.seed < 2**31, "must be 0 or more and below 2147483648"
     yield "gamma", 0 <= s.gamma < 1, "must be 0 or more and below 1, such as 0.99"
 

@@ -105,6 +105,17 @@ def test_a_best_checkpoint_that_is_gone_is_a_warning(
     assert "run 2 begins with the last weights" in caplog.text
 
 
-def test_patience_must_leave_the_best_checkpoint_in_place() -> None:
-    with pytest.raises(ValueError, match="exam_patience=16 must be below keep_checkpoints=16"):
-        Settings(exam_patience=16)
+def test_the_best_checkpoint_stays_while_the_run_may_end_at_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As many exams as checkpoints that are kept, and one that gave no figure between them.
+    monkeypatch.setitem(NETS, (1, 6), float("nan"))
+    monkeypatch.setitem(NETS, (1, 10), 0.1)
+    train(replace(settings, runs=1, keep_checkpoints=1, keep_runs=1), DeafControl())
+    assert names_of(tmp_path) == {"run1_epoch4.pt", "run1_epoch10.pt"}
+    with Job(replace(settings, keep_checkpoints=1, keep_runs=1), DeafControl()) as job:
+        assert job.begin_run()
+        job.progress.tick(64)
+        job.save({})
+        job._writer.finish()
+    assert "run1_epoch4.pt" not in names_of(tmp_path)  # it is not needed any more
