@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,13 @@ class EnvConfig:
         The trade that reaches a target after its own cost exists only while that cost is below all equity.
         """
         return 0.5 / self.largest_exposure
+
+    def require_flat_costs(self, costs_bps: Iterable[float | None]) -> None:
+        """Raise ``ValueError`` where a flat cost of traded value is below 0, or too high to be paid."""
+        most = 1e4 * self.max_rate
+        for cost in costs_bps:
+            if cost is not None and not 0 <= cost < most:
+                raise ValueError(f"a flat cost must be 0 or more and under {most:g} bps, was {cost:g}")
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:

@@ -34,6 +34,7 @@ class GroupExamEnv(GroupEnv):
         grid: of the market, where it is known.
 
     Raises:
+        ValueError: a flat cost is out of range.
         NoSegment: no group has a segment to walk; those without one must not be among the groups.
     """
 
@@ -50,6 +51,7 @@ class GroupExamEnv(GroupEnv):
         grid: Grid | None = None,
     ) -> None:
         assert config.group is not None
+        config.require_flat_costs(flat_cost_bps)
         config = replace(config, num_envs=len(groups) * config.group.size)
         super().__init__(market, config, device, seed=0, dtype=dtype, grid=grid)
         numbers = [[market.symbols.index(symbol) for symbol in group] for group in groups]

@@ -71,10 +71,7 @@ class ExamEnv(TradingEnv):
         self._schedule = schedule.to(self.device)
         numbers = [market.symbols.index(symbol) for symbol, _ in places]
         self._symbols = torch.tensor(numbers, device=self.device)
-        for cost in flat_cost_bps or ():
-            if cost is not None and not 0 <= cost < config.max_rate * 1e4:
-                most = f"{config.max_rate * 1e4:g} bps"
-                raise ValueError(f"a flat cost must be 0 or more and under {most}, was {cost:g}")
+        config.require_flat_costs(flat_cost_bps or ())
         self._flat: tuple[Tensor, Tensor] | None = None
         if flat_cost_bps is not None:
             where = torch.tensor([cost is not None for cost in flat_cost_bps], device=self.device)

@@ -38,6 +38,7 @@ from data_sources.calendar import date_ns
 from data_sources.errors import LakeError
 from data_sources.lake.lake import Lake
 from data_sources.refresh import refresh
+from envs.config import EnvConfig
 from evaluation.forecasts import import_lightgbm
 from evaluation.provenance import minute_of
 from evaluation.report import file_name, write_folder
@@ -165,6 +166,7 @@ class Walk:
         self._lake = Lake(Path(settings.data_dir), console)
         try:
             validation.check_training(settings, 1)
+            EnvConfig.from_settings(settings).require_flat_costs(options.costs_bps)
             self.windows = self._choose_windows()
             self._began_with, stamp = self._read_start()
         except ValueError as error:

@@ -341,6 +341,7 @@ def test_windows_lie_within_the_bars() -> None:
         ),
         ({}, {"first_day": "2025-11-15"}, "--from 2025-11-15 must be 2025-"),
         ({}, {"first_day": "soon"}, "--from soon must be a day such as"),
+        ({}, {"costs_bps": (0.0, 5e3)}, "a flat cost must be 0 or more and under 5000 bps, was 5000"),
         ({}, {"max_hours": 1e-6}, "more than --max-hours 1e-06: raise that, lower epochs or the model"),
     ],
 )

@@ -149,3 +149,10 @@ def test_symbols_left_over_share_a_group_with_the_first() -> None:
     assert groups_of(market, 3, ["S1", "S2", "S3"])[0].symbols == ("S1", "S2", "S3")
     with pytest.raises(ValueError, match="a group needs 5 symbols of one kind, stocks or coins: there are 4"):
         groups_of(market, 5)
+
+
+def test_a_flat_cost_that_cannot_be_paid_is_refused() -> None:
+    market = market_of(*awkward_bars())
+    policy, groups = policy_on(market), groups_of(market, 3)
+    with pytest.raises(ValueError, match=r"a flat cost must be 0 or more and under 4166\.67 bps, was 6000"):
+        examine_groups(policy, market, CONFIG, groups, START, NEVER, flat_costs_bps=(0.0, 6000.0))
