@@ -17,9 +17,10 @@ from runtime.control import EXIT_DOES_NOT_FIT, Control, ExitProgram
 from runtime.files import make_folder, move_over, sync_folder
 from runtime.train_log import keep_log
 from training import checkpoint
-from training.checkpoint import BEST, Checkpoint, name_of
+from training.checkpoint import BEST, Checkpoint, read_complete
 from training.checkpoint_names import RESUME
 from training.data_feed import stored_bars
+from training.progress import TrainingProgress
 
 if TYPE_CHECKING:
     from continuous_training import Settings
@@ -98,13 +99,16 @@ def train_window(
 
 def _check(folder: Path, settings: Settings, runs: int) -> None:
     newest = newest_in(folder)
-    if newest is None or newest.name != name_of(runs, settings.epochs):
+    whole = newest and read_complete(training_in(folder), newest.name)
+    # Exams may have ended it before its last epoch.
+    if not whole or whole.run != runs or not TrainingProgress.of(whole).is_over(settings):
         raise ExitProgram(
-            EXIT_DOES_NOT_FIT, f"{training_in(folder)} has no checkpoint of run {runs}: start again"
+            EXIT_DOES_NOT_FIT,
+            f"{training_in(folder)} has no checkpoint of the end of run {runs}: start again",
         )
-    if newest.exam:
+    if whole.exam:
         path = training_in(folder) / ledger.NAME
-        if ledger.key_of(newest.exam["line"]) not in map(ledger.key_of, ledger.read(path)):
+        if ledger.key_of(whole.exam["line"]) not in map(ledger.key_of, ledger.read(path)):
             raise ExitProgram(EXIT_DOES_NOT_FIT, f"{path} was not written: check the disk, then start again")
 
 

@@ -27,6 +27,7 @@ from data_sources.bars import DAY_NS, MINUTE_NS
 from evaluation import forecasts, ledger, plots, record
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
+from evaluation.examiner import Exam, Examiner
 from evaluation.forecasts import FITS, RIDGE, TREES, import_lightgbm
 from evaluation.walk_summary import summarize
 from monitoring.console import Console
@@ -225,6 +226,24 @@ def test_a_walk_of_an_older_program_goes_on_with_settings_that_it_did_not_know(
     assert "feature_encoding=linear there, piecewise here" in refused(tmp_path, piecewise)
     # It is understood, and the edit is found all the same.
     assert "0001.json does not follow walk.json, which was edited" in refused(tmp_path)
+
+
+def test_exams_may_end_a_windows_training_early(
+    planted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examine = Examiner.examine
+
+    def examine_ever_worse(self: Examiner, trainer: Any, *given: Any) -> Exam:
+        exam = examine(self, trainer, *given)
+        exam.figures["exam/net_bps"] = -float(trainer.progress.epoch)
+        return exam
+
+    monkeypatch.setattr(Examiner, "examine", examine_ever_worse)
+    settings = settings_in(tmp_path, epochs=8, exam_patience=2, cost_ramp=0.0)
+    book = walk(tmp_path, settings, last_day="2026-01-26")
+    assert [row["newest"] for row in book.results] == ["run1_epoch6.pt", "run2_epoch6.pt"]
+    log = (tmp_path / "walk" / "logs" / "train.log").read_text()
+    assert "Run 2 begins with the weights of run1_epoch2.pt" in log
 
 
 def test_fresh_windows_know_nothing_of_each_other_and_keep_no_weights(
