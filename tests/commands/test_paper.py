@@ -21,6 +21,7 @@ from data_sources.lake.lake import Lake
 from data_sources.load import load
 from data_sources.sources import Answer
 from envs.market import Market
+from envs.open_group_env import account_of
 from evaluation import ensemble
 from evaluation.open_walk import walk_on
 from evaluation.paper import SETTLED_MINUTES
@@ -122,7 +123,7 @@ def test_two_starts_earn_what_an_exam_of_the_same_minutes_says(trader: Trader) -
     fills = [line for line in trader.lines if line["kind"] == "fill"]
     for name in ("policy", "buy and hold"):
         for symbol in PAIRS:
-            assert trader.accounts[name][symbol] == asdict(exam.accounts[name][symbol])  # to the bit
+            assert account_of(trader.accounts[name][symbol]) == exam.accounts[name][symbol]  # to the bit
     assert len(fills) == sum(int((walk.traded > 0).sum()) for walk in exam.walks["policy"])
     last = contents[-1]
     assert len(contents) == 12 + SETTLED_MINUTES and last["trades"] == len(fills)

@@ -24,6 +24,7 @@ from commands.walkforward.book import FIRST, Book
 from commands.walkforward.schedule import Window, choose_windows
 from continuous_training import Settings, train
 from data_sources.bars import DAY_NS, MINUTE_NS
+from envs.open_group_env import account_of
 from evaluation import forecasts, ledger, plots, record
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import POLICY
@@ -135,7 +136,7 @@ def test_what_was_traded_is_to_the_bit_what_the_daemons_record_says(walked: tupl
             assert line["days"][name] == row["days"][name]
     accounts = book.results[1]["accounts"]
     for name in (POLICY, BUY_AND_HOLD):
-        assert {s: vars(a) for s, a in kept.accounts[name].items()} == accounts[name]
+        assert kept.accounts[name] == {s: account_of(a) for s, a in accounts[name].items()}
 
 
 def test_one_curve_is_stitched_from_the_windows_and_judged_by_all_trials(walked: tuple[Path, Book]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from commands.walkforward.book import Book
 from commands.walkforward.champions import FOLDER, Champions
 from continuous_training import Settings, train
 from data_sources.bars import MINUTE_NS
+from envs.open_group_env import account_of
 from evaluation import ensemble, ledger, plots, record
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import CHAMPION, POLICY
@@ -76,7 +78,8 @@ def accounts_by_hand(folder: Path, book: Book, number: int, paths: list[Path]) -
     before = Book(folder, {}, book.results[: number - 1]).accounts
     given = {"decides_from_ns": window.start_ns - MINUTE_NS, "end_ns": window.end_ns}
     walks = walk_on(together.policy, market, together.env_config(1), symbols, before, **given)
-    return {symbol: vars(account) for symbol, account in walks.accounts[POLICY].items()}
+    kept = {symbol: asdict(account) for symbol, account in walks.accounts[POLICY].items()}
+    return dict(json.loads(json.dumps(kept)))
 
 
 def test_the_newest_champions_decide_by_the_average_of_their_probabilities(
@@ -96,7 +99,8 @@ def test_the_champion_alone_walks_beside_as_the_daemons_record_says(walked: tupl
     folder, book = walked
     kept = record.read(folder / "walk" / "training")
     for name, own in ((CHAMPION, POLICY), (BUY_AND_HOLD, BUY_AND_HOLD)):
-        assert {s: vars(a) for s, a in kept.accounts[own].items()} == book.results[1]["accounts"][name]
+        stands = book.results[1]["accounts"][name]
+        assert kept.accounts[own] == {s: account_of(a) for s, a in stands.items()}
     assert "ensemble=2 there, 1 here; give what it was begun with" in refused(folder)
 
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from data_sources.lake.lake import Lake
 from data_sources.load import load
 from envs.market import Market
 from envs.open_env import OpenEnv
+from envs.open_group_env import account_of
 from evaluation import ensemble
 from evaluation.baselines import BUY_AND_HOLD
 from evaluation.exam import Reader, one_thread, play_segment, walks_of
@@ -196,9 +197,9 @@ def test_two_weeks_under_faults_and_kills_are_the_exam_of_these_minutes(tmp_path
             if line["symbol"] == symbol
         }
         assert booked == trades
-        assert asdict(account) == state["accounts"]["policy"][symbol]  # to the bit
+        assert account == account_of(state["accounts"]["policy"][symbol])  # to the bit
         bars = market.open_time[market.open_time >= min(life.decided[symbol])].unique().tolist()
         holds, *_ = walk_in_steps(trained, market, symbol, dict.fromkeys(bars, 1.0))
-        assert asdict(holds) == state["accounts"][BUY_AND_HOLD][symbol]
+        assert holds == account_of(state["accounts"][BUY_AND_HOLD][symbol])
         # Only where a bar came, or was put right, after the decision.
         assert len(other) <= 8 < 120 < len(life.decided[symbol])
