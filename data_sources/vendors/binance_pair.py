@@ -37,6 +37,7 @@ EARLY_NS = 2 * HOUR_NS  # the same while REST is down
 ASK_AGAIN_NS = 6 * HOUR_NS  # after a 404 of a file that others stand in for
 REST_PAGES = 90  # per pair and refresh: 62 days; 27 pairs of it weigh one minute's limit
 PAGE_NS = PAGE_BARS * MINUTE_NS
+NOT_IN_ARCHIVE = "not in the archive"  # the key of a month without bars
 MOST_WARNINGS = 3  # about rows of funding
 HEALED_NS = 4 * DAY_NS  # a recent part of up to this length is fetched again as a whole while it has gaps
 
@@ -99,6 +100,7 @@ class PairRefresh:
         )
 
     def _refresh(self) -> None:
+        self._reopen_months()
         # A host's error is kept while the other host gets its turn.
         rest_error = None if self._parts.by_unit else _error_of(self._find_first_bar)
         archive_error = _error_of(self._fetch_files, LATE_NS if rest_error is None else EARLY_NS)
@@ -229,7 +231,7 @@ class PairRefresh:
             raise error
         for unit in absent:
             if self._will_stay_absent(unit):
-                self._write_empty(unit, "not in the archive")
+                self._write_empty(unit, NOT_IN_ARCHIVE)
 
     def _fetch(self, unit: Unit) -> bool:
         """Make a file a part; return False where the archive does not have it."""
@@ -261,12 +263,30 @@ class PairRefresh:
 
     def _will_stay_absent(self, unit: Unit) -> bool:
         """Whether a month's 404 is final: it lies before the listing, or after a pair was given up."""
-        if unit.folder == "daily" or self._now_ns < unit.end_ns + SETTLED_NS:
+        if unit.folder == "daily" or self._now_ns < unit.end_ns + SETTLED_NS or not self._parts.have_rows():
             return False
-        with_bars = [part for part in self._parts.by_unit.values() if part.rows]
-        earlier = any(part.start_ns < unit.start_ns for part in with_bars)
-        later = any(part.end_ns > unit.end_ns for part in with_bars)
-        return (later and not earlier) or (earlier and not later and self._is_unknown)
+        first_ns, end_ns = self._parts.extent()
+        if unit.end_ns <= first_ns:
+            return self._begins_with_listing() and unit.end_ns <= (self._first_bar_ns or first_ns)
+        return end_ns <= unit.start_ns and self._is_unknown
+
+    def _begins_with_listing(self) -> bool:
+        """Whether the oldest bar shows a listing: its part covers earlier minutes, too.
+
+        Where it does not, there may be older bars that the archive alone lacks, and REST is to be asked for them.
+        """
+        start_ns, first_ns = self._parts.begin()
+        return start_ns < first_ns
+
+    def _reopen_months(self) -> None:
+        """Ask again for months that a former version took for those before a listing, without a sign of one."""
+        closed = [part for part in self._parts.by_unit.values() if part.key == NOT_IN_ARCHIVE]
+        if not closed or not self._parts.have_rows() or self._begins_with_listing():
+            return
+        first_ns = self._parts.extent()[0]
+        for part in closed:
+            if part.end_ns <= first_ns:
+                self._parts.remove(part)
 
     # ------------------------------------------------------------------ REST
 

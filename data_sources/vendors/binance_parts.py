@@ -43,14 +43,15 @@ class PairParts:
         """Return whether any part has a row."""
         return any(part.rows for part in self.by_unit.values())
 
+    def begin(self) -> tuple[int, int]:
+        """Return where the oldest part with a bar begins, and the time of its first bar; there must be one."""
+        oldest = min((part for part in self.by_unit.values() if part.rows), key=lambda part: part.start_ns)
+        first = self.bars(oldest.start_ns, oldest.end_ns).column("open_time")[:1].to_pylist()
+        return oldest.start_ns, (first or [oldest.start_ns])[0]
+
     def extent(self) -> tuple[int, int]:
         """Return the time of the first bar, and the end of the newest part with a bar; there must be one."""
-        with_rows = sorted(
-            (part for part in self.by_unit.values() if part.rows), key=lambda part: part.start_ns
-        )
-        first_ns = with_rows[0].start_ns
-        first = self.bars(first_ns, with_rows[0].end_ns).column("open_time")[:1].to_pylist()
-        return (first or [first_ns])[0], max(part.end_ns for part in with_rows)
+        return self.begin()[1], max(part.end_ns for part in self.by_unit.values() if part.rows)
 
     def uncovered(
         self, start_ns: int, end_ns: int, parts: Sequence[Part] | None = None

@@ -10,6 +10,9 @@ import pytest
 
 from data_sources.errors import LakeError, RateLimited, Refused, SourceUnavailable
 from data_sources.lake.lake import Lake
+from data_sources.lake.quality import SCHEMA
+from data_sources.vendors import binance_pair
+from data_sources.vendors.binance_pair import NOT_IN_ARCHIVE
 from data_sources.vendors.binance_refresh import Binance
 from data_sources.vendors.binance_rest import Rest
 from data_sources.vendors.http import PROBE_POLICY
@@ -195,6 +198,46 @@ def test_rest_carries_on_without_the_archive(harness: Harness, status: int) -> N
     harness.refresh(seconds_later=86400)
     assert "2026-11-23" in harness.units()
     harness.assert_complete(end_ns=CLOSED + DAY_NS)
+
+
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_month_that_the_archive_lacks_before_all_others_is_not_one_before_the_listing(
+    harness: Harness, is_later: bool
+) -> None:
+    harness.server.faults = [Fault("2026-09", status=404)]
+    if is_later:
+        harness.refresh()
+    start_ns = ns("2026-09-24T00:00")
+    harness.refresh(start_ns=start_ns)
+    harness.assert_complete(start_ns=start_ns)
+    assert len(harness.refresh(start_ns=start_ns, seconds_later=60)) == 1
+
+
+def test_a_pair_that_only_rest_has_loses_no_bar_and_gets_them_all_in_time(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binance_pair, "REST_PAGES", 60)
+    harness.server.faults = [Fault("/data/", status=404)]
+    start_ns = ns("2026-09-20T00:00")
+    harness.refresh(start_ns=start_ns)
+    first_ns = int(harness.minutes(start_ns=start_ns)[0])
+    assert start_ns < first_ns < ns("2026-10-20T00:00")
+    harness.refresh(start_ns=start_ns, seconds_later=60)
+    harness.assert_complete(start_ns=start_ns, end_ns=CLOSED + MINUTE_NS)
+
+
+def test_months_that_a_former_version_took_for_ones_before_the_listing_are_asked_for_again(
+    harness: Harness,
+) -> None:
+    harness.refresh()
+    start_ns = ns("2026-09-24T00:00")
+    span = {"start_ns": ns("2026-09-01T00:00"), "end_ns": ns("2026-10-01T00:00")}
+    harness.lake.write(
+        "binance", "BTCUSDT", "2026-09", SCHEMA.empty_table(),
+        key=NOT_IN_ARCHIVE, version="", symbols=["BTCUSDT"], now_ns=NOW, **span,
+    )  # fmt: skip
+    harness.refresh(start_ns=start_ns, seconds_later=60)
+    harness.assert_complete(start_ns=start_ns, end_ns=CLOSED + MINUTE_NS)
 
 
 def test_two_dead_hosts_are_an_error_that_costs_no_bar_and_few_requests(harness: Harness) -> None:
