@@ -29,6 +29,9 @@ from data_sources.vendors.polygon import DataType
 
 BUCKET = "flatfiles"
 CHUNK_BYTES = 1 << 20
+MOST_PAGES = 100  # of a year's listing, even with four keys a page
+# What botocore raises for an answer that it cannot parse, such as a date that is none.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class DayFile:
 
 @dataclass(frozen=True)
 class Body:
-    """One downloaded object, complete by its Content-Length, and the version that was downloaded."""
+    """One downloaded object, complete by its length, and the version that was downloaded."""
 
     content: bytes
     version: str
@@ -103,20 +106,27 @@ class FlatFiles:
         request = {"Bucket": BUCKET, "Prefix": f"{data_type.prefix}{year}/"}
         task = f"list {data_type.dataset} {year}"
         files: list[DayFile] = []
-        while True:
+        for _ in range(MOST_PAGES):
             page = self._ask(lambda: self._client.list_objects_v2(**request), task)
-            if page.get("Name") != BUCKET:  # botocore reads any XML, a web page too, as an empty listing
+            try:
+                if page.get("Name") != BUCKET:  # botocore reads any XML, a web page too, as an empty listing
+                    raise KeyError("Name")
+                for entry in page.get("Contents", []):
+                    key, etag, size = entry["Key"], entry["ETag"], entry["Size"]
+                    match = pattern.fullmatch(key)
+                    day = _date_or_none(match[1]) if match else None
+                    if day is not None:
+                        files.append(DayFile(day, key, _plain_etag(etag), size))
+                if not page.get("IsTruncated"):
+                    return files
+                request["ContinuationToken"] = page["NextContinuationToken"]
+            except KeyError as error:
                 raise SourceUnavailable(
                     f"{self._endpoint} ({task}) sent no listing: check POLYGON_S3_ENDPOINT or try later"
-                )
-            for entry in page.get("Contents", []):
-                match = pattern.fullmatch(entry["Key"])
-                day = _date_or_none(match[1]) if match else None
-                if day is not None:
-                    files.append(DayFile(day, entry["Key"], _plain_etag(entry["ETag"]), entry["Size"]))
-            if not page.get("IsTruncated"):
-                return files
-            request["ContinuationToken"] = page["NextContinuationToken"]
+                ) from error
+        raise SourceUnavailable(
+            f"{self._endpoint} ({task}) sent a listing without end, check POLYGON_S3_ENDPOINT"
+        )
 
     def probe(self, data_type: DataType, today: dt.date) -> tuple[str, str]:
         """Read one byte of the newest day file: files outside of the plan are listed all the same.
@@ -139,7 +149,7 @@ class FlatFiles:
         return f"accepts the keys; newest day file {newest.day}", date
 
     def get(self, file: DayFile, received: Callable[[int], None]) -> Body:
-        """Download one object into memory (27 MB mostly), complete by its Content-Length.
+        """Download one object into memory (27 MB mostly), complete by its Content-Length, else by the listed size.
 
         Args:
             file: what to get.
@@ -153,7 +163,8 @@ class FlatFiles:
         """
         began, policy = time.monotonic(), self.host.policy
         answer = self._get_object(file.key)
-        length, chunks, num_bytes = answer["ContentLength"], [], 0
+        # Some proxies send a body in chunks, without its length.
+        length, chunks, num_bytes = answer.get("ContentLength", file.size), [], 0
         try:
             for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
                 chunks.append(chunk)
@@ -194,6 +205,11 @@ class FlatFiles:
                 # Its type alone: its text may hold more than a user should paste somewhere.
                 reason = type(error).__name__ + socks_note()
                 raise SourceUnavailable(f"{self._endpoint} ({task}) does not answer: {reason}") from error
+            except _UNREADABLE as error:
+                reason = type(error).__name__
+                raise SourceUnavailable(
+                    f"{self._endpoint} ({task}) sent an unreadable answer: {reason}"
+                ) from error
 
         return self.host.retry(once)
 

@@ -37,11 +37,11 @@ class Fault:
 
     ``status`` answers so instead of asking moto; ``page`` answers 200 with a web page; ``cut`` and ``reset``
     send half of the body under the full Content-Length and then close or reset; ``damage`` changes the body;
-    ``drip`` sends a byte every 50 ms; ``drop`` closes without an answer; ``hang`` never answers (until the front
-    is stopped).
+    ``chunked`` sends it without its length, as some proxies do; ``drip`` sends a byte every 50 ms; ``drop``
+    closes without an answer; ``hang`` never answers (until the front is stopped).
     """
 
-    kind: Literal["status", "page", "cut", "reset", "damage", "drip", "drop", "hang"]
+    kind: Literal["status", "page", "cut", "reset", "damage", "chunked", "drip", "drop", "hang"]
     path: str = "gz"
     count: float = float("inf")
     status: int = 500
@@ -168,7 +168,7 @@ class S3Server:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
-            if fault is None or fault.kind in ("cut", "reset", "damage", "drip"):
+            if fault is None or fault.kind in ("cut", "reset", "damage", "chunked", "drip"):
                 status, headers, body = self._asked_of_moto(request)
             else:
                 status, headers, body = self._made_up(fault)
@@ -217,7 +217,11 @@ class S3Server:
             request.send_response(status)
             for name, value in headers.items():
                 request.send_header(name, value)
-            request.send_header("Content-Length", str(len(body)))
+            if fault and fault.kind == "chunked":
+                request.send_header("Transfer-Encoding", "chunked")
+                body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+            else:
+                request.send_header("Content-Length", str(len(body)))
             if (
                 request.close_connection
             ):  # announced, else the client may send its next request while we close

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -183,6 +185,40 @@ def test_a_web_page_instead_of_a_listing_is_not_an_empty_listing(server, source,
     server.faults.append(Fault("page", "list-type"))
     with pytest.raises(SourceUnavailable):
         refresh(source, lake, ["AAPL"])
+
+
+BROKEN_LISTINGS = {
+    "no size": (rb"<Size>\d+</Size>", b""),
+    "a size that is none": (rb"<Size>", b"<Size>about "),
+    "no version": (rb"<ETag>[^<]*</ETag>", b""),
+    "no key": (rb"<Key>[^<]*</Key>", b""),
+    "a date that is none": (rb"<LastModified>", b"<LastModified>about "),
+    "more pages and no way to them": (rb"(<IsTruncated>)false", rb"\1true"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_LISTINGS.values(), ids=BROKEN_LISTINGS.keys())
+def test_a_listing_that_cannot_be_one_is_a_source_that_is_down(server, source, lake, broken):
+    put_days(server, ["AAPL"])
+    server.faults.append(Fault("damage", "list-type", damage=partial(re.sub, *broken)))
+    with pytest.raises(SourceUnavailable, match=r"\(list us_stocks_sip 2026\) sent"):
+        refresh(source, lake, ["AAPL"])
+
+
+def test_a_listing_without_end_is_given_up(server, source, lake, monkeypatch):
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
+    monkeypatch.setattr(polygon_files, "MOST_PAGES", 2)
+    put_days(server, ["AAPL"])
+    with pytest.raises(SourceUnavailable, match=r"sent a listing without end"):
+        refresh(source, lake, ["AAPL"])
+
+
+def test_a_body_without_its_length_is_complete_by_the_listing(server, source, lake):
+    put_days(server, ["AAPL"])
+    server.faults.append(Fault("chunked"))
+    assert refresh(source, lake, ["AAPL"]).warnings == []
+    assert closes(lake, "AAPL") == expected_closes("AAPL")
+    assert refresh(source, lake, ["AAPL"]).total == 0
 
 
 def test_a_missing_bucket_points_at_the_endpoint(server, source, lake):
