@@ -52,12 +52,16 @@ def read(root: Path) -> tuple[Rename, ...]:
         root: of the lake, which may have a table of the user's.
 
     Raises:
-        LakeError: the user's table cannot be read; names the line.
+        LakeError: the user's table cannot be read; names the line where it can.
     """
     known = {(rename.setting, rename.old, rename.first_day): rename for rename in _shipped()}
     path = Path(root) / FILE_NAME
     with lake_errors("read", path):
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        content = path.read_bytes() if path.exists() else b""
+    try:
+        text = content.decode("utf-8-sig")  # spreadsheets write a mark before it
+    except UnicodeDecodeError as error:
+        raise LakeError(f"{path} must be text in UTF-8: save it as CSV UTF-8") from error
     known |= {(rename.setting, rename.old, rename.first_day): rename for rename in _parse(path, text)}
     return tuple(sorted(known.values(), key=lambda rename: rename.first_day))
 
@@ -117,7 +121,11 @@ def _shipped() -> tuple[Rename, ...]:
 
 def _parse(path: Path, text: str) -> list[Rename]:
     found = []
-    for number, row in enumerate(csv.DictReader(text.splitlines(), restval=""), 2):
+    try:
+        rows = list(csv.DictReader(text.splitlines(), restval=""))
+    except csv.Error as error:
+        raise LakeError(f"{path} is no table of renames: {error}") from error
+    for number, row in enumerate(rows, 2):
         try:
             ratio = float(row["ratio"] or 1)
             day = dt.date.fromisoformat(row["first_day"].strip())

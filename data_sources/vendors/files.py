@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_sources.lake.names import as_text
 from data_sources.sources import Answer, DataRequest, RefreshJob, Source, SymbolGroup, ask
 from data_sources.vendors.files_description import CRYPTO, KINDS, RAW_STOCK, STOCK
 
@@ -68,4 +69,4 @@ def dataset_of(folder: str, kind: str) -> str:
     """Return the dataset of a folder's symbols of a kind; folders of one name differ by their path."""
     path = os.path.abspath(folder)  # noqa: PTH100 - resolve() would follow links, behind which folders change
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    return f"{Path(path).name}-{digest}-{kind}"
+    return f"{as_text(Path(path).name)}-{digest}-{kind}"

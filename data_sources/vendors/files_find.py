@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_sources.errors import BadAnswer, SourceUnavailable
+from data_sources.lake.names import as_text
 from data_sources.vendors.files_columns import is_symbol
 from data_sources.vendors.files_description import FILE_NAME, Description
 from data_sources.vendors.files_open import SUFFIXES
@@ -37,6 +38,14 @@ class OwnFile:
         """Return what changes when the file, or how it is to be read, changes."""
         fields = (READER, str(self.size), str(self.changed_ns), timezone, self.description.text)
         return hashlib.sha256("\0".join(fields).encode()).hexdigest()[:16]
+
+    def is_unchanged(self) -> bool:
+        """Return whether the file is the one that was listed."""
+        try:
+            status = self.path.stat()
+        except OSError:  # it is gone
+            return False
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.changed_ns)
 
     @property
     def symbol(self) -> str:
@@ -109,7 +118,7 @@ class Folder:
                 raise BadAnswer(f"{prefix}{FILE_NAME}: {error}") from error
         for name in names:
             if not name.startswith("."):
-                self._add(folder / name, prefix + name, description)
+                self._add(folder / name, prefix + as_text(name), description)
 
     def _add(self, path: Path, name: str, description: Description) -> None:
         is_named = name.lower().endswith(SUFFIXES)

@@ -44,9 +44,12 @@ class Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in self._files.values():
-            writer.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            with lake_errors("write", self._folder):  # what a writer still held may not fit the disk
+                for writer in self._files.values():
+                    writer.close()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, rows: pl.DataFrame) -> None:
         """Take rows, in any order."""

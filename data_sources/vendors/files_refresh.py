@@ -177,8 +177,7 @@ class Refresh:
             if not num_possible:
                 when = f"{utc(EARLIEST_NS):%Y} to now, such as {raw['open_time'].drop_nulls().first()!s:.40}"
                 raise BadAnswer(f"no time in its column {content.header['open_time']!r} is of {when}")
-            status = file.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (file.size, file.changed_ns):
+            if not file.is_unchanged():
                 raise BadAnswer("it changed while it was read: the next refresh reads it")
             times = columns.times
             zone = self._timezone_of(file)

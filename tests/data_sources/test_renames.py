@@ -92,6 +92,20 @@ def test_the_user_adds_renames_and_corrects_them(lake: Lake) -> None:
             renames.read(lake.root)
 
 
+def test_a_table_of_a_spreadsheet_is_read_or_refused_in_one_line(lake: Lake) -> None:
+    own_table(lake, "stocks,OLD,NEW,2026-01-05,1,Börse")
+    path = lake.root / renames.FILE_NAME
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8-sig")
+    assert names_of(lake, "NEW") == [("OLD", "2026-01-05"), ("NEW", "2100-01-01")]
+    path.write_text(text, encoding="cp1252")
+    with pytest.raises(LakeError, match=r"renames\.csv must be text in UTF-8: save it as CSV UTF-8"):
+        renames.read(lake.root)
+    path.write_text(text + "x" * 200_000)
+    with pytest.raises(LakeError, match=r"renames\.csv is no table of renames: field larger"):
+        renames.read(lake.root)
+
+
 def test_a_renamed_stock_is_one_series_without_the_other_companies_of_its_names(lake: Lake) -> None:
     put(lake, "2022-06-06", {"FB": 194.0, "META": 9.0})  # META was a fund's before
     put(lake, "2022-06-08", {"FB": 196.0, "META": 9.5})

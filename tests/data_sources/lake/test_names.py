@@ -53,6 +53,17 @@ def test_every_symbol_has_a_folder_that_every_file_system_takes_and_none_is_shar
         assert read(again, "binance", name, None, *EVER).equals(walk(name, START, 10, seed=number))
 
 
+def test_names_of_any_length_stay_apart(lake):
+    names = [f"{'行情' * 60}{ending}" for ending in ("", "A", "_a")]
+    for number, name in enumerate(names):
+        put(lake, walk(name, START, 10, seed=number), name)
+    again = Lake(lake.root)
+    assert len(again.datasets("binance")) == len(names) == len(list(again.all_parts()))
+    for number, name in enumerate(names):
+        assert again.parts("binance", name)[UNIT].dataset == name
+        assert read(again, "binance", name, None, *EVER).equals(walk(name, START, 10, seed=number))
+
+
 def test_a_dataset_under_its_former_name_is_still_read(lake):
     bars = walk("CON", START, 10)
     part = put(lake, bars, "CON")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -19,6 +20,7 @@ import pytest
 
 from continuous_training import Settings
 from data_sources.bars import DAY_NS, MINUTE_NS
+from data_sources.errors import LakeError
 from data_sources.refresh import probe
 from data_sources.vendors.files_columns import ROWS
 from data_sources.vendors.files_minutes import Spool
@@ -230,6 +232,45 @@ def test_links_that_lead_nowhere_folders_and_pipes_are_left_out_with_a_line(own:
     assert answer.found == "has 1 files of 0.0 MB"
 
 
+def test_file_names_may_have_any_bytes_and_length(own: Own) -> None:
+    long = "各地证券交易所一分钟行情数据" * 4
+    names = {"AAPL": os.fsdecode(b"M\xfcnchen.csv"), "MSFT": f"{long}一.csv", "JPM": f"{long}二.csv"}
+    for symbol, name in names.items():
+        try:
+            own.csv(name, BARS.assign(symbol=symbol))
+        except OSError:
+            pytest.skip("this file system takes names of UTF-8 alone")
+    assert own.refresh().status == "ok"
+    for bars in own.bars().values():
+        assert_same(bars, BARS)
+    assert sorted(own.bars()) == sorted(names)
+    own.refresh()
+    assert own.notes.total == 0
+    for name in names.values():
+        (own.folder / name).unlink()
+    own.csv("KO.csv", BARS)
+    own.refresh()
+    assert r"M\xfcnchen.csv" in own.notes.warnings[0] and own.notes.warnings[0].isprintable()
+    assert own.lake.verify() == []
+
+
+def test_a_file_that_goes_while_it_is_read_costs_itself_alone(
+    own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.write("AAPL.csv", CSV)
+    own.write("MSFT.csv", CSV)
+    add = Spool.add
+
+    def add_and_remove(spool: Spool, rows: pl.DataFrame) -> None:
+        add(spool, rows)
+        (own.folder / "AAPL.csv").unlink(missing_ok=True)
+
+    monkeypatch.setattr(Spool, "add", add_and_remove)
+    assert own.refresh().status == "ok"
+    assert own.about("AAPL") == ["AAPL.csv: it changed while it was read: the next refresh reads it"]
+    assert [*own.bars()] == ["MSFT"]
+
+
 def test_files_without_the_right_to_read_them_are_left_out_with_a_line(own: Own) -> None:
     own.write("AAPL.csv", CSV)
     own.write("MSFT.csv", CSV).chmod(0)
@@ -332,3 +373,15 @@ def test_rows_beyond_what_fits_go_over_the_disk_in_whole_months_and_days(tmp_pat
     assert pl.concat(frames)["open_time"].sort().equals(rows["open_time"].sort())
     days = [set(frame.filter(pl.col("open_time") > 5)["open_time"] // DAY_NS) for frame in frames]
     assert len(set().union(*days)) == sum(map(len, days))
+
+
+def test_nothing_stays_on_a_disk_that_is_full(tmp_path: Path) -> None:
+    class FullDisk:
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    row = {name: [None] for name in ROWS}
+    with pytest.raises(LakeError, match="No space left"), Spool(tmp_path / "spool", part_rows=0) as spool:
+        spool.add(pl.DataFrame(row, schema=ROWS))
+        spool._files[0] = FullDisk()
+    assert not (tmp_path / "spool").exists()
