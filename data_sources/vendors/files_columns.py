@@ -111,7 +111,7 @@ class Columns:
         """Return a batch, its columns named by role, as ROWS; ``open_time`` is exact, not yet a minute.
 
         Raises:
-            BadAnswer: numbers or dates may mean two things.
+            BadAnswer: numbers or dates may mean two things, or a column has none.
         """
         raw = raw.with_columns(pl.col(pl.Categorical).cast(pl.String))
         if self._delimiter:
@@ -171,6 +171,8 @@ class Columns:
         )
 
     def _numbers(self, values: pl.Series) -> pl.Series:
+        if values.dtype.is_nested():
+            raise BadAnswer(f"its column {self._header[values.name]!r} has {values.dtype} for numbers")
         if values.dtype != pl.String:
             return values.cast(pl.Float64, strict=False)
         values = values.str.strip_chars()

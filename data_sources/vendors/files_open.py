@@ -31,7 +31,7 @@ DELIMITERS = ",;\t|"
 MOST_BAD_LINES = 0.5  # of all, with another number of values than the header
 _ERRORS = (
     pa.ArrowException, OSError, EOFError, zlib.error, zipfile.BadZipFile, UnicodeError, RuntimeError, ValueError,
-    NotImplementedError, pl.exceptions.PolarsError,
+    NotImplementedError, pl.exceptions.PolarsError, pl.exceptions.PanicException,
 )  # fmt: skip
 
 

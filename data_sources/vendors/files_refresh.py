@@ -158,7 +158,8 @@ class Refresh:
             for raw in content.batches:
                 try:
                     rows = columns.rows(raw)
-                except pl.exceptions.PolarsError as error:
+                # Times of the year 30,000 are a panic.
+                except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
                     raise BadAnswer(
                         f"its columns cannot be read: {' '.join(str(error).split()):.200}"
                     ) from error
@@ -168,14 +169,14 @@ class Refresh:
                 is_possible = rows["open_time"].is_between(EARLIEST_NS, self._job.now_ns)
                 num_possible += int(is_possible.sum())
                 if num_rows and not num_timed:
-                    name, example = content.header["open_time"], str(raw["open_time"].drop_nulls().first())
+                    name, example = content.header["open_time"], _example(raw["open_time"])
                     raise BadAnswer(f"no time in its column {name!r} can be read, such as {example!r:.40}")
                 spool.add(rows)
                 self._progress.advance(SOURCE, 0, int(raw.estimated_size()))
             if not num_rows:
                 raise BadAnswer("it has a header and no rows")
             if not num_possible:
-                when = f"{utc(EARLIEST_NS):%Y} to now, such as {raw['open_time'].drop_nulls().first()!s:.40}"
+                when = f"{utc(EARLIEST_NS):%Y} to now, such as {_example(raw['open_time']):.40}"
                 raise BadAnswer(f"no time in its column {content.header['open_time']!r} is of {when}")
             if not file.is_unchanged():
                 raise BadAnswer("it changed while it was read: the next refresh reads it")
@@ -279,6 +280,14 @@ class Refresh:
 def _origin(part: Part) -> dict[str, Any]:
     """Return which piece of which file a part is; it is written as the key."""
     return dict(json.loads(part.key))
+
+
+def _example(values: pl.Series) -> str:
+    """Return the first value as text."""
+    try:
+        return str(values.drop_nulls().first())
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ArithmeticError, ValueError):
+        return "one of another era"  # for which Python has no date
 
 
 def _explain_coarse(coarse: dict[str, int]) -> str:

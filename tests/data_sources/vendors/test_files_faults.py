@@ -160,7 +160,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
         BARS.assign(time=BARS["time"] - pd.Timedelta(days=9_000)).to_csv(index=False),
         "no time in its column 'time' is of 2003 to now, such as 2001-07-11 14:30:00",
     ),
-    "O3.parquet": (parquet(BARS.assign(high=[[1.0]] * 390)), "its columns cannot be read: "),
+    "O3.parquet": (parquet(BARS.assign(high=[[1.0]] * 390)), "its column 'high' has List(Float64) for numbers"),
     "P.csv": (MIXED.to_csv(index=False), "it has both 187,15 and 1,234.50: write all numbers with a decimal"),
     "my prices.csv": (CSV, "it has no column symbol, and its name is none: name it after one, such as AAPL.csv"),
     "Q.csv": (
@@ -230,6 +230,38 @@ def test_links_that_lead_nowhere_folders_and_pipes_are_left_out_with_a_line(own:
     assert_same(own.bars()["AAPL"], BARS)
     (answer,) = probe(own.request(), 0)
     assert answer.found == "has 1 files of 0.0 MB"
+
+
+FAR = np.full(len(BARS), 2**31 - 2)
+ODD_COLUMNS = {
+    "days of another era": {
+        "date": pa.array(FAR, pa.int32()).cast(pa.date32()),
+        "clock": pa.array(["09:30"] * len(FAR)),
+    },
+    "times of another era": {
+        "date": pa.array(FAR * 10**9, pa.timestamp("ms")),
+        "clock": pa.array(["09:30"] * len(FAR)),
+    },
+    "moments of another era": {"time": pa.array(FAR * 10**9, pa.timestamp("ms"))},
+    "names that are times": {"symbol": pa.array(FAR * 10**9, pa.timestamp("ms"))},
+    "prices that are structures": {"close": pa.array([{"bid": 1.0}] * len(FAR))},
+    "volumes that are lists": {"volume": pa.array([[1.0]] * len(FAR))},
+}
+
+
+@pytest.mark.parametrize("columns", ODD_COLUMNS.values(), ids=ODD_COLUMNS.keys())
+def test_columns_of_odd_types_are_one_line_and_the_others_are_read(
+    own: Own, columns: dict[str, pa.Array]
+) -> None:
+    table = pa.Table.from_pandas(BARS.drop(columns="time") if "date" in columns else BARS)
+    for name, column in columns.items():
+        table = table.drop_columns([name] if name in table.column_names else []).append_column(name, column)
+    pq.write_table(table, own.folder / "AAPL.parquet")
+    own.write("MSFT.csv", CSV)
+    assert own.refresh().status == "ok"
+    (line,) = own.about("AAPL.parquet: ")
+    assert " column" in line and "\n" not in line and len(line) < 330
+    assert [*own.bars()] == ["MSFT"]
 
 
 def test_file_names_may_have_any_bytes_and_length(own: Own) -> None:
