@@ -20,7 +20,8 @@ from data_sources.bars import DAY_NS, HOUR_NS, AssetClass, Bars, find_breaks, jo
 from data_sources.calendar import in_regular_session, new_york_time, utc
 from data_sources.coverage import Series, SymbolRow, extent_of, row_of
 from data_sources.funding import LONGEST_INTERVAL_NS, FundingLedger
-from data_sources.lake.lake import FETCHED, Lake
+from data_sources.lake.lake import Lake
+from data_sources.lake.parts import FETCHED
 from data_sources.lake.quality import BAD_TICK, bad_ticks
 from data_sources.pegged import stands_still
 from data_sources.sources import DataRequest, Source, SymbolGroup

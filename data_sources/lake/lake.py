@@ -15,29 +15,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, join_columns
+from data_sources.bars import COLUMNS
 from data_sources.errors import BadAnswer, LakeBusy, LakeError, lake_errors
 from data_sources.lake.flow import added_to, join_flow
 from data_sources.lake.listing import dataset_of, entries, folders, part_files, stamp_of
 from data_sources.lake.names import escape
 from data_sources.lake.parts import (
+    FETCHED,
     FORMAT,
     QUARANTINE_SUFFIX,
     SUFFIX,
+    Columns,
     DamagedPartError,
     Part,
     digest_of,
     fault_of,
     flow_digest_of,
+    merge_rows,
     parse_footer,
     parse_part,
     symbol_runs,
@@ -52,8 +53,8 @@ __all__ = ["Lake", "Part"]
 
 CORRUPT_SUFFIX = ".corrupt"
 READY_FOLDER = ".ready"  # snapshots, see snapshot.py; their writers hold no lock
-FETCHED = "fetched_ns"
 SHRINK_TOLERANCE = 0.05
+MOST_READINGS = 3  # of parts that another process replaces meanwhile
 
 
 class Lake:
@@ -276,11 +277,12 @@ class Lake:
 
     def columns(
         self, source: str, dataset: str, symbols: Sequence[str] | None, start_ns: int, end_ns: int
-    ) -> dict[str, dict[str, NDArray[Any]]]:
+    ) -> dict[str, Columns]:
         """Return the bars that open in [start_ns, end_ns) as arrays, by symbol (sorted) and column.
 
         Where parts have the same minute of a symbol, the row fetched later wins. Checksums are verified, those of
-        whole files once; a damaged part is set aside with a warning, the rest is returned.
+        whole files once; a damaged part is set aside with a warning, the rest is returned. If parts change
+        meanwhile, all are read again: bars that another process moves to a new part would be in none.
 
         Args:
             symbols: None for all. Those without a bar are absent from the result.
@@ -289,9 +291,24 @@ class Lake:
             Per symbol new arrays: COLUMNS, those of FLOW_COLUMNS that a part has (NaN where none is), and
             "fetched_ns" (int64), when the part of each row was fetched.
         """
-        pieces: dict[str, list[dict[str, NDArray[Any]]]] = {}
+        parts, pieces, merged = dict[str, Part](), dict[str, list[Columns]](), {}
+        for _ in range(MOST_READINGS):
+            if (now := self.parts(source, dataset)) == parts:
+                break
+            pieces.clear()  # before there are others: they may take a gigabyte
+            parts, pieces = now, self._pieces(now, symbols, start_ns, end_ns)
+        for symbol in sorted(pieces):
+            if len((columns := merge_rows(pieces.pop(symbol)))["open_time"]):
+                merged[symbol] = columns
+        return merged
+
+    def _pieces(
+        self, parts: Mapping[str, Part], symbols: Sequence[str] | None, start_ns: int, end_ns: int
+    ) -> dict[str, list[Columns]]:
+        """Return the bars of ``columns`` by symbol, those of each part by themselves, oldest interval first."""
+        pieces: dict[str, list[Columns]] = {}
         earliest_ns, latest_ns = start_ns - OUTSIDE_TOLERANCE_NS, end_ns + OUTSIDE_TOLERANCE_NS
-        for part in sorted(self.parts(source, dataset).values(), key=lambda part: (part.start_ns, part.unit)):
+        for part in sorted(parts.values(), key=lambda part: (part.start_ns, part.unit)):
             wanted = set(part.symbols) if symbols is None else set(part.symbols).intersection(symbols)
             reaches = earliest_ns < part.end_ns and part.start_ns < latest_ns
             for table in self._tables(part, wanted) if wanted and reaches else ():
@@ -304,12 +321,7 @@ class Lake:
                         piece = {name: array[low:high].copy() for name, array in arrays.items()}
                         piece[FETCHED] = np.full(high - low, part.fetched_ns)
                         pieces.setdefault(symbol, []).append(piece)
-        merged = {}
-        for symbol in sorted(pieces):
-            columns = _merge(pieces.pop(symbol))
-            if len(columns["open_time"]):
-                merged[symbol] = columns
-        return merged
+        return pieces
 
     def verify(self) -> list[str]:
         """Read, hash and check every part again; set damaged ones aside and return their names."""
@@ -436,15 +448,3 @@ class Lake:
 
     def _quarantine_path(self, part: Part) -> Path:
         return self._folder(part.source, part.dataset) / (escape(part.unit) + QUARANTINE_SUFFIX)
-
-
-def _merge(pieces: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Join one symbol's pieces, oldest interval first; of rows for one minute the last fetched one stays."""
-    columns = join_columns(pieces)
-    time = columns["open_time"]
-    if (time[1:] > time[:-1]).all():
-        return columns
-    order = np.lexsort((columns[FETCHED], time))  # stable: ties go to the part that starts later
-    time = time[order]
-    order = order[np.append(time[1:] != time[:-1], True)]
-    return {name: array[order] for name, array in columns.items()}

@@ -11,17 +11,19 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from data_sources.bars import COLUMNS, Bars
+from data_sources.bars import COLUMNS, Bars, join_columns
 from data_sources.lake.quality import FLOW_SCHEMA, OUTSIDE_TOLERANCE_NS, SCHEMA, flow_of
 
 SUFFIX = ".parquet"
 QUARANTINE_SUFFIX = ".quarantine.parquet"
+FETCHED = "fetched_ns"  # the column of Lake.columns that says when a row's part was fetched
 FORMAT = 2  # parts of format 1 have no order flow, whether or not their source has it
 _MAGIC = b"PAR1"
 _TRAILER_BYTES = 8  # length of the footer (4, little endian) and the magic
@@ -33,6 +35,8 @@ _SEAL_KEY = b"file_crc32"
 _SEAL = b"over the file with zeros here: "
 _UNSEALED = b"00000000"
 _TOO_LARGE = (MemoryError, RecursionError)
+
+Columns = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,18 @@ def symbol_runs(table: pa.Table) -> list[tuple[str, int, int]]:
     ends = [*starts[1:], table.num_rows]
     symbols = names.dictionary.to_pylist()
     return [(symbols[codes[start]], start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def merge_rows(pieces: list[Columns]) -> Columns:
+    """Join one symbol's pieces, oldest interval first; of rows for one minute the last fetched one stays."""
+    columns = join_columns(pieces)
+    time = columns["open_time"]
+    if (time[1:] > time[:-1]).all():
+        return columns
+    order = np.lexsort((columns[FETCHED], time))  # stable: ties go to the part that starts later
+    time = time[order]
+    order = order[np.append(time[1:] != time[:-1], True)]
+    return {name: array[order] for name, array in columns.items()}
 
 
 def _parse_metadata(source: pa.BufferReader) -> Part:
