@@ -190,8 +190,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "d_model": 256,
         "num_layers": 4,
         "num_heads": 8,
-        "batch_size": 8_192,
-        "learning_rate": 3e-4,
+        "batch_size": 4_096,
+        "update_passes": 1,  # of new bars more is learnt than of the same once more (docs/LOG.md)
+        "learning_rate": 1e-3,
     },
     # Offline, a minute or two on a laptop: a simulated market with an edge to find.
     "demo": {
@@ -204,7 +205,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "context_bars": 32,
         "horizon": 256,
         "batch_size": 4_096,
-        "update_passes": 1,  # of new bars more is learnt than of the same once more (docs/LOG.md)
+        "update_passes": 1,
         "optimizer": "muon",  # which finds a known edge sooner; on real bars it is no better (docs/LOG.md)
         "learning_rate": 3e-3,
         "warmup_steps": 20,

@@ -194,7 +194,7 @@ def test_only_rank_0_prints_and_preflight_counts_the_ranks(tmp_path: Path) -> No
     wrong = run("preflight", "--preset", "small", *folder, NPROC="3")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith(
-        "Invalid setting: batch_size=8192 must be a multiple of horizon x processes"
+        "Invalid setting: batch_size=4096 must be a multiple of horizon x processes"
     )
 
 

@@ -10,9 +10,8 @@ from urllib.parse import quote
 
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
 
-MOST_CHARACTERS = (
-    214  # of a name, beside the endings of a part and of a temporary file: 255 fit a file system
-)
+# Of a name, beside the endings of a part and of a temporary file: 255 fit a file system.
+MOST_CHARACTERS = 214
 
 
 def as_text(name: str) -> str:

@@ -230,7 +230,7 @@ def test_no_source_at_all_is_an_error_unless_the_lake_has_bars(
 @pytest.mark.parametrize(
     ("num_processes", "expected"),
     [
-        ("3", "Invalid setting: batch_size=8192 must be a multiple of horizon x processes = 128 x 3"),
+        ("3", "Invalid setting: batch_size=4096 must be a multiple of horizon x processes = 128 x 3"),
         ("some", "Invalid setting: NPROC must be a whole number of at least 1, was 'some'"),
     ],
 )

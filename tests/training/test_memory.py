@@ -109,7 +109,7 @@ def test_the_same_memory_gives_the_same_plan_and_less_of_everything_fits_less() 
     most = plan(FULL, 40 * GIB).micro_batch_segments
     for larger in (replace(FULL, num_layers=20, num_parameters=10**9), replace(FULL, context_bars=512)):
         assert plan(larger, 40 * GIB).micro_batch_segments < most
-    assert plan(SMALL, 8 * GIB).micro_batch_segments == 64
+    assert plan(SMALL, 8 * GIB).micro_batch_segments == 32  # a whole optimizer step
 
 
 def test_blocks_are_recomputed_before_training_is_refused() -> None:
