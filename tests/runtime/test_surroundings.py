@@ -323,10 +323,10 @@ def test_ctrl_c_while_modules_load_is_no_traceback(program: list[str], module: s
     code = f"""
 import builtins, os, runpy, signal, sys
 load = builtins.__import__
-def interrupted(name, *others):
+def interrupted(name, *others, **named):
     if name == {module!r}:
         os.kill(os.getpid(), signal.SIGINT)
-    return load(name, *others)
+    return load(name, *others, **named)
 builtins.__import__ = interrupted
 sys.path.insert(0, "")
 sys.argv = {program[-1:]}
