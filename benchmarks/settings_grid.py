@@ -6,7 +6,7 @@
 
 The markets and their costs are those of answer.py. What the grid does not change comes from the small preset, with
 a trunk that a thread trains in a minute: 64 wide, two layers. Every cell gets the epochs that fit in the time, so
-that its learning rate and its costs end where they should; the third epoch of a first trainer tells how many.
+that its learning rate and its costs end where they should; the third epoch of a first trainer is timed for that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import itertools
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import peers
-from benchmarks.answer import DEVICE, MARKETS, KnownMarket, OurTraining, cpu_seconds
+from benchmarks.answer import DEVICE, MARKETS, KnownMarket, OurTraining, cpu_seconds, write
 from commands.selftest import Sizes
 from continuous_training import PRESETS, Settings
 from envs.market import Market
@@ -50,24 +51,25 @@ def cells_of(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def train(known: KnownMarket, market: Market, changes: dict[str, Any], epochs: int) -> OurTraining:
-    """Train for so many epochs."""
-    training = OurTraining(known, known.settings(**changes, epochs=epochs), market, Ranks(0, 1, DEVICE))
-    for _ in training.epochs():
-        pass
-    return training
+def training_of(known: KnownMarket, market: Market, changes: dict[str, Any], epochs: int) -> OurTraining:
+    """Make a training of so many epochs, on one rank."""
+    return OurTraining(known, known.settings(**changes, epochs=epochs), market, Ranks(0, 1, DEVICE))
 
 
 def epochs_within(known: KnownMarket, market: Market, changes: dict[str, Any], seconds: float) -> int:
     """Return how many epochs fit into the CPU seconds."""
-    settings = known.settings(**changes, epochs=3)
-    times = [cpu_seconds() for _ in OurTraining(known, settings, market, Ranks(0, 1, DEVICE)).epochs()]
+    times = [cpu_seconds() for _ in training_of(known, market, changes, 3).epochs()]
     return max(round(seconds / (times[-1] - times[-2])), 1)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train and examine all cells of all seeds; add a line for each."""
     torch.set_num_threads(1)
+    write(examine_cells(options), options.lines)
+
+
+def examine_cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what each cell's training earned."""
     base = {name: getattr(SMALL, name) for name in OURS} | NARROW | json.loads(options.base)
     for seed in map(int, options.seeds.split(",")):
         known = KnownMarket(options.market, seed, Sizes(num_symbols=options.symbols))
@@ -80,16 +82,14 @@ def run(options: argparse.Namespace) -> None:
             market = markets[lengths]
             epochs = epochs_within(known, market, changes, options.seconds)
             begin = cpu_seconds()
-            training = train(known, market, changes, epochs)
+            training = training_of(known, market, changes, epochs)
+            for _ in training.epochs():
+                pass
             spent = cpu_seconds() - begin
             share, flat = training.examine()
             facts = {"market": options.market, "seed": seed, "base": json.loads(options.base), "cell": cell}
             figures = {"epochs": epochs, "seconds": round(spent, 1), "share": round(share, 4)}
-            line = json.dumps(facts | figures | {"flat": round(flat, 3)})
-            print(line, flush=True)
-            options.lines.parent.mkdir(parents=True, exist_ok=True)
-            with options.lines.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            yield facts | figures | {"flat": round(flat, 3)}
 
 
 def report(options: argparse.Namespace) -> None:

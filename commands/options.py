@@ -46,7 +46,7 @@ def read_count(name: str, text: str) -> int:
 
 
 def read_number(name: str, text: str) -> float:
-    """Read a number; whoever takes it checks its range."""
+    """Read a number of any range, which the command checks."""
     try:
         return float(text)
     except ValueError:

@@ -141,9 +141,8 @@ class Checkpoint:
         assert self.resume is not None
         weights = {"format": FORMAT} | {key: getattr(self, key) for key in _WEIGHTS_KEYS}
         resume = {key: getattr(self.resume, key) for key in _keys(ResumeState)}
-        best = str(
-            self.resume.clock.get("best_exam", "")
-        )  # where the run ends early, the next begins with it
+        # Where exams end the run early, the next one begins with this.
+        best = str(self.resume.clock.get("best_exam", ""))
         try:
             make_folder(self._resume_path.parent)
             _make_room(path.parent, sum(map(_num_bytes, (weights, resume))) + SPARE_BYTES, keep_runs, best)

@@ -36,21 +36,30 @@ def days_take_all_bars(writer: Lake) -> None:
     writer.remove(writer.parts("binance", "BTCUSDT")["recent"])
 
 
-@pytest.mark.parametrize("change", [day_takes_its_bars, days_take_all_bars])
-def test_bars_that_move_to_another_part_while_they_are_read_are_read_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Lake], None]
-) -> None:
-    reader, writer = Lake(tmp_path), Lake(tmp_path)
+def read_beside(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Lake, int], object]
+) -> tuple[Lake, list[Any]]:
+    """Return a reader of two days beside a writer, which changes them before each reading, and its readings."""
+    reader, writer = Lake(folder), Lake(folder)
     put(writer, "recent", 0, 2)
     pieces, calls = reader._pieces, list[Any]()
 
     def pieces_after_change(*arguments: Any) -> dict[str, list[Columns]]:
         calls.append(arguments)
-        if len(calls) == 1:
-            change(writer)
+        change(writer, len(calls))
         return pieces(*arguments)
 
     monkeypatch.setattr(reader, "_pieces", pieces_after_change)
+    return reader, calls
+
+
+@pytest.mark.parametrize("change", [day_takes_its_bars, days_take_all_bars])
+def test_bars_that_move_to_another_part_while_they_are_read_are_read_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Lake], None]
+) -> None:
+    reader, calls = read_beside(
+        tmp_path, monkeypatch, lambda writer, reading: change(writer) if reading == 1 else None
+    )
     assert read(reader, "binance", "BTCUSDT", None, *EVER).equals(BARS)
     assert len(calls) == 2
     assert read(reader, "binance", "BTCUSDT", None, *EVER).equals(BARS)
@@ -60,15 +69,8 @@ def test_bars_that_move_to_another_part_while_they_are_read_are_read_there(
 def test_a_lake_that_never_rests_is_read_a_few_times_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader, writer = Lake(tmp_path), Lake(tmp_path)
-    put(writer, "recent", 0, 2)
-    pieces, calls = reader._pieces, list[Any]()
-
-    def pieces_after_change(*arguments: Any) -> dict[str, list[Columns]]:
-        calls.append(arguments)
-        put(writer, f"copy-{len(calls)}", 0, 1)
-        return pieces(*arguments)
-
-    monkeypatch.setattr(reader, "_pieces", pieces_after_change)
+    reader, calls = read_beside(
+        tmp_path, monkeypatch, lambda writer, reading: put(writer, f"copy-{reading}", 0, 1)
+    )
     assert read(reader, "binance", "BTCUSDT", None, *EVER).equals(BARS)
     assert len(calls) == MOST_READINGS
